@@ -1,0 +1,8 @@
+"""Lightning callbacks that read a run without touching it."""
+
+from nclightning.callbacks.checkpoint import LastCheckpoint
+from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
+from nclightning.callbacks.optimality import OptimalityMonitor
+from nclightning.callbacks.progress import IterationProgressBar
+
+__all__ = ["IterationProgressBar", "LastCheckpoint", "NeuralCollapseMonitor", "OptimalityMonitor"]

@@ -1,0 +1,58 @@
+"""A checkpoint that is always there to resume from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+__all__ = ["LastCheckpoint"]
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` of the run folder: at a cadence, at the end, and on an interrupt or error.
+
+    Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is no multiple of its cadence.
+    The file is replaced in one step, so that a crash while saving leaves the one before. Lightning runs checkpoint
+    callbacks after all others: the readings up to the checkpoint are on disk when it appears.
+
+    Args:
+        every_n_iterations: Cadence. It acts at ends of Lightning steps, at the first one past each multiple.
+
+    Raises:
+        ValueError: If the cadence is below 1.
+    """
+
+    def __init__(self, every_n_iterations: int = 1000) -> None:
+        if every_n_iterations < 1:
+            raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
+        self.every_n_iterations = every_n_iterations
+        self._saved = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count from the iterate that the run starts from."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at the cadence."""
+        if trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last iterate."""
+        self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what was reached."""
+        if trainer.training:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.global_step > self._saved:
+            self._saved = trainer.global_step
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=False)

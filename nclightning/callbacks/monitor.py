@@ -1,0 +1,171 @@
+"""When to read, where readings wait, and how they reach the loggers."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from nclightning.loggers import RunLogger
+
+__all__ = ["Readings", "ReadingsMonitor"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ReadingsMonitor(L.Callback):
+    """Base of the monitors: takes readings at stated iterates of a full-batch run.
+
+    A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
+    ``every_n_iterations``-th and the last are read. Values stay on the device and go to the loggers in one transfer
+    per Lightning step for all monitors of a trainer together; then they are also in ``trainer.callback_metrics``.
+    Tags in ``log10_tags`` are logged a second time as ``log10/<tag>``.
+
+    Args:
+        every_n_iterations: Cadence.
+
+    Raises:
+        ValueError: If the cadence is below 1; at the start of a fit, if the module does not run full-batch
+            iterations.
+    """
+
+    log10_tags: frozenset[str] = frozenset()
+
+    def __init__(self, every_n_iterations: int = 10) -> None:
+        if every_n_iterations < 1:
+            raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
+        self.every_n_iterations = every_n_iterations
+        self._batch: Batch | None = None
+        self._last_iteration = -1
+
+    @abstractmethod
+    def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
+        """Measure at the current parameters, leaving module, gradients and random state as they are.
+
+        Args:
+            pl_module: The module.
+            batch: The training set ``(x, y)``.
+
+        Returns:
+            Values by tag; tensors are scalars on the device.
+        """
+
+    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Check module and data once, before the first reading. May transfer to the host."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse modules whose batches are not the training set."""
+        if not hasattr(pl_module, "iterations_per_step"):
+            raise ValueError(
+                f"{type(self).__name__} reads full-batch runs of nclightning.models.RegularizedClassifier, got "
+                f"{type(pl_module).__name__}. For another module use nclightning.metrics in its own steps."
+            )
+        self._batch, self._last_iteration = None, -1
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Read the iterate that the run starts from: 0, or that of the checkpoint."""
+        if self._batch is None:
+            self.prepare(pl_module, batch)
+            self._batch = batch
+            if trainer.global_step % self.every_n_iterations == 0:
+                self._record(trainer, pl_module, trainer.global_step)
+
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+        """Read at the cadence."""
+        if iteration % self.every_n_iterations == 0:
+            self._record(trainer, pl_module, iteration)
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, iteration: int) -> None:
+        assert self._batch is not None
+        Readings.of(trainer).add(iteration, self.read(pl_module, self._batch), self.log10_tags)
+        self._last_iteration = iteration
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Bring the readings of this step to the loggers."""
+        Readings.of(trainer).flush(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the last iterate, if the cadence missed it."""
+        if self._batch is not None and self._last_iteration != trainer.global_step:
+            self._record(trainer, pl_module, trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lose no reading to an interrupt or error."""
+        self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have all readings on disk that a resumed run will not take again."""
+        self._save(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Bring the last readings to the loggers and drop the batch."""
+        self._save(trainer)
+        self._batch = None
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if Readings.of(trainer).flush(trainer):
+            for logger in trainer.loggers:
+                logger.save()
+
+
+class Readings:
+    """Readings of all monitors of one trainer, waiting on the device."""
+
+    _by_trainer: ClassVar[WeakKeyDictionary[L.Trainer, Readings]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[str, Tensor | float]] = {}
+        self._log10_tags: set[str] = set()
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Readings:
+        """Return the trainer's readings."""
+        return cls._by_trainer.setdefault(trainer, cls())
+
+    def add(self, iteration: int, values: dict[str, Tensor | float], log10_tags: frozenset[str]) -> None:
+        """Add values to the row of an iteration."""
+        self._rows.setdefault(iteration, {}).update(values)
+        self._log10_tags |= log10_tags
+
+    def value(self, iteration: int, tag: str) -> Tensor | float:
+        """Return a value that waits."""
+        return self._rows[iteration][tag]
+
+    def flush(self, trainer: L.Trainer) -> list[tuple[int, dict[str, float]]]:
+        """Transfer what waits, log it, and return it."""
+        rows, self._rows = self._rows, {}
+        if not rows:
+            return []
+        waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
+        arrived = iter(torch.stack(waiting).tolist() if waiting else [])
+        values = [
+            (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
+            for iteration, row in rows.items()
+        ]
+        for _, row in values:
+            row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_rows(values)
+            else:
+                for iteration, row in values:
+                    logger.log_metrics(row, iteration)
+        trainer.callback_metrics.update(
+            {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values[-1][1].items()}
+        )
+        return values
+
+
+def _log10(value: float) -> float:
+    if value > 0:
+        return math.log10(value)
+    return -math.inf if value == 0 else math.nan

@@ -1,0 +1,165 @@
+"""How far a run is from the optimum of the unconstrained feature model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
+from nclightning.features import capture_features, find_head
+from nclightning.objective import Objective
+from nclightning.theory import UFMProblem
+
+__all__ = ["OptimalityMonitor"]
+
+
+class OptimalityMonitor(ReadingsMonitor):
+    """Logs objective, optimality gap, distance to the optimal set, gradient norm and the cost of the line search.
+
+    | tag | value at the iterate |
+    |---|---|
+    | ``loss`` | F, the training objective |
+    | ``optimality/gap`` | F - F*, without cancellation; for a network F* of the UFM, a lower bound |
+    | ``optimality/distance`` | Euclidean distance of head and features to the optimal set |
+    | ``optimality/grad_norm`` | norm of the gradient of F over all trainable parameters |
+    | ``optimality/error_bound_ratio`` | distance / grad_norm, the paper's kappa when it is largest; nan at 0/0 |
+    | ``line_search/step_size`` | step that led to the iterate; nan at iterate 0 |
+    | ``line_search/evaluations`` | evaluations of F and its gradient since the run began |
+
+    Gap and distance are computed in float64 whatever the precision of the run. The line-search tags appear for
+    optimizers that report an ``outcome``.
+
+    Args:
+        every_n_iterations: Cadence.
+        theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or
+            cross-entropy with ``feature_dim < num_classes - 1``.
+        stop_distance: End the fit at the first reading whose distance is at most this; each reading then brings one
+            number to the host. None never does.
+
+    Raises:
+        ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
+    """
+
+    log10_tags = frozenset(
+        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/error_bound_ratio"}
+    )
+
+    def __init__(self, every_n_iterations: int = 10, theory: bool = True, stop_distance: float | None = None) -> None:
+        super().__init__(every_n_iterations)
+        if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
+            raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
+        self.theory = theory
+        self.stop_distance = stop_distance
+        self._problem: UFMProblem | None = None
+
+    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Find the problem and check that the labels are balanced."""
+        self._problem = self.find_problem(pl_module)
+        if self._problem is not None:
+            self._problem.check_labels(batch[1])
+
+    def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
+        """Take the module's UFM, or None with ``theory=False``.
+
+        Args:
+            pl_module: A module with an attribute ``problem``.
+
+        Returns:
+            Its closed forms.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if not self.theory:
+            return None
+        try:
+            problem = getattr(pl_module, "problem", None)
+            if not isinstance(problem, UFMProblem):
+                raise ValueError(f"{type(pl_module).__name__} has no attribute 'problem'.")
+        except ValueError as error:
+            raise ValueError(
+                f"OptimalityMonitor knows no optimum for this run: {error} To train without gap and distance, set "
+                "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
+                "--optimality.stop_distance null."
+            ) from error
+        return problem
+
+    @torch.enable_grad()
+    def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
+        """Measure at the current parameters."""
+        inputs, labels = batch
+        head = find_head(pl_module)
+        features = capture_features(pl_module, head, inputs)
+        value = _objective_of(pl_module)(head.weight, features, labels, head.bias)
+        params = [p for p in pl_module.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(value, params, allow_unused=True)
+        grad_norm = torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()
+        readings: dict[str, Tensor | float] = {"loss": value.detach()}
+        if self._problem is not None:
+            point = (head.weight, features, labels, head.bias)
+            distance = self._problem.distance(*point, check_labels=False)
+            readings["optimality/gap"] = self._problem.optimality_gap(*point, check_labels=False)
+            readings["optimality/distance"] = distance
+        readings["optimality/grad_norm"] = grad_norm
+        if self._problem is not None:
+            readings["optimality/error_bound_ratio"] = distance / grad_norm
+        return readings | _search_readings(pl_module)
+
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+        """Read at the cadence, and stop once close enough."""
+        super().on_iteration_end(trainer, pl_module, batch, iteration)
+        if self.stop_distance is None or self._last_iteration != iteration:
+            return
+        distance = float(Readings.of(trainer).value(iteration, "optimality/distance"))
+        if distance <= self.stop_distance:
+            trainer.should_stop = True
+            trainer.print(
+                f"Distance {distance:.3g} at iteration {iteration}: at most {self.stop_distance:g}, stopping."
+            )
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Log the readings of a full-batch validation."""
+        self._log_pass(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Log the readings of a full-batch test."""
+        self._log_pass(pl_module, batch)
+
+    def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        if len(batch[1]) != getattr(pl_module, "num_samples", None):
+            return  # A part of the data has no optimality gap.
+        self._problem = self.find_problem(pl_module)
+        with torch.inference_mode(False):
+            readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
+        pl_module.log_dict({tag: value for tag, value in readings.items() if tag.startswith("optimality/")})
+
+
+def _objective_of(pl_module: L.LightningModule) -> Objective:
+    objective = getattr(pl_module, "objective", None)
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"OptimalityMonitor needs the objective of {type(pl_module).__name__}: set its attribute 'objective' to "
+            "a nclightning.objective.Objective."
+        )
+    return objective
+
+
+def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
+    if pl_module._trainer is None or not pl_module.trainer.training:
+        return {}
+    optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
+    if not hasattr(optimizer, "outcome"):
+        return {}
+    outcome = optimizer.outcome
+    return {
+        "line_search/step_size": math.nan if outcome is None else outcome.step_size,
+        "line_search/evaluations": optimizer.total_evaluations,
+    }

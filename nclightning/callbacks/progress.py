@@ -1,0 +1,42 @@
+"""A progress bar over iterations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+__all__ = ["IterationProgressBar"]
+
+
+class IterationProgressBar(RichProgressBar):
+    """Rich progress bar that counts gradient-descent iterations up to ``trainer.max_steps``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Show the last readings of objective and distance."""
+        shown = {"F": "loss", "distance": "optimality/distance"}
+        metrics = trainer.callback_metrics
+        return {name: f"{float(metrics[tag]):.3g}" for name, tag in shown.items() if tag in metrics}
+
+    @property
+    def total_train_batches(self) -> int:
+        """Length of the bar."""
+        return self.trainer.max_steps
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Iterations"
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep one bar over all epochs."""
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance to the iteration reached."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)

@@ -1,0 +1,291 @@
+"""Command line: ``python -m nclightning fit|validate|test --config NAME``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+from rich.table import Table
+
+from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.figures import draw_convergence, read_readings, summarize
+from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.loggers import RunLogger
+from nclightning.models import RegularizedClassifier
+
+__all__ = ["main"]
+
+_DESCRIPTION = "nclightning: neural collapse, trained to its closed-form optimum and measured on the way."
+_EPILOG = """examples:
+  python -m nclightning fit --config ufm_mse.yaml
+  python -m nclightning fit --config ufm_ce --lambda 5e-4 --seed_everything 1
+  python -m nclightning fit --config ufm_ce --model.init_args.lambda_h 1e-4 --trainer.max_steps 5000
+  python -m nclightning fit --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+  python -m nclightning validate --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+
+shipped configurations (copy one and change it, or override single keys as above):
+  {configs}
+
+trainer.max_steps is the number of gradient-descent iterations. Every key of a configuration is an option;
+'python -m nclightning fit --model.help UFM' and '--data.help IndexDataModule' list those of a class."""
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the shipped configurations by name."""
+    folder = Path(str(resources.files("nclightning"))) / "configs"
+    if not folder.is_dir():  # A checkout keeps them beside the package; the wheel holds them inside.
+        folder = Path(__file__).resolve().parents[1] / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the examples."""
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``: a file, or the name of a shipped configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Resolve the name, let ``lambda`` stand for ``lambda_``, and hand over to jsonargparse."""
+        if isinstance(values, str) and not Path(values).expanduser().is_file():
+            shipped = shipped_configs()
+            name = values.removesuffix(".yaml")
+            if name not in shipped:
+                parser.error(
+                    f"--config {values}: no such file, and no shipped configuration of that name. "
+                    f"Shipped are: {', '.join(shipped)}."
+                )
+            values = str(shipped[name])
+            print(f"Using the shipped configuration {values}", file=sys.stderr)
+        if isinstance(values, str):
+            values = _without_keyword(Path(values).expanduser(), parser)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+def _without_keyword(path: Path, parser: Any) -> str:
+    """Read a configuration; ``lambda`` is no Python name, so it becomes the argument ``lambda_``."""
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {path}: {error}")
+    if not isinstance(config, dict):
+        parser.error(f"--config {path}: expected a mapping of options, got {type(config).__name__}.")
+    section = config.get("fit", config)
+    model = section.get("model") if isinstance(section, dict) else None
+    init_args = model.get("init_args") if isinstance(model, dict) else None
+    if isinstance(init_args, dict) and "lambda" in init_args:
+        init_args["lambda_"] = init_args.pop("lambda")
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def _expand_lambda(args: Sequence[str]) -> list[str]:
+    """Turn ``--lambda X`` into the model's argument; it overrides penalties given earlier on the line or in files."""
+    expanded: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if name in ("--lambda", "--model.lambda", "--model.init_args.lambda"):
+            value = value if equals else next(rest, "")
+            for key in ("lambda_w", "lambda_h"):
+                expanded += [f"--model.init_args.{key}", "null"]
+            expanded += ["--model.init_args.lambda_", value]
+        else:
+            expanded.append(arg)
+    return expanded
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
+        if self.already_saved or not trainer.is_global_zero or stage != "fit":
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        path, count = folder / "config.yaml", 0
+        while path.exists():
+            count += 1
+            path = folder / f"config_resumed_{count}.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
+        self.already_saved = True
+
+
+class RunCLI(LightningCLI):
+    """LightningCLI with our defaults, run folders and closing report."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Create a parser whose ``--config`` knows the shipped configurations."""
+        kwargs.setdefault("dump_header", [f"nclightning, lightning.pytorch=={L.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=ConfigFile, help="a YAML file, or the name of a shipped configuration"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the monitors, whose options are then set in one place."""
+        parser.add_lightning_class_args(OptimalityMonitor, "optimality")
+        parser.add_lightning_class_args(NeuralCollapseMonitor, "neural_collapse")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with the paper's single lambda spelled out."""
+        self.config = parser.parse_args(_expand_lambda(sys.argv[1:] if args is None else args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve what the configuration leaves to a rule, so that the saved one states it."""
+        config = self.config[self.subcommand]
+        model = config.model.get("init_args", {})
+        if model.get("lambda_") is not None:
+            if model.get("lambda_w") is None:
+                model["lambda_w"] = model["samples_per_class"] * model["lambda_"]
+            if model.get("lambda_h") is None:
+                model["lambda_h"] = model["lambda_"]
+            model["lambda_"] = None
+        trainer, disabled = config.trainer, set()
+        if trainer.enable_progress_bar is False:
+            disabled.add(IterationProgressBar.__name__)
+        if trainer.enable_checkpointing is False:
+            disabled.add(LastCheckpoint.__name__)
+        if isinstance(trainer.callbacks, list):
+            trainer.callbacks = [c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in disabled]
+        if self.subcommand != "fit":
+            trainer.logger = False  # Looking at a checkpoint makes no run folder.
+
+    def before_fit(self) -> None:
+        """Find everything wrong that can be found before a run folder is made."""
+        if isinstance(self.model, RegularizedClassifier):
+            self.model.check_parameters()
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, OptimalityMonitor):
+                    callback.find_problem(self.model)
+        checkpoint = self.config.fit.ckpt_path
+        if checkpoint is not None:
+            self._continue_run(Path(checkpoint))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.claim()
+
+    def _continue_run(self, checkpoint: Path) -> None:
+        """Go on in the folder that the checkpoint lies in."""
+        if not checkpoint.is_file():
+            raise ValueError(f"--ckpt_path {checkpoint}: no such file.")
+        iteration = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+        if 0 <= self.trainer.max_steps <= iteration:
+            raise ValueError(
+                f"--ckpt_path {checkpoint} is at iteration {iteration} and trainer.max_steps is "
+                f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
+            )
+        folder = checkpoint.resolve().parent.parent
+        if (folder / "readings.csv").is_file():
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.continue_run(folder, iteration)
+
+    def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
+        """Fit, and report on the run folder even after an interrupt."""
+        try:
+            self.trainer.fit(model, **kwargs)
+        finally:
+            _report(self.trainer)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Words after the program's name; None takes those of the process.
+    """
+    _quieten_lightning()
+    configs = ", ".join(shipped_configs())
+    texts = {"description": _DESCRIPTION, "epilog": _EPILOG.format(configs=configs)}
+    formatter = {"formatter_class": HelpFormatter}
+    try:
+        RunCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "max_epochs": -1,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+                "logger": {"class_path": "nclightning.loggers.RunLogger"},
+            },
+            parser_kwargs={**texts, **formatter}
+            | {name: {"epilog": texts["epilog"], **formatter} for name in ("fit", "validate", "test")},
+            args=args,
+        )
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _quieten_lightning() -> None:
+    """Drop messages of Lightning that are about other products, or about what is so by design here."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡", "TPU available"))
+    )
+    for message in (
+        r"Total length of `list` across ranks is zero",  # Readings cover the training set: a fit validates nothing.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 against torch 2.13.
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by this package: then it is worded for the user, who needs no traceback."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).resolve().is_relative_to(Path(__file__).resolve().parent)
+
+
+def _report(trainer: L.Trainer) -> None:
+    folder = Path(trainer.log_dir or "")
+    if not trainer.is_global_zero or not (folder / "readings.csv").is_file():
+        return
+    draw_convergence(folder)
+    console = Console()
+    console.print(_table(summarize(read_readings(folder))))
+    shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
+    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
+    console.print(f"Look at it:  tensorboard --logdir {shown}", soft_wrap=True, highlight=False)
+
+
+def _table(summary: RunSummary) -> Table:
+    table = Table(title=f"Iteration {summary.iteration}, with straight lines fitted to log10 of each quantity")
+    table.add_column("quantity", no_wrap=True)
+    for column in ("last value", "factor/it.", "it./decade", "R^2", "decades"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tag, value in summary.last.items():
+        fit, cells = summary.fits[tag], ["-"] * 4
+        if fit is not None:
+            cells = [
+                f"{fit.factor:.6f}",
+                f"{fit.iterations_per_decade:.4g}",
+                f"{fit.r_squared:.5f}",
+                f"{fit.decades:.1f}",
+            ]
+        table.add_row(QUANTITIES[tag], f"{value:.3e}", *cells)
+    if summary.kappa is not None:
+        table.add_row("kappa", f"{summary.kappa:.6g}", *["-"] * 4)
+    return table

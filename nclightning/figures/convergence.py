@@ -1,0 +1,72 @@
+"""The convergence picture of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nclightning.figures.readings import Readings, read_readings
+from nclightning.figures.summary import QUANTITIES, RunSummary, summarize
+
+__all__ = ["draw_convergence"]
+
+_PANELS = (
+    ("Optimality", ("optimality/gap", "optimality/distance", "optimality/grad_norm")),
+    ("Neural collapse", ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")),
+)
+# Colours that stay apart in the common kinds of colour blindness, and dashes that stay apart in grey.
+_STYLES = (("#0072B2", "-"), ("#D55E00", (0, (6, 2))), ("#009E73", (0, (2, 1.5))))
+
+
+def draw_convergence(run: str | Path, path: str | Path | None = None, title: str = "") -> Path:
+    """Draw gap, distance, gradient norm and NC1-NC3 on log axes, with the fitted lines.
+
+    Args:
+        run: Run folder with ``readings.csv``.
+        path: Where to write; None is ``convergence.png`` in the run folder. The ending decides the format.
+        title: Line above the panels.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        ValueError: If the run has no readings, or none of the quantities drawn.
+    """
+    readings = read_readings(run)
+    summary = summarize(readings)
+    panels = [(name, tags) for name, tags in _PANELS if any(tag in summary.last for tag in tags)]
+    if not panels:
+        raise ValueError(f"{run} has none of the readings {', '.join(QUANTITIES)}.")
+    figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, tags) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _draw_panel(axes, readings, summary, name, tags)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    path = Path(run) / "convergence.png" if path is None else Path(path)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, tags: tuple[str, ...]) -> None:
+    for tag, (color, dashes) in zip(tags, _STYLES, strict=True):
+        if tag not in summary.last:
+            continue
+        values = np.where(readings.values[tag] > 0, readings.values[tag], np.nan)
+        fit = summary.fits[tag]
+        label = QUANTITIES[tag]
+        if fit is not None:
+            label += f"   {fit.iterations_per_decade:.3g} it./decade, $R^2$ {fit.r_squared:.4f}"
+            ends = np.array([fit.first, fit.last])
+            axes.plot(ends, 10.0 ** (fit.intercept + fit.slope * ends), color=color, lw=5, alpha=0.22)
+        axes.plot(readings.iterations, values, color=color, ls=dashes, lw=1.6, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("gradient-descent iteration")
+    axes.set_title(name, fontsize=11)
+    axes.grid(True, which="major", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, handlelength=3)

@@ -1,0 +1,171 @@
+"""A run folder: TensorBoard events and a table of full-precision readings, written from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+__all__ = ["ReadingsTable", "RunLogger"]
+
+Row = tuple[int, Mapping[str, float]]
+
+
+class RunLogger(TensorBoardLogger):
+    """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
+
+    Args:
+        save_dir: Where ``name/version_N`` is made.
+        name: Folder of all runs.
+        version: Number or name of the run. None takes the next free number; one that exists is refused, so that no
+            run is written over.
+
+    Raises:
+        ValueError: When writing starts, if the run folder exists or cannot be written.
+    """
+
+    def __init__(self, save_dir: str = ".", name: str = "lightning_logs", version: int | str | None = None) -> None:
+        super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
+        self._continued: Path | None = None
+        self._table: ReadingsTable | None = None
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder."""
+        return str(self._continued) if self._continued is not None else super().log_dir
+
+    @property
+    def table(self) -> ReadingsTable:
+        """The run's readings."""
+        if self._table is None:
+            self._table = ReadingsTable(Path(self.log_dir) / "readings.csv")
+        return self._table
+
+    def continue_run(self, folder: str | os.PathLike[str], iteration: int) -> None:
+        """Go on in an existing run folder from a checkpoint; call it before the fit.
+
+        Readings from ``iteration`` on are replaced as soon as new ones arrive, in the table and on the page.
+
+        Args:
+            folder: The run folder.
+            iteration: Iteration of the checkpoint.
+        """
+        self._continued = Path(folder)
+        self._kwargs["purge_step"] = iteration
+        self.table.replace_from = iteration
+
+    @rank_zero_only
+    def claim(self) -> None:
+        """Make the run folder, or say why not, before anything is written.
+
+        Raises:
+            ValueError: If it exists and is not empty, or cannot be written.
+        """
+        if self._continued is not None or self._experiment is not None:
+            return
+        folder = Path(self.log_dir)
+        try:
+            if folder.is_dir() and any(folder.iterdir()):
+                raise ValueError(
+                    f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
+                    f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write the run folder {folder}: {error.strerror or error}. "
+                "Choose another with --trainer.logger.init_args.save_dir."
+            ) from error
+
+    @property
+    def experiment(self) -> Any:
+        """TensorBoard's writer; the first access makes the run folder."""
+        self.claim()
+        return super().experiment
+
+    @rank_zero_only
+    def log_rows(self, rows: Sequence[Row]) -> None:
+        """Write readings: one event and one table row per iteration.
+
+        Args:
+            rows: Pairs of iteration and values by tag, in order. Values that are not finite are left out of the
+                events, where they would tear the curve, and kept in the table.
+        """
+        writer = self.experiment._get_file_writer()
+        for iteration, values in rows:
+            finite = [
+                Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
+            ]
+            writer.add_summary(Summary(value=finite), iteration)
+        self.table.append(rows)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring events to disk."""
+        super().save()
+        if self._experiment is not None:
+            self.experiment.flush()
+
+
+class ReadingsTable:
+    """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
+
+    Rows are appended and reach the disk with every call. A tag that was not there at the start gets a new column.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        replace_from: Before the next append, drop rows from this iteration on; None to keep all.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.replace_from: int | None = None
+        self._tags: list[str] | None = None
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add rows at the end.
+
+        Args:
+            rows: Pairs of iteration and values by tag.
+        """
+        new = dict.fromkeys(tag for _, values in rows for tag in values)
+        if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
+            self._rewrite(new)
+        assert self._tags is not None
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(
+                [iteration, *(repr(values[tag]) if tag in values else "" for tag in self._tags)]
+                for iteration, values in rows
+            )
+
+    def _rewrite(self, new: Mapping[str, Any]) -> None:
+        """Write header and kept rows anew, by way of a second file, so that a crash leaves one of the two."""
+        kept: list[dict[str, str]] = []
+        tags: list[str] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                tags = list(reader.fieldnames or ["iteration"])[1:]
+                kept = [row for row in reader if None not in row.values()]
+        if self.replace_from is not None:
+            kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
+        self._tags = tags + [tag for tag in new if tag not in tags]
+        self.replace_from = None
+        temporary = self.path.with_suffix(".csv.partial")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["iteration", *self._tags])
+            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)
+        temporary.replace(self.path)

@@ -1,0 +1,300 @@
+"""The regularised classifier and its leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nclightning.models.backbones import FeatureTable
+from nclightning.objective import LossName, Objective
+from nclightning.optim import ArmijoGD
+from nclightning.theory import UFMProblem
+
+__all__ = ["UFM", "RegularizedClassifier"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class RegularizedClassifier(L.LightningModule):
+    """A backbone and a linear head, trained on Problem (2) by full-batch iterations.
+
+    One ``training_step`` runs many optimizer iterations on the batch, so that Lightning's cost per step is paid once
+    for all of them. ``trainer.max_steps`` and ``trainer.global_step`` count iterations. Callbacks that define
+    ``on_iteration_end(trainer, pl_module, batch, iteration)`` are called after each one. Training ends early when a
+    line search ends without a step.
+
+    Batches are pairs ``(x, y)``; the backbone is called with ``x``, the head with its output.
+
+    Args:
+        backbone: Maps ``x`` to features ``(B, d)``.
+        head: Last layer; ``head.in_features`` is d.
+        objective: Loss and penalties.
+        num_samples: N, the size of the training set, by which the feature penalty of a smaller batch is scaled.
+        optimizer: Makes the optimizer from the parameters; its ``step`` is called with a closure.
+        iterations_per_step: Optimizer iterations per ``training_step``. Checkpoints and stopping act at multiples.
+
+    Raises:
+        ValueError: If an option is out of range; at the start of a fit, if a parameter is not finite, the trainer's
+            options do not fit, or a checkpoint of another problem is resumed.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Linear,
+        objective: Objective,
+        num_samples: int,
+        optimizer: OptimizerCallable = ArmijoGD,
+        iterations_per_step: int = 100,
+    ) -> None:
+        super().__init__()
+        if iterations_per_step < 1:
+            raise ValueError(f"iterations_per_step must be at least 1, got {iterations_per_step}.")
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.head = head
+        self.objective = objective
+        self.num_samples = num_samples
+        self.iterations_per_step = iterations_per_step
+        self._make_optimizer = optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits ``(B, K)``."""
+        logits: Tensor = self.head(self.backbone(x))
+        return logits
+
+    def evaluate_objective(self, batch: Batch) -> Tensor:
+        """Evaluate F on a batch.
+
+        Args:
+            batch: Pair ``(x, y)``.
+
+        Returns:
+            Scalar with its graph.
+        """
+        x, labels = batch
+        features = self.backbone(x)
+        return self.objective.from_logits(
+            self.head(features), self.head.weight, features, labels, self.head.bias, self.num_samples
+        )
+
+    @property
+    def problem(self) -> UFMProblem:
+        """The unconstrained feature model with this head, objective and number of samples.
+
+        Raises:
+            ValueError: If it has no closed form (a zero penalty; a bias penalty; CE with ``d < K - 1``).
+        """
+        if self.objective.lambda_b:
+            raise ValueError(f"lambda_b must be 0, got {self.objective.lambda_b}: no closed form has a bias penalty.")
+        return UFMProblem(
+            self.objective.loss,
+            self.head.out_features,
+            self.num_samples // self.head.out_features,
+            self.head.in_features,
+            self.objective.lambda_w,
+            self.objective.lambda_h,
+        )
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer over all parameters."""
+        return self._make_optimizer(self.parameters())
+
+    def on_fit_start(self) -> None:
+        """Refuse what would give a wrong or useless run."""
+        self.check_parameters()
+        trainer = self.trainer
+        if trainer.max_steps < 0:
+            raise ValueError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
+        if trainer.precision not in ("32-true", "64-true") or (
+            trainer.precision == "64-true" and self.dtype != torch.float64
+        ):
+            raise ValueError(
+                f"trainer.precision={trainer.precision!r} does not fit parameters of {self.dtype}: leave it out and "
+                "set the model's dtype to float64 or float32, which decides the precision from start to checkpoint."
+            )
+        for callback in trainer.checkpoint_callbacks:
+            every = getattr(callback, "_every_n_train_steps", 0) or 0
+            if every % self.iterations_per_step:
+                raise ValueError(
+                    f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "
+                    f"{self.iterations_per_step}, got {every}: it would never save."
+                )
+        self._iteration_hooks: list[Callable[..., None]] = [
+            callback.on_iteration_end
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if hasattr(callback, "on_iteration_end")
+        ]
+
+    def check_parameters(self) -> None:
+        """Raise unless all parameters are finite.
+
+        Raises:
+            ValueError: Naming the parameter.
+        """
+        for name, p in self.named_parameters():
+            if not torch.isfinite(p).all():
+                raise ValueError(f"{name} has entries that are not finite before training. Check its initialisation.")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Run iterations up to the next multiple of ``iterations_per_step`` or ``max_steps``."""
+        trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, Optimizer)
+        start = trainer.global_step
+        count = self.iterations_per_step - start % self.iterations_per_step
+        if trainer.max_steps >= 0:
+            count = min(count, trainer.max_steps - start)
+        closure = self._closure(optimizer, batch)
+        done = 0
+        try:
+            for _ in range(count):
+                optimizer.step(closure)
+                done += 1
+                for hook in self._iteration_hooks:
+                    hook(trainer, self, batch, start + done)
+                outcome = getattr(optimizer, "outcome", None)
+                if outcome is not None and not outcome.accepted:
+                    self.print(f"Iteration {start + done}: {outcome.status.sentence}")
+                    trainer.should_stop = True
+                if trainer.should_stop:
+                    break
+        finally:
+            # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
+            # second line is the x-axis of whatever else is logged through the module.
+            loop = trainer.fit_loop.epoch_loop
+            loop.manual_optimization.optim_step_progress.increment_by(done)
+            loop._batches_that_stepped = start + done
+
+    def _closure(self, optimizer: Optimizer, batch: Batch) -> Callable[[], Any]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = self.evaluate_objective(batch)
+            value.backward()  # type: ignore[no-untyped-call]
+            return value.detach()
+
+        return closure
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log F as ``loss``."""
+        self.log("loss", self.evaluate_objective(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log F as ``loss``."""
+        self.log("loss", self.evaluate_objective(batch))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume another problem, whose curves would be continued under a wrong name."""
+        stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        different = {
+            name: (stored[name], value)
+            for name, value in self.hparams.items()
+            if name in stored and name in self._problem_hparams and stored[name] != value
+        }
+        if different:
+            listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
+            raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+
+    _problem_hparams: tuple[str, ...] = ()
+
+
+class UFM(RegularizedClassifier):
+    r"""The unconstrained feature model: features are free parameters (paper, Problems (5) and (8)).
+
+    MSE comes with a free bias, cross-entropy without one, as in the paper. All sizes and penalties are given here
+    once; :class:`~nclightning.data.IndexDataModule` takes them over.
+
+    Args:
+        num_classes: K, at least 2.
+        samples_per_class: n, at least 1.
+        feature_dim: d, at least 1.
+        loss: ``"mse"`` or ``"ce"``.
+        lambda_w: Penalty on the head.
+        lambda_h: Penalty on the features.
+        lambda_: The paper's single :math:`\lambda`: what is not given of ``lambda_w`` and ``lambda_h`` becomes
+            :math:`\lambda_W = n\lambda` and :math:`\lambda_H = \lambda`. A configuration may spell it ``lambda``.
+        init_scale: Standard deviation of the normal entries that head and features start from; the bias starts at 0.
+        dtype: ``"float64"`` or ``"float32"``, the precision of parameters, training and checkpoints.
+        optimizer: Makes the optimizer from the parameters.
+        iterations_per_step: Optimizer iterations per Lightning step.
+
+    Raises:
+        ValueError: If an argument is out of range, or a penalty is missing.
+    """
+
+    _problem_hparams = ("num_classes", "samples_per_class", "feature_dim", "loss", "lambda_w", "lambda_h", "dtype")
+
+    def __init__(
+        self,
+        num_classes: int,
+        samples_per_class: int,
+        feature_dim: int,
+        loss: LossName,
+        lambda_w: float | None = None,
+        lambda_h: float | None = None,
+        lambda_: float | None = None,
+        init_scale: float = 1.0,
+        dtype: Literal["float64", "float32"] = "float64",
+        optimizer: OptimizerCallable = ArmijoGD,
+        iterations_per_step: int = 100,
+    ) -> None:
+        for name, value, least in (
+            ("num_classes", num_classes, 2),
+            ("samples_per_class", samples_per_class, 1),
+            ("feature_dim", feature_dim, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if not (math.isfinite(init_scale) and init_scale >= 0):
+            raise ValueError(f"init_scale must be finite and non-negative, got {init_scale!r}.")
+        if dtype not in ("float64", "float32"):
+            raise ValueError(f"dtype must be 'float64' or 'float32', got {dtype!r}.")
+        lambda_w, lambda_h = _resolve_lambdas(lambda_w, lambda_h, lambda_, samples_per_class)
+        num_samples, torch_dtype = num_classes * samples_per_class, getattr(torch, dtype)
+        super().__init__(
+            backbone=FeatureTable(num_samples, feature_dim, torch_dtype),
+            head=nn.Linear(feature_dim, num_classes, bias=loss == "mse", dtype=torch_dtype),
+            objective=Objective(loss, lambda_w, lambda_h),
+            num_samples=num_samples,
+            optimizer=optimizer,
+            iterations_per_step=iterations_per_step,
+        )
+        lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.reset_parameters(init_scale)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_scale: float) -> None:
+        """Draw head and features from the global generator, in float64 for every dtype; zero the bias.
+
+        Args:
+            init_scale: Standard deviation.
+        """
+        for p in (self.head.weight, self.features):
+            p.copy_(init_scale * torch.randn(p.shape, dtype=torch.float64))
+        if self.head.bias is not None:
+            self.head.bias.zero_()
+
+    @property
+    def features(self) -> nn.Parameter:
+        """Free features ``(N, d)``."""
+        assert isinstance(self.backbone, FeatureTable)
+        return self.backbone.features
+
+
+def _resolve_lambdas(
+    lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
+) -> tuple[float, float]:
+    if lambda_ is not None:
+        lambda_w = samples_per_class * lambda_ if lambda_w is None else lambda_w
+        lambda_h = lambda_ if lambda_h is None else lambda_h
+    if lambda_w is None or lambda_h is None:
+        missing = "lambda_w" if lambda_w is None else "lambda_h"
+        raise ValueError(f"{missing} is missing: give lambda_w and lambda_h, or the paper's single lambda.")
+    return lambda_w, lambda_h

@@ -1,0 +1,461 @@
+"""Gradient descent with a backtracking line search that keeps working below the round-off of the objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["ArmijoGD", "SearchOutcome", "SearchStatus"]
+
+
+class SearchStatus(str, Enum):
+    """How one line search ended."""
+
+    ACCEPTED = "accepted"
+    ACCEPTED_BY_SLOPE = "accepted_by_slope"
+    STATIONARY = "stationary"
+    STALLED = "stalled"
+    EXHAUSTED = "exhausted"
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and what to do about it."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    SearchStatus.ACCEPTED: "The objective decreased sufficiently.",
+    SearchStatus.ACCEPTED_BY_SLOPE: (
+        "The change of the objective was below its round-off; the gradients show a sufficient decrease."
+    ),
+    SearchStatus.STATIONARY: "The gradient is zero: this is a stationary point, and the parameters stay there.",
+    SearchStatus.STALLED: (
+        "The step became too small to change the parameters: descent has reached the round-off of this precision. "
+        "The parameters were left as they are."
+    ),
+    SearchStatus.EXHAUSTED: (
+        "No trial step decreased the objective sufficiently. The parameters were left as they are. Check that the "
+        "closure is deterministic and returns the objective whose gradient it computes, or raise max_trials."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What one call of :meth:`ArmijoGD.step` did. All numbers belong to the iterate that it left behind.
+
+    Attributes:
+        status: How the search ended.
+        objective: Value at the new iterate.
+        previous_objective: Value at the iterate before.
+        grad_norm: Euclidean norm of the gradient at the new iterate, over all parameters.
+        previous_grad_norm: The same at the iterate before: ``step_size * previous_grad_norm`` is the length moved.
+        step_size: Step taken; 0 unless accepted.
+        evaluations: Calls of the closure in this step.
+    """
+
+    status: SearchStatus
+    objective: float
+    previous_objective: float
+    grad_norm: float
+    previous_grad_norm: float
+    step_size: float
+    evaluations: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters moved."""
+        return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)
+
+
+class ArmijoGD(Optimizer):
+    r"""Gradient descent whose step is found by backtracking on the Armijo condition.
+
+    A trial step t along the negative gradient g is accepted when
+
+    .. math:: F(x - t g) \le F(x) - c_1 t \|g\|^2 .
+
+    Near a minimum the change of F drops below the round-off of F and this comparison becomes noise: plain
+    backtracking stops at a gradient norm of about :math:`\sqrt\epsilon`. There, where
+    :math:`|F(x - tg) - F(x)| \le \mathrm{noise}\,|F(x)|`, the same decrease is tested through the slopes
+    (approximate Armijo condition; Hager and Zhang 2005, Sec. 2):
+
+    .. math:: \langle \nabla F(x - t g), g \rangle \ge -(1 - 2 c_1) \|g\|^2 ,
+
+    which for a quadratic is the same condition, and which is good down to the round-off of the gradient.
+
+    Each trial calls the standard closure (value and gradient). The gradient of the accepted trial opens the next
+    step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
+    The reuse is dropped by itself when a parameter or its gradient was changed in place between two steps.
+
+    All parameter groups move along one joint direction with one step size; the options are therefore common to all
+    groups. On several processes (``torch.distributed`` initialised) the closure's value is averaged over the ranks
+    before it is compared, so that all take the same decision; gradients must be synchronised by the closure.
+
+    Norms and inner products are accumulated in float64 whatever the dtype of the parameters.
+
+    Args:
+        params: Parameters or parameter groups. Real and dense.
+        initial_step: First trial of the first step.
+        shrink: Factor in (0, 1) applied after a rejected trial.
+        grow: Factor of at least 1 applied to the next first trial once ``patience`` first trials in a row were
+            accepted.
+        patience: How many; growing at every step would waste every second evaluation.
+        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        max_trials: Trials per step before the search gives up.
+        noise: Relative round-off of the objective below which slopes decide. None means 64 times the machine
+            epsilon of the closure's value; 0 gives plain Armijo backtracking.
+        reuse_gradient: Open a step with the accepted gradient of the last one. Right for deterministic objectives.
+            Set it to False when the closure's data or dropout masks change from step to step; each step then costs
+            one evaluation more. Within one step the closure must be deterministic in any case.
+
+    Raises:
+        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = ArmijoGD([x], initial_step=1.0)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     value = x.square().sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> optimizer.step(closure)
+        0.0
+        >>> optimizer.outcome.step_size, optimizer.outcome.evaluations
+        (1.0, 2)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        initial_step: float = 1.0,
+        shrink: float = 0.5,
+        grow: float = 2.0,
+        patience: int = 2,
+        c1: float = 0.3,
+        max_trials: int = 60,
+        noise: float | None = None,
+        reuse_gradient: bool = True,
+    ) -> None:
+        options = {
+            "initial_step": initial_step,
+            "shrink": shrink,
+            "grow": grow,
+            "patience": patience,
+            "c1": c1,
+            "max_trials": max_trials,
+            "noise": noise,
+            "reuse_gradient": reuse_gradient,
+        }
+        _check_options(options)
+        super().__init__(params, options)
+        self._outcome: SearchOutcome | None = None
+        self._next_step = float(initial_step)
+        self._streak = 0
+        self._total_evaluations = 0
+        self._resumed = False
+        # Gradient at the current iterate with the tensor versions under which it is valid.
+        self._carried: _Carried | None = None
+
+    @property
+    def outcome(self) -> SearchOutcome | None:
+        """What the last step did; None before the first."""
+        return self._outcome
+
+    @property
+    def total_evaluations(self) -> int:
+        """Calls of the closure in all steps so far; the one that a resume repeats is not counted."""
+        return self._total_evaluations
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the joint search direction.
+
+        Args:
+            param_group: ``{"params": ...}`` without options: there is one step size for all groups.
+
+        Raises:
+            ValueError: If the group carries an option or a complex parameter.
+        """
+        own = sorted(set(param_group) & set(self.defaults))
+        if own:
+            raise ValueError(
+                f"parameter groups of ArmijoGD share one search, so a group cannot set {', '.join(own)}. "
+                "Pass it to ArmijoGD(...) instead."
+            )
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.is_complex():
+                raise ValueError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
+        self._carried = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
+        """Search along the negative gradient and move.
+
+        Args:
+            closure: Clears the gradients, computes the objective at the current parameters, calls ``backward`` and
+                returns the value. Called once per trial.
+
+        Returns:
+            Objective at the iterate that the step leaves behind; :attr:`outcome` has the rest. If nothing was
+            accepted the parameters are restored bit for bit.
+
+        Raises:
+            ValueError: If the closure is missing or returns no scalar, the objective or gradient is not finite at
+                the start, a gradient is sparse, or gradients were accumulated before the step.
+        """
+        if closure is None:
+            raise ValueError(
+                "ArmijoGD.step needs a closure that evaluates the objective; it was called without one. Under "
+                "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
+                "precision='32-true', '64-true' or 'bf16-mixed'."
+            )
+        with torch.no_grad():
+            return self._search(closure)
+
+    def _search(self, closure: Callable[[], Any]) -> float:
+        options = self.defaults
+        params = [p for group in self.param_groups for p in group["params"]]
+        start = self._recall(params)
+        evaluations = 0
+        if start is None:
+            self._refuse_foreign_gradients(params)
+            start = self._evaluate(closure, params)
+            evaluations = 0 if self._resumed else 1
+            self._resumed = False
+            if not start.finite:
+                raise ValueError(
+                    f"the objective at the start of the step is {start.value} with gradient norm "
+                    f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
+                )
+        elif self._outcome is not None and not self._outcome.accepted:
+            # Same point, same deterministic closure: the search would fail in the same way.
+            return self._finish(params, start, start, self._outcome.status, 0.0, 0)
+        if start.square == 0.0:
+            return self._finish(params, start, start, SearchStatus.STATIONARY, 0.0, evaluations)
+
+        moving = [(p, g) for p, g in zip(params, start.gradients, strict=True) if g is not None]
+        origin = [p.clone() for p, _ in moving]
+        size, first_trial = self._next_step, True
+        status = SearchStatus.EXHAUSTED
+        try:
+            for _ in range(options["max_trials"]):
+                moved = [x.sub(g, alpha=size) for x, (_, g) in zip(origin, moving, strict=True)]
+                if all(torch.equal(x, y) for x, y in zip(origin, moved, strict=True)) and not first_trial:
+                    status = SearchStatus.STALLED
+                    break
+                for (p, _), y in zip(moving, moved, strict=True):
+                    p.copy_(y)
+                trial = self._evaluate(closure, params)
+                evaluations += 1
+                verdict = self._judge(start, trial, size)
+                if verdict is not None:
+                    self._adapt(size, first_trial)
+                    return self._finish(params, start, trial, verdict, size, evaluations)
+                size *= options["shrink"]
+                first_trial = False
+        except BaseException:
+            _restore(moving, origin)
+            self._carried = None
+            for p in params:
+                p.grad = None
+            raise
+        _restore(moving, origin)
+        return self._finish(params, start, start, status, 0.0, evaluations)
+
+    def _judge(self, start: _Evaluation, trial: _Evaluation, size: float) -> SearchStatus | None:
+        """Decide on a trial; None rejects it."""
+        if not trial.finite:
+            return None
+        c1, change = self.defaults["c1"], trial.value - start.value
+        if abs(change) <= self._noise(start) * abs(start.value):
+            slope = _inner(start.gradients, trial.gradients)
+            return SearchStatus.ACCEPTED_BY_SLOPE if slope >= -(1 - 2 * c1) * start.square else None
+        return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
+
+    def _noise(self, start: _Evaluation) -> float:
+        noise = self.defaults["noise"]
+        return 64 * start.epsilon if noise is None else noise
+
+    def _adapt(self, size: float, first_trial: bool) -> None:
+        """Choose the next first trial after an accepted step."""
+        self._streak = self._streak + 1 if first_trial else 0
+        self._next_step = size
+        if self._streak >= self.defaults["patience"] and math.isfinite(size * self.defaults["grow"]):
+            self._next_step = size * self.defaults["grow"]
+            self._streak = 0
+
+    def _finish(
+        self,
+        params: list[Tensor],
+        start: _Evaluation,
+        end: _Evaluation,
+        status: SearchStatus,
+        size: float,
+        evaluations: int,
+    ) -> float:
+        for p, g in zip(params, end.gradients, strict=True):
+            p.grad = g
+        self._carried = _Carried(end, _versions(params))
+        self._total_evaluations += evaluations
+        self._outcome = SearchOutcome(
+            status=status,
+            objective=end.value,
+            previous_objective=start.value,
+            grad_norm=math.sqrt(end.square),
+            previous_grad_norm=math.sqrt(start.square),
+            step_size=size,
+            evaluations=evaluations,
+        )
+        return end.value
+
+    def _recall(self, params: list[Tensor]) -> _Evaluation | None:
+        """Return the carried evaluation, if it still belongs to the parameters."""
+        carried = self._carried
+        if carried is None or not self.defaults["reuse_gradient"]:
+            return None
+        for p, g, versions in zip(params, carried.evaluation.gradients, carried.versions, strict=True):
+            cleared = p.grad is None or p.grad is g
+            if not cleared or versions != (p._version, None if g is None else g._version):
+                return None
+        return carried.evaluation
+
+    def _refuse_foreign_gradients(self, params: list[Tensor]) -> None:
+        own = [None] * len(params) if self._carried is None else self._carried.evaluation.gradients
+        for p, g in zip(params, own, strict=True):
+            if p.grad is not None and p.grad is not g:
+                raise ValueError(
+                    "a parameter had a gradient before ArmijoGD.step: the search evaluates the objective itself and "
+                    "cannot add to accumulated gradients. Set accumulate_grad_batches=1 (Lightning), or call "
+                    "zero_grad() before the first step."
+                )
+
+    def _evaluate(self, closure: Callable[[], Any], params: list[Tensor]) -> _Evaluation:
+        # Own the gradients: a closure that zeroes in place must not reach those of the start.
+        for p in params:
+            p.grad = None
+        with torch.enable_grad():
+            result = closure()
+        if not isinstance(result, Tensor):
+            result = torch.as_tensor(result, dtype=torch.float64) if isinstance(result, (int, float)) else None
+        if result is None or result.numel() != 1 or result.is_complex():
+            raise ValueError("the closure of ArmijoGD.step must return the objective as one real number.")
+        gradients = [p.grad for p in params]
+        for g in gradients:
+            if g is not None and g.layout != torch.strided:
+                raise ValueError(
+                    "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
+                )
+        epsilon = torch.finfo(result.dtype).eps
+        value = float(_average_over_ranks(result.detach()))
+        return _Evaluation(value, epsilon, gradients, _inner(gradients, gradients))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the torch state and the search's own; plain numbers, so that a resumed run continues bit for bit.
+
+        The carried gradient is not stored: the first step after a resume evaluates the closure once more, which no
+        count includes.
+        """
+        state = super().state_dict()
+        outcome = None if self._outcome is None else asdict(self._outcome) | {"status": self._outcome.status.value}
+        state["search"] = {
+            "next_step": self._next_step,
+            "streak": self._streak,
+            "total_evaluations": self._total_evaluations,
+            "outcome": outcome,
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore options and search state; options of the stored run win over those of the constructor.
+
+        Args:
+            state_dict: Made by :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it belongs to another optimizer.
+        """
+        if "search" not in state_dict:
+            raise ValueError("this state_dict was not made by ArmijoGD: it has no entry 'search'.")
+        search, outcome = state_dict["search"], state_dict["search"]["outcome"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
+        self.defaults.update({name: self.param_groups[0][name] for name in self.defaults})
+        self._next_step, self._streak = search["next_step"], search["streak"]
+        self._total_evaluations = search["total_evaluations"]
+        self._outcome = outcome and SearchOutcome(**outcome | {"status": SearchStatus(outcome["status"])})
+        self._resumed = self.defaults["reuse_gradient"] and outcome is not None
+        self._carried = None
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Value and gradient at one point."""
+
+    value: float
+    epsilon: float
+    gradients: list[Tensor | None]
+    square: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.value) and math.isfinite(self.square)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """An evaluation at the current iterate and the tensor versions under which it still is that."""
+
+    evaluation: _Evaluation
+    versions: list[tuple[int, int | None]]
+
+
+def _versions(params: list[Tensor]) -> list[tuple[int, int | None]]:
+    return [(p._version, None if p.grad is None else p.grad._version) for p in params]
+
+
+def _restore(moving: list[tuple[Tensor, Tensor]], origin: list[Tensor]) -> None:
+    for (p, _), x in zip(moving, origin, strict=True):
+        p.copy_(x)
+
+
+def _inner(left: list[Tensor | None], right: list[Tensor | None]) -> float:
+    """Inner product of two gradients in float64; a missing entry is zero."""
+    parts = [
+        torch.dot(a.double().flatten(), b.double().flatten())
+        for a, b in zip(left, right, strict=True)
+        if a is not None and b is not None
+    ]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def _average_over_ranks(value: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    total = value.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    rules: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        ("initial_step", "positive and finite", lambda v: 0 < v < math.inf),
+        ("shrink", "between 0 and 1", lambda v: 0 < v < 1),
+        ("grow", "at least 1 and finite", lambda v: 1 <= v < math.inf),
+        ("patience", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
+        ("c1", "between 0 and 1/2", lambda v: 0 < v < 0.5),
+        ("max_trials", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
+        ("noise", "None or between 0 and 1", lambda v: v is None or 0 <= v < 1),
+    )
+    for name, expectation, holds in rules:
+        value = options[name]
+        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if not (number and (value is None) <= (name == "noise") and holds(value)):
+            raise ValueError(f"ArmijoGD({name}=...) must be {expectation}, got {value!r}.")

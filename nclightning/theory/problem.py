@@ -1,0 +1,252 @@
+r"""The unconstrained feature model as a problem with a known answer.
+
+Letters used in this package (paper: features and head in columns; here: in rows):
+
+    K, n, d     classes, samples per class, feature dimension; N = K n
+    q, c        q = sqrt(n lambda_w lambda_h),  c = sqrt(lambda_w / (n lambda_h)) = |feature| / |head row|
+    s           logit scale of the optimum: the logits of class k are s (e_k - 1/K) (+ bias)
+    r           rank of the optimum, min(d, K - 1)
+    a, h        scale of the head and of the features: W* = a M, H*_i = h M with M a partial isometry, a h = s
+    P           centring matrix I - 11^T / K
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nclightning.theory import gap, solutions
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from torch import Tensor
+
+    from nclightning.theory.solutions import Solution
+
+__all__ = ["UFMProblem"]
+
+
+@dataclass(frozen=True)
+class UFMProblem:
+    r"""Closed forms of the unconstrained feature model, Problem (5) (MSE, free bias) or (8) (CE, no bias).
+
+    .. math::
+        \min_{W,H(,b)} \frac1N \sum_i L(W^\top h_i (+ b), y_i)
+        + \frac{\lambda_W}2\|W\|_F^2 + \frac{\lambda_H}2\|H\|_F^2
+
+    The optimum is a neural-collapse solution when :math:`K^2 n \lambda_W \lambda_H < 1` and zero otherwise
+    (Props. 1 and 3 with errata E2 and E3). MSE is covered for every feature dimension; for ``d < K - 1`` the
+    optimal set consists of the rank-``d`` partial isometries.
+
+    Args:
+        loss: ``"mse"`` or ``"ce"``.
+        num_classes: K, at least 2.
+        samples_per_class: n, at least 1.
+        feature_dim: d, at least 1; for CE at least ``K - 1``.
+        lambda_w: Penalty on the head, positive.
+        lambda_h: Penalty on the features, positive.
+
+    Raises:
+        ValueError: If a size or a penalty is out of range, or for CE with ``d < K - 1``, where no closed form exists.
+    """
+
+    loss: Literal["mse", "ce"]
+    num_classes: int
+    samples_per_class: int
+    feature_dim: int
+    lambda_w: float
+    lambda_h: float
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("mse", "ce"):
+            raise ValueError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
+        for name, least in (("num_classes", 2), ("samples_per_class", 1), ("feature_dim", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        for name in ("lambda_w", "lambda_h"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"{name} must be positive and finite, got {value!r}: the closed forms divide by it. "
+                    f"Raise {name}, or train without the theory."
+                )
+        if self.loss == "ce" and self.feature_dim < self.num_classes - 1:
+            raise ValueError(
+                f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for loss='ce', got "
+                f"{self.feature_dim}: no simplex ETF of {self.num_classes} classes fits, and no closed form is known. "
+                "Raise feature_dim, or use loss='mse'."
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """N = K n."""
+        return self.num_classes * self.samples_per_class
+
+    @property
+    def rank(self) -> int:
+        """Rank ``min(d, K - 1)`` of a collapsed optimum."""
+        return min(self.feature_dim, self.num_classes - 1)
+
+    @property
+    def q(self) -> float:
+        r""":math:`\sqrt{n \lambda_W \lambda_H}`, the regularisation strength that the optimum depends on."""
+        return math.sqrt(self.samples_per_class * self.lambda_w) * math.sqrt(self.lambda_h)
+
+    @property
+    def threshold(self) -> float:
+        r"""Value :math:`1/(nK^2)` of :math:`\lambda_W\lambda_H` from which on the optimum is zero."""
+        return 1.0 / (self.samples_per_class * self.num_classes**2)
+
+    @property
+    def collapses(self) -> bool:
+        """Whether the optimum is a neural-collapse solution (``K q < 1``) and not zero."""
+        return self.num_classes * self.q < 1
+
+    @property
+    def ratio(self) -> float:
+        r"""Norm of an optimal feature over that of its head row, :math:`\sqrt{\lambda_W/(n\lambda_H)}`."""
+        return math.sqrt(self.lambda_w / self.samples_per_class) / math.sqrt(self.lambda_h)
+
+    @property
+    def logit_scale(self) -> float:
+        """Scale s of the optimal logits ``s (e_k - 1/K)``; 0 where the optimum is zero."""
+        if not self.collapses:
+            return 0.0
+        slack = 1.0 - self.num_classes * self.q
+        return slack if self.loss == "mse" else math.log1p(slack / self.q)
+
+    @property
+    def weight_scale(self) -> float:
+        """Singular value a of an optimal head."""
+        return math.sqrt(self.logit_scale / self.ratio)
+
+    @property
+    def feature_scale(self) -> float:
+        """Singular value h of the class-mean matrix of optimal features."""
+        return math.sqrt(self.logit_scale * self.ratio)
+
+    @property
+    def optimal_value(self) -> float:
+        """Global minimum F*."""
+        K, s, q, r = self.num_classes, self.logit_scale, self.q, self.rank
+        if self.loss == "ce":
+            return math.log1p((K - 1) * math.exp(-s)) + (K - 1) * s * q
+        return r * ((1 - s) ** 2 / (2 * K) + s * q) + (K - 1 - r) / (2 * K)
+
+    def labels(self, device: torch.device | str | None = None) -> Tensor:
+        """Labels ``(N,)`` of the balanced training set, class after class: ``0, .., 0, 1, .., 1, ..``."""
+        return torch.arange(self.num_classes, device=device).repeat_interleave(self.samples_per_class)
+
+    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
+        r"""Project a point on the optimal set.
+
+        With :math:`S = W + c \sum_i H_i` the nearest member is built from the polar factor of :math:`S P`. Where
+        :math:`SP` is rank-deficient the nearest member is not unique and one of them is returned.
+
+        Args:
+            weight: Head ``(K, d)``.
+            features: ``(N, d)``.
+            labels: ``(N,)`` int64, every class exactly n times, any order.
+            bias: ``(K,)`` for MSE; for CE None or zeros do not matter, a bias is refused.
+
+        Returns:
+            Solution in float64 on the device of ``features``, rows in the order of ``labels``.
+
+        Raises:
+            ValueError: If a shape does not fit the problem, labels are not balanced, MSE comes without a bias or CE
+                with one.
+        """
+        return solutions.nearest(self, *self._admit(weight, features, labels, bias))
+
+    def distance(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
+
+        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`; 0 only if the point equals its rounded projection.
+        Arguments and errors as in :meth:`nearest_optimum`; ``check_labels=False`` skips the one check that
+        transfers to the host, for labels that :meth:`check_labels` has passed.
+
+        Returns:
+            Non-negative float64 scalar.
+        """
+        return solutions.distance(self, *self._admit(weight, features, labels, bias, check_labels))
+
+    def optimality_gap(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Evaluate :math:`F - F^*` without subtracting the two.
+
+        A sum of squares and Bregman divergences that is exact to about
+        :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`, where the plain difference is noise below :math:`\epsilon F`.
+        Non-negative by construction, except for MSE with ``d < K - 1`` below the threshold, whose form has a cross
+        term and may come out negative at round-off level. Arguments and errors as in :meth:`distance`.
+
+        Returns:
+            Float64 scalar.
+        """
+        return gap.optimality_gap(self, *self._admit(weight, features, labels, bias, check_labels))
+
+    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
+        """Draw a member of the optimal set, uniformly under rotations of the feature space.
+
+        Args:
+            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
+
+        Returns:
+            Solution in float64 with labels in the order of :meth:`labels`.
+        """
+        device = None if generator is None else generator.device
+        noise = torch.randn(self.num_classes, self.feature_dim, dtype=torch.float64, device=device, generator=generator)
+        return solutions.member(self, noise, self.labels(device))
+
+    def _admit(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None, check_labels: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Check a point against the problem and cast it to float64."""
+        K, n, d = self.num_classes, self.samples_per_class, self.feature_dim
+        for name, tensor, shape in (
+            ("weight", weight, (K, d)),
+            ("features", features, (K * n, d)),
+            ("labels", labels, (K * n,)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
+        if self.loss == "mse" and (bias is None or tuple(bias.shape) != (K,)):
+            raise ValueError(
+                f"bias must have shape ({K},) for loss='mse', whose optimum has the bias 1/K, "
+                f"got {None if bias is None else tuple(bias.shape)}."
+            )
+        if self.loss == "ce" and bias is not None:
+            raise ValueError("bias must be None for loss='ce': the closed form is that of a head without a bias.")
+        if check_labels:
+            self.check_labels(labels)
+        return (
+            weight.detach().double(),
+            features.detach().double(),
+            labels,
+            None if bias is None else bias.detach().double(),
+        )
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise unless every class occurs exactly n times.
+
+        Args:
+            labels: ``(N,)`` int64. One transfer to the host.
+
+        Raises:
+            ValueError: If labels are of another type, out of range or unbalanced.
+        """
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}.")
+        ordered = labels.sort().values
+        if not torch.equal(ordered, self.labels(labels.device)):
+            raise ValueError(
+                f"labels must hold each of the classes 0..{self.num_classes - 1} exactly "
+                f"{self.samples_per_class} times: the closed forms are those of balanced data."
+            )

@@ -1,0 +1,77 @@
+"""The optimal set X of the unconstrained feature model: a member, the nearest member, the distance.
+
+Legend in :mod:`nclightning.theory.problem`. Tensors are float64 and were checked by the caller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nclightning.theory.problem import UFMProblem
+
+__all__ = ["Solution", "distance", "isometry", "member", "nearest"]
+
+
+class Solution(NamedTuple):
+    """A point of the unconstrained feature model, in the argument order of objective, gap and distance.
+
+    Attributes:
+        weight: Head ``(K, d)``.
+        features: ``(N, d)``.
+        labels: ``(N,)`` int64.
+        bias: ``(K,)`` for MSE, None for CE.
+    """
+
+    weight: Tensor
+    features: Tensor
+    labels: Tensor
+    bias: Tensor | None
+
+
+def nearest(problem: UFMProblem, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None) -> Solution:
+    """Project a point on X."""
+    sums = torch.zeros_like(weight).index_add_(0, labels, features)
+    return member(problem, weight + problem.ratio * sums, labels)
+
+
+def distance(problem: UFMProblem, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+    """Norm of the residual to the projection; the expanded square would lose half of the digits."""
+    closest = nearest(problem, weight, features, labels, bias)
+    squared = (weight - closest.weight).square().sum() + (features - closest.features).square().sum()
+    if bias is not None and closest.bias is not None:
+        squared = squared + (bias - closest.bias).square().sum()
+    return squared.sqrt()
+
+
+def member(problem: UFMProblem, direction: Tensor, labels: Tensor) -> Solution:
+    """Build the member of X whose isometry is closest to ``direction (K, d)``."""
+    K = problem.num_classes
+    bias = direction.new_full((K,), 1.0 / K) if problem.loss == "mse" else None
+    frame = isometry(direction) if problem.collapses else torch.zeros_like(direction)
+    return Solution(problem.weight_scale * frame, problem.feature_scale * frame[labels], labels, bias)
+
+
+def isometry(direction: Tensor) -> Tensor:
+    r"""Find the nearest partial isometry of rank ``min(d, K - 1)`` with zero column sums.
+
+    Args:
+        direction: ``(K, d)``.
+
+    Returns:
+        M ``(K, d)`` with :math:`\mathbf 1^\top M = 0` and M M^T = P (d >= K - 1) or M^T M = I (d < K - 1).
+    """
+    basis = _centred_basis(len(direction), direction)
+    left, _, right = torch.linalg.svd(basis.T @ direction, full_matrices=False)
+    frame: Tensor = basis @ (left @ right)
+    return frame
+
+
+def _centred_basis(num_classes: int, like: Tensor) -> Tensor:
+    """Orthonormal columns ``(K, K - 1)`` that span the complement of the ones vector (Helmert's matrix)."""
+    i = torch.arange(num_classes, dtype=like.dtype, device=like.device).unsqueeze(1)
+    j = torch.arange(1, num_classes, dtype=like.dtype, device=like.device).unsqueeze(0)
+    return ((i < j).to(like.dtype) - j * (i == j)) / (j * (j + 1)).sqrt()
