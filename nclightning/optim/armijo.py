@@ -146,7 +146,7 @@ class ArmijoGD(Optimizer):
         noise: float | None = None,
         reuse_gradient: bool = True,
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "initial_step": initial_step,
             "shrink": shrink,
             "grow": grow,
@@ -158,6 +158,7 @@ class ArmijoGD(Optimizer):
         }
         _check_options(options)
         super().__init__(params, options)
+        self._options = dict(options)  # Torch adds entries of its own to its copy.
         self._outcome: SearchOutcome | None = None
         self._next_step = float(initial_step)
         self._streak = 0
@@ -195,7 +196,7 @@ class ArmijoGD(Optimizer):
         for p in self.param_groups[-1]["params"]:
             if p.is_complex():
                 raise ValueError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
-        self._carried = None
+        self._forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
         """Search along the negative gradient and move.
@@ -222,7 +223,7 @@ class ArmijoGD(Optimizer):
             return self._search(closure)
 
     def _search(self, closure: Callable[[], Any]) -> float:
-        options = self.defaults
+        options = self._options
         params = [p for group in self.param_groups for p in group["params"]]
         start = self._recall(params)
         evaluations = 0
@@ -264,9 +265,9 @@ class ArmijoGD(Optimizer):
                 first_trial = False
         except BaseException:
             _restore(moving, origin)
-            self._carried = None
             for p in params:
                 p.grad = None
+            self._carried = None
             raise
         _restore(moving, origin)
         return self._finish(params, start, start, status, 0.0, evaluations)
@@ -275,22 +276,22 @@ class ArmijoGD(Optimizer):
         """Decide on a trial; None rejects it."""
         if not trial.finite:
             return None
-        c1, change = self.defaults["c1"], trial.value - start.value
+        c1, change = self._options["c1"], trial.value - start.value
         if abs(change) <= self._noise(start) * abs(start.value):
             slope = _inner(start.gradients, trial.gradients)
             return SearchStatus.ACCEPTED_BY_SLOPE if slope >= -(1 - 2 * c1) * start.square else None
         return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
 
     def _noise(self, start: _Evaluation) -> float:
-        noise = self.defaults["noise"]
+        noise = self._options["noise"]
         return 64 * start.epsilon if noise is None else noise
 
     def _adapt(self, size: float, first_trial: bool) -> None:
         """Choose the next first trial after an accepted step."""
         self._streak = self._streak + 1 if first_trial else 0
         self._next_step = size
-        if self._streak >= self.defaults["patience"] and math.isfinite(size * self.defaults["grow"]):
-            self._next_step = size * self.defaults["grow"]
+        if self._streak >= self._options["patience"] and math.isfinite(size * self._options["grow"]):
+            self._next_step = size * self._options["grow"]
             self._streak = 0
 
     def _finish(
@@ -320,13 +321,21 @@ class ArmijoGD(Optimizer):
     def _recall(self, params: list[Tensor]) -> _Evaluation | None:
         """Return the carried evaluation, if it still belongs to the parameters."""
         carried = self._carried
-        if carried is None or not self.defaults["reuse_gradient"]:
+        if carried is None or not self._options["reuse_gradient"]:
             return None
         for p, g, versions in zip(params, carried.evaluation.gradients, carried.versions, strict=True):
             cleared = p.grad is None or p.grad is g
             if not cleared or versions != (p._version, None if g is None else g._version):
                 return None
         return carried.evaluation
+
+    def _forget(self) -> None:
+        """Drop the carried evaluation and the gradients that belong to it."""
+        carried, self._carried = getattr(self, "_carried", None), None
+        if carried is not None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            for p, g in zip(params, carried.evaluation.gradients, strict=False):  # A group may just have been added.
+                p.grad = None if p.grad is g else p.grad
 
     def _refuse_foreign_gradients(self, params: list[Tensor]) -> None:
         own = [None] * len(params) if self._carried is None else self._carried.evaluation.gradients
@@ -387,12 +396,19 @@ class ArmijoGD(Optimizer):
             raise ValueError("this state_dict was not made by ArmijoGD: it has no entry 'search'.")
         search, outcome = state_dict["search"], state_dict["search"]["outcome"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
-        self.defaults.update({name: self.param_groups[0][name] for name in self.defaults})
+        self._options = {name: self.param_groups[0][name] for name in self._options}
         self._next_step, self._streak = search["next_step"], search["streak"]
         self._total_evaluations = search["total_evaluations"]
         self._outcome = outcome and SearchOutcome(**outcome | {"status": SearchStatus(outcome["status"])})
-        self._resumed = self.defaults["reuse_gradient"] and outcome is not None
-        self._carried = None
+        self._resumed = self._options["reuse_gradient"] and outcome is not None
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch copies and pickles its own three attributes only. The carried gradient belongs to the original.
+        return self.__dict__ | {
+            "_carried": None,
+            "_resumed": self._options["reuse_gradient"] and self._outcome is not None,
+        }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ Letters used in this package (paper: features and head in columns; here: in rows
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from nclightning.theory.solutions import Solution
 
 __all__ = ["UFMProblem"]
+
+# K q is a product of two square roots: four roundings.
+_ROUNDING = 4 * sys.float_info.epsilon
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,11 @@ class UFMProblem:
 
     @property
     def collapses(self) -> bool:
-        """Whether the optimum is a neural-collapse solution (``K q < 1``) and not zero."""
-        return self.num_classes * self.q < 1
+        """Whether the optimum is a neural-collapse solution (``K q < 1``) and not zero.
+
+        Penalties at the threshold up to the rounding of ``K q`` count as at the threshold.
+        """
+        return self.num_classes * self.q < 1 - _ROUNDING
 
     @property
     def ratio(self) -> float:

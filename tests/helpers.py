@@ -1,0 +1,45 @@
+"""What several tests need."""
+
+import torch
+
+from nclightning.objective import Objective
+from nclightning.theory import Solution
+
+
+def objective_of(problem):
+    return Objective(problem.loss, problem.lambda_w, problem.lambda_h)
+
+
+def random_point(problem, generator, scale=1.0):
+    """A normal point, with the labels in a random order."""
+    K, d, N = problem.num_classes, problem.feature_dim, problem.num_samples
+    draw = lambda *shape: scale * torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    labels = problem.labels()[torch.randperm(N, generator=generator)]
+    return Solution(draw(K, d), draw(N, d), labels, draw(K) if problem.loss == "mse" else None)
+
+
+def perturb(point, generator, size):
+    """Move a point by ``size`` in a random direction."""
+    parts = [None if t is None else torch.randn(t.shape, dtype=t.dtype, generator=generator) for t in _free(point)]
+    norm = torch.stack([p.square().sum() for p in parts if p is not None]).sum().sqrt()
+    weight, features, bias = (t if p is None else t + size * p / norm for t, p in zip(_free(point), parts, strict=True))
+    return Solution(weight, features, point.labels, bias)
+
+
+def gradient(problem, point):
+    """Gradient of the objective by autograd, one tensor per free part."""
+    leaves = [None if t is None else t.clone().requires_grad_() for t in _free(point)]
+    value = objective_of(problem)(leaves[0], leaves[1], point.labels, leaves[2])
+    return torch.autograd.grad(value, [leaf for leaf in leaves if leaf is not None])
+
+
+def gradient_norm(problem, point):
+    return float(torch.stack([g.square().sum() for g in gradient(problem, point)]).sum().sqrt())
+
+
+def norm(point):
+    return float(torch.stack([t.square().sum() for t in _free(point) if t is not None]).sum().sqrt())
+
+
+def _free(point):
+    return point.weight, point.features, point.bias
