@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.data import IndexDataModule
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.loggers import RunLogger
@@ -170,8 +171,11 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find everything wrong that can be found before a run folder is made."""
+        if isinstance(self.datamodule, IndexDataModule):
+            self.datamodule.adopt(self.model)
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
+            self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
@@ -236,9 +240,10 @@ def main(args: list[str] | None = None) -> None:
             args=args,
         )
     except ValueError as error:
-        if not _is_ours(error):
+        ours = _find_ours(error)
+        if ours is None:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {ours}")
 
 
 def _quieten_lightning() -> None:
@@ -253,10 +258,15 @@ def _quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}")
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by this package: then it is worded for the user, who needs no traceback."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).resolve().is_relative_to(Path(__file__).resolve().parent)
+def _find_ours(error: BaseException | None) -> BaseException | None:
+    """Find the error of this package behind one: it is worded for the user, who needs no traceback."""
+    package = Path(__file__).resolve().parent
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and Path(frames[-1].filename).resolve().is_relative_to(package):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _report(trainer: L.Trainer) -> None:

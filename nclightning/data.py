@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -68,13 +68,24 @@ class IndexDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Take the sizes over from the model, or check them against it."""
-        self.num_classes = self._size("num_classes", 2)
-        self.samples_per_class = self._size("samples_per_class", 1)
+        self.adopt(None if self.trainer is None else self.trainer.lightning_module)
 
-    def _size(self, name: str, least: int) -> int:
+    def adopt(self, model: L.LightningModule | None) -> None:
+        """Take the sizes over from a model, or check them against it.
+
+        Args:
+            model: With hyperparameters ``num_classes`` and ``samples_per_class``; None if there is none.
+
+        Raises:
+            ValueError: If a size is missing, out of range or differs from the model's.
+        """
+        hparams = {} if model is None else model.hparams
+        self.num_classes = self._size("num_classes", 2, hparams)
+        self.samples_per_class = self._size("samples_per_class", 1, hparams)
+
+    def _size(self, name: str, least: int, hparams: Mapping[str, Any]) -> int:
         given: int | None = getattr(self, name)
-        model = None if self.trainer is None else self.trainer.lightning_module
-        expected: int | None = None if model is None else model.hparams.get(name)
+        expected: int | None = hparams.get(name)
         if given is None and expected is None:
             raise ValueError(f"IndexDataModule({name}=...) is missing, and the model has no hyperparameter {name!r}.")
         if given is not None and expected is not None and given != expected:

@@ -146,7 +146,7 @@ class ReadingsTable:
         assert self._tags is not None
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(
-                [iteration, *(repr(values[tag]) if tag in values else "" for tag in self._tags)]
+                [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
                 for iteration, values in rows
             )
 

@@ -44,9 +44,7 @@ class OptimalityMonitor(ReadingsMonitor):
         ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
     """
 
-    log10_tags = frozenset(
-        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/error_bound_ratio"}
-    )
+    log10_tags = frozenset({"optimality/gap", "optimality/distance", "optimality/grad_norm"})
 
     def __init__(self, every_n_iterations: int = 10, theory: bool = True, stop_distance: float | None = None) -> None:
         super().__init__(every_n_iterations)

@@ -98,8 +98,7 @@ def class_statistics(
         dtype: Dtype of accumulation and result, float64 or float32.
 
     Returns:
-        Statistics in ``dtype``. Exactly zero scatter for identical features within classes up to the rounding of
-        their mean.
+        Statistics in ``dtype``. Zero scatter where the features of each class are equal to the last bit.
 
     Raises:
         ValueError: If a shape does not fit.
@@ -117,12 +116,14 @@ def class_statistics(
     # One bin more than classes takes the ignored samples, so that no value is branched on.
     index = torch.where(valid, labels, num_classes)
     counts = features.new_zeros(num_classes + 1).index_add_(0, index, torch.ones_like(labels, dtype=dtype))
-    sums = features.new_zeros(num_classes + 1, features.shape[1]).index_add_(0, index, features)
-    means = sums / counts.clamp(min=1).unsqueeze(1)
-    deviations = torch.where(valid.unsqueeze(1), features - means[index], 0)
+    divisor = counts.clamp(min=1).unsqueeze(1)
+    means = features.new_zeros(num_classes + 1, features.shape[1]).index_add_(0, index, features) / divisor
+    # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
+    means = means + torch.zeros_like(means).index_add_(0, index, features - means.index_select(0, index)) / divisor
+    deviations = torch.where(valid.unsqueeze(1), features - means.index_select(0, index), 0)
     return ClassStatistics(
-        counts=counts[:num_classes],
-        means=means[:num_classes],
+        counts=counts.narrow(0, 0, num_classes),
+        means=means.narrow(0, 0, num_classes),
         scatter=deviations.T @ deviations,
-        num_ignored=(~valid).sum(),
+        num_ignored=valid.logical_not().sum(),
     )

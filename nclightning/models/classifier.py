@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torch.optim import Optimizer
 
 from nclightning.models.backbones import FeatureTable
@@ -64,6 +65,7 @@ class RegularizedClassifier(L.LightningModule):
         self.num_samples = num_samples
         self.iterations_per_step = iterations_per_step
         self._make_optimizer = optimizer
+        self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits ``(B, K)``."""
@@ -113,12 +115,10 @@ class RegularizedClassifier(L.LightningModule):
         trainer = self.trainer
         if trainer.max_steps < 0:
             raise ValueError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
-        if trainer.precision not in ("32-true", "64-true") or (
-            trainer.precision == "64-true" and self.dtype != torch.float64
-        ):
+        if trainer.precision not in ("32-true", "64-true") or self.head.weight.dtype != self._dtype_of_head:
             raise ValueError(
-                f"trainer.precision={trainer.precision!r} does not fit parameters of {self.dtype}: leave it out and "
-                "set the model's dtype to float64 or float32, which decides the precision from start to checkpoint."
+                f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
+                "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
@@ -259,7 +259,9 @@ class UFM(RegularizedClassifier):
         num_samples, torch_dtype = num_classes * samples_per_class, getattr(torch, dtype)
         super().__init__(
             backbone=FeatureTable(num_samples, feature_dim, torch_dtype),
-            head=nn.Linear(feature_dim, num_classes, bias=loss == "mse", dtype=torch_dtype),
+            head=skip_init(  # type: ignore[no-untyped-call]
+                nn.Linear, feature_dim, num_classes, bias=loss == "mse", dtype=torch_dtype
+            ),
             objective=Objective(loss, lambda_w, lambda_h),
             num_samples=num_samples,
             optimizer=optimizer,

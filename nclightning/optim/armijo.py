@@ -5,75 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from enum import Enum
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["ArmijoGD", "SearchOutcome", "SearchStatus"]
+from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.optim.outcome import SearchOutcome, SearchStatus
 
-
-class SearchStatus(str, Enum):
-    """How one line search ended."""
-
-    ACCEPTED = "accepted"
-    ACCEPTED_BY_SLOPE = "accepted_by_slope"
-    STATIONARY = "stationary"
-    STALLED = "stalled"
-    EXHAUSTED = "exhausted"
-
-    @property
-    def sentence(self) -> str:
-        """What happened, and what to do about it."""
-        return _SENTENCES[self]
-
-
-_SENTENCES = {
-    SearchStatus.ACCEPTED: "The objective decreased sufficiently.",
-    SearchStatus.ACCEPTED_BY_SLOPE: (
-        "The change of the objective was below its round-off; the gradients show a sufficient decrease."
-    ),
-    SearchStatus.STATIONARY: "The gradient is zero: this is a stationary point, and the parameters stay there.",
-    SearchStatus.STALLED: (
-        "The step became too small to change the parameters: descent has reached the round-off of this precision. "
-        "The parameters were left as they are."
-    ),
-    SearchStatus.EXHAUSTED: (
-        "No trial step decreased the objective sufficiently. The parameters were left as they are. Check that the "
-        "closure is deterministic and returns the objective whose gradient it computes, or raise max_trials."
-    ),
-}
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What one call of :meth:`ArmijoGD.step` did. All numbers belong to the iterate that it left behind.
-
-    Attributes:
-        status: How the search ended.
-        objective: Value at the new iterate.
-        previous_objective: Value at the iterate before.
-        grad_norm: Euclidean norm of the gradient at the new iterate, over all parameters.
-        previous_grad_norm: The same at the iterate before: ``step_size * previous_grad_norm`` is the length moved.
-        step_size: Step taken; 0 unless accepted.
-        evaluations: Calls of the closure in this step.
-    """
-
-    status: SearchStatus
-    objective: float
-    previous_objective: float
-    grad_norm: float
-    previous_grad_norm: float
-    step_size: float
-    evaluations: int
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the parameters moved."""
-        return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)
+__all__ = ["ArmijoGD"]
 
 
 class ArmijoGD(Optimizer):
@@ -272,17 +213,17 @@ class ArmijoGD(Optimizer):
         _restore(moving, origin)
         return self._finish(params, start, start, status, 0.0, evaluations)
 
-    def _judge(self, start: _Evaluation, trial: _Evaluation, size: float) -> SearchStatus | None:
+    def _judge(self, start: Evaluation, trial: Evaluation, size: float) -> SearchStatus | None:
         """Decide on a trial; None rejects it."""
         if not trial.finite:
             return None
         c1, change = self._options["c1"], trial.value - start.value
         if abs(change) <= self._noise(start) * abs(start.value):
-            slope = _inner(start.gradients, trial.gradients)
+            slope = inner_product(start.gradients, trial.gradients)
             return SearchStatus.ACCEPTED_BY_SLOPE if slope >= -(1 - 2 * c1) * start.square else None
         return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
 
-    def _noise(self, start: _Evaluation) -> float:
+    def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]
         return 64 * start.epsilon if noise is None else noise
 
@@ -297,8 +238,8 @@ class ArmijoGD(Optimizer):
     def _finish(
         self,
         params: list[Tensor],
-        start: _Evaluation,
-        end: _Evaluation,
+        start: Evaluation,
+        end: Evaluation,
         status: SearchStatus,
         size: float,
         evaluations: int,
@@ -318,7 +259,7 @@ class ArmijoGD(Optimizer):
         )
         return end.value
 
-    def _recall(self, params: list[Tensor]) -> _Evaluation | None:
+    def _recall(self, params: list[Tensor]) -> Evaluation | None:
         """Return the carried evaluation, if it still belongs to the parameters."""
         carried = self._carried
         if carried is None or not self._options["reuse_gradient"]:
@@ -347,7 +288,7 @@ class ArmijoGD(Optimizer):
                     "zero_grad() before the first step."
                 )
 
-    def _evaluate(self, closure: Callable[[], Any], params: list[Tensor]) -> _Evaluation:
+    def _evaluate(self, closure: Callable[[], Any], params: list[Tensor]) -> Evaluation:
         # Own the gradients: a closure that zeroes in place must not reach those of the start.
         for p in params:
             p.grad = None
@@ -364,8 +305,8 @@ class ArmijoGD(Optimizer):
                     "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
                 )
         epsilon = torch.finfo(result.dtype).eps
-        value = float(_average_over_ranks(result.detach()))
-        return _Evaluation(value, epsilon, gradients, _inner(gradients, gradients))
+        value = float(average_over_ranks(result.detach()))
+        return Evaluation(value, epsilon, gradients, inner_product(gradients, gradients))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state and the search's own; plain numbers, so that a resumed run continues bit for bit.
@@ -412,24 +353,10 @@ class ArmijoGD(Optimizer):
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    """Value and gradient at one point."""
-
-    value: float
-    epsilon: float
-    gradients: list[Tensor | None]
-    square: float
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.value) and math.isfinite(self.square)
-
-
-@dataclass(frozen=True)
 class _Carried:
     """An evaluation at the current iterate and the tensor versions under which it still is that."""
 
-    evaluation: _Evaluation
+    evaluation: Evaluation
     versions: list[tuple[int, int | None]]
 
 
@@ -440,24 +367,6 @@ def _versions(params: list[Tensor]) -> list[tuple[int, int | None]]:
 def _restore(moving: list[tuple[Tensor, Tensor]], origin: list[Tensor]) -> None:
     for (p, _), x in zip(moving, origin, strict=True):
         p.copy_(x)
-
-
-def _inner(left: list[Tensor | None], right: list[Tensor | None]) -> float:
-    """Inner product of two gradients in float64; a missing entry is zero."""
-    parts = [
-        torch.dot(a.double().flatten(), b.double().flatten())
-        for a, b in zip(left, right, strict=True)
-        if a is not None and b is not None
-    ]
-    return float(torch.stack(parts).sum()) if parts else 0.0
-
-
-def _average_over_ranks(value: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return value
-    total = value.to(torch.float64, copy=True)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ def optimality_gap(
     mean = weight.mean(dim=0)
     centred = weight - mean
     penalty = K * problem.lambda_w * mean.square().sum()
-    penalty = penalty + fraction * problem.lambda_h * (features - problem.ratio * centred[labels]).square().sum()
+    misfit = features - problem.ratio * centred.index_select(0, labels)
+    penalty = penalty + fraction * problem.lambda_h * misfit.square().sum()
     if fraction < 1:
         rest = problem.lambda_w * centred.square().sum() + problem.lambda_h * features.square().sum()
         penalty = penalty + (1 - fraction) * rest
@@ -52,12 +53,12 @@ def _divergence(problem: UFMProblem, logits: Tensor, labels: Tensor, bias: Tenso
     """Bregman divergence of each sample's loss between its logits and the optimal ones, ``(N,)``."""
     K, s = problem.num_classes, problem.logit_scale
     eye = torch.eye(K, dtype=logits.dtype, device=logits.device)
-    deviation = logits - (s * (eye - 1.0 / K))[labels]
+    deviation = logits - (s * (eye - 1.0 / K)).index_select(0, labels)
     if problem.loss == "mse":
         assert bias is not None
         return (deviation + (bias - 1.0 / K)).square().sum(dim=1) / 2
     wrong = min(problem.q, 1.0 / K)  # softmax probability of each wrong class at the optimum
-    probability = (wrong + (1 - K * wrong) * eye)[labels]
+    probability = (wrong + (1 - K * wrong) * eye).index_select(0, labels)
     t = deviation - (probability * deviation).sum(dim=1, keepdim=True)
     largest = t.amax(dim=1)
     # Both branches are finite for every finite t: torch.where evaluates both.

@@ -52,7 +52,7 @@ def member(problem: UFMProblem, direction: Tensor, labels: Tensor) -> Solution:
     K = problem.num_classes
     bias = direction.new_full((K,), 1.0 / K) if problem.loss == "mse" else None
     frame = isometry(direction) if problem.collapses else torch.zeros_like(direction)
-    return Solution(problem.weight_scale * frame, problem.feature_scale * frame[labels], labels, bias)
+    return Solution(problem.weight_scale * frame, problem.feature_scale * frame.index_select(0, labels), labels, bias)
 
 
 def isometry(direction: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""How a line search ended, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["SearchOutcome", "SearchStatus"]
+
+
+class SearchStatus(str, Enum):
+    """How one line search ended."""
+
+    ACCEPTED = "accepted"
+    ACCEPTED_BY_SLOPE = "accepted_by_slope"
+    STATIONARY = "stationary"
+    STALLED = "stalled"
+    EXHAUSTED = "exhausted"
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and what to do about it."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    SearchStatus.ACCEPTED: "The objective decreased sufficiently.",
+    SearchStatus.ACCEPTED_BY_SLOPE: (
+        "The change of the objective was below its round-off; the gradients show a sufficient decrease."
+    ),
+    SearchStatus.STATIONARY: "The gradient is zero: this is a stationary point, and the parameters stay there.",
+    SearchStatus.STALLED: (
+        "The step became too small to change the parameters: descent has reached the round-off of this precision. "
+        "The parameters were left as they are."
+    ),
+    SearchStatus.EXHAUSTED: (
+        "No trial step decreased the objective sufficiently. The parameters were left as they are. Check that the "
+        "closure is deterministic and returns the objective whose gradient it computes, or raise max_trials."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What one call of :meth:`ArmijoGD.step` did. All numbers belong to the iterate that it left behind.
+
+    Attributes:
+        status: How the search ended.
+        objective: Value at the new iterate.
+        previous_objective: Value at the iterate before.
+        grad_norm: Euclidean norm of the gradient at the new iterate, over all parameters.
+        previous_grad_norm: The same at the iterate before: ``step_size * previous_grad_norm`` is the length moved.
+        step_size: Step taken; 0 unless accepted.
+        evaluations: Calls of the closure in this step.
+    """
+
+    status: SearchStatus
+    objective: float
+    previous_objective: float
+    grad_norm: float
+    previous_grad_norm: float
+    step_size: float
+    evaluations: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters moved."""
+        return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)

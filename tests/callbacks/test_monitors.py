@@ -1,0 +1,351 @@
+"""What the monitors read, when, how it reaches the loggers, and that nothing else changes."""
+
+import csv
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks.monitor import ReadingsMonitor
+from nclightning.data import FullBatchLoader, IndexDataModule
+from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
+from nclightning.loggers import RunLogger
+from nclightning.models import UFM
+from tests.trainers import quiet_trainer
+
+K, N = 4, 12
+TAGS = [
+    "loss",
+    "optimality/gap",
+    "optimality/distance",
+    "optimality/grad_norm",
+    "optimality/error_bound_ratio",
+    "line_search/step_size",
+    "line_search/evaluations",
+    "nc/train/nc1",
+    "nc/train/nc2",
+    "nc/train/nc3",
+]
+LOG10 = [
+    "optimality/gap",
+    "optimality/distance",
+    "optimality/grad_norm",
+    "nc/train/nc1",
+    "nc/train/nc2",
+    "nc/train/nc3",
+]
+
+
+def ufm(loss="mse", **options):
+    torch.manual_seed(0)
+    return UFM(K, 3, 6, loss, **({"lambda_": 5e-3, "iterations_per_step": 10} | options))
+
+
+def monitors(**options):
+    return [OptimalityMonitor(5, **options), NeuralCollapseMonitor(5)]
+
+
+def fit(folder, model, callbacks, max_steps=25, **options):
+    trainer = quiet_trainer(folder, max_steps=max_steps, callbacks=callbacks, logger=RunLogger(str(folder)), **options)
+    trainer.fit(model, datamodule=IndexDataModule())
+    return trainer
+
+
+def readings(trainer):
+    with Path(trainer.log_dir, "readings.csv").open() as file:
+        return {
+            int(row["iteration"]): {k: float(v) if v else None for k, v in row.items() if k != "iteration"}
+            for row in csv.DictReader(file)
+        }
+
+
+def measure(model):
+    """The readings at the model's present iterate, computed another way."""
+    index, labels = torch.arange(N), torch.arange(N) // 3
+    model.zero_grad()
+    value = model.evaluate_objective((index, labels))
+    value.backward()
+    grad_norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    model.zero_grad()
+    point = (model.head.weight, model.features, labels, model.head.bias)
+    stats = class_statistics(model.features, labels, K)
+    distance = float(model.problem.distance(*point))
+    return {
+        "loss": float(value.detach()),
+        "optimality/gap": float(model.problem.optimality_gap(*point)),
+        "optimality/distance": distance,
+        "optimality/grad_norm": grad_norm,
+        "optimality/error_bound_ratio": distance / grad_norm,
+        "nc/train/nc1": float(within_class_variability(stats)),
+        "nc/train/nc2": float(etf_deviation(model.head.weight.detach())),
+        "nc/train/nc3": float(self_duality(stats, model.head.weight.detach())),
+    }
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_readings_belong_to_their_iterate(loss, tmp_path):
+    table = readings(fit(tmp_path, ufm(loss), monitors()))
+    assert list(table) == [0, 5, 10, 15, 20, 25]
+    assert list(table[0]) == [*TAGS, *(f"log10/{tag}" for tag in LOG10)]
+    for iteration in table:
+        model = ufm(loss)
+        if iteration:
+            quiet_trainer(tmp_path, max_steps=iteration).fit(model, datamodule=IndexDataModule())
+        for tag, value in measure(model).items():
+            # Summation orders differ: a few roundings.
+            assert table[iteration][tag] == pytest.approx(value, rel=1e-12), (iteration, tag)
+        if iteration:
+            optimizer = model.optimizers(use_pl_optimizer=False)
+            assert table[iteration]["line_search/step_size"] == optimizer.outcome.step_size
+            assert table[iteration]["line_search/evaluations"] == optimizer.total_evaluations
+    assert math.isnan(table[0]["line_search/step_size"])
+    assert table[0]["line_search/evaluations"] == 0
+    for row in table.values():
+        assert all(row[f"log10/{tag}"] == math.log10(row[tag]) for tag in LOG10)
+
+
+def test_the_last_iterate_is_read_even_off_the_cadence(tmp_path):
+    assert list(readings(fit(tmp_path, ufm(), monitors(), max_steps=23))) == [0, 5, 10, 15, 20, 23]
+
+
+def test_measuring_leaves_no_trace(tmp_path):
+    def state(callbacks, name):
+        model = ufm()
+        model.head.register_buffer("kept", torch.arange(3.0))
+        random = []
+
+        class Random(L.Callback):
+            def on_train_end(self, trainer, pl_module):
+                random.append(torch.get_rng_state())
+
+        trainer = fit(tmp_path / name, model, [*callbacks, Random()])
+        optimizer = trainer.optimizers[0].state_dict()
+        return model, optimizer, random[0]
+
+    bare, bare_optimizer, bare_random = state([], "bare")
+    read, read_optimizer, read_random = state([OptimalityMonitor(1), NeuralCollapseMonitor(1)], "read")
+    assert all(torch.equal(a, b) for a, b in zip(bare.parameters(), read.parameters(), strict=True))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(bare.parameters(), read.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(bare.buffers(), read.buffers(), strict=True))
+    assert bare_optimizer == read_optimizer
+    assert torch.equal(bare_random, read_random)
+    assert read.training == bare.training
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in read.modules())
+
+
+def test_no_hook_is_left_after_an_exception(tmp_path):
+    class Fail(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            if iteration == 7:
+                raise RuntimeError("stop here")
+
+    model = ufm()
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(tmp_path, model, [*monitors(), Fail()])
+    assert not model.head._forward_pre_hooks
+    # And what was read before is on disk.
+    with (tmp_path / "lightning_logs/version_0/readings.csv").open() as file:
+        assert [row["iteration"] for row in csv.DictReader(file)] == ["0", "5"]
+
+
+def test_one_transfer_per_lightning_step(tmp_path):
+    """The monitors' own code asks for host values only where readings are flushed: once per step, for both."""
+    transfers = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in str(func):
+                transfers.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = ufm(optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    both = monitors()
+    index, labels = torch.arange(N), torch.arange(N) // 3
+    for monitor in both:
+        monitor.prepare(model, (index, labels))
+    with Watch():
+        for monitor in both:
+            monitor.read(model, (index, labels))
+    assert transfers == []
+
+
+def fake_twin(model, device):
+    """Replace all parameters by fake ones; call it under ``FakeTensorMode``."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
+    return torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_readings_make_no_host_sync(loss):
+    """Fake tensors raise on a host sync; those of a fake CUDA device on a mix of devices, too."""
+    model = ufm(loss)
+    optimality, collapse = monitors()
+    for monitor in (optimality, collapse):
+        monitor.prepare(model, (torch.arange(N), torch.arange(N) // 3))
+    with FakeTensorMode():
+        # Autograd on a fake GPU needs a build with CUDA, so that its part runs on fake CPU tensors.
+        assert len(optimality.read(model, fake_twin(model, "cpu"))) == 5
+        index, labels = fake_twin(model, "cuda")
+        collapse._metric._head = (model.head,)
+        assert {v.device.type for v in collapse.read(model, (index, labels)).values()} == {"cuda"}
+        point = (model.head.weight, model.features, labels, model.head.bias)
+        for quantity in (model.problem.distance, model.problem.optimality_gap):
+            assert quantity(*point, check_labels=False).device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):
+            model.problem.check_labels(labels)  # The proof that a transfer is noticed.
+
+
+def test_values_reach_callback_metrics_and_other_loggers(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = quiet_trainer(tmp_path, max_steps=20, callbacks=monitors(), logger=logger)
+    trainer.fit(ufm(), datamodule=IndexDataModule())
+    assert trainer.callback_metrics["optimality/gap"].dtype == torch.float64
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["nc/train/nc1"]] == ["0", "5", "10", "15", "20"]
+    assert float(rows[-1]["optimality/gap"]) == float(trainer.callback_metrics["optimality/gap"])
+
+
+def test_without_a_logger_the_run_goes_on(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=20, callbacks=monitors())
+    trainer.fit(ufm(), datamodule=IndexDataModule())
+    assert float(trainer.callback_metrics["nc/train/nc3"]) > 0
+
+
+def test_stop_distance_ends_the_run_at_the_reading(tmp_path):
+    trainer = fit(tmp_path, ufm("ce"), monitors(stop_distance=1e-3), max_steps=5000)
+    table = readings(trainer)
+    assert trainer.global_step == max(table)
+    below = [it for it, row in table.items() if row["optimality/distance"] <= 1e-3]
+    assert below == [trainer.global_step]
+
+
+def test_without_theory_the_rest_is_read(tmp_path):
+    model = UFM(K, 3, 2, "ce", lambda_w=0.0, lambda_h=0.0)
+    table = readings(fit(tmp_path, model, [OptimalityMonitor(5, theory=False)], max_steps=10))
+    assert set(table[10]) == {
+        "loss",
+        "optimality/grad_norm",
+        "log10/optimality/grad_norm",
+        "line_search/step_size",
+        "line_search/evaluations",
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: UFM(K, 3, 6, "ce", lambda_w=0.1, lambda_h=0.0), "lambda_h must be positive.*theory=False"),
+        (lambda: UFM(K, 3, 2, "ce", lambda_=0.1), "feature_dim must be at least num_classes - 1 = 3.*theory=False"),
+    ],
+)
+def test_what_the_theory_does_not_cover_is_refused(model, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, model(), [OptimalityMonitor()])
+
+
+def test_unbalanced_labels_are_refused(tmp_path):
+    labels = torch.tensor([0] * 4 + [1] * 2 + [2] * 3 + [3] * 3)
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[OptimalityMonitor()])
+    with pytest.raises(ValueError, match="exactly 3 times"):
+        trainer.fit(ufm(), FullBatchLoader((torch.arange(N), labels), 1), [])
+
+
+def test_labels_beyond_the_head_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[NeuralCollapseMonitor()])
+    with pytest.raises(ValueError, match=r"labels must be within 0\.\.3, the outputs of the head, got 1\.\.4"):
+        trainer.fit(ufm(), FullBatchLoader((torch.arange(N), torch.arange(N) // 3 + 1), 1), [])
+
+
+def test_other_modules_are_refused_in_words(tmp_path):
+    class Other(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(2, 2)
+
+        def training_step(self, batch, batch_idx):
+            return self.head(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[NeuralCollapseMonitor()])
+    with pytest.raises(ValueError, match=r"reads full-batch runs .* got Other.*nclightning.metrics"):
+        trainer.fit(Other(), FullBatchLoader((torch.ones(3, 2), torch.zeros(3)), 1))
+
+
+@pytest.mark.parametrize("monitor", [OptimalityMonitor, NeuralCollapseMonitor])
+def test_cadence_is_validated(monitor):
+    with pytest.raises(ValueError, match="every_n_iterations must be at least 1, got 0"):
+        monitor(0)
+
+
+@pytest.mark.parametrize("options", [{"stop_distance": 0.0}, {"stop_distance": 1e-3, "theory": False}])
+def test_stop_distance_is_validated(options):
+    with pytest.raises(ValueError, match="stop_distance must be None or positive"):
+        OptimalityMonitor(**options)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_validation_reads_the_same_values(stage, tmp_path):
+    model = ufm()
+    fit(tmp_path, model, monitors())
+    trainer = quiet_trainer(tmp_path, callbacks=monitors())
+    (values,) = getattr(trainer, stage)(model, datamodule=IndexDataModule(), verbose=False)
+    expected = measure(model)
+    name = "val" if stage == "validate" else "test"
+    for tag, value in expected.items():
+        assert values[tag.replace("train", name)] == pytest.approx(value, rel=1e-12), tag
+    assert not model.head._forward_pre_hooks
+
+
+def test_the_base_is_abstract():
+    assert ReadingsMonitor.read.__isabstractmethod__
+
+
+@pytest.mark.parametrize(("cadence", "saved"), [(10, [10, 20, 23]), (15, [20, 23]), (1000, [23])])
+def test_last_checkpoint(cadence, saved, tmp_path):
+    seen = []
+
+    class Watch(LastCheckpoint):
+        def _save(self, trainer):
+            super()._save(trainer)
+            path = tmp_path / "checkpoints" / "last.ckpt"
+            if path.exists():
+                seen.append(torch.load(path, weights_only=True)["global_step"])
+
+    quiet_trainer(tmp_path, max_steps=23, callbacks=[Watch(cadence)], enable_checkpointing=True).fit(
+        ufm(), datamodule=IndexDataModule()
+    )
+    assert seen == saved
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_an_interrupt_saves_the_iterate_and_its_readings(tmp_path):
+    class Interrupt(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            if iteration == 17:
+                raise KeyboardInterrupt
+
+    model = ufm()
+    with pytest.raises(SystemExit):
+        fit(tmp_path, model, [*monitors(), LastCheckpoint(), Interrupt()], enable_checkpointing=True)
+    folder = tmp_path / "lightning_logs" / "version_0"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 17
+    assert torch.equal(checkpoint["state_dict"]["backbone.features"], model.features)
+    rest = ufm()
+    quiet_trainer(tmp_path, max_steps=25).fit(
+        rest, datamodule=IndexDataModule(), ckpt_path=folder / "checkpoints/last.ckpt"
+    )
+    whole = ufm()
+    quiet_trainer(tmp_path, max_steps=25).fit(whole, datamodule=IndexDataModule())
+    assert torch.equal(rest.features, whole.features)

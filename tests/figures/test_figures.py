@@ -1,0 +1,98 @@
+"""Rates fitted to sequences whose rate is known, and a picture of a recorded run."""
+
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from nclightning.figures import draw_convergence, fit_rate, read_readings, summarize
+from nclightning.loggers import ReadingsTable
+
+ITERATIONS = np.arange(0, 2001, 10, dtype=float)
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.97, 0.995])
+def test_exact_geometric_decay(factor):
+    fit = fit_rate(ITERATIONS, 3.0 * factor**ITERATIONS)
+    assert fit.factor == pytest.approx(factor, rel=1e-12)
+    assert fit.iterations_per_decade == pytest.approx(-1 / math.log10(factor), rel=1e-10)
+    assert fit.r_squared == pytest.approx(1.0, abs=1e-12)
+
+
+def test_floor_and_transient_stay_out():
+    """A plateau, then 0.95 per iteration, then round-off noise at 1e-16."""
+    noise = 10 ** np.random.default_rng(0).uniform(-16.3, -15.8, len(ITERATIONS))
+    values = 1 / (1 + 0.95 ** -(ITERATIONS - 300)) + noise
+    fit = fit_rate(ITERATIONS, values)
+    assert fit.factor == pytest.approx(0.95, rel=1e-3)
+    assert fit.r_squared > 0.999
+    assert fit.first > 300
+    assert fit.last < 300 + 16.5 / -math.log10(0.95)
+
+
+def test_at_most_the_last_decades_are_fitted():
+    fit = fit_rate(ITERATIONS, 0.97**ITERATIONS, decades=15)
+    assert fit.last == 2000
+    # One reading is 0.13 decades.
+    assert fit.decades == pytest.approx(15, abs=0.14)
+
+
+@pytest.mark.parametrize("values", [np.full(201, 2.0), np.full(201, np.nan), np.zeros(201), np.full(201, -1.0)])
+def test_what_does_not_converge_has_no_rate(values):
+    assert fit_rate(ITERATIONS, values) is None
+
+
+def test_few_points_have_no_rate():
+    assert fit_rate(ITERATIONS[:4], 0.9 ** ITERATIONS[:4]) is None
+
+
+def write_run(folder, tags):
+    folder.mkdir()
+    ReadingsTable(folder / "readings.csv").append(
+        [(int(k), {tag: values[i] for tag, values in tags.items()}) for i, k in enumerate(ITERATIONS)]
+    )
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    gap = 0.95 ** (2 * ITERATIONS)
+    return write_run(
+        tmp_path / "run",
+        {
+            "optimality/gap": gap,
+            "optimality/distance": 4 * np.sqrt(gap),
+            "optimality/grad_norm": np.sqrt(gap) / 50,
+            "optimality/error_bound_ratio": np.full_like(gap, 200.0),
+            "nc/train/nc1": gap,
+        },
+    )
+
+
+def test_summary(run):
+    summary = summarize(read_readings(run))
+    assert summary.iteration == 2000
+    assert summary.kappa == 200.0
+    assert summary.last["optimality/distance"] == pytest.approx(4 * 0.95**2000, rel=1e-12)
+    assert summary.fits["optimality/distance"].factor == pytest.approx(0.95, rel=1e-10)
+    assert set(summary.last) == {"optimality/gap", "optimality/distance", "optimality/grad_norm", "nc/train/nc1"}
+
+
+def test_picture_is_drawn_from_the_table(run, tmp_path):
+    assert draw_convergence(run, title="a run") == run / "convergence.png"
+    picture = matplotlib.image.imread(run / "convergence.png")
+    assert picture.shape[:2] == (630, 1680)  # Two panels of 5.6 x 4.2 inches at 150 dots.
+    assert picture[..., :3].std() > 0.05
+    assert draw_convergence(run, tmp_path / "other.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_runs_without_readings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no readings.csv in .*lightning_logs/version_0"):
+        read_readings(tmp_path)
+    (tmp_path / "readings.csv").write_text("iteration,loss\n")
+    with pytest.raises(ValueError, match="holds no readings yet"):
+        read_readings(tmp_path)
+    (tmp_path / "readings.csv").write_text("iteration,loss\n0,1.0\n")
+    with pytest.raises(ValueError, match="has none of the readings optimality/gap"):
+        draw_convergence(tmp_path)

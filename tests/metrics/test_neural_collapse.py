@@ -1,0 +1,155 @@
+"""The NeuralCollapse metric: against the functions, over splits and ranks, and off the host."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
+from nclightning.metrics import NeuralCollapse
+
+K, D = 4, 6
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return nn.Linear(D, K)
+
+
+@pytest.fixture
+def data(generator):
+    labels = torch.arange(24) % K
+    return torch.randn(24, D, generator=generator), labels
+
+
+def expected(features, labels, head):
+    stats, weight = class_statistics(features, labels, K), head.weight.detach().double()
+    return {"nc1": within_class_variability(stats), "nc2": etf_deviation(weight), "nc3": self_duality(stats, weight)}
+
+
+def assert_same(values, reference, rtol=1e-12):
+    assert values.keys() == reference.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value, reference[name], rtol=rtol, atol=0)
+
+
+def test_streams_to_the_same_values(head, data):
+    metric = NeuralCollapse(K, D, head)
+    for h, y in zip(data[0].split([5, 1, 18]), data[1].split([5, 1, 18]), strict=True):
+        metric.update(h, y)
+    assert_same(metric.compute(), expected(*data, head))
+    metric.reset()
+    metric.update(*data)
+    assert_same(metric.compute(), expected(*data, head))
+
+
+def test_forward_gives_the_batch_and_keeps_the_total(head, data):
+    metric = NeuralCollapse(K, D, head)
+    halves = [(h, y) for h, y in zip(data[0].split(12), data[1].split(12), strict=True)]
+    for half in halves:
+        assert_same(metric(*half), expected(*half, head))
+    assert_same(metric.compute(), expected(*data, head))
+
+
+def test_ranks_merge_exactly(head, data):
+    """What torchmetrics does on several processes: states stacked, then compute."""
+    ranks = [NeuralCollapse(K, D, head) for _ in range(3)]
+    for metric, h, y in zip(ranks, data[0].split([20, 1, 3]), data[1].split([20, 1, 3]), strict=True):
+        metric.update(h, y)
+    gathered = NeuralCollapse(K, D, head)
+    for name in ("counts", "means", "scatter", "num_ignored"):
+        setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))
+    gathered._update_count = 1
+    assert_same(gathered.compute(), expected(*data, head))
+
+
+def test_merge_state(head, data):
+    first, second = NeuralCollapse(K, D, head), NeuralCollapse(K, D, head)
+    first.update(data[0][:10], data[1][:10])
+    second.update(data[0][10:], data[1][10:])
+    first.merge_state(second)
+    assert_same(first.compute(), expected(*data, head))
+
+
+def test_follows_the_head(head, data):
+    metric = NeuralCollapse(K, D, head)
+    metric.update(*data)
+    metric.compute()
+    with torch.no_grad():
+        head.weight.mul_(torch.rand(K, 1))
+    metric._computed = None
+    assert_same(metric.compute(), expected(*data, head))
+
+
+def test_head_stays_outside_the_metric(head):
+    metric = NeuralCollapse(K, D, head)
+    assert list(metric.parameters()) == []
+    assert metric.state_dict() == {}
+    before = head.weight.dtype
+    metric.to(torch.float64)
+    assert head.weight.dtype == before
+
+
+def test_without_a_head_there_is_nc1_only(data):
+    metric = NeuralCollapse(K, D)
+    metric.update(*data)
+    assert list(metric.compute()) == ["nc1"]
+
+
+def test_states_are_float64_whatever_the_trainer_does(head, data):
+    metric = NeuralCollapse(K, D, head).float().half().double()
+    metric.update(data[0].half(), data[1])
+    assert metric.scatter.dtype == torch.float64
+    assert all(v.dtype == torch.float64 for v in metric.compute().values())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.clone()])
+def test_copies(duplicate, head, data):
+    metric = NeuralCollapse(K, D, head)
+    metric.update(*data)
+    assert_same(duplicate(metric).compute(), metric.compute(), rtol=0)
+
+
+def test_labels_out_of_range_raise_at_compute(head, data):
+    metric = NeuralCollapse(K, D, head)
+    metric.update(data[0], data[1] + 1)
+    with pytest.raises(ValueError, match=r"6 labels were outside 0\.\.3"):
+        metric.compute()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, D), "num_classes must be at least 2"),
+        ((K, 0), "feature_dim at least 1"),
+        ((K, D + 1, nn.Linear(D, K)), "head must have"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NeuralCollapse(*arguments)
+
+
+def test_features_of_another_width_are_refused(head):
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 6\)"):
+        NeuralCollapse(K, D, head).update(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
+
+
+def test_update_and_read_make_no_host_transfer():
+    """Fake CUDA tensors raise on a host sync and on a mix of devices."""
+    metric = NeuralCollapse(K, D)
+    with FakeTensorMode():
+        metric._head = (torch.empty(K, D, device="cuda"),)
+        for name in ("counts", "means", "scatter", "num_ignored"):
+            state = getattr(metric, name)
+            setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
+        for _ in range(2):
+            metric.update(torch.empty(8, D, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda"))
+        values = metric.read(metric.statistics)
+        assert {v.device.type for v in values.values()} == {"cuda"}
+        with pytest.raises(DataDependentOutputException):
+            torch.equal(values["nc1"], values["nc2"])  # The proof that such a transfer would have been noticed.

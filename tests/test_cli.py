@@ -1,0 +1,259 @@
+"""The command line, from any directory, with the mistakes that people make."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nclightning.cli import main, shipped_configs
+
+QUIET = ["--trainer.enable_progress_bar", "false"]
+RUN = Path("lightning_logs/version_0")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def fit(*args, config="ufm_mse", steps=20):
+    main(["fit", "--config", config, "--trainer.max_steps", str(steps), *QUIET, *args])
+
+
+def rows(run=RUN):
+    with (run / "readings.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def saved_config(run=RUN):
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def checkpoint(run=RUN):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("config", sorted(shipped_configs()))
+def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys):
+    fit(config=config)
+    assert {p.name for p in RUN.iterdir()} >= {"config.yaml", "readings.csv", "checkpoints", "convergence.png"}
+    assert int(rows()[-1]["iteration"]) == 20
+    output = capsys.readouterr()
+    assert f"Using the shipped configuration {shipped_configs()[config]}" in output.err
+    assert re.search(r"Iteration 20.*gap F - F\*", output.out, re.DOTALL)
+    assert f"tensorboard --logdir {RUN}" in output.out
+
+
+def test_events_agree_with_the_table():
+    fit()
+    events = EventAccumulator(str(RUN), size_guidance={"scalars": 0})
+    events.Reload()
+    table = rows()
+    assert set(events.Tags()["scalars"]) == set(table[0]) - {"iteration"}
+    for tag in events.Tags()["scalars"]:
+        written = [(int(r["iteration"]), float(r[tag])) for r in table if r[tag] not in ("nan", "-inf")]
+        assert [e.step for e in events.Scalars(tag)] == [it for it, _ in written]
+        # TensorBoard keeps float32: half a unit in its last place.
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx([v for _, v in written], rel=6e-8, abs=1e-45)
+        assert events.Scalars(tag)[-1].step == 20
+
+
+def test_a_file_here_wins_over_a_shipped_name():
+    text = shipped_configs()["ufm_ce"].read_text().replace("feature_dim: 20", "feature_dim: 11")
+    Path("ufm_ce.yaml").write_text(text)
+    fit(config="ufm_ce.yaml")
+    assert saved_config()["model"]["init_args"]["feature_dim"] == 11
+
+
+@pytest.mark.parametrize(
+    ("args", "lambda_w", "lambda_h"),
+    [
+        ([], 0.05, 0.005),
+        (["--lambda", "1e-3"], 0.01, 0.001),
+        (["--lambda=1e-3"], 0.01, 0.001),
+        (["--model.init_args.lambda_h", "1e-4"], 0.05, 1e-4),
+        (["--model.init_args.lambda_w", "5e-4", "--model.init_args.lambda_h", "5e-5"], 5e-4, 5e-5),
+        (["--model.init_args.lambda_h", "1e-4", "--lambda", "1e-3"], 0.01, 0.001),
+        (["--model.init_args.samples_per_class", "3"], 0.015, 0.005),
+    ],
+)
+def test_lambdas_are_resolved_and_saved(args, lambda_w, lambda_h):
+    fit(*args, steps=1)
+    saved = saved_config()["model"]["init_args"]
+    assert saved["lambda_w"] == pytest.approx(lambda_w, rel=1e-15)
+    assert saved["lambda_h"] == lambda_h
+    assert saved["lambda_"] is None
+
+
+def test_a_saved_config_repeats_the_run():
+    fit("--lambda", "1e-3", "--seed_everything", "7")
+    fit(config=str(RUN / "config.yaml"))
+    again = Path("lightning_logs/version_1")
+    assert (again / "readings.csv").read_bytes() == (RUN / "readings.csv").read_bytes()
+
+
+def test_seeds_differ():
+    fit(steps=1)
+    fit("--seed_everything", "1", steps=1)
+    assert rows()[0]["loss"] != rows(Path("lightning_logs/version_1"))[0]["loss"]
+
+
+def test_optimizer_options_reach_the_optimizer():
+    fit("--model.init_args.optimizer.init_args.initial_step", "0.25", steps=1)
+    assert checkpoint()["optimizer_states"][0]["param_groups"][0]["initial_step"] == 0.25
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_looking_at_a_checkpoint_makes_no_run_folder(stage, capsys):
+    fit()
+    main([stage, "--config", "ufm_mse", *QUIET, "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt")])
+    assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"]
+    assert "nc/val/nc1" if stage == "validate" else "nc/test/nc1" in capsys.readouterr().out
+
+
+def test_resume_goes_on_in_the_same_folder_bit_for_bit():
+    fit(steps=60)
+    fit(steps=25)
+    stopped = Path("lightning_logs/version_1")
+    fit("--ckpt_path", str(stopped / "checkpoints" / "last.ckpt"), steps=60)
+    assert sorted(p.name for p in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
+    assert (stopped / "readings.csv").read_bytes() == (RUN / "readings.csv").read_bytes()
+    one, other = checkpoint(), checkpoint(stopped)
+    assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
+    assert (stopped / "config_resumed_1.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.init_args.num_classes", "1"], "num_classes must be at least 2, got 1"),
+        (["--model.init_args.samples_per_class", "0"], "samples_per_class must be at least 1, got 0"),
+        (["--model.init_args.feature_dim", "0"], "feature_dim must be at least 1, got 0"),
+        (["--model.init_args.lambda_w", "-1"], "lambda_w must be finite and non-negative, got -1.0"),
+        (["--lambda", "0"], "lambda_w must be positive .* --optimality.theory false"),
+        (["--model.init_args.loss", "hinge"], "loss.*hinge"),
+        (["--model.init_args.loss", "ce", "--model.init_args.feature_dim", "8"], "at least num_classes - 1 = 9"),
+        (["--model.init_args.init_scale", ".nan"], "init_scale must be finite"),
+        (["--trainer.logger.init_args.version", "7"], "the run folder .*version_7 exists"),
+        (["--trainer.logger.init_args.save_dir", "/proc/nowhere"], "cannot write the run folder /proc/nowhere"),
+        (["--model.init_args.lambda_x", "1"], "lambda_x"),
+        (["--optimality.every_n_iterations", "0"], "every_n_iterations must be at least 1"),
+        (["--model.init_args.optimizer.init_args.c1", "0.7"], r"ArmijoGD\(c1=...\) must be between 0 and 1/2"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
+        (["--data.init_args.num_classes", "5"], r"IndexDataModule\(num_classes=5\) differs from the model's 10"),
+    ],
+)
+def test_mistakes_end_in_words_and_write_nothing(args, message, capsys):
+    precious = Path("lightning_logs/version_7")
+    precious.mkdir(parents=True)
+    (precious / "readings.csv").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        fit(*args)
+    said = str(stop.value.code) + capsys.readouterr().err
+    assert re.search(message, said, re.DOTALL)
+    assert "Traceback" not in said
+    assert [str(p) for p in Path("lightning_logs").rglob("*") if p.is_file()] == [str(precious / "readings.csv")]
+    assert (precious / "readings.csv").read_text() == "precious"
+
+
+def test_a_zero_penalty_trains_without_the_theory():
+    fit("--model.init_args.lambda_h", "0", "--optimality.theory", "false", "--optimality.stop_distance", "null")
+    assert "optimality/gap" not in rows()[0]
+    assert float(rows()[-1]["loss"]) < float(rows()[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("nothing", None), ("ufm_mes.yaml", None), ("list.yaml", "- 1"), ("torn.yaml", "a: [1"), ("key.yaml", "modle: 3")],
+)
+def test_wrong_configs_are_named(name, content, capsys):
+    if content is not None:
+        Path(name).write_text(content)
+    with pytest.raises(SystemExit):
+        fit(config=name)
+    error = capsys.readouterr().err
+    assert name.removesuffix(".yaml") in error or "modle" in error
+    if content is None:
+        assert "Shipped are: ufm_ce, ufm_mse" in error
+
+
+def test_finished_runs_say_that_there_is_nothing_to_do():
+    fit()
+    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 20: there is nothing to do"):
+        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    assert len(rows()) == 3
+
+
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"]])
+def test_help_shows_examples(args, capsys):
+    with pytest.raises(SystemExit):
+        main(args)
+    shown = capsys.readouterr().out
+    assert "python -m nclightning fit --config ufm_mse.yaml" in shown
+    assert "ufm_ce, ufm_mse" in shown
+
+
+def run_in_background(*args):
+    command = [sys.executable, "-m", "nclightning", "fit", "--config", "ufm_mse", *QUIET, *args]
+    return subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(path, process, seconds=120):
+    for _ in range(seconds * 50):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit():
+    """SIGKILL at a moment of its own: some time after the first checkpoint appeared."""
+    options = ["--lambda", "5e-4", "--optimality.stop_distance", "null", "--trainer.max_steps", "2000"]
+    fit(*options)
+    whole = RUN
+    process = run_in_background(*options)
+    killed = Path("lightning_logs/version_1")
+    wait_for(killed / "checkpoints" / "last.ckpt", process)
+    time.sleep(0.3 * torch.rand(()).item())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint(killed)["global_step"] < 2000
+    fit(*options, "--ckpt_path", str(killed / "checkpoints" / "last.ckpt"))
+    assert (killed / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
+    one, other = checkpoint(whole), checkpoint(killed)
+    assert one["global_step"] == other["global_step"] == 2000
+    assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
+    curves = []
+    for run in (whole, killed):
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        curves.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_everything():
+    process = run_in_background("--lambda", "5e-5", "--optimality.stop_distance", "null")
+    wait_for(RUN / "checkpoints" / "last.ckpt", process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert "Traceback" not in output
+    assert f"tensorboard --logdir {RUN}" in output
+    reached = checkpoint()["global_step"]
+    assert reached >= 500
+    assert reached - 10 < int(rows()[-1]["iteration"]) <= reached
+    assert (RUN / "convergence.png").exists()

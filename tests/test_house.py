@@ -1,0 +1,95 @@
+"""Rules of the house that a machine can keep."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nclightning"
+FLOORS = {
+    "objective": 0,
+    "theory": 0,
+    "functional": 0,
+    "optim": 1,
+    "metrics": 1,
+    "features": 1,
+    "models": 2,
+    "data": 2,
+    "loggers": 2,
+    "callbacks": 3,
+    "figures": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+# Pairs that share no code although their floors would allow it.
+STRANGERS = {
+    ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
+    ("callbacks", "models"), ("callbacks", "data"),
+}  # fmt: skip
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def unit_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Yield the modules that a file imports, including those for types only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    unit = unit_of(path)
+    for module in imports_of(path):
+        if not module.startswith("nclightning."):
+            continue
+        other = module.split(".")[1]
+        assert other == unit or FLOORS[other] < FLOORS[unit] or (unit, other) == ("theory", "theory"), module
+        assert (unit, other) not in STRANGERS, module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_fit_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("unit", ["objective", "theory", "functional", "optim", "metrics", "features", "figures"])
+def test_lower_floors_do_not_load_lightning(unit):
+    # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
+    code = f"import sys, nclightning.{unit}; sys.exit(any(m.split('.')[0] == 'lightning' for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_only_the_objective_scales_a_penalty():
+    """Halves of penalties elsewhere: the closed forms of theory, which must not share code with the objective."""
+    for path in FILES:
+        if unit_of(path) not in ("objective", "theory"):
+            assert not re.search(r"lambda_[wh]\s*/\s*2|0\.5\s*\*\s*\S*lambda", path.read_text()), path
+
+
+def test_every_erratum_is_listed_once_and_tested():
+    listed = re.findall(r"^\| (E\d+) \|", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE)
+    assert listed == [f"E{i}" for i in range(1, len(listed) + 1)]
+    tests = (ROOT / "tests" / "theory" / "test_errata.py").read_text()
+    tested = re.findall(r"def test_(e\d+)_", tests)
+    assert [t.upper() for t in tested] == listed
+    cited = {tag for path in FILES for tag in re.findall(r"\berrat(?:um|a) ((?:E\d+(?:, | and )?)+)", path.read_text())}
+    assert {tag for group in cited for tag in re.findall(r"E\d+", group)} <= set(listed)
+
+
+def test_public_names_exist():
+    for init in PACKAGE.rglob("__init__.py"):
+        for node in ast.parse(init.read_text()).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                names = ast.literal_eval(node.value)
+                assert names == sorted(names, key=lambda n: (not n.isupper(), n[0].islower(), n)), init

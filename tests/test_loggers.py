@@ -1,0 +1,88 @@
+"""Run folders: tables that are complete, events that agree, and nothing written over."""
+
+import math
+import os
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nclightning.loggers import ReadingsTable, RunLogger
+
+
+def lines(path):
+    return path.read_text().splitlines()
+
+
+def test_table_keeps_every_digit(tmp_path):
+    table = ReadingsTable(tmp_path / "readings.csv")
+    values = [0.1 + 0.2, 1e-310, 1e300, math.pi, -0.0]
+    table.append([(i, {"a": v}) for i, v in enumerate(values)])
+    assert [float(line.split(",")[1]).hex() for line in lines(table.path)[1:]] == [v.hex() for v in values]
+
+
+def test_table_grows_by_rows_and_by_tags(tmp_path):
+    table = ReadingsTable(tmp_path / "readings.csv")
+    table.append([(0, {"a": 1.0})])
+    table.append([(5, {"a": 2.0, "b": 3.0}), (10, {"b": 4.0})])
+    assert lines(table.path) == ["iteration,a,b", "0,1.0,", "5,2.0,3.0", "10,,4.0"]
+
+
+def test_table_of_a_continued_run_drops_what_comes_again(tmp_path):
+    path = tmp_path / "readings.csv"
+    ReadingsTable(path).append([(i, {"a": float(i)}) for i in (0, 5, 10, 15)])
+    table = ReadingsTable(path)
+    table.replace_from = 10
+    assert len(lines(path)) == 5  # Nothing is dropped before there is something new.
+    table.append([(10, {"a": -1.0})])
+    table.append([(15, {"a": -2.0})])
+    assert lines(path) == ["iteration,a", "0,0.0", "5,5.0", "10,-1.0", "15,-2.0"]
+
+
+def test_table_survives_a_torn_last_line(tmp_path):
+    path = tmp_path / "readings.csv"
+    path.write_text("iteration,a,b\n0,1.0,2.0\n5,3.")
+    table = ReadingsTable(path)
+    table.replace_from = 5
+    table.append([(5, {"a": 3.5, "b": 4.5})])
+    assert lines(path) == ["iteration,a,b", "0,1.0,2.0", "5,3.5,4.5"]
+
+
+def read_events(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_events_carry_the_rows_without_what_is_not_finite(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    logger.log_rows([(0, {"a": 1.0, "b": math.nan}), (3, {"a": 0.5, "b": 2.0})])
+    logger.save()
+    assert read_events(logger.log_dir) == {"a": [(0, 1.0), (3, 0.5)], "b": [(3, 2.0)]}
+    assert lines(logger.table.path) == ["iteration,a,b", "0,1.0,nan", "3,0.5,2.0"]
+    logger.finalize("success")
+
+
+def test_versions_count_up(tmp_path):
+    folders = []
+    for _ in range(3):
+        logger = RunLogger(str(tmp_path))
+        logger.claim()
+        folders.append(os.path.basename(logger.log_dir))
+    assert folders == ["version_0", "version_1", "version_2"]
+
+
+def test_an_existing_run_is_not_written_over(tmp_path):
+    folder = tmp_path / "lightning_logs" / "version_3"
+    folder.mkdir(parents=True)
+    (folder / "readings.csv").write_text("precious")
+    logger = RunLogger(str(tmp_path), version=3)
+    with pytest.raises(ValueError, match=r"run folder .*version_3 exists.*--ckpt_path"):
+        logger.experiment  # noqa: B018
+    assert os.listdir(folder) == ["readings.csv"]
+    assert (folder / "readings.csv").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write the run folder .*Not a directory.*save_dir"):
+        RunLogger(str(tmp_path / "file")).claim()
