@@ -29,7 +29,27 @@ from nclightning.models import RegularizedClassifier
 
 __all__ = ["main"]
 
-_DESCRIPTION = "nclightning: neural collapse, trained to its closed-form optimum and measured on the way."
+_USAGE = "python -m nclightning {command} --config NAME [--KEY VALUE ...]"
+_PURPOSE = {
+    "fit": "Train to the optimum, measure on the way, and leave a run folder in lightning_logs/.",
+    "validate": "Measure a checkpoint (tags nc/val/...) and print the values; no run folder is made.",
+    "test": "Measure a checkpoint (tags nc/test/...) and print the values; no run folder is made.",
+}
+_DESCRIPTION = """nclightning: neural collapse, trained to its closed-form optimum and measured on the way.
+
+what you will want to set (every key of a configuration is an option; the full list is below):
+  --config NAME                            a YAML file here, or a shipped configuration: {configs}
+  --lambda X                               lambda_w = n X and lambda_h = X, as in the paper
+  --model.init_args.lambda_w X             either penalty alone; likewise lambda_h, num_classes (K),
+                                           samples_per_class (n), feature_dim (d), loss, init_scale, dtype
+  --model.init_args.optimizer.init_args.c1 X   an option of the line search
+  --seed_everything N                      another initial point
+  --trainer.max_steps N                    gradient-descent iterations at most
+  --optimality.stop_distance X             stop at this distance to the optimal set; null: at max_steps,
+                                           or at the round-off floor (--optimality.stop_at_floor false: not there)
+  --optimality.every_n_iterations N        cadence of gap, distance and gradient norm
+  --neural_collapse.every_n_iterations N   cadence of NC1-NC3
+  --ckpt_path RUN/checkpoints/last.ckpt    go on with an interrupted run, in its folder"""
 _EPILOG = """examples:
   python -m nclightning fit --config ufm_mse.yaml
   python -m nclightning fit --config ufm_ce --lambda 5e-4 --seed_everything 1
@@ -37,11 +57,8 @@ _EPILOG = """examples:
   python -m nclightning fit --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
   python -m nclightning validate --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
 
-shipped configurations (copy one and change it, or override single keys as above):
-  {configs}
-
-trainer.max_steps is the number of gradient-descent iterations. Every key of a configuration is an option;
-'python -m nclightning fit --model.help UFM' and '--data.help IndexDataModule' list those of a class."""
+To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
+options of a class with their meaning."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -127,6 +144,11 @@ class SaveRunConfig(SaveConfigCallback):
 
 class RunCLI(LightningCLI):
     """LightningCLI with our defaults, run folders and closing report."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer what makes sense for readings of a training set: no prediction."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in _PURPOSE}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create a parser whose ``--config`` knows the shipped configurations."""
@@ -217,9 +239,15 @@ def main(args: list[str] | None = None) -> None:
         args: Words after the program's name; None takes those of the process.
     """
     _quieten_lightning()
-    configs = ", ".join(shipped_configs())
-    texts = {"description": _DESCRIPTION, "epilog": _EPILOG.format(configs=configs)}
-    formatter = {"formatter_class": HelpFormatter}
+    texts: dict[str, Any] = {
+        "description": _DESCRIPTION.format(configs=", ".join(shipped_configs())),
+        "epilog": _EPILOG,
+        "formatter_class": HelpFormatter,
+    }
+    parsers = {
+        name: texts | {"usage": _USAGE.format(command=name), "description": f"{purpose}\n\n{texts['description']}"}
+        for name, purpose in _PURPOSE.items()
+    }
     try:
         RunCLI(
             L.LightningModule,
@@ -235,8 +263,7 @@ def main(args: list[str] | None = None) -> None:
                 "enable_model_summary": False,
                 "logger": {"class_path": "nclightning.loggers.RunLogger"},
             },
-            parser_kwargs={**texts, **formatter}
-            | {name: {"epilog": texts["epilog"], **formatter} for name in ("fit", "validate", "test")},
+            parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test}")} | parsers,
             args=args,
         )
     except ValueError as error:

@@ -167,7 +167,15 @@ def test_mistakes_end_in_words_and_write_nothing(args, message, capsys):
 
 
 def test_a_zero_penalty_trains_without_the_theory():
-    fit("--model.init_args.lambda_h", "0", "--optimality.theory", "false", "--optimality.stop_distance", "null")
+    without = [
+        "--optimality.theory",
+        "false",
+        "--optimality.stop_distance",
+        "null",
+        "--optimality.stop_at_floor",
+        "false",
+    ]
+    fit("--model.init_args.lambda_h", "0", *without)
     assert "optimality/gap" not in rows()[0]
     assert float(rows()[-1]["loss"]) < float(rows()[0]["loss"])
 
@@ -222,15 +230,14 @@ def wait_for(path, process, seconds=120):
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit():
     """SIGKILL at a moment of its own: some time after the first checkpoint appeared."""
-    options = ["--lambda", "5e-4", "--optimality.stop_distance", "null", "--trainer.max_steps", "2000"]
+    options = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "2000"]
     fit(*options)
     whole = RUN
-    process = run_in_background(*options)
     killed = Path("lightning_logs/version_1")
-    wait_for(killed / "checkpoints" / "last.ckpt", process)
-    time.sleep(0.3 * torch.rand(()).item())
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with run_in_background(*options) as process:
+        wait_for(killed / "checkpoints" / "last.ckpt", process)
+        time.sleep(0.3 * torch.rand(()).item())
+        process.send_signal(signal.SIGKILL)
     assert checkpoint(killed)["global_step"] < 2000
     fit(*options, "--ckpt_path", str(killed / "checkpoints" / "last.ckpt"))
     assert (killed / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
@@ -247,10 +254,10 @@ def test_a_killed_run_resumes_bit_for_bit():
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_everything():
-    process = run_in_background("--lambda", "5e-5", "--optimality.stop_distance", "null")
-    wait_for(RUN / "checkpoints" / "last.ckpt", process)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
+    with run_in_background("--lambda", "5e-5", "--optimality.stop_distance", "null") as process:
+        wait_for(RUN / "checkpoints" / "last.ckpt", process)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0].decode()
     assert "Traceback" not in output
     assert f"tensorboard --logdir {RUN}" in output
     reached = checkpoint()["global_step"]

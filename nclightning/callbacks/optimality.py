@@ -37,8 +37,10 @@ class OptimalityMonitor(ReadingsMonitor):
         every_n_iterations: Cadence.
         theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or
             cross-entropy with ``feature_dim < num_classes - 1``.
-        stop_distance: End the fit at the first reading whose distance is at most this; each reading then brings one
-            number to the host. None never does.
+        stop_distance: End the fit at the first reading whose distance is at most this; None never does.
+        stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
+            thousandth of the optimum's norm and has had no new minimum for the second half of the run. With either
+            option each reading brings one number to the host.
 
     Raises:
         ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
@@ -46,12 +48,22 @@ class OptimalityMonitor(ReadingsMonitor):
 
     log10_tags = frozenset({"optimality/gap", "optimality/distance", "optimality/grad_norm"})
 
-    def __init__(self, every_n_iterations: int = 10, theory: bool = True, stop_distance: float | None = None) -> None:
+    def __init__(
+        self,
+        every_n_iterations: int = 10,
+        theory: bool = True,
+        stop_distance: float | None = None,
+        stop_at_floor: bool = False,
+    ) -> None:
         super().__init__(every_n_iterations)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
             raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
+        if stop_at_floor and not theory:
+            raise ValueError("stop_at_floor=True needs theory=True: without it no distance is read.")
         self.theory = theory
         self.stop_distance = stop_distance
+        self.stop_at_floor = stop_at_floor
+        self._smallest, self._smallest_at = math.inf, 0
         self._problem: UFMProblem | None = None
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
@@ -82,7 +94,7 @@ class OptimalityMonitor(ReadingsMonitor):
             raise ValueError(
                 f"OptimalityMonitor knows no optimum for this run: {error} To train without gap and distance, set "
                 "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
-                "--optimality.stop_distance null."
+                "--optimality.stop_distance null --optimality.stop_at_floor false."
             ) from error
         return problem
 
@@ -110,14 +122,32 @@ class OptimalityMonitor(ReadingsMonitor):
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence, and stop once close enough."""
         super().on_iteration_end(trainer, pl_module, batch, iteration)
-        if self.stop_distance is None or self._last_iteration != iteration:
+        if self._last_iteration != iteration or (self.stop_distance is None and not self.stop_at_floor):
             return
         distance = float(Readings.of(trainer).value(iteration, "optimality/distance"))
-        if distance <= self.stop_distance:
+        if distance < self._smallest:
+            self._smallest, self._smallest_at = distance, iteration
+        reason = None
+        if self.stop_distance is not None and distance <= self.stop_distance:
+            reason = f"at most {self.stop_distance:g}"
+        elif self.stop_at_floor and self._is_at_floor(iteration):
+            reason = f"at its floor, with no new minimum since iteration {self._smallest_at}"
+        if reason is not None:
             trainer.should_stop = True
-            trainer.print(
-                f"Distance {distance:.3g} at iteration {iteration}: at most {self.stop_distance:g}, stopping."
-            )
+            trainer.print(f"Distance {distance:.3g} at iteration {iteration}: {reason}. Stopping.")
+
+    def _is_at_floor(self, iteration: int) -> bool:
+        # Near the saddle at zero the distance stands still, too, but at the norm of the optimum.
+        assert self._problem is not None
+        return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= 2 * self._smallest_at
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the smallest distance so far and its iteration, so that a resumed run stops where it would have."""
+        return {"smallest": self._smallest, "smallest_at": self._smallest_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self._smallest, self._smallest_at = state_dict["smallest"], state_dict["smallest_at"]
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any

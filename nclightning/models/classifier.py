@@ -217,8 +217,8 @@ class UFM(RegularizedClassifier):
         loss: ``"mse"`` or ``"ce"``.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        lambda_: The paper's single :math:`\lambda`: what is not given of ``lambda_w`` and ``lambda_h`` becomes
-            :math:`\lambda_W = n\lambda` and :math:`\lambda_H = \lambda`. A configuration may spell it ``lambda``.
+        lambda_: The paper's single lambda: what is not given of ``lambda_w`` and ``lambda_h`` becomes
+            ``lambda_w = n * lambda_`` and ``lambda_h = lambda_``. A configuration may spell it ``lambda``.
         init_scale: Standard deviation of the normal entries that head and features start from; the bias starts at 0.
         dtype: ``"float64"`` or ``"float32"``, the precision of parameters, training and checkpoints.
         optimizer: Makes the optimizer from the parameters.

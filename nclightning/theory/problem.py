@@ -138,6 +138,12 @@ class UFMProblem:
         return math.sqrt(self.logit_scale * self.ratio)
 
     @property
+    def optimum_norm(self) -> float:
+        """Euclidean norm of head, features and bias together, the same for every optimum."""
+        bias = 1.0 / self.num_classes if self.loss == "mse" else 0.0
+        return math.sqrt(self.rank * (self.weight_scale**2 + self.samples_per_class * self.feature_scale**2) + bias)
+
+    @property
     def optimal_value(self) -> float:
         """Global minimum F*."""
         K, s, q, r = self.num_classes, self.logit_scale, self.q, self.rank

@@ -228,6 +228,25 @@ def test_stop_distance_ends_the_run_at_the_reading(tmp_path):
     assert below == [trainer.global_step]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stop_at_floor_ends_the_run_well_after_its_minimum(dtype, tmp_path):
+    trainer = fit(tmp_path, ufm("ce", dtype=dtype, lambda_=2e-2), monitors(stop_at_floor=True), max_steps=20_000)
+    distances = {it: row["optimality/distance"] for it, row in readings(trainer).items()}
+    smallest = min(distances, key=distances.get)
+    assert smallest < trainer.global_step < 20_000
+    assert trainer.global_step == -(-2 * smallest // 5) * 5
+    # Floors are some tens of eps times the norm of about 5.
+    assert distances[smallest] < 1000 * torch.finfo(getattr(torch, dtype)).eps
+
+
+def test_stop_at_floor_waits_near_the_saddle(tmp_path):
+    """From 1e-9 the distance stands at the norm of the optimum for long, and falls in the end."""
+    model = ufm("ce", init_scale=1e-9, lambda_=2e-2)
+    trainer = fit(tmp_path, model, monitors(stop_at_floor=True, stop_distance=1e-8), max_steps=20_000)
+    assert float(model.problem.distance(model.head.weight, model.features, torch.arange(N) // 3)) <= 1e-8
+    assert trainer.global_step < 20_000
+
+
 def test_without_theory_the_rest_is_read(tmp_path):
     model = UFM(K, 3, 2, "ce", lambda_w=0.0, lambda_h=0.0)
     table = readings(fit(tmp_path, model, [OptimalityMonitor(5, theory=False)], max_steps=10))
@@ -288,9 +307,12 @@ def test_cadence_is_validated(monitor):
         monitor(0)
 
 
-@pytest.mark.parametrize("options", [{"stop_distance": 0.0}, {"stop_distance": 1e-3, "theory": False}])
-def test_stop_distance_is_validated(options):
-    with pytest.raises(ValueError, match="stop_distance must be None or positive"):
+@pytest.mark.parametrize(
+    "options",
+    [{"stop_distance": 0.0}, {"stop_distance": 1e-3, "theory": False}, {"stop_at_floor": True, "theory": False}],
+)
+def test_stopping_is_validated(options):
+    with pytest.raises(ValueError, match=r"stop_distance must be None or positive|needs theory=True"):
         OptimalityMonitor(**options)
 
 

@@ -18,6 +18,7 @@ def test_random_optimum_is_stationary_and_has_the_optimal_value(problem, generat
     assert gradient_norm(problem, optimum) <= 1e-13
     value = float(objective_of(problem)(optimum.weight, optimum.features, optimum.labels, optimum.bias))
     assert value == pytest.approx(problem.optimal_value, rel=1e-14)
+    assert norm(optimum) == pytest.approx(problem.optimum_norm, rel=1e-14)
 
 
 @pytest.mark.parametrize("problem", COLLAPSED + LOW_RANK, ids=name_of)
