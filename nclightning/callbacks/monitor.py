@@ -72,6 +72,12 @@ class ReadingsMonitor(L.Callback):
     ) -> None:
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
+            num_samples = getattr(pl_module, "num_samples", None)
+            if len(batch[1]) != num_samples:
+                raise ValueError(
+                    f"{type(self).__name__} needs the whole training set in each batch, got {len(batch[1])} of "
+                    f"num_samples={num_samples}: a reading of a part would be a wrong number."
+                )
             self.prepare(pl_module, batch)
             self._batch = batch
             if trainer.global_step % self.every_n_iterations == 0:

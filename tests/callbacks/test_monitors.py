@@ -230,7 +230,9 @@ def test_stop_distance_ends_the_run_at_the_reading(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_stop_at_floor_ends_the_run_well_after_its_minimum(dtype, tmp_path):
-    trainer = fit(tmp_path, ufm("ce", dtype=dtype, lambda_=2e-2), monitors(stop_at_floor=True), max_steps=20_000)
+    # A constant step never stalls: it dithers at the floor.
+    model = ufm("ce", dtype=dtype, lambda_=2e-2, optimizer=lambda params: torch.optim.SGD(params, lr=2.0))
+    trainer = fit(tmp_path, model, monitors(stop_at_floor=True), max_steps=20_000)
     distances = {it: row["optimality/distance"] for it, row in readings(trainer).items()}
     smallest = min(distances, key=distances.get)
     assert smallest < trainer.global_step < 20_000
@@ -365,9 +367,17 @@ def test_an_interrupt_saves_the_iterate_and_its_readings(tmp_path):
     assert checkpoint["global_step"] == 17
     assert torch.equal(checkpoint["state_dict"]["backbone.features"], model.features)
     rest = ufm()
-    quiet_trainer(tmp_path, max_steps=25).fit(
+    quiet_trainer(tmp_path, max_steps=25, callbacks=monitors()).fit(
         rest, datamodule=IndexDataModule(), ckpt_path=folder / "checkpoints/last.ckpt"
     )
     whole = ufm()
     quiet_trainer(tmp_path, max_steps=25).fit(whole, datamodule=IndexDataModule())
     assert torch.equal(rest.features, whole.features)
+
+
+@pytest.mark.parametrize("monitor", [OptimalityMonitor, NeuralCollapseMonitor])
+def test_a_part_of_the_training_set_is_refused(monitor, tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[monitor()])
+    part = FullBatchLoader((torch.arange(8), torch.arange(8) // 2), 1)
+    with pytest.raises(ValueError, match="got 8 of num_samples=12"):
+        trainer.fit(ufm(), part, [])

@@ -1,7 +1,7 @@
 """Functions with known minima that line searches are tested on. Add a case here.
 
-The sets of optax (``linesearch_test``), optimistix (``tests/helpers``) and pytorch-minimize, in the published forms of
-the functions: ``rosenbrock`` has its square.
+The sets of optax (``linesearch_test``), jaxopt and SciPy (scalar and line functions), optimistix (``tests/helpers``)
+and pytorch-minimize, in the published forms of the functions: ``rosenbrock`` has its square.
 """
 
 import math
@@ -52,15 +52,24 @@ def least_squares(x):
     return ((A @ x - torch.tensor([1.0, 2.0, 3.0], dtype=x.dtype)) ** 2).sum() / 2
 
 
+def quadratic_plus_one(x):
+    """x^T A x + 1 with the positive semidefinite A of fixed entries cos(ij): SciPy's second line function."""
+    i = torch.arange(1, len(x) + 1, dtype=x.dtype)
+    return (torch.cos(torch.outer(i, i)) @ x).square().sum() + 1
+
+
 # Of -x - x^3 + x^4: the real root of 4x^3 - 3x^2 - 1 is 1.
 # Of exp(-4x) + x^2: the root of 2x = 4 exp(-4x).
 _ROOT = 0.4014529990800444
 FUNCTIONS = [
     Function("bowl", lambda x: (x**2).sum(), (3.0, -4.0, 0.5), 0.0),
+    Function("square-minus-one", lambda x: (x**2 - 1).sum(), (0.7,), -1.0),
+    Function("quadratic-20", quadratic_plus_one, (1.0,) * 20, 1.0),
     Function("polynomial", lambda x: (-x - x**3 + x**4).sum(), (0.1,), -1.0),
     Function("exponential", lambda x: (torch.exp(-4 * x) + x**2).sum(), (2.0,), math.exp(-4 * _ROOT) + _ROOT**2),
     Function("sine", lambda x: -torch.sin(10 * x).sum(), (0.3,), -1.0),
     Function("rosenbrock-2", rosenbrock, (-1.2, 1.0), 0.0, 6000, 1e-6),
+    Function("rosenbrock-10", rosenbrock, (0.2,) * 10, 0.0, 6000, 1e-2),
     Function("rosenbrock-16", rosenbrock, (0.5,) * 16, 0.0, 6000, 1e-2),
     Function("himmelblau", himmelblau, (2.0, 2.5), 0.0),
     Function("matyas", matyas, (6.0, 6.0), 0.0),

@@ -146,6 +146,16 @@ def test_stationary_start():
     assert optimizer.state_dict()["search"]["next_step"] == 1.0  # No growth on steps that were not taken.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_functions_are_stationary_and_keep_the_dtype(dtype):
+    x = parameter(1.0, 2.0, dtype=dtype)
+    optimizer = ArmijoGD([x])
+    assert optimizer.step(closure_of(optimizer, lambda x: 0 * x.sum() + 3.0, x)) == 3.0
+    assert optimizer.outcome.status is SearchStatus.STATIONARY
+    assert x.dtype == dtype
+    assert x.grad.dtype == dtype
+
+
 def test_failure_restores_every_bit():
     x = parameter(*torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist())
     before = x.detach().clone()
@@ -175,7 +185,7 @@ def test_stalls_where_the_step_no_longer_changes_the_parameters():
     assert optimizer.outcome.status is SearchStatus.STALLED
     # float32 around 1: 1 - 2^-k is 1 from k = 25 on, so 25 trials and the start.
     assert optimizer.outcome.evaluations == 26
-    assert float(x) == 1.0
+    assert x.item() == 1.0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -217,7 +227,7 @@ def test_parameters_without_gradient_stay():
     used, unused = parameter(1.0), parameter(7.0)
     optimizer = ArmijoGD([used, unused])
     optimizer.step(closure_of(optimizer, half_square(1.0), used))
-    assert (float(used), float(unused)) == (0.0, 7.0)
+    assert (used.item(), unused.item()) == (0.0, 7.0)
     assert unused.grad is None
 
 
@@ -317,9 +327,9 @@ def test_stochastic_objectives_need_the_switch():
         x = parameter(0.0)
         optimizer = ArmijoGD([x], reuse_gradient=reuse)
         for target in targets:
-            start = float(x)
+            start = x.item()
             optimizer.step(closure_of(optimizer, lambda x, t=target: (x - t).square().sum() / 2, x))
-            direction = (float(x) - start) / optimizer.outcome.step_size if optimizer.outcome.accepted else 0.0
+            direction = (x.item() - start) / optimizer.outcome.step_size if optimizer.outcome.accepted else 0.0
             yield direction, float(target) - start
 
     assert all(moved == pytest.approx(wanted, abs=1e-12) for moved, wanted in run(reuse=False))
