@@ -1,10 +1,16 @@
 """Finding a head and capturing what enters it."""
 
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from nclightning.features import capture_features, find_head
+from nclightning.features import capture_features, detect_head, find_head, frozen, sequential_loader, split_batch
 
 
 class Net(nn.Module):
@@ -31,8 +37,56 @@ def test_head_by_attribute_by_name_and_alone(net):
 def test_missing_head_lists_the_candidates(net):
     with pytest.raises(ValueError, match=r"no nn.Linear named 'fc' in Net; linear layers are: 'body', 'head'"):
         find_head(net, "fc")
-    with pytest.raises(ValueError, match="linear layers are: none"):
+    with pytest.raises(ValueError, match=r"cannot tell which layer of ReLU is the head; linear layers are: none"):
         find_head(nn.ReLU())
+
+
+@pytest.mark.parametrize("name", ["head", "fc", "classifier", "score", "lm_head"])
+def test_common_names_are_found_outermost_first(name):
+    inner = nn.Module()
+    inner.fc, inner.head = nn.Linear(2, 2), nn.Linear(2, 2)
+    outer = nn.Module()
+    outer.encoder, outer.other = inner, nn.Linear(2, 2)
+    setattr(outer, name, nn.Linear(2, 3))
+    assert find_head(outer) is getattr(outer, name)
+    assert find_head(nn.ModuleDict({"model": outer})) is getattr(outer, name)
+    with pytest.raises(ValueError, match="cannot tell which layer"):
+        find_head(nn.ModuleDict({"a": outer, "b": copy.deepcopy(outer)}))
+
+
+def test_the_head_is_what_makes_the_output():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.auxiliary = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.auxiliary(x)
+            return self.last(x)
+
+    model = Two()
+    assert detect_head(model, torch.ones(3, 4)) is model.last
+    assert not model.last._forward_hooks
+    with pytest.raises(ValueError, match="cannot tell which layer of Two"):
+        find_head(model)
+
+
+def test_the_head_behind_an_output_object():
+    class Output(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=self.last(self.first(pixel_values)))
+
+    model = Output()
+    assert detect_head(model, {"pixel_values": torch.ones(3, 4)}) is model.last
+
+
+def test_sequences_of_features_are_refused(net):
+    with pytest.raises(ValueError, match=r"one feature row per sample, got shape \(5, 2, 4\)"):
+        capture_features(net, net.head, torch.randn(5, 2, 3))
 
 
 def test_capture_returns_the_input_of_the_head_with_its_graph(net):
@@ -52,3 +106,53 @@ def test_no_hook_is_left_after_success_or_failure(net):
 def test_a_head_that_does_not_run_once_is_refused(net):
     with pytest.raises(ValueError, match="ran 0 times"):
         capture_features(net, nn.Linear(4, 2), torch.randn(5, 3))
+
+
+def test_split_batch():
+    x, y = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
+    assert split_batch((x, y)) == (x, y)
+    assert split_batch([x, y]) == (x, y)
+    inputs, labels = split_batch({"pixel_values": x, "mask": x, "labels": y})
+    assert list(inputs) == ["pixel_values", "mask"]
+    assert labels is y
+    with pytest.raises(ValueError, match=r"keys \['a', 'b'\] has no labels: expected one of labels"):
+        split_batch({"a": x, "b": y})
+    with pytest.raises(ValueError, match=r"expected batches \(x, y\) or mappings with labels, got list"):
+        split_batch([x, y, y])
+
+
+def test_frozen_restores_modes_and_random_states():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout())
+    model[1].eval()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def look():
+        with frozen(model):
+            assert not any(m.training for m in model.modules())
+            assert not torch.is_grad_enabled()
+            torch.rand(3), random.random(), np.random.rand()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        look()
+    assert [m.training for m in model.modules()] == [True, True, False]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_sample_once_over_all_ranks(world_size):
+    data = DataLoader(TensorDataset(torch.arange(10)), batch_size=4, shuffle=True, drop_last=True)
+    state = torch.get_rng_state()
+    seen = [
+        int(i) for rank in range(world_size) for (batch,) in sequential_loader(data, rank, world_size) for i in batch
+    ]
+    assert sorted(seen) == list(range(10))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    assert sequential_loader([1, 2]) == [1, 2]
+    with pytest.raises(ValueError, match="a list without a map-style dataset cannot be shared out over 2 processes"):
+        sequential_loader([1, 2], 0, 2)

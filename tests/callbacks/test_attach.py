@@ -1,0 +1,175 @@
+"""NeuralCollapseMonitor on modules that know nothing of it."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from nclightning.callbacks import NeuralCollapseMonitor
+from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
+from tests.trainers import quiet_trainer
+
+K, N = 3, 50
+
+
+class Net(L.LightningModule):
+    """Batch norm, dropout, and an auxiliary head that is registered last."""
+
+    def __init__(self, labels_under=None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.last = nn.Linear(8, K)
+        self.auxiliary = nn.Linear(8, K)
+        self.labels_under = labels_under
+
+    def forward(self, x):
+        h = self.body(x)
+        self.auxiliary(h)
+        return self.last(h)
+
+    def step(self, batch):
+        x, y = (batch["x"], batch[self.labels_under]) if self.labels_under else batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def training_step(self, batch, batch_idx):
+        return self.step(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.step(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+@pytest.fixture
+def samples():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, 5, generator=generator), torch.randint(K, (N,), generator=generator)
+
+
+def loader(samples, **options):
+    return DataLoader(TensorDataset(*samples), **({"batch_size": 8, "shuffle": True, "drop_last": True} | options))
+
+
+def fit(folder, callbacks, data, model=None, **options):
+    torch.manual_seed(0)
+    model = model or Net()
+    trainer = quiet_trainer(folder, **({"max_epochs": 3, "callbacks": callbacks} | options))
+    trainer.fit(model, *([data] if not isinstance(data, tuple) else data))
+    return model, trainer
+
+
+def measure(model, samples):
+    model.eval()
+    with torch.no_grad():
+        stats = class_statistics(model.body(samples[0]), samples[1], K)
+    weight = model.last.weight.detach().double()
+    return {
+        "nc1": float(within_class_variability(stats)),
+        "nc2": float(etf_deviation(weight)),
+        "nc3": float(self_duality(stats, weight)),
+    }
+
+
+def read(trainer, stage="train"):
+    return {name: float(trainer.callback_metrics[f"nc/{stage}/{name}"]) for name in ("nc1", "nc2", "nc3")}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:You defined a `validation_step` but",
+    "ignore:Found 1 module.* in eval mode at the start of training",
+)
+class TestSweep:
+    def test_reads_the_whole_training_set_of_the_last_epoch(self, tmp_path, samples):
+        model, trainer = fit(tmp_path, [NeuralCollapseMonitor()], loader(samples))
+        # Features are float32 in batches of another size: their own rounding.
+        assert read(trainer) == pytest.approx(measure(model, samples), rel=1e-5)
+
+    def test_leaves_no_trace(self, tmp_path, samples):
+        class Random(L.Callback):
+            def on_train_end(self, trainer, pl_module):
+                self.state = torch.get_rng_state()
+                self.modes = [m.training for m in pl_module.modules()]
+
+        runs = []
+        for callbacks in ([], [NeuralCollapseMonitor()]):
+            random = Random()
+            model, trainer = fit(tmp_path, [*callbacks, random], loader(samples))
+            runs.append((model, trainer.optimizers[0].state_dict()["state"], random))
+        (bare, bare_state, bare_random), (swept, swept_state, swept_random) = runs
+        assert all(
+            torch.equal(a, b) for a, b in zip(bare.state_dict().values(), swept.state_dict().values(), strict=True)
+        )
+        for key, state in bare_state.items():
+            assert all(torch.equal(v, swept_state[key][name]) for name, v in state.items())
+        assert torch.equal(bare_random.state, swept_random.state)
+        assert bare_random.modes == swept_random.modes
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in swept.modules())
+
+    @pytest.mark.parametrize("key", ["labels", "label", "y", "target", "targets"])
+    def test_mappings(self, key, tmp_path, samples):
+        class Rows(Dataset):
+            def __len__(self):
+                return N
+
+            def __getitem__(self, i):
+                return {"x": samples[0][i], key: samples[1][i]}
+
+        data = DataLoader(Rows(), batch_size=8)
+        model, trainer = fit(tmp_path, [NeuralCollapseMonitor()], data, Net(labels_under=key))
+        assert read(trainer) == pytest.approx(measure(model, samples), rel=1e-5)
+
+    def test_cadence_in_epochs(self, tmp_path, samples):
+        logged = []
+
+        class Watch(NeuralCollapseMonitor):
+            def _log(self, pl_module, stage, metric):
+                logged.append((pl_module.current_epoch, stage))
+
+        fit(tmp_path, [Watch(every_n_epochs=2)], loader(samples), max_epochs=5)
+        assert logged == [(1, "train"), (3, "train")]
+
+    def test_model_checkpoint_can_monitor_it(self, tmp_path, samples):
+        keep = ModelCheckpoint(tmp_path, monitor="nc/train/nc1", save_top_k=1)
+        fit(tmp_path, [NeuralCollapseMonitor(), keep], loader(samples), enable_checkpointing=True)
+        assert float(keep.best_model_score) > 0
+
+    def test_validation_collects_the_ordinary_forwards(self, tmp_path, samples):
+        monitor = NeuralCollapseMonitor(head="last")
+        data = (loader(samples), loader(samples, shuffle=False, drop_last=False))
+        model, trainer = fit(tmp_path, [monitor], data, num_sanity_val_steps=0)
+        assert read(trainer, "val") == pytest.approx(measure(model, samples), rel=1e-5)
+
+    def test_a_named_head(self, tmp_path, samples):
+        with pytest.raises(ValueError, match=r"no nn.Linear named 'fc' in Net; linear layers are: 'body.0', 'last'"):
+            fit(tmp_path, [NeuralCollapseMonitor(head="fc")], loader(samples))
+
+    def test_labels_that_do_not_fit_the_head(self, tmp_path, samples):
+        class Narrow(Net):
+            def training_step(self, batch, batch_idx):
+                return self(batch[0]).sum()
+
+        with pytest.raises(ValueError, match=r"labels were outside 0\.\.2"):
+            fit(tmp_path, [NeuralCollapseMonitor()], loader((samples[0], samples[1] + 1)), Narrow())
+
+    def test_an_exception_in_the_sweep_restores_the_modes(self, tmp_path, samples):
+        model = Net()
+        model.body[3].eval()  # A part that the user froze.
+        flags = [m.training for m in model.modules()]
+
+        class Fail(NeuralCollapseMonitor):
+            def _new_metric(self, pl_module, head):
+                raise RuntimeError("in the sweep")
+
+        with pytest.raises(RuntimeError, match="in the sweep"):
+            fit(tmp_path, [Fail()], loader(samples), model)
+        assert [m.training for m in model.modules()] == flags
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_cadence_is_validated():
+    with pytest.raises(ValueError, match="every_n_epochs must be at least 1"):
+        NeuralCollapseMonitor(every_n_epochs=0)
