@@ -1,10 +1,14 @@
 """What the README shows, runs."""
 
+import copy
 import re
 from pathlib import Path
 
+import lightning as L
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.functional import class_statistics, etf_deviation
 
@@ -16,11 +20,26 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_blocks_run():
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
+def test_python_blocks_run(tmp_path, monkeypatch):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.body, self.fc = nn.Linear(7, 512), nn.Linear(512, 10)
+
+    class Module(L.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net.fc(self.net.body(x))
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
 
     torch.manual_seed(0)
     model = Model()
@@ -32,9 +51,18 @@ def test_python_blocks_run():
         value.backward()
         return value
 
-    scope = {"model": model, "loader": [(x, y)], "backbone": model.body, "closure": closure}
+    loader = DataLoader(TensorDataset(x, y), batch_size=20)
+    scope = {
+        "model": model,
+        "module": Module(copy.deepcopy(model)),
+        "loader": loader,
+        "backbone": model.body,
+        "closure": closure,
+    }
+    monkeypatch.chdir(tmp_path)
     for block in blocks("python"):
         exec(block, scope)
+    assert set(scope["trainer"].callback_metrics) == {f"nc/train/nc{i}" for i in (1, 2, 3)}
     assert scope["problem"].collapses
     assert float(scope["problem"].distance(*scope["optimum"])) < 1e-13
     assert scope["optimizer"].outcome.accepted

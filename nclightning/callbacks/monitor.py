@@ -63,7 +63,7 @@ class ReadingsMonitor(L.Callback):
         if not hasattr(pl_module, "iterations_per_step"):
             raise ValueError(
                 f"{type(self).__name__} reads full-batch runs of nclightning.models.RegularizedClassifier, got "
-                f"{type(pl_module).__name__}. For another module use nclightning.metrics in its own steps."
+                f"{type(pl_module).__name__}. NeuralCollapseMonitor attaches to any module."
             )
         self._batch, self._last_iteration = None, -1
 

@@ -298,8 +298,8 @@ def test_other_modules_are_refused_in_words(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[NeuralCollapseMonitor()])
-    with pytest.raises(ValueError, match=r"reads full-batch runs .* got Other.*nclightning.metrics"):
+    trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[OptimalityMonitor()])
+    with pytest.raises(ValueError, match=r"reads full-batch runs .* got Other.*attaches to any module"):
         trainer.fit(Other(), FullBatchLoader((torch.ones(3, 2), torch.zeros(3)), 1))
 
 
