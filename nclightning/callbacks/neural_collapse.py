@@ -121,7 +121,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         return {f"nc/train/{name}": value for name, value in self._metric.read(stats).items()}
 
     def _log(self, pl_module: L.LightningModule, stage: str, metric: NeuralCollapse) -> None:
-        pl_module.log_dict({f"nc/{stage}/{name}": value for name, value in metric.compute().items()})
+        # The metric has merged all processes; averaging equal values is what keeps Lightning from warning.
+        pl_module.log_dict({f"nc/{stage}/{name}": v for name, v in metric.compute().items()}, sync_dist=True)
 
     def _start_pass(self, pl_module: L.LightningModule) -> None:
         head = self._head_of(pl_module)

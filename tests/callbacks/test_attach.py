@@ -1,5 +1,7 @@
 """NeuralCollapseMonitor on modules that know nothing of it."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -168,6 +170,27 @@ class TestSweep:
             fit(tmp_path, [Fail()], loader(samples), model)
         assert [m.training for m in model.modules()] == flags
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_two_processes_read_what_one_reads(tmp_path):
+    """An odd number of samples, which a distributed sampler pads, and a class that only one process sees."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randint(2, (50,), generator=generator)])
+    data = torch.randn(51, 5, generator=generator), labels
+    torch.manual_seed(0)
+    model = Net()
+    model.body[1] = nn.Identity()  # Batch norm keeps statistics of its own on each process.
+    trainer = quiet_trainer(
+        tmp_path,
+        max_epochs=2,
+        callbacks=[NeuralCollapseMonitor()],
+        strategy="ddp_fork_find_unused_parameters_true",
+        devices=2,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of forking and few workers; none is about readings.
+        trainer.fit(model, loader(data))
+    assert read(trainer) == pytest.approx(measure(model, data), rel=1e-6)
 
 
 def test_cadence_is_validated():
