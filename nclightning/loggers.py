@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from nclightning.interrupts import deferred_interrupt
+
 __all__ = ["ReadingsTable", "RunLogger"]
 
 Row = tuple[int, Mapping[str, float]]
@@ -33,6 +35,8 @@ class RunLogger(TensorBoardLogger):
 
     def __init__(self, save_dir: str = ".", name: str = "lightning_logs", version: int | str | None = None) -> None:
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
+        self._counts_versions = version is None
+        self._claimed = False
         self._continued: Path | None = None
         self._table: ReadingsTable | None = None
 
@@ -68,16 +72,19 @@ class RunLogger(TensorBoardLogger):
         Raises:
             ValueError: If it exists and is not empty, or cannot be written.
         """
-        if self._continued is not None or self._experiment is not None:
+        if self._continued is not None or self._claimed:
             return
         folder = Path(self.log_dir)
         try:
-            if folder.is_dir() and any(folder.iterdir()):
-                raise ValueError(
-                    f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
-                    f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
-                )
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            while not _make_folder(folder, take_empty=not self._counts_versions):
+                if not self._counts_versions:
+                    raise ValueError(
+                        f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
+                        f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
+                    )
+                self._version = int(self.version) + 1  # Another run took the number in the meantime.
+                folder = Path(self.log_dir)
             probe = folder / ".writable"
             probe.touch()
             probe.unlink()
@@ -86,6 +93,7 @@ class RunLogger(TensorBoardLogger):
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
                 "Choose another with --trainer.logger.init_args.save_dir."
             ) from error
+        self._claimed = True
 
     @property
     def experiment(self) -> Any:
@@ -112,9 +120,26 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Bring events to disk."""
-        super().save()
-        if self._experiment is not None:
-            self.experiment.flush()
+        with deferred_interrupt():
+            super().save()
+            if self._experiment is not None:
+                self.experiment.flush()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the event file; a writer that is interrupted half closed could not be closed again."""
+        with deferred_interrupt():
+            super().finalize(status)
+
+
+def _make_folder(folder: Path, take_empty: bool) -> bool:
+    """Make a folder, or take an empty one; False if it is in use."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        # An empty folder with a counted number is that of a run which is just starting.
+        return take_empty and folder.is_dir() and not any(folder.iterdir())
+    return True
 
 
 class ReadingsTable:

@@ -17,6 +17,7 @@ FLOORS = {
     "optim": 1,
     "metrics": 1,
     "features": 1,
+    "interrupts": 1,
     "models": 2,
     "data": 2,
     "loggers": 2,
@@ -63,7 +64,9 @@ def test_files_fit_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize("unit", ["objective", "theory", "functional", "optim", "metrics", "features", "figures"])
+@pytest.mark.parametrize(
+    "unit", ["objective", "theory", "functional", "optim", "metrics", "features", "interrupts", "figures"]
+)
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
     code = f"import sys, nclightning.{unit}; sys.exit(any(m.split('.')[0] == 'lightning' for m in sys.modules))"

@@ -86,3 +86,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write the run folder .*Not a directory.*save_dir"):
         RunLogger(str(tmp_path / "file")).claim()
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    loggers = [RunLogger(str(tmp_path)) for _ in range(3)]
+    assert {logger.version for logger in loggers} == {0}  # All have looked before any has made its folder.
+    for logger in loggers:
+        logger.claim()
+    assert [os.path.basename(logger.log_dir) for logger in loggers] == ["version_0", "version_1", "version_2"]
+
+
+def test_an_empty_folder_of_the_asked_name_is_taken(tmp_path):
+    (tmp_path / "lightning_logs" / "mine").mkdir(parents=True)
+    logger = RunLogger(str(tmp_path), version="mine")
+    logger.claim()
+    logger.claim()
+    assert os.path.basename(logger.log_dir) == "mine"

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 
 __all__ = ["Readings", "ReadingsMonitor"]
@@ -148,26 +149,27 @@ class Readings:
 
     def flush(self, trainer: L.Trainer) -> list[tuple[int, dict[str, float]]]:
         """Transfer what waits, log it, and return it."""
-        rows, self._rows = self._rows, {}
-        if not rows:
+        if not self._rows:
             return []
-        waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
-        arrived = iter(torch.stack(waiting).tolist() if waiting else [])
-        values = [
-            (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
-            for iteration, row in rows.items()
-        ]
-        for _, row in values:
-            row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.log_rows(values)
-            else:
-                for iteration, row in values:
-                    logger.log_metrics(row, iteration)
-        trainer.callback_metrics.update(
-            {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values[-1][1].items()}
-        )
+        with deferred_interrupt():
+            rows, self._rows = self._rows, {}
+            waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
+            arrived = iter(torch.stack(waiting).tolist() if waiting else [])
+            values = [
+                (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
+                for iteration, row in rows.items()
+            ]
+            for _, row in values:
+                row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
+            trainer.callback_metrics.update(
+                {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values[-1][1].items()}
+            )
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.log_rows(values)
+                else:
+                    for iteration, row in values:
+                        logger.log_metrics(row, iteration)
         return values
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim import Optimizer
 
+from nclightning.interrupts import deferred_interrupt
 from nclightning.models.backbones import FeatureTable
 from nclightning.objective import LossName, Objective
 from nclightning.optim import ArmijoGD
@@ -153,24 +154,26 @@ class RegularizedClassifier(L.LightningModule):
             count = min(count, trainer.max_steps - start)
         closure = self._closure(optimizer, batch)
         done = 0
-        try:
-            for _ in range(count):
-                optimizer.step(closure)
-                done += 1
-                for hook in self._iteration_hooks:
-                    hook(trainer, self, batch, start + done)
-                outcome = getattr(optimizer, "outcome", None)
-                if outcome is not None and not outcome.accepted:
-                    self.print(f"Iteration {start + done}: {outcome.status.sentence}")
-                    trainer.should_stop = True
-                if trainer.should_stop:
-                    break
-        finally:
-            # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
-            # second line is the x-axis of whatever else is logged through the module.
-            loop = trainer.fit_loop.epoch_loop
-            loop.manual_optimization.optim_step_progress.increment_by(done)
-            loop._batches_that_stepped = start + done
+        # An interrupt between a step and its count would shift every iteration after a resume.
+        with deferred_interrupt() as interrupt:
+            try:
+                for _ in range(count):
+                    optimizer.step(closure)
+                    done += 1
+                    for hook in self._iteration_hooks:
+                        hook(trainer, self, batch, start + done)
+                    outcome = getattr(optimizer, "outcome", None)
+                    if outcome is not None and not outcome.accepted:
+                        self.print(f"Iteration {start + done}: {outcome.status.sentence}")
+                        trainer.should_stop = True
+                    if trainer.should_stop or interrupt.waiting:
+                        break
+            finally:
+                # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
+                # second line is the x-axis of whatever else is logged through the module.
+                loop = trainer.fit_loop.epoch_loop
+                loop.manual_optimization.optim_step_progress.increment_by(done)
+                loop._batches_that_stepped = start + done
 
     def _closure(self, optimizer: Optimizer, batch: Batch) -> Callable[[], Any]:
         def closure() -> Tensor:

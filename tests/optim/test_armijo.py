@@ -410,7 +410,7 @@ def test_a_plain_number_from_the_closure_will_do():
     x = parameter(1.0)
     optimizer = ArmijoGD([x])
     closure = closure_of(optimizer, half_square(1.0), x)
-    assert optimizer.step(lambda: float(closure())) == 0.0
+    assert optimizer.step(lambda: closure().item()) == 0.0
 
 
 def test_deepcopy_continues_on_its_own():

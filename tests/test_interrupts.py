@@ -1,0 +1,64 @@
+"""Ctrl-C between units of work."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from nclightning.interrupts import deferred_interrupt
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_block_ends_first():
+    done = []
+
+    def work():
+        with deferred_interrupt() as state:
+            interrupt()
+            assert state.waiting
+            done.append("block")
+        done.append("after")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["block"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_interrupt_acts_at_once():
+    done = []
+
+    def work():
+        with deferred_interrupt():
+            interrupt()
+            interrupt()
+            done.append("block")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == []
+
+
+def test_an_error_in_the_block_comes_through():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), deferred_interrupt():
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_threads_are_left_alone():
+    seen = []
+
+    def work():
+        with deferred_interrupt() as state:
+            seen.append(state.waiting)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
