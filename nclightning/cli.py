@@ -117,6 +117,8 @@ def _expand_lambda(args: Sequence[str]) -> list[str]:
         name, equals, value = arg.partition("=")
         if name in ("--lambda", "--model.lambda", "--model.init_args.lambda"):
             value = value if equals else next(rest, "")
+            if not value:
+                raise ValueError(f"{name} needs a value, such as {name} 5e-3.")
             for key in ("lambda_w", "lambda_h"):
                 expanded += [f"--model.init_args.{key}", "null"]
             expanded += ["--model.init_args.lambda_", value]
@@ -166,7 +168,11 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the paper's single lambda spelled out."""
-        self.config = parser.parse_args(_expand_lambda(sys.argv[1:] if args is None else args))
+        words = sys.argv[1:] if args is None else args
+        starts = ("-c", "--config", "--model", "--print_config", "-h", "--help")
+        if words and words[0] in _PURPOSE and not any(word.startswith(starts) for word in words[1:]):
+            parser.error(f"give a configuration: --config NAME, where shipped are {', '.join(shipped_configs())}.")
+        self.config = parser.parse_args(_expand_lambda(words))
 
     def _parse_ckpt_path(self) -> None:
         """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
@@ -201,35 +207,55 @@ class RunCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
-        checkpoint = self.config.fit.ckpt_path
-        if checkpoint is not None:
-            self._continue_run(Path(checkpoint))
+        self._start = 0
+        if self.config.fit.ckpt_path is not None:
+            self._continue_run(Path(self.config.fit.ckpt_path))
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.claim()
 
-    def _continue_run(self, checkpoint: Path) -> None:
+    def before_validate(self) -> None:
+        """Find out whether the checkpoint can be looked at."""
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None:
+            self._read_checkpoint(Path(path))
+
+    before_test = before_validate
+
+    def _read_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Read a checkpoint of this problem."""
+        if not path.is_file():
+            raise ValueError(f"--ckpt_path {path}: no such file.")
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["global_step"]
+        except Exception as error:
+            raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
+        if isinstance(self.model, RegularizedClassifier):
+            self.model.check_checkpoint(checkpoint)
+        return checkpoint
+
+    def _continue_run(self, path: Path) -> None:
         """Go on in the folder that the checkpoint lies in."""
-        if not checkpoint.is_file():
-            raise ValueError(f"--ckpt_path {checkpoint}: no such file.")
-        iteration = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
-        if 0 <= self.trainer.max_steps <= iteration:
+        self._start = int(self._read_checkpoint(path)["global_step"])
+        if 0 <= self.trainer.max_steps <= self._start:
             raise ValueError(
-                f"--ckpt_path {checkpoint} is at iteration {iteration} and trainer.max_steps is "
+                f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
-        folder = checkpoint.resolve().parent.parent
+        folder = path.resolve().parent.parent
         if (folder / "readings.csv").is_file():
             for logger in self.trainer.loggers:
                 if isinstance(logger, RunLogger):
-                    logger.continue_run(folder, iteration)
+                    logger.continue_run(folder, self._start)
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
         """Fit, and report on the run folder even after an interrupt."""
         try:
             self.trainer.fit(model, **kwargs)
         finally:
-            _report(self.trainer)
+            if self.trainer.global_step > self._start:
+                _report(self.trainer)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -166,6 +166,37 @@ def test_mistakes_end_in_words_and_write_nothing(args, message, capsys):
     assert (precious / "readings.csv").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("args", "content", "message"),
+    [
+        (["--model.init_args.loss", "ce"], None, "another problem .loss: 'mse' there, 'ce' here"),
+        ([], b"junk", "last.ckpt: not a readable checkpoint"),
+        ([], b"", "last.ckpt: not a readable checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, message):
+    fit()
+    path = RUN / "checkpoints" / "last.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    before = {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit, match=message):
+        main([stage, "--config", "ufm_mse", *QUIET, *args, "--ckpt_path", str(path)])
+    assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()} == before
+
+
+def test_a_missing_config_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit"])
+    assert "give a configuration: --config NAME, where shipped are ufm_ce, ufm_mse" in capsys.readouterr().err
+
+
+def test_a_lambda_without_value_is_named():
+    with pytest.raises(SystemExit, match="--lambda needs a value"):
+        fit("--lambda")
+
+
 def test_a_zero_penalty_trains_without_the_theory():
     without = [
         "--optimality.theory",

@@ -16,6 +16,9 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
+# Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
+_LEAST_READINGS = 20
+
 
 class OptimalityMonitor(ReadingsMonitor):
     """Logs objective, optimality gap, distance to the optimal set, gradient norm and the cost of the line search.
@@ -39,8 +42,8 @@ class OptimalityMonitor(ReadingsMonitor):
             cross-entropy with ``feature_dim < num_classes - 1``.
         stop_distance: End the fit at the first reading whose distance is at most this; None never does.
         stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
-            thousandth of the optimum's norm and has had no new minimum for the second half of the run. With either
-            option each reading brings one number to the host.
+            thousandth of the optimum's norm and has had no new minimum for the second half of the run, at least 20
+            readings. With either option each reading brings one number to the host.
 
     Raises:
         ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
@@ -139,7 +142,8 @@ class OptimalityMonitor(ReadingsMonitor):
     def _is_at_floor(self, iteration: int) -> bool:
         # Near the saddle at zero the distance stands still, too, but at the norm of the optimum.
         assert self._problem is not None
-        return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= 2 * self._smallest_at
+        patience = max(self._smallest_at, _LEAST_READINGS * self.every_n_iterations)
+        return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= self._smallest_at + patience
 
     def state_dict(self) -> dict[str, Any]:
         """Return the smallest distance so far and its iteration, so that a resumed run stops where it would have."""

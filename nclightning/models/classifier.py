@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim import Optimizer
@@ -193,16 +194,42 @@ class RegularizedClassifier(L.LightningModule):
         self.log("loss", self.evaluate_objective(batch))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume another problem, whose curves would be continued under a wrong name."""
+        """Check it, and say what a resume ignores."""
+        self.check_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.training:
+            self._warn_of_optimizer_options(checkpoint["optimizer_states"])
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
+
+        Args:
+            checkpoint: Lightning's.
+
+        Raises:
+            ValueError: Naming the hyperparameters that differ.
+        """
         stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         different = {
-            name: (stored[name], value)
-            for name, value in self.hparams.items()
-            if name in stored and name in self._problem_hparams and stored[name] != value
+            name: (stored[name], self.hparams[name])
+            for name in self._problem_hparams
+            if name in stored and stored[name] != self.hparams[name]
         }
         if different:
             listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
             raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+
+    def _warn_of_optimizer_options(self, stored_states: list[dict[str, Any]]) -> None:
+        """Say which options of the optimizer a resume keeps from the checkpoint, as torch does without a word."""
+        (given,), stored = self.configure_optimizers().param_groups, stored_states[0]["param_groups"][0]
+        ignored = [
+            f"{k}={v!r} (kept: {stored[k]!r})"
+            for k, v in given.items()
+            if k in stored and k != "params" and stored[k] != v
+        ]
+        if ignored:
+            rank_zero_warn(
+                f"A resumed run keeps the optimizer options of its checkpoint. Ignored: {', '.join(ignored)}."
+            )
 
     _problem_hparams: tuple[str, ...] = ()
 

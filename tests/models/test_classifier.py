@@ -148,6 +148,16 @@ def test_another_problem_is_not_resumed(tmp_path):
         )
 
 
+def test_optimizer_options_that_a_resume_ignores_are_named(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5)
+    trainer.fit(ufm(), datamodule=IndexDataModule())
+    trainer.save_checkpoint(tmp_path / "model.ckpt", weights_only=False)
+    other = ufm(optimizer=lambda params: ArmijoGD(params, c1=0.1))
+    with pytest.warns(UserWarning, match=r"Ignored: c1=0.1 \(kept: 0.3\)\."):
+        quiet_trainer(tmp_path, max_steps=9).fit(other, datamodule=IndexDataModule(), ckpt_path=tmp_path / "model.ckpt")
+    assert other.optimizers(use_pl_optimizer=False).param_groups[0]["c1"] == 0.3
+
+
 def test_lambdas():
     assert ufm(lambda_=5e-3).objective == Objective("mse", 3 * 5e-3, 5e-3)
     assert ufm(lambda_=5e-3, lambda_h=1e-4).objective == Objective("mse", 3 * 5e-3, 1e-4)
