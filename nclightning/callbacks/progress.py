@@ -17,10 +17,11 @@ class IterationProgressBar(RichProgressBar):
         super().__init__()
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Show the last readings of objective and distance."""
-        shown = {"F": "loss", "distance": "optimality/distance"}
-        metrics = trainer.callback_metrics
-        return {name: f"{float(metrics[tag]):.3g}" for name, tag in shown.items() if tag in metrics}
+        """Show the last reading of the distance, or of the objective where there is none: one fits in a line."""
+        for name, tag in (("distance", "optimality/distance"), ("F", "loss")):
+            if tag in trainer.callback_metrics:
+                return {name: f"{float(trainer.callback_metrics[tag]):.1e}"}
+        return {}
 
     @property
     def total_train_batches(self) -> int:

@@ -35,7 +35,8 @@ class ArmijoGD(Optimizer):
 
     Each trial calls the standard closure (value and gradient). The gradient of the accepted trial opens the next
     step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
-    The reuse is dropped by itself when a parameter or its gradient was changed in place between two steps.
+    The reuse is dropped by itself when a parameter or its gradient was changed in place between two steps; writes
+    through ``.data`` escape torch's version counters, so that they need ``zero_grad`` and a new optimizer.
 
     All parameter groups move along one joint direction with one step size; the options are therefore common to all
     groups. On several processes (``torch.distributed`` initialised) the closure's value is averaged over the ranks
