@@ -203,6 +203,7 @@ class RunCLI(LightningCLI):
             self.datamodule.adopt(self.model)
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
+            self.model.check_trainer(self.trainer)
             self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):

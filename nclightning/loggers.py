@@ -37,6 +37,7 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
         self._counts_versions = version is None
         self._claimed = False
+        self._last_iteration = -1
         self._continued: Path | None = None
         self._table: ReadingsTable | None = None
 
@@ -108,7 +109,15 @@ class RunLogger(TensorBoardLogger):
         Args:
             rows: Pairs of iteration and values by tag, in order. Values that are not finite are left out of the
                 events, where they would tear the curve, and kept in the table.
+
+        Raises:
+            ValueError: If an iteration was written before: the rows are those of another run.
         """
+        if rows and rows[0][0] <= self._last_iteration:
+            raise ValueError(
+                f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
+                "a RunLogger. Give each fit one of its own."
+            )
         writer = self.experiment._get_file_writer()
         for iteration, values in rows:
             finite = [
@@ -116,6 +125,7 @@ class RunLogger(TensorBoardLogger):
             ]
             writer.add_summary(Summary(value=finite), iteration)
         self.table.append(rows)
+        self._last_iteration = rows[-1][0]
 
     @rank_zero_only
     def save(self) -> None:

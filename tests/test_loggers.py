@@ -102,3 +102,11 @@ def test_an_empty_folder_of_the_asked_name_is_taken(tmp_path):
     logger.claim()
     logger.claim()
     assert os.path.basename(logger.log_dir) == "mine"
+
+
+def test_a_second_run_does_not_mix_into_the_first(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    logger.log_rows([(0, {"a": 1.0}), (3, {"a": 0.5})])
+    with pytest.raises(ValueError, match=r"iteration 0 came after iteration 3 in .*version_0: two runs share"):
+        logger.log_rows([(0, {"a": 2.0})])
+    assert lines(logger.table.path) == ["iteration,a", "0,1.0", "3,0.5"]

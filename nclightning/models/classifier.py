@@ -112,15 +112,35 @@ class RegularizedClassifier(L.LightningModule):
         return self._make_optimizer(self.parameters())
 
     def on_fit_start(self) -> None:
-        """Refuse what would give a wrong or useless run."""
+        """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""
         self.check_parameters()
-        trainer = self.trainer
+        self.check_trainer(self.trainer)
+        self._iteration_hooks: list[Callable[..., None]] = [
+            callback.on_iteration_end
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+            if hasattr(callback, "on_iteration_end")
+        ]
+
+    def check_trainer(self, trainer: L.Trainer) -> None:
+        """Raise unless a trainer's options fit the full-batch loop.
+
+        Args:
+            trainer: Before or at the start of a fit.
+
+        Raises:
+            ValueError: Naming the option.
+        """
         if trainer.max_steps < 0:
             raise ValueError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
         if trainer.precision not in ("32-true", "64-true") or self.head.weight.dtype != self._dtype_of_head:
             raise ValueError(
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
                 "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
+            )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"the full-batch loop runs in one process, got {trainer.world_size}: its gradients are not summed over "
+                "processes. Set trainer.devices=1 and trainer.num_nodes=1."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
@@ -129,11 +149,6 @@ class RegularizedClassifier(L.LightningModule):
                     f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "
                     f"{self.iterations_per_step}, got {every}: it would never save."
                 )
-        self._iteration_hooks: list[Callable[..., None]] = [
-            callback.on_iteration_end
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if hasattr(callback, "on_iteration_end")
-        ]
 
     def check_parameters(self) -> None:
         """Raise unless all parameters are finite.

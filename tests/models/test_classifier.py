@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 
 from nclightning.callbacks import LastCheckpoint
 from nclightning.data import FullBatchLoader, IndexDataModule
@@ -230,6 +231,14 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 def test_trainer_options_that_do_not_fit_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         quiet_trainer(tmp_path, **({"max_steps": 5} | options)).fit(ufm(), datamodule=IndexDataModule())
+
+
+def test_several_processes_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5, strategy="ddp_fork", devices=2)
+    with pytest.raises(ValueError, match=r"runs in one process, got 2.*trainer.devices=1"):
+        ufm().check_trainer(trainer)
+    with pytest.raises(ProcessRaisedException, match="runs in one process, got 2"):
+        trainer.fit(ufm(), datamodule=IndexDataModule())
 
 
 def test_double_precision_trainer_with_float32_parameters_is_refused(tmp_path):
