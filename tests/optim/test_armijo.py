@@ -171,6 +171,9 @@ def test_failure_restores_every_bit():
     assert optimizer.outcome.evaluations == 21
     assert torch.equal(x.detach(), before)
     torch.testing.assert_close(x.grad, before, rtol=0, atol=0)  # The gradient at the start, too.
+    optimizer.step(closure_of(optimizer, uphill, x))  # Asking again at the same point costs nothing.
+    assert optimizer.outcome.status is SearchStatus.EXHAUSTED
+    assert optimizer.outcome.evaluations == 0
 
 
 def test_stalls_where_the_step_no_longer_changes_the_parameters():
@@ -235,11 +238,13 @@ def quartic(x):
     return (x**4).sum() + (x - 1).square().sum()
 
 
-def test_state_dict_round_trip_continues_bit_for_bit():
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_state_dict_round_trip_continues_bit_for_bit(steps):
     generator = torch.Generator().manual_seed(0)
-    x = parameter(*torch.randn(20, generator=generator).tolist())
-    optimizer = ArmijoGD([x], patience=1, shrink=0.6)
-    for _ in range(7):
+    x = parameter(*(0.01 * torch.randn(20, generator=generator)).tolist())
+    # Small first steps are accepted at once, so that the count of acceptances matters.
+    optimizer = ArmijoGD([x], patience=3, shrink=0.6, initial_step=1e-3)
+    for _ in range(steps):
         optimizer.step(closure_of(optimizer, quartic, x))
     y = torch.nn.Parameter(x.detach().clone())
     other = ArmijoGD([y])
@@ -422,6 +427,7 @@ def test_deepcopy_continues_on_its_own():
     optimizer.step(closure_of(optimizer, quartic, x))
     twin.step(closure_of(twin, quartic, y))
     assert torch.equal(x, y)
+    assert twin.total_evaluations == optimizer.total_evaluations
 
 
 def test_loading_a_state_in_place_rewinds():
@@ -445,3 +451,42 @@ def test_pickle_keeps_the_search_state():
     again = pickle.loads(pickle.dumps(optimizer))
     assert again.outcome == optimizer.outcome
     assert again.state_dict()["search"] == optimizer.state_dict()["search"]
+
+
+def test_an_exception_after_backward_leaves_no_gradient():
+    x = parameter(1.0, 2.0)
+    optimizer = ArmijoGD([x])
+    closure = closure_of(optimizer, half_square(1.5), x)
+    calls = 0
+
+    def late():
+        nonlocal calls
+        calls += 1
+        value = closure()
+        if calls == 2:
+            raise RuntimeError("after backward")
+        return value
+
+    with pytest.raises(RuntimeError, match="after backward"):
+        optimizer.step(late)
+    assert x.grad is None
+    optimizer.step(late)
+    assert optimizer.outcome.accepted
+
+
+def test_a_group_added_between_steps_joins_the_search():
+    a, b = parameter(1.0), parameter(2.0)
+    optimizer = ArmijoGD([a])
+    optimizer.step(closure_of(optimizer, half_square(1.5), a))
+    optimizer.add_param_group({"params": [b]})
+    optimizer.step(closure_of(optimizer, lambda a, b: half_square(1.0)(a) + half_square(1.0)(b), a, b))
+    assert b.item() == 1.0  # A step of 1/2, where the first search had ended.
+
+
+def test_a_first_step_below_the_spacing_of_numbers_grows():
+    x = parameter(1.0)
+    optimizer = ArmijoGD([x], initial_step=1e-30)
+    closure = closure_of(optimizer, half_square(1.0), x)
+    for _ in range(230):  # 1e-30 doubles every second step: 100 doublings reach 1.
+        optimizer.step(closure)
+    assert abs(x.item()) < 1e-8
