@@ -1,12 +1,54 @@
-"""What we measure on tensors. Pure functions; shares no code with :mod:`nclightning.theory`, which predicts."""
+"""What is measured: pure functions of tensors, torch only."""
 
-from nclightning.functional.collapse import etf_deviation, self_duality, within_class_variability
+from nclightning.functional.decisions import (
+    accuracy,
+    bias_collapse,
+    cosine_margin,
+    ncc_accuracy,
+    ncc_mismatch,
+    nearest_class_centre,
+)
+from nclightning.functional.distance import CollapseDistance, distance_to_collapse
+from nclightning.functional.duality import class_alignment, duality_difference, self_duality, uniform_duality
+from nclightning.functional.geometry import equiangularity, equinorm, etf_deviation, head_sum
+from nclightning.functional.mse import MSEDecomposition, mse_decomposition
+from nclightning.functional.ood import ood_orthogonality
 from nclightning.functional.statistics import ClassStatistics, class_statistics
+from nclightning.functional.uniformity import PairEnergy, hyperspherical_energy, one_vs_rest_distance
+from nclightning.functional.variability import (
+    class_distance_normalized_variance,
+    variability_collapse_index,
+    within_between_ratio,
+    within_class_variability,
+)
 
 __all__ = [
     "ClassStatistics",
+    "CollapseDistance",
+    "MSEDecomposition",
+    "PairEnergy",
+    "accuracy",
+    "bias_collapse",
+    "class_alignment",
+    "class_distance_normalized_variance",
     "class_statistics",
+    "cosine_margin",
+    "distance_to_collapse",
+    "duality_difference",
+    "equiangularity",
+    "equinorm",
     "etf_deviation",
+    "head_sum",
+    "hyperspherical_energy",
+    "mse_decomposition",
+    "ncc_accuracy",
+    "ncc_mismatch",
+    "nearest_class_centre",
+    "one_vs_rest_distance",
+    "ood_orthogonality",
     "self_duality",
+    "uniform_duality",
+    "variability_collapse_index",
+    "within_between_ratio",
     "within_class_variability",
 ]

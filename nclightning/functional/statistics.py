@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["ClassStatistics", "class_statistics"]
+__all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"]
+
+GlobalMean = Literal["class", "sample"]
+BetweenWeights = Literal["uniform", "count"]
+
+# Rows are taken in at a time so that a chunk and its deviations stay in the cache of a CPU.
+_ELEMENTS_AT_A_TIME = 2**19
+# From this dimension on the symmetric half of the scatter is worth computing block by block, this many to a side.
+_LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
 
 @dataclass(frozen=True)
@@ -17,14 +26,17 @@ class ClassStatistics:
     Attributes:
         counts: Samples per class ``(K,)``, in the dtype of the means.
         means: Class means ``(K, d)``; zero for a class without samples.
-        scatter: Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
-        num_ignored: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
+        spreads: Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum.
+        scatter: Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum; None
+            in the light form, which keeps the spreads only.
+        num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
     """
 
     counts: Tensor
     means: Tensor
-    scatter: Tensor
-    num_ignored: Tensor
+    spreads: Tensor
+    scatter: Tensor | None
+    num_invalid: Tensor
 
     @classmethod
     def empty(
@@ -33,13 +45,27 @@ class ClassStatistics:
         feature_dim: int,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
+        *,
+        scatter: bool = True,
     ) -> ClassStatistics:
-        """Statistics of no samples, the neutral element of :meth:`merge`."""
+        """Statistics of no samples, the neutral element of :meth:`merge`.
+
+        Args:
+            num_classes: K.
+            feature_dim: d.
+            dtype: Of all but ``num_invalid``.
+            device: Where they live.
+            scatter: False makes the light form, K d numbers instead of K d + d^2.
+
+        Returns:
+            Statistics.
+        """
         return cls(
             counts=torch.zeros(num_classes, dtype=dtype, device=device),
             means=torch.zeros(num_classes, feature_dim, dtype=dtype, device=device),
-            scatter=torch.zeros(feature_dim, feature_dim, dtype=dtype, device=device),
-            num_ignored=torch.zeros((), dtype=torch.int64, device=device),
+            spreads=torch.zeros(num_classes, dtype=dtype, device=device),
+            scatter=torch.zeros(feature_dim, feature_dim, dtype=dtype, device=device) if scatter else None,
+            num_invalid=torch.zeros((), dtype=torch.int64, device=device),
         )
 
     @property
@@ -50,9 +76,132 @@ class ClassStatistics:
     @property
     def centred_means(self) -> Tensor:
         """Class means minus their unweighted mean over the classes present; zero rows for absent classes."""
-        present = self.present.unsqueeze(1).to(self.means)
-        centre = (self.means * present).sum(dim=0) / present.sum().clamp(min=1)
-        return (self.means - centre) * present
+        return self.centre_means()
+
+    @property
+    def full_scatter(self) -> Tensor:
+        """The scatter.
+
+        Raises:
+            ValueError: In the light form.
+        """
+        if self.scatter is None:
+            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+        return self.scatter
+
+    def global_mean(self, convention: GlobalMean = "class") -> Tensor:
+        """Mean of the class means, or of all samples.
+
+        Args:
+            convention: ``"class"`` gives every class present the same weight (Papyan et al., 2020), ``"sample"`` every
+                sample. They differ on unbalanced data only.
+
+        Returns:
+            ``(d,)``.
+
+        Raises:
+            ValueError: If there is no such convention.
+        """
+        weights = self._class_weights({"class": "uniform", "sample": "count"}.get(convention, convention))
+        return (weights.unsqueeze(1) * self.means).sum(dim=0)
+
+    def centre_means(self, global_mean: GlobalMean = "class") -> Tensor:
+        """Class means minus the global mean.
+
+        Args:
+            global_mean: As for :meth:`global_mean`.
+
+        Returns:
+            ``(K, d)``; zero rows for absent classes.
+        """
+        # In two steps: the mean of the differences takes away what rounding left of a large common offset.
+        present = self.present.unsqueeze(1)
+        centred = (self.means - self.global_mean(global_mean)) * present
+        weights = self._class_weights("uniform" if global_mean == "class" else "count")
+        return (centred - (weights.unsqueeze(1) * centred).sum(dim=0)) * present
+
+    def between_root(self, global_mean: GlobalMean = "class", between_weights: BetweenWeights = "uniform") -> Tensor:
+        r"""Factor the between-class covariance: rows :math:`\sqrt{w_k}(\mu_k - \mu_G)`.
+
+        Args:
+            global_mean: As for :meth:`global_mean`.
+            between_weights: ``"uniform"`` is :math:`w_k = 1/K` over the classes present, ``"count"`` is
+                :math:`n_k/N`.
+
+        Returns:
+            ``(K, d)`` with :math:`\Sigma_B` = root^T root, of rank at most ``min(K - 1, d)`` for every convention,
+            since the global mean lies in the affine hull of the class means.
+        """
+        return self._class_weights(between_weights).sqrt().unsqueeze(1) * self.centre_means(global_mean)
+
+    def _class_weights(self, convention: str) -> Tensor:
+        if convention not in ("uniform", "count"):
+            raise ValueError(
+                f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
+            )
+        weights = self.present.to(self.counts) if convention == "uniform" else self.counts
+        return weights / weights.sum().clamp(min=1)
+
+    def add_(self, features: Tensor, labels: Tensor, ignore_index: int | None = None) -> ClassStatistics:
+        """Take in samples, in place, on their device and without a transfer to the host.
+
+        Each chunk is centred by its own class means and shifted by a share of their distance to the means so far
+        (Chan, Golub and LeVeque, 1983): nothing is formed around the origin, so that nothing cancels near collapse,
+        and the scatter stays a sum of Gram matrices.
+
+        Args:
+            features: ``(N, d)`` of any floating dtype.
+            labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
+            ignore_index: Label of samples to leave out without counting them as invalid.
+
+        Returns:
+            These statistics.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If features are not floating or labels not int64.
+        """
+        if features.ndim != 2 or labels.shape != features.shape[:1]:
+            raise ValueError(
+                "features must be (N, d) and labels (N,) with the same N, "
+                f"got {tuple(features.shape)} and {tuple(labels.shape)}."
+            )
+        if features.shape[1] != self.means.shape[1]:
+            raise ValueError(f"features must have shape (N, {self.means.shape[1]}), got {tuple(features.shape)}.")
+        if not features.is_floating_point() or labels.dtype != torch.int64:
+            raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
+        size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), 64)
+        with torch.no_grad():
+            for rows, classes in zip(torch.split(features.detach(), size), torch.split(labels, size), strict=True):
+                self._add_chunk(rows.to(self.means.dtype), classes, ignore_index)
+        return self
+
+    def _add_chunk(self, features: Tensor, labels: Tensor, ignore_index: int | None) -> None:
+        num_classes = len(self.counts)
+        valid = (labels >= 0) & (labels < num_classes)
+        invalid = valid.logical_not()
+        if ignore_index is not None:
+            valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
+        # One bin more than classes takes the samples left out, so that no value is branched on.
+        index = torch.where(valid, labels, num_classes)
+        counts, means = _group_means(features, index, num_classes + 1)
+        deviations = torch.where(valid.unsqueeze(1), features - means.index_select(0, index), 0)
+
+        new = counts.narrow(0, 0, num_classes)
+        total = self.counts + new
+        shift = (means.narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
+        # Deviations of a class sum to zero, so the same shift of each of its rows adds exactly the between-chunk part.
+        step = (self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift
+        step = torch.cat([step, step.new_zeros(1, step.shape[1])])
+        deviations = deviations + step.index_select(0, index)
+
+        self.means.add_((new / total.clamp(min=1)).unsqueeze(1) * shift)
+        self.counts.add_(new)
+        spreads = deviations.new_zeros(num_classes + 1).index_add_(0, index, deviations.square().sum(dim=1))
+        self.spreads.add_(spreads.narrow(0, 0, num_classes))
+        self.num_invalid.add_(invalid.sum())
+        if self.scatter is not None:
+            _add_gram_(self.scatter, deviations)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.
@@ -61,69 +210,90 @@ class ClassStatistics:
         formed around the origin, so that nothing cancels near collapse. Order and split matter only to round-off.
 
         Args:
-            other: Statistics over the same classes and feature dimension.
+            other: Statistics over the same classes and feature dimension, light or not like this one.
 
         Returns:
             New statistics; the two operands are left as they are.
 
         Raises:
-            ValueError: If the shapes differ.
+            ValueError: If the shapes differ, or one is light and the other is not.
         """
         if self.means.shape != other.means.shape:
             raise ValueError(
                 "both statistics must have the same classes and feature dimension, "
                 f"got {tuple(self.means.shape)} and {tuple(other.means.shape)}."
             )
+        if (self.scatter is None) != (other.scatter is None):
+            raise ValueError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
         counts = self.counts + other.counts
         share = other.counts / counts.clamp(min=1)
-        shift = other.means - self.means
+        # A class that one side lacks has no shift: its mean there is zero by convention only.
+        shift = (other.means - self.means) * (other.present & self.present).unsqueeze(1)
         between = shift * (self.counts * share).sqrt().unsqueeze(1)
+        scatter = None
+        if self.scatter is not None and other.scatter is not None:
+            scatter = self.scatter + other.scatter
+            _add_gram_(scatter, between)
         return ClassStatistics(
             counts=counts,
-            means=self.means + share.unsqueeze(1) * shift,
-            scatter=self.scatter + other.scatter + between.T @ between,
-            num_ignored=self.num_ignored + other.num_ignored,
+            means=torch.where(self.present.unsqueeze(1), self.means + share.unsqueeze(1) * shift, other.means),
+            spreads=self.spreads + other.spreads + between.square().sum(dim=1),
+            scatter=scatter,
+            num_invalid=self.num_invalid + other.num_invalid,
         )
 
 
 def class_statistics(
-    features: Tensor, labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float64
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    scatter: bool = True,
+    ignore_index: int | None = None,
 ) -> ClassStatistics:
-    """Compute the statistics of one batch in two passes, on its device, without a host transfer.
+    """Compute the statistics of a set of samples, on its device, without a host transfer.
 
     Args:
         features: ``(N, d)`` of any floating dtype.
-        labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_ignored`` and enters nothing else.
+        labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
         num_classes: K, at least 1.
         dtype: Dtype of accumulation and result, float64 or float32.
+        scatter: False makes the light form without the ``(d, d)`` scatter.
+        ignore_index: Label of samples to leave out without counting them as invalid.
 
     Returns:
-        Statistics in ``dtype``. Zero scatter where the features of each class are equal to the last bit.
+        Statistics in ``dtype``. Zero scatter where the features of each class are equal to the last bit. Features
+        that are not finite make the moments of their class ``nan``.
 
     Raises:
         ValueError: If a shape does not fit.
         TypeError: If features are not floating or labels not int64.
     """
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            "features must be (N, d) and labels (N,) with the same N, "
-            f"got {tuple(features.shape)} and {tuple(labels.shape)}."
-        )
-    if not features.is_floating_point() or labels.dtype != torch.int64:
-        raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
-    features = features.detach().to(dtype)
-    valid = (labels >= 0) & (labels < num_classes)
-    # One bin more than classes takes the ignored samples, so that no value is branched on.
-    index = torch.where(valid, labels, num_classes)
-    counts = features.new_zeros(num_classes + 1).index_add_(0, index, torch.ones_like(labels, dtype=dtype))
+    width = features.shape[1] if features.ndim == 2 else 0
+    empty = ClassStatistics.empty(num_classes, width, dtype, features.device, scatter=scatter)
+    return empty.add_(features, labels, ignore_index)
+
+
+def _group_means(features: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Counts ``(G,)`` and means ``(G, d)`` of groups of rows."""
+    counts = features.new_zeros(num_groups).index_add_(0, index, torch.ones_like(index, dtype=features.dtype))
     divisor = counts.clamp(min=1).unsqueeze(1)
-    means = features.new_zeros(num_classes + 1, features.shape[1]).index_add_(0, index, features) / divisor
+    means = features.new_zeros(num_groups, features.shape[1]).index_add_(0, index, features) / divisor
     # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-    means = means + torch.zeros_like(means).index_add_(0, index, features - means.index_select(0, index)) / divisor
-    deviations = torch.where(valid.unsqueeze(1), features - means.index_select(0, index), 0)
-    return ClassStatistics(
-        counts=counts.narrow(0, 0, num_classes),
-        means=means.narrow(0, 0, num_classes),
-        scatter=deviations.T @ deviations,
-        num_ignored=valid.logical_not().sum(),
-    )
+    residuals = features - means.index_select(0, index)
+    return counts, means + torch.zeros_like(means).index_add_(0, index, residuals) / divisor
+
+
+def _add_gram_(scatter: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` in place, computing each pair of blocks of columns once."""
+    dim = len(scatter)
+    if dim < _LEAST_BLOCKED_DIM:
+        scatter.addmm_(rows.T, rows)
+        return
+    size = -(-dim // _BLOCKS)
+    for start in range(0, dim, size):
+        width = min(size, dim - start)
+        product = rows.narrow(1, start, width).T @ rows.narrow(1, 0, start + width)
+        scatter.narrow(0, start, width).narrow(1, 0, start + width).add_(product)
+        scatter.narrow(0, 0, start).narrow(1, start, width).add_(product.narrow(1, 0, start).T)

@@ -1,5 +1,7 @@
-"""torchmetrics classes: state and synchronisation around the functions of :mod:`nclightning.functional`."""
+"""Neural collapse as torchmetrics."""
 
+from nclightning.metrics.measures import MEASURES
+from nclightning.metrics.nearest_centre import NearestClassCentre
 from nclightning.metrics.neural_collapse import NeuralCollapse
 
-__all__ = ["NeuralCollapse"]
+__all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse"]

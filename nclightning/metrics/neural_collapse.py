@@ -1,45 +1,52 @@
-"""NC1, NC2 and NC3 as one streaming metric."""
+"""Neural collapse of features and head as one streaming metric."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from nclightning.functional import (
-    ClassStatistics,
-    class_statistics,
-    etf_deviation,
-    self_duality,
-    within_class_variability,
-)
+from nclightning import functional as F
+from nclightning.functional import ClassStatistics
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
 
 __all__ = ["NeuralCollapse"]
 
-_STATES = tuple(field.name for field in fields(ClassStatistics))
+# From here on the scatter takes more than a GiB in float64, and is not made unless it was asked for.
+_LARGEST_DEFAULT_DIM = 2**13 * 3 // 2
+_LIGHT_DEFAULT = ("nc1_ratio", "nc1_cdnv", "nc2", "nc3")
 
 
 class NeuralCollapse(Metric):
     """Neural collapse of the features seen since the last reset, and of the head on top of them.
 
     ``update`` accepts ``features (B, d)`` of any floating dtype and ``labels (B,)`` int64; ``compute`` returns a dict
-    with ``nc1`` and, if a head is known, ``nc2`` and ``nc3``; formulas and values at degenerate points in
-    :mod:`nclightning.functional`. Batches, their order and their split over processes do not matter beyond
-    round-off. ``update`` stays on the device: it makes no transfer to the host.
+    of scalars by name: ``nc1``, ``nc2`` and ``nc3``, or those in ``measures``. Formulas, sources and values at
+    degenerate points are in :mod:`nclightning.functional`. Batches, their order and their split over processes do not
+    matter beyond round-off. ``update`` stays on the device: it makes no transfer to the host.
 
     Args:
         num_classes: K, at least 2.
         feature_dim: d, at least 1.
-        head: The linear head, or its weight ``(K, d)``, read at ``compute``. None leaves out ``nc2`` and ``nc3``.
+        head: The linear head, or its weight ``(K, d)``, read at ``compute``. None leaves out what needs it.
+        measures: Names out of :data:`nclightning.metrics.MEASURES`, or ``("all",)``. None takes ``nc1``, ``nc2``,
+            ``nc3``. If none of them needs the ``(d, d)`` scatter it is not kept; for ``feature_dim`` above 12288
+            the default leaves it out, too, with a warning, and reads ``nc1_ratio`` and ``nc1_cdnv`` for ``nc1``.
+        global_mean: Of ``"class"`` means or of ``"sample"``, in ``nc1`` and ``nc1_ratio``.
+        between_weights: ``"uniform"`` or ``"count"``, in the same.
+        ignore_index: Label of samples to leave out.
         dtype: Dtype of the statistics. Float64 by default whatever the features: near collapse float32 sums lose
             the within-class scatter. Trainer precision does not change it.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If a size is out of range or the head does not fit; at ``compute``, if a label was outside
+        ValueError: If an argument is out of range or the head does not fit; at ``compute``, if a label was outside
             ``0..K-1``.
 
     Example:
@@ -55,14 +62,19 @@ class NeuralCollapse(Metric):
 
     counts: Tensor
     means: Tensor
+    spreads: Tensor
     scatter: Tensor
-    num_ignored: Tensor
+    num_invalid: Tensor
 
     def __init__(
         self,
         num_classes: int,
         feature_dim: int,
         head: nn.Linear | Tensor | None = None,
+        measures: Sequence[str] | None = None,
+        global_mean: GlobalMean = "class",
+        between_weights: BetweenWeights = "uniform",
+        ignore_index: int | None = None,
         dtype: torch.dtype = torch.float64,
         **kwargs: Any,
     ) -> None:
@@ -73,16 +85,42 @@ class NeuralCollapse(Metric):
             )
         self.num_classes = num_classes
         self.feature_dim = feature_dim
+        self.global_mean = global_mean
+        self.between_weights = between_weights
+        self.ignore_index = ignore_index
         # A tuple keeps the head out of this module's parameters: the metric reads it, it does not own it.
         self._head = (head,)
         if head is not None and tuple(self._weight.shape) != (num_classes, feature_dim):
             raise ValueError(
                 f"head must have a weight of shape {(num_classes, feature_dim)}, got {tuple(self._weight.shape)}."
             )
-        empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype)
-        for name in _STATES:
+        self.measures = self._choose(measures)
+        self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
+        empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
+        empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
+        self._states = tuple(name for name, value in vars(empty).items() if value is not None)
+        for name in self._states:
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
             self.add_state(name, default=getattr(empty, name), dist_reduce_fx=None)
+
+    def _choose(self, measures: Sequence[str] | None) -> tuple[str, ...]:
+        has_head = self._head[0] is not None
+        if measures is None:
+            measures = DEFAULT_MEASURES
+            if self.feature_dim > _LARGEST_DEFAULT_DIM:
+                measures = _LIGHT_DEFAULT
+                warnings.warn(
+                    f"feature_dim={self.feature_dim} would need {8 * self.feature_dim**2 / 2**30:.1f} GiB for the "
+                    "within-class scatter: reading nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
+                    stacklevel=3,
+                )
+            return tuple(name for name in measures if has_head or not MEASURES[name].needs_head)
+        chosen = select_measures(measures)
+        if has_head:
+            return chosen
+        if missing := [name for name in chosen if MEASURES[name].needs_head and tuple(measures) != ("all",)]:
+            raise ValueError(f"measures {missing} read the head: pass head=..., or leave them out.")
+        return tuple(name for name in chosen if not MEASURES[name].needs_head)
 
     @property
     def _weight(self) -> Tensor:
@@ -93,13 +131,14 @@ class NeuralCollapse(Metric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        states = {name: getattr(self, name) for name in _STATES}
+        states: dict[str, Any] = {"scatter": None}
+        states |= {name: getattr(self, name) for name in self._states}
         if states["means"].ndim == 2:
             return ClassStatistics(**states)
-        parts = [
-            ClassStatistics(**{name: state[rank] for name, state in states.items()})
-            for rank in range(len(states["means"]))
-        ]
+        parts = []
+        for rank in range(len(states["means"])):
+            own: dict[str, Any] = {name: None if state is None else state[rank] for name, state in states.items()}
+            parts.append(ClassStatistics(**own))
         merged = parts[0]
         for part in parts[1:]:
             merged = merged.merge(part)
@@ -112,26 +151,35 @@ class NeuralCollapse(Metric):
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
         """
-        if features.ndim != 2 or features.shape[1] != self.feature_dim:
-            raise ValueError(f"features must have shape (B, {self.feature_dim}), got {tuple(features.shape)}.")
-        self._set(self.statistics.merge(class_statistics(features, labels, self.num_classes, self.means.dtype)))
+        if self.means.is_inference() and not torch.is_inference_mode_enabled():
+            for name in self._states:  # Made by a reset in inference mode, these cannot be changed in place.
+                setattr(self, name, getattr(self, name).clone())
+        self.statistics.add_(features, labels, self.ignore_index)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the metrics.
+        """Read the measures.
 
         Returns:
-            Scalars ``nc1`` (and ``nc2``, ``nc3``) in the dtype of the statistics.
+            Scalars by name, in the dtype of the statistics.
+        """
+        return self.read(self.checked_statistics())
+
+    def checked_statistics(self) -> ClassStatistics:
+        """Return the statistics, with one transfer to the host.
+
+        Raises:
+            ValueError: If a label was outside ``0..K-1``.
         """
         stats = self.statistics
-        if int(stats.num_ignored) > 0:
+        if int(stats.num_invalid) > 0:
             raise ValueError(
-                f"{int(stats.num_ignored)} labels were outside 0..{self.num_classes - 1}. "
-                "Pass the right num_classes, or drop these samples before update."
+                f"{int(stats.num_invalid)} labels were outside 0..{self.num_classes - 1}. "
+                "Pass the right num_classes, set ignore_index, or drop these samples before update."
             )
-        return self.read(stats)
+        return stats
 
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
-        """Evaluate the metrics on statistics, without a transfer to the host.
+        """Evaluate the measures on statistics, without a transfer to the host.
 
         Args:
             stats: Statistics of the features.
@@ -139,17 +187,58 @@ class NeuralCollapse(Metric):
         Returns:
             As :meth:`compute`.
         """
-        values = {"nc1": within_class_variability(stats)}
-        if self._head[0] is not None:
-            weight = self._weight.to(stats.means)
-            values["nc2"] = etf_deviation(weight)
-            values["nc3"] = self_duality(stats, weight)
+        reading = self._reading(stats)
+        return {name: MEASURES[name].read(reading) for name in self.measures}
+
+    def per_class(self) -> dict[str, Tensor]:
+        """Read what can be told class by class of everything seen by this process, or by all while synchronised.
+
+        Returns:
+            Vectors ``(K,)``, ``nan`` for absent classes: ``count``; ``variance``, the mean squared distance from the
+            class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
+            classes; with a head ``head_norm`` and ``nc3_cosine``.
+        """
+        reading = self._reading(self.checked_statistics())
+        stats = reading.stats
+        values = {
+            "count": stats.counts,
+            "variance": stats.spreads / stats.counts,
+            "mean_norm": torch.where(stats.present, torch.linalg.vector_norm(stats.centred_means, dim=1), torch.nan),
+            "cdnv": F.class_distance_normalized_variance(stats, "none"),
+            "equiangularity": F.equiangularity(*reading.means, reduction="none"),
+        }
+        if reading.weight is not None:
+            values["head_norm"] = torch.linalg.vector_norm(reading.weight, dim=1)
+            values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
         return values
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw values on a logarithmic axis.
+
+        Args:
+            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
+            ax: Matplotlib axis; None makes one.
+
+        Returns:
+            Figure and axis.
+        """
+        figure, axis = self._plot(val, ax)
+        for each in np.ravel(np.asarray(axis)):
+            each.set_yscale("log")
+        return figure, axis
+
+    def _reading(self, stats: ClassStatistics) -> Reading:
+        head = self._head[0]
+        if head is None:
+            return Reading(stats, None, None, self.global_mean, self.between_weights)
+        bias = head.bias.detach().to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
+        return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
+
     def _set(self, stats: ClassStatistics) -> None:
-        for name in _STATES:
+        for name in self._states:
             setattr(self, name, getattr(stats, name))
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(ClassStatistics(**{name: incoming_state[name] for name in _STATES}).merge(self.statistics))
+        incoming = {"scatter": None} | {name: incoming_state[name] for name in self._states}
+        self._set(ClassStatistics(**incoming).merge(self.statistics))

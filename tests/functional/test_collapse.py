@@ -164,4 +164,4 @@ def test_nc1_is_not_negative_where_the_scatter_is_by_rounding():
     means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     scatter = torch.tensor([[-1e-20, 0.0], [0.0, 1.0]], dtype=torch.float64)
     counts = torch.full((2,), 5.0, dtype=torch.float64)
-    assert float(within_class_variability(ClassStatistics(counts, means, scatter, torch.tensor(0)))) == 0.0
+    assert float(within_class_variability(ClassStatistics(counts, means, counts, scatter, torch.tensor(0)))) == 0.0

@@ -82,8 +82,8 @@ def test_labels_out_of_range_are_counted_and_enter_nothing_else(generator):
     clean = class_statistics(features, labels, 5)
     strange = torch.full((3, 4), torch.nan, dtype=torch.float64)
     dirty = class_statistics(torch.cat([features, strange]), torch.cat([labels, torch.tensor([-100, 5, -1])]), 5)
-    assert int(dirty.num_ignored) == 3
-    assert int(clean.num_ignored) == 0
+    assert int(dirty.num_invalid) == 3
+    assert int(clean.num_invalid) == 0
     torch.testing.assert_close(dirty.scatter, clean.scatter, rtol=1e-15, atol=0)
     torch.testing.assert_close(dirty.means, clean.means, rtol=1e-15, atol=0)
 

@@ -3,13 +3,21 @@
 import copy
 import pickle
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torchmetrics import MetricCollection
 
-from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
-from nclightning.metrics import NeuralCollapse
+from nclightning.functional import (
+    class_distance_normalized_variance,
+    class_statistics,
+    etf_deviation,
+    self_duality,
+    within_class_variability,
+)
+from nclightning.metrics import MEASURES, NeuralCollapse
 
 K, D = 4, 6
 
@@ -61,7 +69,7 @@ def test_ranks_merge_exactly(head, data):
     for metric, h, y in zip(ranks, data[0].split([20, 1, 3]), data[1].split([20, 1, 3]), strict=True):
         metric.update(h, y)
     gathered = NeuralCollapse(K, D, head)
-    for name in ("counts", "means", "scatter", "num_ignored"):
+    for name in ("counts", "means", "spreads", "scatter", "num_invalid"):
         setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))
     gathered._update_count = 1
     assert_same(gathered.compute(), expected(*data, head))
@@ -135,16 +143,16 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_features_of_another_width_are_refused(head):
-    with pytest.raises(ValueError, match=r"features must have shape \(B, 6\)"):
+    with pytest.raises(ValueError, match=r"features must have shape \(N, 6\)"):
         NeuralCollapse(K, D, head).update(torch.zeros(3, 5), torch.zeros(3, dtype=torch.int64))
 
 
 def test_update_and_read_make_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
-    metric = NeuralCollapse(K, D)
+    metric = NeuralCollapse(K, D, torch.ones(K, D), measures=("all",))
     with FakeTensorMode():
         metric._head = (torch.empty(K, D, device="cuda"),)
-        for name in ("counts", "means", "scatter", "num_ignored"):
+        for name in ("counts", "means", "spreads", "scatter", "num_invalid"):
             state = getattr(metric, name)
             setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(2):
@@ -153,3 +161,96 @@ def test_update_and_read_make_no_host_transfer():
         assert {v.device.type for v in values.values()} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             torch.equal(values["nc1"], values["nc2"])  # The proof that such a transfer would have been noticed.
+
+
+def read_all(metric, data):
+    metric.update(*data)
+    return metric.compute()
+
+
+def test_all_measures_stream_merge_and_pickle(head, data):
+    metric = NeuralCollapse(K, D, head, measures=("all",))
+    expected_values = read_all(NeuralCollapse(K, D, head, measures=("all",)), data)
+    assert list(expected_values) == list(MEASURES)
+    other = pickle.loads(pickle.dumps(metric))
+    metric.update(data[0][:7], data[1][:7])
+    other.update(data[0][7:], data[1][7:])
+    metric.merge_state(other)
+    assert_same(metric.compute(), expected_values, rtol=1e-10)
+
+
+def test_without_scatter_where_no_measure_needs_it(head, data):
+    light = NeuralCollapse(K, D, head, measures=("nc1_cdnv", "nc2", "nc3"))
+    assert not light.keeps_scatter
+    assert "scatter" not in light.metric_state
+    full = read_all(NeuralCollapse(K, D, head, measures=("nc1", "nc1_cdnv", "nc2", "nc3")), data)
+    for half in (slice(0, 5), slice(5, None)):
+        light.update(data[0][half], data[1][half])
+    for name, value in light.compute().items():
+        torch.testing.assert_close(value, full[name], rtol=1e-12, atol=0)
+
+
+def test_a_wide_layer_gets_the_light_measures_and_a_word():
+    with pytest.warns(UserWarning, match=r"feature_dim=20000 would need 3\.0 GiB .* nc1_ratio and nc1_cdnv"):
+        metric = NeuralCollapse(2, 20_000)
+    assert metric.measures == ("nc1_ratio", "nc1_cdnv")
+
+
+def test_measures_of_the_head_need_one():
+    assert NeuralCollapse(K, D, measures=("all",)).measures == tuple(
+        name for name, measure in MEASURES.items() if not measure.needs_head
+    )
+    with pytest.raises(ValueError, match=r"measures \['nc2'\] read the head"):
+        NeuralCollapse(K, D, measures=("nc1", "nc2"))
+
+
+def test_conventions_are_checked():
+    with pytest.raises(ValueError, match="global_mean must be 'class' or 'sample'"):
+        NeuralCollapse(K, D, global_mean="mean")
+
+
+def test_ignore_index(head, data):
+    metric = NeuralCollapse(K, D, head, ignore_index=-100)
+    features, labels = torch.cat([data[0], 1e6 + data[0]]), torch.cat([data[1], torch.full_like(data[1], -100)])
+    metric.update(features, labels)
+    assert_same(metric.compute(), expected(*data, head))
+
+
+def test_in_a_collection(head, data):
+    collection = MetricCollection({"a": NeuralCollapse(K, D, head), "b": NeuralCollapse(K, D, measures=("nc1_vci",))})
+    collection.update(*data)
+    assert {"nc1", "nc2", "nc3", "nc1_vci"} <= collection.compute().keys()
+
+
+def test_plots_on_a_logarithmic_axis(head, data):
+    metric = NeuralCollapse(K, D, head)
+    metric.update(*data)
+    _, axis = metric.plot()
+    assert axis.get_yscale() == "log"
+    _, axis = metric.plot([metric.compute(), metric.compute()])
+    assert len(axis.lines) == 3
+    plt.close("all")
+
+
+def test_per_class_values(head, data):
+    metric = NeuralCollapse(K + 1, D, nn.Linear(D, K + 1))
+    metric.update(*data)  # The last class is absent.
+    values = metric.per_class()
+    stats = class_statistics(*data, K + 1)
+    assert set(values) == {
+        "count", "variance", "mean_norm", "cdnv", "equiangularity", "head_norm", "nc3_cosine"
+    }  # fmt: skip
+    for k in range(K):
+        rows = data[0][data[1] == k].double()
+        assert float(values["variance"][k]) == pytest.approx(float((rows - rows.mean(0)).square().sum(1).mean()))
+    assert all(v[K].isnan() for name, v in values.items() if name not in ("count", "head_norm"))
+    assert float(values["cdnv"].nanmean()) == pytest.approx(float(class_distance_normalized_variance(stats)))
+
+
+def test_a_reset_in_inference_mode_does_not_block_later_updates(head, data):
+    metric = NeuralCollapse(K, D, head)
+    with torch.inference_mode():
+        metric.reset()
+        metric.update(*data)
+    metric.update(*data)
+    assert float(metric.counts.sum()) == 2 * len(data[1])

@@ -1,0 +1,132 @@
+"""NC4: what the network decides, against the nearest class centre."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nclightning.functional.linear import unit_rows
+from nclightning.functional.statistics import ClassStatistics, GlobalMean
+
+__all__ = ["accuracy", "bias_collapse", "cosine_margin", "ncc_accuracy", "ncc_mismatch", "nearest_class_centre"]
+
+
+def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
+    r"""Classify by the nearest class mean (NCC).
+
+    .. math:: \arg\min_k \|h - \mu_k\|_2
+
+    Args:
+        features: ``(N, d)`` of any floating dtype.
+        stats: Statistics whose means are the centres; usually those of the training set, whatever the features.
+
+    Returns:
+        Classes ``(N,)`` int64, only classes present; of equally near ones the first.
+
+    Raises:
+        ValueError: If the features do not fit the statistics.
+    """
+    if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
+        raise ValueError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
+    # Around the global mean, so that a common offset of all features does not cost digits.
+    centre, means = stats.global_mean(), stats.centred_means
+    centred = features.detach().to(means) - centre
+    score = centred @ means.T - means.square().sum(dim=1) / 2
+    return torch.where(stats.present, score, -torch.inf).argmax(dim=1)
+
+
+def ncc_accuracy(features: Tensor, labels: Tensor, stats: ClassStatistics) -> Tensor:
+    """Measure how often the nearest class centre is the label (NC4, as Galanti et al. and Jiang et al. read it).
+
+    Args:
+        features: ``(N, d)``.
+        labels: ``(N,)`` int64.
+        stats: As for :func:`nearest_class_centre`.
+
+    Returns:
+        Scalar in [0, 1] in the dtype of the statistics; ``nan`` without samples.
+    """
+    return accuracy(nearest_class_centre(features, stats), labels).to(stats.means)
+
+
+def ncc_mismatch(features: Tensor, predictions: Tensor, stats: ClassStatistics) -> Tensor:
+    """Measure how often the nearest class centre is not the network's decision (NC4 of Papyan, Han and Donoho).
+
+    Args:
+        features: ``(N, d)``.
+        predictions: The network's classes ``(N,)``: the argmax of its logits, bias included.
+        stats: As for :func:`nearest_class_centre`.
+
+    Returns:
+        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``nan`` without samples.
+    """
+    return (nearest_class_centre(features, stats) != predictions).to(stats.means.dtype).mean()
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Measure how often a decision is the label.
+
+    Args:
+        predictions: Classes ``(N,)``.
+        labels: ``(N,)``.
+
+    Returns:
+        Float64 scalar in [0, 1]; ``nan`` without samples.
+    """
+    return (predictions == labels).double().mean()
+
+
+def bias_collapse(
+    stats: ClassStatistics, weight: Tensor, bias: Tensor | None = None, global_mean: GlobalMean = "sample"
+) -> Tensor:
+    r"""Measure the logits of the mean feature (NC4 of Zhu et al., 2021).
+
+    .. math:: \| W \mu_G + b \|_2
+
+    Args:
+        stats: Statistics of the features; the light form suffices.
+        weight: Head ``(K, d)``.
+        bias: Its bias ``(K,)``; None is zero.
+        global_mean: Of all ``"sample"`` (Zhu et al.; the default) or of ``"class"`` means.
+
+    Returns:
+        Non-negative scalar in the dtype of the statistics and the unit of the logits; ``nan`` without samples.
+
+    Raises:
+        ValueError: If the head does not fit the statistics.
+    """
+    if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
+        raise ValueError(
+            f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
+            f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
+        )
+    logits = weight.detach().to(stats.means) @ stats.global_mean(global_mean)
+    if bias is not None:
+        logits = logits + bias.detach().to(logits)
+    return torch.where(stats.present.any(), torch.linalg.vector_norm(logits), torch.nan)
+
+
+def cosine_margin(features: Tensor, labels: Tensor, weight: Tensor, centre: Tensor | None = None) -> Tensor:
+    r"""Measure by how much a feature is closer in angle to its own row of the head than to any other.
+
+    .. math:: \cos\angle(h_i - c, w_{y_i}) - \max_{k \ne y_i} \cos\angle(h_i - c, w_k)
+
+    Zhou et al. (2022), who take the global mean for c.
+
+    Args:
+        features: ``(N, d)``.
+        labels: ``(N,)`` int64 within ``0..K-1``.
+        weight: Head ``(K, d)``.
+        centre: ``(d,)``, usually ``stats.global_mean()``; None is zero.
+
+    Returns:
+        ``(N,)`` float64 in [-2, 2]; K/(K-1) at collapse, positive where angles decide rightly, ``nan`` for a feature
+        in the centre or a zero row.
+    """
+    rows = features.detach().double()
+    if centre is not None:
+        rows = rows - centre.to(rows)
+    cosine = unit_rows(rows) @ unit_rows(weight.detach().to(rows)).T
+    own = labels.unsqueeze(1)
+    others = cosine.scatter(1, own, -torch.inf)
+    return cosine.gather(1, own).squeeze(1) - others.amax(dim=1)

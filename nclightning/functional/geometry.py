@@ -1,0 +1,152 @@
+"""NC0 and NC2: how close rows - the head's, or the centred class means - are to a simplex equiangular tight frame."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nclightning.functional.linear import apart, cosines
+
+__all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
+
+
+def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
+    r"""Measure how far the rows of the head are from summing to zero (NC0).
+
+    .. math:: \mathrm{NC}_0 = \|W 1_K\|_2
+
+    arXiv 2602.16642. Zero at every stationary point of cross-entropy with coupled weight decay, and a condition for
+    the raw and the centred form of :func:`etf_deviation` to agree.
+
+    Args:
+        weight: Head ``(K, d)``.
+        relative: Divide by :math:`\|W\|_F`.
+
+    Returns:
+        Non-negative scalar in the dtype of ``weight`` and the unit of the weights; with ``relative`` in
+        :math:`[0, \sqrt K]`, ``nan`` for a zero head.
+
+    Raises:
+        ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
+    """
+    check_rows("weight", weight)
+    value: Tensor = torch.linalg.vector_norm(weight.sum(dim=0))
+    return value / torch.linalg.matrix_norm(weight) if relative else value
+
+
+def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None = None) -> Tensor:
+    r"""Measure how far rows are from a simplex equiangular tight frame by their Gram matrix (NC2).
+
+    .. math:: \mathrm{NC}_2 = \left\| \frac{W^\top W}{\|W^\top W\|_F}
+        - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
+
+    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.centred_means`` and
+    ``stats.present``. With ``K > d + 1`` no simplex ETF fits and the least value is
+    :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}`; the measures of :mod:`nclightning.functional.uniformity` are meant for that.
+
+    Args:
+        weight: Head ``(K, d)`` or other rows, K at least 2.
+        centred: Subtract the mean row first (Zhou et al., 2022); raw is Zhu et al. (2021) and the seed paper.
+        present: Rows to compare, bool ``(K,)``; None takes all.
+
+    Returns:
+        Scalar in [0, 2] in the dtype of ``weight``, dimensionless; 0 for an ETF of any size and orientation, up to
+        the round-off of that dtype; ``nan`` for zero rows or fewer than two of them.
+
+    Raises:
+        ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
+    """
+    present = check_rows("weight", weight, present)
+    rows = weight * present.unsqueeze(1)
+    if centred:
+        rows = (rows - rows.sum(dim=0) / present.sum()) * present.unsqueeze(1)
+    # Half precision overflows in the Gram matrix, and a scale drops out of the measure.
+    rows = rows / rows.abs().amax()
+    return deviation_from_etf(rows @ rows.T, present)
+
+
+def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tensor:
+    r"""Measure how much the norms of rows differ: their coefficient of variation (NC2, equinorm).
+
+    .. math:: \operatorname{std}_k \|m_k\| \,/\, \operatorname{mean}_k \|m_k\|
+
+    Papyan, Han and Donoho (2020), Fig. 2, for the head and for the centred class means.
+
+    Args:
+        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
+        present: Rows to compare, bool ``(K,)``; None takes all.
+        ddof: The standard deviation divides by ``K - ddof``; 1 as ``torch.std`` does in the published code.
+
+    Returns:
+        Non-negative scalar in the dtype of ``rows``; 0 for equal norms, ``nan`` for zero rows or fewer than two.
+
+    Raises:
+        ValueError: If ``rows`` is not ``(K, d)`` with K at least 2.
+    """
+    present = check_rows("rows", rows, present)
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    count = present.sum()
+    mean = torch.where(present, norms, 0).sum() / count
+    variance = torch.where(present, (norms - mean).square(), 0).sum() / (count - ddof)
+    return variance.sqrt() / mean
+
+
+def equiangularity(
+    rows: Tensor, present: Tensor | None = None, reduction: Literal["mean", "max", "none"] = "mean"
+) -> Tensor:
+    r"""Measure how far angles between rows are from those of a simplex ETF (NC2, equiangularity).
+
+    .. math:: \operatorname*{mean}_{i \ne j} \left| \cos\angle(m_i, m_j) + \tfrac1{K-1} \right|
+
+    Papyan, Han and Donoho (2020), Figs. 3 and 4. Pairs are formed tile by tile.
+
+    Args:
+        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
+        present: Rows to compare, bool ``(K,)``; None takes all.
+        reduction: ``"mean"``, ``"max"`` for the worst pair, or ``"none"`` for each row its mean over the others
+            ``(K,)``, ``nan`` where absent.
+
+    Returns:
+        In [0, 2], in the dtype of ``rows``; 0 for an ETF, ``nan`` with a zero row or fewer than two.
+
+    Raises:
+        ValueError: If ``rows`` is not ``(K, d)`` with K at least 2, or there is no such reduction.
+    """
+    present = check_rows("rows", rows, present)
+    if reduction not in ("mean", "max", "none"):
+        raise ValueError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
+    count = present.sum().to(rows)
+    sums, largest = [], []
+    for part, cosine in cosines(rows):
+        excess = torch.where(apart(part, present), (cosine + 1 / (count - 1)).abs(), 0)
+        sums.append(excess.sum(dim=1))
+        largest.append(excess.amax())
+    if reduction == "max":
+        return torch.where(count >= 2, torch.stack(largest).amax(), torch.nan)
+    per_row = torch.cat(sums) / (count - 1)
+    if reduction == "none":
+        return torch.where(present, per_row, torch.nan)
+    return torch.where(present, per_row, 0).sum() / count
+
+
+def check_rows(name: str, rows: Tensor, present: Tensor | None = None) -> Tensor:
+    """Raise unless rows are ``(K, d)`` with K at least 2; return which of them count."""
+    if rows.ndim != 2 or len(rows) < 2:
+        raise ValueError(f"{name} must be (K, d) with K >= 2, got {tuple(rows.shape)}.")
+    if present is None:
+        return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    if present.dtype != torch.bool or present.shape != rows.shape[:1]:
+        raise ValueError(f"present must be bool of shape ({len(rows)},), got {present.dtype} {tuple(present.shape)}.")
+    return present
+
+
+def deviation_from_etf(gram: Tensor, present: Tensor) -> Tensor:
+    """Frobenius distance of a normalised Gram matrix to that of the ETF over the classes present."""
+    mask = present.to(gram)
+    count = mask.sum()
+    target = (torch.diag(mask) - torch.outer(mask, mask) / count) / (count - 1).sqrt()
+    deviation: Tensor = torch.linalg.matrix_norm(gram / torch.linalg.matrix_norm(gram) - target)
+    return torch.where(count >= 2, deviation, math.nan)

@@ -1,0 +1,61 @@
+"""Linear algebra that several measures share: exact at the degenerate points, tiled over pairs of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["apart", "cosines", "distances", "singular_vectors", "unit_rows"]
+
+# Entries of a tile of the matrix of all pairs of classes: 64 MB in float64.
+_TILE = 2**23
+
+
+def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors, the latter as rows; ``nan`` for a matrix that is not finite.
+
+    A decomposition of such a matrix would raise, and its values are data: they must not stop a run.
+    """
+    finite = rows.isfinite().all()
+    _, singular, right = torch.linalg.svd(torch.where(finite, rows, 0), full_matrices=full)
+    return torch.where(finite, singular, torch.nan), right
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows divided by their norms; ``nan`` for a zero row."""
+    # A first division by the largest entry keeps squares in range.
+    scaled = rows / rows.abs().amax(dim=1, keepdim=True)
+    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return unit
+
+
+def distances(rows: Tensor, tile: int | None = None) -> Iterator[tuple[range, Tensor]]:
+    """Yield Euclidean distances of some rows to all rows, with the range of these rows.
+
+    From differences, not from inner products, which cancel where rows are close.
+    """
+    for part in _tiles(len(rows), tile):
+        some = rows.narrow(0, part.start, len(part))
+        yield part, torch.cdist(some, rows, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def cosines(rows: Tensor, tile: int | None = None) -> Iterator[tuple[range, Tensor]]:
+    """Yield cosines between some rows and all rows, with the range of these rows."""
+    unit = unit_rows(rows)
+    for part in _tiles(len(rows), tile):
+        yield part, unit.narrow(0, part.start, len(part)) @ unit.T
+
+
+def apart(part: range, present: Tensor) -> Tensor:
+    """Which entries of a tile belong to two distinct classes that are present."""
+    index = torch.arange(len(present), device=present.device)
+    some = index.narrow(0, part.start, len(part))
+    return (some.unsqueeze(1) != index) & present & present.index_select(0, some).unsqueeze(1)
+
+
+def _tiles(num_rows: int, size: int | None) -> Iterator[range]:
+    size = size or max(_TILE // max(num_rows, 1), 1)
+    for start in range(0, num_rows, size):
+        yield range(start, min(start + size, num_rows))

@@ -1,0 +1,151 @@
+"""Decisions of network and nearest class centre as one streaming metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
+
+__all__ = ["NearestClassCentre"]
+
+_COUNTS = ("samples", "ncc_right", "right", "mismatched", "num_invalid")
+
+
+class NearestClassCentre(Metric):
+    """How a network and the nearest class centre decide (NC4), by streaming counts.
+
+    ``update`` accepts ``features (B, d)`` and ``labels (B,)`` int64; ``compute`` returns float64 scalars:
+
+    | name | value |
+    |---|---|
+    | ``ncc_accuracy`` | share of samples whose nearest centre is the label |
+    | ``ncc_mismatch`` | share of samples whose nearest centre is not the network's class |
+    | ``accuracy`` | share of samples whose label is the network's class |
+    | ``cosine_margin`` | mean of :func:`nclightning.functional.cosine_margin` around the reference's mean |
+
+    all ``nan`` before the first sample; only the first without a head. Counts add up over processes.
+
+    Args:
+        reference: Statistics whose means are the centres, usually those of the training set.
+        head: The linear head, bias included; None leaves out what needs it.
+        ignore_index: Label of samples to leave out.
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If the head does not fit; at ``compute``, if a label was outside ``0..K-1``.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    samples: Tensor
+    ncc_right: Tensor
+    right: Tensor
+    mismatched: Tensor
+    margin: Tensor
+    num_invalid: Tensor
+
+    def __init__(
+        self,
+        reference: ClassStatistics,
+        head: nn.Linear | None = None,
+        ignore_index: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if head is not None and head.weight.shape != reference.means.shape:
+            raise ValueError(
+                f"head must have a weight of shape {tuple(reference.means.shape)} like the reference, "
+                f"got {tuple(head.weight.shape)}."
+            )
+        self.reference = reference
+        self.ignore_index = ignore_index
+        self._head = (head,)  # Read, not owned.
+        for name in _COUNTS:
+            shape = () if name == "num_invalid" else (len(reference.counts),)
+            self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: ``(B, d)``.
+            labels: ``(B,)`` int64.
+        """
+        head, num_classes = self._head[0], len(self.reference.counts)
+        valid = (labels >= 0) & (labels < num_classes)
+        invalid = valid.logical_not()
+        if self.ignore_index is not None:
+            valid, invalid = valid & (labels != self.ignore_index), invalid & (labels != self.ignore_index)
+        # One bin more than classes takes the samples left out.
+        index = torch.where(valid, labels, num_classes)
+
+        def per_class(values: Tensor) -> Tensor:
+            return values.new_zeros(num_classes + 1).index_add_(0, index, values).narrow(0, 0, num_classes)
+
+        nearest = nearest_class_centre(features, self.reference)
+        self.samples = self.samples + per_class(valid.long())
+        self.ncc_right = self.ncc_right + per_class((nearest == labels).long())
+        self.num_invalid = self.num_invalid + invalid.sum()
+        if head is not None:
+            rows, known = features.detach().double(), torch.where(valid, labels, 0)
+            bias = None if head.bias is None else head.bias.detach().double()
+            decided = nn.functional.linear(rows, head.weight.detach().double(), bias).argmax(dim=1)
+            margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
+            self.right = self.right + per_class((decided == labels).long())
+            self.mismatched = self.mismatched + per_class((decided != nearest).long())
+            self.margin = self.margin + per_class(margin)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Read the shares over all samples.
+
+        Returns:
+            Float64 scalars by name.
+        """
+        self._check()
+        samples = self.samples.sum()
+        return {name: (total.sum() / samples).double() for name, total in self._totals().items()}
+
+    def per_class(self) -> dict[str, Tensor]:
+        """Read the shares class by class.
+
+        Returns:
+            Float64 vectors ``(K,)`` by name; ``nan`` for a class without samples.
+        """
+        self._check()
+        return {name: (total / self.samples).double() for name, total in self._totals().items()}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw values.
+
+        Args:
+            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
+            ax: Matplotlib axis; None makes one.
+
+        Returns:
+            Figure and axis.
+        """
+        return self._plot(val, ax)
+
+    def _totals(self) -> dict[str, Tensor]:
+        totals = {"ncc_accuracy": self.ncc_right.double()}
+        if self._head[0] is not None:
+            totals |= {
+                "ncc_mismatch": self.mismatched.double(),
+                "accuracy": self.right.double(),
+                "cosine_margin": self.margin,
+            }
+        return totals
+
+    def _check(self) -> None:
+        if int(self.num_invalid) > 0:
+            raise ValueError(
+                f"{int(self.num_invalid)} labels were outside 0..{len(self.reference.counts) - 1}. "
+                "Set ignore_index, or drop these samples before update."
+            )
