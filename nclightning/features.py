@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
 
-__all__ = ["capture_features", "detect_head", "find_head", "frozen", "sequential_loader", "split_batch"]
+__all__ = ["Taps", "call_model", "capture_features", "detect_head", "find_head", "pair_rows", "split_batch"]
 
 _HEAD_NAMES = ("head", "fc", "classifier", "score", "heads", "lm_head")
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
@@ -74,13 +70,17 @@ def detect_head(module: nn.Module, inputs: Any) -> nn.Linear:
         if isinstance(child, nn.Linear)
     ]
     try:
-        result = _call(module, inputs)
+        result = call_model(module, inputs)
     finally:
         for handle in handles:
             handle.remove()
     logits = getattr(result, "logits", result)
     for layer, output in reversed(outputs):
         if output is logits:
+            return layer
+    for child in module.modules():
+        named = getattr(child, "get_classifier", None)  # As timm's models name theirs.
+        if callable(named) and isinstance(layer := named(), nn.Linear):
             return layer
     return find_head(module)
 
@@ -102,7 +102,7 @@ def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
     captured: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     try:
-        _call(module, inputs)
+        call_model(module, inputs)
     finally:
         handle.remove()
     if len(captured) != 1:
@@ -141,74 +141,140 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     raise ValueError(f"expected batches (x, y) or mappings with labels, got {type(batch).__name__}.")
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Look at a module without a trace: eval mode, no gradients, and all random states put back afterwards.
+def call_model(module: nn.Module, inputs: Any) -> Any:
+    """Call a module with the input of a batch.
 
     Args:
-        module: Its training flags are restored one by one, so that parts that were frozen stay so.
-    """
-    modes = [(child, child.training) for child in module.modules()]
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
-    devices = sorted(
-        {p.device.index for p in module.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            module.eval()
-            yield
-    finally:
-        for child, training in modes:
-            child.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-
-
-def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterable[Any]:
-    """Make a loader over the same samples in order, each exactly once over all ranks.
-
-    Shuffling, dropped last batches and the duplicates that a distributed sampler pads with would make a reading
-    depend on the epoch, leave samples out or count some twice.
-
-    Args:
-        loader: A ``DataLoader`` over a map-style dataset; anything else is returned as it is.
-        rank: Of this process.
-        world_size: Number of processes.
+        module: Any module.
+        inputs: Passed as they are; a mapping by keyword if its names are those of ``forward``.
 
     Returns:
-        The loader.
-
-    Raises:
-        ValueError: If samples cannot be shared out over several processes.
+        The module's output.
     """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if world_size > 1:
-            raise ValueError(
-                f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
-                "processes without counting samples twice."
-            )
-        return loader
-    dataset = loader.dataset
-    if world_size > 1:
-        dataset = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=False,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        generator=torch.Generator(),
-    )
-
-
-def _call(module: nn.Module, inputs: Any) -> Any:
     if not isinstance(inputs, Mapping):
         return module(inputs)
     accepted = inspect.signature(module.forward).parameters
     by_keyword = all(name in accepted for name in inputs) or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     return module(**inputs) if by_keyword or len(inputs) != 1 else module(*inputs.values())
+
+
+def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring features to one row per label.
+
+    Args:
+        features: ``(B, d)`` with labels ``(B,)``; or ``(B, T, d)`` with a label per position ``(B, T)``.
+        labels: Integers of any type.
+
+    Returns:
+        Features ``(N, d)`` and labels ``(N,)`` int64.
+
+    Raises:
+        ValueError: If there is not one label per row.
+        TypeError: If labels are not integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}: for one-hot or soft labels pass a batch_fn.")
+    if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
+        labels = labels.squeeze(1)
+    if features.ndim < 2 or labels.shape != features.shape[:-1]:
+        raise ValueError(
+            f"there must be one label per feature row, got features of shape {tuple(features.shape)} and labels of "
+            f"shape {tuple(labels.shape)}."
+        )
+    return features.reshape(-1, features.shape[-1]), labels.reshape(-1).long()
+
+
+class Taps:
+    """Hooks that keep what last went into the head and came out of further layers.
+
+    Args:
+        head: Its input is kept under the name ``""``.
+        layers: Modules by name; of their outputs the first tensor is kept, one row per sample.
+        pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
+            ``"flatten"`` takes all entries.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module,
+        layers: Mapping[str, nn.Module] | None = None,
+        pooling: Literal["mean", "flatten"] = "mean",
+    ) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._runs = 0
+        self._versions: dict[str, int] = {}
+        self._pooling = pooling
+        self._handles = [head.register_forward_pre_hook(lambda _, args: self._keep("", args[0]))]
+        for name, layer in (layers or {}).items():
+            self._handles.append(layer.register_forward_hook(self._keep_output(name)))
+
+    def _keep_output(self, name: str) -> Any:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            tensor = _first_tensor(output)
+            if tensor is None:
+                raise ValueError(f"layer {name!r} returns no tensor: its features cannot be read.")
+            self._keep(name, tensor if self._pooling == "flatten" else _pool(tensor))
+
+        return hook
+
+    def _keep(self, name: str, tensor: Tensor) -> None:
+        self._kept[name] = tensor.detach()
+        self._runs += not name
+        self._versions[name] = -1 if tensor.is_inference() else tensor._version
+
+    def take(self, once: bool = False) -> dict[str, Tensor]:
+        """Return what was kept since the last call, and forget it.
+
+        Args:
+            once: Refuse a head that ran several times; else the last time counts, as in a step with several closures.
+
+        Returns:
+            Features by name; those of layers with one row per sample.
+
+        Raises:
+            ValueError: If the head did not run as it should, or its input was changed in place since.
+        """
+        kept, self._kept = self._kept, {}
+        runs, self._runs = self._runs, 0
+        if once and runs > 1:
+            raise ValueError(f"the head ran {runs} times in one forward, expected once.")
+        if "" not in kept:
+            raise ValueError(
+                "the head did not run in this step, so there are no features to read. A compiled model does not see "
+                "the hook: there only sweeps work (source='sweep', stages=('train',))."
+            )
+        for name, tensor in kept.items():
+            if self._versions[name] not in (-1, tensor._version):
+                raise ValueError(
+                    f"the features of {name or 'the head'!r} were changed in place after they were used: use "
+                    "source='sweep', or an operation that is not in place."
+                )
+        return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._kept = [], {}
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Iterable) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _pool(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 3:
+        return tensor.mean(dim=1)
+    return tensor.flatten(2).mean(dim=2) if tensor.ndim > 3 else tensor
 
 
 def _list(linear: Mapping[str, nn.Linear]) -> str:

@@ -1,16 +1,13 @@
 """Finding a head and capturing what enters it."""
 
 import copy
-import random
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from nclightning.features import capture_features, detect_head, find_head, frozen, sequential_loader, split_batch
+from nclightning.features import capture_features, detect_head, find_head, split_batch
 
 
 class Net(nn.Module):
@@ -119,40 +116,3 @@ def test_split_batch():
         split_batch({"a": x, "b": y})
     with pytest.raises(ValueError, match=r"expected batches \(x, y\) or mappings with labels, got list"):
         split_batch([x, y, y])
-
-
-def test_frozen_restores_modes_and_random_states():
-    model = nn.Sequential(nn.Dropout(), nn.Dropout())
-    model[1].eval()
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-
-    def look():
-        with frozen(model):
-            assert not any(m.training for m in model.modules())
-            assert not torch.is_grad_enabled()
-            torch.rand(3), random.random(), np.random.rand()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        look()
-    assert [m.training for m in model.modules()] == [True, True, False]
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1]
-    assert np.random.get_state()[1].tolist() == before[2]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_sample_once_over_all_ranks(world_size):
-    data = DataLoader(TensorDataset(torch.arange(10)), batch_size=4, shuffle=True, drop_last=True)
-    state = torch.get_rng_state()
-    seen = [
-        int(i) for rank in range(world_size) for (batch,) in sequential_loader(data, rank, world_size) for i in batch
-    ]
-    assert sorted(seen) == list(range(10))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_what_cannot_be_shared_out_is_refused():
-    assert sequential_loader([1, 2]) == [1, 2]
-    with pytest.raises(ValueError, match="a list without a map-style dataset cannot be shared out over 2 processes"):
-        sequential_loader([1, 2], 0, 2)

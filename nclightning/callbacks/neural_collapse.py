@@ -1,187 +1,400 @@
-"""NC1-NC3 during a fit, a validation or a test."""
+"""Neural collapse of any module during a fit, a validation or a test."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from nclightning.callbacks.attach import Attachment, full_batch
+from nclightning.callbacks.collection import Collection, Measuring, orthogonality, unlabelled
+from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
-from nclightning.features import (
-    capture_features,
-    detect_head,
-    find_head,
-    frozen,
-    sequential_loader,
-    split_batch,
-)
-from nclightning.functional import class_statistics
+from nclightning.callbacks.pictures import draw_angles
+from nclightning.features import capture_features
+from nclightning.functional import ClassStatistics, class_statistics
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
 
 __all__ = ["NeuralCollapseMonitor"]
 
+Stage = Literal["train", "val", "test"]
+
 
 class NeuralCollapseMonitor(ReadingsMonitor):
-    """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, with the stage ``train``, ``val`` or ``test``.
+    """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
 
     Formulas: :mod:`nclightning.functional`.
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
     sweeps the training set at ends of epochs: the model frozen in eval mode, every sample once and in order, over all
     processes; weights, gradients, buffers, training modes and random states are as before. In validation and test it
-    collects the features of the ordinary forwards. Readings reach ``trainer.callback_metrics``.
+    collects the features of the ordinary forwards; duplicates that a distributed sampler pads with are left out.
+    Readings reach ``trainer.callback_metrics`` and every logger; after a resume the last ones are there from the start.
 
-    Batches are ``(x, y)`` or mappings with the labels under ``labels``, ``label``, ``y``, ``target`` or ``targets``.
+    | tag | value |
+    |---|---|
+    | ``nc/<stage>/<measure>`` | of the head's input; several loaders of a stage: ``nc/<stage>/<loader>/<measure>`` |
+    | ``nc/<stage>/<layer>/nc1``, ``nc1_cdnv``, ``ncc_accuracy`` | of a further layer |
+    | ``nc/<name>/<measure>`` | of a further data set |
+    | ``nc/<...>/nc5`` | of an out-of-distribution set, against the training class means |
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
         head: Dotted name of the linear head. None finds it: the ``nn.Linear`` whose output is the model's output, else
             by the common names (:func:`nclightning.features.find_head`).
-        every_n_epochs: Cadence of sweeps on other modules.
+        every_n_epochs: Cadence on other modules.
+        every_n_steps: Sweep also whenever ``trainer.global_step`` reaches a multiple of this; logged at that step.
+        measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
+            ``accuracy``, ``cosine_margin``, which need the class means first and so a second pass over the training
+            set; ``("all",)`` for all. None takes ``nc1``, ``nc2`` and ``nc3``.
+        source: ``"sweep"``, or ``"online"``: the training reading is of the features of the epoch's ordinary forwards,
+            while weights change and in training mode, and costs no forward.
+        stages: Stages to read.
+        layers: Dotted names of further modules to read.
+        layer_pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over
+            positions, ``"flatten"`` takes all entries.
+        batch_fn: Splits a batch into model input and labels. None takes pairs ``(x, y)`` and mappings with the labels
+            under ``labels``, ``label``, ``y``, ``target`` or ``targets``. Labels ``(B, T)`` for features ``(B, T, d)``
+            are paired position by position.
+        datasets: Further loaders by name, swept along with the training set.
+        ood: Names among ``datasets``, or of validation and test loaders (their number, or key), that are
+            out of distribution: of them ``nc5`` is read, and their labels are not looked at.
+        pictures_every_n_epochs: Cadence of a picture of the angles between class means and head in TensorBoard, under
+            ``nc/train/angles``; None draws none.
+        ignore_index: Label of samples to leave out.
+        global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
+        between_weights: The same: ``"uniform"`` or ``"count"``.
+        on_error: ``"raise"``, or ``"warn"``: say in one sentence why a reading failed, leave it out, and go on
+            training.
 
     Raises:
-        ValueError: If a cadence is below 1, the head cannot be found, or labels do not fit it.
+        ValueError: If an argument is out of range, the head or a layer cannot be found, or labels do not fit the head.
     """
 
     log10_tags = frozenset(f"nc/train/nc{i}" for i in (1, 2, 3))
 
-    def __init__(self, every_n_iterations: int = 10, head: str | None = None, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self,
+        every_n_iterations: int = 10,
+        head: str | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        measures: Sequence[str] | None = None,
+        source: Literal["sweep", "online"] = "sweep",
+        stages: Sequence[Stage] = ("train", "val", "test"),
+        layers: Sequence[str] = (),
+        layer_pooling: Literal["mean", "flatten"] = "mean",
+        batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        datasets: Mapping[str, Iterable[Any]] | None = None,
+        ood: Sequence[str] = (),
+        pictures_every_n_epochs: int | None = None,
+        ignore_index: int | None = None,
+        global_mean: GlobalMean = "class",
+        between_weights: BetweenWeights = "uniform",
+        on_error: Literal["raise", "warn"] = "raise",
+    ) -> None:
         super().__init__(every_n_iterations)
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}.")
-        self.head = head
+        for name, value in (
+            ("every_n_epochs", every_n_epochs),
+            ("every_n_steps", every_n_steps),
+            ("pictures_every_n_epochs", pictures_every_n_epochs),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name, chosen, allowed in (
+            ("source", (source,), ("sweep", "online")),
+            ("layer_pooling", (layer_pooling,), ("mean", "flatten")),
+            ("on_error", (on_error,), ("raise", "warn")),
+            ("stages", tuple(stages), ("train", "val", "test")),
+        ):
+            if not chosen or set(chosen) - set(allowed):
+                raise ValueError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
+        if source == "online" and (every_n_steps is not None or pictures_every_n_epochs is not None):
+            raise ValueError(
+                "source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs."
+            )
         self.every_n_epochs = every_n_epochs
-        self._found: str | None = None
+        self.every_n_steps = every_n_steps
+        self.source = source
+        self.stages = tuple(stages)
+        self.datasets = dict(datasets or {})
+        if clash := self.datasets.keys() & {"train", "val", "test"}:
+            raise ValueError(f"datasets must not be named like a stage, got {sorted(clash)}.")
+        self.ood = tuple(ood)
+        self.pictures_every_n_epochs = pictures_every_n_epochs
+        self.on_error = on_error
+        self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
+        if source == "online" and "train" in stages and self._measuring.of_decisions:
+            raise ValueError(
+                f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
+                "'train' out of stages."
+            )
+        self._attachment = Attachment(head, tuple(layers), layer_pooling, batch_fn)
         self._metric: NeuralCollapse | None = None
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._features: Tensor | None = None
+        self._pass: ForwardPass | None = None
+        self._waiting: ForwardPass | None = None
+        self._centres: tuple[int, dict[str, ClassStatistics]] | None = None
+        self._swept_step = 0
+        self._last: dict[str, float] = {}
 
-    def _head_of(self, pl_module: L.LightningModule, inputs: Any = None) -> nn.Linear:
-        """Find the head, by running the model where an input is at hand and nothing was found before."""
-        name = self.head or self._found
-        if name is None and inputs is not None:
-            head = detect_head(pl_module, inputs)
-            name = self._found = next(path for path, child in pl_module.named_modules() if child is head)
-        return find_head(pl_module, name)
-
-    def _new_metric(self, pl_module: L.LightningModule, head: nn.Linear) -> NeuralCollapse:
-        return NeuralCollapse(head.out_features, head.in_features, head).to(pl_module.device)
+    # Full-batch modules: readings at iterates.
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
-        self._found = None
-        if _is_full_batch(pl_module):
+        self._attachment.forget()
+        if full_batch(pl_module):
             super().on_fit_start(trainer, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Read the first iterate of a full-batch run."""
-        if _is_full_batch(pl_module):
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sweep the training set of a module that is not full-batch."""
-        if not _is_full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._log(pl_module, "train", self._sweep(trainer, pl_module))
-
-    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> NeuralCollapse:
-        metric, loader = None, trainer.train_dataloader
-        if loader is None:
-            raise ValueError("NeuralCollapseMonitor found no training data to sweep.")
-        with frozen(pl_module), trainer.precision_plugin.forward_context():
-            for batch in sequential_loader(loader, trainer.global_rank, trainer.world_size):
-                inputs, labels = split_batch(trainer.strategy.batch_to_device(batch))
-                head = self._head_of(pl_module, inputs)
-                metric = self._new_metric(pl_module, head) if metric is None else metric
-                metric.update(capture_features(pl_module, head, inputs), labels)
-        if metric is None:
-            raise ValueError("the training data to sweep is empty.")
-        return metric
+            return
+        self._attachment.check(trainer)
+        self._swept_step = trainer.global_step
+        trainer.callback_metrics.update(
+            {tag: torch.tensor(value, dtype=torch.float64) for tag, value in self._last.items()}
+        )
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
-        head, labels = self._head_of(pl_module), batch[1]
-        self._metric = self._new_metric(pl_module, head)
+        head, labels = self._attachment.head_of(pl_module), batch[1]
         if int(labels.min()) < 0 or int(labels.max()) >= head.out_features:
             raise ValueError(
                 f"labels must be within 0..{head.out_features - 1}, the outputs of the head, "
                 f"got {int(labels.min())}..{int(labels.max())}."
             )
+        self._metric = self._measuring.metric(head)
 
     @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
-        """Measure NC1-NC3 on the training set."""
+        """Measure the training set at an iterate."""
         assert self._metric is not None
         inputs, labels = batch
-        features = capture_features(pl_module, self._head_of(pl_module), inputs)
-        stats = class_statistics(features, labels, self._metric.num_classes)
+        features = capture_features(pl_module, self._attachment.head_of(pl_module), inputs)
+        stats = class_statistics(features, labels, self._metric.num_classes, scatter=self._metric.keeps_scatter)
         return {f"nc/train/{name}": value for name, value in self._metric.read(stats).items()}
 
-    def _log(self, pl_module: L.LightningModule, stage: str, metric: NeuralCollapse) -> None:
-        # The metric has merged all processes; averaging equal values is what keeps Lightning from warning.
-        pl_module.log_dict({f"nc/{stage}/{name}": v for name, v in metric.compute().items()}, sync_dist=True)
+    # Training of other modules: a sweep, or the ordinary forwards.
 
-    def _start_pass(self, pl_module: L.LightningModule) -> None:
-        head = self._head_of(pl_module)
-        self._metric = self._new_metric(pl_module, head)
-        self._hook = head.register_forward_pre_hook(self._keep)
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start collecting the ordinary forwards."""
+        if self.source == "online" and self._reads_epoch(trainer, pl_module):
+            self._pass = ForwardPass(self._attachment, self._measuring)
 
-    def _keep(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._features = args[0]
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the first iterate of a full-batch run, or hook the head before the first batch."""
+        if full_batch(pl_module):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._hook(pl_module, batch)
 
-    def _collect(self, batch: Batch) -> None:
-        assert self._metric is not None
-        if self._features is None:
-            raise ValueError("the head did not run in this step, so there are no features to read.")
-        self._metric.update(self._features, split_batch(batch)[1])
-        self._features = None
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect a batch, or sweep at the cadence in steps."""
+        if full_batch(pl_module):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        self._collect(pl_module, batch, trainer.train_dataloader)
+        every, step = self.every_n_steps, trainer.global_step
+        # Accumulated batches share a step.
+        if every is not None and step % every == 0 and step != self._swept_step and "train" in self.stages:
+            self._swept_step = step
+            with self._guard():
+                self._sweep(trainer, pl_module, at_step=True)
 
-    def _end_pass(self, pl_module: L.LightningModule, stage: str) -> None:
-        assert self._metric is not None
-        self._remove_hook()
-        self._log(pl_module, stage, self._metric)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read the training set of a module that is not full-batch."""
+        if self.source == "online":
+            self._end(trainer, pl_module, "train")
+        elif self._reads_epoch(trainer, pl_module):
+            with self._guard():
+                self._sweep(trainer, pl_module)
 
-    def _remove_hook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._features = None
+    def _reads_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return due and not full_batch(pl_module) and "train" in self.stages
+
+    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
+        """Read the training set and the further ones."""
+        centres = self._training_centres(trainer, pl_module)
+        sets: dict[str, tuple[Any, dict[str, ClassStatistics]]] = {"train": (trainer.train_dataloader, centres)}
+        for name, loader in self.datasets.items():
+            sets[name] = loader, self._statistics(trainer, pl_module, loader, name not in self.ood)
+        head, values = self._attachment.head_of(pl_module), {}
+        for name, (loader, stats) in sets.items():
+            if name in self.ood:
+                values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
+                continue
+            read = self._measuring.collection(head).read(stats)
+            if self._measuring.decides(centres):
+                decisions = self._measuring.decisions(head, centres)
+                self._attachment.sweep(trainer, pl_module, loader, decisions.add)
+                read |= decisions.read()
+            values |= {f"nc/{name}/{tag}": value for tag, value in read.items()}
+        if at_step:
+            self._publish_at_step(trainer, values)
+        else:
+            self._publish(pl_module, values)
+        every = self.pictures_every_n_epochs
+        if every is not None and not at_step and (trainer.current_epoch + 1) % every == 0 and trainer.is_global_zero:
+            draw_angles(trainer.loggers, "nc/train/angles", centres[""], head.weight, trainer.global_step)
+
+    def _training_centres(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, ClassStatistics]:
+        """Statistics of the training set at the weights as they are, from a sweep unless there was one."""
+        version = sum(parameter._version for parameter in pl_module.parameters())
+        if self._centres is None or self._centres[0] != version:
+            if trainer.train_dataloader is None:
+                raise ValueError(
+                    "decisions by nearest centre and nc5 need the class means of the training set at these weights, "
+                    "and there was no reading of it."
+                )
+            self._centres = version, self._statistics(trainer, pl_module, trainer.train_dataloader)
+        return self._centres[1]
+
+    def _statistics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, labelled: bool = True
+    ) -> dict[str, ClassStatistics]:
+        collection: list[Collection] = []  # Of one: the head is known from the first batch on.
+
+        def add(kept: dict[str, Tensor], labels: Tensor) -> None:
+            if not collection:
+                collection.append(self._measuring.collection(self._attachment.head_of(pl_module)))
+            collection[0].add(*((kept, labels) if labelled else unlabelled(kept)))
+
+        self._attachment.sweep(trainer, pl_module, loader, add)
+        if not collection:
+            raise ValueError("the data to sweep is empty.")
+        return collection[0].statistics()
+
+    # Validation and test: the ordinary forwards.
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting."""
-        self._start_pass(pl_module)
+        self._start(trainer, pl_module, "val")
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Hook the head before the first batch."""
+        self._hook(pl_module, batch)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(batch)
+        self._collect(pl_module, batch, trainer.val_dataloaders, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/val/...``."""
-        self._end_pass(pl_module, "val")
+        self._end(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting."""
-        self._start_pass(pl_module)
+        self._start(trainer, pl_module, "test")
+
+    on_test_batch_start = on_validation_batch_start
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(batch)
+        self._collect(pl_module, batch, trainer.test_dataloaders, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/test/...``."""
-        self._end_pass(pl_module, "test")
+        self._end(trainer, pl_module, "test")
+
+    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
+        self._waiting, self._pass = self._pass, None  # An online pass goes on after a validation in its middle.
+        if self._waiting is not None:
+            self._waiting.remove()
+        if stage in self.stages and not trainer.sanity_checking:
+            with self._guard():
+                needed = self._measuring.of_decisions or self.ood
+                centres = self._training_centres(trainer, pl_module) if needed else None
+                self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
+
+    def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:
+        if self._pass is not None:
+            with self._guard():
+                self._pass.hook(pl_module, batch)
+
+    def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
+        if self._pass is not None:
+            with self._guard():
+                self._pass.collect(pl_module, batch, loaders, index)
+
+    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
+        if self._pass is not None:
+            with self._guard():
+                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read().items()})
+        self._pass, self._waiting = self._waiting, None
+
+    # How readings reach loggers and other callbacks.
+
+    def _publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
+        self._remember(values)
+        # The metrics have merged all processes; averaging equal values is what keeps Lightning from warning.
+        pl_module.log_dict(values, sync_dist=True)
+
+    def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
+        arrived = self._remember(values)
+        trainer.callback_metrics.update({tag: torch.tensor(v, dtype=torch.float64) for tag, v in arrived.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(arrived, trainer.global_step)
+
+    def _remember(self, values: dict[str, Tensor]) -> dict[str, float]:
+        arrived = torch.stack([value.double() for value in values.values()]).tolist() if values else []
+        self._last |= zip(values, arrived, strict=True)
+        return dict(zip(values, arrived, strict=True))
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Turn errors of a reading into a warning where the user asked for that."""
+        try:
+            yield
+        except Exception as error:
+            self._drop()
+            if self.on_error == "raise":
+                raise
+            rank_zero_warn(f"no reading of neural collapse: {error}")
+
+    def _drop(self) -> None:
+        for each in (self._pass, self._waiting):
+            if each is not None:
+                each.remove()
+        self._pass = self._waiting = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._remove_hook()
+        self._drop()
         super().on_exception(trainer, pl_module, exception)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._drop()
+        super().teardown(trainer, pl_module, stage)
 
-def _is_full_batch(pl_module: L.LightningModule) -> bool:
-    return hasattr(pl_module, "iterations_per_step")
+    def state_dict(self) -> dict[str, Any]:
+        """Return the last readings, for callbacks that monitor them after a resume."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self._last = dict(state_dict.get("last", {}))

@@ -178,6 +178,15 @@ class NeuralCollapse(Metric):
             )
         return stats
 
+    def gathered(self) -> ClassStatistics:
+        """Return the statistics over all processes, which must all call this.
+
+        Raises:
+            ValueError: As :meth:`checked_statistics`.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
+            return self.checked_statistics()
+
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
         """Evaluate the measures on statistics, without a transfer to the host.
 

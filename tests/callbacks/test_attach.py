@@ -1,8 +1,10 @@
 """NeuralCollapseMonitor on modules that know nothing of it."""
 
+import random
 import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -75,6 +77,10 @@ def measure(model, samples):
     }
 
 
+def hooks_of(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
 def read(trainer, stage="train"):
     return {name: float(trainer.callback_metrics[f"nc/{stage}/{name}"]) for name in ("nc1", "nc2", "nc3")}
 
@@ -90,26 +96,37 @@ class TestSweep:
         # Features are float32 in batches of another size: their own rounding.
         assert read(trainer) == pytest.approx(measure(model, samples), rel=1e-5)
 
-    def test_leaves_no_trace(self, tmp_path, samples):
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"source": "online"},
+            {"every_n_steps": 2, "layers": ("body.0",), "measures": ("all",)},
+            {"pictures_every_n_epochs": 1, "stages": ("train",)},
+        ],
+        ids=str,
+    )
+    def test_leaves_no_trace(self, options, tmp_path, samples):
         class Random(L.Callback):
             def on_train_end(self, trainer, pl_module):
-                self.state = torch.get_rng_state()
+                self.state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
                 self.modes = [m.training for m in pl_module.modules()]
 
         runs = []
-        for callbacks in ([], [NeuralCollapseMonitor()]):
-            random = Random()
-            model, trainer = fit(tmp_path, [*callbacks, random], loader(samples))
-            runs.append((model, trainer.optimizers[0].state_dict()["state"], random))
-        (bare, bare_state, bare_random), (swept, swept_state, swept_random) = runs
-        assert all(
-            torch.equal(a, b) for a, b in zip(bare.state_dict().values(), swept.state_dict().values(), strict=True)
-        )
+        data = loader(samples), loader(samples, shuffle=False)
+        for callbacks in ([], [NeuralCollapseMonitor(**options)]):
+            after = Random()
+            model, trainer = fit(tmp_path, [*callbacks, after], data)
+            runs.append((model, trainer.optimizers[0].state_dict()["state"], after))
+        (bare, bare_state, bare_after), (read, read_state, read_after) = runs
+        for a, b in zip(bare.state_dict().values(), read.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
         for key, state in bare_state.items():
-            assert all(torch.equal(v, swept_state[key][name]) for name, v in state.items())
-        assert torch.equal(bare_random.state, swept_random.state)
-        assert bare_random.modes == swept_random.modes
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in swept.modules())
+            assert all(torch.equal(v, read_state[key][name]) for name, v in state.items())
+        assert torch.equal(bare_after.state[0], read_after.state[0])
+        assert bare_after.state[1:] == read_after.state[1:]
+        assert bare_after.modes == read_after.modes
+        assert hooks_of(read) == 0
 
     @pytest.mark.parametrize("key", ["labels", "label", "y", "target", "targets"])
     def test_mappings(self, key, tmp_path, samples):
@@ -128,11 +145,11 @@ class TestSweep:
         logged = []
 
         class Watch(NeuralCollapseMonitor):
-            def _log(self, pl_module, stage, metric):
-                logged.append((pl_module.current_epoch, stage))
+            def _publish(self, pl_module, values):
+                logged.append((pl_module.current_epoch, min(values)))
 
         fit(tmp_path, [Watch(every_n_epochs=2)], loader(samples), max_epochs=5)
-        assert logged == [(1, "train"), (3, "train")]
+        assert logged == [(1, "nc/train/nc1"), (3, "nc/train/nc1")]
 
     def test_model_checkpoint_can_monitor_it(self, tmp_path, samples):
         keep = ModelCheckpoint(tmp_path, monitor="nc/train/nc1", save_top_k=1)
@@ -162,14 +179,13 @@ class TestSweep:
         model.body[3].eval()  # A part that the user froze.
         flags = [m.training for m in model.modules()]
 
-        class Fail(NeuralCollapseMonitor):
-            def _new_metric(self, pl_module, head):
-                raise RuntimeError("in the sweep")
+        def fail(batch):
+            raise RuntimeError("in the sweep")
 
         with pytest.raises(RuntimeError, match="in the sweep"):
-            fit(tmp_path, [Fail()], loader(samples), model)
+            fit(tmp_path, [NeuralCollapseMonitor(batch_fn=fail)], loader(samples), model)
         assert [m.training for m in model.modules()] == flags
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+        assert hooks_of(model) == 0
 
 
 def test_two_processes_read_what_one_reads(tmp_path):

@@ -1,0 +1,117 @@
+"""How a monitor holds on to a module that knows nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
+from nclightning.sweep import eager, frozen, sequential_loader
+
+__all__ = ["Attachment", "full_batch", "name_loaders"]
+
+Add = Callable[[dict[str, Tensor], Tensor], None]
+
+
+class Attachment:
+    """Head and layers of a module, and passes over data through them.
+
+    Args:
+        head: Dotted name of the head, or None to find it.
+        layers: Dotted names of further layers.
+        pooling: As for :class:`nclightning.features.Taps`.
+        batch_fn: Splits a batch into input and labels; None is :func:`nclightning.features.split_batch`.
+    """
+
+    def __init__(
+        self,
+        head: str | None = None,
+        layers: tuple[str, ...] = (),
+        pooling: Literal["mean", "flatten"] = "mean",
+        batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
+    ) -> None:
+        self._head, self._layers, self._pooling = head, layers, pooling
+        self.split = batch_fn or split_batch
+        self._found: str | None = None
+
+    def forget(self) -> None:
+        """Forget the head of the last module."""
+        self._found = None
+
+    def head_of(self, pl_module: L.LightningModule, inputs: Any = None) -> nn.Linear:
+        """Find the head, by running the model where an input is at hand and nothing was found before."""
+        name = self._head or self._found
+        if name is None and inputs is not None:
+            with frozen(pl_module), eager():
+                head = detect_head(pl_module, inputs)
+            name = self._found = next(path for path, child in pl_module.named_modules() if child is head)
+        return find_head(pl_module, name)
+
+    def tap(self, pl_module: L.LightningModule, inputs: Any) -> Taps:
+        """Hook head and layers.
+
+        Raises:
+            ValueError: If one does not exist.
+        """
+        layers = {name: _layer(pl_module, name) for name in self._layers}
+        return Taps(self.head_of(pl_module, inputs), layers, self._pooling)
+
+    def sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add) -> None:
+        """Run the module once over a data set without a trace, and hand on features and labels batch by batch."""
+        if isinstance(loader, Mapping | list | tuple):
+            raise ValueError(
+                f"there are {len(loader)} training loaders: a sweep needs one. Pass them by name as "
+                "datasets={'name': loader} and leave 'train' out of stages."
+            )
+        taps: Taps | None = None
+        try:
+            with frozen(pl_module), eager(), trainer.precision_plugin.forward_context():
+                for each in sequential_loader(loader, trainer.global_rank, trainer.world_size):
+                    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
+                    inputs, labels = self.split(trainer.strategy.batch_to_device(batch))
+                    taps = self.tap(pl_module, inputs) if taps is None else taps
+                    call_model(pl_module, inputs)
+                    add(taps.take(once=True), labels)
+        finally:
+            if taps is not None:
+                taps.remove()
+
+    @staticmethod
+    def check(trainer: L.Trainer) -> None:
+        """Refuse strategies under which no process has the weights.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} shards the weights, so that no process can read the head or run "
+                "a sweep: train with ddp, or validate a checkpoint with the monitor in one process."
+            )
+
+
+def full_batch(pl_module: L.LightningModule) -> bool:
+    """Whether a module runs our full-batch iterations."""
+    return hasattr(pl_module, "iterations_per_step")
+
+
+def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the loaders of a stage in Lightning's order with their names; the name of a single one is empty."""
+    if isinstance(loaders, Mapping):
+        yield from ((str(name), loader) for name, loader in loaders.items())
+    elif isinstance(loaders, list | tuple):
+        yield from ((str(i) if len(loaders) > 1 else "", loader) for i, loader in enumerate(loaders))
+    else:
+        yield "", loaders
+
+
+def _layer(pl_module: L.LightningModule, name: str) -> nn.Module:
+    try:
+        return pl_module.get_submodule(name)
+    except AttributeError:
+        known = ", ".join(path for path, _ in pl_module.named_modules() if path)
+        raise ValueError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None

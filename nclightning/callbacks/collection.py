@@ -1,0 +1,202 @@
+"""From captured features to named readings of one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nclightning.features import pair_rows
+from nclightning.functional import ClassStatistics, ood_orthogonality
+from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
+from nclightning.metrics.measures import Reading, select_measures
+
+__all__ = ["DECISIONS", "Centres", "Collection", "Decisions", "Measuring", "orthogonality", "unlabelled"]
+
+DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
+_OF_A_LAYER = ("nc1", "nc1_cdnv")
+# Rows that wait for each other: one update of many rows costs what one of few does.
+_ROWS_AT_A_TIME = 2048
+
+Centres = Mapping[str, ClassStatistics]
+
+
+class Measuring:
+    """What a user chose to read, by who computes it.
+
+    Args:
+        measures: Names out of ``MEASURES`` and ``DECISIONS``; None leaves the choice to the metric, ``("all",)`` takes
+            all.
+        ignore_index: Label of samples to leave out.
+        conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
+
+    Raises:
+        ValueError: If a name does not exist or stands twice.
+    """
+
+    def __init__(
+        self, measures: Sequence[str] | None = None, ignore_index: int | None = None, **conventions: Any
+    ) -> None:
+        self._ignore_index, self._conventions = ignore_index, conventions
+        self.of_statistics: tuple[str, ...] | None = None
+        self.of_decisions: tuple[str, ...] = ()
+        if measures is None:
+            return
+        if not isinstance(measures, str):
+            measures = (*MEASURES, *DECISIONS) if tuple(measures) == ("all",) else tuple(measures)
+            self.of_decisions = tuple(name for name in DECISIONS if name in measures)
+            if len(set(measures)) == len(measures) == len(self.of_decisions) > 0:
+                self.of_statistics = ()
+                return
+            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
+        try:
+            self.of_statistics = select_measures(measures)
+        except ValueError as error:
+            raise ValueError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
+
+    def metric(self, head: nn.Linear) -> NeuralCollapse:
+        """Make the metric of the head and its input."""
+        return NeuralCollapse(
+            head.out_features,
+            head.in_features,
+            head,
+            # The lightest measure where only statistics are wanted.
+            ("nc1_ratio",) if self.of_statistics == () else self.of_statistics,
+            ignore_index=self._ignore_index,
+            **self._conventions,
+        ).to(head.weight.device)
+
+    def collection(self, head: nn.Linear) -> Collection:
+        """Start reading a data set."""
+        return Collection(self.metric(head), self.of_statistics != (), self._ignore_index)
+
+    def decisions(self, head: nn.Linear, centres: Centres) -> Decisions:
+        """Start reading decisions about a data set."""
+        return Decisions(head, self.of_decisions, centres, self._ignore_index)
+
+    def decides(self, centres: Centres) -> bool:
+        """Whether decisions are read: when chosen, and for further layers always."""
+        return bool(self.of_decisions) or len(centres) > 1
+
+
+class _Stream:
+    """Gathers batches of features by name and hands them on in larger ones."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._num_rows = 0
+        self.seen = 0
+
+    def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
+        """Take a batch; of the places behind ``num_own`` nothing."""
+        if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
+            keep = max(min(len(labels), num_own - self.seen), 0)
+            labels = labels.narrow(0, 0, keep)
+            captured = {name: tensor.narrow(0, 0, keep) for name, tensor in captured.items()}
+        self.seen += len(labels)
+        self._waiting.append((captured, labels))
+        self._num_rows += len(labels)
+        if self._num_rows >= _ROWS_AT_A_TIME:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what waits."""
+        waiting, self._waiting, self._num_rows = self._waiting, [], 0
+        if waiting:
+            labels = [labels for _, labels in waiting]
+            for name in waiting[0][0]:
+                paired = [pair_rows(captured[name], y) for (captured, _), y in zip(waiting, labels, strict=True)]
+                self.update(name, torch.cat([h for h, _ in paired]), torch.cat([y for _, y in paired]))
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Collection(_Stream):
+    """Statistics of the head's input, and of further layers.
+
+    Args:
+        metric: Of the head's input.
+        reads: Whether its measures are wanted, or only its statistics.
+        ignore_index: Label of samples to leave out.
+    """
+
+    def __init__(self, metric: NeuralCollapse, reads: bool, ignore_index: int | None) -> None:
+        super().__init__()
+        self._metrics = {"": metric}
+        self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        """Take rows."""
+        if name not in self._metrics:
+            metric = NeuralCollapse(
+                self._num_classes, features.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
+            )
+            self._metrics[name] = metric.to(features.device)
+        self._metrics[name].update(features, labels)
+
+    def statistics(self) -> dict[str, ClassStatistics]:
+        """Statistics by name, over all processes.
+
+        Raises:
+            ValueError: If there were no samples, or labels do not fit the head.
+        """
+        self.flush()
+        return {name: metric.gathered() for name, metric in self._metrics.items()}
+
+    def read(self, statistics: Centres) -> dict[str, Tensor]:
+        """Evaluate the measures."""
+        values = self._metrics[""].read(statistics[""]) if self._reads else {}
+        for name, stats in statistics.items():
+            if name:
+                values |= {f"{name}/{measure}": MEASURES[measure].read(Reading(stats)) for measure in _OF_A_LAYER}
+        return values
+
+
+class Decisions(_Stream):
+    """Decisions of the head and of the nearest centre; for further layers of the latter.
+
+    Args:
+        head: The head.
+        measures: Of the head's decisions.
+        centres: Statistics of the training set by name.
+        ignore_index: Label of samples to leave out.
+    """
+
+    def __init__(self, head: nn.Linear, measures: Sequence[str], centres: Centres, ignore_index: int | None) -> None:
+        super().__init__()
+        self._measures = measures
+        self._metrics = {
+            name: NearestClassCentre(stats, None if name else head, ignore_index).to(head.weight.device)
+            for name, stats in centres.items()
+        }
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        """Take rows."""
+        self._metrics[name].update(features, labels)
+
+    def read(self) -> dict[str, Tensor]:
+        """Evaluate the measures over all processes."""
+        self.flush()
+        values: dict[str, Tensor] = {}
+        for name, metric in self._metrics.items():
+            computed = metric.compute()
+            if name:
+                values[f"{name}/ncc_accuracy"] = computed["ncc_accuracy"]
+            else:
+                values |= {measure: computed[measure] for measure in self._measures}
+        return values
+
+
+def unlabelled(captured: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Head input of samples whose labels mean nothing here, all in one class."""
+    features = captured[""]
+    return {"": features}, torch.zeros(features.shape[:-1], dtype=torch.int64, device=features.device)
+
+
+def orthogonality(centres: ClassStatistics, others: ClassStatistics) -> Tensor:
+    """NC5 of the samples of another set, whatever their classes."""
+    weights = others.counts / others.counts.sum()
+    return ood_orthogonality(centres, (weights.unsqueeze(1) * others.means).sum(dim=0))

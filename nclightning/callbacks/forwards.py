@@ -1,0 +1,77 @@
+"""Readings from the ordinary forwards of a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from nclightning.callbacks.attach import Attachment, name_loaders
+from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality, unlabelled
+from nclightning.features import Taps
+from nclightning.sweep import num_own_samples
+
+__all__ = ["ForwardPass"]
+
+
+class ForwardPass:
+    """Collects the features of one pass over the loaders of a stage.
+
+    Args:
+        attachment: Holds on to the module.
+        measuring: What to read.
+        ood: Names of loaders that are out of distribution.
+        centres: Statistics of the training set for decisions by nearest centre and NC5; None leaves both out.
+    """
+
+    def __init__(
+        self, attachment: Attachment, measuring: Measuring, ood: tuple[str, ...] = (), centres: Centres | None = None
+    ) -> None:
+        self._attachment, self._measuring = attachment, measuring
+        self._ood, self._centres = ood, centres
+        self._taps: Taps | None = None
+        self._collections: dict[str, Collection] = {}
+        self._decisions: dict[str, Decisions] = {}
+
+    def hook(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Hook the module before its first batch."""
+        if self._taps is None:
+            self._taps = self._attachment.tap(pl_module, self._attachment.split(batch)[0])
+
+    def collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
+        """Take the features of the batch that just ran."""
+        assert self._taps is not None
+        kept, labels = self._taps.take(), self._attachment.split(batch)[1]
+        name, loader = list(name_loaders(loaders))[index]
+        head = self._attachment.head_of(pl_module)
+        if name not in self._collections:
+            self._collections[name] = self._measuring.collection(head)
+            if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
+                self._decisions[name] = self._measuring.decisions(head, self._centres)
+        if name in self._ood:
+            kept, labels = unlabelled(kept)
+        for stream in (self._collections[name], self._decisions.get(name)):
+            if stream is not None:
+                stream.add(kept, labels, num_own_samples(loader))
+
+    def read(self) -> dict[str, Tensor]:
+        """Evaluate all measures, with the name of the loader in the tag where there are several."""
+        self.remove()
+        values: dict[str, Tensor] = {}
+        for name, collection in self._collections.items():
+            stats = collection.statistics()
+            if name in self._ood:
+                read = {} if self._centres is None else {"nc5": orthogonality(self._centres[""], stats[""])}
+            else:
+                read = collection.read(stats)
+            if name in self._decisions:
+                read |= self._decisions[name].read()
+            values |= {f"{name}/{tag}" if name else tag: value for tag, value in read.items()}
+        return values
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None

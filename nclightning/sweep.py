@@ -1,0 +1,101 @@
+"""Looking at a model over a data set without a trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
+
+__all__ = ["eager", "frozen", "num_own_samples", "sequential_loader"]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Look at a module without a trace: eval mode, no gradients, and all random states put back afterwards.
+
+    Args:
+        module: Its training flags are restored one by one, so that parts that were frozen stay so.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
+    devices = sorted(
+        {p.device.index for p in module.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            module.eval()
+            yield
+    finally:
+        for child, training in modes:
+            child.training = training
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Run compiled modules uncompiled, since compiled ones do not see hooks that came later."""
+    stance = getattr(torch.compiler, "set_stance", None)  # From torch 2.6 on.
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1) -> Iterable[Any]:
+    """Make a loader over the same samples in order, each exactly once over all ranks.
+
+    Shuffling, dropped last batches and the duplicates that a distributed sampler pads with would make a reading
+    depend on the epoch, leave samples out or count some twice.
+
+    Args:
+        loader: A ``DataLoader`` over a map-style dataset; anything else is returned as it is.
+        rank: Of this process.
+        world_size: Number of processes.
+
+    Returns:
+        The loader.
+
+    Raises:
+        ValueError: If samples cannot be shared out over several processes.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if world_size > 1:
+            raise ValueError(
+                f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
+                "processes without counting samples twice."
+            )
+        return loader
+    dataset = loader.dataset
+    if world_size > 1:
+        dataset = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=False,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
+    )
+
+
+def num_own_samples(loader: Any) -> int | None:
+    """Count the samples of an epoch of this process that are not duplicates.
+
+    A ``DistributedSampler`` pads the last places with samples that another process, or an earlier place, has too.
+
+    Args:
+        loader: Any loader.
+
+    Returns:
+        How many samples from the start of the epoch are real; None if all are.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
