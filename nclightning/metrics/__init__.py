@@ -3,5 +3,6 @@
 from nclightning.metrics.measures import MEASURES
 from nclightning.metrics.nearest_centre import NearestClassCentre
 from nclightning.metrics.neural_collapse import NeuralCollapse
+from nclightning.metrics.optimality import Optimality
 
-__all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse"]
+__all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse", "Optimality"]

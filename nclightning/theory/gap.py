@@ -24,7 +24,7 @@ from nclightning.theory import solutions
 if TYPE_CHECKING:
     from nclightning.theory.problem import UFMProblem
 
-__all__ = ["optimality_gap"]
+__all__ = ["divergence", "optimality_gap"]
 
 # Above this deviation the terms of the divergence may overflow; below it exp(t) is harmless.
 _LARGEST_EXPONENT = 30.0
@@ -46,10 +46,10 @@ def optimality_gap(
     if fraction < 1:
         rest = problem.lambda_w * centred.square().sum() + problem.lambda_h * features.square().sum()
         penalty = penalty + (1 - fraction) * rest
-    return penalty / 2 + _divergence(problem, features @ weight.T, labels, bias).mean()
+    return penalty / 2 + divergence(problem, features @ weight.T, labels, bias).mean()
 
 
-def _divergence(problem: UFMProblem, logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+def divergence(problem: UFMProblem, logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
     """Bregman divergence of each sample's loss between its logits and the optimal ones, ``(N,)``."""
     K, s = problem.num_classes, problem.logit_scale
     eye = torch.eye(K, dtype=logits.dtype, device=logits.device)

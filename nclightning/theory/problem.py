@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nclightning.theory import gap, solutions
+from nclightning.theory import gap, moments, solutions
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -205,6 +205,116 @@ class UFMProblem:
         """
         return gap.optimality_gap(self, *self._admit(weight, features, labels, bias, check_labels))
 
+    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        r"""Measure each sample's loss above that of the optimal logits, to first order removed.
+
+        The Bregman divergence :math:`D(z_i, z^*_{y_i})` of the loss, the part of the gap that the features enter other
+        than by their moments.
+
+        Args:
+            logits: ``(B, K)``, bias included.
+            labels: ``(B,)`` int64 within ``0..K-1``.
+
+        Returns:
+            Non-negative float64 ``(B,)``; 0 at the optimal logits (CE: up to a common shift of a row).
+        """
+        offset = logits.new_zeros(self.num_classes, dtype=torch.float64) if self.loss == "mse" else None
+        return gap.divergence(self, logits.detach().double(), labels, offset)
+
+    def distance_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Measure the distance to the optimal set from the moments of features that are not kept.
+
+        As :meth:`distance`. A bias under CE, which the loss does not tell from its shifts, counts by its distance
+        from a constant.
+
+        Args:
+            weight: Head ``(K, d)``.
+            means: Class means ``(K, d)`` of n samples each.
+            spread: Sum of the squared distances of all samples from their class means.
+            bias: ``(K,)``; needed for MSE.
+
+        Returns:
+            Non-negative float64 scalar.
+
+        Raises:
+            ValueError: If a shape does not fit the problem.
+        """
+        self._admit_moments(weight, means, bias)
+        return moments.distance(
+            self,
+            weight.detach().double(),
+            means.double(),
+            spread.double(),
+            None if bias is None else bias.detach().double(),
+        )
+
+    def gap_from_moments(self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor) -> Tensor:
+        """Evaluate F - F* from the moments of features that are not kept, without cancellation.
+
+        As :meth:`optimality_gap`; under CE a bias, which is free, enters by the divergence only.
+
+        Args:
+            weight: Head ``(K, d)``.
+            means: Class means ``(K, d)`` of n samples each.
+            spread: Sum of the squared distances of all samples from their class means.
+            divergence: Mean of :meth:`divergence` over all samples.
+
+        Returns:
+            Non-negative float64 scalar.
+
+        Raises:
+            ValueError: If a shape does not fit the problem, or ``d < K - 1``, where the gap needs the samples.
+        """
+        if self.rank < self.num_classes - 1 and self.collapses:
+            raise ValueError(
+                f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for a gap from moments, got "
+                f"{self.feature_dim}: use optimality_gap with all samples."
+            )
+        self._admit_moments(weight, means)
+        return moments.gap(self, weight.detach().double(), means.double(), spread.double(), divergence.double())
+
+    @classmethod
+    def at_scale(
+        cls,
+        loss: Literal["mse", "ce"],
+        num_classes: int,
+        samples_per_class: int,
+        feature_dim: int,
+        weight_scale: float,
+        feature_scale: float,
+    ) -> UFMProblem:
+        r"""Find the penalties at which given scales of head and features are the optimal ones.
+
+        The inverse of :attr:`weight_scale` a and :attr:`feature_scale` h: with s = a h and c = h / a it is
+        q = (1 - s)/K for MSE and :math:`q = 1/(e^s + K - 1)` for CE, :math:`\lambda_W = q c` and
+        :math:`\lambda_H = q/(n c)`.
+
+        Args:
+            loss: As for the class, like the sizes.
+            num_classes: K.
+            samples_per_class: n.
+            feature_dim: d.
+            weight_scale: a, positive.
+            feature_scale: h, positive; for MSE below 1/a.
+
+        Returns:
+            The problem.
+
+        Raises:
+            ValueError: If there are no such penalties.
+        """
+        s = weight_scale * feature_scale
+        if not (weight_scale > 0 and feature_scale > 0 and math.isfinite(s)) or (loss == "mse" and s >= 1):
+            raise ValueError(
+                "weight_scale and feature_scale must be positive, for MSE with a product below 1, got "
+                f"{weight_scale} and {feature_scale}: they are optimal at no penalties."
+            )
+        q = (1 - s) / num_classes if loss == "mse" else math.exp(-s) / (1 + (num_classes - 1) * math.exp(-s))
+        ratio = feature_scale / weight_scale
+        return cls(loss, num_classes, samples_per_class, feature_dim, q * ratio, q / (samples_per_class * ratio))
+
     def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
         """Draw a member of the optimal set, uniformly under rotations of the feature space.
 
@@ -245,6 +355,12 @@ class UFMProblem:
             labels,
             None if bias is None else bias.detach().double(),
         )
+
+    def _admit_moments(self, weight: Tensor, means: Tensor, bias: Tensor | None = None) -> None:
+        shape = (self.num_classes, self.feature_dim)
+        for name, tensor, expected in (("weight", weight, shape), ("means", means, shape), ("bias", bias, shape[:1])):
+            if tensor is not None and tuple(tensor.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected} for this problem, got {tuple(tensor.shape)}.")
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless every class occurs exactly n times.

@@ -1,0 +1,97 @@
+"""Optimality gap and distance to the optimal set of any network as a streaming metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nclightning.functional import ClassStatistics
+from nclightning.metrics.neural_collapse import NeuralCollapse
+from nclightning.theory import UFMProblem
+
+__all__ = ["Optimality"]
+
+
+class Optimality(NeuralCollapse):
+    """How far features and head are from the optimum of an unconstrained feature model.
+
+    ``update`` accepts ``features (B, d)`` and ``labels (B,)``; ``compute`` returns float64 scalars ``gap``, F - F*
+    without cancellation, ``distance`` to the optimal set, and ``relative_distance``, that divided by the norm of the
+    optimum. F is Problem (2) on the features seen; for a network, whose features are not free, F* is a lower bound. No
+    feature is kept.
+
+    Args:
+        problem: Sizes, loss and penalties; every class must come exactly ``samples_per_class`` times.
+        head: The linear head, not to change between ``update`` and ``compute``. For CE its bias is taken as free.
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If the head does not fit, MSE comes without a bias, or ``d < K - 1``; at ``compute``, if classes
+            are not balanced.
+    """
+
+    divergence: Tensor
+
+    def __init__(self, problem: UFMProblem, head: nn.Linear, **kwargs: Any) -> None:
+        super().__init__(problem.num_classes, problem.feature_dim, head, measures=("nc1_ratio",), **kwargs)
+        if problem.loss == "mse" and head.bias is None:
+            raise ValueError("head must have a bias for loss='mse', whose optimum has the bias 1/K.")
+        if problem.feature_dim < problem.num_classes - 1:
+            raise ValueError(
+                f"feature_dim must be at least num_classes - 1 = {problem.num_classes - 1}, got {problem.feature_dim}."
+            )
+        self.problem = problem
+        self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: ``(B, d)``.
+            labels: ``(B,)`` int64.
+        """
+        super().update(features, labels)
+        reading = self._reading(self.statistics)
+        valid = (labels >= 0) & (labels < self.num_classes)
+        logits = nn.functional.linear(features.detach().double(), reading.head, reading.bias)
+        values = self.problem.divergence(logits, torch.where(valid, labels, 0))
+        self.divergence = self.divergence + torch.where(valid, values, 0).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Read gap and distance.
+
+        Returns:
+            Float64 scalars by name.
+        """
+        stats = self.checked_statistics()
+        if not bool((stats.counts == self.problem.samples_per_class).all()):
+            raise ValueError(
+                f"every class must come exactly {self.problem.samples_per_class} times, got between "
+                f"{int(stats.counts.min())} and {int(stats.counts.max())}: the closed forms are those of balanced "
+                "data. The measure nc_distance needs no balance."
+            )
+        return self.read(stats)
+
+    def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
+        """Evaluate gap and distance.
+
+        Args:
+            stats: Statistics of all features seen.
+
+        Returns:
+            As :meth:`compute`.
+        """
+        reading, spread = self._reading(stats), stats.spreads.sum()
+        distance = self.problem.distance_from_moments(reading.head, stats.means, spread, reading.bias)
+        mean = self.divergence / self.problem.num_samples
+        return {
+            "gap": self.problem.gap_from_moments(reading.head, stats.means, spread, mean),
+            "distance": distance,
+            "relative_distance": distance / self.problem.optimum_norm,
+        }
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        super()._reduce_states(incoming_state)
+        self.divergence = self.divergence + incoming_state["divergence"]
