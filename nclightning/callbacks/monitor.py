@@ -64,7 +64,8 @@ class ReadingsMonitor(L.Callback):
         if not hasattr(pl_module, "iterations_per_step"):
             raise ValueError(
                 f"{type(self).__name__} reads full-batch runs of nclightning.models.RegularizedClassifier, got "
-                f"{type(pl_module).__name__}. NeuralCollapseMonitor attaches to any module."
+                f"{type(pl_module).__name__}. Of other modules NeuralCollapseMonitor reads NC1-NC3, and "
+                "OptimalityMonitor(loss=...) gap and distance."
             )
         self._batch, self._last_iteration = None, -1
 

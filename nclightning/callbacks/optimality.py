@@ -1,16 +1,20 @@
-"""How far a run is from the optimum of the unconstrained feature model."""
+"""How far a run, or any network, is from the optimum of the unconstrained feature model."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from nclightning.callbacks.attach import Attachment, full_batch
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.features import capture_features, find_head
+from nclightning.features import capture_features, find_head, pair_rows
+from nclightning.functional import distance_to_collapse
+from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.objective import Objective
 from nclightning.theory import UFMProblem
 
@@ -36,14 +40,27 @@ class OptimalityMonitor(ReadingsMonitor):
     Gap and distance are computed in float64 whatever the precision of the run. The line-search tags appear for
     optimizers that report an ``outcome``.
 
+    On any other module, with ``loss`` given, it sweeps the training set twice at ends of epochs, without a trace, and
+    logs of the features before the head ``optimality/gap``, ``optimality/distance`` and
+    ``optimality/relative_distance``, that divided by the norm of the optimum. Without penalties given, those are
+    taken at which the scales of the nearest collapsed configuration
+    (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones, and logged as ``optimality/lambda_w``
+    and ``optimality/lambda_h``.
+
     Args:
-        every_n_iterations: Cadence.
+        every_n_iterations: Cadence on full-batch modules.
         theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or
             cross-entropy with ``feature_dim < num_classes - 1``.
         stop_distance: End the fit at the first reading whose distance is at most this; None never does.
         stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
             thousandth of the optimum's norm and has had no new minimum for the second half of the run, at least 20
             readings. With either option each reading brings one number to the host.
+        loss: For other modules: ``"mse"`` or ``"ce"``.
+        lambda_w: For other modules: penalty on the head in Problem (2). None with ``lambda_h`` fits both.
+        lambda_h: For other modules: penalty on the features, on the sum over all samples.
+        every_n_epochs: Cadence on other modules.
+        head: Dotted name of their head; None finds it.
+        batch_fn: Splits their batches into input and labels; None takes pairs and mappings.
 
     Raises:
         ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
@@ -57,17 +74,83 @@ class OptimalityMonitor(ReadingsMonitor):
         theory: bool = True,
         stop_distance: float | None = None,
         stop_at_floor: bool = False,
+        loss: Literal["mse", "ce"] | None = None,
+        lambda_w: float | None = None,
+        lambda_h: float | None = None,
+        every_n_epochs: int = 1,
+        head: str | None = None,
+        batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
     ) -> None:
         super().__init__(every_n_iterations)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
             raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
             raise ValueError("stop_at_floor=True needs theory=True: without it no distance is read.")
+        if loss not in (None, "mse", "ce") or (lambda_w is None) != (lambda_h is None) or every_n_epochs < 1:
+            raise ValueError(
+                "loss must be 'mse' or 'ce', lambda_w and lambda_h come both or not at all, and every_n_epochs must be "
+                f"at least 1, got {loss!r}, {lambda_w}, {lambda_h} and {every_n_epochs}."
+            )
+        self.loss = loss
+        self.penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
+        self.every_n_epochs = every_n_epochs
+        self._attachment = Attachment(head, batch_fn=batch_fn)
         self.theory = theory
         self.stop_distance = stop_distance
         self.stop_at_floor = stop_at_floor
         self._smallest, self._smallest_at = math.inf, 0
         self._problem: UFMProblem | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tell full-batch modules from others, and refuse what can be read in neither way."""
+        self._attachment.forget()
+        if full_batch(pl_module) or self.loss is None:
+            super().on_fit_start(trainer, pl_module)
+        self._attachment.check(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Read the first iterate of a full-batch run."""
+        if full_batch(pl_module):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sweep the training set of a module that is not full-batch."""
+        if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            pl_module.log_dict(self._sweep(trainer, pl_module), sync_dist=True)
+
+    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
+            metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
+
+            def add(kept: dict[str, Tensor], labels: Tensor) -> None:
+                if not metrics:
+                    metrics.append(make().to(pl_module.device))
+                metrics[0].update(*pair_rows(kept[""], labels))
+
+            self._attachment.sweep(trainer, pl_module, trainer.train_dataloader, add)
+            if not metrics:
+                raise ValueError("the training data to sweep is empty.")
+            return metrics[0]
+
+        def light() -> NeuralCollapse:
+            head = self._attachment.head_of(pl_module)
+            return NeuralCollapse(head.out_features, head.in_features, head, measures=("nc1_ratio",))
+
+        stats, head = run(light).gathered(), self._attachment.head_of(pl_module)
+        assert self.loss is not None
+        sizes = self.loss, head.out_features, int(stats.counts.max()), head.in_features
+        if self.penalties is None:
+            fitted = distance_to_collapse(stats, head.weight)
+            problem = UFMProblem.at_scale(*sizes, float(fitted.head_scale), float(fitted.feature_scale))
+        else:
+            problem = UFMProblem(*sizes, *self.penalties)
+        values = {f"optimality/{name}": v for name, v in run(lambda: Optimality(problem, head)).compute().items()}
+        if self.penalties is None:
+            for name in ("lambda_w", "lambda_h"):
+                values[f"optimality/{name}"] = stats.counts.new_tensor(getattr(problem, name))
+        return values
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the problem and check that the labels are balanced."""

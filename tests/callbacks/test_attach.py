@@ -21,8 +21,9 @@ K, N = 3, 50
 class Net(L.LightningModule):
     """Batch norm, dropout, and an auxiliary head that is registered last."""
 
-    def __init__(self, labels_under=None):
+    def __init__(self, labels_under=None, frozen=False):
         super().__init__()
+        self.rate = 0.0 if frozen else 0.01
         self.body = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
         self.last = nn.Linear(8, K)
         self.auxiliary = nn.Linear(8, K)
@@ -44,7 +45,7 @@ class Net(L.LightningModule):
         self.step(batch)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
+        return torch.optim.Adam(self.parameters(), lr=self.rate)
 
 
 @pytest.fixture
@@ -188,25 +189,34 @@ class TestSweep:
         assert hooks_of(model) == 0
 
 
-def test_two_processes_read_what_one_reads(tmp_path):
+@pytest.mark.parametrize("source", ["sweep", "online"])
+def test_two_processes_read_what_one_reads(source, tmp_path):
     """An odd number of samples, which a distributed sampler pads, and a class that only one process sees."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randint(2, (50,), generator=generator)])
     data = torch.randn(51, 5, generator=generator), labels
     torch.manual_seed(0)
-    model = Net()
+    model = Net(frozen=source == "online")  # Online readings are of changing weights: here of weights that stand still.
     model.body[1] = nn.Identity()  # Batch norm keeps statistics of its own on each process.
+    model.body[3] = nn.Identity()
     trainer = quiet_trainer(
         tmp_path,
         max_epochs=2,
-        callbacks=[NeuralCollapseMonitor()],
+        callbacks=[
+            NeuralCollapseMonitor(
+                source=source, measures=("nc1", "nc2", "nc3", "accuracy") if source == "sweep" else None
+            )
+        ],
         strategy="ddp_fork_find_unused_parameters_true",
         devices=2,
+        num_sanity_val_steps=0,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of forking and few workers; none is about readings.
-        trainer.fit(model, loader(data))
-    assert read(trainer) == pytest.approx(measure(model, data), rel=1e-6)
+        trainer.fit(model, loader(data, drop_last=False), loader(data, shuffle=False, drop_last=False))
+    expected = pytest.approx(measure(model, data), rel=1e-6)
+    assert read(trainer) == expected
+    assert read(trainer, "val") == expected
 
 
 def test_cadence_is_validated():

@@ -299,7 +299,7 @@ def test_other_modules_are_refused_in_words(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[OptimalityMonitor()])
-    with pytest.raises(ValueError, match=r"reads full-batch runs .* got Other.*attaches to any module"):
+    with pytest.raises(ValueError, match=r"reads full-batch runs .* got Other.*Of other modules NeuralCollapseMonitor"):
         trainer.fit(Other(), FullBatchLoader((torch.ones(3, 2), torch.zeros(3)), 1))
 
 
