@@ -65,7 +65,7 @@ def mse_decomposition(
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
     share = (stats.counts / stats.counts.sum()).unsqueeze(1)
-    head, means, within = weight.detach().to(stats.means), stats.means, stats.full_scatter / stats.counts.sum()
+    head, means, within = weight.detach().to(stats.means), stats.means, stats.scatter / stats.counts.sum()
     if bias is not None:
         head = torch.cat([head, bias.detach().to(head).unsqueeze(1)], dim=1)
         means = torch.cat([means, torch.ones_like(share)], dim=1)

@@ -13,9 +13,10 @@ __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
 
-# Rows are taken in at a time so that a chunk and its deviations stay in the cache of a CPU.
-_ELEMENTS_AT_A_TIME = 2**19
-# From this dimension on the symmetric half of the scatter is worth computing block by block, this many to a side.
+# Rows are taken in at a time so that a chunk stays in the cache of a CPU, but enough of them for one pass over the
+# scatter.
+_ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**18, 512
+# From this dimension on only blocks on and below the diagonal of the scatter are computed, this many to a side.
 _LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
 
@@ -27,15 +28,14 @@ class ClassStatistics:
         counts: Samples per class ``(K,)``, in the dtype of the means.
         means: Class means ``(K, d)``; zero for a class without samples.
         spreads: Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum.
-        scatter: Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum; None
-            in the light form, which keeps the spreads only.
+        lower: Lower triangle, at least, of the scatter ``(d, d)``; None in the light form, which has only spreads.
         num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
     """
 
     counts: Tensor
     means: Tensor
     spreads: Tensor
-    scatter: Tensor | None
+    lower: Tensor | None
     num_invalid: Tensor
 
     @classmethod
@@ -64,7 +64,7 @@ class ClassStatistics:
             counts=torch.zeros(num_classes, dtype=dtype, device=device),
             means=torch.zeros(num_classes, feature_dim, dtype=dtype, device=device),
             spreads=torch.zeros(num_classes, dtype=dtype, device=device),
-            scatter=torch.zeros(feature_dim, feature_dim, dtype=dtype, device=device) if scatter else None,
+            lower=torch.zeros(feature_dim, feature_dim, dtype=dtype, device=device) if scatter else None,
             num_invalid=torch.zeros((), dtype=torch.int64, device=device),
         )
 
@@ -79,15 +79,15 @@ class ClassStatistics:
         return self.centre_means()
 
     @property
-    def full_scatter(self) -> Tensor:
-        """The scatter.
+    def scatter(self) -> Tensor:
+        r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
 
         Raises:
             ValueError: In the light form.
         """
-        if self.scatter is None:
+        if self.lower is None:
             raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
-        return self.scatter
+        return self.lower.tril() + self.lower.tril(-1).T
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -170,7 +170,7 @@ class ClassStatistics:
             raise ValueError(f"features must have shape (N, {self.means.shape[1]}), got {tuple(features.shape)}.")
         if not features.is_floating_point() or labels.dtype != torch.int64:
             raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
-        size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), 64)
+        size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), _LEAST_ROWS)
         with torch.no_grad():
             for rows, classes in zip(torch.split(features.detach(), size), torch.split(labels, size), strict=True):
                 self._add_chunk(rows.to(self.means.dtype), classes, ignore_index)
@@ -184,24 +184,27 @@ class ClassStatistics:
             valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
         # One bin more than classes takes the samples left out, so that no value is branched on.
         index = torch.where(valid, labels, num_classes)
-        counts, means = _group_means(features, index, num_classes + 1)
-        deviations = torch.where(valid.unsqueeze(1), features - means.index_select(0, index), 0)
+        ones = torch.ones_like(index, dtype=features.dtype)
+        counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
+        means = _sums(features, index, num_classes + 1) / counts.clamp(min=1).unsqueeze(1)
+        # From here on in place and with the sign turned: a pass over memory is what this costs.
+        away = means.index_select(0, index).sub_(features)
+        # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
+        rest = _sums(away, index, num_classes + 1) / counts.clamp(min=1).unsqueeze(1)
 
         new = counts.narrow(0, 0, num_classes)
         total = self.counts + new
-        shift = (means.narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
+        shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
         # Deviations of a class sum to zero, so the same shift of each of its rows adds exactly the between-chunk part.
-        step = (self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift
-        step = torch.cat([step, step.new_zeros(1, step.shape[1])])
-        deviations = deviations + step.index_select(0, index)
+        rest.narrow(0, 0, num_classes).add_((self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift)
+        away.sub_(rest.index_select(0, index)).masked_fill_(valid.logical_not().unsqueeze(1), 0)
 
         self.means.add_((new / total.clamp(min=1)).unsqueeze(1) * shift)
         self.counts.add_(new)
-        spreads = deviations.new_zeros(num_classes + 1).index_add_(0, index, deviations.square().sum(dim=1))
-        self.spreads.add_(spreads.narrow(0, 0, num_classes))
+        self.spreads.add_(_sums(away.square().sum(dim=1), index, num_classes + 1).narrow(0, 0, num_classes))
         self.num_invalid.add_(invalid.sum())
-        if self.scatter is not None:
-            _add_gram_(self.scatter, deviations)
+        if self.lower is not None:
+            _add_gram_(self.lower, away)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.
@@ -223,22 +226,22 @@ class ClassStatistics:
                 "both statistics must have the same classes and feature dimension, "
                 f"got {tuple(self.means.shape)} and {tuple(other.means.shape)}."
             )
-        if (self.scatter is None) != (other.scatter is None):
+        if (self.lower is None) != (other.lower is None):
             raise ValueError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
         counts = self.counts + other.counts
         share = other.counts / counts.clamp(min=1)
         # A class that one side lacks has no shift: its mean there is zero by convention only.
         shift = (other.means - self.means) * (other.present & self.present).unsqueeze(1)
         between = shift * (self.counts * share).sqrt().unsqueeze(1)
-        scatter = None
-        if self.scatter is not None and other.scatter is not None:
-            scatter = self.scatter + other.scatter
-            _add_gram_(scatter, between)
+        lower = None
+        if self.lower is not None and other.lower is not None:
+            lower = self.lower + other.lower
+            _add_gram_(lower, between)
         return ClassStatistics(
             counts=counts,
             means=torch.where(self.present.unsqueeze(1), self.means + share.unsqueeze(1) * shift, other.means),
             spreads=self.spreads + other.spreads + between.square().sum(dim=1),
-            scatter=scatter,
+            lower=lower,
             num_invalid=self.num_invalid + other.num_invalid,
         )
 
@@ -275,25 +278,16 @@ def class_statistics(
     return empty.add_(features, labels, ignore_index)
 
 
-def _group_means(features: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Counts ``(G,)`` and means ``(G, d)`` of groups of rows."""
-    counts = features.new_zeros(num_groups).index_add_(0, index, torch.ones_like(index, dtype=features.dtype))
-    divisor = counts.clamp(min=1).unsqueeze(1)
-    means = features.new_zeros(num_groups, features.shape[1]).index_add_(0, index, features) / divisor
-    # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-    residuals = features - means.index_select(0, index)
-    return counts, means + torch.zeros_like(means).index_add_(0, index, residuals) / divisor
+def _sums(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    """Sums of groups of rows."""
+    return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, index, values)
 
 
-def _add_gram_(scatter: Tensor, rows: Tensor) -> None:
-    """Add ``rows.T @ rows`` in place, computing each pair of blocks of columns once."""
-    dim = len(scatter)
-    if dim < _LEAST_BLOCKED_DIM:
-        scatter.addmm_(rows.T, rows)
-        return
-    size = -(-dim // _BLOCKS)
+def _add_gram_(lower: Tensor, rows: Tensor) -> None:
+    """Add ``rows.T @ rows`` in place, on and below the diagonal at least."""
+    dim = len(lower)
+    size = dim if dim < _LEAST_BLOCKED_DIM else -(-dim // _BLOCKS)
     for start in range(0, dim, size):
         width = min(size, dim - start)
-        product = rows.narrow(1, start, width).T @ rows.narrow(1, 0, start + width)
-        scatter.narrow(0, start, width).narrow(1, 0, start + width).add_(product)
-        scatter.narrow(0, 0, start).narrow(1, start, width).add_(product.narrow(1, 0, start).T)
+        block = lower.narrow(0, start, width).narrow(1, 0, start + width)
+        block.addmm_(rows.narrow(1, start, width).T, rows.narrow(1, 0, start + width))

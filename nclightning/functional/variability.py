@@ -49,7 +49,7 @@ def within_class_variability(
     Raises:
         ValueError: If the statistics have no scatter, or a convention does not exist.
     """
-    scatter, num_present = stats.full_scatter, stats.present.sum()
+    scatter, num_present = stats.scatter, stats.present.sum()
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
     # A quadratic form of a Gram matrix: negative by rounding only.
     spread = ((right @ scatter) * right).sum(dim=1).clamp(min=0)
@@ -148,7 +148,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
         ValueError: If the statistics have no scatter.
     """
     num_present = stats.present.sum()
-    within = stats.full_scatter / stats.counts.sum()
+    within = stats.scatter / stats.counts.sum()
     singular, span = singular_vectors(stats.between_root(), full=True)
     rank = (num_present - 1).clamp(max=len(within))
     inside = torch.arange(len(within), device=within.device) < rank

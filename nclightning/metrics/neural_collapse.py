@@ -63,7 +63,7 @@ class NeuralCollapse(Metric):
     counts: Tensor
     means: Tensor
     spreads: Tensor
-    scatter: Tensor
+    lower: Tensor
     num_invalid: Tensor
 
     def __init__(
@@ -131,7 +131,7 @@ class NeuralCollapse(Metric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        states: dict[str, Any] = {"scatter": None}
+        states: dict[str, Any] = {"lower": None}
         states |= {name: getattr(self, name) for name in self._states}
         if states["means"].ndim == 2:
             return ClassStatistics(**states)
@@ -249,5 +249,5 @@ class NeuralCollapse(Metric):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        incoming = {"scatter": None} | {name: incoming_state[name] for name in self._states}
+        incoming = {"lower": None} | {name: incoming_state[name] for name in self._states}
         self._set(ClassStatistics(**incoming).merge(self.statistics))

@@ -69,7 +69,7 @@ def test_ranks_merge_exactly(head, data):
     for metric, h, y in zip(ranks, data[0].split([20, 1, 3]), data[1].split([20, 1, 3]), strict=True):
         metric.update(h, y)
     gathered = NeuralCollapse(K, D, head)
-    for name in ("counts", "means", "spreads", "scatter", "num_invalid"):
+    for name in ("counts", "means", "spreads", "lower", "num_invalid"):
         setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))
     gathered._update_count = 1
     assert_same(gathered.compute(), expected(*data, head))
@@ -111,7 +111,7 @@ def test_without_a_head_there_is_nc1_only(data):
 def test_states_are_float64_whatever_the_trainer_does(head, data):
     metric = NeuralCollapse(K, D, head).float().half().double()
     metric.update(data[0].half(), data[1])
-    assert metric.scatter.dtype == torch.float64
+    assert metric.lower.dtype == torch.float64
     assert all(v.dtype == torch.float64 for v in metric.compute().values())
 
 
@@ -152,7 +152,7 @@ def test_update_and_read_make_no_host_transfer():
     metric = NeuralCollapse(K, D, torch.ones(K, D), measures=("all",))
     with FakeTensorMode():
         metric._head = (torch.empty(K, D, device="cuda"),)
-        for name in ("counts", "means", "spreads", "scatter", "num_invalid"):
+        for name in ("counts", "means", "spreads", "lower", "num_invalid"):
             state = getattr(metric, name)
             setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(2):
@@ -182,7 +182,7 @@ def test_all_measures_stream_merge_and_pickle(head, data):
 def test_without_scatter_where_no_measure_needs_it(head, data):
     light = NeuralCollapse(K, D, head, measures=("nc1_cdnv", "nc2", "nc3"))
     assert not light.keeps_scatter
-    assert "scatter" not in light.metric_state
+    assert "lower" not in light.metric_state
     full = read_all(NeuralCollapse(K, D, head, measures=("nc1", "nc1_cdnv", "nc2", "nc3")), data)
     for half in (slice(0, 5), slice(5, None)):
         light.update(data[0][half], data[1][half])
