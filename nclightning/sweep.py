@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
-__all__ = ["eager", "frozen", "num_own_samples", "sequential_loader"]
+__all__ = ["eager", "frozen", "num_own_samples", "sequential_loader", "shared_buffers"]
 
 
 @contextmanager
@@ -36,6 +36,31 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def shared_buffers(module: nn.Module, world_size: int) -> Iterator[None]:
+    """Give all processes the buffers of the first, and put their own back afterwards.
+
+    Batch norm keeps running statistics of its own on each process, so that processes would look at different models;
+    the first one's is the model that checkpoints hold.
+
+    Args:
+        module: Any module.
+        world_size: Number of processes, which must all come here.
+    """
+    if world_size == 1:
+        yield
+        return
+    buffers = list(module.buffers())
+    own = [buffer.clone() for buffer in buffers]
+    try:
+        for buffer in buffers:
+            torch.distributed.broadcast(buffer, 0)
+        yield
+    finally:
+        for buffer, value in zip(buffers, own, strict=True):
+            buffer.copy_(value)
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
-from nclightning.sweep import eager, frozen, sequential_loader
+from nclightning.sweep import eager, frozen, sequential_loader, shared_buffers
 
 __all__ = ["Attachment", "full_batch", "name_loaders"]
 
@@ -69,7 +69,12 @@ class Attachment:
             )
         taps: Taps | None = None
         try:
-            with frozen(pl_module), eager(), trainer.precision_plugin.forward_context():
+            with (
+                frozen(pl_module),
+                shared_buffers(pl_module, trainer.world_size),
+                eager(),
+                trainer.precision_plugin.forward_context(),
+            ):
                 for each in sequential_loader(loader, trainer.global_rank, trainer.world_size):
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
                     inputs, labels = self.split(trainer.strategy.batch_to_device(batch))

@@ -197,8 +197,8 @@ def test_two_processes_read_what_one_reads(source, tmp_path):
     data = torch.randn(51, 5, generator=generator), labels
     torch.manual_seed(0)
     model = Net(frozen=source == "online")  # Online readings are of changing weights: here of weights that stand still.
-    model.body[1] = nn.Identity()  # Batch norm keeps statistics of its own on each process.
-    model.body[3] = nn.Identity()
+    if source == "online":  # Dropout is on, and batch norm keeps statistics of its own on each process.
+        model.body[1] = model.body[3] = nn.Identity()
     trainer = quiet_trainer(
         tmp_path,
         max_epochs=2,
@@ -216,7 +216,8 @@ def test_two_processes_read_what_one_reads(source, tmp_path):
         trainer.fit(model, loader(data, drop_last=False), loader(data, shuffle=False, drop_last=False))
     expected = pytest.approx(measure(model, data), rel=1e-6)
     assert read(trainer) == expected
-    assert read(trainer, "val") == expected
+    if source == "online":  # In validation each process runs its own batch norm.
+        assert read(trainer, "val") == expected
 
 
 def test_cadence_is_validated():
