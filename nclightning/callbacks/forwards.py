@@ -34,18 +34,22 @@ class ForwardPass:
         self._collections: dict[str, Collection] = {}
         self._decisions: dict[str, Decisions] = {}
 
+    @property
+    def hooked(self) -> bool:
+        """Whether the module is hooked."""
+        return self._taps is not None
+
     def hook(self, pl_module: L.LightningModule, batch: Any) -> None:
         """Hook the module before its first batch."""
-        if self._taps is None:
-            self._taps = self._attachment.tap(pl_module, self._attachment.split(batch)[0])
+        self._taps = self._attachment.tap(pl_module, self._attachment.split(batch)[0])
 
     def collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         """Take the features of the batch that just ran."""
         assert self._taps is not None
         kept, labels = self._taps.take(), self._attachment.split(batch)[1]
         name, loader = list(name_loaders(loaders))[index]
-        head = self._attachment.head_of(pl_module)
         if name not in self._collections:
+            head = self._attachment.head_of(pl_module)
             self._collections[name] = self._measuring.collection(head)
             if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
                 self._decisions[name] = self._measuring.decisions(head, self._centres)

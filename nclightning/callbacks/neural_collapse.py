@@ -137,6 +137,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             )
         self._attachment = Attachment(head, tuple(layers), layer_pooling, batch_fn)
         self._metric: NeuralCollapse | None = None
+        self._full_batch = False
+        self._reader: Collection
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
         self._centres: tuple[int, dict[str, ClassStatistics]] | None = None
@@ -148,22 +150,21 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
-        if full_batch(pl_module):
+        self._full_batch = full_batch(pl_module)
+        if self._full_batch:
             super().on_fit_start(trainer, pl_module)
             return
         self._attachment.check(trainer)
         self._swept_step = trainer.global_step
-        trainer.callback_metrics.update(
-            {tag: torch.tensor(value, dtype=torch.float64) for tag, value in self._last.items()}
-        )
+        trainer.callback_metrics.update(_as_metrics(self._last))
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
         head, labels = self._attachment.head_of(pl_module), batch[1]
         if int(labels.min()) < 0 or int(labels.max()) >= head.out_features:
+            least, most = int(labels.min()), int(labels.max())
             raise ValueError(
-                f"labels must be within 0..{head.out_features - 1}, the outputs of the head, "
-                f"got {int(labels.min())}..{int(labels.max())}."
+                f"labels must be within 0..{head.out_features - 1}, the outputs of the head, got {least}..{most}."
             )
         self._metric = self._measuring.metric(head)
 
@@ -180,14 +181,14 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
-        if self.source == "online" and self._reads_epoch(trainer, pl_module):
+        if self.source == "online" and self._reads_epoch(trainer):
             self._pass = ForwardPass(self._attachment, self._measuring)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Read the first iterate of a full-batch run, or hook the head before the first batch."""
-        if full_batch(pl_module):
+        if self._full_batch:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._hook(pl_module, batch)
 
@@ -195,7 +196,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect a batch, or sweep at the cadence in steps."""
-        if full_batch(pl_module):
+        if self._full_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
@@ -210,13 +211,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Read the training set of a module that is not full-batch."""
         if self.source == "online":
             self._end(trainer, pl_module, "train")
-        elif self._reads_epoch(trainer, pl_module):
+        elif self._reads_epoch(trainer):
             with self._guard():
                 self._sweep(trainer, pl_module)
 
-    def _reads_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+    def _reads_epoch(self, trainer: L.Trainer) -> bool:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        return due and not full_batch(pl_module) and "train" in self.stages
+        return due and not self._full_batch and "train" in self.stages
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
         """Read the training set and the further ones."""
@@ -229,7 +230,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             if name in self.ood:
                 values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
                 continue
-            read = self._measuring.collection(head).read(stats)
+            read = self._reader.read(stats)
             if self._measuring.decides(centres):
                 decisions = self._measuring.decisions(head, centres)
                 self._attachment.sweep(trainer, pl_module, loader, decisions.add)
@@ -268,6 +269,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._attachment.sweep(trainer, pl_module, loader, add)
         if not collection:
             raise ValueError("the data to sweep is empty.")
+        self._reader = collection[0]  # What it read is of no more use, how it reads is.
         return collection[0].statistics()
 
     # Validation and test: the ordinary forwards.
@@ -283,16 +285,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._hook(pl_module, batch)
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, trainer.val_dataloaders, dataloader_idx)
+        self._collect(pl_module, batch, trainer.val_dataloaders, *indices[1:])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/val/...``."""
@@ -305,16 +301,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     on_test_batch_start = on_validation_batch_start
 
     def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, trainer.test_dataloaders, dataloader_idx)
+        self._collect(pl_module, batch, trainer.test_dataloaders, *indices[1:])
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/test/...``."""
@@ -331,7 +321,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
     def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:
-        if self._pass is not None:
+        if self._pass is not None and not self._pass.hooked:
             with self._guard():
                 self._pass.hook(pl_module, batch)
 
@@ -355,7 +345,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
         arrived = self._remember(values)
-        trainer.callback_metrics.update({tag: torch.tensor(v, dtype=torch.float64) for tag, v in arrived.items()})
+        trainer.callback_metrics.update(_as_metrics(arrived))
         for logger in trainer.loggers:
             logger.log_metrics(arrived, trainer.global_step)
 
@@ -398,3 +388,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         self._last = dict(state_dict.get("last", {}))
+
+
+def _as_metrics(values: dict[str, float]) -> dict[str, Tensor]:
+    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}
