@@ -15,7 +15,7 @@ BetweenWeights = Literal["uniform", "count"]
 
 # Rows are taken in at a time so that a chunk stays in the cache of a CPU, but enough of them for one pass over the
 # scatter.
-_ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**18, 512
+_ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**19, 1024
 # From this dimension on only blocks on and below the diagonal of the scatter are computed, this many to a side.
 _LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
