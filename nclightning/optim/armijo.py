@@ -219,7 +219,8 @@ class ArmijoGD(Optimizer):
         if not trial.finite:
             return None
         c1, change = self._options["c1"], trial.value - start.value
-        if abs(change) <= self._noise(start) * abs(start.value):
+        noise = self._noise(start)
+        if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
             slope = inner_product(start.gradients, trial.gradients)
             return SearchStatus.ACCEPTED_BY_SLOPE if slope >= -(1 - 2 * c1) * start.square else None
         return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
