@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.features import capture_features, detect_head, find_head, split_batch
+from nclightning.features import Taps, capture_features, detect_head, find_head, pair_rows, split_batch
 
 
 class Net(nn.Module):
@@ -116,3 +116,65 @@ def test_split_batch():
         split_batch({"a": x, "b": y})
     with pytest.raises(ValueError, match=r"expected batches \(x, y\) or mappings with labels, got list"):
         split_batch([x, y, y])
+
+
+def test_a_model_that_names_its_classifier():
+    """As timm's models do; what follows the head would hide it from a comparison with the output."""
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection, self.top, self.aside = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def get_classifier(self):
+            return self.top
+
+        def forward(self, x):
+            return self.top(self.projection(x)).float() * 1.0 + 0 * self.aside(x)
+
+    model = Named()
+    assert detect_head(nn.Sequential(model), torch.ones(3, 4)) is model.top
+
+
+def test_taps_refuse_features_changed_in_place():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with Taps(model[1]) as taps, torch.no_grad():
+        hidden = model[0](torch.ones(5, 3))
+        model[1](hidden)
+        hidden.zero_()
+        with pytest.raises(ValueError, match="changed in place after they were used"):
+            taps.take()
+        with pytest.raises(ValueError, match="the head did not run in this step"):
+            taps.take()
+    assert not model[1]._forward_pre_hooks
+
+
+def test_layers_without_a_tensor_are_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return "text"
+
+    model = nn.Sequential(nn.Linear(3, 2))
+    odd = Odd()
+    with Taps(model[0], {"odd": odd}), pytest.raises(ValueError, match="layer 'odd' returns no tensor"):
+        odd(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.ones(3), "labels must be integers, got torch.float32"),
+        (torch.ones(2, dtype=torch.int64), "one label per"),
+    ],
+)
+def test_labels_that_do_not_pair(labels, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        pair_rows(torch.ones(3, 2), labels)
+
+
+def test_labels_of_any_integer_type_and_of_one_column():
+    for labels in (torch.arange(3, dtype=torch.int32), torch.arange(3).unsqueeze(1)):
+        features, paired = pair_rows(torch.ones(3, 2), labels)
+        assert paired.dtype == torch.int64
+        assert paired.tolist() == [0, 1, 2]
+        assert features.shape == (3, 2)
