@@ -27,7 +27,10 @@ def features_of(K, d, N):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(N) % K
     means = torch.randn(K, d, generator=generator) * torch.logspace(0, 3, K)[:, None]
-    return torch.randn(N, d, generator=generator).add_(means[labels]), labels
+    features = torch.randn(N, d, generator=generator)
+    for rows, classes in zip(features.split(BATCH), labels.split(BATCH), strict=True):
+        rows.add_(means[classes])  # In parts, so that nothing large was ever freed before memory is measured.
+    return features, labels
 
 
 def ours(features, labels, K):

@@ -1,5 +1,7 @@
 """Fixtures and guards for every test."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,14 @@ import torch
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Take SIGINT as a terminal would send it, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,20 +17,28 @@ BetweenWeights = Literal["uniform", "count"]
 # Rows are taken in at a time so that a chunk stays in the cache of a CPU, but enough of them for one pass over the
 # scatter.
 _ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**19, 1024
+# Samples are kept for a reading along K - 1 directions, which costs d / (K - 1) times less than their scatter, if that
+# is so many times less and while they are no more than so many times d and so many bytes.
+_WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 4, 128, 2**28
 # From this dimension on only blocks on and below the diagonal of the scatter are computed, this many to a side.
 _LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassStatistics:
     r"""First and second moments of labelled features.
+
+    The scatter of moderately many samples is not formed before it is needed: they are kept, as they came, for readings
+    along few directions.
 
     Attributes:
         counts: Samples per class ``(K,)``, in the dtype of the means.
         means: Class means ``(K, d)``; zero for a class without samples.
         spreads: Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum.
-        lower: Lower triangle, at least, of the scatter ``(d, d)``; None in the light form, which has only spreads.
+        lower: Lower triangle, at least, of the scatter ``(d, d)``; empty while all samples are kept, None in the light
+            form, which has only spreads.
         num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
+        kept: Features and labels in turn of the samples that are kept, K for the label of those left out.
     """
 
     counts: Tensor
@@ -37,6 +46,7 @@ class ClassStatistics:
     spreads: Tensor
     lower: Tensor | None
     num_invalid: Tensor
+    kept: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(
@@ -60,11 +70,12 @@ class ClassStatistics:
         Returns:
             Statistics.
         """
+        side = 0 if feature_dim >= _WORTH_KEEPING * num_classes else feature_dim
         return cls(
             counts=torch.zeros(num_classes, dtype=dtype, device=device),
             means=torch.zeros(num_classes, feature_dim, dtype=dtype, device=device),
             spreads=torch.zeros(num_classes, dtype=dtype, device=device),
-            lower=torch.zeros(feature_dim, feature_dim, dtype=dtype, device=device) if scatter else None,
+            lower=torch.zeros(side, side, dtype=dtype, device=device) if scatter else None,
             num_invalid=torch.zeros((), dtype=torch.int64, device=device),
         )
 
@@ -85,9 +96,77 @@ class ClassStatistics:
         Raises:
             ValueError: In the light form.
         """
+        lower = self._triangle()
+        return lower.tril() + lower.tril(-1).T
+
+    def spread_along(self, directions: Tensor) -> Tensor:
+        r"""Within-class spread along directions, :math:`\sum_i (v^\top (h_i - \mu_{y_i}))^2`.
+
+        Args:
+            directions: Vectors v ``(r, d)``.
+
+        Returns:
+            Non-negative sums ``(r,)``.
+
+        Raises:
+            ValueError: In the light form.
+        """
+        if not self._keeps:
+            # A quadratic form of a Gram matrix: negative by rounding only.
+            return ((directions @ self.scatter) * directions).sum(dim=1).clamp(min=0)
+        spread = directions.new_zeros(len(directions))
+        rest = directions.new_zeros(len(self.counts) + 1, len(directions))
+        for away, index in self._deviations():
+            along = _without(away @ directions.T, index, len(self.counts))
+            spread.add_(along.square().sum(dim=0))
+            rest.index_add_(0, index, along)
+        # What the means are off by, which is their rounding, is no spread.
+        return (spread - (rest.narrow(0, 0, len(self.counts)).square() / self._divisors).sum(dim=0)).clamp(min=0)
+
+    def fold_(self) -> ClassStatistics:
+        """Form the scatter of the samples that are kept, in place, and keep none from here on.
+
+        Returns:
+            These statistics.
+        """
+        if self._keeps:
+            self.lower = self._triangle()
+            self.kept.clear()
+        return self
+
+    @property
+    def _keeps(self) -> bool:
+        return self.lower is not None and self.lower.shape != (self.means.shape[1],) * 2
+
+    @property
+    def _divisors(self) -> Tensor:
+        return self.counts.clamp(min=1).unsqueeze(1)
+
+    def _triangle(self) -> Tensor:
+        """Lower triangle, at least, of the scatter of all samples."""
         if self.lower is None:
             raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
-        return self.lower.tril() + self.lower.tril(-1).T
+        if not self._keeps:
+            return self.lower
+        num_classes, dim = self.means.shape
+        lower, rest = self.lower.new_zeros(dim, dim), self.means.new_zeros(num_classes + 1, dim)
+        for away, index in self._deviations():
+            _add_gram_(lower, _without(away, index, num_classes))
+            rest.index_add_(0, index, away)
+        _add_gram_(lower, rest.narrow(0, 0, num_classes) / self._divisors.sqrt(), sign=-1)
+        return lower
+
+    def _deviations(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield deviations of the samples that are kept from their class means, with their labels."""
+        means = torch.cat([self.means, self.means.new_zeros(1, self.means.shape[1])])
+        for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
+            for rows, index in _chunks(features, labels):
+                yield means.index_select(0, index).sub_(rows), index
+
+    def _can_keep(self, kept: list[Tensor]) -> bool:
+        features, dim = kept[::2], max(self.means.shape[1], 1)
+        bytes_ = sum(each.numel() * each.element_size() for each in features)
+        return sum(map(len, features)) <= _KEPT_PER_DIM * dim and bytes_ <= _KEPT_BYTES
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -170,20 +249,25 @@ class ClassStatistics:
             raise ValueError(f"features must have shape (N, {self.means.shape[1]}), got {tuple(features.shape)}.")
         if not features.is_floating_point() or labels.dtype != torch.int64:
             raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
-        size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), _LEAST_ROWS)
         with torch.no_grad():
-            for rows, classes in zip(torch.split(features.detach(), size), torch.split(labels, size), strict=True):
-                self._add_chunk(rows.to(self.means.dtype), classes, ignore_index)
+            valid = (labels >= 0) & (labels < len(self.counts))
+            invalid = valid.logical_not()
+            if ignore_index is not None:
+                valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
+            self.num_invalid.add_(invalid.sum())
+            # One bin more than classes takes the samples left out, so that no value is branched on.
+            index = torch.where(valid, labels, len(self.counts))
+            features = features.detach()
+            if not self._can_keep([*self.kept, features, index]):
+                self.fold_()
+            for rows, classes in _chunks(features, index):
+                self._add_chunk(rows.to(self.means.dtype), classes)
+            if self._keeps:
+                self.kept += [features.clone(), index]
         return self
 
-    def _add_chunk(self, features: Tensor, labels: Tensor, ignore_index: int | None) -> None:
+    def _add_chunk(self, features: Tensor, index: Tensor) -> None:
         num_classes = len(self.counts)
-        valid = (labels >= 0) & (labels < num_classes)
-        invalid = valid.logical_not()
-        if ignore_index is not None:
-            valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
-        # One bin more than classes takes the samples left out, so that no value is branched on.
-        index = torch.where(valid, labels, num_classes)
         ones = torch.ones_like(index, dtype=features.dtype)
         counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
         means = _sums(features, index, num_classes + 1) / counts.clamp(min=1).unsqueeze(1)
@@ -197,13 +281,12 @@ class ClassStatistics:
         shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
         # Deviations of a class sum to zero, so the same shift of each of its rows adds exactly the between-chunk part.
         rest.narrow(0, 0, num_classes).add_((self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift)
-        away.sub_(rest.index_select(0, index)).masked_fill_(valid.logical_not().unsqueeze(1), 0)
+        _without(away.sub_(rest.index_select(0, index)), index, num_classes)
 
         self.means.add_((new / total.clamp(min=1)).unsqueeze(1) * shift)
         self.counts.add_(new)
         self.spreads.add_(_sums(away.square().sum(dim=1), index, num_classes + 1).narrow(0, 0, num_classes))
-        self.num_invalid.add_(invalid.sum())
-        if self.lower is not None:
+        if self.lower is not None and not self._keeps:
             _add_gram_(self.lower, away)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
@@ -233,9 +316,9 @@ class ClassStatistics:
         # A class that one side lacks has no shift: its mean there is zero by convention only.
         shift = (other.means - self.means) * (other.present & self.present).unsqueeze(1)
         between = shift * (self.counts * share).sqrt().unsqueeze(1)
-        lower = None
-        if self.lower is not None and other.lower is not None:
-            lower = self.lower + other.lower
+        lower, kept = self.lower, [*self.kept, *other.kept]
+        if lower is not None and not (self._keeps and other._keeps and self._can_keep(kept)):
+            lower, kept = self._triangle() + other._triangle(), []
             _add_gram_(lower, between)
         return ClassStatistics(
             counts=counts,
@@ -243,6 +326,7 @@ class ClassStatistics:
             spreads=self.spreads + other.spreads + between.square().sum(dim=1),
             lower=lower,
             num_invalid=self.num_invalid + other.num_invalid,
+            kept=kept,
         )
 
 
@@ -278,16 +362,26 @@ def class_statistics(
     return empty.add_(features, labels, ignore_index)
 
 
+def _without(rows: Tensor, index: Tensor, num_classes: int) -> Tensor:
+    """Set the rows of samples that are left out to zero, in place."""
+    return rows.masked_fill_((index == num_classes).unsqueeze(1), 0)
+
+
 def _sums(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
     """Sums of groups of rows."""
     return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, index, values)
 
 
-def _add_gram_(lower: Tensor, rows: Tensor) -> None:
+def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), _LEAST_ROWS)
+    return zip(torch.split(features, size), torch.split(labels, size), strict=True)
+
+
+def _add_gram_(lower: Tensor, rows: Tensor, sign: int = 1) -> None:
     """Add ``rows.T @ rows`` in place, on and below the diagonal at least."""
     dim = len(lower)
     size = dim if dim < _LEAST_BLOCKED_DIM else -(-dim // _BLOCKS)
     for start in range(0, dim, size):
         width = min(size, dim - start)
         block = lower.narrow(0, start, width).narrow(1, 0, start + width)
-        block.addmm_(rows.narrow(1, start, width).T, rows.narrow(1, 0, start + width))
+        block.addmm_(rows.narrow(1, start, width).T, rows.narrow(1, 0, start + width), alpha=sign)

@@ -49,10 +49,9 @@ def within_class_variability(
     Raises:
         ValueError: If the statistics have no scatter, or a convention does not exist.
     """
-    scatter, num_present = stats.scatter, stats.present.sum()
+    num_present = stats.present.sum()
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
-    # A quadratic form of a Gram matrix: negative by rounding only.
-    spread = ((right @ scatter) * right).sum(dim=1).clamp(min=0)
+    spread = stats.spread_along(right)
     kept = torch.arange(len(singular), device=singular.device) < num_present - 1
     value = torch.where(kept, spread / singular.square(), 0).sum() / stats.counts.sum()
     if divide_by_classes:

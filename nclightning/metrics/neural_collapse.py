@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -131,18 +132,19 @@ class NeuralCollapse(Metric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        states: dict[str, Any] = {"lower": None}
-        states |= {name: getattr(self, name) for name in self._states}
-        if states["means"].ndim == 2:
-            return ClassStatistics(**states)
-        parts = []
-        for rank in range(len(states["means"])):
-            own: dict[str, Any] = {name: None if state is None else state[rank] for name, state in states.items()}
-            parts.append(ClassStatistics(**own))
+        own = self._own()
+        if own.means.ndim == 2:
+            return replace(own, kept=list(own.kept))  # A reset empties the list of the states.
+        tensors = {name: state for name, state in vars(own).items() if isinstance(state, Tensor)}
+        parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(own.means))]
         merged = parts[0]
         for part in parts[1:]:
             merged = merged.merge(part)
         return merged
+
+    def _own(self) -> ClassStatistics:
+        """Statistics that share the states."""
+        return _unite({name: getattr(self, name) for name in self._states})
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -153,8 +155,20 @@ class NeuralCollapse(Metric):
         """
         if self.means.is_inference() and not torch.is_inference_mode_enabled():
             for name in self._states:  # Made by a reset in inference mode, these cannot be changed in place.
-                setattr(self, name, getattr(self, name).clone())
-        self.statistics.add_(features, labels, self.ignore_index)
+                if isinstance(state := getattr(self, name), Tensor):
+                    setattr(self, name, state.clone())
+        self._set(self._own().add_(features, labels, self.ignore_index))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and read it alone; see :meth:`update`."""
+        self._fold()  # The states are copied each time.
+        return super().forward(*args, **kwargs)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Gather the states of all processes; see :meth:`torchmetrics.Metric.sync`."""
+        if not self._is_synced:
+            self._fold()  # So that they have the same shape everywhere.
+        super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures.
@@ -243,11 +257,18 @@ class NeuralCollapse(Metric):
         bias = head.bias.detach().to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
         return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
 
+    def _fold(self) -> None:
+        if self.means.ndim == 2:  # Not stacked over processes.
+            self._set(self._own().fold_())
+
     def _set(self, stats: ClassStatistics) -> None:
         for name in self._states:
             setattr(self, name, getattr(stats, name))
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        incoming = {"lower": None} | {name: incoming_state[name] for name in self._states}
-        self._set(ClassStatistics(**incoming).merge(self.statistics))
+        self._set(_unite({name: incoming_state[name] for name in self._states}).merge(self._own()))
+
+
+def _unite(states: dict[str, Any]) -> ClassStatistics:
+    return ClassStatistics(**({"lower": None} | states))

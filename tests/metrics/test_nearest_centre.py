@@ -114,7 +114,9 @@ def test_update_makes_no_host_transfer(head, data):
     metric = NearestClassCentre(class_statistics(*data, K), head)
     with FakeTensorMode():
         fake = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda")  # noqa: E731
-        metric.reference = type(metric.reference)(**{k: fake(v) for k, v in vars(metric.reference).items()})
+        metric.reference = type(metric.reference)(
+            **{k: fake(v) for k, v in vars(metric.reference.fold_()).items() if k != "kept"}
+        )
         for name in ("samples", "ncc_right", "right", "mismatched", "margin", "num_invalid"):
             setattr(metric, name, fake(getattr(metric, name)))
         metric._head = (SimpleNamespace(weight=fake(head.weight), bias=fake(head.bias)),)

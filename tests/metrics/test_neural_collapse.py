@@ -68,6 +68,7 @@ def test_ranks_merge_exactly(head, data):
     ranks = [NeuralCollapse(K, D, head) for _ in range(3)]
     for metric, h, y in zip(ranks, data[0].split([20, 1, 3]), data[1].split([20, 1, 3]), strict=True):
         metric.update(h, y)
+        metric._fold()
     gathered = NeuralCollapse(K, D, head)
     for name in ("counts", "means", "spreads", "lower", "num_invalid"):
         setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))

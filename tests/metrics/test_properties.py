@@ -84,6 +84,8 @@ def test_split_over_batches_and_ranks(case, cuts, num_ranks):
         rank = int(torch.randint(num_ranks, (), generator=generator))  # Some may get no batch.
         ranks[rank].update(features[start:end], labels[start:end])
     gathered = NeuralCollapse(head.out_features, head.in_features, head, ("all",))
-    for name in gathered._states:
+    for metric in ranks:
+        metric._fold()
+    for name in set(gathered._states) - {"kept"}:
         setattr(gathered, name, torch.stack([getattr(metric, name) for metric in ranks]))
     assert close({name: float(v) for name, v in gathered.read(gathered.statistics).items()}, expected)
