@@ -279,15 +279,21 @@ class ClassStatistics:
         new = counts.narrow(0, 0, num_classes)
         total = self.counts + new
         shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
-        # Deviations of a class sum to zero, so the same shift of each of its rows adds exactly the between-chunk part.
-        rest.narrow(0, 0, num_classes).add_((self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift)
-        _without(away.sub_(rest.index_select(0, index)), index, num_classes)
+        between = (self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift
+        if self.lower is None or self._keeps:
+            squares = _sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
+            squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
+            spreads = squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1))
+        else:
+            # Deviations of a class sum to zero: the same shift of each of its rows adds exactly the between-chunk part.
+            rest.narrow(0, 0, num_classes).add_(between)
+            _without(away.sub_(rest.index_select(0, index)), index, num_classes)
+            spreads = _sums(away.square().sum(dim=1), index, num_classes + 1).narrow(0, 0, num_classes)
+            _add_gram_(self.lower, away)
 
         self.means.add_((new / total.clamp(min=1)).unsqueeze(1) * shift)
         self.counts.add_(new)
-        self.spreads.add_(_sums(away.square().sum(dim=1), index, num_classes + 1).narrow(0, 0, num_classes))
-        if self.lower is not None and not self._keeps:
-            _add_gram_(self.lower, away)
+        self.spreads.add_(spreads)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.

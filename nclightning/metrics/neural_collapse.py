@@ -164,11 +164,9 @@ class NeuralCollapse(Metric):
         self._fold()  # The states are copied each time.
         return super().forward(*args, **kwargs)
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes; see :meth:`torchmetrics.Metric.sync`."""
-        if not self._is_synced:
-            self._fold()  # So that they have the same shape everywhere.
-        super().sync(*args, **kwargs)
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        self._fold()  # So that the states have the same shapes on all processes.
+        super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures.
@@ -258,8 +256,7 @@ class NeuralCollapse(Metric):
         return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
 
     def _fold(self) -> None:
-        if self.means.ndim == 2:  # Not stacked over processes.
-            self._set(self._own().fold_())
+        self._set(self._own().fold_())
 
     def _set(self, stats: ClassStatistics) -> None:
         for name in self._states:

@@ -119,3 +119,12 @@ def test_no_host_transfer():
         assert stats.kept
         assert within_class_variability(stats).device.type == "cuda"
         assert stats.fold_().scatter.device.type == "cuda"
+
+
+def test_compute_reads_the_samples_themselves(generator, monkeypatch):
+    """The scatter, which is what costs, is formed for other processes only."""
+    metric = NeuralCollapse(K, D)
+    metric.update(*data(generator))
+    monkeypatch.setattr(statistics, "_add_gram_", lambda *_: pytest.fail("the scatter was formed"))
+    assert metric.compute()["nc1"] > 0
+    assert metric.kept
