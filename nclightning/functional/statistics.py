@@ -130,8 +130,7 @@ class ClassStatistics:
             These statistics.
         """
         if self._keeps:
-            self.lower = self._triangle()
-            self.kept.clear()
+            self.lower, self.kept = self._triangle(), []
         return self
 
     @property
