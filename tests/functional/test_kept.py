@@ -1,9 +1,10 @@
 """Statistics that keep their samples instead of forming the scatter: never another value, never another's data."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchmetrics import MetricCollection
 
 from nclightning.functional import ClassStatistics, class_statistics, statistics, within_class_variability
 from nclightning.metrics import NeuralCollapse
@@ -131,15 +132,10 @@ def test_compute_reads_the_samples_themselves(generator, monkeypatch):
     assert metric.kept
 
 
-def test_metrics_that_share_states_keep_them(generator, monkeypatch):
-    """In a collection metrics of equal states share them, and each is gathered for itself."""
-    shared = MetricCollection({"nc1": NeuralCollapse(K, D, measures=("nc1",)), "vci": NeuralCollapse(K, D)}, prefix="")
-    samples = data(generator)
-    for h, y in zip(*(each.split(30) for each in samples), strict=True):
-        shared.update(h, y)
-    for metric in shared.values():
-        metric.distributed_available_fn = lambda: True
-        metric.dist_sync_fn = lambda state, group: [state]
-    expected = within_class_variability(class_statistics(*samples, K))
-    for value in shared.compute().values():
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+def test_folding_one_does_not_empty_another(generator):
+    """Metrics of a collection share states, and each is folded for itself."""
+    stats = class_statistics(*data(generator), K)
+    twin = replace(stats)
+    stats.fold_()
+    assert twin.kept
+    assert torch.equal(twin.scatter, stats.scatter)
