@@ -53,6 +53,8 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         if trainer.global_step > self._saved:
+            for logger in trainer.loggers:
+                logger.save()  # A run that is killed after the checkpoint has its readings up to it.
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=False)
             self._saved = trainer.global_step

@@ -33,6 +33,7 @@ class ForwardPass:
         self._taps: Taps | None = None
         self._collections: dict[str, Collection] = {}
         self._decisions: dict[str, Decisions] = {}
+        self._places: dict[int, tuple[str, int | None]] = {}
 
     @property
     def hooked(self) -> bool:
@@ -47,17 +48,22 @@ class ForwardPass:
         """Take the features of the batch that just ran."""
         assert self._taps is not None
         kept, labels = self._taps.take(), self._attachment.split(batch)[1]
-        name, loader = list(name_loaders(loaders))[index]
-        if name not in self._collections:
-            head = self._attachment.head_of(pl_module)
-            self._collections[name] = self._measuring.collection(head)
-            if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
-                self._decisions[name] = self._measuring.decisions(head, self._centres)
+        if index not in self._places:
+            self._places[index] = self._open(pl_module, *list(name_loaders(loaders))[index])
+        name, num_own = self._places[index]
         if name in self._ood:
             kept, labels = unlabelled(kept)
-        for stream in (self._collections[name], self._decisions.get(name)):
-            if stream is not None:
-                stream.add(kept, labels, num_own_samples(loader))
+        self._collections[name].add(kept, labels, num_own)
+        if name in self._decisions:
+            self._decisions[name].add(kept, labels, num_own)
+
+    def _open(self, pl_module: L.LightningModule, name: str, loader: Any) -> tuple[str, int | None]:
+        """Start reading a loader; return its name and how many of its samples are no duplicates."""
+        head = self._attachment.head_of(pl_module)
+        self._collections[name] = self._measuring.collection(head)
+        if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
+            self._decisions[name] = self._measuring.decisions(head, self._centres)
+        return name, num_own_samples(loader)
 
     def read(self) -> dict[str, Tensor]:
         """Evaluate all measures, with the name of the loader in the tag where there are several."""

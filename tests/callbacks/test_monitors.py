@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -351,6 +352,22 @@ def test_last_checkpoint(cadence, saved, tmp_path):
     )
     assert seen == saved
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_readings_are_on_disk_before_the_checkpoint_is(tmp_path):
+    seen = []
+
+    class AtSave(L.Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            events = EventAccumulator(trainer.log_dir)
+            events.Reload()
+            seen.append((trainer.global_step, [event.step for event in events.Scalars("loss")]))
+
+    options = {"enable_checkpointing": True, "max_steps": 20}
+    fit(tmp_path, ufm(), [*monitors(), LastCheckpoint(10), AtSave()], **options)
+    assert seen
+    assert all(step == steps[-1] for step, steps in seen)
+    assert all(steps[0] == 0 for _, steps in seen)
 
 
 def test_an_interrupt_saves_the_iterate_and_its_readings(tmp_path):
