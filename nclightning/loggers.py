@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ class RunLogger(TensorBoardLogger):
             iteration: Iteration of the checkpoint.
         """
         self._continued = Path(folder)
+        # TensorBoard reads the files of a folder by name, which begins with the second of their making.
+        if any(self._continued.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(1 - time.time() % 1)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,3 +111,16 @@ def test_a_second_run_does_not_mix_into_the_first(tmp_path):
     with pytest.raises(ValueError, match=r"iteration 0 came after iteration 3 in .*version_0: two runs share"):
         logger.log_rows([(0, {"a": 2.0})])
     assert lines(logger.table.path) == ["iteration,a", "0,1.0", "3,0.5"]
+
+
+def test_events_of_a_run_continued_at_once_come_after_those_before(tmp_path):
+    for _ in range(3):  # Processes of any number, so of any order by name within a second.
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / f"events.out.tfevents.{int(time.time())}.zzz.9.0").touch()
+        logger = RunLogger(str(tmp_path))
+        logger.continue_run(folder, 5)
+        logger.log_rows([(5, {"a": 1.0})])
+        logger.finalize("success")
+        names = sorted(path.name for path in folder.glob("events*"))
+        assert "zzz" not in names[-1]
