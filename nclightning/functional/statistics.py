@@ -96,6 +96,7 @@ class ClassStatistics:
         Raises:
             ValueError: In the light form.
         """
+        self.fold_()  # Several measures read it; it is formed once.
         lower = self._triangle()
         return lower.tril() + lower.tril(-1).T
 

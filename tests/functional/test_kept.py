@@ -139,3 +139,10 @@ def test_folding_one_does_not_empty_another(generator):
     stats.fold_()
     assert twin.kept
     assert torch.equal(twin.scatter, stats.scatter)
+
+
+def test_the_scatter_is_formed_once(generator, monkeypatch):
+    stats, formed = class_statistics(*data(generator), K), []
+    monkeypatch.setattr(ClassStatistics, "_deviations", lambda self, own=stats._deviations: formed.append(1) or own())
+    assert torch.equal(stats.scatter, stats.scatter)
+    assert formed == [1]
