@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.data import IndexDataModule
+from nclightning.data import FullBatchDataModule
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.loggers import RunLogger
@@ -199,7 +199,7 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Find everything wrong that can be found before a run folder is made."""
-        if isinstance(self.datamodule, IndexDataModule):
+        if isinstance(self.datamodule, FullBatchDataModule):
             self.datamodule.adopt(self.model)
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-__all__ = ["FullBatchLoader", "IndexDataModule"]
+__all__ = ["FullBatchDataModule", "FullBatchLoader", "GaussianDataModule", "IndexDataModule"]
 
 
 class FullBatchLoader:
@@ -41,30 +43,27 @@ class FullBatchLoader:
         """Accept it."""
 
 
-class IndexDataModule(L.LightningDataModule):
-    """Sample indices with balanced labels: the training set of the unconstrained feature model.
+class FullBatchDataModule(L.LightningDataModule):
+    """A training set that is one batch ``(x, labels)``, class after class, exactly n samples each, on the device.
 
-    The whole set is one batch ``(index, labels)``, class after class, on the training device. ``validate`` and
-    ``test`` get the same batch once; there is no other data.
+    ``validate`` and ``test`` get the same batch once; there is no other data. Sizes that are None are taken from the
+    hyperparameters of the model, which is where they are set; a value that differs from the model's is refused.
 
     Args:
-        num_classes: K. None takes it from the model, which is where it is set; a value that differs is refused.
-        samples_per_class: n, likewise.
         steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
+        sizes: By name; the model's hyperparameters of the same names.
 
     Raises:
         ValueError: If a size is missing or differs from the model's.
     """
 
-    def __init__(
-        self, num_classes: int | None = None, samples_per_class: int | None = None, steps_per_epoch: int = 10
-    ) -> None:
+    def __init__(self, steps_per_epoch: int, **sizes: int | None) -> None:
         super().__init__()
         if steps_per_epoch < 1:
             raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}.")
-        self.num_classes = num_classes
-        self.samples_per_class = samples_per_class
         self.steps_per_epoch = steps_per_epoch
+        self._given = sizes
+        self._sizes: dict[str, int] = {}
 
     def setup(self, stage: str) -> None:
         """Take the sizes over from the model, or check them against it."""
@@ -74,29 +73,43 @@ class IndexDataModule(L.LightningDataModule):
         """Take the sizes over from a model, or check them against it.
 
         Args:
-            model: With hyperparameters ``num_classes`` and ``samples_per_class``; None if there is none.
+            model: With the sizes among its hyperparameters; None if there is none.
 
         Raises:
             ValueError: If a size is missing, out of range or differs from the model's.
         """
         hparams = {} if model is None else model.hparams
-        self.num_classes = self._size("num_classes", 2, hparams)
-        self.samples_per_class = self._size("samples_per_class", 1, hparams)
+        self._sizes = {name: self._size(name, given, hparams) for name, given in self._given.items()}
 
-    def _size(self, name: str, least: int, hparams: Mapping[str, Any]) -> int:
-        given: int | None = getattr(self, name)
+    def _size(self, name: str, given: int | None, hparams: Mapping[str, Any]) -> int:
         expected: int | None = hparams.get(name)
         if given is None and expected is None:
-            raise ValueError(f"IndexDataModule({name}=...) is missing, and the model has no hyperparameter {name!r}.")
+            raise ValueError(
+                f"{type(self).__name__}({name}=...) is missing, and the model has no hyperparameter {name!r}."
+            )
         if given is not None and expected is not None and given != expected:
             raise ValueError(
-                f"IndexDataModule({name}={given}) differs from the model's {expected}. Set it on the model only."
+                f"{type(self).__name__}({name}={given}) differs from the model's {expected}. Set it on the model only."
             )
-        size = expected if given is None else given
+        size, least = expected if given is None else given, 2 if name == "num_classes" else 1
         assert size is not None
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}.")
         return size
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self._sizes["num_classes"]
+
+    @property
+    def samples_per_class(self) -> int:
+        """Samples in each class, n."""
+        return self._sizes["samples_per_class"]
+
+    @abstractmethod
+    def inputs(self, device: torch.device | str | None) -> Tensor:
+        """Build the inputs ``(N, ...)``."""
 
     def batch(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """Build the training set.
@@ -105,12 +118,10 @@ class IndexDataModule(L.LightningDataModule):
             device: Where to put it.
 
         Returns:
-            Indices ``(N,)`` and labels ``(N,)``, int64.
+            Inputs ``(N, ...)`` and labels ``(N,)``, int64.
         """
-        assert self.num_classes is not None
-        assert self.samples_per_class is not None
         labels = torch.arange(self.num_classes, device=device).repeat_interleave(self.samples_per_class)
-        return torch.arange(len(labels), device=device), labels
+        return self.inputs(device), labels
 
     def _loader(self, length: int) -> FullBatchLoader:
         assert self.trainer is not None
@@ -128,3 +139,94 @@ class IndexDataModule(L.LightningDataModule):
     def test_dataloader(self) -> FullBatchLoader:
         """Return the full batch once."""
         return self._loader(1)
+
+
+class IndexDataModule(FullBatchDataModule):
+    """Sample indices with balanced labels: the training set of the unconstrained feature model.
+
+    Args:
+        num_classes: K; None takes it from the model.
+        samples_per_class: n, likewise.
+        steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
+
+    Raises:
+        ValueError: If a size is missing or differs from the model's.
+    """
+
+    def __init__(
+        self, num_classes: int | None = None, samples_per_class: int | None = None, steps_per_epoch: int = 10
+    ) -> None:
+        super().__init__(steps_per_epoch, num_classes=num_classes, samples_per_class=samples_per_class)
+
+    def inputs(self, device: torch.device | str | None) -> Tensor:
+        """Return indices ``(N,)``, int64."""
+        return torch.arange(self.num_classes * self.samples_per_class, device=device)
+
+
+class GaussianDataModule(FullBatchDataModule):
+    r"""Inputs :math:`x \sim N(0, \mathrm{variance} \cdot I_D)` with labels that say nothing about them (paper, Sec. 3).
+
+    The paper draws labels uniformly; here each class has exactly n samples, as its closed forms need (erratum E9).
+    Inputs are drawn in float64 from a generator of their own, so that initialisations can be varied on the same data.
+
+    Args:
+        num_classes: K; None takes it from the model.
+        samples_per_class: n, likewise.
+        input_dim: D, likewise.
+        variance: Of each coordinate.
+        seed: Of the inputs.
+        steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
+
+    Raises:
+        ValueError: If the variance is not positive, or a size is missing or differs from the model's; at a resume, if
+            the checkpoint was trained on other data.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        samples_per_class: int | None = None,
+        input_dim: int | None = None,
+        variance: float = 0.25,
+        seed: int = 0,
+        steps_per_epoch: int = 10,
+    ) -> None:
+        super().__init__(
+            steps_per_epoch, num_classes=num_classes, samples_per_class=samples_per_class, input_dim=input_dim
+        )
+        if not (math.isfinite(variance) and variance > 0):
+            raise ValueError(f"variance must be finite and positive, got {variance!r}.")
+        self.variance = variance
+        self.seed = seed
+        self._dtype = torch.float64
+
+    def adopt(self, model: L.LightningModule | None) -> None:
+        """Take sizes and dtype over from a model.
+
+        Args:
+            model: With the sizes and ``dtype`` among its hyperparameters; None leaves float64.
+
+        Raises:
+            ValueError: If a size is missing, out of range or differs from the model's.
+        """
+        super().adopt(model)
+        self._dtype = getattr(torch, ({} if model is None else model.hparams).get("dtype", "float64"))
+
+    def inputs(self, device: torch.device | str | None) -> Tensor:
+        """Draw ``(N, D)`` in the model's dtype."""
+        shape = (self.num_classes * self.samples_per_class, self._sizes["input_dim"])
+        generator = torch.Generator().manual_seed(self.seed)  # On the host: the same data for every device.
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(math.sqrt(self.variance))
+        return drawn.to(device, self._dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the data depend on beyond the sizes."""
+        return {"variance": self.variance, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other data, whose curves would be continued under a wrong name."""
+        if state_dict != self.state_dict():
+            raise ValueError(
+                f"the checkpoint was trained on data with {state_dict}, not {self.state_dict()}. Resume it with its "
+                "own settings."
+            )

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Taps", "call_model", "capture_features", "detect_head", "find_head", "pair_rows", "split_batch"]
+__all__ = [
+    "Taps",
+    "call_model",
+    "capture_during",
+    "capture_features",
+    "detect_head",
+    "find_head",
+    "pair_rows",
+    "split_batch",
+]
+
+Result = TypeVar("Result")
 
 _HEAD_NAMES = ("head", "fc", "classifier", "score", "heads", "lm_head")
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
@@ -99,10 +110,27 @@ def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
     Raises:
         ValueError: If the head was not called exactly once, or not with a matrix.
     """
+    return capture_during(lambda: call_model(module, inputs), module, head)[1]
+
+
+def capture_during(call: Callable[[], Result], module: nn.Module, head: nn.Linear) -> tuple[Result, Tensor]:
+    """Call something that runs a module once, and return also what entered its head.
+
+    Args:
+        call: Without arguments.
+        module: The module, for messages.
+        head: A part of it; its own hooks fire as usual.
+
+    Returns:
+        Result of the call, and features ``(N, d)`` with their graph if gradients are enabled.
+
+    Raises:
+        ValueError: If the head was not called exactly once, or not with a matrix.
+    """
     captured: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     try:
-        call_model(module, inputs)
+        result = call()
     finally:
         handle.remove()
     if len(captured) != 1:
@@ -114,7 +142,7 @@ def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
             f"the head of {type(module).__name__} must get one feature row per sample, got shape "
             f"{tuple(captured[0].shape)}."
         )
-    return captured[0]
+    return result, captured[0]
 
 
 def split_batch(batch: Any) -> tuple[Any, Tensor]:

@@ -190,7 +190,10 @@ def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, m
 def test_a_missing_config_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
-    assert "give a configuration: --config NAME, where shipped are ufm_ce, ufm_mse" in capsys.readouterr().err
+    assert (
+        "give a configuration: --config NAME, where shipped are mlp_ce, mlp_mse, ufm_ce, ufm_mse"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_lambda_without_value_is_named():
@@ -224,7 +227,7 @@ def test_wrong_configs_are_named(name, content, capsys):
     error = capsys.readouterr().err
     assert name.removesuffix(".yaml") in error or "modle" in error
     if content is None:
-        assert "Shipped are: ufm_ce, ufm_mse" in error
+        assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_mse" in error
 
 
 def test_finished_runs_say_that_there_is_nothing_to_do():

@@ -1,11 +1,12 @@
-"""The index data of the UFM."""
+"""Full-batch data."""
 
 import lightning as L
 import pytest
 import torch
 
-from nclightning.data import FullBatchLoader, IndexDataModule
-from nclightning.models import UFM
+from nclightning.data import FullBatchLoader, GaussianDataModule, IndexDataModule
+from nclightning.models import UFM, TwoLayerMLP
+from tests.trainers import quiet_trainer
 
 
 def test_batch_is_balanced_and_in_the_order_of_the_theory():
@@ -57,3 +58,60 @@ def test_bad_sizes_are_refused():
         IndexDataModule(1, 3).setup("fit")
     with pytest.raises(ValueError, match="steps_per_epoch must be at least 1"):
         IndexDataModule(steps_per_epoch=0)
+
+
+def gaussian(**options):
+    data = GaussianDataModule(**({"num_classes": 5, "samples_per_class": 40, "input_dim": 50} | options))
+    data.setup("fit")
+    return data
+
+
+def test_gaussian_inputs_have_the_stated_moments_and_balanced_labels():
+    x, labels = gaussian(variance=0.25).batch()
+    assert x.dtype == torch.float64
+    assert labels.bincount().tolist() == [40] * 5
+    # 10,000 draws: the mean has a standard error of 0.005, the variance one of 0.0035.
+    assert float(x.mean()) == pytest.approx(0, abs=0.02)
+    assert float(x.var()) == pytest.approx(0.25, abs=0.014)
+
+
+def test_gaussian_inputs_depend_on_their_seed_alone():
+    before = torch.get_rng_state()
+    x, again, other = (gaussian(seed=seed).batch()[0] for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+    torch.testing.assert_close(gaussian(variance=1.0, seed=3).batch()[0], 2 * x, rtol=1e-15, atol=0)
+
+
+def mlp(**options):
+    sizes = {"num_classes": 3, "samples_per_class": 4, "feature_dim": 5, "input_dim": 6, "hidden_dim": 7}
+    return TwoLayerMLP(**sizes, loss="mse", lambda_=1e-3, **options)
+
+
+def test_gaussian_inputs_take_the_models_dtype_from_the_same_draws():
+    double, single = GaussianDataModule(), GaussianDataModule()
+    double.adopt(mlp())
+    single.adopt(mlp(dtype="float32"))
+    assert torch.equal(double.batch()[0].float(), single.batch()[0])
+
+
+def test_gaussian_arguments_are_checked():
+    with pytest.raises(ValueError, match="variance must be finite and positive, got 0"):
+        GaussianDataModule(variance=0)
+    with pytest.raises(ValueError, match=r"GaussianDataModule\(input_dim=5\) differs from the model's 6"):
+        GaussianDataModule(input_dim=5).adopt(mlp())
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5)
+    trainer.fit(mlp(), GaussianDataModule(seed=1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for seed, steps in ((1, 8), (2, 9)):
+        again = quiet_trainer(tmp_path, max_steps=steps)
+        if seed == 2:
+            with pytest.raises(ValueError, match=r"trained on data with .*'seed': 1.*, not .*'seed': 2"):
+                again.fit(mlp(), GaussianDataModule(seed=seed), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+        else:
+            again.fit(mlp(), GaussianDataModule(seed=seed), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
+            assert again.global_step == 8

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, full_batch
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.features import capture_features, find_head, pair_rows
+from nclightning.features import capture_during, find_head, pair_rows
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
-from nclightning.objective import Objective
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -187,10 +186,9 @@ class OptimalityMonitor(ReadingsMonitor):
     @torch.enable_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure at the current parameters."""
-        inputs, labels = batch
-        head = find_head(pl_module)
-        features = capture_features(pl_module, head, inputs)
-        value = _objective_of(pl_module)(head.weight, features, labels, head.bias)
+        head, labels = find_head(pl_module), batch[1]
+        objective = _objective_of(pl_module)
+        value, features = capture_during(lambda: objective(batch), pl_module, head)
         params = [p for p in pl_module.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(value, params, allow_unused=True)
         grad_norm = torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()
@@ -257,12 +255,12 @@ class OptimalityMonitor(ReadingsMonitor):
         pl_module.log_dict({tag: value for tag, value in readings.items() if tag.startswith("optimality/")})
 
 
-def _objective_of(pl_module: L.LightningModule) -> Objective:
-    objective = getattr(pl_module, "objective", None)
-    if not isinstance(objective, Objective):
+def _objective_of(pl_module: L.LightningModule) -> Callable[[Batch], Tensor]:
+    objective: Callable[[Batch], Tensor] | None = getattr(pl_module, "evaluate_objective", None)
+    if objective is None:
         raise ValueError(
-            f"OptimalityMonitor needs the objective of {type(pl_module).__name__}: set its attribute 'objective' to "
-            "a nclightning.objective.Objective."
+            f"OptimalityMonitor needs the objective of {type(pl_module).__name__}: give it a method "
+            "evaluate_objective(batch)."
         )
     return objective
 

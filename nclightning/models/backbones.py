@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
-__all__ = ["FeatureTable"]
+__all__ = ["ActivationName", "FeatureTable", "InitName", "TwoLayerBody"]
+
+ActivationName = Literal["identity", "relu", "leaky_relu", "gelu", "tanh", "sigmoid"]
+InitName = Literal["he", "xavier", "torch"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
 
 
 class FeatureTable(nn.Module):
@@ -31,3 +46,89 @@ class FeatureTable(nn.Module):
             Features ``(B, d)``.
         """
         return self.features.index_select(0, index)
+
+
+class TwoLayerBody(nn.Sequential):
+    """Two affine layers, ``x -> hidden -> features``: the backbone of the paper's network.
+
+    Args:
+        input_dim: D.
+        hidden_dim: m.
+        feature_dim: d.
+        activation: Of the hidden layer.
+        feature_activation: Of the features.
+        dtype: Dtype of the parameters, which start undefined: see :func:`initialize`.
+
+    Raises:
+        ValueError: If an activation is unknown.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        feature_dim: int,
+        activation: ActivationName,
+        feature_activation: ActivationName,
+        dtype: torch.dtype,
+    ) -> None:
+        for name, value in (("activation", activation), ("feature_activation", feature_activation)):
+            if value not in _ACTIVATIONS:
+                raise ValueError(f"{name} must be one of {', '.join(get_args(ActivationName))}, got {value!r}.")
+        super().__init__(
+            undefined_linear(input_dim, hidden_dim, dtype),
+            _ACTIVATIONS[activation](),
+            undefined_linear(hidden_dim, feature_dim, dtype),
+            _ACTIVATIONS[feature_activation](),
+        )
+
+    def reset_parameters(self, init: InitName, first_layer_scale: float = 1.0) -> None:
+        """Draw both layers.
+
+        Args:
+            init: See :func:`initialize`.
+            first_layer_scale: Factor on the weight of the first.
+
+        Raises:
+            ValueError: If ``init`` is unknown.
+        """
+        layers = [layer for layer in self if isinstance(layer, nn.Linear)]
+        for layer, scale in zip(layers, (first_layer_scale, 1.0), strict=True):
+            initialize(layer, init, scale)
+
+
+def undefined_linear(in_features: int, out_features: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
+    """Make a linear layer whose entries are yet to be drawn, without touching the global generator."""
+    layer: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, in_features, out_features, bias=bias, dtype=dtype
+    )
+    return layer
+
+
+@torch.no_grad()
+def initialize(layer: nn.Linear, init: InitName, scale: float = 1.0) -> None:
+    r"""Draw a layer from the global generator, in float64 for every dtype.
+
+    With fan-in p and fan-out q: ``"he"`` draws normal weights of variance 2/p and zero biases, ``"xavier"`` normal
+    weights of variance 2/(p + q) and zero biases, ``"torch"`` weights and biases uniform within
+    :math:`\pm 1/\sqrt p`, as ``nn.Linear`` does.
+
+    Args:
+        layer: Filled in place.
+        init: One of the three.
+        scale: Factor on the weight.
+
+    Raises:
+        ValueError: If ``init`` is unknown.
+    """
+    fan_out, fan_in = layer.weight.shape
+    if init not in get_args(InitName):
+        raise ValueError(f"init must be one of {', '.join(get_args(InitName))}, got {init!r}.")
+    if init == "torch":
+        for p, factor in zip(layer.parameters(), (scale, 1.0), strict=False):
+            p.copy_(factor / math.sqrt(fan_in) * (2 * torch.rand(p.shape, dtype=torch.float64) - 1))
+        return
+    variance = 2 / fan_in if init == "he" else 2 / (fan_in + fan_out)
+    layer.weight.copy_(scale * math.sqrt(variance) * torch.randn(layer.weight.shape, dtype=torch.float64))
+    for bias in list(layer.parameters())[1:]:
+        bias.zero_()

@@ -1,28 +1,28 @@
-"""The regularised classifier and its leaves."""
+"""The regularised classifier: a backbone and a linear head under Problem (2)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
+from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
 from nclightning.interrupts import deferred_interrupt
-from nclightning.models.backbones import FeatureTable
-from nclightning.objective import LossName, Objective
+from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD
 from nclightning.theory import UFMProblem
 
-__all__ = ["UFM", "RegularizedClassifier"]
+__all__ = ["Penalty", "RegularizedClassifier"]
 
 Batch = tuple[Tensor, Tensor]
+Penalty = Literal["features", "weights"]
 
 
 class RegularizedClassifier(L.LightningModule):
@@ -31,7 +31,7 @@ class RegularizedClassifier(L.LightningModule):
     One ``training_step`` runs many optimizer iterations on the batch, so that Lightning's cost per step is paid once
     for all of them. ``trainer.max_steps`` and ``trainer.global_step`` count iterations. Callbacks that define
     ``on_iteration_end(trainer, pl_module, batch, iteration)`` are called after each one. Training ends early when a
-    line search ends without a step.
+    line search ends without a step, or when the objective of another optimizer is not finite any more.
 
     Batches are pairs ``(x, y)``; the backbone is called with ``x``, the head with its output.
 
@@ -42,6 +42,8 @@ class RegularizedClassifier(L.LightningModule):
         num_samples: N, the size of the training set, by which the feature penalty of a smaller batch is scaled.
         optimizer: Makes the optimizer from the parameters; its ``step`` is called with a closure.
         iterations_per_step: Optimizer iterations per ``training_step``. Checkpoints and stopping act at multiples.
+        penalty: What ``objective.lambda_h`` penalises: ``"features"``, as in Problem (2), or ``"weights"``, all
+            parameters of the backbone, as weight decay in Problem (1) does; that has no closed form.
 
     Raises:
         ValueError: If an option is out of range; at the start of a fit, if a parameter is not finite, the trainer's
@@ -56,16 +58,20 @@ class RegularizedClassifier(L.LightningModule):
         num_samples: int,
         optimizer: OptimizerCallable = ArmijoGD,
         iterations_per_step: int = 100,
+        penalty: Penalty = "features",
     ) -> None:
         super().__init__()
         if iterations_per_step < 1:
             raise ValueError(f"iterations_per_step must be at least 1, got {iterations_per_step}.")
+        if penalty not in get_args(Penalty):
+            raise ValueError(f"penalty must be 'features' or 'weights', got {penalty!r}.")
         self.automatic_optimization = False
         self.backbone = backbone
         self.head = head
         self.objective = objective
         self.num_samples = num_samples
         self.iterations_per_step = iterations_per_step
+        self.penalty = penalty
         self._make_optimizer = optimizer
         self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
@@ -85,17 +91,23 @@ class RegularizedClassifier(L.LightningModule):
         """
         x, labels = batch
         features = self.backbone(x)
-        return self.objective.from_logits(
-            self.head(features), self.head.weight, features, labels, self.head.bias, self.num_samples
-        )
+        logits, weight, bias = self.head(features), self.head.weight, self.head.bias
+        if self.penalty == "weights":
+            return self.objective.from_logits(
+                logits, weight, parameters_to_vector(self.backbone.parameters()), labels, bias
+            )
+        return self.objective.from_logits(logits, weight, features, labels, bias, self.num_samples)
 
     @property
     def problem(self) -> UFMProblem:
         """The unconstrained feature model with this head, objective and number of samples.
 
         Raises:
-            ValueError: If it has no closed form (a zero penalty; a bias penalty; CE with ``d < K - 1``).
+            ValueError: If it has no closed form (a zero penalty; a bias penalty; a penalty on weights; CE with
+                ``d < K - 1``).
         """
+        if self.penalty == "weights":
+            raise ValueError("penalty='weights' has no closed form: set penalty='features', as in Problem (2).")
         if self.objective.lambda_b:
             raise ValueError(f"lambda_b must be 0, got {self.objective.lambda_b}: no closed form has a bias penalty.")
         return UFMProblem(
@@ -174,13 +186,13 @@ class RegularizedClassifier(L.LightningModule):
         with deferred_interrupt() as interrupt:
             try:
                 for _ in range(count):
-                    optimizer.step(closure)
+                    value = optimizer.step(closure)
                     done += 1
                     for hook in self._iteration_hooks:
                         hook(trainer, self, batch, start + done)
-                    outcome = getattr(optimizer, "outcome", None)
-                    if outcome is not None and not outcome.accepted:
-                        self.print(f"Iteration {start + done}: {outcome.status.sentence}")
+                    failure = _failure(optimizer, value)
+                    if failure is not None:
+                        self.print(f"Iteration {start + done}: {failure}")
                         trainer.should_stop = True
                     if trainer.should_stop or interrupt.waiting:
                         break
@@ -249,99 +261,11 @@ class RegularizedClassifier(L.LightningModule):
     _problem_hparams: tuple[str, ...] = ()
 
 
-class UFM(RegularizedClassifier):
-    r"""The unconstrained feature model: features are free parameters (paper, Problems (5) and (8)).
-
-    MSE comes with a free bias, cross-entropy without one, as in the paper. All sizes and penalties are given here
-    once; :class:`~nclightning.data.IndexDataModule` takes them over.
-
-    Args:
-        num_classes: K, at least 2.
-        samples_per_class: n, at least 1.
-        feature_dim: d, at least 1.
-        loss: ``"mse"`` or ``"ce"``.
-        lambda_w: Penalty on the head.
-        lambda_h: Penalty on the features.
-        lambda_: The paper's single lambda: what is not given of ``lambda_w`` and ``lambda_h`` becomes
-            ``lambda_w = n * lambda_`` and ``lambda_h = lambda_``. A configuration may spell it ``lambda``.
-        init_scale: Standard deviation of the normal entries that head and features start from; the bias starts at 0.
-        dtype: ``"float64"`` or ``"float32"``, the precision of parameters, training and checkpoints.
-        optimizer: Makes the optimizer from the parameters.
-        iterations_per_step: Optimizer iterations per Lightning step.
-
-    Raises:
-        ValueError: If an argument is out of range, or a penalty is missing.
-    """
-
-    _problem_hparams = ("num_classes", "samples_per_class", "feature_dim", "loss", "lambda_w", "lambda_h", "dtype")
-
-    def __init__(
-        self,
-        num_classes: int,
-        samples_per_class: int,
-        feature_dim: int,
-        loss: LossName,
-        lambda_w: float | None = None,
-        lambda_h: float | None = None,
-        lambda_: float | None = None,
-        init_scale: float = 1.0,
-        dtype: Literal["float64", "float32"] = "float64",
-        optimizer: OptimizerCallable = ArmijoGD,
-        iterations_per_step: int = 100,
-    ) -> None:
-        for name, value, least in (
-            ("num_classes", num_classes, 2),
-            ("samples_per_class", samples_per_class, 1),
-            ("feature_dim", feature_dim, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if not (math.isfinite(init_scale) and init_scale >= 0):
-            raise ValueError(f"init_scale must be finite and non-negative, got {init_scale!r}.")
-        if dtype not in ("float64", "float32"):
-            raise ValueError(f"dtype must be 'float64' or 'float32', got {dtype!r}.")
-        lambda_w, lambda_h = _resolve_lambdas(lambda_w, lambda_h, lambda_, samples_per_class)
-        num_samples, torch_dtype = num_classes * samples_per_class, getattr(torch, dtype)
-        super().__init__(
-            backbone=FeatureTable(num_samples, feature_dim, torch_dtype),
-            head=skip_init(  # type: ignore[no-untyped-call]
-                nn.Linear, feature_dim, num_classes, bias=loss == "mse", dtype=torch_dtype
-            ),
-            objective=Objective(loss, lambda_w, lambda_h),
-            num_samples=num_samples,
-            optimizer=optimizer,
-            iterations_per_step=iterations_per_step,
-        )
-        lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
-        self.save_hyperparameters(ignore=["optimizer"])
-        self.reset_parameters(init_scale)
-
-    @torch.no_grad()
-    def reset_parameters(self, init_scale: float) -> None:
-        """Draw head and features from the global generator, in float64 for every dtype; zero the bias.
-
-        Args:
-            init_scale: Standard deviation.
-        """
-        for p in (self.head.weight, self.features):
-            p.copy_(init_scale * torch.randn(p.shape, dtype=torch.float64))
-        if self.head.bias is not None:
-            self.head.bias.zero_()
-
-    @property
-    def features(self) -> nn.Parameter:
-        """Free features ``(N, d)``."""
-        assert isinstance(self.backbone, FeatureTable)
-        return self.backbone.features
-
-
-def _resolve_lambdas(
-    lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
-) -> tuple[float, float]:
-    if lambda_ is not None:
-        lambda_w = samples_per_class * lambda_ if lambda_w is None else lambda_w
-        lambda_h = lambda_ if lambda_h is None else lambda_h
-    if lambda_w is None or lambda_h is None:
-        missing = "lambda_w" if lambda_w is None else "lambda_h"
-        raise ValueError(f"{missing} is missing: give lambda_w and lambda_h, or the paper's single lambda.")
-    return lambda_w, lambda_h
+def _failure(optimizer: Optimizer, value: Any) -> str | None:
+    """Say why no further iteration makes sense; None if one does."""
+    outcome = getattr(optimizer, "outcome", None)
+    if outcome is not None:
+        return None if outcome.accepted else str(outcome.status.sentence)
+    if math.isfinite(float(value)):
+        return None
+    return "The objective is not finite any more: the step is too large. Lower the optimizer's lr."

@@ -62,12 +62,12 @@ def isometry(direction: Tensor) -> Tensor:
         direction: ``(K, d)``.
 
     Returns:
-        M ``(K, d)`` with :math:`\mathbf 1^\top M = 0` and M M^T = P (d >= K - 1) or M^T M = I (d < K - 1).
+        M ``(K, d)`` with :math:`\mathbf 1^\top M = 0` and M M^T = P (d >= K - 1) or M^T M = I (d < K - 1). It is nan
+        where ``direction`` is not finite, as in a run that diverged.
     """
-    basis = _centred_basis(len(direction), direction)
-    left, _, right = torch.linalg.svd(basis.T @ direction, full_matrices=False)
-    frame: Tensor = basis @ (left @ right)
-    return frame
+    basis, finite = _centred_basis(len(direction), direction), torch.isfinite(direction).all()
+    left, _, right = torch.linalg.svd(basis.T @ torch.where(finite, direction, 0), full_matrices=False)
+    return torch.where(finite, basis @ (left @ right), torch.nan)
 
 
 def _centred_basis(num_classes: int, like: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Arguments that the models share: checked and resolved in one place."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+
+__all__ = ["DtypeName", "check_scales", "check_sizes", "resolve_dtype", "resolve_lambdas"]
+
+DtypeName = Literal["float64", "float32"]
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise unless all sizes are positive and ``num_classes`` is at least 2.
+
+    Args:
+        sizes: By argument name.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, value in sizes.items():
+        least = 2 if name == "num_classes" else 1
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_scales(**scales: float) -> None:
+    """Raise unless all scales are finite and non-negative.
+
+    Args:
+        scales: By argument name.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, value in scales.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be finite and non-negative, got {value!r}.")
+
+
+def resolve_dtype(name: DtypeName) -> torch.dtype:
+    """Return torch's dtype of a name.
+
+    Args:
+        name: ``"float64"`` or ``"float32"``.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if name not in get_args(DtypeName):
+        raise ValueError(f"dtype must be 'float64' or 'float32', got {name!r}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def resolve_lambdas(
+    lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
+) -> tuple[float, float]:
+    """Fill in the penalties from the paper's single lambda.
+
+    Args:
+        lambda_w: Penalty on the head, or None for ``samples_per_class * lambda_``.
+        lambda_h: Penalty on the features, or None for ``lambda_``.
+        lambda_: The single lambda, or None.
+        samples_per_class: n.
+
+    Returns:
+        ``lambda_w`` and ``lambda_h``.
+
+    Raises:
+        ValueError: If one of them stays open.
+    """
+    if lambda_ is not None:
+        lambda_w = samples_per_class * lambda_ if lambda_w is None else lambda_w
+        lambda_h = lambda_ if lambda_h is None else lambda_h
+    if lambda_w is None or lambda_h is None:
+        missing = "lambda_w" if lambda_w is None else "lambda_h"
+        raise ValueError(f"{missing} is missing: give lambda_w and lambda_h, or the paper's single lambda.")
+    return lambda_w, lambda_h
