@@ -18,12 +18,12 @@ import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
-from rich.table import Table
 
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.commands import COMMANDS
 from nclightning.data import FullBatchDataModule
 from nclightning.figures import draw_convergence, read_readings, summarize
-from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 
@@ -56,6 +56,10 @@ _EPILOG = """examples:
   python -m nclightning fit --config ufm_ce --model.init_args.lambda_h 1e-4 --trainer.max_steps 5000
   python -m nclightning fit --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
   python -m nclightning validate --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+
+further commands, each with a --help of its own:
+  python -m nclightning reproduce --quick  the paper's four figures from recorded runs, and what became of its claims
+  python -m nclightning plot RUN [RUN ...] the same figures from run folders
 
 To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
 options of a class with their meaning."""
@@ -265,6 +269,20 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Words after the program's name; None takes those of the process.
     """
+    words = sys.argv[1:] if args is None else args
+    try:
+        if words and words[0] in COMMANDS:
+            COMMANDS[words[0]](words[1:])
+        else:
+            _run_cli(args)
+    except ValueError as error:
+        ours = _find_ours(error)
+        if ours is None:
+            raise
+        sys.exit(f"error: {ours}")
+
+
+def _run_cli(args: list[str] | None) -> None:
     _quieten_lightning()
     texts: dict[str, Any] = {
         "description": _DESCRIPTION.format(configs=", ".join(shipped_configs())),
@@ -275,29 +293,23 @@ def main(args: list[str] | None = None) -> None:
         name: texts | {"usage": _USAGE.format(command=name), "description": f"{purpose}\n\n{texts['description']}"}
         for name, purpose in _PURPOSE.items()
     }
-    try:
-        RunCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={
-                "max_epochs": -1,
-                "log_every_n_steps": 1,
-                "enable_model_summary": False,
-                "logger": {"class_path": "nclightning.loggers.RunLogger"},
-            },
-            parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test}")} | parsers,
-            args=args,
-        )
-    except ValueError as error:
-        ours = _find_ours(error)
-        if ours is None:
-            raise
-        sys.exit(f"error: {ours}")
+    RunCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveRunConfig,
+        trainer_defaults={
+            "max_epochs": -1,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+            "logger": {"class_path": "nclightning.loggers.RunLogger"},
+        },
+        parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test,reproduce,plot}")} | parsers,
+        args=args,
+    )
 
 
 def _quieten_lightning() -> None:
@@ -329,27 +341,7 @@ def _report(trainer: L.Trainer) -> None:
         return
     draw_convergence(folder)
     console = Console()
-    console.print(_table(summarize(read_readings(folder))))
+    console.print(rates_table(summarize(read_readings(folder))))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
     console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
     console.print(f"Look at it:  tensorboard --logdir {shown}", soft_wrap=True, highlight=False)
-
-
-def _table(summary: RunSummary) -> Table:
-    table = Table(title=f"Iteration {summary.iteration}, with straight lines fitted to log10 of each quantity")
-    table.add_column("quantity", no_wrap=True)
-    for column in ("last value", "factor/it.", "it./decade", "R^2", "decades"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for tag, value in summary.last.items():
-        fit, cells = summary.fits[tag], ["-"] * 4
-        if fit is not None:
-            cells = [
-                f"{fit.factor:.6f}",
-                f"{fit.iterations_per_decade:.4g}",
-                f"{fit.r_squared:.5f}",
-                f"{fit.decades:.1f}",
-            ]
-        table.add_row(QUANTITIES[tag], f"{value:.3e}", *cells)
-    if summary.kappa is not None:
-        table.add_row("kappa", f"{summary.kappa:.6g}", *["-"] * 4)
-    return table

@@ -24,8 +24,10 @@ FLOORS = {
     "loggers": 2,
     "callbacks": 3,
     "figures": 4,
-    "cli": 5,
-    "__main__": 6,
+    "reproduction": 5,
+    "commands": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 # Pairs that share no code although their floors would allow it.
 STRANGERS = {

@@ -1,0 +1,198 @@
+"""The paper's figures: the gap of several runs against lambda, and the collapse of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nclightning.figures.rates import LinearFit
+from nclightning.figures.runs import LOSSES, Run
+
+__all__ = ["draw_collapse", "draw_gaps"]
+
+# Colours that stay apart in the common kinds of colour blindness, from dark to light, and dashes that stay apart in
+# grey.
+_STYLES: tuple[tuple[str, Any], ...] = (
+    ("#000000", "-"),
+    ("#0072B2", (0, (6, 1.5))),
+    ("#D55E00", (0, (1.5, 1.2))),
+    ("#009E73", (0, (6, 1.5, 1.5, 1.5))),
+    ("#CC79A7", (0, (10, 2))),
+    ("#E69F00", (0, (3, 1.2, 1, 1.2, 1, 1.2))),
+    ("#56B4E9", (0, (4, 3))),
+)
+_MARKERS = "osD^vP*"
+_GAP = "optimality/gap"
+_COLLAPSE = {
+    "nc/train/nc1": r"$\mathcal{NC}_1$",
+    "nc/train/nc2": r"$\mathcal{NC}_2$",
+    "nc/train/nc3": r"$\mathcal{NC}_3$",
+}
+_PANEL = (4.6, 3.6)  # Inches.
+_MOST_COLUMNS = 2
+
+
+def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
+    """Draw the optimality gap against the iteration: one panel per loss, one curve per run (paper, Figures 1 and 2).
+
+    Args:
+        runs: Their ``optimality/gap`` is drawn, in the order given.
+        path: Where to write, without ending.
+
+    Returns:
+        The PNG and the PDF.
+
+    Raises:
+        ValueError: If there is no run, or one has no gap.
+    """
+    losses = list(dict.fromkeys(run.loss for run in _having(runs, (_GAP,))))
+    with _panels(len(losses)) as (figure, grid):
+        for axes, loss in zip(grid, losses, strict=True):
+            chosen = [run for run in runs if run.loss == loss]
+            for i, run in enumerate(chosen):
+                _draw_curve(axes, run, _GAP, run.penalties, i)
+            axes.set_title(LOSSES.get(loss, loss))
+            axes.set_ylabel(r"$F^k - F^*$")
+            axes.legend()
+        _caption(figure, runs)
+        return _save(figure, Path(path))
+
+
+def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
+    """Draw NC1, NC2 and NC3 against the iteration, one panel per run (paper, Figures 3 and 4).
+
+    Args:
+        runs: Those of their metrics that were recorded are drawn.
+        path: Where to write, without ending.
+
+    Returns:
+        The PNG and the PDF.
+
+    Raises:
+        ValueError: If there is no run, or one has none of the metrics.
+    """
+    with _panels(len(_having(runs, tuple(_COLLAPSE)))) as (figure, grid):
+        for axes, run in zip(grid, runs, strict=True):
+            for i, (tag, label) in enumerate(_COLLAPSE.items()):
+                if tag in run.readings.values:
+                    _draw_curve(axes, run, tag, label, i)
+            axes.set_title(", ".join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
+            axes.set_ylabel("NC metrics")
+            axes.legend()
+        _caption(figure, runs)
+        return _save(figure, Path(path))
+
+
+def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
+    """Return the runs; refuse those without what is to be drawn."""
+    if not runs:
+        raise ValueError("give at least one run.")
+    for run in runs:
+        if not any(tag in run.readings.values for tag in tags):
+            raise ValueError(f"{run.folder} has no readings of {', '.join(tags)}.")
+    return runs
+
+
+def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
+    color, dashes = _STYLES[index % len(_STYLES)]
+    values = run.readings.values[tag]
+    shown = np.isfinite(values) & (values > 0)
+    iterations, values = run.readings.iterations[shown], values[shown]
+    fit = run.summary.fits[tag]
+    axes.plot(
+        iterations,
+        values,
+        color=color,
+        ls=dashes,
+        marker=_MARKERS[index % len(_MARKERS)],
+        markevery=_marker_places(iterations),
+        label=f"{label}  ({_describe(fit)})",
+    )
+
+
+def _describe(fit: LinearFit | None) -> str:
+    if fit is None:
+        return "not falling"
+    rate = fit.iterations_per_decade
+    return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade, $R^2$ {_floored(fit.r_squared)}"
+
+
+def _floored(r_squared: float) -> str:
+    """Three digits that never round up to a straight line."""
+    return f"{np.floor(1000 * r_squared) / 1000:.3f}"
+
+
+def _marker_places(iterations: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
+    """A few readings at equal distances of the iteration, whatever the cadence."""
+    if len(iterations) == 0:
+        return []
+    wanted = np.linspace(iterations[0], iterations[-1], 7)[1:-1]
+    return sorted({int(i) for i in np.searchsorted(iterations, wanted)})
+
+
+@contextmanager
+def _panels(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Lay out panels with log axes, in the style of print."""
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "legend.handlelength": 3.2,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 4,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.which": "major",
+        "grid.color": "0.9",
+        "pdf.fonttype": 42,  # Text stays text.
+    }
+    with mpl.rc_context(style):
+        columns = min(count, _MOST_COLUMNS)
+        rows = -(-count // columns)
+        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+        for axes in grid:
+            axes.set_yscale("log")
+            axes.set_xlabel("iteration $k$")
+            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(numticks=9))
+        for axes in grid[count:]:
+            axes.remove()
+        yield figure, grid[:count]
+
+
+def _caption(figure: Figure, runs: Sequence[Run]) -> None:
+    """Write the sizes below, where all runs share them."""
+    captions = {run.sizes for run in runs}
+    if len(captions) != 1:
+        return
+    caption = captions.pop()
+    if all(run.single_lambda for run in runs):
+        caption += r", $\lambda_W = n\lambda$, $\lambda_H = \lambda$"
+    if caption:
+        figure.supxlabel(caption, fontsize=9)
+
+
+def _save(figure: Figure, path: Path) -> list[Path]:
+    """Write PNG and PDF, each in one step, so that a full disk leaves the ones before."""
+    written = []
+    for ending, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        target = path.with_name(f"{path.name}.{ending}")
+        partial = path.with_name(f".{path.name}.partial.{ending}")
+        try:
+            figure.savefig(partial, dpi=200, metadata=metadata)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        written.append(target)
+    return written

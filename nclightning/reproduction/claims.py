@@ -1,0 +1,161 @@
+"""The paper's claims about its figures, each with the rule and the numbers that decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nclightning.figures import LinearFit, Run
+
+__all__ = ["LEAST_R_SQUARED", "NC_TAGS", "Claim", "check_claims"]
+
+GAP = "optimality/gap"
+NC_TAGS = ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")
+LEAST_R_SQUARED = 0.99
+_UFM_DECADES = 10.0
+_UFM_LAST_VALUE = 1e-10
+# Of the network: NC2 and NC3 measure deviations, the gap and NC1 squared deviations, which fall twice as far.
+_MLP_DECADES = {GAP: 4.0, "nc/train/nc1": 4.0, "nc/train/nc2": 2.0, "nc/train/nc3": 2.0}
+_EQUAL_RATES = 1.5
+_SUBSTANTIALLY = 1.5
+_LOSSES = ("mse", "ce")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, and what was found.
+
+    Attributes:
+        figure: Number in the paper.
+        sentence: What is claimed.
+        rule: When it counts as held.
+        held: Whether it did.
+        evidence: The numbers.
+    """
+
+    figure: int
+    sentence: str
+    rule: str
+    held: bool
+    evidence: str
+
+
+def check_claims(runs: Mapping[int, Sequence[Run]]) -> list[Claim]:
+    """Decide the claims about the figures that there are runs for.
+
+    Args:
+        runs: By figure.
+
+    Returns:
+        The claims in the order of the figures.
+    """
+    checks = {1: (_gap_is_linear, _rate_is_independent), 2: (_network_is_linear_at_some,)}
+    checks |= {3: (_metrics_are_linear, _nc1_is_faster), 4: (_network_collapses_at_some,)}
+    return [check(runs[figure]) for figure in sorted(runs) for check in checks[figure]]
+
+
+def is_straight(fit: LinearFit | None, decades: float) -> bool:
+    """Whether a quantity fell along a straight line over so many decades."""
+    return fit is not None and fit.r_squared >= LEAST_R_SQUARED and fit.decades >= decades
+
+
+def _gap_is_linear(runs: Sequence[Run]) -> Claim:
+    fits = [run.summary.fits[GAP] for run in runs]
+    least = min((fit.r_squared for fit in fits if fit is not None), default=0.0)
+    decades = min((fit.decades if fit is not None else 0.0) for fit in fits)
+    return Claim(
+        1,
+        "Under the unconstrained feature model the optimality gap converges linearly, for every lambda.",
+        f"R^2 >= {LEAST_R_SQUARED} over at least {_UFM_DECADES:g} decades for every curve",
+        all(is_straight(fit, _UFM_DECADES) for fit in fits),
+        f"{len(runs)} curves, least R^2 {least:.4f}, fewest decades {decades:.1f}",
+    )
+
+
+def _rate_is_independent(runs: Sequence[Run]) -> Claim:
+    spread = {}
+    for loss in _LOSSES:
+        rates = [fit.iterations_per_decade for run in runs if run.loss == loss and (fit := run.summary.fits[GAP])]
+        spread[loss] = max(rates) / min(rates) if rates else float("nan")
+    return Claim(
+        1,
+        'It does so "independent of" lambda, read as: at the same rate.',
+        f"slowest and fastest curve of a loss within a factor of {_EQUAL_RATES:g}",
+        all(factor <= _EQUAL_RATES for factor in spread.values()),
+        ", ".join(f"{loss.upper()}: a factor of {factor:.2f}" for loss, factor in spread.items()),
+    )
+
+
+def _metrics_are_linear(runs: Sequence[Run]) -> Claim:
+    straight = all(is_straight(run.summary.fits.get(tag), 0.0) for run in runs for tag in NC_TAGS)
+    largest = max(_smallest(run, tag) for run in runs for tag in NC_TAGS)
+    least = min(fit.r_squared if (fit := run.summary.fits[tag]) else 0.0 for run in runs for tag in NC_TAGS)
+    return Claim(
+        3,
+        "NC1, NC2 and NC3 converge linearly to 0 for both losses.",
+        f"R^2 >= {LEAST_R_SQUARED} for each, down to at most {_UFM_LAST_VALUE:g}",
+        straight and largest <= _UFM_LAST_VALUE,
+        f"least R^2 {least:.4f}, largest of the smallest values {largest:.1e}",
+    )
+
+
+def _smallest(run: Run, tag: str) -> float:
+    return float(np.nanmin(run.readings.values[tag]))
+
+
+def _nc1_is_faster(runs: Sequence[Run]) -> Claim:
+    ratios, parts = [], []
+    for run in runs:
+        nc1, nc2, nc3 = (run.summary.fits[tag] for tag in NC_TAGS)
+        if nc1 is not None and nc2 is not None and nc3 is not None:
+            own = [other.iterations_per_decade / nc1.iterations_per_decade for other in (nc2, nc3)]
+            ratios += own
+            parts.append(f"{run.loss.upper()}: {own[0]:.2f} times NC2, {own[1]:.2f} times NC3")
+    return Claim(
+        3,
+        "NC1 converges substantially faster than NC2 and NC3.",
+        f"at least {_SUBSTANTIALLY:g} decades of NC1 per decade of NC2 and of NC3 for both losses; 2 is what one "
+        "common rate of all deviations gives, because NC1 is quadratic in them and NC2 and NC3 are not",
+        len(ratios) == 2 * len(runs) and min(ratios) >= _SUBSTANTIALLY,
+        "; ".join(parts),
+    )
+
+
+def _network_is_linear_at_some(runs: Sequence[Run]) -> Claim:
+    return _at_some(
+        2,
+        "The network's gap converges linearly for particular lambda only, which require tuning.",
+        runs,
+        (GAP,),
+    )
+
+
+def _network_collapses_at_some(runs: Sequence[Run]) -> Claim:
+    return _at_some(
+        4,
+        "The network's NC1, NC2 and NC3 converge linearly to 0 for both losses using appropriate regularisation.",
+        runs,
+        NC_TAGS,
+    )
+
+
+def _at_some(figure: int, sentence: str, runs: Sequence[Run], tags: tuple[str, ...]) -> Claim:
+    held, parts = True, []
+    for loss in _LOSSES:
+        own = [run for run in runs if run.loss == loss]
+        linear = [run for run in own if all(is_straight(run.summary.fits[tag], _MLP_DECADES[tag]) for tag in tags)]
+        held &= 0 < len(linear) < len(own)
+        listed = [", ".join(f"{run.settings['lambda_h']:g}" for run in group) or "none" for group in (linear, own)]
+        parts.append(f"{loss.upper()}: lambda {listed[0]} out of {listed[1]}")
+    decades = " and ".join(sorted({f"{_MLP_DECADES[tag]:g}" for tag in tags}, reverse=True))
+    return Claim(
+        figure,
+        sentence,
+        f"for each loss at some lambda, not at all, R^2 >= {LEAST_R_SQUARED} over at least {decades} decades"
+        + (" (NC1; NC2 and NC3)" if len(tags) > 1 else "")
+        + " within the iterations run",
+        held,
+        "; ".join(parts),
+    )

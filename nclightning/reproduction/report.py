@@ -1,0 +1,101 @@
+"""The report of a reproduction, in Markdown."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from nclightning.figures import LinearFit, Run
+from nclightning.reproduction.claims import NC_TAGS, Claim
+
+__all__ = ["write_report"]
+
+_QUANTITIES = {1: ("optimality/gap",), 2: ("optimality/gap",), 3: NC_TAGS, 4: NC_TAGS}
+_TITLES = {
+    1: "Figure 1: optimality gap of the unconstrained feature model",
+    2: "Figure 2: optimality gap of the two-layer network",
+    3: "Figure 3: NC metrics of the unconstrained feature model",
+    4: "Figure 4: NC metrics of the two-layer network",
+}
+_NAMES = {"optimality/gap": "gap", "nc/train/nc1": "NC1", "nc/train/nc2": "NC2", "nc/train/nc3": "NC3"}
+
+
+def write_report(folder: Path, runs: Mapping[int, Sequence[Run]], claims: Sequence[Claim], quick: bool) -> Path:
+    """Write ``report.md``, in one step.
+
+    Args:
+        folder: Where the figures are.
+        runs: By figure.
+        claims: Decided.
+        quick: Whether these are the shortened runs.
+
+    Returns:
+        The file.
+    """
+    path, partial = folder / "report.md", folder / ".report.md.partial"
+    try:
+        partial.write_text("\n".join(_lines(runs, claims, quick)) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _lines(runs: Mapping[int, Sequence[Run]], claims: Sequence[Claim], quick: bool) -> Iterator[str]:
+    yield "# The paper's figures, reproduced"
+    yield ""
+    if quick:
+        yield "**Shortened runs** (`--quick`): fewer lambdas and iterations than the full reproduction."
+        yield ""
+    yield from _claims_table(claims)
+    for figure, own in sorted(runs.items()):
+        yield ""
+        yield f"## {_TITLES[figure]}"
+        yield ""
+        yield f"![{_TITLES[figure]}](figure{figure}.png)"
+        yield ""
+        yield from _rates_table(own, _QUANTITIES[figure])
+    yield ""
+    yield from _method()
+
+
+def _claims_table(claims: Sequence[Claim]) -> Iterator[str]:
+    yield "| figure | claim | | decided by | counts as held if |"
+    yield "|---|---|---|---|---|"
+    for claim in claims:
+        verdict = "**held**" if claim.held else "**did not hold**"
+        yield f"| {claim.figure} | {claim.sentence} | {verdict} | {claim.evidence} | {claim.rule} |"
+
+
+def _rates_table(runs: Sequence[Run], tags: Sequence[str]) -> Iterator[str]:
+    columns = ["loss", "lambda_w", "lambda_h", "quantity", "iterations", "last value"]
+    columns += ["it./decade", "R^2", "decades", "fitted range"]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for run in runs:
+        set_ = (run.loss.upper(), f"{run.settings['lambda_w']:g}", f"{run.settings['lambda_h']:g}")
+        for tag in tags:
+            reached = (_NAMES[tag], str(run.summary.iteration), f"{run.summary.last[tag]:.1e}")
+            yield f"| {' | '.join((*set_, *reached, *_fit_cells(run.summary.fits[tag])))} |"
+
+
+def _fit_cells(fit: LinearFit | None) -> tuple[str, ...]:
+    if fit is None:
+        return ("-",) * 4
+    return (f"{fit.iterations_per_decade:.4g}", f"{fit.r_squared:.5f}", f"{fit.decades:.1f}", f"{fit.first}-{fit.last}")
+
+
+def _method() -> Iterator[str]:
+    yield "## How it was measured"
+    yield ""
+    yield (
+        "Lines are fitted to log10 of the recorded values: over the last 15 decades above the round-off floor, and at "
+        "most three quarters of the whole fall, so that the beginning stays out. `runs/NAME/` holds the readings in "
+        "full precision (`readings.csv`), all settings (`config.yaml`) and the TensorBoard events of each run; "
+        "`tensorboard --logdir runs` shows them."
+    )
+    yield ""
+    listed = ", ".join(f"{name} {version(name)}" for name in ("nclightning", "torch", "lightning"))
+    yield f"{listed}, Python {platform.python_version()}; float64, one thread per run, seed 0."

@@ -1,0 +1,74 @@
+"""Run what is missing, draw the figures, write the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from nclightning.figures import Run, draw_collapse, draw_gaps, read_run
+from nclightning.reproduction.claims import check_claims
+from nclightning.reproduction.experiments import FIGURES, Experiment, experiments
+from nclightning.reproduction.report import write_report
+from nclightning.reproduction.runner import run_all
+
+__all__ = ["reproduce"]
+
+_DRAW = {1: draw_gaps, 2: draw_gaps, 3: draw_collapse, 4: draw_collapse}
+
+
+def reproduce(
+    figures: Sequence[int] = FIGURES, out: str | Path | None = None, quick: bool = False, jobs: int | None = None
+) -> Path:
+    """Reproduce figures of the paper, and decide its claims about them.
+
+    Runs that finished in an earlier call are not run again; one that was killed goes on from its checkpoint.
+
+    Args:
+        figures: Out of 1, 2, 3, 4.
+        out: Folder for runs, figures and report; None is ``reproduction``, or ``reproduction_quick``.
+        quick: Fewer and shorter runs, within a few minutes.
+        jobs: Runs at a time, each with one thread; None is the number of cores.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If an argument is out of range, the folder cannot be written or holds runs of other settings.
+        RuntimeError: If runs did not finish.
+    """
+    chosen = tuple(sorted(set(figures)))
+    if not chosen or set(chosen) - set(FIGURES):
+        raise ValueError(f"figures must be out of 1, 2, 3, 4, got {list(figures)}.")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}.")
+    folder = Path(("reproduction_quick" if quick else "reproduction") if out is None else out)
+    listed, console = experiments(chosen, quick), Console()
+    failures = run_all(folder, listed, jobs or _count_cores(), console)
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} of {len(listed)} runs did not finish, the first being {failures[0].name}: "
+            f"{failures[0].reason}. What finished is kept; the same command goes on."
+        )
+    runs = {figure: _read(folder, listed, figure) for figure in chosen}
+    try:
+        for figure, own in runs.items():
+            for path in _DRAW[figure](own, folder / f"figure{figure}"):
+                console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        report = write_report(folder, runs, check_claims(runs), quick)
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {error.strerror or error}.") from error
+    console.print(f"wrote {report}", highlight=False, soft_wrap=True)
+    return report
+
+
+def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
+    return [read_run(folder / "runs" / each.name) for each in listed if figure in each.figures]
+
+
+def _count_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

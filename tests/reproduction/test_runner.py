@@ -1,0 +1,146 @@
+"""Sweeps that fail, are killed or find the disk full lose no finished run."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nclightning.figures import read_readings
+from nclightning.reproduction.experiments import Experiment
+from nclightning.reproduction.runner import Failure, Store, run_all
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+SHORT = Experiment("short", (1,), ("--config", "ufm_ce", "--trainer.max_steps", "30", *QUIET))
+BROKEN = Experiment("broken", (1,), ("--config", "ufm_ce", "--model.init_args.feature_dim", "-3", *QUIET))
+# Several seconds of iterations, with a checkpoint at each hundred.
+LONG = Experiment(
+    "long",
+    (1,),
+    ("--config", "ufm_mse", "--lambda", "5e-5", "--optimality.stop_distance", "null", "--trainer.max_steps", "4000")
+    + QUIET,
+)
+
+
+@pytest.fixture
+def console():
+    with open(os.devnull, "w") as nowhere:
+        yield Console(file=nowhere)
+
+
+def iterations(folder):
+    return read_readings(folder).iterations.astype(int).tolist()
+
+
+@pytest.mark.slow
+def test_a_failure_keeps_what_finished_and_the_next_call_does_the_rest(tmp_path, console):
+    failures = run_all(tmp_path, [SHORT, BROKEN], 2, console)
+    assert failures == [Failure("broken", "error: feature_dim must be at least 1, got -3.")]
+    readings = tmp_path / "runs" / "short" / "readings.csv"
+    assert iterations(readings)[-1] == 30
+    before = readings.stat().st_mtime_ns
+    repaired = Experiment("repaired", (1,), SHORT.words)
+    assert run_all(tmp_path, [SHORT, repaired], 2, console) == []
+    assert readings.stat().st_mtime_ns == before
+    assert readings.read_bytes() == (tmp_path / "runs" / "repaired" / "readings.csv").read_bytes()
+
+
+def test_finished_runs_are_not_run_again(tmp_path, console, monkeypatch):
+    Store(tmp_path).begin(SHORT)
+    Store(tmp_path)._write(SHORT, finished=True)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was run"))
+    assert run_all(tmp_path, [SHORT], 1, console) == []
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path, console):
+    Store(tmp_path).begin(SHORT)
+    other = Experiment(SHORT.name, (1,), (*SHORT.words, "--seed_everything", "1"))
+    with pytest.raises(ValueError, match="was run with other settings .*--out"):
+        run_all(tmp_path, [other], 1, console)
+
+
+def test_a_folder_in_use_is_refused(tmp_path, console):
+    code = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is writing"):
+            run_all(tmp_path, [SHORT], 1, console)
+        holder.stdin.close()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    store = Store(tmp_path)
+    folder = store.run_folder(SHORT)
+    folder.mkdir(parents=True)
+    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n")
+    words = store.begin(SHORT)
+    assert not folder.exists()
+    assert "--ckpt_path" not in words
+    assert not store.is_finished(SHORT)
+
+
+def test_a_run_that_took_all_iterations_is_finished(tmp_path):
+    """Killed between its last checkpoint and its mark."""
+    store = Store(tmp_path)
+    folder = store.run_folder(SHORT)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "last.ckpt").touch()
+    (folder / "config.yaml").write_text("trainer:\n  max_steps: 30\n")
+    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n20,0.5\n")
+    assert store.begin(SHORT)[-2:] == ["--trainer.logger.init_args.version", "short"]
+    assert not store.is_finished(SHORT)
+    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n30,0.5\n")
+    assert store.begin(SHORT) is None
+    assert store.is_finished(SHORT)
+
+
+def test_a_full_disk_is_a_failure_with_its_reason(tmp_path, console, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nclightning.reproduction.runner.os.fsync", full)
+    assert run_all(tmp_path, [SHORT], 1, console) == [Failure("short", "No space left on device")]
+    assert not list((tmp_path / "state").iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console):
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console; "
+        "from tests.reproduction.test_runner import LONG; from nclightning.reproduction.runner import run_all; "
+        "run_all(Path(sys.argv[1]), [LONG], 1, Console(quiet=True))"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=ROOT)
+    folder = tmp_path / "killed" / "runs" / "long"
+    _wait_for((folder / "checkpoints" / "last.ckpt").is_file)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    time.sleep(2)  # The child notices that its parent is gone.
+    reached = iterations(folder)[-1]
+    time.sleep(1)
+    assert iterations(folder)[-1] == reached < 4000
+    assert run_all(tmp_path / "killed", [LONG], 1, console) == []
+    assert run_all(tmp_path / "whole", [LONG], 1, console) == []
+    killed, whole = ((tmp_path / name / "runs" / "long" / "readings.csv").read_text() for name in ("killed", "whole"))
+    assert iterations(folder)[-1] == 4000
+    # A resumed run repeats one evaluation, which its count leaves out; all else is equal to the last bit.
+    assert killed == whole
+
+
+def _wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
