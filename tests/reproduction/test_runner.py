@@ -19,13 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SHORT = Experiment("short", (1,), ("--config", "ufm_ce", "--trainer.max_steps", "30", *QUIET))
 BROKEN = Experiment("broken", (1,), ("--config", "ufm_ce", "--model.init_args.feature_dim", "-3", *QUIET))
-# Several seconds of iterations, with a checkpoint at each hundred.
-LONG = Experiment(
-    "long",
-    (1,),
-    ("--config", "ufm_mse", "--lambda", "5e-5", "--optimality.stop_distance", "null", "--trainer.max_steps", "4000")
-    + QUIET,
-)
+# Several seconds of iterations, with a checkpoint at each 500.
+ENDLESS = ("--config", "ufm_mse", "--lambda", "5e-5", "--optimality.stop_distance", "null")
+LONG = Experiment("long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET))
 
 
 @pytest.fixture
@@ -61,7 +57,7 @@ def test_finished_runs_are_not_run_again(tmp_path, console, monkeypatch):
 def test_a_folder_of_other_settings_is_refused(tmp_path, console):
     Store(tmp_path).begin(SHORT)
     other = Experiment(SHORT.name, (1,), (*SHORT.words, "--seed_everything", "1"))
-    with pytest.raises(ValueError, match="was run with other settings .*--out"):
+    with pytest.raises(ValueError, match=r"was run with other settings .*--out"):
         run_all(tmp_path, [other], 1, console)
 
 

@@ -1,0 +1,51 @@
+"""The commands that train nothing themselves."""
+
+import pytest
+
+from nclightning.cli import main
+from nclightning.reproduction import reproduce
+from tests.recorded import NC, geometric, record
+
+
+def test_plot_draws_what_the_runs_have_and_prints_their_rates(tmp_path, capsys):
+    record(tmp_path / "a", {"optimality/gap": geometric(100, 20)}, loss="mse", lambda_w=1e-2, lambda_h=1e-3)
+    record(tmp_path / "b", {tag: geometric(100, 20) for tag in NC})
+    main(["plot", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "new" / "folder")])
+    drawn = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert drawn == ["collapse.pdf", "collapse.png", "gap.pdf", "gap.png"]
+    printed = capsys.readouterr().out
+    assert printed.count("Iteration 2000") == 2
+    assert "1.000e-20" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plot", "nowhere"], "error: no readings.csv in nowhere"),
+        (["reproduce", "--jobs", "0"], "error: jobs must be at least 1, got 0"),
+        (["reproduce", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere: .*Choose another --out"),
+    ],
+)
+def test_errors_are_one_line_for_the_user(words, message):
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
+    record(tmp_path / "a", {"loss": geometric(100, 20)})
+    with pytest.raises(SystemExit, match="no reading to draw in"):
+        main(["plot", str(tmp_path / "a")])
+
+
+def test_figures_are_checked_for_callers_from_python(tmp_path):
+    with pytest.raises(ValueError, match=r"figures must be out of 1, 2, 3, 4, got \[5\]"):
+        reproduce([5], out=tmp_path)
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for name in ("fit", "validate", "test", "reproduce", "plot"):
+        assert f"nclightning {name}" in printed or f"{{{name}" in printed or f",{name}" in printed
