@@ -2,7 +2,7 @@
 
 from nclightning.figures.comparison import draw_collapse, draw_gaps
 from nclightning.figures.convergence import draw_convergence
-from nclightning.figures.rates import LinearFit, fit_rate
+from nclightning.figures.rates import LinearFit, fit_between, fit_rate
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.runs import Run, read_run
 from nclightning.figures.summary import RunSummary, summarize
@@ -15,6 +15,7 @@ __all__ = [
     "draw_collapse",
     "draw_convergence",
     "draw_gaps",
+    "fit_between",
     "fit_rate",
     "read_readings",
     "read_run",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LinearFit", "fit_rate"]
+__all__ = ["LinearFit", "fit_between", "fit_rate"]
 
 _LEAST_POINTS = 5
 
@@ -71,6 +71,28 @@ def fit_rate(iterations: NDArray[np.float64], values: NDArray[np.float64], decad
     return fitted
 
 
+def fit_between(
+    iterations: NDArray[np.float64], values: NDArray[np.float64], upper: float, lower: float
+) -> LinearFit | None:
+    """Fit a quantity on its way from one value down to another.
+
+    Args:
+        iterations: ``(R,)``, increasing.
+        values: ``(R,)``; values that are not positive and finite are left out.
+        upper: The range starts after the last reading above it.
+        lower: The range ends with the first reading at or below it, or with the last if there is none.
+
+    Returns:
+        The fit, or None with fewer than five readings in the range or no fall at all.
+    """
+    usable = np.isfinite(values) & (values > 0)
+    x, y = iterations[usable], np.log10(values[usable])
+    above, below = np.flatnonzero(y > math.log10(upper)), np.flatnonzero(y <= math.log10(lower))
+    end = int(below[0]) + 1 if len(below) else len(y)
+    start = int(above[above < end][-1]) + 1 if (above < end).any() else 0
+    return _fit_line(x[start:end], y[start:end])
+
+
 def _floor_start(x: NDArray[np.float64], y: NDArray[np.float64]) -> int:
     """Index of the first reading within one decade of the smallest."""
     return int(np.argmax(y <= y.min() + 1.0))
@@ -80,7 +102,10 @@ def _fit_tail(x: NDArray[np.float64], y: NDArray[np.float64], decades: float) ->
     span = min(decades, 0.75 * (y.max() - y[-1]))
     above = np.flatnonzero(y > y[-1] + span)
     start = int(above[-1]) + 1 if len(above) else 0
-    x, y = x[start:], y[start:]
+    return _fit_line(x[start:], y[start:])
+
+
+def _fit_line(x: NDArray[np.float64], y: NDArray[np.float64]) -> LinearFit | None:
     if len(x) < _LEAST_POINTS or y.min() == y.max():
         return None
     slope, intercept = np.polyfit(x, y, 1)

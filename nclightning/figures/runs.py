@@ -74,11 +74,12 @@ class Run:
         )
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path, metrics_between: tuple[float, float] | None = None) -> Run:
     """Read a run folder.
 
     Args:
         folder: With ``readings.csv``, and ``hparams.yaml`` for what was set.
+        metrics_between: See :func:`summarize`.
 
     Returns:
         The run.
@@ -89,7 +90,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     readings, path = read_readings(folder), folder / "hparams.yaml"
     settings = _read_settings(path) if path.is_file() else {}
-    return Run(folder, readings, summarize(readings), settings)
+    return Run(folder, readings, summarize(readings, metrics_between), settings)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

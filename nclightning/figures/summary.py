@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nclightning.figures.rates import LinearFit, fit_rate
+from nclightning.figures.rates import LinearFit, fit_between, fit_rate
 from nclightning.figures.readings import Readings
 
 __all__ = ["QUANTITIES", "RunSummary", "summarize"]
@@ -40,17 +40,22 @@ class RunSummary:
     kappa: float | None
 
 
-def summarize(readings: Readings) -> RunSummary:
+def summarize(readings: Readings, metrics_between: tuple[float, float] | None = None) -> RunSummary:
     """Fit what converges.
 
     Args:
         readings: Of a run.
+        metrics_between: Fit NC1-NC3 between these values, the upper one first; None fits their tails, as it does for
+            all else.
 
     Returns:
         The summary.
     """
     recorded = [tag for tag in QUANTITIES if tag in readings.values]
     fits = {tag: fit_rate(readings.iterations, readings.values[tag]) for tag in recorded}
+    if metrics_between is not None:
+        for tag in (tag for tag in recorded if tag.startswith("nc/")):
+            fits[tag] = fit_between(readings.iterations, readings.values[tag], *metrics_between)
     kappa, tail = None, fits.get("optimality/distance")
     ratio = readings.values.get("optimality/error_bound_ratio")
     if tail is not None and ratio is not None:

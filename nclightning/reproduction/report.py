@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nclightning.figures import LinearFit, Run
-from nclightning.reproduction.claims import NC_TAGS, Claim
+from nclightning.reproduction.claims import METRICS_BETWEEN, NC_TAGS, Claim
 
 __all__ = ["write_report"]
 
@@ -92,7 +92,8 @@ def _method() -> Iterator[str]:
     yield ""
     yield (
         "Lines are fitted to log10 of the recorded values: over the last 15 decades above the round-off floor, and at "
-        "most three quarters of the whole fall, so that the beginning stays out. `runs/NAME/` holds the readings in "
+        "most three quarters of the whole fall, so that the beginning stays out; in Figure 3 from "
+        f"{METRICS_BETWEEN[0]:g} down to {METRICS_BETWEEN[1]:g}. `runs/NAME/` holds the readings in "
         "full precision (`readings.csv`), all settings (`config.yaml`) and the TensorBoard events of each run; "
         "`tensorboard --logdir runs` shows them."
     )

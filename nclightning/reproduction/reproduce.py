@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nclightning.figures import Run, draw_collapse, draw_gaps, read_run
-from nclightning.reproduction.claims import check_claims
+from nclightning.reproduction.claims import METRICS_BETWEEN, check_claims
 from nclightning.reproduction.experiments import FIGURES, Experiment, experiments
 from nclightning.reproduction.report import write_report
 from nclightning.reproduction.runner import run_all
@@ -65,7 +65,8 @@ def reproduce(
 
 
 def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
-    return [read_run(folder / "runs" / each.name) for each in listed if figure in each.figures]
+    between = METRICS_BETWEEN if figure == 3 else None
+    return [read_run(folder / "runs" / each.name, between) for each in listed if figure in each.figures]
 
 
 def _count_cores() -> int:

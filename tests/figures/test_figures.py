@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nclightning.figures import draw_convergence, fit_rate, read_readings, summarize
+from nclightning.figures import draw_convergence, fit_between, fit_rate, read_readings, summarize
 from nclightning.loggers import ReadingsTable
 
 ITERATIONS = np.arange(0, 2001, 10, dtype=float)
@@ -36,6 +36,17 @@ def test_at_most_the_last_decades_are_fitted():
     assert fit.last == 2000
     # One reading is 0.13 decades.
     assert fit.decades == pytest.approx(15, abs=0.14)
+
+
+def test_fit_between_two_values():
+    """Slow above 1e-2, 0.95 per iteration down to 1e-8, slow again."""
+    logs = np.interp(ITERATIONS, [0, 400, 400 + 6 / -math.log10(0.95), 2000], [0, -2, -8, -9])
+    fit = fit_between(ITERATIONS, 10.0**logs, 1e-2, 1e-8)
+    assert fit.factor == pytest.approx(0.95, rel=1e-3)
+    assert (fit.first, fit.last) == (400, 670)
+    assert fit_between(ITERATIONS, 10.0**logs, 1e-2, 1e-20).last == 2000
+    assert fit_between(ITERATIONS, 10.0**logs, 1e-12, 1e-20) is None
+    assert fit_between(ITERATIONS, np.full(201, np.nan), 1e-2, 1e-8) is None
 
 
 @pytest.mark.parametrize("values", [np.full(201, 2.0), np.full(201, np.nan), np.zeros(201), np.full(201, -1.0)])

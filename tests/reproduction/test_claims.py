@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from nclightning.reproduction.claims import check_claims
+from nclightning.figures import read_run
+from nclightning.reproduction.claims import METRICS_BETWEEN, check_claims
 from nclightning.reproduction.experiments import FIGURES, experiments
 from nclightning.reproduction.report import write_report
 from tests.recorded import NC, geometric, record
@@ -26,12 +27,11 @@ class Folder:
     def gap(self, loss, per_decade=100.0, decades=20.0, lambda_h=1e-3):
         return self.run({GAP: geometric(per_decade, decades)}, loss, lambda_h)
 
-    def collapse(self, loss, factor=2.0, decades=20.0, lambda_h=1e-3):
+    def collapse(self, loss, factor=2.0, decades=40.0, lambda_h=1e-3, between=False):
         iterations, nc1 = geometric(50, decades)
         slower = 10.0 ** (-iterations / (50 * factor))
-        return self.run(
-            {NC[0]: (iterations, nc1), NC[1]: (iterations, slower), NC[2]: (iterations, slower)}, loss, lambda_h
-        )
+        self.run({NC[0]: (iterations, nc1), NC[1]: (iterations, slower), NC[2]: (iterations, slower)}, loss, lambda_h)
+        return read_run(self.path / str(self.count), METRICS_BETWEEN if between else None)
 
 
 @pytest.fixture
@@ -67,12 +67,17 @@ def test_the_spread_of_rates_is_stated(folder):
 
 @pytest.mark.parametrize(("factor", "faster"), [(2.0, True), (1.2, False)])
 def test_figure_3(folder, factor, faster):
-    assert held(3, [folder.collapse("mse", factor), folder.collapse("ce", factor)]) == [True, faster]
+    runs = [folder.collapse(loss, factor, between=True) for loss in ("mse", "ce")]
+    assert held(3, runs) == [True, faster]
+    # The first reading at or below 1e-2 to the first at or below 1e-10; readings are 10 iterations apart.
+    fit = runs[0].summary.fits["nc/train/nc1"]
+    assert (fit.first, fit.last) == (100, 503)
 
 
 def test_figure_3_needs_small_last_values(folder):
     # NC2 ends at 1e-9.
-    assert held(3, [folder.collapse("mse", decades=18), folder.collapse("ce")]) == [False, True]
+    short, whole = folder.collapse("mse", decades=18, between=True), folder.collapse("ce", between=True)
+    assert held(3, [short, whole]) == [False, True]
 
 
 def test_figures_2_and_4_need_a_lambda_that_works_and_one_that_does_not(folder):
