@@ -2,6 +2,7 @@
 
 import csv
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from nclightning.cli import main
 from nclightning.figures import Readings, summarize
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.loggers import wait_for_later_name
 from nclightning.models import UFM
 from nclightning.optim import ArmijoGD
 from nclightning.summaries import hyperparameters, record_summary
@@ -150,6 +152,16 @@ def test_a_run_without_seed_has_none(seed):
     assert "seed" not in hyperparameters(model, ArmijoGD(model.parameters()), seed)
 
 
+def test_the_summary_is_read_after_the_files_of_a_continued_run(tmp_path, picture):
+    for _ in range(2):  # Of any process, so of any order by name within a second.
+        wait_for_later_name(tmp_path)
+        (tmp_path / f"events.out.tfevents.{int(time.time())}.zzz.9.0").touch()
+    record_summary(tmp_path, summarize(lines([9.0] * 6)), {}, picture)
+    names = sorted(path.name for path in tmp_path.glob("events*"))
+    assert len(names) == 3
+    assert "zzz" not in names[-1]
+
+
 class TestCommandLine:
     @pytest.fixture(autouse=True)
     def _somewhere_else(self, tmp_path, monkeypatch):
@@ -200,6 +212,7 @@ class TestCommandLine:
         for tag in whole.Tags()["scalars"]:
             curves = [[(e.step, e.value) for e in events.Scalars(tag)] for events in (whole, resumed)]
             assert curves[0] == curves[1]
+        assert [e.step for e in resumed.Scalars("loss")] == list(range(0, 61, 2))
         (image,) = resumed.Images("convergence")
         assert image.step == 60
         assert image.encoded_image_string == Path("lightning_logs/version_1/convergence.png").read_bytes()

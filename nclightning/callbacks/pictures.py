@@ -20,8 +20,8 @@ __all__ = ["draw_angles"]
 
 # Title, and what columns and rows are.
 _PANELS = (
-    ("class means", "class", "class"),
-    ("rows of the head", "class", "class"),
+    ("class means", "", "class"),
+    ("rows of the head", "", "class"),
     ("head against means", "class mean", "row of the head"),
 )
 
