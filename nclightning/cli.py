@@ -26,6 +26,7 @@ from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
+from nclightning.summaries import hyperparameters, record_summary
 
 __all__ = ["main"]
 
@@ -260,7 +261,7 @@ class RunCLI(LightningCLI):
             self.trainer.fit(model, **kwargs)
         finally:
             if self.trainer.global_step > self._start:
-                _report(self.trainer)
+                _report(self.trainer, self.config.fit.seed_everything)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -335,13 +336,15 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _report(trainer: L.Trainer) -> None:
+def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     folder = Path(trainer.log_dir or "")
     if not trainer.is_global_zero or not (folder / "readings.csv").is_file():
         return
-    draw_convergence(folder)
+    picture, summary = draw_convergence(folder), summarize(read_readings(folder))
+    values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
+    record_summary(folder, summary, values, picture, trainer.state.finished)
     console = Console()
-    console.print(rates_table(summarize(read_readings(folder))))
+    console.print(rates_table(summary))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
     console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
     console.print(f"Look at it:  tensorboard --logdir {shown}", soft_wrap=True, highlight=False)

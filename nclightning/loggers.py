@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.interrupts import deferred_interrupt
 
-__all__ = ["ReadingsTable", "RunLogger"]
+__all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
 
 Row = tuple[int, Mapping[str, float]]
 
@@ -64,9 +64,7 @@ class RunLogger(TensorBoardLogger):
             iteration: Iteration of the checkpoint.
         """
         self._continued = Path(folder)
-        # TensorBoard reads the files of a folder by name, which begins with the second of their making.
-        if any(self._continued.glob(f"events.out.tfevents.{int(time.time())}.*")):
-            time.sleep(1 - time.time() % 1)
+        wait_for_later_name(self._continued)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
 
@@ -154,6 +152,18 @@ def _make_folder(folder: Path, take_empty: bool) -> bool:
         # An empty folder with a counted number is that of a run which is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True
+
+
+def wait_for_later_name(folder: Path) -> None:
+    """Wait, a second at most, until a new event file comes after those that there are.
+
+    TensorBoard reads the files of a folder by name, which begins with the second of their making.
+
+    Args:
+        folder: Run folder.
+    """
+    if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(1 - time.time() % 1)
 
 
 class ReadingsTable:

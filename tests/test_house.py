@@ -25,6 +25,7 @@ FLOORS = {
     "callbacks": 3,
     "figures": 4,
     "reproduction": 5,
+    "summaries": 5,
     "commands": 6,
     "cli": 7,
     "__main__": 8,

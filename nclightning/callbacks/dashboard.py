@@ -1,0 +1,121 @@
+"""The TensorBoard page of a run, laid out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning as L
+
+from nclightning.callbacks.attach import full_batch
+from nclightning.callbacks.monitor import Batch
+from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
+from nclightning.callbacks.optimality import OptimalityMonitor
+from nclightning.callbacks.pictures import draw_angles
+from nclightning.features import capture_features, find_head
+from nclightning.functional import class_statistics
+from nclightning.sweep import frozen
+
+__all__ = ["TensorBoardDashboard"]
+
+Charts = dict[str, list[Any]]
+
+
+class TensorBoardDashboard(L.Callback):
+    """Lays out TensorBoard's Custom Scalars tab, and draws class means and head of full-batch runs.
+
+    The tab gets the charts of what the monitors of the trainer log: gap, distance and gradient norm in one, NC1-NC3 in
+    one, and the line search. The pictures, tag ``nc/train/angles``, show the cosines among class means, among rows of
+    the head and between the two, at iterates 0, 1, 2, 4, 8, ... and at the first and last one of the fit; of more than
+    ten TensorBoard shows some, unless told ``--samples_per_plugin images=100``. Of other modules
+    ``NeuralCollapseMonitor(pictures_every_n_epochs=...)`` draws them. Loggers that are not TensorBoard's are left
+    alone.
+
+    Args:
+        pictures: False draws none.
+    """
+
+    def __init__(self, pictures: bool = True) -> None:
+        self.pictures = pictures
+        self._batch: Batch | None = None
+        self._drawn_at = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lay out the page, now that module and monitors have accepted the run."""
+        self._batch, self._drawn_at = None, -1
+        layout = _lay_out(trainer, pl_module)
+        for logger in trainer.loggers:
+            writer: Any = getattr(logger, "experiment", None)
+            if layout and hasattr(writer, "add_custom_scalars"):
+                writer.add_custom_scalars(layout)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Draw the iterate that a full-batch run starts from."""
+        if self._batch is None and self.pictures and full_batch(pl_module):
+            self._draw(trainer, pl_module, batch, trainer.global_step)
+
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+        """Draw powers of two."""
+        if self.pictures and iteration & (iteration - 1) == 0:
+            self._draw(trainer, pl_module, batch, iteration)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last iterate."""
+        if self._batch is not None and self._drawn_at != trainer.global_step:
+            self._draw(trainer, pl_module, self._batch, trainer.global_step)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Drop the batch."""
+        self._batch = None
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+        self._batch, self._drawn_at = batch, iteration
+        inputs, labels = batch
+        if len(labels) != getattr(pl_module, "num_samples", None):
+            return  # The means of a part of the data are other means.
+        with frozen(pl_module):
+            head = find_head(pl_module)
+            features = capture_features(pl_module, head, inputs)
+            stats = class_statistics(features, labels, head.out_features, scatter=False)
+            draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, iteration)
+
+
+def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Charts]:
+    """Categories of charts for the tags that will be logged."""
+    monitors = trainer.callbacks  # type: ignore[attr-defined]
+    optimality = any(isinstance(monitor, OptimalityMonitor) for monitor in monitors)
+    collapse = any(isinstance(monitor, NeuralCollapseMonitor) for monitor in monitors)
+    convergence, neural_collapse, line_search = Charts(), Charts(), Charts()
+    if full_batch(pl_module):
+        if optimality:
+            convergence = {
+                "log10 of gap, distance, gradient norm": _lines("log10/optimality/", "gap", "distance", "grad_norm"),
+                "objective F": _lines("", "loss"),
+                "error-bound ratio: distance / gradient norm": _lines("optimality/", "error_bound_ratio"),
+            }
+            if any(hasattr(optimizer, "outcome") for optimizer in trainer.optimizers):
+                line_search = {
+                    "step size": _lines("line_search/", "step_size"),
+                    "evaluations of F and its gradient, in all": _lines("line_search/", "evaluations"),
+                }
+        if collapse:
+            neural_collapse["log10 of NC1, NC2, NC3"] = _lines("log10/nc/train/", "nc1", "nc2", "nc3")
+    else:
+        if optimality:
+            convergence = {
+                "gap F - F*": _lines("optimality/", "gap"),
+                "distance to the optimum, relative to its norm": _lines("optimality/", "relative_distance"),
+            }
+        if collapse:
+            neural_collapse["NC1, NC2, NC3 of the training set"] = _lines("nc/train/", "nc1", "nc2", "nc3")
+            if trainer.enable_validation:
+                neural_collapse["NC1, NC2, NC3 of the validation set"] = _lines("nc/val/", "nc1", "nc2", "nc3")
+    categories = {"Convergence": convergence, "Neural collapse": neural_collapse, "Line search": line_search}
+    return {title: charts for title, charts in categories.items() if charts}
+
+
+def _lines(prefix: str, *names: str) -> list[Any]:
+    """One chart with a line per tag; TensorBoard takes tags as regular expressions that match from the start."""
+    return ["Multiline", [f"^{re.escape(prefix + name)}$" for name in names]]

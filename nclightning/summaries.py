@@ -1,0 +1,154 @@
+"""What a run reached, on its TensorBoard page."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import (
+    DATA_TYPE_FLOAT64,
+    DATA_TYPE_STRING,
+    STATUS_SUCCESS,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from torch.optim import Optimizer
+from torch.utils.tensorboard import FileWriter
+
+from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.interrupts import deferred_interrupt
+from nclightning.loggers import wait_for_later_name
+
+__all__ = ["hyperparameters", "record_summary"]
+
+Value = int | float | str
+# TensorBoard shows five columns unless asked, those marked as different first, and five metrics, in order.
+_SHOWN_FIRST = ("loss", "lambda_w", "lambda_h", "optimizer", "seed")
+
+
+def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: int | bool | None) -> dict[str, Value]:
+    """Collect what tells a run from others.
+
+    TensorBoard takes the columns of all runs from one of them, so that their names must not depend on the optimizer:
+    that is one column, with the options that differ from its defaults.
+
+    Args:
+        pl_module: Its ``hparams`` that are numbers or text.
+        optimizer: After the fit.
+        seed: None, or a bool as a command line may have it, leaves it out.
+
+    Returns:
+        Value by name.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(type(optimizer)).parameters.items()}
+    options = [
+        f"{name}={value!r}"
+        for name, value in optimizer.param_groups[0].items()
+        if name in defaults and name != "params" and value != defaults[name]
+    ]
+    values = dict(pl_module.hparams) | {"optimizer": f"{type(optimizer).__name__}({', '.join(options)})"}
+    values["seed"] = None if isinstance(seed, bool) else seed
+    values.pop("iterations_per_step", None)  # How often Lightning is asked; the iterates do not depend on it.
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, Value)
+        and not name.startswith("_")
+        and (not isinstance(value, float) or math.isfinite(value))
+    }
+
+
+def record_summary(
+    folder: Path, summary: RunSummary, values: Mapping[str, Value], picture: Path, finished: bool = True
+) -> None:
+    """Add a run to TensorBoard's HPARAMS tab and its picture to IMAGES, in an event file of their own.
+
+    The logger's file is closed by then, and a second one of the same writer would repeat its order to forget what a
+    resumed run replaced, which by now are the new readings.
+
+    Args:
+        folder: Run folder.
+        summary: Logged as ``summary/...`` where finite; last values as log10, because TensorBoard keeps float32.
+        values: Hyperparameters.
+        picture: PNG file, logged as ``convergence``.
+        finished: False if the fit was interrupted.
+    """
+    metrics = _metrics(summary)
+    scalars = [
+        Summary.Value(tag=tag, simple_value=value)
+        for tag, (_, value) in metrics.items()
+        if value is not None and math.isfinite(value)
+    ]
+    table = [
+        _plugin_value(metadata.EXPERIMENT_TAG, experiment=_columns(values, metrics)),
+        _plugin_value(metadata.SESSION_START_INFO_TAG, session_start_info=_row(values)),
+    ]
+    if finished:
+        ended = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
+        table.append(_plugin_value(metadata.SESSION_END_INFO_TAG, session_end_info=ended))
+    if len(list(folder.glob("events.out.tfevents.*"))) > 1:
+        wait_for_later_name(folder)  # The file of a continued run begins with that order, and would undo this one.
+    with deferred_interrupt():
+        writer = FileWriter(str(folder))
+        writer.add_summary(Summary(value=table), 0)
+        writer.add_summary(Summary(value=[*scalars, _image(picture)]), summary.iteration)
+        writer.close()
+
+
+def _image(picture: Path) -> Summary.Value:
+    png = picture.read_bytes()
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    return Summary.Value(tag="convergence", image=image)
+
+
+def _plugin_value(tag: str, **content: Any) -> Summary.Value:
+    # The plugin's own helpers import TensorFlow.
+    data = metadata.create_summary_metadata(HParamsPluginData(**content))
+    return Summary.Value(tag=tag, metadata=data, tensor=metadata.NULL_TENSOR)
+
+
+def _columns(values: Mapping[str, Value], metrics: Mapping[str, tuple[str, float | None]]) -> Experiment:
+    types = {name: DATA_TYPE_STRING if isinstance(value, str) else DATA_TYPE_FLOAT64 for name, value in values.items()}
+    return Experiment(
+        hparam_infos=[HParamInfo(name=name, type=kind, differs=name in _SHOWN_FIRST) for name, kind in types.items()],
+        metric_infos=[MetricInfo(name=MetricName(tag=tag), display_name=label) for tag, (label, _) in metrics.items()],
+    )
+
+
+def _row(values: Mapping[str, Value]) -> SessionStartInfo:
+    row = SessionStartInfo(start_time_secs=time.time())
+    for name, value in values.items():
+        if isinstance(value, str):
+            row.hparams[name].string_value = value
+        else:
+            row.hparams[name].number_value = value
+    return row
+
+
+def _metrics(summary: RunSummary) -> dict[str, tuple[str, float | None]]:
+    """Label and value by tag; the tags are the same for every run, and the first five are the story in short."""
+    named: dict[str, tuple[str, float | None]] = {
+        "summary/iterations": ("iterations", summary.iteration),
+        "summary/kappa": ("kappa", summary.kappa),
+    }
+    for tag, label in QUANTITIES.items():
+        name, fit, last = tag.rpartition("/")[2], summary.fits.get(tag), summary.last.get(tag, 0.0)
+        for quantity, unit, value in (
+            ("iterations_per_decade", "it./decade", fit.iterations_per_decade if fit else None),
+            ("r_squared", "R^2", fit.r_squared if fit else None),
+            ("log10", "log10 at the end", math.log10(last) if last > 0 else None),
+        ):
+            named[f"summary/{quantity}/{name}"] = f"{label}: {unit}", value
+    return named
