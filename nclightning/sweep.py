@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
 
-__all__ = ["eager", "frozen", "num_own_samples", "sequential_loader", "shared_buffers"]
+__all__ = ["eager", "frozen", "num_own_samples", "sequential_loader", "shared_buffers", "untouched"]
 
 
 @contextmanager
@@ -24,11 +24,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """
     modes = [(child, child.training) for child in module.modules()]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
-    devices = sorted(
-        {p.device.index for p in module.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=_cuda_devices(module)), torch.no_grad():
             module.eval()
             yield
     finally:
@@ -36,6 +33,28 @@ def frozen(module: nn.Module) -> Iterator[None]:
             child.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Run a module as it trains, without a trace: its buffers and torch's random states are put back afterwards.
+
+    Args:
+        module: Its modes stay, so that what is seen is what is trained.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(module)):
+            yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def _cuda_devices(module: nn.Module) -> list[int]:
+    return sorted(
+        {p.device.index for p in module.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
+from nclightning.sweep import untouched
 
 __all__ = ["Readings", "ReadingsMonitor"]
 
@@ -92,7 +93,9 @@ class ReadingsMonitor(L.Callback):
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, iteration: int) -> None:
         assert self._batch is not None
-        Readings.of(trainer).add(iteration, self.read(pl_module, self._batch), self.log10_tags)
+        with untouched(pl_module):
+            values = self.read(pl_module, self._batch)
+        Readings.of(trainer).add(iteration, values, self.log10_tags)
         self._last_iteration = iteration
 
     def on_train_batch_end(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,8 @@ from nclightning.callbacks.monitor import ReadingsMonitor
 from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
 from nclightning.loggers import RunLogger
-from nclightning.models import UFM
+from nclightning.models import UFM, RegularizedClassifier
+from nclightning.objective import Objective
 from tests.trainers import quiet_trainer
 
 K, N = 4, 12
@@ -113,6 +115,32 @@ def test_readings_belong_to_their_iterate(loss, tmp_path):
 
 def test_the_last_iterate_is_read_even_off_the_cadence(tmp_path):
     assert list(readings(fit(tmp_path, ufm(), monitors(), max_steps=23))) == [0, 5, 10, 15, 20, 23]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but")
+def test_measuring_leaves_buffers_and_masks_of_a_training_network(tmp_path):
+    """Batch norm moves its buffers and dropout the random state in every forward, readings' ones too."""
+
+    def train(name, callbacks):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)).double()
+        model = RegularizedClassifier(
+            body,
+            nn.Linear(6, K).double(),
+            Objective("mse", 1e-2, 1e-3),
+            N,
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            iterations_per_step=10,
+        )
+        batch = torch.randn(N, 6, dtype=torch.float64), torch.arange(N) // 3
+        trainer = quiet_trainer(tmp_path / name, max_steps=25, callbacks=callbacks)
+        trainer.fit(model, FullBatchLoader(batch, 3))
+        return model.state_dict(), torch.get_rng_state(), model.training
+
+    plain, watched = train("plain", []), train("watched", monitors())
+    assert torch.equal(plain[1], watched[1])
+    assert plain[2] == watched[2]
+    assert all(torch.equal(value, watched[0][name]) for name, value in plain[0].items())
 
 
 def test_measuring_leaves_no_trace(tmp_path):
