@@ -21,7 +21,7 @@ def test_plot_draws_what_the_runs_have_and_prints_their_rates(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plot", "nowhere"], "error: no readings.csv in nowhere"),
+        (["plot", "nowhere"], "error: no readings.csv, metrics.csv or TensorBoard events in nowhere"),
         (["reproduce", "--jobs", "0"], "error: jobs must be at least 1, got 0"),
         (["reproduce", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere: .*Choose another --out"),
     ],

@@ -1,4 +1,4 @@
-"""Read the table of a run folder."""
+"""Read what a run recorded."""
 
 from __future__ import annotations
 
@@ -28,24 +28,63 @@ class Readings:
 
 
 def read_readings(run: str | Path) -> Readings:
-    """Read ``readings.csv`` of a run folder.
+    """Read what a run recorded.
+
+    That is ``readings.csv`` of a run folder, in float64; in folders of Lightning's own loggers ``metrics.csv``, or the
+    scalars of TensorBoard's event files, which are float32.
 
     Args:
-        run: The run folder, or the file itself.
+        run: The run folder, or the table itself.
 
     Returns:
-        All rows, in float64.
+        All rows.
 
     Raises:
         ValueError: If there is no such file or it holds no row.
     """
     path = Path(run)
-    path = path / "readings.csv" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no readings.csv in {run}: give the folder of a run, such as lightning_logs/version_0.")
+    tables = [path] if path.is_file() else [path / "readings.csv", path / "metrics.csv"]
+    for table in tables:
+        if table.is_file():
+            return _read_table(table)
+    if any(path.glob("events.out.tfevents.*")):
+        return _read_events(path)
+    raise ValueError(
+        f"no readings.csv, metrics.csv or TensorBoard events in {run}: give the folder of a run, such as "
+        "lightning_logs/version_0."
+    )
+
+
+def _read_table(path: Path) -> Readings:
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     if not rows:
         raise ValueError(f"{path} holds no readings yet.")
     table = np.array([[float(cell) if cell else np.nan for cell in row] for row in rows if len(row) == len(header)])
-    return Readings(table[:, 0], {tag: table[:, i] for i, tag in enumerate(header) if i > 0})
+    if "step" not in header:
+        return Readings(table[:, 0], {tag: table[:, i] for i, tag in enumerate(header) if i > 0})
+    at = header.index("step")  # Lightning's tables sort their columns.
+    return _measured(Readings(table[:, at], {tag: table[:, i] for i, tag in enumerate(header) if i != at}))
+
+
+def _read_events(folder: Path) -> Readings:
+    # Slow to import, and seldom needed.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    curves = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in accumulator.Tags()["scalars"]}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    if not steps:
+        raise ValueError(f"the TensorBoard events in {folder} hold no readings yet.")
+    values = {tag: np.array([curve.get(step, np.nan) for step in steps]) for tag, curve in curves.items()}
+    return _measured(Readings(np.array(steps, dtype=float), values))
+
+
+def _measured(readings: Readings) -> Readings:
+    """Leave out the rows of Lightning's loggers that hold other things only, such as a loss between two readings."""
+    ours = [values for tag, values in readings.values.items() if tag.startswith(("nc/", "optimality/"))]
+    if not ours:
+        return readings
+    rows = np.isfinite(ours).any(axis=0)
+    return Readings(readings.iterations[rows], {tag: values[rows] for tag, values in readings.values.items()})

@@ -5,6 +5,7 @@ import math
 import matplotlib.image
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from nclightning.figures import draw_convergence, fit_between, fit_rate, read_readings, summarize
 from nclightning.loggers import ReadingsTable
@@ -99,7 +100,7 @@ def test_picture_is_drawn_from_the_table(run, tmp_path):
 
 
 def test_runs_without_readings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no readings.csv in .*lightning_logs/version_0"):
+    with pytest.raises(ValueError, match=r"no readings.csv, metrics.csv or .*lightning_logs/version_0"):
         read_readings(tmp_path)
     (tmp_path / "readings.csv").write_text("iteration,loss\n")
     with pytest.raises(ValueError, match="holds no readings yet"):
@@ -107,3 +108,23 @@ def test_runs_without_readings_are_refused(tmp_path):
     (tmp_path / "readings.csv").write_text("iteration,loss\n0,1.0\n")
     with pytest.raises(ValueError, match="has none of the readings optimality/gap"):
         draw_convergence(tmp_path)
+
+
+@pytest.mark.parametrize("make", [CSVLogger, TensorBoardLogger])
+def test_folders_of_lightnings_own_loggers_are_read(make, tmp_path):
+    logger = make(tmp_path)
+    for step in range(0, 50, 10):
+        logger.log_metrics({"nc/train/nc1": 2.0**-step}, step)
+        logger.log_metrics({"loss": 3.0}, step)
+    logger.log_metrics({"val": 0.25}, 45)
+    logger.save()
+    read = read_readings(logger.log_dir)
+    assert read.iterations.tolist() == [0, 10, 20, 30, 40]
+    assert read.values["nc/train/nc1"].tolist() == [2.0**-step for step in range(0, 50, 10)]
+    assert summarize(read).last == {"nc/train/nc1": 2.0**-40}
+
+
+def test_event_files_without_scalars_are_named(tmp_path):
+    TensorBoardLogger(tmp_path, name="", version="").experiment.flush()
+    with pytest.raises(ValueError, match="hold no readings yet"):
+        read_readings(tmp_path)
