@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.runs import LOSSES, Run
@@ -36,8 +37,10 @@ _COLLAPSE = {
     "nc/train/nc2": r"$\mathcal{NC}_2$",
     "nc/train/nc3": r"$\mathcal{NC}_3$",
 }
-_PANEL = (4.6, 3.6)  # Inches.
+_PANEL = (4.6, 4.4)  # Inches, with the legend.
 _MOST_COLUMNS = 2
+# Below this a rate is not stated.
+_LEAST_R_SQUARED = 0.99
 
 
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
@@ -61,7 +64,7 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
                 _draw_curve(axes, run, _GAP, run.penalties, i)
             axes.set_title(LOSSES.get(loss, loss))
             axes.set_ylabel(r"$F^k - F^*$")
-            axes.legend()
+            _add_legend(axes)
         _caption(figure, runs)
         return _save(figure, Path(path))
 
@@ -86,7 +89,7 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
                     _draw_curve(axes, run, tag, label, i)
             axes.set_title(", ".join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
             axes.set_ylabel("NC metrics")
-            axes.legend()
+            _add_legend(axes)
         _caption(figure, runs)
         return _save(figure, Path(path))
 
@@ -118,11 +121,18 @@ def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
     )
 
 
+def _add_legend(axes: Axes) -> None:
+    """Below the panel, where no curve runs."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+
+
 def _describe(fit: LinearFit | None) -> str:
     if fit is None:
-        return "not falling"
+        return "no linear fall"
+    if fit.r_squared < _LEAST_R_SQUARED:
+        return f"no linear fall, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f} decades"
     rate = fit.iterations_per_decade
-    return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade, $R^2$ {_floored(fit.r_squared)}"
+    return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f}"
 
 
 def _floored(r_squared: float) -> str:
@@ -165,7 +175,8 @@ def _panels(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
         for axes in grid:
             axes.set_yscale("log")
             axes.set_xlabel("iteration $k$")
-            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(numticks=9))
+            axes.yaxis.set_major_locator(LogLocator(numticks=9))
+            axes.xaxis.set_major_locator(MaxNLocator(6))
         for axes in grid[count:]:
             axes.remove()
         yield figure, grid[:count]
