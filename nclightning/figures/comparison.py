@@ -39,8 +39,6 @@ _COLLAPSE = {
 }
 _PANEL = (4.6, 4.4)  # Inches, with the legend.
 _MOST_COLUMNS = 2
-# Below this a rate is not stated.
-_LEAST_R_SQUARED = 0.99
 
 
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
@@ -129,7 +127,7 @@ def _add_legend(axes: Axes) -> None:
 def _describe(fit: LinearFit | None) -> str:
     if fit is None:
         return "no linear fall"
-    if fit.r_squared < _LEAST_R_SQUARED:
+    if not fit.is_straight():
         return f"no linear fall, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f} decades"
     rate = fit.iterations_per_decade
     return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f}"

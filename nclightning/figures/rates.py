@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LinearFit", "fit_between", "fit_rate"]
+__all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_between", "fit_rate"]
 
+# Below this a curve is not called straight.
+LEAST_R_SQUARED = 0.99
 _LEAST_POINTS = 5
 
 
@@ -32,6 +34,10 @@ class LinearFit:
     first: int
     last: int
     decades: float
+
+    def is_straight(self, decades: float = 0.0) -> bool:
+        """Whether the quantity fell along a straight line over at least so many decades."""
+        return self.r_squared >= LEAST_R_SQUARED and self.decades >= decades
 
     @property
     def factor(self) -> float:

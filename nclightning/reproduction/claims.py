@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nclightning.figures import LinearFit, Run
+from nclightning.figures import Run
+from nclightning.figures.rates import LEAST_R_SQUARED
 
 __all__ = ["METRICS_BETWEEN", "NC_TAGS", "Claim", "check_claims"]
 
 GAP = "optimality/gap"
 NC_TAGS = ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")
-LEAST_R_SQUARED = 0.99
 _UFM_DECADES = 10.0
 # Figure 3 is read between these values of NC1-NC3.
 METRICS_BETWEEN = (1e-2, 1e-10)
@@ -57,11 +57,6 @@ def check_claims(runs: Mapping[int, Sequence[Run]]) -> list[Claim]:
     return [check(runs[figure]) for figure in sorted(runs) for check in checks[figure]]
 
 
-def is_straight(fit: LinearFit | None, decades: float) -> bool:
-    """Whether a quantity fell along a straight line over so many decades."""
-    return fit is not None and fit.r_squared >= LEAST_R_SQUARED and fit.decades >= decades
-
-
 def _gap_is_linear(runs: Sequence[Run]) -> Claim:
     fits = [run.summary.fits[GAP] for run in runs]
     least = min((fit.r_squared for fit in fits if fit is not None), default=0.0)
@@ -70,7 +65,7 @@ def _gap_is_linear(runs: Sequence[Run]) -> Claim:
         1,
         "Under the unconstrained feature model the optimality gap converges linearly, for every lambda.",
         f"R^2 >= {LEAST_R_SQUARED} over at least {_UFM_DECADES:g} decades for every curve",
-        all(is_straight(fit, _UFM_DECADES) for fit in fits),
+        all(fit is not None and fit.is_straight(_UFM_DECADES) for fit in fits),
         f"{len(runs)} curves, least R^2 {least:.4f}, fewest decades {decades:.1f}",
     )
 
@@ -143,7 +138,7 @@ def _at_some(figure: int, sentence: str, runs: Sequence[Run], tags: tuple[str, .
     held, parts = True, []
     for loss in _LOSSES:
         own = [run for run in runs if run.loss == loss]
-        linear = [run for run in own if all(is_straight(run.summary.fits[tag], _MLP_DECADES[tag]) for tag in tags)]
+        linear = [run for run in own if all(_fell_straight(run, tag) for tag in tags)]
         held &= 0 < len(linear) < len(own)
         listed = [", ".join(f"{run.settings['lambda_h']:g}" for run in group) or "none" for group in (linear, own)]
         parts.append(f"{loss.upper()}: lambda {listed[0]} out of {listed[1]}")
@@ -157,3 +152,8 @@ def _at_some(figure: int, sentence: str, runs: Sequence[Run], tags: tuple[str, .
         held,
         "; ".join(parts),
     )
+
+
+def _fell_straight(run: Run, tag: str) -> bool:
+    fit = run.summary.fits[tag]
+    return fit is not None and fit.is_straight(_MLP_DECADES[tag])
