@@ -2,7 +2,7 @@
 
 from nclightning.figures.comparison import draw_collapse, draw_gaps
 from nclightning.figures.convergence import draw_convergence
-from nclightning.figures.rates import LinearFit, fit_between, fit_rate
+from nclightning.figures.rates import LinearFit, fit_rate, fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.runs import Run, read_run
 from nclightning.figures.summary import RunSummary, summarize
@@ -15,8 +15,8 @@ __all__ = [
     "draw_collapse",
     "draw_convergence",
     "draw_gaps",
-    "fit_between",
     "fit_rate",
+    "fit_straight",
     "read_readings",
     "read_run",
     "summarize",

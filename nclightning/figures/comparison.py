@@ -127,15 +127,8 @@ def _add_legend(axes: Axes) -> None:
 def _describe(fit: LinearFit | None) -> str:
     if fit is None:
         return "no linear fall"
-    if not fit.is_straight():
-        return f"no linear fall, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f} decades"
     rate = fit.iterations_per_decade
-    return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade, $R^2$ {_floored(fit.r_squared)} over {fit.decades:.1f}"
-
-
-def _floored(r_squared: float) -> str:
-    """Three digits that never round up to a straight line."""
-    return f"{np.floor(1000 * r_squared) / 1000:.3f}"
+    return f"{rate:,.{0 if rate >= 100 else 1}f} it./decade over {fit.decades:.1f} decades"
 
 
 def _marker_places(iterations: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:

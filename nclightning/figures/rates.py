@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_between", "fit_rate"]
+__all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_rate", "fit_straight"]
 
 # Below this a curve is not called straight.
 LEAST_R_SQUARED = 0.99
 _LEAST_POINTS = 5
+_MOST_POINTS = 800
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,6 @@ class LinearFit:
     first: int
     last: int
     decades: float
-
-    def is_straight(self, decades: float = 0.0) -> bool:
-        """Whether the quantity fell along a straight line over at least so many decades."""
-        return self.r_squared >= LEAST_R_SQUARED and self.decades >= decades
 
     @property
     def factor(self) -> float:
@@ -77,26 +74,53 @@ def fit_rate(iterations: NDArray[np.float64], values: NDArray[np.float64], decad
     return fitted
 
 
-def fit_between(
-    iterations: NDArray[np.float64], values: NDArray[np.float64], upper: float, lower: float
+def fit_straight(
+    iterations: NDArray[np.float64], values: NDArray[np.float64], ending_at_most: float = math.inf
 ) -> LinearFit | None:
-    """Fit a quantity on its way from one value down to another.
+    """Find the longest stretch, in decades, over which a quantity falls along a straight line.
+
+    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``. Of many readings 800 are taken, at even
+    distances.
 
     Args:
         iterations: ``(R,)``, increasing.
         values: ``(R,)``; values that are not positive and finite are left out.
-        upper: The range starts after the last reading above it.
-        lower: The range ends with the first reading at or below it, or with the last if there is none.
+        ending_at_most: Only stretches that end at or below this value.
 
     Returns:
-        The fit, or None with fewer than five readings in the range or no fall at all.
+        The fit, or None if no five readings in a row fall along a line.
     """
-    usable = np.isfinite(values) & (values > 0)
+    usable = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if len(usable) > _MOST_POINTS:
+        usable = usable[np.linspace(0, len(usable) - 1, _MOST_POINTS).round().astype(int)]
     x, y = iterations[usable], np.log10(values[usable])
-    above, below = np.flatnonzero(y > math.log10(upper)), np.flatnonzero(y <= math.log10(lower))
-    end = int(below[0]) + 1 if len(below) else len(y)
-    start = int(above[above < end][-1]) + 1 if (above < end).any() else 0
-    return _fit_line(x[start:end], y[start:end])
+    if len(x) < _LEAST_POINTS:
+        return None
+    slope, r_squared = _fit_all_stretches(x, y)
+    rows = np.arange(len(x))
+    allowed = (rows[:, None] + _LEAST_POINTS - 1 <= rows) & (slope < 0) & (r_squared >= LEAST_R_SQUARED)
+    allowed &= values[usable] <= ending_at_most
+    decades = np.where(allowed, y[:, None] - y, 0.0)
+    first, last = np.unravel_index(decades.argmax(), decades.shape)
+    return _fit_line(x[first : last + 1], y[first : last + 1]) if decades[first, last] > 0 else None
+
+
+def _fit_all_stretches(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Slope and coefficient of determination from reading i to reading j, ``(R, R)``; nan where there is no line."""
+    x, y = (x - x.mean()) / (np.ptp(x) or 1.0), y - y.mean()
+
+    def sums(z: NDArray[np.float64]) -> NDArray[np.float64]:
+        up_to: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(z)])
+        return up_to[1:] - up_to[:-1, None]
+
+    rows = np.arange(len(x))
+    count = np.maximum(rows - rows[:, None] + 1.0, 1.0)
+    sum_x, sum_y = sums(x), sums(y)
+    xx, xy, yy = sums(x * x) - sum_x**2 / count, sums(x * y) - sum_x * sum_y / count, sums(y * y) - sum_y**2 / count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return xy / xx, xy**2 / (xx * yy)
 
 
 def _floor_start(x: NDArray[np.float64], y: NDArray[np.float64]) -> int:

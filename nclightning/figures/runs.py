@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from nclightning.figures.rates import fit_straight
 from nclightning.figures.readings import Readings, read_readings
-from nclightning.figures.summary import RunSummary, summarize
+from nclightning.figures.summary import Fit, RunSummary, summarize
 
 __all__ = ["LOSSES", "Run", "read_run"]
 
@@ -74,12 +75,12 @@ class Run:
         )
 
 
-def read_run(folder: str | Path, metrics_between: tuple[float, float] | None = None) -> Run:
+def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
     """Read a run folder.
 
     Args:
         folder: With ``readings.csv``, and ``hparams.yaml`` for what was set.
-        metrics_between: See :func:`summarize`.
+        fit: See :func:`summarize`.
 
     Returns:
         The run.
@@ -90,7 +91,7 @@ def read_run(folder: str | Path, metrics_between: tuple[float, float] | None = N
     folder = Path(folder)
     readings, path = read_readings(folder), folder / "hparams.yaml"
     settings = _read_settings(path) if path.is_file() else {}
-    return Run(folder, readings, summarize(readings, metrics_between), settings)
+    return Run(folder, readings, summarize(readings, fit), settings)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from nclightning.figures.rates import LinearFit, fit_between, fit_rate
-from nclightning.figures.readings import Readings
+from nclightning.figures.rates import LinearFit, fit_rate
+from nclightning.figures.readings import Array, Readings
 
 __all__ = ["QUANTITIES", "RunSummary", "summarize"]
 
+Fit = Callable[[Array, Array], LinearFit | None]
 # Tag and label of what converges to zero, in the order of every table and legend.
 QUANTITIES = {
     "optimality/gap": "gap F - F*",
@@ -29,7 +31,7 @@ class RunSummary:
     Attributes:
         iteration: The last iteration.
         last: Value by tag there, for the quantities that were recorded.
-        fits: Linear fit by tag; None where a quantity did not converge.
+        fits: Line by tag; None where a quantity did not fall along one.
         kappa: Largest distance / gradient norm over the fitted range of the distance, the measured error-bound
             constant; None without such a range.
     """
@@ -40,22 +42,18 @@ class RunSummary:
     kappa: float | None
 
 
-def summarize(readings: Readings, metrics_between: tuple[float, float] | None = None) -> RunSummary:
+def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
     """Fit what converges.
 
     Args:
         readings: Of a run.
-        metrics_between: Fit NC1-NC3 between these values, the upper one first; None fits their tails, as it does for
-            all else.
+        fit: From iterations and values to a line, or None: :func:`fit_rate`, the tail, or :func:`fit_straight`.
 
     Returns:
         The summary.
     """
     recorded = [tag for tag in QUANTITIES if tag in readings.values]
-    fits = {tag: fit_rate(readings.iterations, readings.values[tag]) for tag in recorded}
-    if metrics_between is not None:
-        for tag in (tag for tag in recorded if tag.startswith("nc/")):
-            fits[tag] = fit_between(readings.iterations, readings.values[tag], *metrics_between)
+    fits = {tag: fit(readings.iterations, readings.values[tag]) for tag in recorded}
     kappa, tail = None, fits.get("optimality/distance")
     ratio = readings.values.get("optimality/error_bound_ratio")
     if tail is not None and ratio is not None:

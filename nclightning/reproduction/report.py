@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nclightning.figures import LinearFit, Run
-from nclightning.reproduction.claims import METRICS_BETWEEN, NC_TAGS, Claim
+from nclightning.figures.rates import LEAST_R_SQUARED
+from nclightning.reproduction.claims import METRICS_REACH, NC_TAGS, Claim
 
 __all__ = ["write_report"]
 
@@ -91,11 +92,10 @@ def _method() -> Iterator[str]:
     yield "## How it was measured"
     yield ""
     yield (
-        "Lines are fitted to log10 of the recorded values: over the last 15 decades above the round-off floor, and at "
-        "most three quarters of the whole fall, so that the beginning stays out; in Figure 3 from "
-        f"{METRICS_BETWEEN[0]:g} down to {METRICS_BETWEEN[1]:g}. `runs/NAME/` holds the readings in "
-        "full precision (`readings.csv`), all settings (`config.yaml`) and the TensorBoard events of each run; "
-        "`tensorboard --logdir runs` shows them."
+        "A line is fitted to log10 of the recorded values over the longest stretch, in decades, on which it is "
+        f"straight: R^2 >= {LEAST_R_SQUARED}; in Figure 3 among the stretches that end at or below {METRICS_REACH:g}. "
+        "`runs/NAME/` holds the readings in full precision (`readings.csv`), all settings (`config.yaml`) and the "
+        "TensorBoard events of each run; `tensorboard --logdir runs` shows them."
     )
     yield ""
     listed = ", ".join(f"{name} {version(name)}" for name in ("nclightning", "torch", "lightning"))

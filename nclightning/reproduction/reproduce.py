@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from nclightning.figures import Run, draw_collapse, draw_gaps, read_run
-from nclightning.reproduction.claims import METRICS_BETWEEN, check_claims
+from nclightning.figures import Run, draw_collapse, draw_gaps, fit_straight, read_run
+from nclightning.reproduction.claims import METRICS_REACH, check_claims
 from nclightning.reproduction.experiments import FIGURES, Experiment, experiments
 from nclightning.reproduction.report import write_report
 from nclightning.reproduction.runner import run_all
@@ -65,8 +66,8 @@ def reproduce(
 
 
 def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
-    between = METRICS_BETWEEN if figure == 3 else None
-    return [read_run(folder / "runs" / each.name, between) for each in listed if figure in each.figures]
+    fit = partial(fit_straight, ending_at_most=METRICS_REACH) if figure == 3 else fit_straight
+    return [read_run(folder / "runs" / each.name, fit) for each in listed if figure in each.figures]
 
 
 def _count_cores() -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from nclightning.figures import draw_convergence, fit_between, fit_rate, read_readings, summarize
+from nclightning.figures import draw_convergence, fit_rate, fit_straight, read_readings, summarize
 from nclightning.loggers import ReadingsTable
 
 ITERATIONS = np.arange(0, 2001, 10, dtype=float)
@@ -39,15 +39,57 @@ def test_at_most_the_last_decades_are_fitted():
     assert fit.decades == pytest.approx(15, abs=0.14)
 
 
-def test_fit_between_two_values():
-    """Slow above 1e-2, 0.95 per iteration down to 1e-8, slow again."""
-    logs = np.interp(ITERATIONS, [0, 400, 400 + 6 / -math.log10(0.95), 2000], [0, -2, -8, -9])
-    fit = fit_between(ITERATIONS, 10.0**logs, 1e-2, 1e-8)
-    assert fit.factor == pytest.approx(0.95, rel=1e-3)
-    assert (fit.first, fit.last) == (400, 670)
-    assert fit_between(ITERATIONS, 10.0**logs, 1e-2, 1e-20).last == 2000
-    assert fit_between(ITERATIONS, 10.0**logs, 1e-12, 1e-20) is None
-    assert fit_between(ITERATIONS, np.full(201, np.nan), 1e-2, 1e-8) is None
+def brute_force(x, y, lowest):
+    """All stretches by numpy's own polynomial and correlation."""
+    best = 0.0
+    for i in range(len(x)):
+        for j in range(i + 5, len(x) + 1):
+            if (
+                y[j - 1] <= lowest
+                and np.polyfit(x[i:j], y[i:j], 1)[0] < 0
+                and np.corrcoef(x[i:j], y[i:j])[0, 1] ** 2 >= 0.99
+            ):
+                best = max(best, y[i] - y[j - 1])
+    return best
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("lowest", [math.inf, -4.0])
+def test_longest_straight_stretch_is_that_of_all_stretches(seed, lowest):
+    """Three slopes with noise."""
+    rng = np.random.default_rng(seed)
+    x = np.sort(rng.uniform(0, 100, 60))
+    y = np.interp(x, [0, 30, 60, 100], [0, -5, -6, -9]) + 0.05 * rng.normal(size=60)
+    fit = fit_straight(x, 10.0**y, ending_at_most=10.0**lowest)
+    assert fit.decades == pytest.approx(brute_force(x, y, lowest), rel=1e-12)
+    assert fit.r_squared >= 0.99
+
+
+def test_longest_straight_stretch_of_a_bent_line():
+    """Slow above 1e-2, 0.95 per iteration down to 1e-12, a floor."""
+    logs = np.interp(ITERATIONS, [0, 400, 400 + 10 / -math.log10(0.95), 2000], [0, -2, -12, -12])
+    fit = fit_straight(ITERATIONS, 10.0**logs)
+    assert fit.factor == pytest.approx(0.95, rel=0.02)
+    assert 10 <= fit.decades <= 12
+    # All of it is straight but only a tenth of its 20,001 readings is looked at.
+    many = np.arange(20001.0)
+    whole = fit_straight(many, 10.0 ** (-many / 1000))
+    assert (whole.first, whole.last) == (0, 20000)
+    assert whole.decades == pytest.approx(20)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.full(201, 2.0), np.full(201, np.nan), np.zeros(201), 1.1**ITERATIONS, 0.9 ** ITERATIONS[:4], np.ones(0)],
+)
+def test_what_does_not_fall_has_no_stretch(values):
+    assert fit_straight(ITERATIONS[: len(values)], values) is None
+
+
+def test_noise_has_no_long_stretch():
+    noise = 10.0 ** np.random.default_rng(0).uniform(-3, 0, 201)
+    fit = fit_straight(ITERATIONS, noise)
+    assert fit is None or fit.last - fit.first < 100
 
 
 @pytest.mark.parametrize("values", [np.full(201, 2.0), np.full(201, np.nan), np.zeros(201), np.full(201, -1.0)])
