@@ -88,7 +88,7 @@ def test_the_important_columns_come_first(tmp_path, picture):
 
 
 def test_only_finite_numbers_are_logged(tmp_path, picture):
-    flat = LinearFit(0.0, 0.0, math.nan, 0, 10, 0.0)
+    flat = LinearFit(0.0, 0.0, math.nan, 0, 10)
     summary = RunSummary(
         10, {"optimality/gap": 0.0, "nc/train/nc1": math.nan, "nc/train/nc2": 0.1}, {"optimality/gap": flat}, math.inf
     )

@@ -26,7 +26,6 @@ class LinearFit:
         r_squared: Coefficient of determination.
         first: First iteration of the fitted range.
         last: Last iteration of the fitted range.
-        decades: How far the quantity fell over that range.
     """
 
     slope: float
@@ -34,7 +33,11 @@ class LinearFit:
     r_squared: float
     first: int
     last: int
-    decades: float
+
+    @property
+    def decades(self) -> float:
+        """How far the line falls over the fitted range."""
+        return -self.slope * (self.last - self.first)
 
     @property
     def factor(self) -> float:
@@ -100,7 +103,7 @@ def fit_straight(
     rows = np.arange(len(x))
     allowed = (rows[:, None] + _LEAST_POINTS - 1 <= rows) & (slope < 0) & (r_squared >= LEAST_R_SQUARED)
     allowed &= values[usable] <= ending_at_most
-    decades = np.where(allowed, y[:, None] - y, 0.0)
+    decades = np.where(allowed, -slope * (x - x[:, None]), 0.0)
     first, last = np.unravel_index(decades.argmax(), decades.shape)
     return _fit_line(x[first : last + 1], y[first : last + 1]) if decades[first, last] > 0 else None
 
@@ -108,8 +111,8 @@ def fit_straight(
 def _fit_all_stretches(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slope and coefficient of determination from reading i to reading j, ``(R, R)``; nan where there is no line."""
-    x, y = (x - x.mean()) / (np.ptp(x) or 1.0), y - y.mean()
+    """Slope and coefficient of determination from reading i to reading j, ``(R, R)``; zero where there is no line."""
+    x, y = x - x.mean(), y - y.mean()
 
     def sums(z: NDArray[np.float64]) -> NDArray[np.float64]:
         up_to: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(z)])
@@ -119,8 +122,8 @@ def _fit_all_stretches(
     count = np.maximum(rows - rows[:, None] + 1.0, 1.0)
     sum_x, sum_y = sums(x), sums(y)
     xx, xy, yy = sums(x * x) - sum_x**2 / count, sums(x * y) - sum_x * sum_y / count, sums(y * y) - sum_y**2 / count
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return xy / xx, xy**2 / (xx * yy)
+    slope = np.divide(xy, xx, out=np.zeros_like(xy), where=xx > 0)
+    return slope, np.divide(slope * xy, yy, out=np.zeros_like(xy), where=yy > 0)
 
 
 def _floor_start(x: NDArray[np.float64], y: NDArray[np.float64]) -> int:
@@ -141,6 +144,4 @@ def _fit_line(x: NDArray[np.float64], y: NDArray[np.float64]) -> LinearFit | Non
     slope, intercept = np.polyfit(x, y, 1)
     residual = np.sum((y - slope * x - intercept) ** 2)
     total = np.sum((y - y.mean()) ** 2)
-    return LinearFit(
-        float(slope), float(intercept), float(1 - residual / total), int(x[0]), int(x[-1]), float(y[0] - y[-1])
-    )
+    return LinearFit(float(slope), float(intercept), float(1 - residual / total), int(x[0]), int(x[-1]))
