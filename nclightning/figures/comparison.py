@@ -16,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.runs import LOSSES, Run
+from nclightning.files import replaced
 
 __all__ = ["draw_collapse", "draw_gaps"]
 
@@ -186,15 +187,9 @@ def _caption(figure: Figure, runs: Sequence[Run]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
-    """Write PNG and PDF, each in one step, so that a full disk leaves the ones before."""
-    written = []
-    for ending, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
-        target = path.with_name(f"{path.name}.{ending}")
-        partial = path.with_name(f".{path.name}.partial.{ending}")
-        try:
-            figure.savefig(partial, dpi=200, metadata=metadata)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-        written.append(target)
-    return written
+    """Write PNG and PDF; the date is left out, so that the same runs give the same file."""
+    targets = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "pdf")]
+    for target in targets:
+        with replaced(target) as partial:
+            figure.savefig(partial, dpi=200, metadata={"CreationDate": None} if target.suffix == ".pdf" else {})
+    return targets

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from nclightning.figures import LinearFit, Run
 from nclightning.figures.rates import LEAST_R_SQUARED
+from nclightning.files import replaced
 from nclightning.reproduction.claims import METRICS_REACH, NC_TAGS, Claim
 
 __all__ = ["write_report"]
@@ -24,7 +25,7 @@ _NAMES = {"optimality/gap": "gap", "nc/train/nc1": "NC1", "nc/train/nc2": "NC2",
 
 
 def write_report(folder: Path, runs: Mapping[int, Sequence[Run]], claims: Sequence[Claim], quick: bool) -> Path:
-    """Write ``report.md``, in one step.
+    """Write ``report.md``.
 
     Args:
         folder: Where the figures are.
@@ -35,12 +36,9 @@ def write_report(folder: Path, runs: Mapping[int, Sequence[Run]], claims: Sequen
     Returns:
         The file.
     """
-    path, partial = folder / "report.md", folder / ".report.md.partial"
-    try:
+    path = folder / "report.md"
+    with replaced(path) as partial:
         partial.write_text("\n".join(_lines(runs, claims, quick)) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
