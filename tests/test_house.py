@@ -19,6 +19,7 @@ FLOORS = {
     "features": 1,
     "sweep": 1,
     "interrupts": 1,
+    "configurations": 1,
     "models": 2,
     "data": 2,
     "loggers": 2,
