@@ -8,7 +8,6 @@ import traceback
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,10 @@ from rich.console import Console
 
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.commands import COMMANDS
+from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.figures import draw_convergence, read_readings, summarize
+from nclightning.figures.runs import ufm_problem
 from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
@@ -61,17 +62,10 @@ _EPILOG = """examples:
 further commands, each with a --help of its own:
   python -m nclightning reproduce --quick  the paper's four figures from recorded runs, and what became of its claims
   python -m nclightning plot RUN [RUN ...] the same figures from run folders
+  python -m nclightning theory --config ufm_ce   optimum, Hessian spectrum and rates that the theory predicts for it
 
 To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
 options of a class with their meaning."""
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return the shipped configurations by name."""
-    folder = Path(str(resources.files("nclightning"))) / "configs"
-    if not folder.is_dir():  # A checkout keeps them beside the package; the wheel holds them inside.
-        folder = Path(__file__).resolve().parents[1] / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -83,35 +77,15 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Resolve the name, let ``lambda`` stand for ``lambda_``, and hand over to jsonargparse."""
-        if isinstance(values, str) and not Path(values).expanduser().is_file():
-            shipped = shipped_configs()
-            name = values.removesuffix(".yaml")
-            if name not in shipped:
-                parser.error(
-                    f"--config {values}: no such file, and no shipped configuration of that name. "
-                    f"Shipped are: {', '.join(shipped)}."
-                )
-            values = str(shipped[name])
-            print(f"Using the shipped configuration {values}", file=sys.stderr)
         if isinstance(values, str):
-            values = _without_keyword(Path(values).expanduser(), parser)
+            try:
+                path = find_configuration(values)
+                if path in shipped_configs().values():
+                    print(f"Using the shipped configuration {path}", file=sys.stderr)
+                values = str(yaml.safe_dump(read_configuration(path), sort_keys=False))
+            except ValueError as error:
+                parser.error(str(error))
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
-
-
-def _without_keyword(path: Path, parser: Any) -> str:
-    """Read a configuration; ``lambda`` is no Python name, so it becomes the argument ``lambda_``."""
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"--config {path}: {error}")
-    if not isinstance(config, dict):
-        parser.error(f"--config {path}: expected a mapping of options, got {type(config).__name__}.")
-    section = config.get("fit", config)
-    model = section.get("model") if isinstance(section, dict) else None
-    init_args = model.get("init_args") if isinstance(model, dict) else None
-    if isinstance(init_args, dict) and "lambda" in init_args:
-        init_args["lambda_"] = init_args.pop("lambda")
-    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def _expand_lambda(args: Sequence[str]) -> list[str]:
@@ -308,7 +282,7 @@ def _run_cli(args: list[str] | None) -> None:
             "enable_model_summary": False,
             "logger": {"class_path": "nclightning.loggers.RunLogger"},
         },
-        parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test,reproduce,plot}")} | parsers,
+        parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test,reproduce,plot,theory}")} | parsers,
         args=args,
     )
 
@@ -344,7 +318,7 @@ def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
     record_summary(folder, summary, values, picture, trainer.state.finished)
     console = Console()
-    console.print(rates_table(summary))
+    console.print(rates_table(summary, problem=ufm_problem(trainer.lightning_module.hparams)))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
     console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
     command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"

@@ -1,18 +1,23 @@
-"""Commands that train nothing themselves: ``python -m nclightning reproduce|plot``."""
+"""Commands that train nothing themselves: ``python -m nclightning reproduce|plot|theory``."""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from nclightning.figures import draw_collapse, draw_gaps, read_run
+from nclightning.configurations import find_configuration, model_arguments, read_configuration
+from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
+from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
+from nclightning.models.arguments import resolve_lambdas
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import FIGURES
+from nclightning.theory import UFMProblem
 
 __all__ = ["COMMANDS"]
 
@@ -48,7 +53,7 @@ def _plot(words: Sequence[str]) -> None:
     given = parser.parse_args(words)
     runs, folder, console = [read_run(run) for run in given.runs], Path(given.out), Console()
     for run in runs:
-        console.print(rates_table(run.summary, title=str(run.folder)))
+        console.print(rates_table(run.summary, str(run.folder), run.problem))
     drawn = []
     for draw, name, prefix in ((draw_gaps, "gap", "optimality/gap"), (draw_collapse, "collapse", "nc/train/")):
         having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
@@ -61,10 +66,63 @@ def _plot(words: Sequence[str]) -> None:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _parser(name: str, description: str) -> ArgumentParser:
+def _theory(words: Sequence[str]) -> None:
+    parser = _parser(
+        "theory",
+        "Print what the theory predicts for the unconstrained feature model: the optimum, the eigenvalues of the "
+        "Hessian there, and how fast gradient descent gets there. Nothing is trained; sizes may be any.",
+        "examples:\n  python -m nclightning theory --config ufm_mse --lambda 5e-4\n"
+        "  python -m nclightning theory --loss ce --num_classes 1000 --samples_per_class 1300 --feature_dim 2048 "
+        "--lambda 5e-9 --picture spectrum.pdf",
+    )
+    parser.add_argument("--config", help="a YAML file, or a shipped configuration; the options below override it")
+    parser.add_argument("--loss", choices=("mse", "ce"))
+    for name, letter in (("num_classes", "K"), ("samples_per_class", "n"), ("feature_dim", "d")):
+        parser.add_argument(f"--{name}", type=int, metavar=letter)
+    parser.add_argument("--lambda", type=float, dest="lambda_", metavar="X", help="lambda_w = n X and lambda_h = X")
+    for name in ("lambda_w", "lambda_h"):
+        parser.add_argument(f"--{name}", type=float, metavar="X", help="this penalty alone")
+    parser.add_argument("--picture", metavar="FILE", help="draw the spectrum, too; .png, .pdf, .svg, ...")
+    given = vars(parser.parse_args(words))
+    problem, console = _problem_of(given), Console()
+    drawn = None if given["picture"] is None else draw_spectrum(problem, given["picture"])
+    console.print(describe_problem(problem), highlight=False, soft_wrap=True)
+    for table in prediction_tables(problem):
+        console.print()
+        console.print(table)
+    if drawn is not None:
+        console.print(f"wrote {drawn}", highlight=False, soft_wrap=True)
+
+
+def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
+    """Build the problem from options, over those of a configuration."""
+    options: dict[str, Any] = {}
+    if given["config"] is not None:
+        options = model_arguments(read_configuration(find_configuration(given["config"])))
+        if options.get("penalty", "features") != "features":
+            raise ValueError(
+                f"--config {given['config']}: penalty={options['penalty']!r} has no closed form, only 'features' has."
+            )
+    if given["lambda_"] is not None:  # It overrides both penalties of a configuration, as in a fit.
+        options = options | {"lambda_w": None, "lambda_h": None}
+    options = options | {name: value for name, value in given.items() if value is not None}
+    for name in ("loss", "num_classes", "samples_per_class", "feature_dim"):
+        if options.get(name) is None:
+            raise ValueError(f"{name} is missing: give --{name}, or a --config that has it.")
+    single, lambda_w, lambda_h = (
+        None if options.get(name) is None else float(options[name]) for name in ("lambda_", "lambda_w", "lambda_h")
+    )
+    sizes = options["num_classes"], options["samples_per_class"], options["feature_dim"]
+    return UFMProblem(options["loss"], *sizes, *resolve_lambdas(lambda_w, lambda_h, single, sizes[1]))
+
+
+def _parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:
     return ArgumentParser(
-        f"python -m nclightning {name}", description=description, formatter_class=RawDescriptionHelpFormatter
+        f"python -m nclightning {name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
     )
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"reproduce": _reproduce, "plot": _plot}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"reproduce": _reproduce, "plot": _plot, "theory": _theory}

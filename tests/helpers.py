@@ -37,6 +37,26 @@ def gradient_norm(problem, point):
     return float(torch.stack([g.square().sum() for g in gradient(problem, point)]).sum().sqrt())
 
 
+def dense_hessian(problem, point):
+    """Hessian of the objective in head, features (and bias) flattened in this order, by autograd."""
+    parts = [t for t in _free(point) if t is not None]
+    objective = objective_of(problem)
+
+    def value(flat):
+        split = [p.view_as(t) for p, t in zip(flat.split([t.numel() for t in parts]), parts, strict=True)]
+        return objective(split[0], split[1], point.labels, split[2] if len(split) > 2 else None)
+
+    return torch.func.hessian(value)(torch.cat([t.flatten() for t in parts]))
+
+
+def moved(point, direction):
+    """Add a flat vector in the order of :func:`dense_hessian`."""
+    parts = [t for t in _free(point) if t is not None]
+    steps = direction.split([t.numel() for t in parts])
+    weight, features, *bias = (t + step.view_as(t) for t, step in zip(parts, steps, strict=True))
+    return Solution(weight, features, point.labels, bias[0] if bias else None)
+
+
 def norm(point):
     return float(torch.stack([t.square().sum() for t in _free(point) if t is not None]).sum().sqrt())
 

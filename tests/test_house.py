@@ -20,6 +20,7 @@ FLOORS = {
     "sweep": 1,
     "files": 1,
     "interrupts": 1,
+    "configurations": 1,
     "models": 2,
     "data": 2,
     "loggers": 2,

@@ -5,6 +5,7 @@ from nclightning.figures.convergence import draw_convergence
 from nclightning.figures.rates import LinearFit, fit_rate, fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.runs import Run, read_run
+from nclightning.figures.spectrum import draw_spectrum
 from nclightning.figures.summary import RunSummary, summarize
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "draw_collapse",
     "draw_convergence",
     "draw_gaps",
+    "draw_spectrum",
     "fit_rate",
     "fit_straight",
     "read_readings",

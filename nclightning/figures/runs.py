@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 from nclightning.figures.rates import fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.summary import Fit, RunSummary, summarize
+from nclightning.theory import UFMProblem
 
-__all__ = ["LOSSES", "Run", "read_run"]
+__all__ = ["LOSSES", "Run", "read_run", "scientific", "ufm_problem"]
 
 LOSSES = {"mse": "MSE loss", "ce": "CE loss"}
 # Symbols of the paper by hyperparameter, in the order of its captions.
@@ -24,6 +26,7 @@ _SIZES = {
     "hidden_dim": "m",
     "feature_dim": "d",
 }
+_OF_NETWORKS = ("input_dim", "hidden_dim")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,13 @@ class Run:
         if lambda_w is None or lambda_h is None:
             return self.folder.name
         if self.single_lambda:
-            return rf"$\lambda = {_scientific(lambda_h)}$"
-        return rf"$\lambda_W = {_scientific(lambda_w)},\ \lambda_H = {_scientific(lambda_h)}$"
+            return rf"$\lambda = {scientific(lambda_h)}$"
+        return rf"$\lambda_W = {scientific(lambda_w)},\ \lambda_H = {scientific(lambda_h)}$"
+
+    @property
+    def problem(self) -> UFMProblem | None:
+        """The unconstrained feature model that was trained; None for anything else."""
+        return ufm_problem(self.settings)
 
     @property
     def single_lambda(self) -> bool:
@@ -73,6 +81,24 @@ class Run:
         return ", ".join(
             f"${symbol} = {self.settings[name]}$" for name, symbol in _SIZES.items() if name in self.settings
         )
+
+
+def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
+    """Find the closed forms for the hyperparameters of a run of the unconstrained feature model.
+
+    Args:
+        settings: Hyperparameters by name.
+
+    Returns:
+        None where they are those of a network, whose features are not free, or where there is no closed form.
+    """
+    names = tuple(field.name for field in fields(UFMProblem))
+    if any(settings.get(name) is None for name in names) or any(name in settings for name in _OF_NETWORKS):
+        return None
+    try:
+        return UFMProblem(*(settings[name] for name in names))
+    except (TypeError, ValueError):
+        return None
 
 
 def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
@@ -102,7 +128,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _scientific(value: float) -> str:
-    """Write 5e-4 as mathtext."""
+def scientific(value: float) -> str:
+    """Write a number such as 5e-4 as mathtext.
+
+    Args:
+        value: Finite.
+
+    Returns:
+        Up to four digits and a power of ten.
+    """
     mantissa, exponent = f"{value:.3e}".split("e")
     return rf"{float(mantissa):g} \times 10^{{{int(exponent)}}}"

@@ -5,16 +5,19 @@ from __future__ import annotations
 from rich.table import Table
 
 from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.theory import UFMProblem
 
 __all__ = ["rates_table"]
 
 
-def rates_table(summary: RunSummary, title: str = "") -> Table:
+def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None = None) -> Table:
     """Lay out the table that a fit ends with.
 
     Args:
         summary: Of a run.
         title: Before the number of iterations.
+        problem: The unconstrained feature model that was trained, whose error-bound constant is shown beside the
+            measured one. None for anything else.
 
     Returns:
         For a rich console.
@@ -36,4 +39,6 @@ def rates_table(summary: RunSummary, title: str = "") -> Table:
         table.add_row(QUANTITIES[tag], f"{value:.3e}", *cells)
     if summary.kappa is not None:
         table.add_row("kappa", f"{summary.kappa:.6g}", *["-"] * 4)
+    if problem is not None:
+        table.add_row("kappa, predicted", f"{problem.error_bound_constant:.6g}", *["-"] * 4)
     return table

@@ -1,5 +1,12 @@
 """What is measured: pure functions of tensors, torch only."""
 
+from nclightning.functional.curvature import (
+    ExtremeEigenvalues,
+    dense_hessian,
+    dense_spectrum,
+    extreme_eigenvalues,
+    hessian_vector_product,
+)
 from nclightning.functional.decisions import (
     accuracy,
     bias_collapse,
@@ -25,6 +32,7 @@ from nclightning.functional.variability import (
 __all__ = [
     "ClassStatistics",
     "CollapseDistance",
+    "ExtremeEigenvalues",
     "MSEDecomposition",
     "PairEnergy",
     "accuracy",
@@ -33,12 +41,16 @@ __all__ = [
     "class_distance_normalized_variance",
     "class_statistics",
     "cosine_margin",
+    "dense_hessian",
+    "dense_spectrum",
     "distance_to_collapse",
     "duality_difference",
     "equiangularity",
     "equinorm",
     "etf_deviation",
+    "extreme_eigenvalues",
     "head_sum",
+    "hessian_vector_product",
     "hyperspherical_energy",
     "mse_decomposition",
     "ncc_accuracy",

@@ -13,13 +13,13 @@ Letters used in this package (paper: features and head in columns; here: in rows
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from nclightning.theory import gap, moments, solutions
+from nclightning.theory.landscape import UFMLandscape
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["UFMProblem"]
 
-# K q is a product of two square roots: four roundings.
-_ROUNDING = 4 * sys.float_info.epsilon
-
 
 @dataclass(frozen=True)
-class UFMProblem:
+class UFMProblem(UFMLandscape):
     r"""Closed forms of the unconstrained feature model, Problem (5) (MSE, free bias) or (8) (CE, no bias).
 
     .. math::
@@ -57,99 +54,6 @@ class UFMProblem:
     Raises:
         ValueError: If a size or a penalty is out of range, or for CE with ``d < K - 1``, where no closed form exists.
     """
-
-    loss: Literal["mse", "ce"]
-    num_classes: int
-    samples_per_class: int
-    feature_dim: int
-    lambda_w: float
-    lambda_h: float
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("mse", "ce"):
-            raise ValueError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
-        for name, least in (("num_classes", 2), ("samples_per_class", 1), ("feature_dim", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        for name in ("lambda_w", "lambda_h"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"{name} must be positive and finite, got {value!r}: the closed forms divide by it. "
-                    f"Raise {name}, or train without the theory."
-                )
-        if self.loss == "ce" and self.feature_dim < self.num_classes - 1:
-            raise ValueError(
-                f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for loss='ce', got "
-                f"{self.feature_dim}: no simplex ETF of {self.num_classes} classes fits, and no closed form is known. "
-                "Raise feature_dim, or use loss='mse'."
-            )
-
-    @property
-    def num_samples(self) -> int:
-        """N = K n."""
-        return self.num_classes * self.samples_per_class
-
-    @property
-    def rank(self) -> int:
-        """Rank ``min(d, K - 1)`` of a collapsed optimum."""
-        return min(self.feature_dim, self.num_classes - 1)
-
-    @property
-    def q(self) -> float:
-        r""":math:`\sqrt{n \lambda_W \lambda_H}`, the regularisation strength that the optimum depends on."""
-        return math.sqrt(self.samples_per_class * self.lambda_w) * math.sqrt(self.lambda_h)
-
-    @property
-    def threshold(self) -> float:
-        r"""Value :math:`1/(nK^2)` of :math:`\lambda_W\lambda_H` from which on the optimum is zero."""
-        return 1.0 / (self.samples_per_class * self.num_classes**2)
-
-    @property
-    def collapses(self) -> bool:
-        """Whether the optimum is a neural-collapse solution (``K q < 1``) and not zero.
-
-        Penalties at the threshold up to the rounding of ``K q`` count as at the threshold.
-        """
-        return self.num_classes * self.q < 1 - _ROUNDING
-
-    @property
-    def ratio(self) -> float:
-        r"""Norm of an optimal feature over that of its head row, :math:`\sqrt{\lambda_W/(n\lambda_H)}`."""
-        return math.sqrt(self.lambda_w / self.samples_per_class) / math.sqrt(self.lambda_h)
-
-    @property
-    def logit_scale(self) -> float:
-        """Scale s of the optimal logits ``s (e_k - 1/K)``; 0 where the optimum is zero."""
-        if not self.collapses:
-            return 0.0
-        slack = 1.0 - self.num_classes * self.q
-        return slack if self.loss == "mse" else math.log1p(slack / self.q)
-
-    @property
-    def weight_scale(self) -> float:
-        """Singular value a of an optimal head."""
-        return math.sqrt(self.logit_scale / self.ratio)
-
-    @property
-    def feature_scale(self) -> float:
-        """Singular value h of the class-mean matrix of optimal features."""
-        return math.sqrt(self.logit_scale * self.ratio)
-
-    @property
-    def optimum_norm(self) -> float:
-        """Euclidean norm of head, features and bias together, the same for every optimum."""
-        bias = 1.0 / self.num_classes if self.loss == "mse" else 0.0
-        return math.sqrt(self.rank * (self.weight_scale**2 + self.samples_per_class * self.feature_scale**2) + bias)
-
-    @property
-    def optimal_value(self) -> float:
-        """Global minimum F*."""
-        K, s, q, r = self.num_classes, self.logit_scale, self.q, self.rank
-        if self.loss == "ce":
-            return math.log1p((K - 1) * math.exp(-s)) + (K - 1) * s * q
-        return r * ((1 - s) ** 2 / (2 * K) + s * q) + (K - 1 - r) / (2 * K)
 
     def labels(self, device: torch.device | str | None = None) -> Tensor:
         """Labels ``(N,)`` of the balanced training set, class after class: ``0, .., 0, 1, .., 1, ..``."""

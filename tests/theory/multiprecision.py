@@ -1,4 +1,4 @@
-"""Objective, minimum and distance in 70 digits, written from the paper and not from the code."""
+"""Objective, minimum, distance and Hessian in 70 digits, written from the paper and not from the code."""
 
 import mpmath
 from mpmath import mp, mpf
@@ -77,3 +77,46 @@ def exact_distance(problem, point):
         if point.bias is not None:
             squared += mpmath.fsum((mpf(b) - 1 / mpf(K)) ** 2 for b in point.bias.tolist())
         return mpmath.sqrt(squared)
+
+
+def exact_spectrum(problem):
+    """Eigenvalues of the Hessian of F at an optimum, ascending: assembled sample by sample, no block split off."""
+    with mp.workdps(DIGITS):
+        lw, lh, _, c, s = _constants(problem)
+        K, n, d, r = problem.num_classes, problem.samples_per_class, problem.feature_dim, problem.rank
+        N, size = problem.num_samples, d * (K + problem.num_samples)
+        a = mpmath.sqrt(s / c)
+        frame = mpmath.zeros(K, d)  # Columns of Helmert's matrix: orthonormal, with zero sums.
+        for j in range(1, r + 1):
+            for k in range(j + 1):
+                frame[k, j - 1] = (1 if k < j else -j) / mpmath.sqrt(j * (j + 1))
+        hessian = mpmath.zeros(size + (K if problem.loss == "mse" else 0))
+        for i in range(size):
+            hessian[i, i] = lw if i < K * d else lh
+        for i in range(N):
+            y, h, own = i // n, a * c * frame[i // n, :], K * d + i * d
+            z = [mpmath.fsum(a * frame[k, j] * h[j] for j in range(d)) for k in range(K)]
+            if problem.loss == "mse":
+                g = [z[k] + mpf(1) / K - (k == y) for k in range(K)]
+                curvature = mpmath.eye(K)
+            else:
+                total = mpmath.fsum(mpmath.exp(x) for x in z)
+                p = [mpmath.exp(x) / total for x in z]
+                g = [p[k] - (k == y) for k in range(K)]
+                curvature = mpmath.diag(p) - mpmath.matrix(p) * mpmath.matrix(p).T
+            jacobian = [
+                {k * d + j: h[j] for j in range(d)}
+                | {own + j: a * frame[k, j] for j in range(d)}
+                | ({size + k: mpf(1)} if problem.loss == "mse" else {})
+                for k in range(K)
+            ]
+            for k, row in enumerate(jacobian):
+                for other, column in enumerate(jacobian):
+                    if curvature[k, other] != 0:
+                        for u, x in row.items():
+                            for v, w in column.items():
+                                hessian[u, v] += curvature[k, other] * x * w / N
+                for j in range(d):
+                    hessian[k * d + j, own + j] += g[k] / N
+                    hessian[own + j, k * d + j] += g[k] / N
+        return sorted(mpmath.eigsy(hessian, eigvals_only=True))

@@ -11,22 +11,14 @@ from nclightning.functional import class_statistics, etf_deviation, self_duality
 from nclightning.models import RegularizedClassifier
 from nclightning.objective import Objective
 from nclightning.theory import UFMProblem
-from tests.helpers import gradient_norm, objective_of
+from tests.helpers import dense_hessian, gradient_norm
 
 PAPER = UFMProblem("mse", 10, 10, 20, 5e-2, 5e-3)
 
 
 def hessian_spectrum(problem, generator):
     """Eigenvalues of the objective's dense Hessian at a random optimum, by autograd, ascending."""
-    optimum = problem.random_optimum(generator)
-    parts = [t for t in (optimum.weight, optimum.features, optimum.bias) if t is not None]
-    objective = objective_of(problem)
-
-    def value(flat):
-        split = [p.view_as(t) for p, t in zip(flat.split([t.numel() for t in parts]), parts, strict=True)]
-        return objective(split[0], split[1], optimum.labels, split[2] if len(split) > 2 else None)
-
-    return torch.linalg.eigvalsh(torch.func.hessian(value)(torch.cat([t.flatten() for t in parts])))
+    return torch.linalg.eigvalsh(dense_hessian(problem, problem.random_optimum(generator)))
 
 
 def smallest_nonzero(spectrum):
