@@ -156,7 +156,8 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
     with _locked(folder):
         waiting = [each for each in experiments if not store.is_finished(each)]
         if not waiting:
-            console.print(f"All {len(experiments)} runs are finished.")
+            if experiments:
+                console.print(f"All {len(experiments)} runs are finished.")
             return []
         done = len(experiments) - len(waiting)
         if done:
