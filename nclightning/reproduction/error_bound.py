@@ -36,7 +36,7 @@ _SAMPLES_PER_CLASS, _FEATURE_DIM, _KQ = 10, 20, 0.3
 # Relative distance up to which the bound is read as local.
 NEAR = 1e-3
 _RADII = tuple(10.0 ** (-i / 2) for i in range(13))
-_DIRECTIONS = 20
+_DIRECTIONS = 10
 _FLOOR = 1e-10
 _MOST_ITERATIONS = 20_000
 
