@@ -142,7 +142,7 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
 
     Args:
         folder: Of the sweep.
-        experiments: All that belong to it.
+        experiments: All that belong to it, the long ones last.
         jobs: Processes at a time, each with one thread.
         console: For progress.
 
@@ -166,7 +166,8 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
         with _progress(console) as progress, ThreadPoolExecutor(jobs) as pool:
             stopping = threading.Event()
             total = progress.add_task("runs", total=len(experiments), completed=done, reached="")
-            futures = {pool.submit(_run, store, each, progress, stopping): each for each in waiting}
+            # Long ones first, so that no core waits for the last.
+            futures = {pool.submit(_run, store, each, progress, stopping): each for each in reversed(waiting)}
             try:
                 for future in as_completed(futures):
                     reason, name = future.result(), futures[future].name
