@@ -314,7 +314,9 @@ def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
 
 
 def _step_taken(pl_module: L.LightningModule) -> float | None:
-    """Return the step to the iterate; None for an optimizer that is not gradient descent."""
+    """Return the step to the iterate; None outside a fit, and for an optimizer that is not gradient descent."""
+    if pl_module._trainer is None or not pl_module.trainer.training:
+        return None
     optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
     if hasattr(optimizer, "outcome"):
         return 0.0 if optimizer.outcome is None else float(optimizer.outcome.step_size)
