@@ -16,7 +16,7 @@ from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
 from nclightning.models.arguments import resolve_lambdas
 from nclightning.reproduction import reproduce
-from nclightning.reproduction.experiments import FIGURES
+from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
 
 __all__ = ["COMMANDS"]
@@ -29,13 +29,15 @@ def _reproduce(words: Sequence[str]) -> None:
         "whether it held.\n\nFinished runs are kept: the same command goes on where it was stopped, and with nothing "
         "left to run it only draws again.",
     )
-    parser.add_argument("--figures", type=int, nargs="+", choices=FIGURES, default=FIGURES, help="which (default: all)")
+    everything = [str(figure) for figure in (*FIGURES, ERROR_BOUND)]
+    parser.add_argument("--figures", nargs="+", choices=everything, default=everything, help="which (default: all)")
     parser.add_argument("--out", help="folder for runs, figures and report (default: reproduction[_quick])")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, within four minutes")
     parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: number of cores)")
     given = parser.parse_args(words)
     try:
-        reproduce(given.figures, given.out, given.quick, given.jobs)
+        figures = [int(figure) if figure.isdigit() else figure for figure in given.figures]
+        reproduce(figures, given.out, given.quick, given.jobs)
     except RuntimeError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from nclightning.files import replaced
 from nclightning.interrupts import deferred_interrupt
 
 __all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
@@ -200,7 +201,7 @@ class ReadingsTable:
             )
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
-        """Write header and kept rows anew, by way of a second file, so that a crash leaves one of the two."""
+        """Write header and kept rows anew."""
         kept: list[dict[str, str]] = []
         tags: list[str] = []
         if self.path.exists():
@@ -212,9 +213,7 @@ class ReadingsTable:
             kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
         self._tags = tags + [tag for tag in new if tag not in tags]
         self.replace_from = None
-        temporary = self.path.with_suffix(".csv.partial")
-        with temporary.open("w", newline="") as file:
+        with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["iteration", *self._tags])
             writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)
-        temporary.replace(self.path)

@@ -54,6 +54,29 @@ def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys):
     assert f"tensorboard --logdir {RUN}" in output.out
 
 
+INIT = "--model.init_args"
+SMALL = [f"{INIT}.samples_per_class", "6", f"{INIT}.input_dim", "80", f"{INIT}.hidden_dim", "40"]
+
+
+@pytest.mark.parametrize("config", ["mlp_mse", "mlp_ce"])
+def test_the_network_takes_a_line_search(config):
+    fit(*SMALL, f"{INIT}.optimizer", "nclightning.optim.ArmijoGD", config=config)
+    recorded = rows()
+    assert float(recorded[-1]["optimality/gap"]) < float(recorded[0]["optimality/gap"])
+    assert int(float(recorded[-1]["line_search/evaluations"])) >= 21
+
+
+def test_a_penalty_on_weights_is_read_without_the_theory():
+    without = ["--optimality.theory", "false", "--optimality.stop_distance", "null"]
+    without += ["--optimality.stop_at_floor", "false"]
+    with pytest.raises(SystemExit, match=r"penalty='weights' has no closed form.*--optimality.theory false"):
+        fit(*SMALL, f"{INIT}.penalty", "weights", config="mlp_ce")
+    assert not RUN.exists()
+    fit(*SMALL, f"{INIT}.penalty", "weights", *without, config="mlp_ce")
+    assert float(rows()[-1]["loss"]) < float(rows()[0]["loss"])
+    assert "optimality/gap" not in rows()[0]
+
+
 def test_events_agree_with_the_table():
     fit()
     events = EventAccumulator(str(RUN), size_guidance={"scalars": 0})

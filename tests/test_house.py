@@ -18,6 +18,7 @@ FLOORS = {
     "metrics": 1,
     "features": 1,
     "sweep": 1,
+    "files": 1,
     "interrupts": 1,
     "configurations": 1,
     "models": 2,
@@ -70,7 +71,8 @@ def test_files_fit_in_one_sitting(path):
 
 
 @pytest.mark.parametrize(
-    "unit", ["objective", "theory", "functional", "optim", "metrics", "features", "sweep", "interrupts", "figures"]
+    "unit",
+    ["objective", "theory", "functional", "optim", "metrics", "features", "sweep", "files", "interrupts", "figures"],
 )
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.

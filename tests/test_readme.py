@@ -78,3 +78,11 @@ def test_links_and_commands_point_at_what_exists():
         assert (ROOT / script).exists(), script
     for config in re.findall(r"--config (\w+)", README):
         assert (ROOT / "configs" / f"{config}.yaml").exists(), config
+
+
+def test_the_claims_are_those_of_the_report():
+    report = (ROOT / "docs" / "reproduction.md").read_text()
+    claims = re.findall(r"^\| [1-4] \| .* \|$", README, re.MULTILINE)
+    assert len(claims) == 6
+    for claim in claims:
+        assert claim in report, claim

@@ -2,6 +2,7 @@
 
 from nclightning.figures.comparison import draw_collapse, draw_gaps
 from nclightning.figures.convergence import draw_convergence
+from nclightning.figures.error_bound import draw_error_bound
 from nclightning.figures.rates import LinearFit, fit_rate, fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.runs import Run, read_run
@@ -15,6 +16,7 @@ __all__ = [
     "RunSummary",
     "draw_collapse",
     "draw_convergence",
+    "draw_error_bound",
     "draw_gaps",
     "draw_spectrum",
     "fit_rate",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.summary import PREDICTED, QUANTITIES, RunSummary, summarize
+from nclightning.files import replaced
 
 __all__ = ["draw_convergence"]
 
@@ -48,7 +49,8 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     if title:
         figure.suptitle(title, fontsize=11)
     path = Path(run) / "convergence.png" if path is None else Path(path)
-    figure.savefig(path, dpi=150)
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=150)
     return path
 
 

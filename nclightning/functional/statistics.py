@@ -14,9 +14,9 @@ __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
 
-# Rows are taken in at a time so that a chunk stays in the cache of a CPU, but enough of them for one pass over the
-# scatter.
-_ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**19, 1024
+# Rows are taken in at a time: enough of them for one pass over the scatter; without one, fewer by this factor, so that
+# what is formed of them stays in the cache of a CPU.
+_ELEMENTS_AT_A_TIME, _LEAST_ROWS, _FEWER_WITHOUT = 2**19, 1024, 4
 # Samples are kept for a reading along K - 1 directions, which costs d / (K - 1) times less than their scatter, if that
 # is so many times less and while they are no more than so many times d and so many bytes.
 _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 4, 128, 2**28
@@ -117,7 +117,7 @@ class ClassStatistics:
             return ((directions @ self.scatter) * directions).sum(dim=1).clamp(min=0)
         spread = directions.new_zeros(len(directions))
         rest = directions.new_zeros(len(self.counts) + 1, len(directions))
-        for away, index in self._deviations():
+        for away, index in self._deviations(for_scatter=False):
             along = _without(away @ directions.T, index, len(self.counts))
             spread.add_(along.square().sum(dim=0))
             rest.index_add_(0, index, along)
@@ -150,17 +150,17 @@ class ClassStatistics:
             return self.lower
         num_classes, dim = self.means.shape
         lower, rest = self.lower.new_zeros(dim, dim), self.means.new_zeros(num_classes + 1, dim)
-        for away, index in self._deviations():
+        for away, index in self._deviations(for_scatter=True):
             _add_gram_(lower, _without(away, index, num_classes))
             rest.index_add_(0, index, away)
         _add_gram_(lower, rest.narrow(0, 0, num_classes) / self._divisors.sqrt(), sign=-1)
         return lower
 
-    def _deviations(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _deviations(self, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield deviations of the samples that are kept from their class means, with their labels."""
         means = torch.cat([self.means, self.means.new_zeros(1, self.means.shape[1])])
         for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
-            for rows, index in _chunks(features, labels):
+            for rows, index in _chunks(features, labels, for_scatter):
                 yield means.index_select(0, index).sub_(rows), index
 
     def _can_keep(self, kept: list[Tensor]) -> bool:
@@ -260,7 +260,7 @@ class ClassStatistics:
             features = features.detach()
             if not self._can_keep([*self.kept, features, index]):
                 self.fold_()
-            for rows, classes in _chunks(features, index):
+            for rows, classes in _chunks(features, index, self.lower is not None and not self._keeps):
                 self._add_chunk(rows.to(self.means.dtype), classes)
             if self._keeps:
                 self.kept += [features.clone(), index]
@@ -378,8 +378,9 @@ def _sums(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
     return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, index, values)
 
 
-def _chunks(features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(features: Tensor, labels: Tensor, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), _LEAST_ROWS)
+    size = size if for_scatter else size // _FEWER_WITHOUT
     return zip(torch.split(features, size), torch.split(labels, size), strict=True)
 
 

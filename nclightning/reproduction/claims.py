@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nclightning.figures import Run
+from nclightning.reproduction.error_bound import NEAR, Reading
 
-__all__ = ["METRICS_REACH", "NC_TAGS", "Claim", "check_claims"]
+__all__ = ["METRICS_REACH", "NC_TAGS", "Claim", "check_claims", "check_error_bound"]
 
 GAP = "optimality/gap"
 NC_TAGS = ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")
@@ -19,6 +20,7 @@ _METRICS_DECADES = 5.0
 _MLP_DECADES = {GAP: 4.0, "nc/train/nc1": 4.0, "nc/train/nc2": 2.0, "nc/train/nc3": 2.0}
 _EQUAL_RATES = 1.5
 _SUBSTANTIALLY = 1.5
+_BOUND_SLACK = 1.01
 _LOSSES = ("mse", "ce")
 
 
@@ -27,14 +29,14 @@ class Claim:
     """A sentence of the paper, and what was found.
 
     Attributes:
-        figure: Number in the paper.
+        figure: Number in the paper, or the theorem.
         sentence: What is claimed.
         rule: When it counts as held.
         held: Whether it did.
         evidence: The numbers.
     """
 
-    figure: int
+    figure: str
     sentence: str
     rule: str
     held: bool
@@ -55,10 +57,45 @@ def check_claims(runs: Mapping[int, Sequence[Run]]) -> list[Claim]:
     return [check(runs[figure]) for figure in sorted(runs) for check in checks[figure]]
 
 
+def check_error_bound(readings: Sequence[Reading]) -> list[Claim]:
+    """Decide the theorems of the error bound, and what the paper leaves open.
+
+    Args:
+        readings: Of the study.
+
+    Returns:
+        A claim for MSE, one for cross-entropy with two classes, and one with more.
+    """
+    holds = "the error bound holds near the optimal set."
+    cases = (
+        ("Thm. 2", f"MSE: {holds}", "mse", range(2, 1000)),
+        ("Thm. 4", f"CE with K = 2: {holds}", "ce", range(2, 3)),
+        ("open", f"CE with K > 2, which the paper leaves open: {holds}", "ce", range(3, 1000)),
+    )
+    return [
+        _bound_holds(name, sentence, [r for r in readings if r.loss == loss and r.num_classes in classes])
+        for name, sentence, loss, classes in cases
+    ]
+
+
+def _bound_holds(name: str, sentence: str, readings: Sequence[Reading]) -> Claim:
+    near = [r for r in readings if r.kind != "threshold" and r.distance <= NEAR]
+    largest, classes = max(r.ratio for r in near), sorted({r.num_classes for r in near})
+    tails = [max(r.ratio for r in near if r.kind == "trajectory" and r.num_classes == K) for K in classes]
+    return Claim(
+        name,
+        sentence,
+        f"distance at most {_BOUND_SLACK:g} / mu times the gradient norm at all points within {NEAR:g} of the set",
+        largest <= _BOUND_SLACK,
+        f"{len(near)} points, K = {classes[0]} to {classes[-1]}: mu distance / gradient norm at most {largest:.6f}, "
+        f"and at least {min(tails):.3f} on each descent",
+    )
+
+
 def _gap_is_linear(runs: Sequence[Run]) -> Claim:
     decades = [_decades(run, GAP) for run in runs]
     return Claim(
-        1,
+        "1",
         "Under the unconstrained feature model the optimality gap converges linearly, for every lambda.",
         f"straight over at least {_UFM_DECADES:g} decades at every lambda",
         min(decades) >= _UFM_DECADES,
@@ -77,7 +114,7 @@ def _rate_is_independent(runs: Sequence[Run]) -> Claim:
         rates = [fit.iterations_per_decade for run in runs if run.loss == loss and (fit := run.summary.fits[GAP])]
         spread[loss] = max(rates) / min(rates) if rates else float("nan")
     return Claim(
-        1,
+        "1",
         'It does so "independent of" lambda, read as: at the same rate.',
         f"slowest and fastest curve of a loss within a factor of {_EQUAL_RATES:g}",
         all(factor <= _EQUAL_RATES for factor in spread.values()),
@@ -89,7 +126,7 @@ def _metrics_are_linear(runs: Sequence[Run]) -> Claim:
     decades = {tag: [_decades(run, tag) for run in runs] for tag in NC_TAGS}
     listed = [f"NC{i} over {' and '.join(f'{d:.1f}' for d in own)}" for i, own in enumerate(decades.values(), 1)]
     return Claim(
-        3,
+        "3",
         "NC1, NC2 and NC3 converge linearly to 0 for both losses.",
         f"straight over at least {_METRICS_DECADES:g} decades that end at or below {METRICS_REACH:g}, for each",
         min(min(own) for own in decades.values()) >= _METRICS_DECADES,
@@ -106,7 +143,7 @@ def _nc1_is_faster(runs: Sequence[Run]) -> Claim:
             ratios += own
             parts.append(f"{run.loss.upper()}: {own[0]:.2f} times NC2, {own[1]:.2f} times NC3")
     return Claim(
-        3,
+        "3",
         "NC1 converges substantially faster than NC2 and NC3.",
         f"at least {_SUBSTANTIALLY:g} decades of NC1 per decade of NC2 and of NC3 for both losses; 2 is what one "
         "common rate of all deviations gives, because NC1 is quadratic in them and NC2 and NC3 are not",
@@ -117,7 +154,7 @@ def _nc1_is_faster(runs: Sequence[Run]) -> Claim:
 
 def _network_is_linear_at_some(runs: Sequence[Run]) -> Claim:
     return _at_some(
-        2,
+        "2",
         "The network's gap converges linearly for particular lambda only, which require tuning.",
         runs,
         (GAP,),
@@ -126,14 +163,14 @@ def _network_is_linear_at_some(runs: Sequence[Run]) -> Claim:
 
 def _network_collapses_at_some(runs: Sequence[Run]) -> Claim:
     return _at_some(
-        4,
+        "4",
         "The network's NC1, NC2 and NC3 converge linearly to 0 for both losses using appropriate regularisation.",
         runs,
         NC_TAGS,
     )
 
 
-def _at_some(figure: int, sentence: str, runs: Sequence[Run], tags: tuple[str, ...]) -> Claim:
+def _at_some(figure: str, sentence: str, runs: Sequence[Run], tags: tuple[str, ...]) -> Claim:
     held, parts = True, []
     for loss in _LOSSES:
         own = [run for run in runs if run.loss == loss]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FIGURES", "Experiment", "experiments"]
+__all__ = ["ERROR_BOUND", "FIGURES", "Experiment", "experiments"]
 
 FIGURES = (1, 2, 3, 4)
+ERROR_BOUND = "error_bound"  # A study of its own, which trains no run.
 # Options common to all runs of a sweep; the rest is in the shipped configurations.
 _MODEL, _OPTIMIZER = "--model.init_args", "--model.init_args.optimizer.init_args"
 # A mild backtracking factor keeps the accepted steps, and with them the slope of a curve, nearly constant.

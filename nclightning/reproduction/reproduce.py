@@ -7,11 +7,22 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
-from nclightning.figures import Run, draw_collapse, draw_gaps, fit_straight, read_run
-from nclightning.reproduction.claims import METRICS_REACH, check_claims
-from nclightning.reproduction.experiments import FIGURES, Experiment, experiments
+from nclightning.figures import Run, draw_collapse, draw_error_bound, draw_gaps, fit_straight, read_run
+from nclightning.figures.readings import Array
+from nclightning.reproduction.claims import METRICS_REACH, check_claims, check_error_bound
+from nclightning.reproduction.error_bound import (
+    Reading,
+    Study,
+    read_constants,
+    read_readings,
+    study_constants,
+    study_error_bound,
+    write,
+)
+from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES, Experiment, experiments
 from nclightning.reproduction.report import write_report
 from nclightning.reproduction.runner import run_all
 
@@ -21,14 +32,17 @@ _DRAW = {1: draw_gaps, 2: draw_gaps, 3: draw_collapse, 4: draw_collapse}
 
 
 def reproduce(
-    figures: Sequence[int] = FIGURES, out: str | Path | None = None, quick: bool = False, jobs: int | None = None
+    figures: Sequence[int | str] = (*FIGURES, ERROR_BOUND),
+    out: str | Path | None = None,
+    quick: bool = False,
+    jobs: int | None = None,
 ) -> Path:
     """Reproduce figures of the paper, and decide its claims about them.
 
     Runs that finished in an earlier call are not run again; one that was killed goes on from its checkpoint.
 
     Args:
-        figures: Out of 1, 2, 3, 4.
+        figures: Out of 1, 2, 3, 4 and ``"error_bound"``, a study of the error bound.
         out: Folder for runs, figures and report; None is ``reproduction``, or ``reproduction_quick``.
         quick: Fewer and shorter runs, within a few minutes.
         jobs: Runs at a time, each with one thread; None is the number of cores.
@@ -40,9 +54,9 @@ def reproduce(
         ValueError: If an argument is out of range, the folder cannot be written or holds runs of other settings.
         RuntimeError: If runs did not finish.
     """
-    chosen = tuple(sorted(set(figures)))
-    if not chosen or set(chosen) - set(FIGURES):
-        raise ValueError(f"figures must be out of 1, 2, 3, 4, got {list(figures)}.")
+    chosen = tuple(figure for figure in FIGURES if figure in figures)
+    if not figures or set(figures) - {*FIGURES, ERROR_BOUND}:
+        raise ValueError(f"figures must be out of 1, 2, 3, 4, {ERROR_BOUND!r}, got {list(figures)}.")
     if jobs is not None and jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}.")
     folder = Path(("reproduction_quick" if quick else "reproduction") if out is None else out)
@@ -58,7 +72,11 @@ def reproduce(
         for figure, own in runs.items():
             for path in _DRAW[figure](own, folder / f"figure{figure}"):
                 console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-        report = write_report(folder, runs, check_claims(runs), quick)
+        claims, study = check_claims(runs), None
+        if ERROR_BOUND in figures:
+            study = _study(folder, console)
+            claims += check_error_bound(study.readings)
+        report = write_report(folder, runs, claims, quick, study)
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror or error}.") from error
     console.print(f"wrote {report}", highlight=False, soft_wrap=True)
@@ -68,6 +86,31 @@ def reproduce(
 def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
     fit = partial(fit_straight, ending_at_most=METRICS_REACH) if figure == 3 else fit_straight
     return [read_run(folder / "runs" / each.name, fit) for each in listed if figure in each.figures]
+
+
+def _study(folder: Path, console: Console) -> Study:
+    """Run the study of the error bound unless its tables are there, and draw it."""
+    points, constants = folder / "error_bound.csv", folder / "fact_1.csv"
+    if not points.is_file():
+        console.print("studying the error bound")
+        write(points, study_error_bound())
+    if not constants.is_file():
+        write(constants, study_constants())
+    study = Study(read_readings(points), read_constants(constants))
+    perturbed, descents, threshold = (
+        _curves(study.readings, kind) for kind in ("perturbation", "trajectory", "threshold")
+    )
+    for path in draw_error_bound(perturbed, descents, threshold, folder / "error_bound"):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return study
+
+
+def _curves(readings: Sequence[Reading], kind: str) -> dict[tuple[str, int], tuple[Array, Array]]:
+    groups: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for r in readings:
+        if r.kind == kind:
+            groups.setdefault((r.loss, r.num_classes), []).append((r.distance, r.ratio))
+    return {key: (np.array(points)[:, 0], np.array(points)[:, 1]) for key, points in groups.items()}
 
 
 def _count_cores() -> int:

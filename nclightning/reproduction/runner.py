@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from nclightning.files import replaced
 from nclightning.reproduction.experiments import Experiment
 
 __all__ = ["Failure", "run_all", "run_as_child"]
@@ -109,17 +110,12 @@ class Store:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file in one step, so that a crash or a full disk leaves the one before."""
+    """Write a file that is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as partial, partial.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def run_as_child(main: Callable[[list[str]], None], state_path: str, words: list[str]) -> None:
@@ -160,7 +156,8 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
     with _locked(folder):
         waiting = [each for each in experiments if not store.is_finished(each)]
         if not waiting:
-            console.print(f"All {len(experiments)} runs are finished.")
+            if experiments:
+                console.print(f"All {len(experiments)} runs are finished.")
             return []
         done = len(experiments) - len(waiting)
         if done:

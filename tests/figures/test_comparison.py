@@ -59,9 +59,9 @@ def test_collapse_gets_a_panel_per_run_and_skips_what_is_not_there(tmp_path):
 
 def test_curves_in_grey_differ(tmp_path):
     """Without colour, seven curves stay apart by dashes and markers."""
-    from nclightning.figures.comparison import _MARKERS, _STYLES  # noqa: PLC0415
+    from nclightning.figures.panels import MARKERS, STYLES  # noqa: PLC0415
 
-    assert len({str(dashes) for _, dashes in _STYLES}) == len(_STYLES) == len(set(_MARKERS))
+    assert len({str(dashes) for _, dashes in STYLES}) == len(STYLES) == len(set(MARKERS))
 
 
 def test_runs_without_the_quantity_are_named(tmp_path):

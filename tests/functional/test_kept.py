@@ -143,6 +143,7 @@ def test_folding_one_does_not_empty_another(generator):
 
 def test_the_scatter_is_formed_once(generator, monkeypatch):
     stats, formed = class_statistics(*data(generator), K), []
-    monkeypatch.setattr(ClassStatistics, "_deviations", lambda self, own=stats._deviations: formed.append(1) or own())
+    own = stats._deviations
+    monkeypatch.setattr(ClassStatistics, "_deviations", lambda _, **which: formed.append(1) or own(**which))
     assert torch.equal(stats.scatter, stats.scatter)
     assert formed == [1]

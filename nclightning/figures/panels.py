@@ -1,0 +1,97 @@
+"""Panels in the style of print, written as PNG and PDF."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+from nclightning.files import replaced
+
+__all__ = ["MARKERS", "STYLES", "add_legend", "panels", "save"]
+
+# Colours that stay apart in the common kinds of colour blindness, from dark to light, and dashes that stay apart in
+# grey.
+STYLES: tuple[tuple[str, Any], ...] = (
+    ("#000000", "-"),
+    ("#0072B2", (0, (6, 1.5))),
+    ("#D55E00", (0, (1.5, 1.2))),
+    ("#009E73", (0, (6, 1.5, 1.5, 1.5))),
+    ("#CC79A7", (0, (10, 2))),
+    ("#E69F00", (0, (3, 1.2, 1, 1.2, 1, 1.2))),
+    ("#56B4E9", (0, (4, 3))),
+)
+MARKERS = "osD^vP*"
+_PANEL = (4.6, 4.4)  # Inches, with the legend.
+
+
+@contextmanager
+def panels(count: int, most_columns: int = 2) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Lay out panels with log axes, in the style of print.
+
+    Args:
+        count: How many.
+        most_columns: In a row.
+
+    Yields:
+        The figure and its panels.
+    """
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "legend.handlelength": 3.2,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 4,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.which": "major",
+        "grid.color": "0.9",
+        "pdf.fonttype": 42,  # Text stays text.
+    }
+    with mpl.rc_context(style):
+        columns = min(count, most_columns)
+        rows = -(-count // columns)
+        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
+        for axes in grid:
+            axes.set_yscale("log")
+            axes.set_xlabel("iteration $k$")
+            axes.yaxis.set_major_locator(LogLocator(numticks=9))
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        for axes in grid[count:]:
+            axes.remove()
+        yield figure, grid[:count]
+
+
+def add_legend(axes: Axes) -> None:
+    """Below the panel, where no curve runs."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write PNG and PDF; the date is left out, so that the same readings give the same file.
+
+    Args:
+        figure: Drawn.
+        path: Without ending.
+
+    Returns:
+        The two files.
+    """
+    targets = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "pdf")]
+    for target in targets:
+        with replaced(target) as partial:
+            figure.savefig(partial, dpi=200, metadata={"CreationDate": None} if target.suffix == ".pdf" else {})
+    return targets
