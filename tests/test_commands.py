@@ -1,10 +1,16 @@
 """The commands that train nothing themselves."""
 
 import pytest
+import yaml
 
 from nclightning.cli import main
 from nclightning.reproduction import reproduce
 from tests.recorded import NC, geometric, record
+
+SIZES = [
+    *("--loss", "ce", "--num_classes", "10", "--samples_per_class", "10", "--feature_dim", "20"),
+    *("--lambda", "5e-3"),
+]
 
 
 def test_plot_draws_what_the_runs_have_and_prints_their_rates(tmp_path, capsys):
@@ -24,6 +30,12 @@ def test_plot_draws_what_the_runs_have_and_prints_their_rates(tmp_path, capsys):
         (["plot", "nowhere"], "error: no readings.csv, metrics.csv or TensorBoard events in nowhere"),
         (["reproduce", "--jobs", "0"], "error: jobs must be at least 1, got 0"),
         (["reproduce", "--out", "/proc/nowhere"], "error: cannot write /proc/nowhere: .*Choose another --out"),
+        (["theory"], "error: loss is missing: give --loss, or a --config that has it"),
+        (["theory", *SIZES[:-2]], "error: lambda_w is missing: give lambda_w and lambda_h, or the paper's single"),
+        (["theory", *SIZES, "--feature_dim", "3"], "error: feature_dim must be at least num_classes - 1 = 9"),
+        (["theory", *SIZES, "--lambda_h", "0"], "error: lambda_h must be positive and finite, got 0.0"),
+        (["theory", "--config", "nowhere"], "error: --config nowhere: no such file, and no shipped"),
+        (["theory", *SIZES, "--picture", "a.xyz"], "error: --picture a.xyz: the ending must be one of"),
     ],
 )
 def test_errors_are_one_line_for_the_user(words, message):
@@ -47,5 +59,46 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for name in ("fit", "validate", "test", "reproduce", "plot"):
+    for name in ("fit", "validate", "test", "reproduce", "plot", "theory"):
         assert f"nclightning {name}" in printed or f"{{{name}" in printed or f",{name}" in printed
+
+
+@pytest.mark.parametrize("words", [SIZES, ["--config", "ufm_ce.yaml"], [*SIZES[:-2], "--config", "ufm_mse"]])
+def test_theory_takes_sizes_or_a_configuration(words, tmp_path, capsys):
+    main(["theory", *words, "--picture", str(tmp_path / "spectrum.pdf")])
+    printed = capsys.readouterr().out
+    for number in ("0.003719457", "0.1161851", "268.8565"):  # mu, L and kappa at the paper's sizes and lambda.
+        assert number in printed
+    assert (tmp_path / "spectrum.pdf").read_bytes().startswith(b"%PDF")
+    assert f"wrote {tmp_path / 'spectrum.pdf'}" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "penalties"),
+    [
+        (["--lambda", "1e-3"], "lambda_w = 0.01, lambda_h = 0.001"),
+        (["--lambda_w", "0.02"], "lambda_w = 0.02, lambda_h = 0.005"),
+        (["--lambda_h", "0.02"], "lambda_w = 0.05, lambda_h = 0.02"),
+        (["--lambda", "1e-3", "--lambda_h", "0.02"], "lambda_w = 0.01, lambda_h = 0.02"),
+        (["--samples_per_class", "20"], "lambda_w = 0.1, lambda_h = 0.005"),
+    ],
+)
+def test_options_win_over_the_configuration(words, penalties, capsys):
+    main(["theory", "--config", "ufm_mse", *words])
+    assert penalties in capsys.readouterr().out
+
+
+def test_theory_reads_the_configuration_of_a_run(tmp_path, capsys):
+    saved = {"loss": "mse", "num_classes": 3, "samples_per_class": 2, "feature_dim": 5}
+    config = {"model": {"init_args": saved | {"lambda_w": "1e-2", "lambda_h": 5e-3, "lambda_": None}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["theory", "--config", str(tmp_path / "config.yaml")])
+    assert "MSE loss, K = 3, n = 2, d = 5, lambda_w = 0.01, lambda_h = 0.005" in capsys.readouterr().out
+    main(["theory", "--config", str(tmp_path / "config.yaml"), "--lambda", "1e-2"])
+    assert "lambda_w = 0.02, lambda_h = 0.01" in capsys.readouterr().out
+
+
+def test_theory_refuses_a_penalty_on_weights(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {init_args: {penalty: weights}}")
+    with pytest.raises(SystemExit, match="penalty='weights' has no closed form, only 'features' has"):
+        main(["theory", "--config", str(tmp_path / "a.yaml")])

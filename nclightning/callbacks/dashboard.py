@@ -85,16 +85,20 @@ class TensorBoardDashboard(L.Callback):
 def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Charts]:
     """Categories of charts for the tags that will be logged."""
     monitors = trainer.callbacks  # type: ignore[attr-defined]
-    optimality = any(isinstance(monitor, OptimalityMonitor) for monitor in monitors)
+    optimality = next((monitor for monitor in monitors if isinstance(monitor, OptimalityMonitor)), None)
     collapse = any(isinstance(monitor, NeuralCollapseMonitor) for monitor in monitors)
     convergence, neural_collapse, line_search = Charts(), Charts(), Charts()
     if full_batch(pl_module):
-        if optimality:
+        if optimality is not None:
             convergence = {
                 "log10 of gap, distance, gradient norm": _lines("log10/optimality/", "gap", "distance", "grad_norm"),
                 "objective F": _lines("", "loss"),
                 "error-bound ratio: distance / gradient norm": _lines("optimality/", "error_bound_ratio"),
             }
+            if optimality.predicts(pl_module):
+                convergence["log10 of the gap, and of the decay that the theory predicts for the steps taken"] = _lines(
+                    "log10/optimality/", "gap", "predicted_decay"
+                )
             if any(hasattr(optimizer, "outcome") for optimizer in trainer.optimizers):
                 line_search = {
                     "step size": _lines("line_search/", "step_size"),
@@ -103,7 +107,7 @@ def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Char
         if collapse:
             neural_collapse["log10 of NC1, NC2, NC3"] = _lines("log10/nc/train/", "nc1", "nc2", "nc3")
     else:
-        if optimality:
+        if optimality is not None:
             convergence = {
                 "gap F - F*": _lines("optimality/", "gap"),
                 "distance to the optimum, relative to its norm": _lines("optimality/", "relative_distance"),

@@ -24,7 +24,7 @@ _LEAST_READINGS = 20
 
 
 class OptimalityMonitor(ReadingsMonitor):
-    """Logs objective, optimality gap, distance to the optimal set, gradient norm and the cost of the line search.
+    r"""Logs objective, optimality gap, distance to the optimal set, gradient norm and the cost of the line search.
 
     | tag | value at the iterate |
     |---|---|
@@ -33,11 +33,17 @@ class OptimalityMonitor(ReadingsMonitor):
     | ``optimality/distance`` | Euclidean distance of head and features to the optimal set |
     | ``optimality/grad_norm`` | norm of the gradient of F over all trainable parameters |
     | ``optimality/error_bound_ratio`` | distance / grad_norm, the paper's kappa when it is largest; nan at 0/0 |
+    | ``optimality/predicted_decay`` | what the gap's slowest mode has become: :math:`\prod_k (1 - t_k \mu)^2` |
     | ``line_search/step_size`` | step that led to the iterate; nan at iterate 0 |
     | ``line_search/evaluations`` | evaluations of F and its gradient since the run began |
 
     Gap and distance are computed in float64 whatever the precision of the run. The line-search tags appear for
     optimizers that report an ``outcome``.
+
+    The predicted decay is for runs of the unconstrained feature model, with :math:`\mu` the least nonzero eigenvalue of
+    the Hessian at the optimal set and :math:`t_k` the steps taken: those of a line search or the constant one of plain
+    ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
+    slowest mode is what is left. There is no free parameter.
 
     On any other module, with ``loss`` given, it sweeps the training set twice at ends of epochs, without a trace, and
     logs of the features before the head ``optimality/gap``, ``optimality/distance`` and
@@ -65,7 +71,9 @@ class OptimalityMonitor(ReadingsMonitor):
         ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
     """
 
-    log10_tags = frozenset({"optimality/gap", "optimality/distance", "optimality/grad_norm"})
+    log10_tags = frozenset(
+        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/predicted_decay"}
+    )
 
     def __init__(
         self,
@@ -99,6 +107,8 @@ class OptimalityMonitor(ReadingsMonitor):
         self.stop_at_floor = stop_at_floor
         self._smallest, self._smallest_at = math.inf, 0
         self._problem: UFMProblem | None = None
+        self._mu: float | None = None
+        self._decay = 1.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others, and refuse what can be read in neither way."""
@@ -112,6 +122,8 @@ class OptimalityMonitor(ReadingsMonitor):
     ) -> None:
         """Read the first iterate of a full-batch run."""
         if full_batch(pl_module):
+            if trainer.global_step == 0:
+                self._decay = 1.0
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -156,6 +168,22 @@ class OptimalityMonitor(ReadingsMonitor):
         self._problem = self.find_problem(pl_module)
         if self._problem is not None:
             self._problem.check_labels(batch[1])
+        self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
+
+    def predicts(self, pl_module: L.LightningModule) -> bool:
+        """Say whether the decay of a run can be predicted.
+
+        Args:
+            pl_module: A full-batch module in a fit.
+
+        Returns:
+            Whether its parameters are those of the unconstrained feature model and its steps are known.
+        """
+        problem = self.find_problem(pl_module)
+        if problem is None or _step_taken(pl_module) is None:
+            return False
+        free = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        return free == sum(entry.multiplicity for entry in problem.spectrum())
 
     def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
         """Take the module's UFM, or None with ``theory=False``.
@@ -201,10 +229,16 @@ class OptimalityMonitor(ReadingsMonitor):
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
             readings["optimality/error_bound_ratio"] = distance / grad_norm
+        if self._mu is not None:
+            readings["optimality/predicted_decay"] = self._decay
         return readings | _search_readings(pl_module)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence, and stop once close enough."""
+        if self._mu is not None:
+            step = _step_taken(pl_module)
+            assert step is not None
+            self._decay *= (1 - step * self._mu) ** 2
         super().on_iteration_end(trainer, pl_module, batch, iteration)
         if self._last_iteration != iteration or (self.stop_distance is None and not self.stop_at_floor):
             return
@@ -227,12 +261,13 @@ class OptimalityMonitor(ReadingsMonitor):
         return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= self._smallest_at + patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the smallest distance so far and its iteration, so that a resumed run stops where it would have."""
-        return {"smallest": self._smallest, "smallest_at": self._smallest_at}
+        """Return what a resumed run goes on from: the smallest distance so far, its iteration, the decay."""
+        return {"smallest": self._smallest, "smallest_at": self._smallest_at, "decay": self._decay}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         self._smallest, self._smallest_at = state_dict["smallest"], state_dict["smallest_at"]
+        self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -249,7 +284,7 @@ class OptimalityMonitor(ReadingsMonitor):
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
         if len(batch[1]) != getattr(pl_module, "num_samples", None):
             return  # A part of the data has no optimality gap.
-        self._problem = self.find_problem(pl_module)
+        self._problem, self._mu = self.find_problem(pl_module), None
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         pl_module.log_dict({tag: value for tag, value in readings.items() if tag.startswith("optimality/")})
@@ -276,3 +311,18 @@ def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
         "line_search/step_size": math.nan if outcome is None else outcome.step_size,
         "line_search/evaluations": optimizer.total_evaluations,
     }
+
+
+def _step_taken(pl_module: L.LightningModule) -> float | None:
+    """Return the step to the iterate; None outside a fit, and for an optimizer that is not gradient descent."""
+    if pl_module._trainer is None or not pl_module.trainer.training:
+        return None
+    optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
+    if hasattr(optimizer, "outcome"):
+        return 0.0 if optimizer.outcome is None else float(optimizer.outcome.step_size)
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    groups = optimizer.param_groups
+    steps = {float(group["lr"]) for group in groups}
+    plain = not any(group[name] for group in groups for name in ("momentum", "weight_decay", "maximize"))
+    return steps.pop() if plain and len(steps) == 1 else None

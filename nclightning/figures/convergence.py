@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nclightning.figures.readings import Readings, read_readings
-from nclightning.figures.summary import QUANTITIES, RunSummary, summarize
+from nclightning.figures.summary import PREDICTED, QUANTITIES, RunSummary, summarize
 from nclightning.files import replaced
 
 __all__ = ["draw_convergence"]
@@ -66,9 +66,24 @@ def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, 
             ends = np.array([fit.first, fit.last])
             axes.plot(ends, 10.0 ** (fit.intercept + fit.slope * ends), color=color, lw=5, alpha=0.22)
         axes.plot(readings.iterations, values, color=color, ls=dashes, lw=1.6, label=label)
+    if "optimality/gap" in tags:
+        _draw_prediction(axes, readings, summary)
     axes.set_yscale("log")
     axes.set_xlabel("gradient-descent iteration")
     axes.set_title(name, fontsize=11)
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False, handlelength=3)
+
+
+def _draw_prediction(axes: Axes, readings: Readings, summary: RunSummary) -> None:
+    """The predicted decay, which knows no scale, through the middle of the fitted line of the gap."""
+    predicted, gap = summary.predicted, summary.fits.get("optimality/gap")
+    if predicted is None or gap is None:
+        return
+    middle = (gap.first + gap.last) / 2
+    shift = gap.intercept - predicted.intercept + (gap.slope - predicted.slope) * middle
+    inside = readings.iterations >= gap.first
+    values = readings.values[PREDICTED][inside] * 10.0**shift
+    label = f"gap, predicted   {predicted.iterations_per_decade:.3g} it./decade"
+    axes.plot(readings.iterations[inside], values, color="black", ls=(0, (1, 1)), lw=1.2, label=label)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_rate", "fit_straight"]
+__all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_range", "fit_rate", "fit_straight"]
 
 # Below this a curve is not called straight.
 LEAST_R_SQUARED = 0.99
@@ -75,6 +75,22 @@ def fit_rate(iterations: NDArray[np.float64], values: NDArray[np.float64], decad
         # The last decade took no longer than the ones before: the quantity was falling to the end.
         fitted = _fit_tail(x, y, decades)
     return fitted
+
+
+def fit_range(iterations: NDArray[np.float64], values: NDArray[np.float64], first: int, last: int) -> LinearFit | None:
+    """Fit a line over a given range.
+
+    Args:
+        iterations: ``(R,)``, increasing.
+        values: ``(R,)``; values that are not positive and finite are left out.
+        first: First iteration of the range.
+        last: Last iteration of the range.
+
+    Returns:
+        The fit, or None with fewer than five readings in the range or no change at all.
+    """
+    usable = np.isfinite(values) & (values > 0) & (iterations >= first) & (iterations <= last)
+    return _fit_line(iterations[usable], np.log10(values[usable]))
 
 
 def fit_straight(

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nclightning.figures.runs import LOSSES, scientific
+from nclightning.files import replaced
 from nclightning.theory import Eigenvalue, UFMProblem
 
 __all__ = ["draw_spectrum"]
@@ -77,7 +78,8 @@ def draw_spectrum(problem: UFMProblem, path: str | Path) -> Path:
         _add_legend(figure, entries)
         figure.suptitle(_title(problem), fontsize=9)
         try:
-            figure.savefig(path, dpi=200)
+            with replaced(path) as partial:
+                figure.savefig(partial, dpi=200)
         except OSError as error:
             raise ValueError(f"--picture {path}: cannot be written ({error.strerror or error}).") from error
     return path

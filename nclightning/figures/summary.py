@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nclightning.figures.rates import LinearFit, fit_rate
+from nclightning.figures.rates import LinearFit, fit_range, fit_rate
 from nclightning.figures.readings import Array, Readings
 
-__all__ = ["QUANTITIES", "RunSummary", "summarize"]
+__all__ = ["PREDICTED", "QUANTITIES", "RunSummary", "summarize"]
 
+PREDICTED = "optimality/predicted_decay"
 Fit = Callable[[Array, Array], LinearFit | None]
 # Tag and label of what converges to zero, in the order of every table and legend.
 QUANTITIES = {
@@ -34,12 +35,14 @@ class RunSummary:
         fits: Line by tag; None where a quantity did not fall along one.
         kappa: Largest distance / gradient norm over the fitted range of the distance, the measured error-bound
             constant; None without such a range.
+        predicted: Line of the decay that the theory predicts, over the fitted range of the gap; None without either.
     """
 
     iteration: int
     last: dict[str, float]
     fits: dict[str, LinearFit | None]
     kappa: float | None
+    predicted: LinearFit | None = None
 
 
 def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
@@ -59,9 +62,13 @@ def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
     if tail is not None and ratio is not None:
         inside = (readings.iterations >= tail.first) & (readings.iterations <= tail.last) & np.isfinite(ratio)
         kappa = float(ratio[inside].max()) if inside.any() else None
+    predicted, gap = readings.values.get(PREDICTED), fits.get("optimality/gap")
     return RunSummary(
         iteration=int(readings.iterations[-1]),
         last={tag: float(readings.values[tag][-1]) for tag in recorded},
         fits=fits,
         kappa=kappa,
+        predicted=None
+        if predicted is None or gap is None
+        else fit_range(readings.iterations, predicted, gap.first, gap.last),
     )

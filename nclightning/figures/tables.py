@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from nclightning.figures.rates import LinearFit
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.theory import UFMProblem
 
@@ -28,17 +29,17 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None
     for column in ("last value", "factor/it.", "it./decade", "R^2", "decades"):
         table.add_column(column, justify="right", no_wrap=True)
     for tag, value in summary.last.items():
-        fit, cells = summary.fits[tag], ["-"] * 4
-        if fit is not None:
-            cells = [
-                f"{fit.factor:.6f}",
-                f"{fit.iterations_per_decade:.4g}",
-                f"{fit.r_squared:.5f}",
-                f"{fit.decades:.1f}",
-            ]
-        table.add_row(QUANTITIES[tag], f"{value:.3e}", *cells)
+        table.add_row(QUANTITIES[tag], f"{value:.3e}", *_cells(summary.fits[tag]))
+        if tag == "optimality/gap" and summary.predicted is not None:
+            table.add_row("  theory", "-", *_cells(summary.predicted))
     if summary.kappa is not None:
-        table.add_row("kappa", f"{summary.kappa:.6g}", *["-"] * 4)
+        table.add_row("kappa", f"{summary.kappa:.6g}", *_cells(None))
     if problem is not None:
-        table.add_row("kappa, predicted", f"{problem.error_bound_constant:.6g}", *["-"] * 4)
+        table.add_row("  theory", f"{problem.error_bound_constant:.6g}", *_cells(None))
     return table
+
+
+def _cells(fit: LinearFit | None) -> list[str]:
+    if fit is None:
+        return ["-"] * 4
+    return [f"{fit.factor:.6f}", f"{fit.iterations_per_decade:.4g}", f"{fit.r_squared:.5f}", f"{fit.decades:.1f}"]

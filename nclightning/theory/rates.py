@@ -57,11 +57,8 @@ def decay_factors(problem: UFMConstants, step: float, contraction: float) -> Dec
 
 def per_decade(mu: float, smoothness: float, step: float) -> float:
     """Iterations for a factor of ten of the gap; infinite where it does not fall."""
-    # log1p keeps the digits of steps that are small against 1/mu.
-    slow = -math.log1p(-step * mu) if step * mu < 1 else math.inf
-    stiff = -math.log(abs(1 - step * smoothness)) if step * smoothness != 1 else math.inf
-    rate = 2 * min(slow, stiff) if step * mu < 1 else 2 * stiff
-    return math.log(10) / rate if rate > 0 else math.inf
+    rate = 2 * min(_exponent(step * mu), _exponent(step * smoothness))
+    return math.log(10) / rate if rate > 0 else math.inf  # At the threshold, and from a step of 2/L on.
 
 
 def check_step(step: float) -> None:
@@ -113,3 +110,10 @@ def _within(problem: UFMConstants) -> _Products:
 def _least(problem: UFMConstants) -> dict[str, float]:
     """Least nonzero eigenvalue by sector."""
     return {e.sector: e.value for e in reversed(spectrum(problem)) if e.value > 0}
+
+
+def _exponent(x: float) -> float:
+    """``-log |1 - x|``, with the digits of a small x."""
+    if x == 1:
+        return math.inf
+    return -math.log1p(-x) if x < 1 else -math.log(x - 1)

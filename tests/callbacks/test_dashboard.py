@@ -66,7 +66,7 @@ def tags_shown(events):
 def test_a_run_of_ours_has_its_charts(tmp_path):
     events = events_of(fit(tmp_path).log_dir)
     assert {title: len(charts) for title, charts in charts_of(events).items()} == {
-        "Convergence": 3,
+        "Convergence": 4,
         "Neural collapse": 1,
         "Line search": 2,
     }
@@ -74,6 +74,7 @@ def test_a_run_of_ours_has_its_charts(tmp_path):
         [["log10/optimality/gap"], ["log10/optimality/distance"], ["log10/optimality/grad_norm"]],
         [["loss"]],
         [["optimality/error_bound_ratio"]],
+        [["log10/optimality/gap"], ["log10/optimality/predicted_decay"]],
         [["log10/nc/train/nc1"], ["log10/nc/train/nc2"], ["log10/nc/train/nc3"]],
         [["line_search/step_size"]],
         [["line_search/evaluations"]],

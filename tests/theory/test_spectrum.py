@@ -54,7 +54,6 @@ def test_spectrum_agrees_with_70_digits(problem):
     for ours, theirs in zip(predicted.tolist(), exact, strict=True):
         # A handful of roundings in products and quotients of positive numbers, at any size; 5e-16 was the worst seen.
         assert abs(ours - theirs) <= (1e-14 * theirs if ours else 1e-60)
-    assert problem.smoothness / problem.mu > 10
 
 
 @pytest.mark.parametrize("problem", [p for p in SPECTRUM if p.collapses][::7], ids=name_of)

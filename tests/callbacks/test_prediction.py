@@ -1,0 +1,114 @@
+"""The predicted decay beside the measured gap."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.data import GaussianDataModule, IndexDataModule
+from nclightning.figures import read_readings
+from nclightning.loggers import RunLogger
+from nclightning.models import UFM, TwoLayerMLP
+from tests.trainers import quiet_trainer
+
+GAP, DECAY, STEP = "optimality/gap", "optimality/predicted_decay", "line_search/step_size"
+
+
+def ufm(loss="ce", **options):
+    torch.manual_seed(0)
+    return UFM(4, 3, 6, loss, **({"lambda_": 2e-2, "iterations_per_step": 10} | options))
+
+
+def fit(folder, model, *callbacks, data=None, max_steps=3000, save=False, **options):
+    callbacks = [OptimalityMonitor(1, stop_distance=1e-12, stop_at_floor=True), *callbacks]
+    logger = RunLogger(str(folder))
+    trainer = quiet_trainer(folder, max_steps=max_steps, callbacks=callbacks, logger=logger, enable_checkpointing=save)
+    trainer.fit(model, datamodule=IndexDataModule() if data is None else data, **options)
+    return read_readings(trainer.log_dir)
+
+
+def fall(readings, tag, high=1e-8, low=1e-20):
+    """Decades that a quantity falls by while the gap goes from high to low."""
+    gap = readings.values[GAP]
+    start, end = int(np.argmax(gap <= high)), int(np.argmax(gap <= low))
+    assert 0 < start < end
+    return math.log10(readings.values[tag][start] / readings.values[tag][end])
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_the_gap_of_a_line_search_falls_as_the_steps_taken_predict(loss, tmp_path):
+    readings = fit(tmp_path, ufm(loss))
+    steps = readings.values[STEP][1:]
+    assert steps.max() > 2 * steps.min()  # No constant step: the slowest mode feels each one.
+    # Over twelve decades. For MSE the next eigenvalue is 6% above mu, and the mixture of both is between the two; for
+    # CE it is half as much again and has died out.
+    assert fall(readings, DECAY) == pytest.approx(fall(readings, GAP), rel=0.06 if loss == "mse" else 0.01)
+
+
+def test_decay_of_a_constant_step_is_geometric(tmp_path):
+    step = 3.0
+    model = ufm(optimizer=lambda params: torch.optim.SGD(params, lr=step))
+    readings = fit(tmp_path, model)
+    expected = (1 - step * model.problem.mu) ** (2 * readings.iterations)
+    np.testing.assert_allclose(readings.values[DECAY], expected, rtol=1e-10)  # A thousand products.
+    assert fall(readings, DECAY) == pytest.approx(fall(readings, GAP), rel=1e-2)
+
+
+def test_a_resumed_run_goes_on(tmp_path):
+    whole = fit(tmp_path / "whole", ufm(), max_steps=40)
+    fit(tmp_path / "parts", ufm(), LastCheckpoint(20), max_steps=20, save=True)
+    checkpoint = tmp_path / "parts" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    rest = fit(tmp_path / "rest", ufm(), max_steps=40, ckpt_path=checkpoint)
+    assert rest.iterations[0] == 20
+    np.testing.assert_array_equal(rest.values[DECAY], whole.values[DECAY][20:])
+
+
+def test_a_second_fit_starts_over(tmp_path):
+    monitor = OptimalityMonitor(1)
+    for name in "ab":
+        trainer = quiet_trainer(
+            tmp_path, max_steps=5, callbacks=[monitor], logger=RunLogger(str(tmp_path), version=name)
+        )
+        trainer.fit(ufm(), datamodule=IndexDataModule())
+        assert read_readings(trainer.log_dir).values[DECAY][0] == 1.0
+
+
+def test_a_checkpoint_without_a_decay_leaves_it_open():
+    monitor = OptimalityMonitor()
+    monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3})
+    assert math.isnan(monitor.state_dict()["decay"])
+
+
+def momentum(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("optimizer", [momentum, lambda params: torch.optim.Adam(params, lr=1e-2)])
+def test_what_is_not_gradient_descent_has_no_prediction(optimizer, tmp_path):
+    assert DECAY not in fit(tmp_path, ufm(optimizer=optimizer), max_steps=20).values
+
+
+def test_a_network_has_no_prediction(tmp_path):
+    model = TwoLayerMLP(4, 3, 6, input_dim=20, hidden_dim=16, loss="ce", lambda_=2e-2)
+    readings = fit(tmp_path, model, NeuralCollapseMonitor(1), data=GaussianDataModule(), max_steps=10)
+    assert GAP in readings.values
+    assert DECAY not in readings.values
+
+
+def test_at_the_threshold_nothing_decays(tmp_path):
+    """K = 4, n = 4, lambda_w lambda_h = 1/64 exactly."""
+    torch.manual_seed(0)
+    model = UFM(4, 4, 6, "ce", lambda_w=0.125, lambda_h=0.125)
+    assert model.problem.slack == 0
+    assert set(fit(tmp_path, model, max_steps=20).values[DECAY]) == {1.0}
+
+
+def test_a_validation_has_no_steps(tmp_path):
+    model = ufm()
+    trainer = quiet_trainer(tmp_path, max_steps=20, callbacks=[OptimalityMonitor()])
+    trainer.fit(model, datamodule=IndexDataModule())
+    values = quiet_trainer(tmp_path, callbacks=[OptimalityMonitor()]).validate(model, datamodule=IndexDataModule())
+    assert GAP in values[0]
+    assert DECAY not in values[0]

@@ -1,0 +1,144 @@
+"""Predictions on paper: tables of the theory, the picture of the spectrum, predicted beside measured."""
+
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nclightning.figures import draw_convergence, draw_spectrum, summarize
+from nclightning.figures.prediction import describe_problem, prediction_tables
+from nclightning.figures.tables import rates_table
+from nclightning.theory import UFMProblem
+from tests.cases import COLLAPSED, LOW_RANK, ZERO, name_of
+from tests.recorded import geometric, record
+
+PAPER = UFMProblem("ce", 10, 10, 20, 5e-2, 5e-3)
+IMAGENET = UFMProblem("ce", 1000, 1300, 2048, 6.5e-6, 5e-9)
+ALL = [*COLLAPSED, *LOW_RANK, *ZERO, IMAGENET]
+
+
+def printed(*tables, width=80):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables:
+        console.print(table)
+    console.file.close()
+    return console.export_text()
+
+
+@pytest.mark.parametrize("problem", ALL, ids=name_of)
+def test_tables_fit_a_terminal_and_have_every_eigenvalue(problem):
+    text = printed(*prediction_tables(problem))
+    assert "…" not in text
+    assert "nan" not in text
+    for value, multiplicity, sector in problem.spectrum():
+        assert f"{value:.7g}" in text
+        assert f" {multiplicity} " in text
+        assert sector in text
+    assert f"{problem.optimal_value:.10g}" in text
+    assert f"{problem.error_bound_constant:.7g}" in text
+
+
+def test_tables_of_the_paper_sizes_in_numbers():
+    text = printed(*prediction_tables(PAPER))
+    for number in ("0.003719457", "0.1161851", "268.8565", "31.23712", "16.67993", "35.3843", "17.9754", "135"):
+        assert number in text, number
+    assert describe_problem(PAPER) == "CE loss, K = 10, n = 10, d = 20, lambda_w = 0.05, lambda_h = 0.005"
+
+
+def test_what_is_heuristic_is_marked_and_what_is_undefined_left_out():
+    assert "NC1 *" in printed(*prediction_tables(PAPER))
+    single = printed(*prediction_tables(UFMProblem("ce", 4, 1, 5, 0.02, 0.02)))
+    assert "NC1" not in single
+    assert "NC2 *" in single
+
+
+@pytest.mark.parametrize("problem", [PAPER, IMAGENET, LOW_RANK[1], *ZERO[:3]], ids=name_of)
+def test_spectrum_is_drawn(problem, tmp_path):
+    path = draw_spectrum(problem, tmp_path / "spectrum.png")
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[:2] == (840, 1280)  # 6.4 x 4.2 inches at 200 dots.
+    assert picture[..., :3].std() > 0.05
+
+
+def test_the_ending_decides_the_format(tmp_path):
+    assert draw_spectrum(PAPER, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert "<svg" in draw_spectrum(PAPER, tmp_path / "a.SVG").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a.xyz", "the ending must be one of .*pdf, .*png"), ("a", "the ending"), ("no/a.png", "cannot be written")],
+)
+def test_pictures_that_cannot_be_drawn_are_refused(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw_spectrum(PAPER, tmp_path / name)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose gap takes 40 iterations per decade, and whose prediction is 38."""
+    gap = geometric(40, 20, start=3.0)
+    return record(
+        tmp_path / "run",
+        {
+            "optimality/gap": gap,
+            "optimality/distance": (gap[0], np.sqrt(gap[1])),
+            "optimality/error_bound_ratio": (gap[0], np.full_like(gap[1], 250.0)),
+            "optimality/predicted_decay": (gap[0], 10.0 ** (-gap[0] / 38)),
+        },
+        loss="ce",
+        lambda_w=5e-2,
+        lambda_h=5e-3,
+    )
+
+
+def test_prediction_is_fitted_over_the_range_of_the_gap(run):
+    fit, predicted = run.summary.fits["optimality/gap"], run.summary.predicted
+    assert (predicted.first, predicted.last) == (fit.first, fit.last)
+    assert fit.iterations_per_decade == pytest.approx(40, rel=1e-9)
+    assert predicted.iterations_per_decade == pytest.approx(38, rel=1e-9)
+
+
+def test_table_has_theory_below_measurement(run):
+    lines = printed(rates_table(run.summary, problem=run.problem)).splitlines()
+    gap, kappa = (next(i for i, line in enumerate(lines) if name in line) for name in ("gap F - F*", "kappa"))
+    assert "theory" in lines[gap + 1]
+    assert " 38 " in lines[gap + 1]
+    assert "250" in lines[kappa]
+    assert "theory" in lines[kappa + 1]
+    assert "268.856" in lines[kappa + 1]
+    assert "theory" not in printed(rates_table(summarize(without_decay(run))))
+
+
+def without_decay(run):
+    run.readings.values.pop("optimality/predicted_decay")
+    return run.readings
+
+
+def test_picture_has_the_prediction(run, tmp_path):
+    drawn = matplotlib.image.imread(draw_convergence(run.folder, tmp_path / "with.png"))
+    table = run.folder / "readings.csv"
+    table.write_text(table.read_text().replace("predicted_decay", "other"))
+    without = matplotlib.image.imread(draw_convergence(run.folder, tmp_path / "without.png"))
+    assert not np.array_equal(drawn, without)
+
+
+def test_only_runs_of_the_ufm_have_a_problem(tmp_path, run):
+    assert run.problem == PAPER
+    curves = {"optimality/gap": geometric(40, 20)}
+    network = record(tmp_path / "mlp", curves, loss="ce", lambda_w=5e-2, lambda_h=5e-3, hidden_dim=64, input_dim=9)
+    unnamed, zero, text = (
+        record(tmp_path / "a", curves, loss="ce"),
+        record(tmp_path / "b", curves, loss="ce", lambda_w=0.0, lambda_h=5e-3),
+        record(tmp_path / "c", curves, loss="ce", lambda_w="some", lambda_h=5e-3),
+    )
+    assert [r.problem for r in (network, unnamed, zero, text)] == [None] * 4
+
+
+def test_at_the_threshold_the_tables_say_so():
+    text = printed(*prediction_tables(UFMProblem("mse", 4, 4, 3, 0.125, 0.125)))
+    assert "at the threshold" in text
+    assert text.count("inf") >= 4
+    assert math.isinf(UFMProblem("mse", 4, 4, 3, 0.125, 0.125).error_bound_constant)
