@@ -346,5 +346,5 @@ def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     console = Console()
     console.print(rates_table(summary))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
-    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
-    console.print(f"Look at it:  tensorboard --logdir {shown}", soft_wrap=True, highlight=False)
+    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Look at it:  tensorboard --logdir {shown}", soft_wrap=True, highlight=False, markup=False)

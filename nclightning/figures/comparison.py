@@ -40,6 +40,7 @@ _COLLAPSE = {
 }
 _PANEL = (4.6, 4.4)  # Inches, with the legend.
 _MOST_COLUMNS = 2
+_LINE, _MOST_LINES = 0.21, 5  # Inches of a line of the legend, and how many have a place in a panel.
 
 
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
@@ -56,11 +57,11 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
         ValueError: If there is no run, or one has no gap.
     """
     losses = list(dict.fromkeys(run.loss for run in _having(runs, (_GAP,))))
-    with _panels(len(losses)) as (figure, grid):
-        for axes, loss in zip(grid, losses, strict=True):
-            chosen = [run for run in runs if run.loss == loss]
-            for i, run in enumerate(chosen):
-                _draw_curve(axes, run, _GAP, run.penalties, i)
+    chosen = {loss: [run for run in runs if run.loss == loss] for loss in losses}
+    with _panels(len(losses), max(map(len, chosen.values()), default=0)) as (figure, grid):
+        for axes, (loss, own) in zip(grid, chosen.items(), strict=True):
+            for i, (run, label) in enumerate(zip(own, _labels(own), strict=True)):
+                _draw_curve(axes, run, _GAP, label, i)
             axes.set_title(LOSSES.get(loss, loss))
             axes.set_ylabel(r"$F^k - F^*$")
             _add_legend(axes)
@@ -103,6 +104,15 @@ def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
     return runs
 
 
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Penalties; with the folder where several runs have the same ones."""
+    penalties = [run.penalties for run in runs]
+    return [
+        label if penalties.count(label) == 1 or label == run.name else f"{label}, {run.name}"
+        for label, run in zip(penalties, runs, strict=True)
+    ]
+
+
 def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
     color, dashes = _STYLES[index % len(_STYLES)]
     values = run.readings.values[tag]
@@ -114,7 +124,7 @@ def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
         values,
         color=color,
         ls=dashes,
-        marker=_MARKERS[index % len(_MARKERS)],
+        marker=_MARKERS[(index + index // len(_STYLES)) % len(_MARKERS)],  # Another one in the second round.
         markevery=_marker_places(iterations),
         label=f"{label}  ({_describe(fit)})",
     )
@@ -141,7 +151,7 @@ def _marker_places(iterations: np.ndarray[Any, np.dtype[np.float64]]) -> list[in
 
 
 @contextmanager
-def _panels(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
+def _panels(count: int, legend_lines: int = 3) -> Iterator[tuple[Figure, list[Axes]]]:
     """Lay out panels with log axes, in the style of print."""
     style: dict[Any, Any] = {
         "font.size": 10,
@@ -161,7 +171,8 @@ def _panels(count: int) -> Iterator[tuple[Figure, list[Axes]]]:
     with mpl.rc_context(style):
         columns = min(count, _MOST_COLUMNS)
         rows = -(-count // columns)
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+        height = _PANEL[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # Long legends leave the axes their size.
+        figure = Figure(figsize=(_PANEL[0] * columns, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
         for axes in grid:

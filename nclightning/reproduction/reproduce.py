@@ -57,11 +57,11 @@ def reproduce(
     try:
         for figure, own in runs.items():
             for path in _DRAW[figure](own, folder / f"figure{figure}"):
-                console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+                console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
         report = write_report(folder, runs, check_claims(runs), quick)
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror or error}.") from error
-    console.print(f"wrote {report}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {report}", highlight=False, soft_wrap=True, markup=False)
     return report
 
 
