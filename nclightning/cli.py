@@ -320,6 +320,6 @@ def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     console = Console()
     console.print(rates_table(summary, problem=ufm_problem(trainer.lightning_module.hparams)))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
-    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False)
+    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
     command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"
-    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False)
+    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)

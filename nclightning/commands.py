@@ -60,12 +60,15 @@ def _plot(words: Sequence[str]) -> None:
     for draw, name, prefix in ((draw_gaps, "gap", "optimality/gap"), (draw_collapse, "collapse", "nc/train/")):
         having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
         if having:
-            folder.mkdir(parents=True, exist_ok=True)
-            drawn += draw(having, folder / name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                drawn += draw(having, folder / name)
+            except OSError as error:
+                raise ValueError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     if not drawn:
         raise ValueError(f"no reading to draw in {', '.join(given.runs)}: neither optimality/gap nor nc/train/nc1-nc3.")
     for path in drawn:
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _theory(words: Sequence[str]) -> None:

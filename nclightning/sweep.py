@@ -42,13 +42,18 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: Its modes stay, so that what is seen is what is trained.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    buffers = [
+        (child, name, buffer, buffer.detach().clone())
+        for child in module.modules()
+        for name, buffer in child.named_buffers(recurse=False)
+    ]
     try:
         with torch.random.fork_rng(devices=_cuda_devices(module)):
             yield
     finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        with torch.no_grad():
+            for child, name, buffer, value in buffers:
+                child._buffers[name] = buffer.copy_(value)  # Some modules put a new tensor in its place.
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:

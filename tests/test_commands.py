@@ -44,6 +44,35 @@ def test_errors_are_one_line_for_the_user(words, message):
     assert "\n" not in str(caught.value)
 
 
+def test_plot_says_where_it_cannot_write(tmp_path):
+    record(tmp_path / "a", {"optimality/gap": geometric(100, 20)})
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: cannot write .*file: File exists"):
+        main(["plot", str(tmp_path / "a"), "--out", str(tmp_path / "file")])
+
+
+def test_names_in_brackets_are_printed_as_they_are(tmp_path, capsys, monkeypatch):
+    record(tmp_path / "x[" / "b]y", {"optimality/gap": geometric(100, 20)})
+    monkeypatch.chdir(tmp_path)
+    main(["plot", "x[/b]y", "--out", "o[b]"])
+    printed = capsys.readouterr().out
+    assert "x[/b]y" in printed
+    assert "wrote o[b]/gap.png" in printed
+
+
+@pytest.mark.parametrize("text", ["", "iteration,optimality/gap\n", "iteration,optimality/gap\n0", "iteration,op"])
+def test_a_run_that_has_just_begun_has_no_readings_yet(tmp_path, text):
+    (tmp_path / "readings.csv").write_text(text)
+    with pytest.raises(SystemExit, match="holds no readings yet"):
+        main(["plot", str(tmp_path)])
+
+
+def test_a_line_in_writing_is_left_out(tmp_path, capsys):
+    (tmp_path / "readings.csv").write_text("iteration,optimality/gap\n0,1.0\n10,1e-5\n20,1e-1")  # ...0
+    main(["plot", str(tmp_path), "--out", str(tmp_path)])
+    assert "1.000e-05" in capsys.readouterr().out
+
+
 def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
     record(tmp_path / "a", {"loss": geometric(100, 20)})
     with pytest.raises(SystemExit, match="no reading to draw in"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from nclightning.sweep import frozen, num_own_samples, sequential_loader
+from nclightning.sweep import frozen, num_own_samples, sequential_loader, untouched
 
 
 def test_frozen_restores_modes_and_random_states():
@@ -29,6 +29,20 @@ def test_frozen_restores_modes_and_random_states():
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert np.random.get_state()[1].tolist() == before[2]
+
+
+def test_untouched_restores_buffers_that_are_put_in_place_of_others():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+    module = Counter()
+    own = module.count
+    with untouched(module):
+        module.count = module.count + 1
+    assert module.count is own
+    assert module.count == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

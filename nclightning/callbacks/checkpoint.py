@@ -29,7 +29,11 @@ class LastCheckpoint(Checkpoint):
         if every_n_iterations < 1:
             raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
-        self._saved = 0
+        self._saved: int | None = None  # Until a fit has started there is nothing to save.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the fit before."""
+        self._saved = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from the iterate that the run starts from."""
@@ -39,6 +43,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the cadence."""
+        assert self._saved is not None
         if trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations:
             self._save(trainer)
 
@@ -47,12 +52,12 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was reached."""
+        """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
         if trainer.training:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        if trainer.global_step > self._saved:
+        if self._saved is not None and trainer.global_step > self._saved:
             for logger in trainer.loggers:
                 logger.save()  # A run that is killed after the checkpoint has its readings up to it.
             folder = Path(trainer.log_dir or trainer.default_root_dir)

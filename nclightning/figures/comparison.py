@@ -38,11 +38,11 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
         ValueError: If there is no run, or one has no gap.
     """
     losses = list(dict.fromkeys(run.loss for run in _having(runs, (_GAP,))))
-    with panels(len(losses)) as (figure, grid):
-        for axes, loss in zip(grid, losses, strict=True):
-            chosen = [run for run in runs if run.loss == loss]
-            for i, run in enumerate(chosen):
-                _draw_curve(axes, run, _GAP, run.penalties, i)
+    chosen = {loss: [run for run in runs if run.loss == loss] for loss in losses}
+    with panels(len(losses), legend_lines=max(map(len, chosen.values()))) as (figure, grid):
+        for axes, (loss, own) in zip(grid, chosen.items(), strict=True):
+            for i, (run, label) in enumerate(zip(own, _labels(own), strict=True)):
+                _draw_curve(axes, run, _GAP, label, i)
             axes.set_title(LOSSES.get(loss, loss))
             axes.set_ylabel(r"$F^k - F^*$")
             add_legend(axes)
@@ -85,6 +85,15 @@ def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
     return runs
 
 
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Penalties; with the folder where several runs have the same ones."""
+    penalties = [run.penalties for run in runs]
+    return [
+        label if penalties.count(label) == 1 or label == run.name else f"{label}, {run.name}"
+        for label, run in zip(penalties, runs, strict=True)
+    ]
+
+
 def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
     color, dashes = STYLES[index % len(STYLES)]
     values = run.readings.values[tag]
@@ -96,7 +105,7 @@ def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
         values,
         color=color,
         ls=dashes,
-        marker=MARKERS[index % len(MARKERS)],
+        marker=MARKERS[(index + index // len(STYLES)) % len(MARKERS)],  # Another one in the second round.
         markevery=_marker_places(iterations),
         label=f"{label}  ({_describe(fit)})",
     )

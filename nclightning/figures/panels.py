@@ -31,15 +31,17 @@ STYLES: tuple[tuple[str, Any], ...] = (
 )
 MARKERS = "osD^vP*"
 _PANEL = (4.6, 4.4)  # Inches, with the legend.
+_LINE, _MOST_LINES = 0.21, 5  # Inches of a line of the legend, and how many have a place in a panel.
 
 
 @contextmanager
-def panels(count: int, most_columns: int = 2) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(count: int, most_columns: int = 2, legend_lines: int = 3) -> Iterator[tuple[Figure, list[Axes]]]:
     """Lay out panels with log axes, in the style of print.
 
     Args:
         count: How many.
         most_columns: In a row.
+        legend_lines: Of the longest legend.
 
     Yields:
         The figure and its panels.
@@ -62,7 +64,8 @@ def panels(count: int, most_columns: int = 2) -> Iterator[tuple[Figure, list[Axe
     with mpl.rc_context(style):
         columns = min(count, most_columns)
         rows = -(-count // columns)
-        figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
+        height = _PANEL[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # Long legends leave the axes their size.
+        figure = Figure(figsize=(_PANEL[0] * columns, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
         for axes in grid:

@@ -56,11 +56,16 @@ def read_readings(run: str | Path) -> Readings:
 
 
 def _read_table(path: Path) -> Readings:
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
+    text = path.read_text()
+    # A last line without its end is in writing, and its last number may be cut.
+    header, *rows = [*csv.reader(text[: text.rfind("\n") + 1].splitlines())] or [[]]
+    rows = [row for row in rows if len(row) == len(header)]
     if not rows:
         raise ValueError(f"{path} holds no readings yet.")
-    table = np.array([[float(cell) if cell else np.nan for cell in row] for row in rows if len(row) == len(header)])
+    try:
+        table = np.array([[float(cell) if cell else np.nan for cell in row] for row in rows])
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of readings: {error}.") from error
     if "step" not in header:
         return Readings(table[:, 0], {tag: table[:, i] for i, tag in enumerate(header) if i > 0})
     at = header.index("step")  # Lightning's tables sort their columns.
@@ -86,5 +91,7 @@ def _measured(readings: Readings) -> Readings:
     ours = [values for tag, values in readings.values.items() if tag.startswith(("nc/", "optimality/"))]
     if not ours:
         return readings
-    rows = np.isfinite(ours).any(axis=0)
+    rows = ~np.isnan(ours).all(axis=0)
+    if not rows.any():
+        raise ValueError("no row of the run holds a reading of nc/ or optimality/ yet.")
     return Readings(readings.iterations[rows], {tag: values[rows] for tag, values in readings.values.items()})

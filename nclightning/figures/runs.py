@@ -51,14 +51,19 @@ class Run:
         return str(self.settings.get("loss", ""))
 
     @property
+    def name(self) -> str:
+        """The folder's name, without the signs that mean something to matplotlib."""
+        return self.folder.resolve().name.lstrip("_").replace("$", r"\$")
+
+    @property
     def penalties(self) -> str:
         """Lambda as the paper writes it, in mathtext; the folder's name where the run does not say.
 
         One number where ``lambda_w = n * lambda_h``, two otherwise.
         """
-        lambda_w, lambda_h = self.settings.get("lambda_w"), self.settings.get("lambda_h")
-        if lambda_w is None or lambda_h is None:
-            return self.folder.name
+        lambda_w, lambda_h = self._number("lambda_w"), self._number("lambda_h")
+        if math.isnan(lambda_w) or math.isnan(lambda_h):
+            return self.name
         if self.single_lambda:
             return rf"$\lambda = {scientific(lambda_h)}$"
         return rf"$\lambda_W = {scientific(lambda_w)},\ \lambda_H = {scientific(lambda_h)}$"
@@ -71,15 +76,21 @@ class Run:
     @property
     def single_lambda(self) -> bool:
         """Whether ``lambda_w = n * lambda_h``, the paper's single lambda."""
-        names = ("lambda_w", "lambda_h", "samples_per_class")
-        lambda_w, lambda_h, n = (float(self.settings.get(name) or math.nan) for name in names)
-        return math.isclose(lambda_w, n * lambda_h, rel_tol=1e-9)
+        lambda_w, lambda_h, n = map(self._number, ("lambda_w", "lambda_h", "samples_per_class"))
+        return lambda_w > 0 and math.isclose(lambda_w, n * lambda_h, rel_tol=1e-9)
+
+    def _number(self, name: str) -> float:
+        """A setting; nan where it is none, or no number, as in somebody's own run."""
+        value = self.settings.get(name)
+        return float(value) if isinstance(value, int | float) else math.nan
 
     @property
     def sizes(self) -> str:
         """Sizes as the paper's captions give them, in mathtext."""
         return ", ".join(
-            f"${symbol} = {self.settings[name]}$" for name, symbol in _SIZES.items() if name in self.settings
+            f"${symbol} = {self.settings[name]}$"
+            for name, symbol in _SIZES.items()
+            if isinstance(self.settings.get(name), int)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from nclightning.figures.rates import LinearFit
@@ -24,7 +25,7 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None
         For a rich console.
     """
     reached = f"Iteration {summary.iteration}, with straight lines fitted to log10 of each quantity"
-    table = Table(title=f"{title}\n{reached}" if title else reached)
+    table = Table(title=f"{escape(title)}\n{reached}" if title else reached)
     table.add_column("quantity", no_wrap=True)
     for column in ("last value", "factor/it.", "it./decade", "R^2", "decades"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -246,8 +246,19 @@ class RegularizedClassifier(L.LightningModule):
             raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
 
     def _warn_of_optimizer_options(self, stored_states: list[dict[str, Any]]) -> None:
-        """Say which options of the optimizer a resume keeps from the checkpoint, as torch does without a word."""
-        (given,), stored = self.configure_optimizers().param_groups, stored_states[0]["param_groups"][0]
+        """Say which options of the optimizer a resume keeps from the checkpoint, as torch does without a word.
+
+        Raises:
+            ValueError: If the checkpoint is that of another optimizer.
+        """
+        optimizer, stored = self.configure_optimizers(), stored_states[0]["param_groups"][0]
+        (given,) = optimizer.param_groups
+        missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
+        if missing and extra:  # One of them alone may be another version of torch.
+            raise ValueError(
+                f"the checkpoint was not written by {type(optimizer).__name__}: its optimizer has no option "
+                f"{', '.join(sorted(missing))}. Resume it with its own optimizer."
+            )
         ignored = [
             f"{k}={v!r} (kept: {stored[k]!r})"
             for k, v in given.items()

@@ -71,7 +71,7 @@ def reproduce(
     try:
         for figure, own in runs.items():
             for path in _DRAW[figure](own, folder / f"figure{figure}"):
-                console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+                console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
         claims, study = check_claims(runs), None
         if ERROR_BOUND in figures:
             study = _study(folder, console)
@@ -79,7 +79,7 @@ def reproduce(
         report = write_report(folder, runs, claims, quick, study)
     except OSError as error:
         raise ValueError(f"cannot write {folder}: {error.strerror or error}.") from error
-    console.print(f"wrote {report}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {report}", highlight=False, soft_wrap=True, markup=False)
     return report
 
 
@@ -101,7 +101,7 @@ def _study(folder: Path, console: Console) -> Study:
         _curves(study.readings, kind) for kind in ("perturbation", "trajectory", "threshold")
     )
     for path in draw_error_bound(perturbed, descents, threshold, folder / "error_bound"):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
     return study
 
 

@@ -19,6 +19,7 @@ from typing import IO
 import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nclightning.files import replaced
@@ -70,18 +71,22 @@ class Store:
         """Whether a run is done.
 
         Raises:
-            ValueError: If it was begun with other settings.
+            ValueError: If it was begun with other settings, or its state cannot be read.
         """
-        path = self.state_path(experiment)
-        if not path.is_file():
-            return False
-        state = json.loads(path.read_text())
-        if state["words"] != list(experiment.words):
+        path, folder = self.state_path(experiment), self.run_folder(experiment)
+        if not (path.is_file() and folder.is_dir()):
+            return False  # Whoever deletes the folder of a run wants it anew.
+        try:
+            state = json.loads(path.read_text())
+            words, finished = list(state["words"]), bool(state["finished"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged. Delete {folder} to run it anew.") from error
+        if words != list(experiment.words):
             raise ValueError(
-                f"{self.run_folder(experiment)} was run with other settings ({' '.join(state['words'])}). Choose "
-                "another folder with --out, or delete this one."
+                f"{folder} was run with other settings ({' '.join(words)}). Choose another folder with --out, or "
+                "delete this one."
             )
-        return bool(state["finished"])
+        return finished
 
     def begin(self, experiment: Experiment) -> list[str] | None:
         """Record that a run begins, and say how.
@@ -92,14 +97,14 @@ class Store:
         """
         folder, words = self.run_folder(experiment), ["fit", *experiment.words]
         checkpoint = folder / "checkpoints" / "last.ckpt"
-        if checkpoint.is_file():
+        if all(path.is_file() for path in (checkpoint, folder / "config.yaml", folder / "readings.csv")):
             config = yaml.safe_load((folder / "config.yaml").read_text())
             if _last_iteration(folder / "readings.csv") == config["trainer"]["max_steps"]:
                 self._write(experiment, finished=True)
                 return None
             words += ["--ckpt_path", str(checkpoint)]
         elif folder.exists():
-            shutil.rmtree(folder)  # Killed before its first checkpoint.
+            shutil.rmtree(folder)  # Killed before its first checkpoint, or damaged.
         logger = "--trainer.logger.init_args"
         words += [f"{logger}.save_dir", str(self.folder), f"{logger}.name", "runs"]
         self._write(experiment, finished=False)
@@ -176,7 +181,7 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
                         progress.console.print(f"finished {name}", highlight=False)
                     else:
                         failures.append(Failure(name, reason))
-                        progress.console.print(f"[red]failed[/red] {name}: {reason}", highlight=False)
+                        progress.console.print(f"[red]failed[/red] {name}: {escape(reason)}", highlight=False)
             except BaseException:
                 stopping.set()
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -64,6 +64,43 @@ def test_curves_in_grey_differ(tmp_path):
     assert len({str(dashes) for _, dashes in STYLES}) == len(STYLES) == len(set(MARKERS))
 
 
+def test_many_curves_differ_and_keep_the_size_of_the_axes(tmp_path):
+    runs = [gap_run(tmp_path / f"r{i}", lambda_h=1e-3 * (i + 1)) for i in range(15)]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nclightning.figures.comparison.save", lambda figure, _: drawn.append(figure) or [])
+        draw_gaps(runs[:5], tmp_path / "few")
+        draw_gaps(runs, tmp_path / "many")
+    heights = []
+    for figure in drawn:
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
+    lines = drawn[1].axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 15
+
+
+def test_equal_penalties_are_told_apart_by_folders(tmp_path):
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nclightning.figures.comparison.save", lambda figure, _: drawn.append(figure) or [])
+        draw_gaps([gap_run(tmp_path / "seed0"), gap_run(tmp_path / "seed1")], tmp_path / "gap")
+    labels = [line.get_label() for line in drawn[0].axes[0].lines]
+    assert [label.partition("  (")[0][-7:] for label in labels] == [", seed0", ", seed1"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("_run", "run"), ("a$b^^$c", r"a\$b^^\$c")])
+def test_folders_with_signs_of_matplotlib_are_drawn(tmp_path, name, shown):
+    run = record(tmp_path / name, {GAP: geometric(100, 20)})
+    assert run.penalties == shown
+    draw_gaps([run], tmp_path / "gap")
+
+
+def test_settings_that_are_no_numbers_are_left_out(tmp_path):
+    run = record(tmp_path / "a", {GAP: geometric(100, 20)}, lambda_w="x", lambda_h=[1], num_classes="$^^")
+    assert (run.penalties, run.sizes, run.single_lambda) == ("a", "$n = 10$, $d = 20$", False)
+
+
 def test_runs_without_the_quantity_are_named(tmp_path):
     run = record(tmp_path / "only_nc", {NC[0]: geometric(100, 20)})
     with pytest.raises(ValueError, match=r"only_nc has no readings of optimality/gap"):

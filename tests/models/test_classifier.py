@@ -139,6 +139,44 @@ def test_load_from_checkpoint_keeps_float64(tmp_path):
     assert loaded.objective == model.objective
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adam, ArmijoGD])
+def test_another_optimizer_is_refused_and_leaves_the_checkpoint(other, tmp_path):
+    def go_on(make, **options):
+        callbacks = [LastCheckpoint(10)]
+        trainer = quiet_trainer(tmp_path, max_steps=40, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(ufm(optimizer=make, iterations_per_step=10), datamodule=IndexDataModule(), **options)
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    first = quiet_trainer(tmp_path, max_steps=20, callbacks=[LastCheckpoint(10)], enable_checkpointing=True)
+    first.fit(ufm(optimizer=sgd, iterations_per_step=10), datamodule=IndexDataModule())
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"was not written by {other.__name__}"):
+        go_on(other, ckpt_path=path)
+    assert path.read_bytes() == before
+    go_on(sgd, ckpt_path=path)
+
+
+def test_a_fit_that_never_started_saves_nothing(tmp_path):
+    class Refuse(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            raise ValueError("no")
+
+    def fit(steps, *more, **options):
+        callbacks = [LastCheckpoint(10), *more]
+        trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(ufm(iterations_per_step=10), datamodule=IndexDataModule(), **options)
+
+    fit(20)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    before = path.stat().st_mtime_ns
+    with pytest.raises(ValueError, match="no"):
+        fit(40, Refuse(), ckpt_path=path)
+    assert path.stat().st_mtime_ns == before
+
+
 def test_another_problem_is_not_resumed(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=5)
     trainer.fit(ufm(), datamodule=IndexDataModule())

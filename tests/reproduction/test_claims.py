@@ -65,6 +65,11 @@ def test_the_spread_of_rates_is_stated(folder):
     assert rates.evidence == "MSE: a factor of 2.50, CE: a factor of 1.00"
 
 
+def test_a_curve_without_a_line_has_no_equal_rate(folder):
+    flat = folder.run({GAP: (np.arange(0.0, 100, 10), np.ones(10))}, "mse")
+    assert held(1, [folder.gap("mse"), flat, folder.gap("ce")]) == [False, False]
+
+
 @pytest.mark.parametrize(("factor", "faster"), [(2.0, True), (1.2, False)])
 def test_figure_3(folder, factor, faster):
     assert held(3, [folder.collapse(loss, factor) for loss in ("mse", "ce")]) == [True, faster]

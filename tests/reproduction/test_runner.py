@@ -30,6 +30,14 @@ def console():
         yield Console(file=nowhere)
 
 
+def finish(path):
+    store = Store(path)
+    store.begin(SHORT)
+    store.run_folder(SHORT).mkdir(parents=True)
+    store._write(SHORT, finished=True)
+    return store
+
+
 def iterations(folder):
     return read_readings(folder).iterations.astype(int).tolist()
 
@@ -48,17 +56,43 @@ def test_a_failure_keeps_what_finished_and_the_next_call_does_the_rest(tmp_path,
 
 
 def test_finished_runs_are_not_run_again(tmp_path, console, monkeypatch):
-    Store(tmp_path).begin(SHORT)
-    Store(tmp_path)._write(SHORT, finished=True)
+    finish(tmp_path)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was run"))
     assert run_all(tmp_path, [SHORT], 1, console) == []
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path, console):
-    Store(tmp_path).begin(SHORT)
+    finish(tmp_path)
     other = Experiment(SHORT.name, (1,), (*SHORT.words, "--seed_everything", "1"))
     with pytest.raises(ValueError, match=r"was run with other settings .*--out"):
         run_all(tmp_path, [other], 1, console)
+    (tmp_path / "runs" / "short").rmdir()  # As the message says.
+    assert not Store(tmp_path).is_finished(other)
+
+
+@pytest.mark.parametrize("text", ["", '{"words"', "[]", "{}"])
+def test_a_damaged_state_is_named(tmp_path, text):
+    store = finish(tmp_path)
+    store.state_path(SHORT).write_text(text)
+    with pytest.raises(ValueError, match=r"short\.json is damaged\. Delete .*short to run it anew"):
+        store.is_finished(SHORT)
+    store.run_folder(SHORT).rmdir()
+    assert not store.is_finished(SHORT)
+
+
+def test_a_deleted_run_is_run_again(tmp_path):
+    store = finish(tmp_path)
+    assert store.is_finished(SHORT)
+    store.run_folder(SHORT).rmdir()
+    assert not store.is_finished(SHORT)
+
+
+def test_a_run_whose_files_are_gone_starts_anew(tmp_path):
+    store = finish(tmp_path)
+    (store.run_folder(SHORT) / "checkpoints").mkdir()
+    (store.run_folder(SHORT) / "checkpoints" / "last.ckpt").touch()
+    assert "--ckpt_path" not in store.begin(SHORT)
+    assert not store.run_folder(SHORT).exists()
 
 
 def test_a_folder_in_use_is_refused(tmp_path, console):
