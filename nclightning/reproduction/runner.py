@@ -98,8 +98,7 @@ class Store:
         folder, words = self.run_folder(experiment), ["fit", *experiment.words]
         checkpoint = folder / "checkpoints" / "last.ckpt"
         if all(path.is_file() for path in (checkpoint, folder / "config.yaml", folder / "readings.csv")):
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-            if _last_iteration(folder / "readings.csv") == config["trainer"]["max_steps"]:
+            if _last_iteration(folder / "readings.csv") == _max_steps(folder / "config.yaml"):
                 self._write(experiment, finished=True)
                 return None
             words += ["--ckpt_path", str(checkpoint)]
@@ -237,7 +236,10 @@ def _run(store: Store, experiment: Experiment, progress: Progress, stopping: thr
         progress.remove_task(task)
         if child.returncode == 0 and store.is_finished(experiment):
             return None
-        return _last_line(output) or f"ended with status {child.returncode}"
+        last = _last_line(output)
+        if not last or last.startswith("Look at it:"):  # A run that was stopped closes with its report.
+            return f"ended with status {child.returncode}"
+        return last
 
 
 def _follow(
@@ -256,6 +258,14 @@ def _follow(
         progress.update(task, reached="starting" if iteration is None else f"iteration {iteration:,}")
     assert child.stdin is not None
     child.stdin.close()
+
+
+def _max_steps(config: Path) -> int:
+    """Iterations that a run was to take at most."""
+    try:
+        return int(yaml.safe_load(config.read_text())["trainer"]["max_steps"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return -1  # Damaged; the checkpoint knows how far it is.
 
 
 def _last_iteration(readings: Path) -> int | None:
