@@ -272,7 +272,7 @@ class Taps:
                 "the hook: there only sweeps work (source='sweep', stages=('train',))."
             )
         for name, tensor in kept.items():
-            if self._versions[name] not in (-1, tensor._version):
+            if not tensor.is_inference() and self._versions[name] != tensor._version:
                 raise ValueError(
                     f"the features of {name or 'the head'!r} were changed in place after they were used: use "
                     "source='sweep', or an operation that is not in place."

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler
 
 __all__ = ["eager", "frozen", "num_own_samples", "sequential_loader", "shared_buffers", "untouched"]
 
@@ -25,8 +25,9 @@ def frozen(module: nn.Module) -> Iterator[None]:
     modes = [(child, child.training) for child in module.modules()]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(module)), torch.no_grad():
-            module.eval()
+        with untouched(module), torch.no_grad():
+            for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
+                child.training = False
             yield
     finally:
         for child, training in modes:
@@ -116,11 +117,14 @@ def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1)
                 f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
                 "processes without counting samples twice."
             )
-        return loader
+        return _apart(loader) if isinstance(loader, DataLoader) else loader
     dataset = loader.dataset
+    if isinstance(loader.sampler, SubsetRandomSampler):
+        dataset = Subset(dataset, sorted(loader.sampler.indices))
     if world_size > 1:
         dataset = Subset(dataset, range(rank, len(dataset), world_size))  # type: ignore[arg-type]
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    unbatched = loader.batch_size is None and loader.batch_sampler is None
+    batch_size = None if unbatched else loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -128,6 +132,20 @@ def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1)
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
+    )
+
+
+def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Make a loader over the same iterable data set with workers of its own, which the running pass does not lose."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class Attachment:
     ) -> None:
         self._head, self._layers, self._pooling = head, layers, pooling
         self.split = batch_fn or split_batch
-        self._found: str | None = None
+        self._found: tuple[weakref.ref[nn.Module], str] | None = None
 
     def forget(self) -> None:
         """Forget the head of the last module."""
@@ -44,11 +45,14 @@ class Attachment:
 
     def head_of(self, pl_module: L.LightningModule, inputs: Any = None) -> nn.Linear:
         """Find the head, by running the model where an input is at hand and nothing was found before."""
-        name = self._head or self._found
+        name = self._head
+        if name is None and self._found is not None and self._found[0]() is pl_module:
+            name = self._found[1]
         if name is None and inputs is not None:
             with frozen(pl_module), eager():
                 head = detect_head(pl_module, inputs)
-            name = self._found = next(path for path, child in pl_module.named_modules() if child is head)
+            name = next(path for path, child in pl_module.named_modules() if child is head)
+            self._found = weakref.ref(pl_module), name
         return find_head(pl_module, name)
 
     def tap(self, pl_module: L.LightningModule, inputs: Any) -> Taps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -141,7 +142,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._reader: Collection
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
-        self._centres: tuple[int, dict[str, ClassStatistics]] | None = None
+        self._centres: tuple[tuple[Any, int, int], dict[str, ClassStatistics]] | None = None
         self._swept_step = 0
         self._last: dict[str, float] = {}
 
@@ -221,6 +222,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
         """Read the training set and the further ones."""
+        self._centres = None  # Fused optimizers change weights without their versions: reuse within one reading only.
         centres = self._training_centres(trainer, pl_module)
         sets: dict[str, tuple[Any, dict[str, ClassStatistics]]] = {"train": (trainer.train_dataloader, centres)}
         for name, loader in self.datasets.items():
@@ -247,13 +249,14 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def _training_centres(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, ClassStatistics]:
         """Statistics of the training set at the weights as they are, from a sweep unless there was one."""
         version = sum(parameter._version for parameter in pl_module.parameters())
-        if self._centres is None or self._centres[0] != version:
+        key = weakref.ref(pl_module), trainer.global_step, version
+        if self._centres is None or self._centres[0] != key:
             if trainer.train_dataloader is None:
                 raise ValueError(
                     "decisions by nearest centre and nc5 need the class means of the training set at these weights, "
                     "and there was no reading of it."
                 )
-            self._centres = version, self._statistics(trainer, pl_module, trainer.train_dataloader)
+            self._centres = key, self._statistics(trainer, pl_module, trainer.train_dataloader)
         return self._centres[1]
 
     def _statistics(

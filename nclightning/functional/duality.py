@@ -107,7 +107,8 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
     products = class_alignment(stats, weight) if normalize else (_fit(stats, weight) * stats.centred_means).sum(dim=1)
     count = stats.present.sum()
     mean = torch.where(stats.present, products, 0).sum() / count
-    return torch.where(stats.present, (products - mean).square(), 0).sum() / (count - ddof)
+    value = torch.where(stats.present, (products - mean).square(), 0).sum() / (count - ddof)
+    return torch.where(count > 0, value, torch.nan)
 
 
 def _fit(stats: ClassStatistics, weight: Tensor) -> Tensor:

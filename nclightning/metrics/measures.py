@@ -67,6 +67,10 @@ class Measure(NamedTuple):
     needs_scatter: bool = False
 
 
+def _worst(alignment: Tensor, present: Tensor) -> Tensor:
+    return torch.where(present.any(), torch.where(present, alignment, 1).amin(), torch.nan)
+
+
 MEASURES: dict[str, Measure] = {
     "nc0": Measure(lambda r: F.head_sum(r.head), needs_head=True),
     "nc1": Measure(lambda r: F.within_class_variability(r.stats, *r.conventions), needs_scatter=True),
@@ -87,7 +91,7 @@ MEASURES: dict[str, Measure] = {
     "nc3": Measure(lambda r: F.self_duality(r.stats, r.head), needs_head=True),
     "nc3_difference": Measure(lambda r: F.duality_difference(r.stats, r.head), needs_head=True),
     "nc3_cosine": Measure(lambda r: r.alignment.sum() / r.stats.present.sum(), needs_head=True),
-    "nc3_cosine_worst": Measure(lambda r: torch.where(r.stats.present, r.alignment, 1).amin(), needs_head=True),
+    "nc3_cosine_worst": Measure(lambda r: _worst(r.alignment, r.stats.present), needs_head=True),
     "nc3_uniform": Measure(lambda r: F.uniform_duality(r.stats, r.head), needs_head=True),
     "bias_collapse": Measure(lambda r: F.bias_collapse(r.stats, r.head, r.bias), needs_head=True),
     "nc_distance": Measure(lambda r: F.distance_to_collapse(r.stats, r.head).distance, needs_head=True),

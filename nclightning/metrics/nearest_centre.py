@@ -71,6 +71,13 @@ class NearestClassCentre(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
 
+    def clone(self) -> NearestClassCentre:
+        """Copy the metric; the copy reads the same head."""
+        other = super().clone()
+        assert isinstance(other, NearestClassCentre)
+        other._head = self._head
+        return other
+
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
 

@@ -133,9 +133,10 @@ class NeuralCollapse(Metric):
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
         own = self._own()
-        if own.means.ndim == 2:
-            return replace(own, kept=list(own.kept))  # A reset empties the list of the states.
         tensors = {name: state for name, state in vars(own).items() if isinstance(state, Tensor)}
+        if own.means.ndim == 2:
+            # The states change in place, and a reset empties their list.
+            return replace(own, kept=list(own.kept), **{name: state.clone() for name, state in tensors.items()})
         parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(own.means))]
         merged = parts[0]
         for part in parts[1:]:
@@ -254,6 +255,21 @@ class NeuralCollapse(Metric):
             return Reading(stats, None, None, self.global_mean, self.between_weights)
         bias = head.bias.detach().to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
         return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
+
+    def clone(self) -> NeuralCollapse:
+        """Copy the metric; the copy reads the same head."""
+        other = super().clone()
+        assert isinstance(other, NeuralCollapse)
+        other._head = self._head
+        return other
+
+    def set_dtype(self, dst_type: Any) -> NeuralCollapse:
+        """Change the dtype of the statistics; counts of labels stay integers."""
+        self._fold()
+        super().set_dtype(dst_type)
+        self.num_invalid = self.num_invalid.long()
+        self._defaults["num_invalid"] = torch.zeros_like(self.num_invalid)
+        return self
 
     def _fold(self) -> None:
         self._set(self._own().fold_())

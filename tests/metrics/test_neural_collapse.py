@@ -255,3 +255,45 @@ def test_a_reset_in_inference_mode_does_not_block_later_updates(head, data):
         metric.update(*data)
     metric.update(*data)
     assert float(metric.counts.sum()) == 2 * len(data[1])
+
+
+def test_a_clone_follows_the_head_of_the_original(generator):
+    head = nn.Linear(5, 3)
+    metric = NeuralCollapse(3, 5, head)
+    copy = metric.clone()
+    features, labels = torch.randn(30, 5, generator=generator), torch.arange(30) % 3
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(3, 5, generator=generator))
+    for each in (metric, copy):
+        each.update(features, labels)
+    assert float(copy.compute()["nc3"]) == float(metric.compute()["nc3"])
+
+
+def test_statistics_taken_earlier_do_not_move(generator):
+    metric = NeuralCollapse(3, 20)
+    metric.update(torch.randn(30, 20, generator=generator), torch.arange(30) % 3)
+    before = metric.statistics
+    counts, spread = before.counts.clone(), before.scatter.clone()
+    metric.update(5 + torch.randn(30, 20, generator=generator), torch.arange(30) % 3)
+    assert torch.equal(before.counts, counts)
+    assert torch.equal(before.scatter, spread)
+
+
+def test_set_dtype_keeps_labels_integers(generator):
+    metric, other = NeuralCollapse(3, 20), NeuralCollapse(3, 20)
+    features, labels = torch.randn(30, 20, generator=generator), torch.arange(30) % 3
+    for each in (metric, other):
+        each.update(features, labels)
+    metric.set_dtype(torch.float32)
+    metric.update(features, labels)
+    other.update(features, labels)
+    assert metric.num_invalid.dtype == torch.int64
+    assert float(metric.compute()["nc1"]) == pytest.approx(float(other.compute()["nc1"]), rel=1e-4)
+    metric.reset()
+    assert metric.num_invalid.dtype == torch.int64
+
+
+def test_an_empty_metric_reads_nan_of_alignment():
+    metric = NeuralCollapse(3, 5, nn.Linear(5, 3), measures=("nc3_cosine_worst", "nc3_uniform"))
+    metric.update(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
+    assert all(torch.isnan(value) for value in metric.compute().values())
