@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "Taps",
@@ -128,7 +129,7 @@ def capture_during(call: Callable[[], Result], module: nn.Module, head: nn.Linea
         ValueError: If the head was not called exactly once, or not with a matrix.
     """
     captured: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    handle = _hook_input(head, captured.append)
     try:
         result = call()
     finally:
@@ -232,15 +233,17 @@ class Taps:
         self._runs = 0
         self._versions: dict[str, int] = {}
         self._pooling = pooling
-        self._handles = [head.register_forward_pre_hook(lambda _, args: self._keep("", args[0]))]
+        self._failure: str | None = None
+        self._handles = [_hook_input(head, lambda features: self._keep("", features))]
         for name, layer in (layers or {}).items():
             self._handles.append(layer.register_forward_hook(self._keep_output(name)))
 
     def _keep_output(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             tensor = _first_tensor(output)
-            if tensor is None:
-                raise ValueError(f"layer {name!r} returns no tensor: its features cannot be read.")
+            if tensor is None:  # No error here, in the middle of somebody's forward.
+                self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
+                return
             self._keep(name, tensor if self._pooling == "flatten" else _pool(tensor))
 
         return hook
@@ -260,10 +263,14 @@ class Taps:
             Features by name; those of layers with one row per sample.
 
         Raises:
-            ValueError: If the head did not run as it should, or its input was changed in place since.
+            ValueError: If the head did not run as it should, a layer returned no tensor, or what was kept was changed
+                in place since.
         """
         kept, self._kept = self._kept, {}
         runs, self._runs = self._runs, 0
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise ValueError(failure)
         if once and runs > 1:
             raise ValueError(f"the head ran {runs} times in one forward, expected once.")
         if "" not in kept:
@@ -290,6 +297,15 @@ class Taps:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hand on what enters a head, by place or by keyword."""
+
+    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else next(iter(kwargs.values())))
+
+    return head.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _first_tensor(output: Any) -> Tensor | None:

@@ -156,8 +156,10 @@ def test_layers_without_a_tensor_are_refused():
 
     model = nn.Sequential(nn.Linear(3, 2))
     odd = Odd()
-    with Taps(model[0], {"odd": odd}), pytest.raises(ValueError, match="layer 'odd' returns no tensor"):
-        odd(torch.ones(1))
+    with Taps(model[0], {"odd": odd}) as taps:
+        odd(torch.ones(1))  # The forward itself is the user's and goes on.
+        with pytest.raises(ValueError, match="layer 'odd' returns no tensor"):
+            taps.take()
 
 
 @pytest.mark.parametrize(

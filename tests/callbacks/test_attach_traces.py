@@ -181,3 +181,41 @@ def test_a_loader_of_whole_batches_is_swept(samples, tmp_path):
     model, trainer = fit(tmp_path, [NeuralCollapseMonitor()], DataLoader(Batches(), batch_size=None), max_epochs=1)
     assert float(trainer.callback_metrics["nc/train/nc1"]) == pytest.approx(measure(model, samples)["nc1"], rel=1e-5)
     assert model.last.out_features == K
+
+
+def test_a_head_that_is_called_by_keyword_is_read(samples, tmp_path):
+    class Keyword(Net):
+        """Names its argument."""
+
+        def forward(self, x):
+            return self.last(input=self.body(x))
+
+    model, trainer = fit(tmp_path, [NeuralCollapseMonitor(source="online")], loader(samples), Keyword(), max_epochs=1)
+    fit(tmp_path, [NeuralCollapseMonitor()], loader(samples), model, max_epochs=1)
+    assert trainer.callback_metrics["nc/train/nc1"] > 0
+
+
+def test_a_layer_without_a_tensor_warns_where_asked_and_training_goes_on(samples, tmp_path):
+    class Silent(nn.Module):
+        """Returns nothing."""
+
+        def forward(self, h):
+            return None
+
+    class Mute(Net):
+        """Calls it."""
+
+        def __init__(self):
+            super().__init__()
+            self.silent = Silent()
+
+        def forward(self, x):
+            h = self.body(x)
+            self.silent(h)
+            return self.last(h)
+
+    for source in ("sweep", "online"):
+        monitor = NeuralCollapseMonitor(layers=["silent"], source=source, on_error="warn")
+        with pytest.warns(UserWarning, match="layer 'silent' returns no tensor"):
+            _, trainer = fit(tmp_path, [monitor], loader(samples), Mute(), max_epochs=1)
+        assert trainer.global_step == N // 8
