@@ -96,7 +96,8 @@ class _Stream:
             labels = labels.narrow(0, 0, keep)
             captured = {name: tensor.narrow(0, 0, keep) for name, tensor in captured.items()}
         self.seen += len(labels)
-        self._waiting.append(({n: t.clone() for n, t in captured.items()}, labels.clone()))
+        # Copies: a loader may fill the same memory with the next batch.
+        self._waiting.append(({name: tensor.clone() for name, tensor in captured.items()}, labels.clone()))
         self._num_rows += len(labels)
         if self._num_rows >= _ROWS_AT_A_TIME:
             self.flush()
