@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
+from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
@@ -161,10 +162,9 @@ class RunCLI(LightningCLI):
         config = self.config[self.subcommand]
         model = config.model.get("init_args", {})
         if model.get("lambda_") is not None:
-            if model.get("lambda_w") is None:
-                model["lambda_w"] = model["samples_per_class"] * model["lambda_"]
-            if model.get("lambda_h") is None:
-                model["lambda_h"] = model["lambda_"]
+            model["lambda_w"], model["lambda_h"] = resolve_lambdas(
+                model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
+            )
             model["lambda_"] = None
         trainer, disabled = config.trainer, set()
         if trainer.enable_progress_bar is False:

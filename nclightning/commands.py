@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from nclightning.arguments import resolve_lambdas
 from nclightning.configurations import find_configuration, model_arguments, read_configuration
 from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
-from nclightning.models.arguments import resolve_lambdas
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem

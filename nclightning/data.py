@@ -12,6 +12,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from nclightning.arguments import check_sizes
+
 __all__ = ["FullBatchDataModule", "FullBatchLoader", "GaussianDataModule", "IndexDataModule"]
 
 
@@ -91,10 +93,9 @@ class FullBatchDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{type(self).__name__}({name}={given}) differs from the model's {expected}. Set it on the model only."
             )
-        size, least = expected if given is None else given, 2 if name == "num_classes" else 1
+        size = expected if given is None else given
         assert size is not None
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}.")
+        check_sizes(**{name: size})
         return size
 
     @property

@@ -43,14 +43,19 @@ def untouched(module: nn.Module) -> Iterator[None]:
     Args:
         module: Its modes stay, so that what is seen is what is trained.
     """
+    with _buffers_kept(module), torch.random.fork_rng(devices=_cuda_devices(module)):
+        yield
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in module.modules()
         for name, buffer in child.named_buffers(recurse=False)
     ]
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(module)):
-            yield
+        yield
     finally:
         with torch.no_grad():
             for child, name, buffer, value in buffers:
@@ -77,15 +82,10 @@ def shared_buffers(module: nn.Module, world_size: int) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    buffers = list(module.buffers())
-    own = [buffer.clone() for buffer in buffers]
-    try:
-        for buffer in buffers:
+    with _buffers_kept(module):
+        for buffer in module.buffers():
             torch.distributed.broadcast(buffer, 0)
         yield
-    finally:
-        for buffer, value in zip(buffers, own, strict=True):
-            buffer.copy_(value)
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ FLOORS = {
     "metrics": 1,
     "features": 1,
     "sweep": 1,
+    "arguments": 1,
     "files": 1,
     "interrupts": 1,
     "configurations": 1,

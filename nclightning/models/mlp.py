@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import OptimizerCallable
 
-from nclightning.models.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.models.backbones import ActivationName, InitName, TwoLayerBody, initialize, undefined_linear
 from nclightning.models.classifier import Penalty, RegularizedClassifier
 from nclightning.objective import LossName, Objective

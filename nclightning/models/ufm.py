@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
-from nclightning.models.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import RegularizedClassifier
 from nclightning.objective import LossName, Objective

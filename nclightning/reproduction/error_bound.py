@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ __all__ = [
     "Constants",
     "Reading",
     "Study",
-    "read_constants",
-    "read_readings",
+    "read",
     "study_constants",
     "study_error_bound",
     "study_problem",
@@ -80,6 +79,9 @@ class Constants:
     steps: int
 
 
+Row = TypeVar("Row", Reading, Constants)
+
+
 class Study(NamedTuple):
     """What the report shows of both studies.
 
@@ -130,39 +132,21 @@ def write(path: Path, rows: Sequence[Reading] | Sequence[Constants]) -> None:
         writer.writerows([repr(v) if isinstance(v, float) else v for v in astuple(row)] for row in rows)
 
 
-def read_readings(path: Path) -> list[Reading]:
+def read(path: Path, kind: type[Row]) -> list[Row]:
     """Read what :func:`write` wrote.
 
     Args:
         path: The file.
+        kind: :class:`Reading` or :class:`Constants`.
 
     Returns:
-        The readings.
+        Its rows.
     """
-    return [
-        Reading(row["kind"], row["loss"], int(row["num_classes"]), float(row["distance"]), float(row["ratio"]))
-        for row in _rows(path)
-    ]
-
-
-def read_constants(path: Path) -> list[Constants]:
-    """Read what :func:`write` wrote.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The constants.
-    """
-    return [
-        Constants(row["loss"], float(row["kappa_1"]), float(row["kappa_2"]), float(row["kappa_3"]), int(row["steps"]))
-        for row in _rows(path)
-    ]
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
+    convert = {"str": str, "int": int, "float": float}  # Fields carry their types as text.
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [
+            kind(*(convert[str(field.type)](row[field.name]) for field in fields(kind))) for row in csv.DictReader(file)
+        ]
 
 
 def study_problem(loss: str, num_classes: int) -> UFMProblem:
@@ -176,12 +160,19 @@ def _free(point: Solution) -> list[Tensor]:
     return [part for part in (point.weight, point.features, point.bias) if part is not None]
 
 
-def _measure(problem: UFMProblem, point: Solution, scale: float) -> tuple[float, float]:
-    """Relative distance, and distance over gradient norm times ``scale``."""
-    leaves = [part.detach().requires_grad_() for part in _free(point)]
+def _solution(parts: Sequence[Tensor], labels: Tensor) -> Solution:
+    """Put together what :func:`_free` took apart."""
+    return Solution(parts[0], parts[1], labels, parts[2] if len(parts) > 2 else None)
+
+
+def _gradients(problem: UFMProblem, point: Solution) -> tuple[Tensor, ...]:
     objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h)
-    value = objective(leaves[0], leaves[1], point.labels, leaves[2] if len(leaves) > 2 else None)
-    gradients = torch.autograd.grad(value, leaves)
+    return torch.autograd.grad(objective(point.weight, point.features, point.labels, point.bias), _free(point))
+
+
+def _measure(problem: UFMProblem, point: Solution, scale: float) -> tuple[float, float]:
+    """Distance, and distance over gradient norm times ``scale``."""
+    gradients = _gradients(problem, _solution([part.detach().requires_grad_() for part in _free(point)], point.labels))
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
     distance = float(problem.distance(point.weight, point.features, point.labels, point.bias, check_labels=False))
     return distance, scale * distance / norm
@@ -194,32 +185,26 @@ def _perturb(problem: UFMProblem, generator: torch.Generator) -> Iterator[Readin
             noise = [torch.randn(part.shape, dtype=torch.float64, generator=generator) for part in _free(optimum)]
             size = radius * problem.optimum_norm / math.sqrt(sum(float(part.square().sum()) for part in noise))
             moved = [part + size * n for part, n in zip(_free(optimum), noise, strict=True)]
-            point = Solution(moved[0], moved[1], optimum.labels, moved[2] if len(moved) > 2 else None)
-            distance, ratio = _measure(problem, point, mu)
+            distance, ratio = _measure(problem, _solution(moved, optimum.labels), mu)
             yield _reading("perturbation", problem, distance / problem.optimum_norm, ratio)
 
 
 def _descend(problem: UFMProblem, generator: torch.Generator) -> Iterator[Reading]:
-    """Follow gradient descent with the best fixed step from a perturbed optimum, whose slowest mode it ends in."""
+    """Follow gradient descent with the fixed step 1/L from a perturbed optimum, whose slowest mode it ends in."""
     start = problem.random_optimum(generator)
     scale = 0.3 * problem.optimum_norm / math.sqrt(sum(part.numel() for part in _free(start)))
     parts = [
         (part + scale * torch.randn(part.shape, dtype=torch.float64, generator=generator)).requires_grad_()
         for part in _free(start)
     ]
-    objective, step, mu = (
-        Objective(problem.loss, problem.lambda_w, problem.lambda_h),
-        1 / problem.smoothness,
-        problem.mu,
-    )
+    point, step, mu = _solution(parts, start.labels), 1 / problem.smoothness, problem.mu
     for iteration in range(_MOST_ITERATIONS):
-        bias = parts[2] if len(parts) > 2 else None
         if iteration % 20 == 0:
-            distance, ratio = _measure(problem, Solution(parts[0], parts[1], start.labels, bias), mu)
+            distance, ratio = _measure(problem, point, mu)
             if distance <= _FLOOR * problem.optimum_norm:
                 return
             yield _reading("trajectory", problem, distance / problem.optimum_norm, ratio)
-        gradients = torch.autograd.grad(objective(parts[0], parts[1], start.labels, bias), parts)
+        gradients = _gradients(problem, point)
         with torch.no_grad():
             for part, gradient in zip(parts, gradients, strict=True):
                 part.sub_(gradient, alpha=step)

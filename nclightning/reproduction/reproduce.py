@@ -14,10 +14,10 @@ from nclightning.figures import Run, draw_collapse, draw_error_bound, draw_gaps,
 from nclightning.figures.readings import Array
 from nclightning.reproduction.claims import METRICS_REACH, check_claims, check_error_bound
 from nclightning.reproduction.error_bound import (
+    Constants,
     Reading,
     Study,
-    read_constants,
-    read_readings,
+    read,
     study_constants,
     study_error_bound,
     write,
@@ -96,7 +96,7 @@ def _study(folder: Path, console: Console) -> Study:
         write(points, study_error_bound())
     if not constants.is_file():
         write(constants, study_constants())
-    study = Study(read_readings(points), read_constants(constants))
+    study = Study(read(points, Reading), read(constants, Constants))
     perturbed, descents, threshold = (
         _curves(study.readings, kind) for kind in ("perturbation", "trajectory", "threshold")
     )

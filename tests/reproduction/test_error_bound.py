@@ -11,9 +11,9 @@ from nclightning.reproduction import error_bound, reproduce
 from nclightning.reproduction.claims import check_error_bound
 from nclightning.reproduction.error_bound import (
     NEAR,
+    Constants,
     Reading,
-    read_constants,
-    read_readings,
+    read,
     study_constants,
     study_error_bound,
     study_problem,
@@ -94,10 +94,10 @@ def test_constants_of_fact_1_are_finite_and_ordered():
 
 def test_tables_come_back_as_they_were(tmp_path, readings):
     write(tmp_path / "a.csv", readings[:7])
-    assert read_readings(tmp_path / "a.csv") == readings[:7]
+    assert read(tmp_path / "a.csv", Reading) == readings[:7]
     constants = study_constants()[:1]
     write(tmp_path / "b.csv", constants)
-    assert read_constants(tmp_path / "b.csv") == constants
+    assert read(tmp_path / "b.csv", Constants) == constants
 
 
 def test_the_command_studies_once_and_draws_again(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Arguments that the models share: checked and resolved in one place."""
+"""Arguments that models, data and commands share: checked and resolved in one place."""
 
 from __future__ import annotations
 
