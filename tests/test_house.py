@@ -21,6 +21,7 @@ FLOORS = {
     "arguments": 1,
     "files": 1,
     "interrupts": 1,
+    "ranks": 1,
     "configurations": 1,
     "models": 2,
     "data": 2,

@@ -108,6 +108,21 @@ def full_batch(pl_module: L.LightningModule) -> bool:
     return hasattr(pl_module, "iterations_per_step")
 
 
+def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., Any]:
+    """Return a method by which full-batch modules are read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    method: Callable[..., Any] | None = getattr(pl_module, name, None)
+    if method is None:
+        raise ValueError(
+            f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
+            "it from nclightning.models.RegularizedClassifier."
+        )
+    return method
+
+
 def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
     """Yield the loaders of a stage in Lightning's order with their names; the name of a single one is empty."""
     if isinstance(loaders, Mapping):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
+from nclightning.ranks import sum_over_ranks
 from nclightning.sweep import untouched
 
 __all__ = ["Readings", "ReadingsMonitor"]
@@ -76,9 +77,10 @@ class ReadingsMonitor(L.Callback):
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
             num_samples = getattr(pl_module, "num_samples", None)
-            if len(batch[1]) != num_samples:
+            count = int(sum_over_ranks(torch.tensor(len(batch[1]), device=pl_module.device)))
+            if count != num_samples:
                 raise ValueError(
-                    f"{type(self).__name__} needs the whole training set in each batch, got {len(batch[1])} of "
+                    f"{type(self).__name__} needs the whole training set in each batch, got {count} of "
                     f"num_samples={num_samples}: a reading of a part would be a wrong number."
                 )
             self.prepare(pl_module, batch)

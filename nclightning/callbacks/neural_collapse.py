@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, full_batch
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
 from nclightning.callbacks.collection import Collection, Measuring, orthogonality, unlabelled
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.features import capture_features
 from nclightning.functional import ClassStatistics, class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
+from nclightning.ranks import merge_over_ranks
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -174,8 +174,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Measure the training set at an iterate."""
         assert self._metric is not None
         inputs, labels = batch
-        features = capture_features(pl_module, self._attachment.head_of(pl_module), inputs)
+        features = full_batch_method(pl_module, "features_of")(inputs)
         stats = class_statistics(features, labels, self._metric.num_classes, scatter=self._metric.keeps_scatter)
+        stats = merge_over_ranks(stats)
         return {f"nc/train/{name}": value for name, value in self._metric.read(stats).items()}
 
     # Training of other modules: a sweep, or the ordinary forwards.

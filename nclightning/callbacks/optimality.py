@@ -8,19 +8,23 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from nclightning.callbacks.attach import Attachment, full_batch
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.features import capture_during, find_head, pair_rows
-from nclightning.functional import distance_to_collapse
+from nclightning.features import find_head, pair_rows
+from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
+from nclightning.ranks import merge_over_ranks, sum_over_ranks
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
 # Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
 _LEAST_READINGS = 20
+# Elements of the features whose logits are formed at a time.
+_ELEMENTS_AT_A_TIME = 2**20
 
 
 class OptimalityMonitor(ReadingsMonitor):
@@ -211,21 +215,15 @@ class OptimalityMonitor(ReadingsMonitor):
             ) from error
         return problem
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure at the current parameters."""
-        head, labels = find_head(pl_module), batch[1]
-        objective = _objective_of(pl_module)
-        value, features = capture_during(lambda: objective(batch), pl_module, head)
-        params = [p for p in pl_module.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(value, params, allow_unused=True)
-        grad_norm = torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()
-        readings: dict[str, Tensor | float] = {"loss": value.detach()}
+        value, grad_norm = full_batch_method(pl_module, "value_and_grad_norm")(batch)
+        readings: dict[str, Tensor | float] = {"loss": value}
         if self._problem is not None:
-            point = (head.weight, features, labels, head.bias)
-            distance = self._problem.distance(*point, check_labels=False)
-            readings["optimality/gap"] = self._problem.optimality_gap(*point, check_labels=False)
-            readings["optimality/distance"] = distance
+            features = full_batch_method(pl_module, "features_of")(batch[0])
+            gap, distance = _gap_and_distance(self._problem, find_head(pl_module), features, batch[1])
+            readings |= {"optimality/gap": gap, "optimality/distance": distance}
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
             readings["optimality/error_bound_ratio"] = distance / grad_norm
@@ -287,17 +285,31 @@ class OptimalityMonitor(ReadingsMonitor):
         self._problem, self._mu = self.find_problem(pl_module), None
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
-        pl_module.log_dict({tag: value for tag, value in readings.items() if tag.startswith("optimality/")})
+        # As tensors: of plain numbers Lightning makes float32.
+        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
+        pl_module.log_dict({tag: value for tag, value in values.items() if tag.startswith("optimality/")})
 
 
-def _objective_of(pl_module: L.LightningModule) -> Callable[[Batch], Tensor]:
-    objective: Callable[[Batch], Tensor] | None = getattr(pl_module, "evaluate_objective", None)
-    if objective is None:
-        raise ValueError(
-            f"OptimalityMonitor needs the objective of {type(pl_module).__name__}: give it a method "
-            "evaluate_objective(batch)."
-        )
-    return objective
+def _gap_and_distance(
+    problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Read both off the class means and spreads of all processes, a part of the features at a time."""
+    if problem.collapses and problem.rank < problem.num_classes - 1:
+        point = (head.weight, features, labels, head.bias)
+        return problem.optimality_gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
+    stats = merge_over_ranks(class_statistics(features, labels, problem.num_classes, scatter=False))
+    rows = max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
+    weight, bias = head.weight.double(), None if head.bias is None else head.bias.double()
+    divergence = torch.stack(
+        [
+            problem.divergence(linear(part.double(), weight, bias), own).sum()
+            for part, own in zip(features.split(rows), labels.split(rows), strict=True)
+        ]
+    ).sum()
+    mean_divergence = sum_over_ranks(divergence) / problem.num_samples
+    spread = stats.spreads.sum()
+    gap = problem.gap_from_moments(weight, stats.means, spread, mean_divergence)
+    return gap, problem.distance_from_moments(weight, stats.means, spread, bias)
 
 
 def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:

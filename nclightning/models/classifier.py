@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from nclightning.features import capture_features
 from nclightning.interrupts import deferred_interrupt
+from nclightning.models.graph import GraphLine
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.ranks import sum_over_ranks
 from nclightning.theory import UFMProblem
 
 __all__ = ["Penalty", "RegularizedClassifier"]
@@ -97,6 +100,41 @@ class RegularizedClassifier(L.LightningModule):
                 logits, weight, parameters_to_vector(self.backbone.parameters()), labels, bias
             )
         return self.objective.from_logits(logits, weight, features, labels, bias, self.num_samples)
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """Compute what enters the head.
+
+        Args:
+            x: Input of a batch.
+
+        Returns:
+            ``(B, d)``.
+        """
+        return capture_features(self, self.head, x)
+
+    def value_and_grad_norm(self, batch: Batch) -> tuple[Tensor | float, Tensor | float]:
+        """Evaluate F and the norm of its gradient over all trainable parameters, and leave their gradients as they are.
+
+        Args:
+            batch: The samples of this process.
+
+        Returns:
+            Two numbers of the whole objective: those of the last step where they are still good, else scalars on the
+            device.
+        """
+        fitting = self._trainer is not None and self.trainer.training
+        optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
+        known = optimizer.evaluation() if isinstance(optimizer, ArmijoGD) else None
+        if known is not None:
+            return known.value, math.sqrt(known.square)
+        params = [p for p in self.parameters() if p.requires_grad]
+        gradients = [p.grad for p in params]
+        try:
+            value, square = self.line(batch, params).measure()
+        finally:
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+        return value, square.sqrt()
 
     @property
     def problem(self) -> UFMProblem:
@@ -180,7 +218,7 @@ class RegularizedClassifier(L.LightningModule):
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
-        closure = self._closure(optimizer, batch)
+        closure = self.line(batch, [p for group in optimizer.param_groups for p in group["params"]])
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
         with deferred_interrupt() as interrupt:
@@ -203,14 +241,21 @@ class RegularizedClassifier(L.LightningModule):
                 loop.manual_optimization.optim_step_progress.increment_by(done)
                 loop._batches_that_stepped = start + done
 
-    def _closure(self, optimizer: Optimizer, batch: Batch) -> Callable[[], Any]:
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = self.evaluate_objective(batch)
-            value.backward()  # type: ignore[no-untyped-call]
-            return value.detach()
+    def line(self, batch: Batch, params: list[Tensor]) -> LineObjective:
+        """Make F on the training set a closure and a line for optimizers.
 
-        return closure
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            The whole objective, summed over processes.
+        """
+        # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
+        share = len(batch[1]) / self.num_samples
+        if share == 1.0:
+            return GraphLine(lambda: self.evaluate_objective(batch), params)
+        return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.models.backbones import FeatureTable, undefined_linear
-from nclightning.models.classifier import RegularizedClassifier
+from nclightning.models.classifier import Batch, RegularizedClassifier
+from nclightning.models.closed_form import UFMLine
 from nclightning.objective import LossName, Objective
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.ranks import sum_over_ranks
 
 __all__ = ["UFM"]
 
@@ -68,6 +70,7 @@ class UFM(RegularizedClassifier):
             optimizer=optimizer,
             iterations_per_step=iterations_per_step,
         )
+        self._all_rows: Tensor | None = None  # Indices that were seen to be those of all rows.
         lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
         self.save_hyperparameters(ignore=["optimizer"])
         self.reset_parameters(init_scale)
@@ -83,6 +86,50 @@ class UFM(RegularizedClassifier):
             p.copy_(init_scale * torch.randn(p.shape, dtype=torch.float64))
         if self.head.bias is not None:
             self.head.bias.zero_()
+
+    def line(self, batch: Batch, params: list[Tensor]) -> LineObjective:
+        """Make F a closure and a line for optimizers, in closed form unless head or backbone were changed.
+
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            As :meth:`RegularizedClassifier.line`.
+        """
+        index, labels = batch
+        features, head = self.features, list(self.head.parameters())
+        if not self._is_plain() or {id(p) for p in params} != {id(p) for p in (features, *head)}:
+            return super().line(batch, params)
+        assert isinstance(self.backbone, FeatureTable)
+        if index is not self._all_rows:
+            if not self.backbone.holds(index):
+                return super().line(batch, params)
+            self._all_rows = index
+        reduce = sum_over_ranks if len(features) < self.num_samples else None
+        return UFMLine(self.objective, features, head, labels, params, self.num_samples, reduce)
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """Return the features of samples; those of the training set are not copied.
+
+        Args:
+            x: Sample indices.
+
+        Returns:
+            ``(B, d)``.
+        """
+        return self.features if x is self._all_rows and self._is_plain() else super().features_of(x)
+
+    def _is_plain(self) -> bool:
+        """Whether what autograd would differentiate is Problem (2) as it stands, with no hook to miss a call."""
+        methods = all(
+            getattr(type(self), name) is getattr(RegularizedClassifier, name)
+            for name in ("evaluate_objective", "forward")
+        )
+        modules = type(self.head) is nn.Linear and type(self.backbone) is FeatureTable
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in (self.head, self.backbone))
+        free = all(p.requires_grad for p in self.parameters()) and self.objective.lambda_b == 0.0
+        return methods and modules and free and not hooks
 
     @property
     def features(self) -> nn.Parameter:
