@@ -49,7 +49,7 @@ class ArmijoGD(Optimizer):
         initial_step: First trial of the first step.
         shrink: Factor in (0, 1) applied after a rejected trial.
         grow: Factor of at least 1 applied to the next first trial once ``patience`` first trials in a row were
-            accepted.
+            accepted and a quadratic with the curvature that the last step met would accept the larger one too.
         patience: How many; growing at every step would waste every second evaluation.
         c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
         max_trials: Trials per step before the search gives up.
@@ -81,7 +81,7 @@ class ArmijoGD(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         initial_step: float = 1.0,
         shrink: float = 0.5,
-        grow: float = 2.0,
+        grow: float = 4.0,
         patience: int = 2,
         c1: float = 0.3,
         max_trials: int = 60,
@@ -201,7 +201,7 @@ class ArmijoGD(Optimizer):
                 evaluations += 1
                 verdict = self._judge(start, trial, size)
                 if verdict is not None:
-                    self._adapt(size, first_trial)
+                    self._adapt(start, trial, size, first_trial)
                     return self._finish(params, start, trial, verdict, size, evaluations)
                 size *= options["shrink"]
                 first_trial = False
@@ -229,13 +229,17 @@ class ArmijoGD(Optimizer):
         noise = self._options["noise"]
         return 64 * start.epsilon if noise is None else noise
 
-    def _adapt(self, size: float, first_trial: bool) -> None:
+    def _adapt(self, start: Evaluation, trial: Evaluation, size: float, first_trial: bool) -> None:
         """Choose the next first trial after an accepted step."""
+        options = self._options
         self._streak = self._streak + 1 if first_trial else 0
         self._next_step = size
-        if self._streak >= self._options["patience"] and math.isfinite(size * self._options["grow"]):
-            self._next_step = size * self._options["grow"]
-            self._streak = 0
+        if self._streak >= options["patience"] and math.isfinite(size * options["grow"]):
+            # Of a quadratic this is the step times the curvature along it, and up to 2 (1 - c1) steps are accepted.
+            product = 1 - inner_product(start.gradients, trial.gradients) / start.square
+            if options["grow"] * product <= 2 * (1 - options["c1"]):
+                self._next_step = size * options["grow"]
+                self._streak = 0
 
     def _finish(
         self,
