@@ -51,7 +51,7 @@ class ArmijoGD(Optimizer):
         initial_step: First trial of the first step.
         shrink: Factor in (0, 1) applied after a rejected trial.
         grow: Factor of at least 1 applied to the next first trial once ``patience`` first trials in a row were
-            accepted.
+            accepted and a quadratic with the curvature that the last step met would accept the larger one too.
         patience: How many; growing at every step would waste every second evaluation.
         c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
         max_trials: Trials per step before the search gives up.
@@ -83,7 +83,7 @@ class ArmijoGD(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         initial_step: float = 1.0,
         shrink: float = 0.5,
-        grow: float = 2.0,
+        grow: float = 4.0,
         patience: int = 2,
         c1: float = 0.3,
         max_trials: int = 60,
@@ -201,10 +201,10 @@ class ArmijoGD(Optimizer):
                 if number > 0 and (number > 1 or value == start.value) and line.stands_still():
                     status = SearchStatus.STALLED
                     break
-                verdict = self._judge(start, value, size, line)
+                verdict, bend = self._judge(start, value, size, line)
                 end = None if verdict is None else line.accept()
                 if verdict is not None and end is not None and end.finite:
-                    self._adapt(size, first_trial=number == 0)
+                    self._adapt(size, bend, first_trial=number == 0)
                     return self._finish(params, start, end, verdict, size, evaluations)
                 size *= self._options["shrink"]
         except BaseException:
@@ -216,26 +216,39 @@ class ArmijoGD(Optimizer):
         line.reject()
         return self._finish(params, start, start, status, 0.0, evaluations)
 
-    def _judge(self, start: Evaluation, value: float, size: float, line: LineObjective) -> SearchStatus | None:
-        """Decide on a trial; None rejects it."""
+    def _judge(
+        self, start: Evaluation, value: float, size: float, line: LineObjective
+    ) -> tuple[SearchStatus | None, float]:
+        """Decide on a trial; None rejects it.
+
+        Returns:
+            Status, and how much the line bends over the step: the step times the curvature along it. On a quadratic
+            both conditions accept up to 2 (1 - c1).
+        """
         if not math.isfinite(value):
-            return None
+            return None, math.inf
         c1, change = self._options["c1"], value - start.value
         noise = self._noise(start)
         if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
-            return SearchStatus.ACCEPTED_BY_SLOPE if line.slope() >= -(1 - 2 * c1) * start.square else None
-        return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
+            slope = line.slope()
+            accepted = slope >= -(1 - 2 * c1) * start.square
+            return SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, 1 - slope / start.square
+        linear = size * start.square
+        bend = 2 * (1 + change / linear) if linear > 0 else math.inf
+        return SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]
         return 64 * start.epsilon if noise is None else noise
 
-    def _adapt(self, size: float, first_trial: bool) -> None:
+    def _adapt(self, size: float, bend: float, first_trial: bool) -> None:
         """Choose the next first trial after an accepted step."""
+        options = self._options
         self._streak = self._streak + 1 if first_trial else 0
         self._next_step = size
-        if self._streak >= self._options["patience"] and math.isfinite(size * self._options["grow"]):
-            self._next_step = size * self._options["grow"]
+        due = self._streak >= options["patience"] and math.isfinite(size * options["grow"])
+        if due and options["grow"] * bend <= 2 * (1 - options["c1"]):
+            self._next_step = size * options["grow"]
             self._streak = 0
 
     def _finish(
