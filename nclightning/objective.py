@@ -101,7 +101,7 @@ class Objective:
         return value
 
     def residual_(self, logits: Tensor, labels: Tensor) -> Tensor:
-        r"""Replace logits by the derivative of the summed loss in closed form: :math:`z_i - e_{y_i}` or softmax minus it.
+        r"""Replace logits by the derivative of the summed loss, :math:`z_i - e_{y_i}` or softmax minus that, in place.
 
         Args:
             logits: ``(B, K)``, overwritten.

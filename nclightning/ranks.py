@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -91,8 +93,8 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     dist.all_gather(everybody, flat)
     merged: ClassStatistics | None = None
     for each in everybody:
-        parts = each.split([value.numel() for value in tensors.values()])
-        own = {
+        parts = torch.split(each, [value.numel() for value in tensors.values()])
+        own: dict[str, Any] = {
             name: part.view_as(value).to(value.dtype)
             for (name, value), part in zip(tensors.items(), parts, strict=True)
         }

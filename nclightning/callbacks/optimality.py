@@ -16,7 +16,7 @@ from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.features import find_head, pair_rows
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
-from nclightning.ranks import merge_over_ranks, sum_over_ranks
+from nclightning.ranks import merge_over_ranks, sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -171,7 +171,7 @@ class OptimalityMonitor(ReadingsMonitor):
         """Find the problem and check that the labels are balanced."""
         self._problem = self.find_problem(pl_module)
         if self._problem is not None:
-            self._problem.check_labels(batch[1])
+            _check_balance(self._problem, batch[1])
         self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
@@ -186,8 +186,8 @@ class OptimalityMonitor(ReadingsMonitor):
         problem = self.find_problem(pl_module)
         if problem is None or _step_taken(pl_module) is None:
             return False
-        free = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        return free == sum(entry.multiplicity for entry in problem.spectrum())
+        free = full_batch_method(pl_module, "count_free_parameters")()
+        return bool(free == sum(entry.multiplicity for entry in problem.spectrum()))
 
     def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
         """Take the module's UFM, or None with ``theory=False``.
@@ -290,9 +290,26 @@ class OptimalityMonitor(ReadingsMonitor):
         pl_module.log_dict({tag: value for tag, value in values.items() if tag.startswith("optimality/")})
 
 
-def _gap_and_distance(
-    problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
+def _check_balance(problem: UFMProblem, labels: Tensor) -> None:
+    """Raise unless the labels of all processes are balanced."""
+    if world_size() == 1:
+        problem.check_labels(labels)
+        return
+    invalid = ((labels < 0) | (labels >= problem.num_classes)).sum()
+    counts = torch.bincount(labels.clamp(0, problem.num_classes - 1), minlength=problem.num_classes)
+    if int(sum_over_ranks(invalid)) or bool((sum_over_ranks(counts) != problem.samples_per_class).any()):
+        raise ValueError(
+            f"the labels of all processes together must hold each of the classes 0..{problem.num_classes - 1} exactly "
+            f"{problem.samples_per_class} times: the closed forms are those of balanced data."
+        )
+    if problem.rank < problem.num_classes - 1:
+        raise ValueError(
+            f"gap and distance of features shared by processes need feature_dim of at least {problem.num_classes - 1}, "
+            f"got {problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
+        )
+
+
+def _gap_and_distance(problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Read both off the class means and spreads of all processes, a part of the features at a time."""
     if problem.collapses and problem.rank < problem.num_classes - 1:
         point = (head.weight, features, labels, head.bias)
@@ -303,7 +320,7 @@ def _gap_and_distance(
     divergence = torch.stack(
         [
             problem.divergence(linear(part.double(), weight, bias), own).sum()
-            for part, own in zip(features.split(rows), labels.split(rows), strict=True)
+            for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
         ]
     ).sum()
     mean_divergence = sum_over_ranks(divergence) / problem.num_samples

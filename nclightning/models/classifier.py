@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -112,6 +113,10 @@ class RegularizedClassifier(L.LightningModule):
         """
         return capture_features(self, self.head, x)
 
+    def count_free_parameters(self) -> int:
+        """Count the trainable numbers of the whole model."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
     def value_and_grad_norm(self, batch: Batch) -> tuple[Tensor | float, Tensor | float]:
         """Evaluate F and the norm of its gradient over all trainable parameters, and leave their gradients as they are.
 
@@ -187,10 +192,10 @@ class RegularizedClassifier(L.LightningModule):
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
                 "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
             )
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
-                f"the full-batch loop runs in one process, got {trainer.world_size}: its gradients are not summed over "
-                "processes. Set trainer.devices=1 and trainer.num_nodes=1."
+                f"{type(trainer.strategy).__name__} does not fit the full-batch loop, which sums gradients over "
+                "processes by itself: set trainer.strategy=ddp."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
@@ -218,7 +223,7 @@ class RegularizedClassifier(L.LightningModule):
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
-        closure = self.line(batch, [p for group in optimizer.param_groups for p in group["params"]])
+        closure: Any = self.line(batch, [p for group in optimizer.param_groups for p in group["params"]])
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
         with deferred_interrupt() as interrupt:
@@ -232,8 +237,12 @@ class RegularizedClassifier(L.LightningModule):
                     if failure is not None:
                         self.print(f"Iteration {start + done}: {failure}")
                         trainer.should_stop = True
-                    if trainer.should_stop or interrupt.waiting:
+                    # Processes go in step: one that was interrupted alone waits for the end of this call.
+                    if trainer.should_stop or (interrupt.waiting and trainer.world_size == 1):
                         break
+                if trainer.world_size > 1:
+                    anywhere = sum_over_ranks(torch.tensor(int(interrupt.waiting), device=self.device))
+                    interrupt.waiting = bool(anywhere)
             finally:
                 # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
                 # second line is the x-axis of whatever else is logged through the module.
@@ -241,7 +250,7 @@ class RegularizedClassifier(L.LightningModule):
                 loop.manual_optimization.optim_step_progress.increment_by(done)
                 loop._batches_that_stepped = start + done
 
-    def line(self, batch: Batch, params: list[Tensor]) -> LineObjective:
+    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
 
         Args:
@@ -259,11 +268,18 @@ class RegularizedClassifier(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
-        self.log("loss", self.evaluate_objective(batch))
+        self._log_objective(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
-        self.log("loss", self.evaluate_objective(batch))
+        self._log_objective(batch)
+
+    def _log_objective(self, batch: Batch) -> None:
+        # Lightning takes the mean over processes; weights make it that over samples.
+        weight = 1.0
+        if self.trainer.world_size > 1:
+            weight = len(batch[1]) * self.trainer.world_size / self.num_samples
+        self.log("loss", weight * self.evaluate_objective(batch), sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check it, and say what a resume ignores."""

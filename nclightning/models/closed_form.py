@@ -14,7 +14,7 @@ costs one of the three matrix products, and what is held beside the features is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,9 +69,9 @@ class UFMLine(LineObjective):
         self,
         objective: Objective,
         features: Tensor,
-        head: list[Tensor],
+        head: Sequence[Tensor],
         labels: Tensor,
-        params: list[Tensor],
+        params: Sequence[Tensor],
         num_samples: int,
         sum_over_ranks: Callable[[Tensor], object] | None = None,
     ) -> None:
@@ -117,15 +117,16 @@ class UFMLine(LineObjective):
     def begin(self, start: Evaluation) -> None:
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
         by_owner = dict(zip(self._order, start.gradients, strict=True))
-        gradients = [by_owner[i] for i in range(len(self._owners))]
-        if any(new is not old for new, old in zip(gradients, self._gradients or [None], strict=False)):
-            self._write_to([g for g in gradients if g is not None])
+        gradients = [g for i in range(len(self._owners)) if (g := by_owner[i]) is not None]
+        known = len(self._gradients) == len(gradients)
+        if not known or any(new is not old for new, old in zip(gradients, self._gradients, strict=True)):
+            self._write_to(gradients)
 
     def _write_to(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
         whole = (self._features, gradients[0], self._residual, self._labels)
-        parts = zip(*(tensor.split(self._rows_at_a_time) for tensor in whole), strict=True)
-        self._rows = [_Rows(*part, room=self._room.narrow(0, 0, len(part[0]))) for part in parts]
+        parts = zip(*(torch.split(tensor, self._rows_at_a_time) for tensor in whole), strict=True)
+        self._rows = [_Rows(h, g, r, y, self._room.narrow(0, 0, len(h))) for h, g, r, y in parts]
         self._head = [
             _Head(owner.detach(), gradient, torch.empty_like(gradient), torch.empty_like(gradient))
             for owner, gradient in zip(self._owners[1:], gradients[1:], strict=True)
@@ -146,10 +147,9 @@ class UFMLine(LineObjective):
         sums = []
         for rows in self._rows:
             features = self._trial_features(rows)
-            if len(self._head) == 1:
-                torch.mm(features, transposed, out=rows.residual)
-            else:
-                torch.addmm(self._head[1].trial, features, transposed, out=rows.residual)
+            torch.mm(features, transposed, out=rows.residual)
+            for bias in self._head[1:]:
+                rows.residual.add_(bias.trial)
             sums += [self._objective.residual_(rows.residual, rows.labels), square_norm(features)]
         total = _total(sums, 2)
         if self._sum_over_ranks is not None:
@@ -168,10 +168,10 @@ class UFMLine(LineObjective):
         slopes = []
         for rows in self._rows:
             features = self._trial_features(rows)
-            weight_gradient.addmm_(rows.residual.T, features)
+            weight_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
             slopes.append(_inner(self._feature_gradient(features, rows.residual, out=features), rows.gradient))
         slope = self._complete_head(_total(slopes))
-        return _total([slope[0], *(_inner(part.trial_gradient, part.gradient) for part in self._head)])[0]
+        return torch.cat([slope, *(_inner(part.trial_gradient, part.gradient).view(1) for part in self._head)]).sum()
 
     def stands_still(self) -> bool:
         """Compare the trial point with the start."""
@@ -197,7 +197,7 @@ class UFMLine(LineObjective):
         for rows in self._rows:
             features = rows.features.sub_(rows.gradient, alpha=self._size) if move else rows.features
             if not known:
-                weight_gradient.addmm_(rows.residual.T, features)
+                weight_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
             squares.append(square_norm(self._feature_gradient(features, rows.residual, out=rows.gradient)))
         square = _total(squares)
         if not known:
@@ -207,32 +207,28 @@ class UFMLine(LineObjective):
         if move:
             for part in self._head:
                 part.current.sub_(part.gradient, alpha=self._size)
-        self._head = [
-            part._replace(gradient=part.trial_gradient, trial_gradient=part.gradient) for part in self._head
-        ]
+        self._head = [part._replace(gradient=part.trial_gradient, trial_gradient=part.gradient) for part in self._head]
         self._gradients[1:] = [part.gradient for part in self._head]
-        return _total([square[0], *(square_norm(part.gradient) for part in self._head)])[0]
+        return torch.cat([square, *(square_norm(part.gradient).view(1) for part in self._head)]).sum()
 
     def reject(self) -> None:
         """Do nothing: trials do not move the parameters."""
 
     def _feature_gradient(self, features: Tensor, residual: Tensor, out: Tensor) -> Tensor:
         weight, lambda_h = self._head[0].trial, self._objective.lambda_h
-        return torch.addmm(features, residual, weight, beta=lambda_h, alpha=1 / self._num_samples, out=out)
+        return torch.mul(features, lambda_h, out=out).addmm_(residual, weight, alpha=1 / self._num_samples)
 
     def _complete_head(self, summand: Tensor) -> Tensor:
-        """Make the gradient of the head out of :math:`R^T H`; sum that, and a summand, over processes on the way."""
+        """Make the gradient of the head out of its parts; sum them, and a summand, over processes on the way."""
         gradients = [part.trial_gradient for part in self._head]
         for bias_gradient in gradients[1:]:
-            torch.sum(self._residual, dim=0, out=bias_gradient)
+            torch.mul(self._residual.sum(dim=0), 1 / self._num_samples, out=bias_gradient)
         if self._sum_over_ranks is not None:
             parts = [summand, *gradients]
             flat = torch.cat([part.reshape(-1).double() for part in parts])
             self._sum_over_ranks(flat)
-            for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
                 part.copy_(total.view_as(part))
-        for gradient in gradients:
-            gradient.mul_(1 / self._num_samples)
         gradients[0].add_(self._head[0].trial, alpha=self._objective.lambda_w)
         self._head_is_known = True
         return summand

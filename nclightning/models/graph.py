@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class GraphLine(ClosureLine):
     def __init__(
         self,
         objective: Callable[[], Tensor],
-        params: list[Tensor],
+        params: Sequence[Tensor],
         sum_over_ranks: Callable[[Tensor], object] | None = None,
     ) -> None:
         super().__init__(objective, params)
@@ -84,7 +84,7 @@ class GraphLine(ClosureLine):
         present = [g for g in self._gradients() if g is not None]
         if self._sum_over_ranks is not None and present:
             flat = self._sum(torch.cat([g.reshape(-1) for g in present]))
-            for g, total in zip(present, flat.split([g.numel() for g in present]), strict=True):
+            for g, total in zip(present, torch.split(flat, [g.numel() for g in present]), strict=True):
                 g.copy_(total.view_as(g))
         return torch.finfo(share.dtype).eps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -12,13 +14,15 @@ from nclightning.models.classifier import Batch, RegularizedClassifier
 from nclightning.models.closed_form import UFMLine
 from nclightning.objective import LossName, Objective
 from nclightning.optim import ArmijoGD, LineObjective
-from nclightning.ranks import sum_over_ranks
+from nclightning.ranks import own_rows, sum_over_ranks
 
 __all__ = ["UFM"]
 
 
 class UFM(RegularizedClassifier):
     r"""The unconstrained feature model: features are free parameters (paper, Problems (5) and (8)).
+
+    On several processes (``trainer.strategy=ddp``) each holds rows of its own of the features, and the head as a whole.
 
     MSE comes with a free bias, cross-entropy without one, as in the paper. All sizes and penalties are given here
     once; :class:`~nclightning.data.IndexDataModule` takes them over.
@@ -87,7 +91,26 @@ class UFM(RegularizedClassifier):
         if self.head.bias is not None:
             self.head.bias.zero_()
 
-    def line(self, batch: Batch, params: list[Tensor]) -> LineObjective:
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Each process has rows of its own: DistributedDataParallel must not make them equal."""
+        return ["backbone.features"]
+
+    def configure_model(self) -> None:
+        """Keep the rows of this process."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        table = self.backbone
+        assert isinstance(table, FeatureTable)
+        if not table.is_shared:
+            table.keep_rows(*own_rows(self.num_samples, self.trainer.global_rank, self.trainer.world_size))
+
+    def count_free_parameters(self) -> int:
+        """Count the trainable numbers of the whole model, over all processes."""
+        rows = self.num_samples - len(self.features)
+        return super().count_free_parameters() + rows * self.features.shape[1] * self.features.requires_grad
+
+    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
         """Make F a closure and a line for optimizers, in closed form unless head or backbone were changed.
 
         Args:
@@ -99,15 +122,27 @@ class UFM(RegularizedClassifier):
         """
         index, labels = batch
         features, head = self.features, list(self.head.parameters())
-        if not self._is_plain() or {id(p) for p in params} != {id(p) for p in (features, *head)}:
-            return super().line(batch, params)
-        assert isinstance(self.backbone, FeatureTable)
-        if index is not self._all_rows:
-            if not self.backbone.holds(index):
-                return super().line(batch, params)
+        table = self.backbone
+        assert isinstance(table, FeatureTable)
+        plain = self._is_plain() and {id(p) for p in params} == {id(p) for p in (features, *head)}
+        if plain and index is not self._all_rows and table.holds(index):
             self._all_rows = index
-        reduce = sum_over_ranks if len(features) < self.num_samples else None
-        return UFMLine(self.objective, features, head, labels, params, self.num_samples, reduce)
+        if not plain or index is not self._all_rows:
+            if table.is_shared:
+                raise ValueError(
+                    "features shared by processes are trained in closed form only, which needs head and features as "
+                    "they come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
+                )
+            return super().line(batch, params)
+        return UFMLine(
+            self.objective,
+            features,
+            head,
+            labels,
+            params,
+            self.num_samples,
+            sum_over_ranks if table.is_shared else None,
+        )
 
     def features_of(self, x: Tensor) -> Tensor:
         """Return the features of samples; those of the training set are not copied.

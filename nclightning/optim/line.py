@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class LineObjective(ABC):
 
     It is a closure in torch's sense as well: a call sets the gradients at the current parameters and returns the value,
     so that any optimizer can step it. A search goes ``begin``, then ``trial`` as often as needed, each perhaps
-    followed by ``slope``, then ``accept`` or ``reject``. On several processes all numbers that it returns are those of
+    followed by ``slope``, then ``accept`` or ``reject``, all under ``torch.no_grad``. On several processes all numbers that it returns are those of
     the whole objective, the same bits on each.
     """
 
@@ -91,7 +91,7 @@ class ClosureLine(LineObjective):
         params: What it depends on.
     """
 
-    def __init__(self, closure: Callable[[], Any], params: list[Tensor]) -> None:
+    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> None:
         self._closure = closure
         self._params = params
 
@@ -150,11 +150,12 @@ class ClosureLine(LineObjective):
         for p in self._params:
             p.grad = None
         with torch.enable_grad():
-            result = self._closure()
+            result: Any = self._closure()
         if not isinstance(result, Tensor):
             result = torch.as_tensor(result, dtype=torch.float64) if isinstance(result, (int, float)) else None
         if result is None or result.numel() != 1 or result.is_complex():
             raise ValueError("the closure of ArmijoGD.step must return the objective as one real number.")
+        assert isinstance(result, Tensor)
         return result
 
     def _gradients(self) -> list[Tensor | None]:
