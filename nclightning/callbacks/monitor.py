@@ -16,7 +16,7 @@ from nclightning.loggers import RunLogger
 from nclightning.ranks import sum_over_ranks
 from nclightning.sweep import untouched
 
-__all__ = ["Readings", "ReadingsMonitor"]
+__all__ = ["Readings", "ReadingsMonitor", "count_samples"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -77,7 +77,7 @@ class ReadingsMonitor(L.Callback):
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
             num_samples = getattr(pl_module, "num_samples", None)
-            count = int(sum_over_ranks(torch.tensor(len(batch[1]), device=pl_module.device)))
+            count = count_samples(batch)
             if count != num_samples:
                 raise ValueError(
                     f"{type(self).__name__} needs the whole training set in each batch, got {count} of "
@@ -128,6 +128,11 @@ class ReadingsMonitor(L.Callback):
         if Readings.of(trainer).flush(trainer):
             for logger in trainer.loggers:
                 logger.save()
+
+
+def count_samples(batch: Batch) -> int:
+    """Count the samples of a batch on all processes, which must all ask."""
+    return int(sum_over_ranks(torch.tensor(len(batch[1]), device=batch[1].device)))
 
 
 class Readings:

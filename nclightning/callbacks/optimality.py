@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
+from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor, count_samples
 from nclightning.features import find_head, pair_rows
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
@@ -280,14 +280,15 @@ class OptimalityMonitor(ReadingsMonitor):
         self._log_pass(pl_module, batch)
 
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        if len(batch[1]) != getattr(pl_module, "num_samples", None):
+        if not full_batch(pl_module) or count_samples(batch) != getattr(pl_module, "num_samples", None):
             return  # A part of the data has no optimality gap.
         self._problem, self._mu = self.find_problem(pl_module), None
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         # As tensors: of plain numbers Lightning makes float32.
         values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
-        pl_module.log_dict({tag: value for tag, value in values.items() if tag.startswith("optimality/")})
+        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
+        pl_module.log_dict(own, sync_dist=True)  # The same on all processes.
 
 
 def _check_balance(problem: UFMProblem, labels: Tensor) -> None:

@@ -135,7 +135,7 @@ class RegularizedClassifier(L.LightningModule):
         params = [p for p in self.parameters() if p.requires_grad]
         gradients = [p.grad for p in params]
         try:
-            value, square = self.line(batch, params).measure()
+            value, square = self.measuring_line(batch, params).measure()
         finally:
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -265,6 +265,18 @@ class RegularizedClassifier(L.LightningModule):
         if share == 1.0:
             return GraphLine(lambda: self.evaluate_objective(batch), params)
         return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
+
+    def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+        """Make F a line to measure with.
+
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            As :meth:`line`.
+        """
+        return self.line(batch, params)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""

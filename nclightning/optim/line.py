@@ -19,9 +19,9 @@ class LineObjective(ABC):
     """An objective that knows more than a closure: values without gradients, and how to move.
 
     It is a closure in torch's sense as well: a call sets the gradients at the current parameters and returns the value,
-    so that any optimizer can step it. A search goes ``begin``, then ``trial`` as often as needed, each perhaps
-    followed by ``slope``, then ``accept`` or ``reject``, all under ``torch.no_grad``. On several processes all numbers that it returns are those of
-    the whole objective, the same bits on each.
+    so that any optimizer can step it. A search goes ``begin``, then ``trial`` as often as needed, each perhaps followed
+    by ``slope``, then ``accept`` or ``reject``, all under ``torch.no_grad``. On several processes all numbers that it
+    returns are those of the whole objective, the same bits on each.
     """
 
     @abstractmethod
