@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "objective": 0,
+    "sharding": 0,
     "theory": 0,
     "functional": 0,
     "optim": 1,

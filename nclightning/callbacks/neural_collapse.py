@@ -228,7 +228,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         sets: dict[str, tuple[Any, dict[str, ClassStatistics]]] = {"train": (trainer.train_dataloader, centres)}
         for name, loader in self.datasets.items():
             sets[name] = loader, self._statistics(trainer, pl_module, loader, name not in self.ood)
-        head, values = self._attachment.head_of(pl_module), {}
+        head, values = self._attachment.whole_head_of(pl_module), {}
         for name, (loader, stats) in sets.items():
             if name in self.ood:
                 values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
@@ -337,7 +337,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         if self._pass is not None:
             with self._guard():
-                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read().items()})
+                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read(pl_module).items()})
         self._pass, self._waiting = self._waiting, None
 
     # How readings reach loggers and other callbacks.

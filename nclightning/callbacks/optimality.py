@@ -153,7 +153,7 @@ class OptimalityMonitor(ReadingsMonitor):
             head = self._attachment.head_of(pl_module)
             return NeuralCollapse(head.out_features, head.in_features, head, measures=("nc1_ratio",))
 
-        stats, head = run(light).gathered(), self._attachment.head_of(pl_module)
+        stats, head = run(light).gathered(), self._attachment.whole_head_of(pl_module)
         assert self.loss is not None
         sizes = self.loss, head.out_features, int(stats.counts.max()), head.in_features
         if self.penalties is None:
