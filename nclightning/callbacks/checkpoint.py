@@ -6,9 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from nclightning.files import replaced
 
 __all__ = ["LastCheckpoint"]
+
+
+class _DirectCheckpointIO(TorchCheckpointIO):
+    """Writes local files straight to disk, in one step; Lightning's own makes each a second time in memory."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint, or leave what is there."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(target) as partial:
+            torch.save(checkpoint, partial)
 
 
 class LastCheckpoint(Checkpoint):
@@ -32,8 +50,10 @@ class LastCheckpoint(Checkpoint):
         self._saved: int | None = None  # Until a fit has started there is nothing to save.
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget the fit before."""
+        """Forget the fit before; write files without a copy in memory, unless the user chose how to write."""
         self._saved = None
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _DirectCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from the iterate that the run starts from."""

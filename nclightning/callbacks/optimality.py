@@ -24,7 +24,7 @@ __all__ = ["OptimalityMonitor"]
 # Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
 _LEAST_READINGS = 20
 # Elements of the features whose logits are formed at a time.
-_ELEMENTS_AT_A_TIME = 2**20
+_ELEMENTS_AT_A_TIME = 2**17
 
 
 class OptimalityMonitor(ReadingsMonitor):

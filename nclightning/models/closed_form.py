@@ -101,7 +101,7 @@ class UFMLine(LineObjective):
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient, as a trial at length zero."""
-        self._write_to([torch.zeros_like(owner) for owner in self._owners])
+        self._write_to(self._gradients or [torch.zeros_like(owner) for owner in self._owners])
         self.trial(0.0)
         return self._end(move=False)
 

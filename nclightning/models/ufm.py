@@ -19,7 +19,7 @@ from nclightning.ranks import own_rows, sum_over_ranks
 
 __all__ = ["UFM"]
 
-_DRAWN_AT_A_TIME = 2**20
+_DRAWN_AT_A_TIME = 2**16
 
 
 class UFM(RegularizedClassifier):
