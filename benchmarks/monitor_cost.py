@@ -94,8 +94,8 @@ def online(train):
                 monitor.on_train_batch_end(trainer, model, None, batch, index)
             times.append(time.perf_counter() - start)
     start = time.perf_counter()
-    monitor = sides["online"][1]
-    monitor._pass.read()
+    model, monitor, *_ = sides["online"]
+    monitor._pass.read(model)
     sides["online"][-1].append(time.perf_counter() - start)
     # A sum, not a median: the updates come once in many steps.
     return sum(sides["online"][-1]) / sum(sides["bare"][-1])

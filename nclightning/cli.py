@@ -16,6 +16,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
@@ -82,7 +83,7 @@ class ConfigFile(ActionConfigFile):
             try:
                 path = find_configuration(values)
                 if path in shipped_configs().values():
-                    print(f"Using the shipped configuration {path}", file=sys.stderr)
+                    rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
                 values = str(yaml.safe_dump(read_configuration(path), sort_keys=False))
             except ValueError as error:
                 parser.error(str(error))
@@ -112,9 +113,9 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # Processes agree on it: all must ask.
         if self.already_saved or not trainer.is_global_zero or stage != "fit":
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         path, count = folder / "config.yaml", 0
         while path.exists():
             count += 1
@@ -311,8 +312,9 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
 
 
 def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
-    folder = Path(trainer.log_dir or "")
-    if not trainer.is_global_zero or not (folder / "readings.csv").is_file():
+    # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
+    folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+    if not trainer.is_global_zero or folder is None or not (folder / "readings.csv").is_file():
         return
     picture, summary = draw_convergence(folder), summarize(read_readings(folder))
     values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nclightning.arguments import check_sizes
+from nclightning.ranks import own_rows
 
 __all__ = ["FullBatchDataModule", "FullBatchLoader", "GaussianDataModule", "IndexDataModule"]
 
@@ -48,7 +49,8 @@ class FullBatchLoader:
 class FullBatchDataModule(L.LightningDataModule):
     """A training set that is one batch ``(x, labels)``, class after class, exactly n samples each, on the device.
 
-    ``validate`` and ``test`` get the same batch once; there is no other data. Sizes that are None are taken from the
+    ``validate`` and ``test`` get the same batch once; there is no other data. Of several processes each gets its share
+    of the rows. Sizes that are None are taken from the
     hyperparameters of the model, which is where they are set; a value that differs from the model's is refused.
 
     Args:
@@ -126,7 +128,12 @@ class FullBatchDataModule(L.LightningDataModule):
 
     def _loader(self, length: int) -> FullBatchLoader:
         assert self.trainer is not None
-        return FullBatchLoader(self.batch(self.trainer.strategy.root_device), length)
+        device, world = self.trainer.strategy.root_device, self.trainer.world_size
+        if world == 1:
+            return FullBatchLoader(self.batch(device), length)
+        x, labels = self.batch("cpu")
+        rows = own_rows(len(labels), self.trainer.global_rank, world)
+        return FullBatchLoader((x.narrow(0, *rows).to(device), labels.narrow(0, *rows).to(device)), length)
 
     def train_dataloader(self) -> FullBatchLoader:
         """Return the full batch, once per Lightning step."""

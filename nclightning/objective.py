@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
-__all__ = ["LossName", "Objective"]
+__all__ = ["LossName", "Objective", "square_norm"]
 
 LossName = Literal["mse", "ce"]
+Scalar = TypeVar("Scalar", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,38 @@ class Objective:
             value = value + (0.5 * self.lambda_b) * bias.square().sum()
         return value
 
+    def residual_(self, logits: Tensor, labels: Tensor) -> Tensor:
+        r"""Replace logits by the derivative of the summed loss, :math:`z_i - e_{y_i}` or softmax minus that, in place.
+
+        Args:
+            logits: ``(B, K)``, overwritten.
+            labels: Class indices ``(B,)``.
+
+        Returns:
+            Sum of the losses, float64 scalar.
+        """
+        index = labels.unsqueeze(1)
+        if self.loss == "mse":
+            return square_norm(logits.scatter_(1, index, -1.0, reduce="add")).mul_(0.5)
+        log_probability = log_softmax(logits, dim=1)
+        losses = log_probability.gather(1, index).sum(dtype=torch.float64).neg_()
+        torch.exp(log_probability, out=logits).scatter_(1, index, -1.0, reduce="add")
+        return losses
+
+    def combine(self, losses: Scalar, num_samples: int, weight_square: Scalar, features_square: Scalar) -> Scalar:
+        """Put F together from sums, for a free bias.
+
+        Args:
+            losses: Sum of the losses of all samples.
+            num_samples: N.
+            weight_square: Squared norm of the head's weight.
+            features_square: Squared norm of all features.
+
+        Returns:
+            F.
+        """
+        return losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
+
     def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         # scatter and gather raise on a label outside 0..K-1; torch's own losses would skip -100 without a word.
         index = labels.unsqueeze(1)
@@ -106,6 +139,12 @@ class Objective:
             residual = logits.scatter_add(1, index, logits.new_full((1, 1), -1.0).expand_as(index))
             return residual.square().sum() / (2 * len(logits))
         return -log_softmax(logits, dim=1).gather(1, index).mean()
+
+
+def square_norm(tensor: Tensor) -> Tensor:
+    """Squared Euclidean norm, accumulated in float64 for every dtype; scalar."""
+    flat = tensor.reshape(-1).double()
+    return torch.dot(flat, flat)
 
 
 def _check_shapes(weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None) -> None:

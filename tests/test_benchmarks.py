@@ -1,4 +1,4 @@
-"""The studies of the two-layer network, at toy sizes against dense computations and made-up curves."""
+"""The studies of the two-layer network, at toy sizes against dense computations and made-up curves; the line search."""
 
 import importlib.util
 import re
@@ -157,3 +157,35 @@ def test_the_page_shows_a_row_for_each_setting(search):
     assert [" | ".join(r.strip("| ").split(" | ")[:6]) for r in rows] == [search.cells(s) for s in search.SETTINGS]
     for setting in (search.CE, search.MSE):
         assert rows[search.SETTINGS.index(setting)].endswith("| straight |")
+
+
+@pytest.mark.parametrize("loss", ["ce", "mse"])
+def test_the_line_search_saves_evaluations_and_costs_no_iterations(loss, monkeypatch):
+    """Bounds of the whole table, on the settings that are quick."""
+    line_search = load("line_search", monkeypatch)
+    row = line_search.compare(loss, 5e-3, seeds=range(2))
+    assert row.failures == 0
+    assert max(row.evaluations) <= 0.65
+    assert max(row.iterations) <= 1.3
+    assert line_search.line(f"{loss} | 0.005", [row]).count("|") == line_search.HEADER.count("|")
+
+
+def test_the_opponent_of_the_line_search_is_armijo_gd_that_always_grows(monkeypatch):
+    """As long as the step is far below the bound, patience 1 doubles it at each iteration too."""
+    line_search = load("line_search", monkeypatch)
+    model = line_search.Model("ce", 2e-4)
+    x = model.start(0)
+    ours = line_search.with_armijo_gd(model, x, patience=1, grow=2.0)
+    other = line_search.growing_at_every_iteration(model, x)
+    for _ in range(4):
+        (p, _, evaluations), (q, _, count) = next(ours), next(other)
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-15)
+        assert evaluations == count
+
+
+def test_the_line_search_reports_runs_that_do_not_arrive(monkeypatch):
+    line_search = load("line_search", monkeypatch)
+    monkeypatch.setattr(line_search, "MAX_ITERATIONS", 10)
+    row = line_search.compare("mse", 5e-3, seeds=range(2))
+    assert row.failures == 4
+    assert all(run.iterations == 10 for run in row.ours + row.opponent)

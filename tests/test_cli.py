@@ -174,7 +174,6 @@ def test_resume_goes_on_in_the_same_folder_bit_for_bit():
         (["--optimality.every_n_iterations", "0"], "every_n_iterations must be at least 1"),
         (["--model.init_args.optimizer.init_args.c1", "0.7"], r"ArmijoGD\(c1=...\) must be between 0 and 1/2"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such file"),
-        (["--trainer.devices", "2"], "runs in one process, got 2"),
         (["--data.init_args.num_classes", "5"], r"IndexDataModule\(num_classes=5\) differs from the model's 10"),
     ],
 )

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "objective": 0,
+    "sharding": 0,
     "theory": 0,
     "functional": 0,
     "optim": 1,
@@ -21,6 +22,7 @@ FLOORS = {
     "arguments": 1,
     "files": 1,
     "interrupts": 1,
+    "ranks": 1,
     "configurations": 1,
     "models": 2,
     "data": 2,

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
+from nclightning.sharding import in_step, is_sharded, reshard, whole_linear
 from nclightning.sweep import eager, frozen, sequential_loader, shared_buffers
 
 __all__ = ["Attachment", "full_batch", "name_loaders"]
@@ -55,6 +56,11 @@ class Attachment:
             self._found = weakref.ref(pl_module), name
         return find_head(pl_module, name)
 
+    def whole_head_of(self, pl_module: L.LightningModule) -> nn.Linear:
+        """Find the head; of sharded weights a copy as they are now, for which all processes must ask."""
+        reshard(pl_module)  # Gathered ones may be of a lower precision.
+        return whole_linear(self.head_of(pl_module))
+
     def tap(self, pl_module: L.LightningModule, inputs: Any) -> Taps:
         """Hook head and layers.
 
@@ -65,13 +71,17 @@ class Attachment:
         return Taps(self.head_of(pl_module, inputs), layers, self._pooling)
 
     def sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add) -> None:
-        """Run the module once over a data set without a trace, and hand on features and labels batch by batch."""
+        """Run the module once over a data set without a trace, and hand on features and labels batch by batch.
+
+        Where weights are sharded each forward is one of all processes, so that those with fewer batches repeat one.
+        """
         if isinstance(loader, Mapping | list | tuple):
             raise ValueError(
                 f"there are {len(loader)} training loaders: a sweep needs one. Pass them by name as "
                 "datasets={'name': loader} and leave 'train' out of stages."
             )
         taps: Taps | None = None
+        sharded = is_sharded(pl_module)
         try:
             with (
                 frozen(pl_module),
@@ -79,33 +89,61 @@ class Attachment:
                 eager(),
                 trainer.precision_plugin.forward_context(),
             ):
-                for each in sequential_loader(loader, trainer.global_rank, trainer.world_size):
+                own = sequential_loader(loader, trainer.global_rank, trainer.world_size)
+                batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
+                for each, is_new in batches:
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
                     inputs, labels = self.split(trainer.strategy.batch_to_device(batch))
                     taps = self.tap(pl_module, inputs) if taps is None else taps
                     call_model(pl_module, inputs)
-                    add(taps.take(once=True), labels)
+                    kept = taps.take(once=True)
+                    if is_new:
+                        add(kept, labels)
         finally:
             if taps is not None:
                 taps.remove()
+            if sharded:
+                reshard(pl_module)
 
     @staticmethod
     def check(trainer: L.Trainer) -> None:
-        """Refuse strategies under which no process has the weights.
+        """Refuse strategies under which a forward of the module has no weights, or not a batch of its own.
 
         Raises:
             ValueError: With the reason.
         """
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        strategy = trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
             raise ValueError(
-                f"{type(trainer.strategy).__name__} shards the weights, so that no process can read the head or run "
-                "a sweep: train with ddp, or validate a checkpoint with the monitor in one process."
+                f"{type(strategy).__name__} shards the weights, so that no process can read the head or run a sweep: "
+                "train with ddp or with fully_shard under ModelParallelStrategy, or validate a checkpoint with the "
+                "monitor in one process."
+            )
+        if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                "layers that are split over processes need the same batch on each, and a sweep would give them "
+                "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
 
 
 def full_batch(pl_module: L.LightningModule) -> bool:
     """Whether a module runs our full-batch iterations."""
     return hasattr(pl_module, "iterations_per_step")
+
+
+def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., Any]:
+    """Return a method by which full-batch modules are read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    method: Callable[..., Any] | None = getattr(pl_module, name, None)
+    if method is None:
+        raise ValueError(
+            f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
+            "it from nclightning.models.RegularizedClassifier."
+        )
+    return method
 
 
 def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
-        if trainer.training:
+        alone = trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt)
+        if trainer.training and not alone:  # Saving takes all processes; interrupts reach them together.
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:

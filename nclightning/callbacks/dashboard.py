@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 
-from nclightning.callbacks.attach import full_batch
+from nclightning.callbacks.attach import full_batch, full_batch_method
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.features import capture_features, find_head
+from nclightning.features import find_head
 from nclightning.functional import class_statistics
+from nclightning.ranks import merge_over_ranks
 from nclightning.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]
@@ -73,12 +74,13 @@ class TensorBoardDashboard(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         self._batch, self._drawn_at = batch, iteration
         inputs, labels = batch
-        if len(labels) != getattr(pl_module, "num_samples", None):
-            return  # The means of a part of the data are other means.
         with frozen(pl_module):
             head = find_head(pl_module)
-            features = capture_features(pl_module, head, inputs)
-            stats = class_statistics(features, labels, head.out_features, scatter=False)
+            features = full_batch_method(pl_module, "features_of")(inputs)
+            stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False))
+        if not trainer.is_global_zero:
+            return
+        if int(stats.counts.sum()) == getattr(pl_module, "num_samples", None):  # The means of a part are other means.
             draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, iteration)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality, unlabelled
 from nclightning.features import Taps
+from nclightning.sharding import reshard
 from nclightning.sweep import num_own_samples
 
 __all__ = ["ForwardPass"]
@@ -62,12 +63,14 @@ class ForwardPass:
         head = self._attachment.head_of(pl_module)
         self._collections[name] = self._measuring.collection(head)
         if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
-            self._decisions[name] = self._measuring.decisions(head, self._centres)
+            whole = self._attachment.whole_head_of(pl_module)
+            self._decisions[name] = self._measuring.decisions(whole, self._centres)
         return name, num_own_samples(loader)
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
         """Evaluate all measures, with the name of the loader in the tag where there are several."""
         self.remove()
+        reshard(pl_module)  # The head in its own precision, not in that of the last forward.
         values: dict[str, Tensor] = {}
         for name, collection in self._collections.items():
             stats = collection.statistics()

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
+from nclightning.ranks import sum_over_ranks
 from nclightning.sweep import untouched
 
-__all__ = ["Readings", "ReadingsMonitor", "as_metrics"]
+__all__ = ["Readings", "ReadingsMonitor", "as_metrics", "count_samples"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -76,9 +77,10 @@ class ReadingsMonitor(L.Callback):
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
             num_samples = getattr(pl_module, "num_samples", None)
-            if len(batch[1]) != num_samples:
+            count = count_samples(batch)
+            if count != num_samples:
                 raise ValueError(
-                    f"{type(self).__name__} needs the whole training set in each batch, got {len(batch[1])} of "
+                    f"{type(self).__name__} needs the whole training set in each batch, got {count} of "
                     f"num_samples={num_samples}: a reading of a part would be a wrong number."
                 )
             self.prepare(pl_module, batch)
@@ -126,6 +128,11 @@ class ReadingsMonitor(L.Callback):
         if Readings.of(trainer).flush(trainer):
             for logger in trainer.loggers:
                 logger.save()
+
+
+def count_samples(batch: Batch) -> int:
+    """Count the samples of a batch on all processes, which must all ask."""
+    return int(sum_over_ranks(torch.tensor(len(batch[1]), device=batch[1].device)))
 
 
 class Readings:

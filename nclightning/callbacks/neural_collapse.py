@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, full_batch
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
 from nclightning.callbacks.collection import Collection, Measuring, orthogonality, unlabelled
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.features import capture_features
 from nclightning.functional import ClassStatistics, class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
+from nclightning.ranks import merge_over_ranks
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -176,8 +176,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Measure the training set at an iterate."""
         assert self._metric is not None
         inputs, labels = batch
-        features = capture_features(pl_module, self._attachment.head_of(pl_module), inputs)
+        features = full_batch_method(pl_module, "features_of")(inputs)
         stats = class_statistics(features, labels, self._metric.num_classes, scatter=self._metric.keeps_scatter)
+        stats = merge_over_ranks(stats)
         return {f"nc/train/{name}": value for name, value in self._metric.read(stats).items()}
 
     # Training of other modules: a sweep, or the ordinary forwards.
@@ -203,12 +204,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
-        if self.every_n_steps is not None and "train" in self.stages:
-            step = trainer.global_step
-            if step % self.every_n_steps == 0 and step != self._swept_step:  # Accumulated batches share a step.
-                self._swept_step = step
-                with self._guard():
-                    self._sweep(trainer, pl_module, at_step=True)
+        every = self.every_n_steps if "train" in self.stages else None
+        if every is not None and (step := trainer.global_step) % every == 0 and step != self._swept_step:
+            self._swept_step = step  # Accumulated batches share a step.
+            with self._guard():
+                self._sweep(trainer, pl_module, at_step=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the training set of a module that is not full-batch."""
@@ -229,7 +229,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         sets: dict[str, tuple[Any, dict[str, ClassStatistics]]] = {"train": (trainer.train_dataloader, centres)}
         for name, loader in self.datasets.items():
             sets[name] = loader, self._statistics(trainer, pl_module, loader, name not in self.ood)
-        head, values = self._attachment.head_of(pl_module), {}
+        head, values = self._attachment.whole_head_of(pl_module), {}
         for name, (loader, stats) in sets.items():
             if name in self.ood:
                 values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
@@ -340,7 +340,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         if self._pass is not None:
             with self._guard():
-                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read().items()})
+                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read(pl_module).items()})
         self._pass, self._waiting = self._waiting, None
 
     # How readings reach loggers and other callbacks.

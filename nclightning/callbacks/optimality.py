@@ -8,19 +8,23 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from nclightning.callbacks.attach import Attachment, full_batch
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.features import capture_during, find_head, pair_rows
-from nclightning.functional import distance_to_collapse
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
+from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor, count_samples
+from nclightning.features import find_head, pair_rows
+from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
+from nclightning.ranks import merge_over_ranks, sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
 # Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
 _LEAST_READINGS = 20
+# Elements of the features whose logits are formed at a time.
+_ELEMENTS_AT_A_TIME = 2**20
 
 
 class OptimalityMonitor(ReadingsMonitor):
@@ -149,7 +153,7 @@ class OptimalityMonitor(ReadingsMonitor):
             head = self._attachment.head_of(pl_module)
             return NeuralCollapse(head.out_features, head.in_features, head, measures=("nc1_ratio",))
 
-        stats, head = run(light).gathered(), self._attachment.head_of(pl_module)
+        stats, head = run(light).gathered(), self._attachment.whole_head_of(pl_module)
         assert self.loss is not None
         sizes = self.loss, head.out_features, int(stats.counts.max()), head.in_features
         if self.penalties is None:
@@ -167,7 +171,7 @@ class OptimalityMonitor(ReadingsMonitor):
         """Find the problem and check that the labels are balanced."""
         self._problem = self.find_problem(pl_module)
         if self._problem is not None:
-            self._problem.check_labels(batch[1])
+            _check_balance(self._problem, batch[1])
         self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
@@ -182,8 +186,8 @@ class OptimalityMonitor(ReadingsMonitor):
         problem = self.find_problem(pl_module)
         if problem is None or _step_taken(pl_module) is None:
             return False
-        free = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        return free == sum(entry.multiplicity for entry in problem.spectrum())
+        free = full_batch_method(pl_module, "count_free_parameters")()
+        return bool(free == sum(entry.multiplicity for entry in problem.spectrum()))
 
     def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
         """Take the module's UFM, or None with ``theory=False``.
@@ -211,21 +215,15 @@ class OptimalityMonitor(ReadingsMonitor):
             ) from error
         return problem
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure at the current parameters."""
-        head, labels = find_head(pl_module), batch[1]
-        objective = _objective_of(pl_module)
-        value, features = capture_during(lambda: objective(batch), pl_module, head)
-        params = [p for p in pl_module.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(value, params, allow_unused=True)
-        grad_norm = torch.stack([g.double().square().sum() for g in gradients if g is not None]).sum().sqrt()
-        readings: dict[str, Tensor | float] = {"loss": value.detach()}
+        value, grad_norm = full_batch_method(pl_module, "value_and_grad_norm")(batch)
+        readings: dict[str, Tensor | float] = {"loss": value}
         if self._problem is not None:
-            point = (head.weight, features, labels, head.bias)
-            distance = self._problem.distance(*point, check_labels=False)
-            readings["optimality/gap"] = self._problem.optimality_gap(*point, check_labels=False)
-            readings["optimality/distance"] = distance
+            features = full_batch_method(pl_module, "features_of")(batch[0])
+            gap, distance = _gap_and_distance(self._problem, find_head(pl_module), features, batch[1])
+            readings |= {"optimality/gap": gap, "optimality/distance": distance}
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
             readings["optimality/error_bound_ratio"] = distance / grad_norm
@@ -282,22 +280,54 @@ class OptimalityMonitor(ReadingsMonitor):
         self._log_pass(pl_module, batch)
 
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        if len(batch[1]) != getattr(pl_module, "num_samples", None):
+        if not full_batch(pl_module) or count_samples(batch) != getattr(pl_module, "num_samples", None):
             return  # A part of the data has no optimality gap.
         self._problem, self._mu = self.find_problem(pl_module), None
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
-        pl_module.log_dict({tag: value for tag, value in readings.items() if tag.startswith("optimality/")})
+        # As tensors: of plain numbers Lightning makes float32.
+        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
+        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
+        pl_module.log_dict(own, sync_dist=True)  # The same on all processes.
 
 
-def _objective_of(pl_module: L.LightningModule) -> Callable[[Batch], Tensor]:
-    objective: Callable[[Batch], Tensor] | None = getattr(pl_module, "evaluate_objective", None)
-    if objective is None:
+def _check_balance(problem: UFMProblem, labels: Tensor) -> None:
+    """Raise unless the labels of all processes are balanced."""
+    if world_size() == 1:
+        problem.check_labels(labels)
+        return
+    invalid = ((labels < 0) | (labels >= problem.num_classes)).sum()
+    counts = torch.bincount(labels.clamp(0, problem.num_classes - 1), minlength=problem.num_classes)
+    if int(sum_over_ranks(invalid)) or bool((sum_over_ranks(counts) != problem.samples_per_class).any()):
         raise ValueError(
-            f"OptimalityMonitor needs the objective of {type(pl_module).__name__}: give it a method "
-            "evaluate_objective(batch)."
+            f"the labels of all processes together must hold each of the classes 0..{problem.num_classes - 1} exactly "
+            f"{problem.samples_per_class} times: the closed forms are those of balanced data."
         )
-    return objective
+    if problem.rank < problem.num_classes - 1:
+        raise ValueError(
+            f"gap and distance of features shared by processes need feature_dim of at least {problem.num_classes - 1}, "
+            f"got {problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
+        )
+
+
+def _gap_and_distance(problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Read both off the class means and spreads of all processes, a part of the features at a time."""
+    if problem.collapses and problem.rank < problem.num_classes - 1:
+        point = (head.weight, features, labels, head.bias)
+        return problem.optimality_gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
+    stats = merge_over_ranks(class_statistics(features, labels, problem.num_classes, scatter=False))
+    rows = max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
+    weight, bias = head.weight.double(), None if head.bias is None else head.bias.double()
+    divergence = torch.stack(
+        [
+            problem.divergence(linear(part.double(), weight, bias), own).sum()
+            for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
+        ]
+    ).sum()
+    mean_divergence = sum_over_ranks(divergence) / problem.num_samples
+    spread = stats.spreads.sum()
+    gap = problem.gap_from_moments(weight, stats.means, spread, mean_divergence)
+    return gap, problem.distance_from_moments(weight, stats.means, spread, bias)
 
 
 def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:

@@ -17,6 +17,7 @@ from nclightning.functional import ClassStatistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
+from nclightning.sharding import gathered
 
 __all__ = ["NeuralCollapse"]
 
@@ -36,7 +37,8 @@ class NeuralCollapse(Metric):
     Args:
         num_classes: K, at least 2.
         feature_dim: d, at least 1.
-        head: The linear head, or its weight ``(K, d)``, read at ``compute``. None leaves out what needs it.
+        head: The linear head, or its weight ``(K, d)``, read at ``compute``, sharded by ``fully_shard`` or not. None
+            leaves out what needs it.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, or ``("all",)``. None takes ``nc1``, ``nc2``,
             ``nc3``. If none of them needs the ``(d, d)`` scatter it is not kept; for ``feature_dim`` above 12288
             the default leaves it out, too, with a warning, and reads ``nc1_ratio`` and ``nc1_cdnv`` for ``nc1``.
@@ -92,10 +94,9 @@ class NeuralCollapse(Metric):
         self.ignore_index = ignore_index
         # A tuple keeps the head out of this module's parameters: the metric reads it, it does not own it.
         self._head = (head,)
-        if head is not None and tuple(self._weight.shape) != (num_classes, feature_dim):
-            raise ValueError(
-                f"head must have a weight of shape {(num_classes, feature_dim)}, got {tuple(self._weight.shape)}."
-            )
+        shape = None if head is None else tuple((head.weight if isinstance(head, nn.Linear) else head).shape)
+        if shape not in (None, (num_classes, feature_dim)):
+            raise ValueError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
         self.measures = self._choose(measures)
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
@@ -129,7 +130,7 @@ class NeuralCollapse(Metric):
     def _weight(self) -> Tensor:
         head = self._head[0]
         assert head is not None
-        return head.weight.detach() if isinstance(head, nn.Linear) else head.detach()
+        return gathered(head.weight if isinstance(head, nn.Linear) else head)
 
     @property
     def statistics(self) -> ClassStatistics:
@@ -255,7 +256,7 @@ class NeuralCollapse(Metric):
         head = self._head[0]
         if head is None:
             return Reading(stats, None, None, self.global_mean, self.between_weights)
-        bias = head.bias.detach().to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
+        bias = gathered(head.bias).to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
         return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
 
     def clone(self) -> NeuralCollapse:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from nclightning.ranks import gather_rows
 
 __all__ = ["ActivationName", "FeatureTable", "InitName", "TwoLayerBody"]
 
@@ -26,6 +28,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 class FeatureTable(nn.Module):
     """Free features, one row per sample, looked up by sample index: the backbone of the UFM.
 
+    Processes can share the table, each with rows of its own. Its entry in a ``state_dict`` is the whole table, which
+    all processes must then ask for together; the first gets it, on the host. Any number of processes can load it.
+
     Args:
         num_samples: N.
         feature_dim: d.
@@ -34,18 +39,61 @@ class FeatureTable(nn.Module):
 
     def __init__(self, num_samples: int, feature_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.num_samples = num_samples
+        self.first_row = 0
         self.features = nn.Parameter(torch.zeros(num_samples, feature_dim, dtype=dtype))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows are left to other processes."""
+        return len(self.features) < self.num_samples
 
     def forward(self, index: Tensor) -> Tensor:
         """Look up rows.
 
         Args:
-            index: Sample indices ``(B,)``, int64.
+            index: Sample indices ``(B,)``, int64, of rows that this process has.
 
         Returns:
             Features ``(B, d)``.
         """
-        return self.features.index_select(0, index)
+        return self.features.index_select(0, index - self.first_row if self.first_row else index)
+
+    def holds(self, index: Tensor) -> bool:
+        """Say whether indices are those of all rows here, in order. One transfer to the host."""
+        own = torch.arange(self.first_row, self.first_row + len(self.features), device=index.device)
+        return torch.equal(index, own)
+
+    @torch.no_grad()
+    def keep_rows(self, first: int, count: int) -> None:
+        """Leave all other rows to other processes.
+
+        Args:
+            first: Index of the first row to keep.
+            count: How many.
+        """
+        self.features.data = self.features.data.narrow(0, first - self.first_row, count).clone()
+        self.first_row = first
+
+    def narrow(self, table: Tensor) -> Tensor:
+        """Take the rows of this process out of a whole table; what has other rows comes back as it is."""
+        if len(table) == self.num_samples and self.is_shared:
+            return table.narrow(0, self.first_row, len(self.features))
+        return table
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Put rows of all processes together; see :func:`nclightning.ranks.gather_rows`."""
+        return gather_rows(rows, self.num_samples) if self.is_shared else rows
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "features"] = self.gather(destination[prefix + "features"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "features"
+        if key in state_dict:
+            state_dict = state_dict | {key: self.narrow(state_dict[key])}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class TwoLayerBody(nn.Sequential):

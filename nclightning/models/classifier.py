@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from nclightning.features import capture_features
 from nclightning.interrupts import deferred_interrupt
+from nclightning.models.graph import GraphLine
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.ranks import sum_over_ranks
 from nclightning.theory import UFMProblem
 
 __all__ = ["Penalty", "RegularizedClassifier"]
@@ -98,6 +102,45 @@ class RegularizedClassifier(L.LightningModule):
             )
         return self.objective.from_logits(logits, weight, features, labels, bias, self.num_samples)
 
+    def features_of(self, x: Tensor) -> Tensor:
+        """Compute what enters the head.
+
+        Args:
+            x: Input of a batch.
+
+        Returns:
+            ``(B, d)``.
+        """
+        return capture_features(self, self.head, x)
+
+    def count_free_parameters(self) -> int:
+        """Count the trainable numbers of the whole model."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def value_and_grad_norm(self, batch: Batch) -> tuple[Tensor | float, Tensor | float]:
+        """Evaluate F and the norm of its gradient over all trainable parameters, and leave their gradients as they are.
+
+        Args:
+            batch: The samples of this process.
+
+        Returns:
+            Two numbers of the whole objective: those of the last step where they are still good, else scalars on the
+            device.
+        """
+        fitting = self._trainer is not None and self.trainer.training
+        optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
+        known = optimizer.evaluation() if isinstance(optimizer, ArmijoGD) else None
+        if known is not None:
+            return known.value, math.sqrt(known.square)
+        params = [p for p in self.parameters() if p.requires_grad]
+        gradients = [p.grad for p in params]
+        try:
+            value, square = self.measuring_line(batch, params).measure()
+        finally:
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+        return value, square.sqrt()
+
     @property
     def problem(self) -> UFMProblem:
         """The unconstrained feature model with this head, objective and number of samples.
@@ -149,10 +192,10 @@ class RegularizedClassifier(L.LightningModule):
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
                 "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
             )
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
             raise ValueError(
-                f"the full-batch loop runs in one process, got {trainer.world_size}: its gradients are not summed over "
-                "processes. Set trainer.devices=1 and trainer.num_nodes=1."
+                f"{type(trainer.strategy).__name__} does not fit the full-batch loop, which sums gradients over "
+                "processes by itself: set trainer.strategy=ddp."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
@@ -180,7 +223,7 @@ class RegularizedClassifier(L.LightningModule):
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
-        closure = self._closure(optimizer, batch)
+        closure: Any = self.line(batch, [p for group in optimizer.param_groups for p in group["params"]])
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
         with deferred_interrupt() as interrupt:
@@ -194,8 +237,12 @@ class RegularizedClassifier(L.LightningModule):
                     if failure is not None:
                         self.print(f"Iteration {start + done}: {failure}")
                         trainer.should_stop = True
-                    if trainer.should_stop or interrupt.waiting:
+                    # Processes go in step: one that was interrupted alone waits for the end of this call.
+                    if trainer.should_stop or (interrupt.waiting and trainer.world_size == 1):
                         break
+                if trainer.world_size > 1:
+                    anywhere = sum_over_ranks(torch.tensor(int(interrupt.waiting), device=self.device))
+                    interrupt.waiting = bool(anywhere)
             finally:
                 # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
                 # second line is the x-axis of whatever else is logged through the module.
@@ -203,22 +250,48 @@ class RegularizedClassifier(L.LightningModule):
                 loop.manual_optimization.optim_step_progress.increment_by(done)
                 loop._batches_that_stepped = start + done
 
-    def _closure(self, optimizer: Optimizer, batch: Batch) -> Callable[[], Any]:
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            value = self.evaluate_objective(batch)
-            value.backward()  # type: ignore[no-untyped-call]
-            return value.detach()
+    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+        """Make F on the training set a closure and a line for optimizers.
 
-        return closure
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            The whole objective, summed over processes.
+        """
+        # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
+        share = len(batch[1]) / self.num_samples
+        if share == 1.0:
+            return GraphLine(lambda: self.evaluate_objective(batch), params)
+        return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
+
+    def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+        """Make F a line to measure with.
+
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            As :meth:`line`.
+        """
+        return self.line(batch, params)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
-        self.log("loss", self.evaluate_objective(batch))
+        self._log_objective(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
-        self.log("loss", self.evaluate_objective(batch))
+        self._log_objective(batch)
+
+    def _log_objective(self, batch: Batch) -> None:
+        # Lightning takes the mean over processes; weights make it that over samples.
+        weight = 1.0
+        if self.trainer.world_size > 1:
+            weight = len(batch[1]) * self.trainer.world_size / self.num_samples
+        self.log("loss", weight * self.evaluate_objective(batch), sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check it, and say what a resume ignores."""

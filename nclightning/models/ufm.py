@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.models.backbones import FeatureTable, undefined_linear
-from nclightning.models.classifier import RegularizedClassifier
+from nclightning.models.classifier import Batch, RegularizedClassifier
+from nclightning.models.closed_form import UFMLine
 from nclightning.objective import LossName, Objective
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.ranks import own_rows, sum_over_ranks
 
 __all__ = ["UFM"]
+
+_DRAWN_AT_A_TIME = 2**20
 
 
 class UFM(RegularizedClassifier):
     r"""The unconstrained feature model: features are free parameters (paper, Problems (5) and (8)).
+
+    On several processes (``trainer.strategy=ddp``) each holds rows of its own of the features, and the head as a whole.
 
     MSE comes with a free bias, cross-entropy without one, as in the paper. All sizes and penalties are given here
     once; :class:`~nclightning.data.IndexDataModule` takes them over.
@@ -68,6 +77,7 @@ class UFM(RegularizedClassifier):
             optimizer=optimizer,
             iterations_per_step=iterations_per_step,
         )
+        self._all_rows: Tensor | None = None  # Indices that were seen to be those of all rows.
         lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
         self.save_hyperparameters(ignore=["optimizer"])
         self.reset_parameters(init_scale)
@@ -80,12 +90,139 @@ class UFM(RegularizedClassifier):
             init_scale: Standard deviation.
         """
         for p in (self.head.weight, self.features):
-            p.copy_(init_scale * torch.randn(p.shape, dtype=torch.float64))
+            # In parts: a draw in float64 may take several times what the features do.
+            for part in torch.split(p.view(-1), _DRAWN_AT_A_TIME):
+                part.copy_(init_scale * torch.randn(part.shape, dtype=torch.float64))
         if self.head.bias is not None:
             self.head.bias.zero_()
 
     @property
-    def features(self) -> nn.Parameter:
-        """Free features ``(N, d)``."""
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Each process has rows of its own: DistributedDataParallel must not make them equal."""
+        return ["backbone.features"]
+
+    def configure_model(self) -> None:
+        """Keep the rows of this process."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        if not self._table.is_shared:
+            self._table.keep_rows(*own_rows(self.num_samples, self.trainer.global_rank, self.trainer.world_size))
+
+    def on_fit_start(self) -> None:
+        """Refuse optimizers that would take the rows of a process for all of them."""
+        super().on_fit_start()
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if self._table.is_shared and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "LBFGS takes inner products over all parameters, and features are shared by processes: take ArmijoGD "
+                "or an optimizer that treats each number by itself, or set trainer.devices=1."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what the optimizer keeps of each feature together, as the state of the model does with the features."""
+        self._each_row(checkpoint, FeatureTable.gather)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check it, say what a resume ignores, and take the rows of this process out of what the optimizer kept."""
+        super().on_load_checkpoint(checkpoint)
+        self._each_row(checkpoint, FeatureTable.narrow)
+
+    def _each_row(self, checkpoint: dict[str, Any], change: Callable[[FeatureTable, Tensor], Tensor]) -> None:
+        """Change what the optimizers' states hold of each row of the features."""
+        table = self._table
+        if not table.is_shared:
+            return
+        index = [name for name, _ in self.named_parameters()].index("backbone.features")
+        for state in checkpoint.get("optimizer_states", []):
+            if index not in state["state"]:
+                continue
+            # A new mapping: the old one is the optimizer's own.
+            state["state"] = state["state"] | {
+                index: {
+                    name: change(table, value) if isinstance(value, Tensor) and value.ndim == 2 else value
+                    for name, value in state["state"][index].items()
+                }
+            }
+
+    def count_free_parameters(self) -> int:
+        """Count the trainable numbers of the whole model, over all processes."""
+        rows = self.num_samples - len(self.features)
+        return super().count_free_parameters() + rows * self.features.shape[1] * self.features.requires_grad
+
+    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+        """Make F a closure and a line for optimizers, in closed form unless head or backbone were changed.
+
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            As :meth:`RegularizedClassifier.line`.
+
+        Raises:
+            ValueError: If features are shared by processes and there is no closed form.
+        """
+        # Hooks are to see each call of the head.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.head, self.backbone))
+        line = None if hooked else self._closed_form(batch, params)
+        if line is None and self._table.is_shared:
+            raise ValueError(
+                "features shared by processes are trained in closed form only, which needs head and features as they "
+                "come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
+            )
+        return line or super().line(batch, params)
+
+    def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+        """Make F a line to measure with, which hooks are not to see.
+
+        Args:
+            batch: The samples of this process.
+            params: The parameters that an optimizer moves.
+
+        Returns:
+            As :meth:`line`.
+        """
+        return self._closed_form(batch, params) or self.line(batch, params)
+
+    def _closed_form(self, batch: Batch, params: Sequence[Tensor]) -> UFMLine | None:
+        """Make the closed form; None if what is trained is not Problem (2) as it stands on all rows."""
+        index, labels = batch
+        features, head = self.features, list(self.head.parameters())
+        if not self._is_plain() or {id(p) for p in params} != {id(p) for p in (features, *head)}:
+            return None
+        if index is not self._all_rows:
+            if not self._table.holds(index):
+                return None
+            self._all_rows = index
+        reduce = sum_over_ranks if self._table.is_shared else None
+        return UFMLine(self.objective, features, head, labels, params, self.num_samples, reduce)
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """Return the features of samples; those of the training set are not copied.
+
+        Args:
+            x: Sample indices.
+
+        Returns:
+            ``(B, d)``.
+        """
+        return self.features if x is self._all_rows and self._is_plain() else super().features_of(x)
+
+    def _is_plain(self) -> bool:
+        """Whether what autograd would differentiate is Problem (2) as it stands."""
+        methods = all(
+            getattr(type(self), name) is getattr(RegularizedClassifier, name)
+            for name in ("evaluate_objective", "forward")
+        )
+        modules = type(self.head) is nn.Linear and type(self.backbone) is FeatureTable
+        return methods and modules and all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
+
+    @property
+    def _table(self) -> FeatureTable:
         assert isinstance(self.backbone, FeatureTable)
-        return self.backbone.features
+        return self.backbone
+
+    @property
+    def features(self) -> nn.Parameter:
+        """Free features ``(N, d)``; those of this process, if several share them."""
+        return self._table.features

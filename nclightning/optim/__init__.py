@@ -1,6 +1,7 @@
 """Optimizers for deterministic objectives. Plain torch."""
 
 from nclightning.optim.armijo import ArmijoGD
+from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
 
-__all__ = ["ArmijoGD", "SearchOutcome", "SearchStatus"]
+__all__ = ["ArmijoGD", "ClosureLine", "LineObjective", "SearchOutcome", "SearchStatus"]

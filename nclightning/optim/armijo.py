@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
 
 __all__ = ["ArmijoGD"]
@@ -33,8 +34,9 @@ class ArmijoGD(Optimizer):
 
     which for a quadratic is the same condition, and which is good down to the round-off of the gradient.
 
-    Each trial calls the standard closure (value and gradient). The gradient of the accepted trial opens the next
-    step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
+    Each trial calls the standard closure (value and gradient); a :class:`~nclightning.optim.LineObjective` in its place
+    is asked for values only and for the gradient of what was accepted. The gradient of the accepted trial opens the
+    next step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
     The reuse is dropped by itself when a parameter or its gradient was changed in place between two steps; writes
     through ``.data`` escape torch's version counters, so that they need ``zero_grad`` and a new optimizer.
 
@@ -49,7 +51,7 @@ class ArmijoGD(Optimizer):
         initial_step: First trial of the first step.
         shrink: Factor in (0, 1) applied after a rejected trial.
         grow: Factor of at least 1 applied to the next first trial once ``patience`` first trials in a row were
-            accepted.
+            accepted and a quadratic with the curvature that the last step met would accept the larger one too.
         patience: How many; growing at every step would waste every second evaluation.
         c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
         max_trials: Trials per step before the search gives up.
@@ -81,7 +83,7 @@ class ArmijoGD(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         initial_step: float = 1.0,
         shrink: float = 0.5,
-        grow: float = 2.0,
+        grow: float = 4.0,
         patience: int = 2,
         c1: float = 0.3,
         max_trials: int = 60,
@@ -119,6 +121,10 @@ class ArmijoGD(Optimizer):
         """Calls of the closure in all steps so far; the one that a resume repeats is not counted."""
         return self._total_evaluations
 
+    def evaluation(self) -> Evaluation | None:
+        """Return value and gradient at the parameters, if the last step left these as they are; else None."""
+        return self._recall([p for group in self.param_groups for p in group["params"]])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the joint search direction.
 
@@ -145,7 +151,7 @@ class ArmijoGD(Optimizer):
 
         Args:
             closure: Clears the gradients, computes the objective at the current parameters, calls ``backward`` and
-                returns the value. Called once per trial.
+                returns the value. Called once per trial. Or a :class:`~nclightning.optim.LineObjective`.
 
         Returns:
             Objective at the iterate that the step leaves behind; :attr:`outcome` has the rest. If nothing was
@@ -161,17 +167,17 @@ class ArmijoGD(Optimizer):
                 "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
                 "precision='32-true', '64-true' or 'bf16-mixed'."
             )
-        with torch.no_grad():
-            return self._search(closure)
-
-    def _search(self, closure: Callable[[], Any]) -> float:
-        options = self._options
         params = [p for group in self.param_groups for p in group["params"]]
+        line = closure if isinstance(closure, LineObjective) else ClosureLine(closure, params)
+        with torch.no_grad():
+            return self._search(line, params)
+
+    def _search(self, line: LineObjective, params: list[Tensor]) -> float:
         start = self._recall(params)
         evaluations = 0
         if start is None:
             self._refuse_foreign_gradients(params)
-            start = self._evaluate(closure, params)
+            start = line.evaluate()
             evaluations = 0 if self._resumed else 1
             self._resumed = False
             if not start.finite:
@@ -185,56 +191,64 @@ class ArmijoGD(Optimizer):
         if start.square == 0.0:
             return self._finish(params, start, start, SearchStatus.STATIONARY, 0.0, evaluations)
 
-        moving = [(p, g) for p, g in zip(params, start.gradients, strict=True) if g is not None]
-        origin = [p.clone() for p, _ in moving]
-        size, first_trial = self._next_step, True
-        status = SearchStatus.EXHAUSTED
+        size, status = self._next_step, SearchStatus.EXHAUSTED
+        line.begin(start)
         try:
-            for _ in range(options["max_trials"]):
-                moved = [x.sub(g, alpha=size) for x, (_, g) in zip(origin, moving, strict=True)]
-                if all(torch.equal(x, y) for x, y in zip(origin, moved, strict=True)) and not first_trial:
+            for number in range(self._options["max_trials"]):
+                value = line.trial(size)
+                evaluations += 1
+                # A second look costs a pass over the parameters: only where it may show something.
+                if number > 0 and (number > 1 or value == start.value) and line.stands_still():
                     status = SearchStatus.STALLED
                     break
-                for (p, _), y in zip(moving, moved, strict=True):
-                    p.copy_(y)
-                trial = self._evaluate(closure, params)
-                evaluations += 1
-                verdict = self._judge(start, trial, size)
-                if verdict is not None:
-                    self._adapt(size, first_trial)
-                    return self._finish(params, start, trial, verdict, size, evaluations)
-                size *= options["shrink"]
-                first_trial = False
+                verdict, bend = self._judge(start, value, size, line)
+                end = None if verdict is None else line.accept()
+                if verdict is not None and end is not None and end.finite:
+                    self._adapt(size, bend, first_trial=number == 0)
+                    return self._finish(params, start, end, verdict, size, evaluations)
+                size *= self._options["shrink"]
         except BaseException:
-            _restore(moving, origin)
+            line.reject()
             for p in params:
                 p.grad = None
             self._carried = None
             raise
-        _restore(moving, origin)
+        line.reject()
         return self._finish(params, start, start, status, 0.0, evaluations)
 
-    def _judge(self, start: Evaluation, trial: Evaluation, size: float) -> SearchStatus | None:
-        """Decide on a trial; None rejects it."""
-        if not trial.finite:
-            return None
-        c1, change = self._options["c1"], trial.value - start.value
+    def _judge(
+        self, start: Evaluation, value: float, size: float, line: LineObjective
+    ) -> tuple[SearchStatus | None, float]:
+        """Decide on a trial; None rejects it.
+
+        Returns:
+            Status, and how much the line bends over the step: the step times the curvature along it. On a quadratic
+            both conditions accept up to 2 (1 - c1).
+        """
+        if not math.isfinite(value):
+            return None, math.inf
+        c1, change = self._options["c1"], value - start.value
         noise = self._noise(start)
         if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
-            slope = inner_product(start.gradients, trial.gradients)
-            return SearchStatus.ACCEPTED_BY_SLOPE if slope >= -(1 - 2 * c1) * start.square else None
-        return SearchStatus.ACCEPTED if change <= -c1 * size * start.square else None
+            slope = line.slope()
+            accepted = slope >= -(1 - 2 * c1) * start.square
+            return SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, 1 - slope / start.square
+        linear = size * start.square
+        bend = 2 * (1 + change / linear) if linear > 0 else math.inf
+        return SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]
         return 64 * start.epsilon if noise is None else noise
 
-    def _adapt(self, size: float, first_trial: bool) -> None:
+    def _adapt(self, size: float, bend: float, first_trial: bool) -> None:
         """Choose the next first trial after an accepted step."""
+        options = self._options
         self._streak = self._streak + 1 if first_trial else 0
         self._next_step = size
-        if self._streak >= self._options["patience"] and math.isfinite(size * self._options["grow"]):
-            self._next_step = size * self._options["grow"]
+        due = self._streak >= options["patience"] and math.isfinite(size * options["grow"])
+        if due and options["grow"] * bend <= 2 * (1 - options["c1"]):
+            self._next_step = size * options["grow"]
             self._streak = 0
 
     def _finish(
@@ -290,26 +304,6 @@ class ArmijoGD(Optimizer):
                     "zero_grad() before the first step."
                 )
 
-    def _evaluate(self, closure: Callable[[], Any], params: list[Tensor]) -> Evaluation:
-        # Own the gradients: a closure that zeroes in place must not reach those of the start.
-        for p in params:
-            p.grad = None
-        with torch.enable_grad():
-            result = closure()
-        if not isinstance(result, Tensor):
-            result = torch.as_tensor(result, dtype=torch.float64) if isinstance(result, (int, float)) else None
-        if result is None or result.numel() != 1 or result.is_complex():
-            raise ValueError("the closure of ArmijoGD.step must return the objective as one real number.")
-        gradients = [p.grad for p in params]
-        for g in gradients:
-            if g is not None and g.layout != torch.strided:
-                raise ValueError(
-                    "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
-                )
-        epsilon = torch.finfo(result.dtype).eps
-        value = float(average_over_ranks(result.detach()))
-        return Evaluation(value, epsilon, gradients, inner_product(gradients, gradients))
-
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state and the search's own; plain numbers, so that a resumed run continues bit for bit.
 
@@ -364,11 +358,6 @@ class _Carried:
 
 def _versions(params: list[Tensor]) -> list[tuple[int, int | None]]:
     return [(p._version, None if p.grad is None else p.grad._version) for p in params]
-
-
-def _restore(moving: list[tuple[Tensor, Tensor]], origin: list[Tensor]) -> None:
-    for (p, _), x in zip(moving, origin, strict=True):
-        p.copy_(x)
 
 
 def _check_options(options: dict[str, Any]) -> None:

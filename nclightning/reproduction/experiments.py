@@ -11,7 +11,7 @@ ERROR_BOUND = "error_bound"  # A study of its own, which trains no run.
 # Options common to all runs of a sweep; the rest is in the shipped configurations.
 _MODEL, _OPTIMIZER = "--model.init_args", "--model.init_args.optimizer.init_args"
 # A mild backtracking factor keeps the accepted steps, and with them the slope of a curve, nearly constant.
-_MILD = (f"{_OPTIMIZER}.shrink", "0.7")
+_MILD = (f"{_OPTIMIZER}.shrink", "0.7", f"{_OPTIMIZER}.grow", "2")
 
 
 @dataclass(frozen=True)

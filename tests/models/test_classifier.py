@@ -6,8 +6,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.multiprocessing import ProcessRaisedException
 
 from nclightning.callbacks import LastCheckpoint
 from nclightning.data import FullBatchLoader, IndexDataModule
@@ -66,14 +66,15 @@ class Automatic(L.LightningModule):
 
 
 @pytest.mark.parametrize("loss", ["mse", "ce"])
-def test_plain_automatic_and_own_loop_agree_bit_for_bit(loss, tmp_path):
+def test_plain_automatic_and_own_loop_agree(loss, tmp_path):
     steps = 25
     plain, own, automatic = ufm(loss), ufm(loss, iterations_per_step=10), Automatic(ufm(loss))
     run_plainly(plain, steps)
     quiet_trainer(tmp_path, max_steps=steps).fit(own, datamodule=IndexDataModule())
     quiet_trainer(tmp_path, max_steps=steps, max_epochs=-1, log_every_n_steps=1).fit(automatic)
     for a, b, c in zip(weights(plain), weights(own), weights(automatic), strict=True):
-        assert torch.equal(a, b)
+        # The own loop has its gradients in closed form: roundings of another order, carried along.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
         assert torch.equal(a, c)
 
 
@@ -81,7 +82,8 @@ def test_constant_step_descent_takes_the_same_loop(tmp_path):
     plain, own = ufm(), ufm(optimizer=lambda params: torch.optim.SGD(params, lr=0.3))
     run_plainly(plain, 25, lambda params: torch.optim.SGD(params, lr=0.3))
     quiet_trainer(tmp_path, max_steps=25).fit(own, datamodule=IndexDataModule())
-    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(own), strict=True))
+    for a, b in zip(weights(plain), weights(own), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)  # Autograd there, closed form here.
 
 
 @pytest.mark.parametrize("iterations_per_step", [1, 7, 100])
@@ -271,12 +273,10 @@ def test_trainer_options_that_do_not_fit_are_refused(options, message, tmp_path)
         quiet_trainer(tmp_path, **({"max_steps": 5} | options)).fit(ufm(), datamodule=IndexDataModule())
 
 
-def test_several_processes_are_refused(tmp_path):
-    trainer = quiet_trainer(tmp_path, max_steps=5, strategy="ddp_fork", devices=2)
-    with pytest.raises(ValueError, match=r"runs in one process, got 2.*trainer.devices=1"):
+def test_strategies_that_shard_or_replicate_by_themselves_are_refused(tmp_path):
+    trainer = quiet_trainer(tmp_path, max_steps=5, strategy=ModelParallelStrategy(), devices=2)
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy does not fit .*trainer.strategy=ddp"):
         ufm().check_trainer(trainer)
-    with pytest.raises(ProcessRaisedException, match="runs in one process, got 2"):
-        trainer.fit(ufm(), datamodule=IndexDataModule())
 
 
 def test_double_precision_trainer_with_float32_parameters_is_refused(tmp_path):

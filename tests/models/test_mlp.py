@@ -116,7 +116,7 @@ def test_readings_are_of_what_is_trained(tmp_path, penalty):
     read = monitor.read(model, data())
     value = model.evaluate_objective(data())
     gradients = torch.autograd.grad(value, list(model.parameters()))
-    assert read["loss"].item() == value.item()
+    assert float(read["loss"]) == value.item()
     assert float(read["optimality/grad_norm"]) == pytest.approx(float(nn.utils.parameters_to_vector(gradients).norm()))
 
 

@@ -58,19 +58,46 @@ def test_accepted_step_on_a_quadratic(curvature, c1, step):
     assert outcome.grad_norm == pytest.approx(abs(1 - step * curvature) * 5 * curvature, rel=1e-14, abs=1e-14)
 
 
-def test_step_grows_after_patience_and_shrinks_when_needed():
-    """a = 0.1, bound 2 (1 - 0.3) / 0.1 = 14: steps 1, 1, 2, 2, 4, 4, 8, 8, then 16 is rejected and 8 kept."""
-    x = parameter(1.0)
-    optimizer = ArmijoGD([x])
-    closure = closure_of(optimizer, half_square(0.1), x)
-    steps = []
-    for _ in range(12):
+def steps_of(optimizer, closure, count):
+    for _ in range(count):
         optimizer.step(closure)
-        steps.append((optimizer.outcome.step_size, optimizer.outcome.evaluations))
-    # The first call pays for the start. After a rejection the count of acceptances begins anew.
-    assert steps[:9] == [(1, 2), (1, 1), (2, 1), (2, 1), (4, 1), (4, 1), (8, 1), (8, 1), (8, 2)]
-    assert steps[9:] == [(8, 1), (8, 1), (8, 2)]
-    assert optimizer.total_evaluations == sum(evaluations for _, evaluations in steps)
+        yield optimizer.outcome.step_size, optimizer.outcome.evaluations
+
+
+@pytest.mark.parametrize(
+    ("grow", "steps"),
+    [
+        # Bound 2 (1 - 0.3) / 0.1 = 14: a 16 would be rejected, so it is not tried.
+        (2.0, [1, 1, 2, 2, 4, 4, 8, 8, 8, 8, 8, 8]),
+        (4.0, [1, 1, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4]),
+    ],
+)
+def test_step_grows_after_patience_as_far_as_the_curvature_allows(grow, steps):
+    x = parameter(1.0)
+    optimizer = ArmijoGD([x], grow=grow)
+    taken = list(steps_of(optimizer, closure_of(optimizer, half_square(0.1), x), 12))
+    assert taken == [(steps[0], 2)] + [(step, 1) for step in steps[1:]]  # The first call pays for the start.
+    assert optimizer.total_evaluations == 13
+
+
+def test_step_shrinks_when_needed_and_the_count_of_acceptances_begins_anew():
+    x, curvature = parameter(1.0), 0.1
+    optimizer = ArmijoGD([x], reuse_gradient=False)  # One evaluation more per step: the objective changes.
+    closure = closure_of(optimizer, lambda x: curvature * x.square().sum() / 2, x)
+    assert list(steps_of(optimizer, closure, 3)) == [(1, 2), (1, 2), (4, 2)]
+    curvature = 0.9  # Bound 1.56.
+    assert list(steps_of(optimizer, closure, 1)) == [(1, 4)]
+    curvature = 0.01
+    assert list(steps_of(optimizer, closure, 3)) == [(1, 2), (1, 2), (4, 2)]
+
+
+def test_growth_waits_for_the_curvature_rather_than_starting_its_count_anew():
+    x, curvature = parameter(1.0), 0.5
+    optimizer = ArmijoGD([x], reuse_gradient=False)
+    closure = closure_of(optimizer, lambda x: curvature * x.square().sum() / 2, x)
+    assert list(steps_of(optimizer, closure, 4)) == [(1, 2)] * 4  # 4 * 0.5 > 1.4.
+    curvature = 0.34  # 4 * 0.34 < 1.4.
+    assert list(steps_of(optimizer, closure, 2)) == [(1, 2), (4, 2)]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.name)
@@ -186,8 +213,8 @@ def test_stalls_where_the_step_no_longer_changes_the_parameters():
 
     optimizer.step(closure_of(optimizer, f, x))
     assert optimizer.outcome.status is SearchStatus.STALLED
-    # float32 around 1: 1 - 2^-k is 1 from k = 25 on, so 25 trials and the start.
-    assert optimizer.outcome.evaluations == 26
+    # float32 around 1: 1 - 2^-k is 1 from k = 25 on, so 25 trials, the one that shows it, and the start.
+    assert optimizer.outcome.evaluations == 27
     assert x.item() == 1.0
 
 
@@ -487,6 +514,6 @@ def test_a_first_step_below_the_spacing_of_numbers_grows():
     x = parameter(1.0)
     optimizer = ArmijoGD([x], initial_step=1e-30)
     closure = closure_of(optimizer, half_square(1.0), x)
-    for _ in range(230):  # 1e-30 doubles every second step: 100 doublings reach 1.
+    for _ in range(230):  # 1e-30 grows fourfold every second step: 50 times reach 1.
         optimizer.step(closure)
     assert abs(x.item()) < 1e-8

@@ -1,0 +1,94 @@
+"""Value and gradient of any differentiable objective for the line search, by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nclightning.objective import square_norm
+from nclightning.optim import ClosureLine
+from nclightning.optim.evaluation import Evaluation, inner_product
+
+__all__ = ["GraphLine"]
+
+
+class GraphLine(ClosureLine):
+    """Line of an objective whose gradient autograd finds, and only where it is asked for.
+
+    Args:
+        objective: Evaluates this process's share of the objective, with its graph.
+        params: Parameters, the same on each process.
+        sum_over_ranks: Sums a tensor over the processes that share the samples, in place; None on a single one.
+    """
+
+    def __init__(
+        self,
+        objective: Callable[[], Tensor],
+        params: Sequence[Tensor],
+        sum_over_ranks: Callable[[Tensor], object] | None = None,
+    ) -> None:
+        super().__init__(objective, params)
+        self._sum_over_ranks = sum_over_ranks
+        self._share: Tensor | None = None  # Of the last value, until its gradient is asked for.
+
+    def __call__(self) -> Tensor:
+        """Set the gradients and return the value."""
+        return torch.tensor(self.evaluate().value, dtype=torch.float64)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate value and gradient."""
+        self._evaluate_value()
+        return self._differentiate()
+
+    def trial(self, size: float) -> float:
+        """Move the parameters and evaluate the value."""
+        self._move(size)
+        return self._evaluate_value()
+
+    def slope(self) -> float:
+        """Evaluate the gradient, and multiply it by that of the start."""
+        self._end = self._differentiate()
+        return super().slope()
+
+    def accept(self) -> Evaluation:
+        """Evaluate the gradient, unless a slope did."""
+        return self._end if self._share is None else self._differentiate()
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Evaluate value and squared norm of the gradient on the device."""
+        value = self._evaluate_share()
+        self._differentiate_share()
+        return value, torch.stack([square_norm(p.grad) for p in self._params if p.grad is not None]).sum()
+
+    def _evaluate_value(self) -> float:
+        self._value = float(self._evaluate_share())
+        return self._value
+
+    def _evaluate_share(self) -> Tensor:
+        share = self._call()
+        self._share = share
+        return self._sum(share.detach().to(torch.float64, copy=True))
+
+    def _differentiate(self) -> Evaluation:
+        epsilon = self._differentiate_share()
+        gradients = self._gradients()
+        return Evaluation(self._value, epsilon, gradients, inner_product(gradients, gradients))
+
+    def _differentiate_share(self) -> float:
+        """Set the gradients; return the machine epsilon of the value."""
+        share, self._share = self._share, None
+        assert share is not None
+        share.backward()  # type: ignore[no-untyped-call]
+        present = [g for g in self._gradients() if g is not None]
+        if self._sum_over_ranks is not None and present:
+            flat = self._sum(torch.cat([g.reshape(-1) for g in present]))
+            for g, total in zip(present, torch.split(flat, [g.numel() for g in present]), strict=True):
+                g.copy_(total.view_as(g))
+        return torch.finfo(share.dtype).eps
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self._sum_over_ranks is not None:
+            self._sum_over_ranks(tensor)
+        return tensor

@@ -1,0 +1,78 @@
+"""Weights of which each process holds a part, as torch's ``fully_shard`` leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["gathered", "in_step", "is_sharded", "reshard", "whole_linear"]
+
+# Told by their methods: where the classes are to be imported from changes with torch's version.
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a part of a module gathers its weights at each forward, in which all processes must take part."""
+    return any(hasattr(child, "set_reshard_after_forward") for child in module.modules())
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up the weights that a forward without a backward left gathered; those in the shards are the true ones."""
+    for child in module.modules():
+        if hasattr(child, "set_reshard_after_forward"):
+            child.reshard()  # type: ignore[operator]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a tensor detached and, if it is sharded, gathered from all processes, which must all ask for it."""
+    tensor = tensor.detach()
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def whole_linear(layer: nn.Linear) -> nn.Linear:
+    """Return a layer that can be read by itself.
+
+    Args:
+        layer: Returned as it is unless it is sharded.
+
+    Returns:
+        The layer, or a copy with its weights as they are now, for which all processes must ask.
+    """
+    if not hasattr(layer.weight, "full_tensor"):
+        return layer
+    copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    for name, parameter in layer.named_parameters():
+        setattr(copy, name, nn.Parameter(gathered(parameter), requires_grad=False))
+    return copy
+
+
+def in_step(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """Run as many batches on each process as on the one with the most: the last one comes again.
+
+    Args:
+        loader: Of this process, with a length.
+        device: On which processes talk to each other.
+
+    Yields:
+        A batch, and whether it is seen for the first time.
+
+    Raises:
+        ValueError: On all processes, if one of them has no batch.
+    """
+    assert isinstance(loader, Sized)
+    count = len(loader)
+    extremes = torch.tensor([count, -count], device=device)
+    torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+    most, least = int(extremes[0]), -int(extremes[1])
+    if least == 0:
+        raise ValueError(
+            "a sweep of sharded weights needs a batch for each process: this data set has too few samples."
+        )
+    batch: Any = None
+    for batch in loader:
+        yield batch, True
+    for _ in range(most - count):
+        yield batch, False

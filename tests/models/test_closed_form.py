@@ -1,0 +1,215 @@
+"""Gradients in closed form against autograd, rows at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from nclightning.models import UFM, closed_form
+from nclightning.models.closed_form import UFMLine
+from nclightning.models.graph import GraphLine
+from nclightning.objective import Objective
+from nclightning.optim import ArmijoGD, ClosureLine
+
+SHAPES = [(2, 1, 1), (4, 3, 6), (5, 2, 3), (10, 10, 20)]
+# Some hundred roundings of the dtype, of the largest entry.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
+
+
+def point(loss, shape, dtype=torch.float64, scale=1.0, seed=0):
+    """Leaves and labels, in an order that is not that of the classes."""
+    K, n, d = shape
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *sizes: nn.Parameter(  # noqa: E731
+        (scale * torch.randn(*sizes, dtype=torch.float64, generator=generator)).to(dtype)
+    )
+    features, head = draw(K * n, d), [draw(K, d), *([draw(K)] if loss == "mse" else [])]
+    labels = torch.arange(K).repeat_interleave(n)[torch.randperm(K * n, generator=generator)]
+    return features, head, labels
+
+
+def lines(loss, shape, dtype=torch.float64, **options):
+    """The closed form, and autograd on the same parameters."""
+    features, head, labels = point(loss, shape, dtype, **options)
+    objective, params = Objective(loss, 7e-3, 3e-3), [*head, features]
+
+    @torch.enable_grad()
+    def closure():
+        for p in params:
+            p.grad = None
+        value = objective(head[0], features, labels, *head[1:])
+        value.backward()
+        return value.detach()
+
+    return UFMLine(objective, features, head, labels, params, len(labels)), ClosureLine(closure, params), params
+
+
+@pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
+def rows_at_a_time(request, monkeypatch):
+    monkeypatch.setattr(closed_form, "_ELEMENTS_AT_A_TIME", request.param)
+
+
+def assert_same(ours, theirs, dtype):
+    tolerance = TOLERANCE[dtype]
+    assert ours.value == pytest.approx(theirs.value, rel=tolerance)
+    assert ours.square == pytest.approx(theirs.square, rel=10 * tolerance)
+    for a, b in zip(ours.gradients, theirs.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 3.0])
+def test_value_and_gradient_are_those_of_autograd(loss, shape, dtype, scale):
+    ours, theirs, params = lines(loss, shape, dtype, scale=scale)
+    before = [p.detach().clone() for p in params]
+    assert_same(ours.evaluate(), theirs.evaluate(), dtype)
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("with_slope", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+@torch.no_grad()
+def test_a_search_goes_the_way_of_a_closure(loss, with_slope):
+    ours, _, params = lines(loss, (4, 3, 6))
+    _, theirs, twins = lines(loss, (4, 3, 6))
+    start = ours.evaluate()
+    gradients = [g.clone() for g in start.gradients]
+    ours.begin(start)
+    theirs.begin(theirs.evaluate())
+    before = [p.detach().clone() for p in params]
+    for size in (5.0, 0.3):
+        assert ours.trial(size) == pytest.approx(theirs.trial(size), rel=1e-13)
+        assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+        if with_slope:
+            assert ours.slope() == pytest.approx(theirs.slope(), rel=1e-12)
+        assert not ours.stands_still()
+    assert_same(ours.accept(), theirs.accept(), torch.float64)
+    for p, x, g in zip(params, before, gradients, strict=True):
+        assert torch.equal(p, torch.sub(x, g, alpha=0.3))
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+    ours.begin(ours.evaluate())
+    ours.trial(1e-30)
+    assert ours.stands_still()
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_a_line_continues_from_the_gradient_of_another(loss):
+    """As after a Lightning step, or when hooks were set meanwhile: the gradient is kept, the line made anew."""
+    one, _, params = lines(loss, (4, 3, 6))
+    _, autograd, twins = lines(loss, (4, 3, 6))
+    optimizer, other = ArmijoGD(params), ArmijoGD(twins)
+    for step in range(12):
+        fresh = UFMLine(one._objective, params[-1], params[:-1], one._labels, params, 12)
+        optimizer.step([one, fresh, ClosureLine(closure_of(one, params), params)][step % 3])
+        other.step(autograd)
+    assert optimizer.total_evaluations == other.total_evaluations
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+
+
+def closure_of(line, params):
+    def closure():
+        for p in params:
+            p.grad = None
+        weight, *bias, features = params
+        value = line._objective(weight, features, line._labels, *bias)
+        value.backward()
+        return value.detach()
+
+    return closure
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_values_whose_gradient_may_overflow_are_not_finite(dtype):
+    line, _, _ = lines("mse", (4, 3, 6), dtype)
+    line.begin(line.evaluate())
+    assert math.isinf(line.trial(math.sqrt(torch.finfo(dtype).max)))
+    assert math.isfinite(line.trial(1.0))
+
+
+def test_a_label_out_of_range_raises():
+    features, head, labels = point("mse", (4, 3, 6))
+    line = UFMLine(Objective("mse", 1e-2, 1e-2), features, head, labels + 1, [features, *head], 12)
+    with pytest.raises(RuntimeError, match="index 4 is out of bounds"):
+        line.evaluate()
+
+
+def ufm(**options):
+    torch.manual_seed(0)
+    return UFM(4, 3, 6, "mse", lambda_=5e-3, **options)
+
+
+def batch():
+    return torch.arange(12), torch.arange(12) // 3
+
+
+def test_the_model_takes_the_closed_form_and_does_not_copy_its_features():
+    model = ufm()
+    assert isinstance(model.line(batch(), list(model.parameters())), UFMLine)
+    index, labels = batch()
+    model.line((index, labels), list(model.parameters()))
+    assert model.features_of(index) is model.features
+    assert model.features_of(index.clone()) is not model.features
+
+
+def hooked():
+    model = ufm()
+    model.head.register_forward_hook(lambda *_: None)
+    return model, batch()
+
+
+def frozen_head():
+    model = ufm()
+    model.head.weight.requires_grad_(False)
+    return model, batch()
+
+
+def parametrized():
+    model = ufm()
+    nn.utils.parametrizations.weight_norm(model.head)
+    return model, batch()
+
+
+def own_objective():
+    class Own(UFM):
+        def evaluate_objective(self, batch):
+            return 2 * super().evaluate_objective(batch)
+
+    return Own(4, 3, 6, "mse", lambda_=5e-3), batch()
+
+
+def other_order():
+    order = torch.randperm(12)
+    return ufm(), tuple(t[order] for t in batch())
+
+
+@pytest.mark.parametrize("make", [hooked, frozen_head, parametrized, own_objective, other_order])
+def test_whatever_was_changed_goes_by_autograd(make):
+    model, data = make()
+    params = [p for p in model.parameters() if p.requires_grad]
+    line = model.line(data, params)
+    assert isinstance(line, GraphLine)
+    assert line.evaluate().value == float(model.evaluate_objective(data).detach())
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_on_a_device_only_decisions_come_to_the_host(loss):
+    """Fake tensors raise on a transfer and on a mix of devices."""
+    with FakeTensorMode():
+        K, n, d = 4, 3, 6
+        features, weight, bias = (nn.Parameter(torch.empty(s, device="cuda")) for s in ((K * n, d), (K, d), (K,)))
+        head = [weight, bias] if loss == "mse" else [weight]
+        labels = torch.empty(K * n, dtype=torch.int64, device="cuda")
+        line = UFMLine(Objective(loss, 1e-2, 1e-2), features, head, labels, [features, *head], K * n)
+        with torch.no_grad():
+            results = [*line.measure(), line._trial(), line._slope(), line._replace_gradient(move=True)]
+        assert {result.device.type for result in results} == {"cuda"}
+        with pytest.raises(DataDependentOutputException):
+            line.trial(1.0)

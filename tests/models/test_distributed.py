@@ -1,0 +1,196 @@
+"""Processes that share a training set take the steps of one that has all of it."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.data import GaussianDataModule, IndexDataModule
+from nclightning.loggers import RunLogger
+from nclightning.models import UFM, TwoLayerMLP
+from nclightning.models.backbones import FeatureTable
+from nclightning.ranks import own_rows
+from tests.trainers import quiet_trainer
+
+# 20 samples: 3 processes get 6, 7 and 7, and each misses some class.
+SIZES = {"num_classes": 4, "samples_per_class": 5, "feature_dim": 7, "lambda_": 5e-3, "iterations_per_step": 10}
+
+
+def ufm(loss, **options):
+    torch.manual_seed(0)
+    return UFM(**SIZES, loss=loss, **options)
+
+
+def mlp(loss, **options):
+    torch.manual_seed(0)
+    return TwoLayerMLP(**SIZES, loss=loss, input_dim=30, hidden_dim=16, **options)
+
+
+MODELS = {"ufm": (ufm, IndexDataModule), "mlp": (mlp, GaussianDataModule)}
+
+
+def fit(folder, model, data, devices, max_steps=40, ckpt_path=None):
+    trainer = quiet_trainer(
+        folder,
+        max_steps=max_steps,
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        callbacks=[OptimalityMonitor(5), NeuralCollapseMonitor(5), LastCheckpoint(20)],
+        enable_checkpointing=True,
+        logger=RunLogger(str(folder)),
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model
+
+
+def readings(folder):
+    with (folder / "lightning_logs/version_0/readings.csv").open() as file:
+        return [{tag: float(value) for tag, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def difference(model, other):
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max((p - q).detach().abs().max().item() for p, q in pairs)
+
+
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.2, momentum=0.9)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss, devices, tmp_path):
+    make, data = MODELS[kind]
+    alone = fit(tmp_path / "alone", make(loss), data(), 1)
+    together = fit(tmp_path / "together", make(loss), data(), devices)
+    # Sums in another order: roundings, carried along by as many steps.
+    assert difference(alone, together) < 1e-12
+    one, many = readings(tmp_path / "alone"), readings(tmp_path / "together")
+    assert [row["iteration"] for row in one] == [row["iteration"] for row in many] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    for row, other in zip(one, many, strict=True):
+        for tag, value in row.items():
+            # Near the optimum every reading is of differences that the iterates' roundings blur.
+            assert other[tag] == pytest.approx(value, rel=1e-6, nan_ok=True), (row["iteration"], tag)
+    checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
+    whole = fit(tmp_path / "whole", make(loss), data(), 1, max_steps=60)
+    for number in (1, 5 - devices):
+        resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=60, ckpt_path=checkpoint)
+        assert difference(whole, resumed) < 1e-11
+
+
+def test_momentum_of_shared_features_goes_into_the_checkpoint(tmp_path):
+    alone = fit(tmp_path / "alone", ufm("mse", optimizer=sgd), IndexDataModule(), 1, max_steps=60)
+    fit(tmp_path / "together", ufm("mse", optimizer=sgd), IndexDataModule(), 2)
+    checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
+    for number in (1, 3):
+        model = ufm("mse", optimizer=sgd)
+        resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
+        assert difference(alone, resumed) < 1e-12
+
+
+def test_a_checkpoint_of_several_processes_is_that_of_one(tmp_path):
+    fit(tmp_path / "together", ufm("ce"), IndexDataModule(), 3)
+    model = UFM.load_from_checkpoint(tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt")
+    assert model.features.shape == (20, 7)
+    distance = float(model.problem.distance(model.head.weight, model.features, model.problem.labels()))
+    assert distance == pytest.approx(readings(tmp_path / "together")[-1]["optimality/distance"], rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_validation_reads_the_whole_set(kind, tmp_path):
+    make, data = MODELS[kind]
+    model = make("mse")
+    values = {}
+    for devices in (1, 2):
+        trainer = quiet_trainer(
+            tmp_path,
+            devices=devices,
+            strategy="ddp_fork" if devices > 1 else "auto",
+            callbacks=[OptimalityMonitor(), NeuralCollapseMonitor()],
+        )
+        (values[devices],) = trainer.validate(model, data(), verbose=False)
+    assert values[1].keys() == values[2].keys()
+    for tag, value in values[1].items():
+        assert values[2][tag] == pytest.approx(value, rel=1e-6), tag  # Lightning carries some as float32.
+
+
+def lbfgs(params):
+    return torch.optim.LBFGS(params)
+
+
+def hooked(model):
+    model.head.register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: ufm("mse", optimizer=lbfgs), "LBFGS takes inner products"),
+        (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
+        (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
+        (lambda: UFM(6, 2, 3, "mse", lambda_=1e-2), "need feature_dim of at least 5, got 3"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(model, message, tmp_path):
+    with pytest.raises(Exception, match=message):  # Of the type that carries a process's error.
+        fit(tmp_path, model(), IndexDataModule(), 3)
+
+
+@pytest.mark.parametrize(("rows", "world"), [(20, 3), (7, 7), (1000, 6)])
+def test_rows_are_shared_out_without_gap_or_overlap(rows, world):
+    parts = [own_rows(rows, rank, world) for rank in range(world)]
+    assert [first for first, _ in parts] == [sum(count for _, count in parts[:i]) for i in range(world)]
+    assert sum(count for _, count in parts) == rows
+    assert max(count for _, count in parts) - min(count for _, count in parts) <= 1
+
+
+def test_a_table_keeps_its_rows_and_loads_those_of_a_whole_one():
+    whole = FeatureTable(10, 3, torch.float64)
+    nn.init.normal_(whole.features)
+    table = FeatureTable(10, 3, torch.float64)
+    table.keep_rows(4, 3)
+    table.load_state_dict(whole.state_dict())
+    assert torch.equal(table.features, whole.features[4:7])
+    assert torch.equal(table(torch.tensor([6, 4])), whole(torch.tensor([6, 4])))
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_on_two_processes(tmp_path):
+    words = [sys.executable, "-m", "nclightning", "fit", "--config", "ufm_ce.yaml", "--trainer.enable_progress_bar"]
+    for name, extra in (("one", []), ("two", ["--trainer.strategy", "ddp", "--trainer.devices", "2"])):
+        (tmp_path / name).mkdir()
+        command = [*words, "false", "--trainer.max_steps", "100", *extra]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path / name,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=environment(),
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Run folder:") == 1
+    one, two = readings(tmp_path / "one"), readings(tmp_path / "two")
+    assert [row["iteration"] for row in one] == [row["iteration"] for row in two]
+    assert all(
+        math.isclose(a["optimality/gap"], b["optimality/gap"], rel_tol=1e-6) for a, b in zip(one, two, strict=True)
+    )
+    folder = tmp_path / "two/lightning_logs/version_0"
+    assert sorted(p.name for p in Path(tmp_path / "two/lightning_logs").iterdir()) == ["version_0"]
+    assert all((folder / name).is_file() for name in ("config.yaml", "convergence.png", "checkpoints/last.ckpt"))
+
+
+def environment():
+    """Without what a launcher in this process may have left."""
+    left = ("LOCAL_RANK", "NODE_RANK", "GLOBAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in left} | {"PYTHONPATH": str(Path(__file__).parents[2])}
