@@ -159,6 +159,9 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     Raises:
         ValueError: If the batch has another form.
     """
+    # Plain sequences first and without an abstract base class: this is asked in every training step.
+    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
     if isinstance(batch, Mapping):
         for key in _LABEL_KEYS:
             if key in batch:
@@ -234,7 +237,7 @@ class Taps:
         self._versions: dict[str, int] = {}
         self._pooling = pooling
         self._failure: str | None = None
-        self._handles = [_hook_input(head, lambda features: self._keep("", features))]
+        self._handles = [_hook_input(head, self._keep)]
         for name, layer in (layers or {}).items():
             self._handles.append(layer.register_forward_hook(self._keep_output(name)))
 
@@ -244,11 +247,11 @@ class Taps:
             if tensor is None:  # No error here, in the middle of somebody's forward.
                 self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
                 return
-            self._keep(name, tensor if self._pooling == "flatten" else _pool(tensor))
+            self._keep(tensor if self._pooling == "flatten" else _pool(tensor), name)
 
         return hook
 
-    def _keep(self, name: str, tensor: Tensor) -> None:
+    def _keep(self, tensor: Tensor, name: str = "") -> None:
         self._kept[name] = tensor.detach()
         self._runs += not name
         self._versions[name] = -1 if tensor.is_inference() else tensor._version

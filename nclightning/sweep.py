@@ -101,7 +101,7 @@ def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1)
     depend on the epoch, leave samples out or count some twice.
 
     Args:
-        loader: A ``DataLoader`` over a map-style dataset; anything else is returned as it is.
+        loader: A ``DataLoader`` over a map-style dataset; an iterable that is no ``DataLoader`` is returned as it is.
         rank: Of this process.
         world_size: Number of processes.
 
@@ -109,8 +109,14 @@ def sequential_loader(loader: Iterable[Any], rank: int = 0, world_size: int = 1)
         The loader.
 
     Raises:
-        ValueError: If samples cannot be shared out over several processes.
+        ValueError: If samples cannot be shared out over several processes, or a subclass of ``DataLoader`` has an
+            ``__iter__`` of its own: what it yields cannot be had from the dataset, and to run it would move it on.
     """
+    if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(
+            f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
+            "other samples than it yields. Use source='online', or a plain DataLoader."
+        )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1:
             raise ValueError(

@@ -78,3 +78,18 @@ def test_other_samplers_make_no_duplicates():
     assert num_own_samples(DataLoader(data)) is None
     assert num_own_samples([1, 2]) is None
     assert num_own_samples(DataLoader(data, sampler=DistributedSampler(data, 2, 0, drop_last=True))) is None
+
+
+@pytest.mark.parametrize("data", [TensorDataset(torch.arange(10)), torch.utils.data.ChainDataset([])])
+def test_loaders_that_iterate_in_their_own_way_are_refused(data):
+    class Halved(DataLoader):
+        def __iter__(self):
+            for (batch,) in super().__iter__():
+                yield (batch / 2,)
+
+    class Named(DataLoader):
+        """Plain, whatever it is called."""
+
+    with pytest.raises(ValueError, match=r"Halved is a DataLoader with an __iter__ of its own.* source='online'"):
+        sequential_loader(Halved(data, batch_size=2))
+    assert sequential_loader(Named(data, batch_size=2)) is not None

@@ -17,8 +17,8 @@ __all__ = ["DECISIONS", "Centres", "Collection", "Decisions", "Measuring", "orth
 
 DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
 _OF_A_LAYER = ("nc1", "nc1_cdnv")
-# Rows that wait for each other: one update of many rows costs what one of few does.
-_ROWS_AT_A_TIME = 2048
+# What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
+_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
 
 Centres = Mapping[str, ClassStatistics]
 
@@ -86,30 +86,39 @@ class _Stream:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._num_rows = 0
+        self._num_rows = self._num_elements = 0
+        self._named = False
         self.seen = 0
 
     def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
         """Take a batch; of the places behind ``num_own`` nothing."""
+        rows = labels.shape[0]
         if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
-            keep = max(min(len(labels), num_own - self.seen), 0)
-            labels = labels.narrow(0, 0, keep)
-            captured = {name: tensor.narrow(0, 0, keep) for name, tensor in captured.items()}
-        self.seen += len(labels)
+            rows = max(min(rows, num_own - self.seen), 0)
+            labels = labels.narrow(0, 0, rows)
+            captured = {name: tensor.narrow(0, 0, rows) for name, tensor in captured.items()}
+        if rows == 0 and self._named:  # The first batch, empty or not, makes the same metrics on all processes.
+            return
+        self._named = True
+        self.seen += rows
         # Copies: a loader may fill the same memory with the next batch.
-        self._waiting.append(({name: tensor.clone() for name, tensor in captured.items()}, labels.clone()))
-        self._num_rows += len(labels)
-        if self._num_rows >= _ROWS_AT_A_TIME:
+        kept = {}
+        for name, tensor in captured.items():
+            kept[name] = tensor.clone()
+            self._num_elements += tensor.numel()
+        self._waiting.append((kept, labels.clone()))
+        self._num_rows += rows
+        if self._num_rows >= _ROWS_AT_A_TIME and self._num_elements >= _ELEMENTS_AT_A_TIME:
             self.flush()
 
     def flush(self) -> None:
         """Hand on what waits."""
-        waiting, self._waiting, self._num_rows = self._waiting, [], 0
+        waiting, self._waiting = self._waiting, []
+        self._num_rows = self._num_elements = 0
         if waiting:
-            labels = [labels for _, labels in waiting]
             for name in waiting[0][0]:
-                paired = [pair_rows(captured[name], y) for (captured, _), y in zip(waiting, labels, strict=True)]
-                self.update(name, torch.cat([h for h, _ in paired]), torch.cat([y for _, y in paired]))
+                batches = [_rows(captured[name], labels) for captured, labels in waiting]
+                self.update(name, torch.cat([h for h, _ in batches]), torch.cat([y for _, y in batches]))
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:
         raise NotImplementedError
@@ -189,6 +198,13 @@ class Decisions(_Stream):
             else:
                 values |= {measure: computed[measure] for measure in self._measures}
         return values
+
+
+def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair rows where they are not paired already."""
+    if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
+        return features, labels
+    return pair_rows(features, labels)
 
 
 def unlabelled(captured: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:

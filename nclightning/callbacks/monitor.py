@@ -16,7 +16,7 @@ from nclightning.loggers import RunLogger
 from nclightning.ranks import sum_over_ranks
 from nclightning.sweep import untouched
 
-__all__ = ["Readings", "ReadingsMonitor", "count_samples"]
+__all__ = ["Readings", "ReadingsMonitor", "as_metrics", "count_samples"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -172,9 +172,7 @@ class Readings:
             ]
             for _, row in values:
                 row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
-            trainer.callback_metrics.update(
-                {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values[-1][1].items()}
-            )
+            trainer.callback_metrics.update(as_metrics(values[-1][1]))
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
                     logger.log_rows(values)
@@ -182,6 +180,11 @@ class Readings:
                     for iteration, row in values:
                         logger.log_metrics(row, iteration)
         return values
+
+
+def as_metrics(values: dict[str, float]) -> dict[str, Tensor]:
+    """Make of readings what ``trainer.callback_metrics`` holds."""
+    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}
 
 
 def _log10(value: float) -> float:

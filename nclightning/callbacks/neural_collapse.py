@@ -15,7 +15,7 @@ from torch import Tensor
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
 from nclightning.callbacks.collection import Collection, Measuring, orthogonality, unlabelled
 from nclightning.callbacks.forwards import ForwardPass
-from nclightning.callbacks.monitor import Batch, ReadingsMonitor
+from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.functional import ClassStatistics, class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
@@ -101,11 +101,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         super().__init__(every_n_iterations)
-        for name, value in (
-            ("every_n_epochs", every_n_epochs),
-            ("every_n_steps", every_n_steps),
-            ("pictures_every_n_epochs", pictures_every_n_epochs),
-        ):
+        cadences = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
+        for name, value in (cadences | {"pictures_every_n_epochs": pictures_every_n_epochs}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         for name, chosen, allowed in (
@@ -148,6 +145,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     # Full-batch modules: readings at iterates.
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the readings of an earlier fit; those of a checkpoint are loaded after this."""
+        if stage == "fit":
+            self._last = {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
@@ -157,7 +159,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             return
         self._attachment.check(trainer)
         self._swept_step = trainer.global_step
-        trainer.callback_metrics.update(_as_metrics(self._last))
+        trainer.callback_metrics.update(as_metrics(self._last))
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
@@ -202,10 +204,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
-        every, step = self.every_n_steps, trainer.global_step
-        # Accumulated batches share a step.
-        if every is not None and step % every == 0 and step != self._swept_step and "train" in self.stages:
-            self._swept_step = step
+        every = self.every_n_steps if "train" in self.stages else None
+        if every is not None and (step := trainer.global_step) % every == 0 and step != self._swept_step:
+            self._swept_step = step  # Accumulated batches share a step.
             with self._guard():
                 self._sweep(trainer, pl_module, at_step=True)
 
@@ -331,8 +332,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         if self._pass is not None:
-            with self._guard():
+            try:  # Not the guard itself, which costs as much as the rest.
                 self._pass.collect(pl_module, batch, loaders, index)
+            except Exception as error:
+                self._give_up(error)
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         if self._pass is not None:
@@ -349,7 +352,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
         arrived = self._remember(values)
-        trainer.callback_metrics.update(_as_metrics(arrived))
+        trainer.callback_metrics.update(as_metrics(arrived))
         for logger in trainer.loggers:
             logger.log_metrics(arrived, trainer.global_step)
 
@@ -364,10 +367,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         try:
             yield
         except Exception as error:
-            self._drop()
-            if self.on_error == "raise":
-                raise
-            rank_zero_warn(f"no reading of neural collapse: {error}")
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._drop()
+        if self.on_error == "raise":
+            raise error
+        rank_zero_warn(f"no reading of neural collapse: {error}")
 
     def _drop(self) -> None:
         for each in (self._pass, self._waiting):
@@ -392,7 +398,3 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         self._last = dict(state_dict.get("last", {}))
-
-
-def _as_metrics(values: dict[str, float]) -> dict[str, Tensor]:
-    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}

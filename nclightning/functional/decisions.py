@@ -21,7 +21,8 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
         stats: Statistics whose means are the centres; usually those of the training set, whatever the features.
 
     Returns:
-        Classes ``(N,)`` int64, only classes present; of equally near ones the first.
+        Classes ``(N,)`` int64, only classes present; of equally near ones the first. -1 where there is no nearest one:
+        for features or centres that are not finite, and without samples of any class.
 
     Raises:
         ValueError: If the features do not fit the statistics.
@@ -32,7 +33,21 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
     centre, means = stats.global_mean(), stats.centred_means
     centred = features.detach().to(means) - centre
     score = centred @ means.T - means.square().sum(dim=1) / 2
-    return torch.where(stats.present, score, -torch.inf).argmax(dim=1)
+    return decide(torch.where(stats.present, score, -torch.inf))
+
+
+def decide(scores: Tensor) -> Tensor:
+    """Take the class of the highest score.
+
+    Args:
+        scores: ``(N, K)``, for example logits.
+
+    Returns:
+        Classes ``(N,)`` int64; of equally high ones the first. -1 where the highest is not finite: ``argmax`` alone
+        takes ``nan`` for the highest of all.
+    """
+    highest = scores.max(dim=1)
+    return torch.where(highest.values.isfinite(), highest.indices, -1)
 
 
 def ncc_accuracy(features: Tensor, labels: Tensor, stats: ClassStatistics) -> Tensor:
@@ -44,7 +59,8 @@ def ncc_accuracy(features: Tensor, labels: Tensor, stats: ClassStatistics) -> Te
         stats: As for :func:`nearest_class_centre`.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; ``nan`` without samples.
+        Scalar in [0, 1] in the dtype of the statistics; ``nan`` without samples. Features without a nearest centre
+        count as wrong.
     """
     return accuracy(nearest_class_centre(features, stats), labels).to(stats.means)
 
@@ -58,9 +74,11 @@ def ncc_mismatch(features: Tensor, predictions: Tensor, stats: ClassStatistics) 
         stats: As for :func:`nearest_class_centre`.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``nan`` without samples.
+        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``nan`` without samples. Features without a
+        nearest centre count as mismatched.
     """
-    return (nearest_class_centre(features, stats) != predictions).to(stats.means.dtype).mean()
+    nearest = nearest_class_centre(features, stats)
+    return ((nearest != predictions) | (nearest < 0)).to(stats.means.dtype).mean()
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:

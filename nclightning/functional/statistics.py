@@ -14,12 +14,13 @@ __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
 
-# Rows are taken in at a time: enough of them for one pass over the scatter; without one, fewer by this factor, so that
-# what is formed of them stays in the cache of a CPU.
-_ELEMENTS_AT_A_TIME, _LEAST_ROWS, _FEWER_WITHOUT = 2**19, 1024, 4
+# Rows are taken in at a time: no more than what is formed of them stays in the cache of a CPU, but enough for one pass
+# over the scatter; without one, the least is fewer by this factor.
+_ELEMENTS_AT_A_TIME, _LEAST_ROWS, _FEWER_WITHOUT = 2**16, 1024, 4
 # Samples are kept for a reading along K - 1 directions, which costs d / (K - 1) times less than their scatter, if that
-# is so many times less and while they are no more than so many times d and so many bytes.
+# is so many times less and while they are no more than so many times d and so many bytes; or few bytes in few pieces.
 _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 4, 128, 2**28
+_FEW_BYTES, _FEW_PIECES = 2**25, 128
 # From this dimension on only blocks on and below the diagonal of the scatter are computed, this many to a side.
 _LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
@@ -118,7 +119,7 @@ class ClassStatistics:
         spread = directions.new_zeros(len(directions))
         rest = directions.new_zeros(len(self.counts) + 1, len(directions))
         for away, index in self._deviations(for_scatter=False):
-            along = _without(away @ directions.T, index, len(self.counts))
+            along = _without((directions @ away.T).T, index, len(self.counts))  # Twice as fast as the other way round.
             spread.add_(along.square().sum(dim=0))
             rest.index_add_(0, index, along)
         # What the means are off by, which is their rounding, is no spread.
@@ -166,7 +167,8 @@ class ClassStatistics:
     def _can_keep(self, kept: list[Tensor]) -> bool:
         features, dim = kept[::2], max(self.means.shape[1], 1)
         bytes_ = sum(each.numel() * each.element_size() for each in features)
-        return sum(map(len, features)) <= _KEPT_PER_DIM * dim and bytes_ <= _KEPT_BYTES
+        few = bytes_ <= _FEW_BYTES and len(features) <= _FEW_PIECES
+        return few or (sum(each.shape[0] for each in features) <= _KEPT_PER_DIM * dim and bytes_ <= _KEPT_BYTES)
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -240,15 +242,17 @@ class ClassStatistics:
             ValueError: If a shape does not fit.
             TypeError: If features are not floating or labels not int64.
         """
-        if features.ndim != 2 or labels.shape != features.shape[:1]:
+        if features.ndim != 2 or not features.shape[1] or labels.shape != features.shape[:1]:
             raise ValueError(
-                "features must be (N, d) and labels (N,) with the same N, "
+                "features must be (N, d) with d at least 1 and labels (N,) with the same N, "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}."
             )
         if features.shape[1] != self.means.shape[1]:
             raise ValueError(f"features must have shape (N, {self.means.shape[1]}), got {tuple(features.shape)}.")
         if not features.is_floating_point() or labels.dtype != torch.int64:
             raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
+        if not labels.shape[0]:
+            return self  # Else each of them would stay as a sample that is kept.
         with torch.no_grad():
             valid = (labels >= 0) & (labels < len(self.counts))
             invalid = valid.logical_not()
@@ -270,16 +274,17 @@ class ClassStatistics:
         num_classes = len(self.counts)
         ones = torch.ones_like(index, dtype=features.dtype)
         counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
-        means = _sums(features, index, num_classes + 1) / counts.clamp(min=1).unsqueeze(1)
+        divisors = counts.clamp(min=1).unsqueeze(1)
+        means = _sums(features, index, num_classes + 1) / divisors
         # From here on in place and with the sign turned: a pass over memory is what this costs.
         away = means.index_select(0, index).sub_(features)
         # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-        rest = _sums(away, index, num_classes + 1) / counts.clamp(min=1).unsqueeze(1)
+        rest = _sums(away, index, num_classes + 1) / divisors
 
         new = counts.narrow(0, 0, num_classes)
-        total = self.counts + new
+        total = (self.counts + new).clamp_(min=1)
         shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
-        between = (self.counts / total.clamp(min=1)).sqrt().unsqueeze(1) * shift
+        between = (self.counts / total).sqrt().unsqueeze(1) * shift
         if self.lower is None or self._keeps:
             squares = _sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
             squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
@@ -288,10 +293,11 @@ class ClassStatistics:
             # Deviations of a class sum to zero: the same shift of each of its rows adds exactly the between-chunk part.
             rest.narrow(0, 0, num_classes).add_(between)
             _without(away.sub_(rest.index_select(0, index)), index, num_classes)
-            spreads = _sums(away.square().sum(dim=1), index, num_classes + 1).narrow(0, 0, num_classes)
+            squares = torch.linalg.vector_norm(away, dim=1).square_()
+            spreads = _sums(squares, index, num_classes + 1).narrow(0, 0, num_classes)
             _add_gram_(self.lower, away)
 
-        self.means.add_((new / total.clamp(min=1)).unsqueeze(1) * shift)
+        self.means.add_((new / total).unsqueeze(1) * shift)
         self.counts.add_(new)
         self.spreads.add_(spreads)
 
@@ -364,7 +370,7 @@ def class_statistics(
         TypeError: If features are not floating or labels not int64.
     """
     width = features.shape[1] if features.ndim == 2 else 0
-    empty = ClassStatistics.empty(num_classes, width, dtype, features.device, scatter=scatter)
+    empty = ClassStatistics.empty(num_classes, max(width, 1), dtype, features.device, scatter=scatter)
     return empty.add_(features, labels, ignore_index)
 
 
@@ -379,8 +385,8 @@ def _sums(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
 
 
 def _chunks(features: Tensor, labels: Tensor, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), _LEAST_ROWS)
-    size = size if for_scatter else size // _FEWER_WITHOUT
+    least = _LEAST_ROWS if for_scatter else _LEAST_ROWS // _FEWER_WITHOUT
+    size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), least)
     return zip(torch.split(features, size), torch.split(labels, size), strict=True)
 
 

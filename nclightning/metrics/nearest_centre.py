@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
+from nclightning.functional.decisions import decide
+from nclightning.metrics.groups import stand_apart
 
 __all__ = ["NearestClassCentre"]
 
@@ -27,7 +29,8 @@ class NearestClassCentre(Metric):
     | ``accuracy`` | share of samples whose label is the network's class |
     | ``cosine_margin`` | mean of :func:`nclightning.functional.cosine_margin` around the reference's mean |
 
-    all ``nan`` before the first sample; only the first without a head. Counts add up over processes.
+    all ``nan`` before the first sample; only the first without a head. Counts add up over processes. A sample whose
+    features are not finite counts as decided wrongly by both, and as mismatched.
 
     Args:
         reference: Statistics whose means are the centres, usually those of the training set.
@@ -70,6 +73,7 @@ class NearestClassCentre(Metric):
             shape = () if name == "num_invalid" else (len(reference.counts),)
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
+        stand_apart(self)
 
     def clone(self) -> NearestClassCentre:
         """Copy the metric; the copy reads the same head."""
@@ -103,10 +107,10 @@ class NearestClassCentre(Metric):
         if head is not None:
             rows, known = features.detach().double(), torch.where(valid, labels, 0)
             bias = None if head.bias is None else head.bias.detach().double()
-            decided = nn.functional.linear(rows, head.weight.detach().double(), bias).argmax(dim=1)
+            decided = decide(nn.functional.linear(rows, head.weight.detach().double(), bias))
             margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
             self.right = self.right + per_class((decided == labels).long())
-            self.mismatched = self.mismatched + per_class((decided != nearest).long())
+            self.mismatched = self.mismatched + per_class(((decided != nearest) | (nearest < 0)).long())
             self.margin = self.margin + per_class(margin)
 
     def compute(self) -> dict[str, Tensor]:
@@ -139,6 +143,10 @@ class NearestClassCentre(Metric):
             Figure and axis.
         """
         return self._plot(val, ax)
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        for name in (*_COUNTS, "margin"):
+            setattr(self, name, getattr(self, name) + incoming_state[name])
 
     def _totals(self) -> dict[str, Tensor]:
         totals = {"ncc_accuracy": self.ncc_right.double()}

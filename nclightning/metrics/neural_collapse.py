@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from nclightning import functional as F
 from nclightning.functional import ClassStatistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
 from nclightning.sharding import gathered
 
@@ -104,6 +105,7 @@ class NeuralCollapse(Metric):
         for name in self._states:
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
             self.add_state(name, default=getattr(empty, name), dist_reduce_fx=None)
+        stand_apart(self, ignore_index, dtype)
 
     def _choose(self, measures: Sequence[str] | None) -> tuple[str, ...]:
         has_head = self._head[0] is not None

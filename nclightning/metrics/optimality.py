@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.functional import ClassStatistics
+from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.neural_collapse import NeuralCollapse
 from nclightning.theory import UFMProblem
 
@@ -44,6 +45,7 @@ class Optimality(NeuralCollapse):
             )
         self.problem = problem
         self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        stand_apart(self)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.

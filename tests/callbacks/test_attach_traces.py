@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
+from nclightning.callbacks.collection import Collection
+from nclightning.metrics import NeuralCollapse
 from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -219,3 +221,61 @@ def test_a_layer_without_a_tensor_warns_where_asked_and_training_goes_on(samples
         with pytest.warns(UserWarning, match="layer 'silent' returns no tensor"):
             _, trainer = fit(tmp_path, [monitor], loader(samples), Mute(), max_epochs=1)
         assert trainer.global_step == N // 8
+
+
+def test_a_second_fit_begins_without_the_readings_of_the_first(samples, tmp_path):
+    class First(L.Callback):
+        """Looks before the first batch."""
+
+        def on_train_start(self, trainer, pl_module):
+            self.seen = [name for name in trainer.callback_metrics if name.startswith("nc/")]
+
+    monitor, look = NeuralCollapseMonitor(), First()
+    for _ in range(2):
+        fit(tmp_path, [monitor, look], loader(samples), max_epochs=1)
+        assert look.seen == []
+
+
+@pytest.mark.parametrize("source", ["sweep", "online"])
+def test_a_loader_that_iterates_in_its_own_way_is_read_online_only(samples, tmp_path, source):
+    class Doubled(DataLoader):
+        """Changes what it yields."""
+
+        def __iter__(self):
+            for x, y in super().__iter__():
+                yield 2 * x, y
+
+    def read(data):
+        torch.manual_seed(0)
+        trainer = fit(tmp_path, [NeuralCollapseMonitor(source=source)], data, Net(), max_epochs=1)[1]
+        return float(trainer.callback_metrics["nc/train/nc1"])
+
+    data = Doubled(TensorDataset(*samples), batch_size=10)
+    if source == "sweep":
+        with pytest.raises(ValueError, match="Doubled is a DataLoader with an __iter__ of its own"):
+            read(data)
+    else:
+        assert read(data) == read(DataLoader(TensorDataset(2 * samples[0], samples[1]), batch_size=10))
+
+
+def test_empty_batches_do_not_wait(samples):
+    collection = Collection(NeuralCollapse(K, 5), True, None)
+    for _ in range(50):
+        collection.add({"": torch.zeros(0, 5)}, torch.zeros(0, dtype=torch.int64))
+    assert len(collection._waiting) == 1  # One, so that all processes know the names.
+    collection.add({"": samples[0]}, samples[1])
+    collection.flush()
+    assert float(collection._metrics[""].counts.sum()) == N
+
+
+def test_odd_batches_among_others_are_paired_for_themselves(samples):
+    """A label too many here and one too few there do not make a pair."""
+    collection = Collection(NeuralCollapse(K, 5), True, None)
+    collection.add({"": samples[0][:4]}, samples[1][:4].unsqueeze(1))
+    collection.add({"": samples[0][4:8]}, samples[1][4:8].int())
+    collection.flush()
+    assert float(collection._metrics[""].counts.sum()) == 8
+    collection.add({"": samples[0][:4]}, samples[1][:5])
+    collection.add({"": samples[0][5:10]}, samples[1][6:10])
+    with pytest.raises(ValueError, match="one label per feature row"):
+        collection.flush()

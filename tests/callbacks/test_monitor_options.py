@@ -391,5 +391,6 @@ def test_the_path_of_a_batch_makes_no_host_transfer():
         for _ in range(40):
             kept = {"": torch.empty(64, 6, device="cuda", dtype=torch.bfloat16)}
             collection.add(kept, torch.zeros(64, dtype=torch.int64, device="cuda"), None)
+        collection.flush()
         assert collection._metrics[""].means.device.type == "cuda"
     assert collection.seen == 40 * 64

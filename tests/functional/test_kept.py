@@ -48,6 +48,7 @@ def test_the_limit_on_samples_changes_no_value(most, generator, monkeypatch):
     features, labels = data(generator)
     expected = within_class_variability(class_statistics(features, labels, K))
     monkeypatch.setattr(statistics, "_KEPT_PER_DIM", most)
+    monkeypatch.setattr(statistics, "_FEW_BYTES", 0)
     stats = ClassStatistics.empty(K, D)
     for h, y in zip(features.split(30), labels.split(30), strict=True):
         stats.add_(h, y)
@@ -147,3 +148,26 @@ def test_the_scatter_is_formed_once(generator, monkeypatch):
     monkeypatch.setattr(ClassStatistics, "_deviations", lambda _, **which: formed.append(1) or own(**which))
     assert torch.equal(stats.scatter, stats.scatter)
     assert formed == [1]
+
+
+def test_empty_batches_are_not_kept(generator):
+    metric = NeuralCollapse(K, D)
+    metric.update(*data(generator))
+    pieces = len(metric.kept)
+    for _ in range(3):
+        metric.update(torch.zeros(0, D), torch.zeros(0, dtype=torch.int64))
+    assert len(metric.kept) == pieces
+
+
+@pytest.mark.parametrize(("limit", "most"), [("_FEW_BYTES", 0), ("_FEW_PIECES", 1)])
+def test_few_bytes_in_few_pieces_are_kept_however_many_rows(limit, most, generator, monkeypatch):
+    features, labels = data(generator)
+    expected = within_class_variability(class_statistics(features, labels, K))
+    monkeypatch.setattr(statistics, "_KEPT_PER_DIM", 0)
+    for kept in (True, False):
+        stats = ClassStatistics.empty(K, D)
+        for h, y in zip(features.split(45), labels.split(45), strict=True):
+            stats.add_(h, y)
+        assert bool(stats.kept) == kept
+        torch.testing.assert_close(within_class_variability(stats), expected, rtol=1e-12, atol=0)
+        monkeypatch.setattr(statistics, limit, most)

@@ -125,3 +125,8 @@ def test_bad_input_is_refused(features, labels, error, message):
 def test_merging_other_shapes_is_refused():
     with pytest.raises(ValueError, match="same classes and feature dimension"):
         ClassStatistics.empty(2, 3).merge(ClassStatistics.empty(3, 3))
+
+
+def test_features_without_columns_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"features must be \(N, d\) with d at least 1 .* got \(5, 0\)"):
+        class_statistics(torch.zeros(5, 0), torch.zeros(5, dtype=torch.int64), 3)

@@ -122,3 +122,25 @@ def test_update_makes_no_host_transfer(head, data):
         metric._head = (SimpleNamespace(weight=fake(head.weight), bias=fake(head.bias)),)
         metric.update(torch.empty(8, D, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda"))
         assert metric.margin.device.type == "cuda"
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_wrong_and_mismatched(broken, head, data):
+    """argmax takes nan for the highest score, which is that of the first class."""
+    stats = class_statistics(*data, K)
+    features, labels = torch.full((8, D), broken), torch.zeros(8, dtype=torch.int64)
+    assert nearest_class_centre(features, stats).tolist() == [-1] * 8
+    assert float(ncc_accuracy(features, labels, stats)) == 0
+    assert float(ncc_mismatch(features, head(features).argmax(1), stats)) == 1
+    metric = NearestClassCentre(stats, head)
+    metric.update(features, labels)
+    values = {name: float(value) for name, value in metric.compute().items()}
+    assert [values[name] for name in ("ncc_accuracy", "ncc_mismatch", "accuracy")] == [0, 1, 0]
+    metric.update(*data)  # The finite ones count as before.
+    assert float(metric.compute()["ncc_accuracy"]) == pytest.approx(float(ncc_accuracy(*data, stats)) * N / (N + 8))
+
+
+def test_centres_that_are_not_finite_are_nobodys_nearest(data):
+    spoiled = data[0].clone()
+    spoiled[0] = torch.nan
+    assert set(nearest_class_centre(data[0], class_statistics(spoiled, data[1], K)).tolist()) == {-1}
