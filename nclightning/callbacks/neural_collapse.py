@@ -175,11 +175,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure the training set at an iterate."""
         assert self._metric is not None
-        inputs, labels = batch
-        features = full_batch_method(pl_module, "features_of")(inputs)
-        stats = class_statistics(features, labels, self._metric.num_classes, scatter=self._metric.keeps_scatter)
-        stats = merge_over_ranks(stats)
-        return {f"nc/train/{name}": value for name, value in self._metric.read(stats).items()}
+        features, metric = full_batch_method(pl_module, "features_of")(batch[0]), self._metric
+        stats = class_statistics(features, batch[1], metric.num_classes, scatter=metric.keeps_scatter, copy=False)
+        return {f"nc/train/{name}": value for name, value in metric.read(merge_over_ranks(stats)).items()}
 
     # Training of other modules: a sweep, or the ordinary forwards.
 

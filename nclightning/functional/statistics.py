@@ -9,20 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nclightning.functional.chunks import add_gram_, chunks, sums, without
+
 __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"]
 
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
 
-# Rows are taken in at a time: no more than what is formed of them stays in the cache of a CPU, but enough for one pass
-# over the scatter; without one, the least is fewer by this factor.
-_ELEMENTS_AT_A_TIME, _LEAST_ROWS, _FEWER_WITHOUT = 2**16, 1024, 4
 # Samples are kept for a reading along K - 1 directions, which costs d / (K - 1) times less than their scatter, if that
 # is so many times less and while they are no more than so many times d and so many bytes; or few bytes in few pieces.
 _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 4, 128, 2**28
 _FEW_BYTES, _FEW_PIECES = 2**25, 128
-# From this dimension on only blocks on and below the diagonal of the scatter are computed, this many to a side.
-_LEAST_BLOCKED_DIM, _BLOCKS = 256, 4
 
 
 @dataclass
@@ -119,7 +116,7 @@ class ClassStatistics:
         spread = directions.new_zeros(len(directions))
         rest = directions.new_zeros(len(self.counts) + 1, len(directions))
         for away, index in self._deviations(for_scatter=False):
-            along = _without((directions @ away.T).T, index, len(self.counts))  # Twice as fast as the other way round.
+            along = without((directions @ away.T).T, index, len(self.counts))  # Twice as fast as the other way round.
             spread.add_(along.square().sum(dim=0))
             rest.index_add_(0, index, along)
         # What the means are off by, which is their rounding, is no spread.
@@ -152,16 +149,16 @@ class ClassStatistics:
         num_classes, dim = self.means.shape
         lower, rest = self.lower.new_zeros(dim, dim), self.means.new_zeros(num_classes + 1, dim)
         for away, index in self._deviations(for_scatter=True):
-            _add_gram_(lower, _without(away, index, num_classes))
+            add_gram_(lower, without(away, index, num_classes))
             rest.index_add_(0, index, away)
-        _add_gram_(lower, rest.narrow(0, 0, num_classes) / self._divisors.sqrt(), sign=-1)
+        add_gram_(lower, rest.narrow(0, 0, num_classes) / self._divisors.sqrt(), sign=-1)
         return lower
 
     def _deviations(self, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield deviations of the samples that are kept from their class means, with their labels."""
         means = torch.cat([self.means, self.means.new_zeros(1, self.means.shape[1])])
         for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
-            for rows, index in _chunks(features, labels, for_scatter):
+            for rows, index in chunks(features, labels, for_scatter):
                 yield means.index_select(0, index).sub_(rows), index
 
     def _can_keep(self, kept: list[Tensor]) -> bool:
@@ -223,7 +220,9 @@ class ClassStatistics:
         weights = self.present.to(self.counts) if convention == "uniform" else self.counts
         return weights / weights.sum().clamp(min=1)
 
-    def add_(self, features: Tensor, labels: Tensor, ignore_index: int | None = None) -> ClassStatistics:
+    def add_(
+        self, features: Tensor, labels: Tensor, ignore_index: int | None = None, *, copy: bool = True
+    ) -> ClassStatistics:
         """Take in samples, in place, on their device and without a transfer to the host.
 
         Each chunk is centred by its own class means and shifted by a share of their distance to the means so far
@@ -234,6 +233,8 @@ class ClassStatistics:
             features: ``(N, d)`` of any floating dtype.
             labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
             ignore_index: Label of samples to leave out without counting them as invalid.
+            copy: False keeps features as they are, where they are kept, which must then not change before the last
+                reading.
 
         Returns:
             These statistics.
@@ -264,10 +265,10 @@ class ClassStatistics:
             features = features.detach()
             if not self._can_keep([*self.kept, features, index]):
                 self.fold_()
-            for rows, classes in _chunks(features, index, self.lower is not None and not self._keeps):
+            for rows, classes in chunks(features, index, self.lower is not None and not self._keeps):
                 self._add_chunk(rows.to(self.means.dtype), classes)
             if self._keeps:
-                self.kept += [features.clone(), index]
+                self.kept += [features.clone() if copy else features, index]
         return self
 
     def _add_chunk(self, features: Tensor, index: Tensor) -> None:
@@ -275,27 +276,27 @@ class ClassStatistics:
         ones = torch.ones_like(index, dtype=features.dtype)
         counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
         divisors = counts.clamp(min=1).unsqueeze(1)
-        means = _sums(features, index, num_classes + 1) / divisors
+        means = sums(features, index, num_classes + 1) / divisors
         # From here on in place and with the sign turned: a pass over memory is what this costs.
         away = means.index_select(0, index).sub_(features)
         # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-        rest = _sums(away, index, num_classes + 1) / divisors
+        rest = sums(away, index, num_classes + 1) / divisors
 
         new = counts.narrow(0, 0, num_classes)
         total = (self.counts + new).clamp_(min=1)
         shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
         between = (self.counts / total).sqrt().unsqueeze(1) * shift
         if self.lower is None or self._keeps:
-            squares = _sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
+            squares = sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
             squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
             spreads = squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1))
         else:
             # Deviations of a class sum to zero: the same shift of each of its rows adds exactly the between-chunk part.
             rest.narrow(0, 0, num_classes).add_(between)
-            _without(away.sub_(rest.index_select(0, index)), index, num_classes)
+            without(away.sub_(rest.index_select(0, index)), index, num_classes)
             squares = torch.linalg.vector_norm(away, dim=1).square_()
-            spreads = _sums(squares, index, num_classes + 1).narrow(0, 0, num_classes)
-            _add_gram_(self.lower, away)
+            spreads = sums(squares, index, num_classes + 1).narrow(0, 0, num_classes)
+            add_gram_(self.lower, away)
 
         self.means.add_((new / total).unsqueeze(1) * shift)
         self.counts.add_(new)
@@ -331,7 +332,7 @@ class ClassStatistics:
         lower, kept = self.lower, [*self.kept, *other.kept]
         if lower is not None and not (self._keeps and other._keeps and self._can_keep(kept)):
             lower, kept = self._triangle() + other._triangle(), []
-            _add_gram_(lower, between)
+            add_gram_(lower, between)
         return ClassStatistics(
             counts=counts,
             means=torch.where(self.present.unsqueeze(1), self.means + share.unsqueeze(1) * shift, other.means),
@@ -350,6 +351,7 @@ def class_statistics(
     *,
     scatter: bool = True,
     ignore_index: int | None = None,
+    copy: bool = True,
 ) -> ClassStatistics:
     """Compute the statistics of a set of samples, on its device, without a host transfer.
 
@@ -360,6 +362,7 @@ def class_statistics(
         dtype: Dtype of accumulation and result, float64 or float32.
         scatter: False makes the light form without the ``(d, d)`` scatter.
         ignore_index: Label of samples to leave out without counting them as invalid.
+        copy: As for :meth:`ClassStatistics.add_`.
 
     Returns:
         Statistics in ``dtype``. Zero scatter where the features of each class are equal to the last bit. Features
@@ -371,30 +374,4 @@ def class_statistics(
     """
     width = features.shape[1] if features.ndim == 2 else 0
     empty = ClassStatistics.empty(num_classes, max(width, 1), dtype, features.device, scatter=scatter)
-    return empty.add_(features, labels, ignore_index)
-
-
-def _without(rows: Tensor, index: Tensor, num_classes: int) -> Tensor:
-    """Set the rows of samples that are left out to zero, in place."""
-    return rows.masked_fill_((index == num_classes).unsqueeze(1), 0)
-
-
-def _sums(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    """Sums of groups of rows."""
-    return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, index, values)
-
-
-def _chunks(features: Tensor, labels: Tensor, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    least = _LEAST_ROWS if for_scatter else _LEAST_ROWS // _FEWER_WITHOUT
-    size = max(_ELEMENTS_AT_A_TIME // max(features.shape[1], 1), least)
-    return zip(torch.split(features, size), torch.split(labels, size), strict=True)
-
-
-def _add_gram_(lower: Tensor, rows: Tensor, sign: int = 1) -> None:
-    """Add ``rows.T @ rows`` in place, on and below the diagonal at least."""
-    dim = len(lower)
-    size = dim if dim < _LEAST_BLOCKED_DIM else -(-dim // _BLOCKS)
-    for start in range(0, dim, size):
-        width = min(size, dim - start)
-        block = lower.narrow(0, start, width).narrow(1, 0, start + width)
-        block.addmm_(rows.narrow(1, start, width).T, rows.narrow(1, 0, start + width), alpha=sign)
+    return empty.add_(features, labels, ignore_index, copy=copy)
