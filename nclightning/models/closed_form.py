@@ -14,7 +14,7 @@ costs one of the three matrix products, and what is held beside the features is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,18 +143,15 @@ class UFMLine(LineObjective):
         """Compute the residual; return summed losses and squared norms of features and weight."""
         for part in self._head:
             torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
-        weight, transposed = self._head[0].trial, self._head[0].trial.T
-        sums = []
-        for rows in self._rows:
-            features = self._trial_features(rows)
-            torch.mm(features, transposed, out=rows.residual)
-            for bias in self._head[1:]:
-                rows.residual.add_(bias.trial)
-            sums += [self._objective.residual_(rows.residual, rows.labels), square_norm(features)]
-        total = _total(sums, 2)
-        if self._sum_over_ranks is not None:
-            self._sum_over_ranks(total)
-        return torch.cat([total, square_norm(weight).view(1)])
+        total = self._reduce(_sum(self._trial_of(rows) for rows in self._rows))
+        return torch.cat([total, square_norm(self._head[0].trial).view(1)])
+
+    def _trial_of(self, rows: _Rows) -> Tensor:
+        features = self._trial_features(rows)
+        torch.mm(features, self._head[0].trial.T, out=rows.residual)
+        for bias in self._head[1:]:
+            rows.residual.add_(bias.trial)
+        return torch.stack([self._objective.residual_(rows.residual, rows.labels), square_norm(features)])
 
     def _trial_features(self, rows: _Rows) -> Tensor:
         return torch.sub(rows.features, rows.gradient, alpha=self._size, out=rows.room)
@@ -164,21 +161,22 @@ class UFMLine(LineObjective):
         return float(self._slope())
 
     def _slope(self) -> Tensor:
-        weight_gradient = self._head[0].trial_gradient.zero_()
-        slopes = []
-        for rows in self._rows:
-            features = self._trial_features(rows)
-            weight_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
-            slopes.append(_inner(self._feature_gradient(features, rows.residual, out=features), rows.gradient))
-        slope = self._complete_head(_total(slopes))
-        return torch.cat([slope, *(_inner(part.trial_gradient, part.gradient).view(1) for part in self._head)]).sum()
+        self._head[0].trial_gradient.zero_()
+        slope = self._complete_head(_sum(self._slope_of(rows) for rows in self._rows))
+        return torch.cat([slope, *(_inner(part.trial_gradient, part.gradient) for part in self._head)]).sum()
+
+    def _slope_of(self, rows: _Rows) -> Tensor:
+        features = self._trial_features(rows)
+        self._head[0].trial_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
+        return _inner(self._feature_gradient(features, rows.residual, out=features), rows.gradient)
 
     def stands_still(self) -> bool:
         """Compare the trial point with the start."""
-        moved = _total([(self._trial_features(rows) != rows.features).any().double() for rows in self._rows])
-        if self._sum_over_ranks is not None:
-            self._sum_over_ranks(moved)
+        moved = self._reduce(_sum(self._moves(rows) for rows in self._rows))
         return not bool(moved) and all(torch.equal(part.trial, part.current) for part in self._head)
+
+    def _moves(self, rows: _Rows) -> Tensor:
+        return (self._trial_features(rows) != rows.features).any().double().view(1)
 
     def accept(self) -> Evaluation:
         """Move, and replace the gradient: two matrix products, one of which a slope has done already."""
@@ -190,20 +188,11 @@ class UFMLine(LineObjective):
 
     def _replace_gradient(self, move: bool) -> Tensor:
         """Replace the gradient, and move the parameters or not; return the squared norm."""
-        weight_gradient, known = self._head[0].trial_gradient, self._head_is_known
-        if not known:
-            weight_gradient.zero_()
-        squares = []
-        for rows in self._rows:
-            features = rows.features.sub_(rows.gradient, alpha=self._size) if move else rows.features
-            if not known:
-                weight_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
-            squares.append(square_norm(self._feature_gradient(features, rows.residual, out=rows.gradient)))
-        square = _total(squares)
-        if not known:
-            square = self._complete_head(square)
-        elif self._sum_over_ranks is not None:
-            self._sum_over_ranks(square)
+        if self._head_is_known:
+            square = self._reduce(_sum(self._gradient_of(rows, move) for rows in self._rows))
+        else:
+            self._head[0].trial_gradient.zero_()
+            square = self._complete_head(_sum(self._gradient_of(rows, move) for rows in self._rows))
         if move:
             for part in self._head:
                 part.current.sub_(part.gradient, alpha=self._size)
@@ -211,8 +200,19 @@ class UFMLine(LineObjective):
         self._gradients[1:] = [part.gradient for part in self._head]
         return torch.cat([square, *(square_norm(part.gradient).view(1) for part in self._head)]).sum()
 
+    def _gradient_of(self, rows: _Rows, move: bool) -> Tensor:
+        features = rows.features.sub_(rows.gradient, alpha=self._size) if move else rows.features
+        if not self._head_is_known:
+            self._head[0].trial_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
+        return square_norm(self._feature_gradient(features, rows.residual, out=rows.gradient)).view(1)
+
     def reject(self) -> None:
         """Do nothing: trials do not move the parameters."""
+
+    def _reduce(self, total: Tensor) -> Tensor:
+        if self._sum_over_ranks is not None:
+            self._sum_over_ranks(total)
+        return total
 
     def _feature_gradient(self, features: Tensor, residual: Tensor, out: Tensor) -> Tensor:
         weight, lambda_h = self._head[0].trial, self._objective.lambda_h
@@ -235,10 +235,13 @@ class UFMLine(LineObjective):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double())
+    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double()).view(1)
 
 
-def _total(scalars: list[Tensor], kinds: int = 1) -> Tensor:
-    """Sum scalars that come in turns, one sum for each kind, ``(kinds,)``."""
-    stacked = torch.stack(scalars)
-    return stacked if len(scalars) == kinds else stacked.view(-1, kinds).sum(dim=0)
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    """Add parts up as they come: those that waited would keep free memory between them from being used again."""
+    total: Tensor | None = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
