@@ -63,6 +63,9 @@ class UFMLine(LineObjective):
         params: The parameters in the order in which gradients are wanted.
         num_samples: N, over all processes.
         sum_over_ranks: Sums a float64 tensor over the processes that share the samples, in place; None on a single one.
+
+    Raises:
+        ValueError: If parameters and labels are on different devices.
     """
 
     def __init__(
@@ -76,6 +79,9 @@ class UFMLine(LineObjective):
         sum_over_ranks: Callable[[Tensor], object] | None = None,
     ) -> None:
         assert objective.lambda_b == 0.0
+        devices = {str(tensor.device) for tensor in (features, *head, labels)}
+        if len(devices) > 1:
+            raise ValueError(f"features, head and labels must be on one device, got {' and '.join(sorted(devices))}.")
         self._objective, self._num_samples, self._sum_over_ranks = objective, num_samples, sum_over_ranks
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]

@@ -199,6 +199,14 @@ def test_whatever_was_changed_goes_by_autograd(make):
     assert line.evaluate().value == float(model.evaluate_objective(data).detach())
 
 
+def test_a_mix_of_devices_raises():
+    with FakeTensorMode():
+        features, weight = (nn.Parameter(torch.empty(12, 6, device=device)) for device in ("cuda", "cpu"))
+        labels = torch.empty(12, dtype=torch.int64, device="cuda")
+        with pytest.raises(ValueError, match="must be on one device, got cpu and cuda:0"):
+            UFMLine(Objective("ce", 1e-2, 1e-2), features, [weight], labels, [features, weight], 12)
+
+
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_on_a_device_only_decisions_come_to_the_host(loss):
     """Fake tensors raise on a transfer and on a mix of devices."""
