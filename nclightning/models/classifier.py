@@ -17,9 +17,14 @@ from torch.optim import Optimizer
 
 from nclightning.features import capture_features
 from nclightning.interrupts import deferred_interrupt
-from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
-from nclightning.models.sharded import ShardedLine, check_sharding, keep_optimizers_whole, shard_weights
+from nclightning.models.sharded import (
+    ShardedLine,
+    check_sharding,
+    check_strategy,
+    keep_optimizers_whole,
+    shard_weights,
+)
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.ranks import sum_over_ranks, world_size
@@ -191,7 +196,7 @@ class RegularizedClassifier(L.LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             check_sharding(self, self.optimizers(use_pl_optimizer=False))
-            keep_optimizers_whole(strategy, self.check_checkpoint)
+            keep_optimizers_whole(strategy)
         self._iteration_hooks: list[Callable[..., None]] = [
             callback.on_iteration_end
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]
@@ -216,16 +221,7 @@ class RegularizedClassifier(L.LightningModule):
             )
         strategy = trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            if isinstance(self.backbone, FeatureTable):
-                raise ValueError(
-                    "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
-                    "trainer.strategy=ddp."
-                )
-            if strategy._save_distributed_checkpoint:
-                raise ValueError(
-                    "ModelParallelStrategy would write checkpoints that a single process cannot read: set its "
-                    "save_distributed_checkpoint=False."
-                )
+            check_strategy(strategy, self)
         elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
             raise ValueError(
                 f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "

@@ -13,11 +13,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sharding import gathered, reshard
 
-__all__ = ["ShardedLine", "check_sharding", "keep_optimizers_whole", "shard_weights"]
+__all__ = ["ShardedLine", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
 
 
 class ShardedLine(GraphLine):
@@ -56,11 +57,7 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
         ValueError: If it would split layers.
     """
     mesh = strategy.device_mesh
-    if mesh["tensor_parallel"].size() > 1:
-        raise ValueError(
-            "the full-batch loop shares out samples and whole layers, not parts of layers: set ModelParallelStrategy("
-            f"data_parallel_size={mesh.size()}, tensor_parallel_size=1, save_distributed_checkpoint=False)."
-        )
+    _refuse_split_layers(mesh["tensor_parallel"].size(), mesh.size())
     if _is_group(module):
         return
     from torch.distributed import fsdp  # noqa: PLC0415 - not part of all builds of torch
@@ -69,6 +66,30 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
         raise ValueError("sharded weights need torch 2.6 or later: update torch, or set trainer.strategy=ddp.")
     fsdp.fully_shard(module, mesh=mesh["data_parallel"])
     fsdp.register_fsdp_forward_method(module, "evaluate_objective")
+
+
+def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
+    """Raise unless a strategy fits the full-batch loop; its processes need not run yet.
+
+    Args:
+        strategy: Of a trainer.
+        module: To be trained.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if any(isinstance(child, FeatureTable) for child in module.modules()):
+        raise ValueError(
+            "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
+            "trainer.strategy=ddp."
+        )
+    size, world = strategy._tensor_parallel_size, strategy.num_nodes * strategy.num_processes
+    _refuse_split_layers(strategy.num_processes if size == "auto" else size, world)
+    if strategy._save_distributed_checkpoint:
+        raise ValueError(
+            "ModelParallelStrategy would write checkpoints that a single process cannot read: set its "
+            "save_distributed_checkpoint=False."
+        )
 
 
 def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
@@ -93,14 +114,14 @@ def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
         )
 
 
-def keep_optimizers_whole(strategy: ModelParallelStrategy, check: Callable[[Mapping[str, Any]], None]) -> None:
+def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
     """Let a strategy write and read the states of optimizers in the form that they have on a single process.
 
-    Left to itself it drops what an optimizer adds to its state, and cannot read one without tensors.
+    Left to itself it drops what an optimizer adds to its state, and cannot read one without tensors. A checkpoint is
+    checked before any of it is taken over.
 
     Args:
-        strategy: Changed in place.
-        check: Called with a checkpoint, without its weights, before any of it is taken over.
+        strategy: Two of its methods are replaced.
     """
 
     def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
@@ -112,13 +133,15 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy, check: Callable[[Mapp
         if path.is_dir():
             raise ValueError(f"ckpt_path={path} is a folder: resume from a checkpoint that is a single file.")
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        check({key: value for key, value in stored.items() if key != "state_dict"})
+        check = getattr(strategy.lightning_module, "check_checkpoint", None)
+        if check is not None:
+            check(stored)
         optimizers, strategy.optimizers = strategy.optimizers, []
         try:
             checkpoint = type(strategy).load_checkpoint(strategy, path, weights_only)
         finally:
             strategy.optimizers = optimizers
-        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             optimizer.load_state_dict(_each_tensor(state, lambda i, value: _shard_like(value, params[i])))  # noqa: B023
         return checkpoint
@@ -143,6 +166,14 @@ def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
     if not isinstance(param, DTensor) or tensor.shape != param.shape:
         return tensor
     return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
+
+
+def _refuse_split_layers(size: int, world: int) -> None:
+    if size > 1:
+        raise ValueError(
+            "ModelParallelStrategy would split layers, of which the full-batch loop needs each as a whole: set its "
+            f"data_parallel_size={world}, tensor_parallel_size=1 and save_distributed_checkpoint=False."
+        )
 
 
 def _is_group(module: nn.Module) -> bool:

@@ -5,7 +5,9 @@ import os
 import socket
 import warnings
 from datetime import timedelta
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -13,11 +15,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor, TensorBoardDashboard
-from nclightning.data import GaussianDataModule, IndexDataModule
+from nclightning.data import GaussianDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -34,6 +35,10 @@ def mlp(loss="mse", **options):
 
 def sgd(params):
     return torch.optim.SGD(params, lr=0.02, momentum=0.9)
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=1e-3)
 
 
 def plain_sgd(params):
@@ -61,9 +66,8 @@ class Own(RegularizedClassifier):
         return self.objective.from_logits(logits, self.head.weight, rows, batch[1], num_samples=self.num_samples)
 
 
-def data(kind=GaussianDataModule):
-    options = {} if kind is IndexDataModule else {"input_dim": 30}
-    return kind(num_classes=3, samples_per_class=7, **options)
+def data():
+    return GaussianDataModule(num_classes=3, samples_per_class=7, input_dim=30)
 
 
 def strategy(world, **options):
@@ -76,18 +80,17 @@ def trainer_of(folder, world, how=None, **options):
     return quiet_trainer(folder, use_distributed_sampler=False, **(parallel | options))
 
 
-def fit(folder, world, model, max_steps=40, ckpt_path=None, theory=True, how=None, monitors=True):
+def fit(folder, world, model, max_steps=40, ckpt_path=None, rows=None, *, theory=True, monitors=True, further=()):
     callbacks = [OptimalityMonitor(5, theory=theory), NeuralCollapseMonitor(5), TensorBoardDashboard()]
     trainer = trainer_of(
         folder,
         world,
-        how,
         max_steps=max_steps,
-        callbacks=[*(callbacks if monitors else []), LastCheckpoint(20)],
+        callbacks=[*(callbacks if monitors else []), *further, LastCheckpoint(20)],
         enable_checkpointing=True,
         logger=RunLogger(str(folder)),
     )
-    trainer.fit(model, data(), ckpt_path=ckpt_path)
+    trainer.fit(model, rows or data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -132,6 +135,7 @@ MODELS = {
     "ce": lambda: mlp("ce"),
     "penalty on weights": lambda: mlp("ce", penalty="weights"),
     "momentum": lambda: mlp("mse", optimizer=sgd),
+    "adam": lambda: mlp("ce", optimizer=adam),
     "plain sgd": lambda: mlp("ce", optimizer=plain_sgd),
     "own": Own,
 }
@@ -164,3 +168,166 @@ def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, tmp_p
             assert other[tag] == pytest.approx(value, rel=1e-8, nan_ok=True), (row["iteration"], tag)
     resumed = weights(fit(tmp_path / "by itself", 1, MODELS[kind](), 60, last(tmp_path / "together"), **options))
     assert difference(whole, resumed) < 1e-11
+
+
+def test_three_processes_take_over_from_two(tmp_path):
+    """Of three processes two get no row of a head for two classes, or none of its bias."""
+
+    def make():
+        torch.manual_seed(0)
+        sizes = SIZES | {"num_classes": 2, "samples_per_class": 10}
+        return TwoLayerMLP(**sizes, loss="mse", input_dim=30, hidden_dim=16)
+
+    rows = GaussianDataModule(num_classes=2, samples_per_class=10, input_dim=30)
+    alone = weights(fit(tmp_path / "alone", 1, make(), 60, rows=rows))
+    on(2, tmp_path, lambda: fit(tmp_path / "two", 2, make(), rows=rows).global_step)
+    three, *_ = on(3, tmp_path, lambda: weights(fit(tmp_path / "three", 3, make(), 60, last(tmp_path / "two"), rows)))
+    assert difference(alone, three) < 1e-11
+
+
+def test_a_checkpoint_is_that_of_one_process(tmp_path):
+    fit(tmp_path / "alone", 1, mlp())
+    on(2, tmp_path, lambda: fit(tmp_path / "together", 2, mlp()).global_step)
+    one, two = (torch.load(last(tmp_path / name), weights_only=True) for name in ("alone", "together"))
+    assert one.keys() == two.keys()
+    for stored in (one, two):
+        assert {type(value) for value in stored["state_dict"].values()} == {torch.Tensor}
+    (state,), (other,) = one["optimizer_states"], two["optimizer_states"]
+    assert state["param_groups"] == other["param_groups"]
+    assert state["state"] == other["state"] == {}
+    outcome, other_outcome = state["search"].pop("outcome"), other["search"].pop("outcome")
+    assert outcome.pop("status") == other_outcome.pop("status")
+    assert other_outcome == pytest.approx(outcome, rel=1e-10)
+    assert state["search"] == other["search"]
+    model = TwoLayerMLP.load_from_checkpoint(last(tmp_path / "together"))
+    assert difference(model.state_dict(), two["state_dict"]) == 0
+
+
+def test_forwards_in_between_change_nothing(tmp_path):
+    """They leave weights gathered, which the next move makes stale."""
+
+    class Look(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            with torch.no_grad():
+                looks.append(float(pl_module.evaluate_objective(batch)) + float(pl_module(batch[0]).sum()))
+            pl_module.value_and_grad_norm(batch)
+            pl_module.evaluate_objective(batch)  # With a graph, which nobody follows back.
+
+    looks = []
+    alone = weights(fit(tmp_path / "alone", 1, mlp()))
+
+    def job():
+        return weights(fit(tmp_path / "together", 2, mlp(), further=[Look()])), len(set(looks))
+
+    (together, different), _ = on(2, tmp_path, job)
+    assert difference(alone, together) < 1e-12
+    assert different == 40
+
+
+def test_a_weight_that_is_changed_in_between_counts(tmp_path):
+    """Whole or in its shard: the gradient that the search carries is then another's."""
+
+    class Change(L.Callback):
+        @torch.no_grad()
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            weight = pl_module.head.weight
+            if iteration == 7:
+                weight.mul_(0.5)
+            if iteration == 13 and hasattr(weight, "to_local"):
+                weight.to_local().mul_(0.5)
+            elif iteration == 13:
+                weight.mul_(0.5)
+
+    alone = weights(fit(tmp_path / "alone", 1, mlp(), further=[Change()]))
+    together, _ = on(2, tmp_path, lambda: weights(fit(tmp_path / "together", 2, mlp(), further=[Change()])))
+    assert difference(alone, together) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["mse", "own"])
+def test_validation_reads_the_whole_set(kind, tmp_path):
+    def job(world=2):
+        callbacks = [OptimalityMonitor(theory=kind == "mse"), NeuralCollapseMonitor()]
+        (values,) = trainer_of(tmp_path, world, callbacks=callbacks).validate(MODELS[kind](), data(), verbose=False)
+        return values
+
+    alone = job(1)
+    for values in on(2, tmp_path, job):
+        assert values == pytest.approx(alone, rel=1e-6)  # Lightning carries some as float32.
+
+
+def error_of(call):
+    with pytest.raises((ValueError, KeyError)) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_refusals(tmp_path):
+    on(2, tmp_path, lambda: fit(tmp_path / "first", 2, mlp(), 10, monitors=False).global_step)
+
+    class Nested(TwoLayerMLP):
+        def configure_model(self):
+            fsdp.fully_shard(self.head, mesh=self.device_mesh["data_parallel"])
+            super().configure_model()
+
+    def broken():
+        model = mlp()
+        with torch.no_grad():
+            model.head.weight[-1, 0] = torch.nan
+        return model
+
+    def broken_checkpoint():
+        stored = torch.load(last(tmp_path / "first"), weights_only=True)
+        stored["state_dict"]["head.weight"][0, 0] = torch.inf
+        torch.save(stored, tmp_path / "broken.ckpt")
+        return tmp_path / "broken.ckpt"
+
+    path = broken_checkpoint()
+
+    def job():
+        def refused(model, **options):
+            return error_of(lambda: fit(tmp_path / "second", 2, model, monitors=False, **options))
+
+        return [
+            refused(mlp(optimizer=lbfgs)),
+            refused(broken()),
+            refused(mlp(), ckpt_path=path),
+            refused(mlp(hidden_dim=15), ckpt_path=last(tmp_path / "first")),
+            refused(Nested(**SIZES, loss="ce", input_dim=30, hidden_dim=16)),
+            refused(mlp(), ckpt_path=tmp_path),
+        ]
+
+    first, second = on(2, tmp_path, job)
+    assert first == second
+    for message, start in zip(
+        first,
+        (
+            "LBFGS takes inner products over all parameters, and weights are sharded",
+            "head.weight has entries that are not finite",
+            "head.weight has entries that are not finite",
+            "the checkpoint belongs to another problem (hidden_dim: 16 there, 15 here)",
+            "the full-batch loop needs all weights of FSDPNested in one group",
+            f"ckpt_path={tmp_path} is a folder",
+        ),
+        strict=True,
+    ):
+        assert message.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("model", "how", "message"),
+    [
+        (mlp, ModelParallelStrategy(), "set its data_parallel_size=2, tensor_parallel_size=1 and save_distr"),
+        (mlp, strategy(1, tensor_parallel_size=2), "ModelParallelStrategy would split layers"),
+        (mlp, strategy(2, save_distributed_checkpoint=True), "set its save_distributed_checkpoint=False"),
+        (lambda: UFM(**SIZES, loss="ce"), strategy(2), r"free features, .* trainer.strategy=ddp"),
+    ],
+)
+def test_strategies_that_do_not_fit_are_refused_before_processes_start(model, how, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        model().check_trainer(trainer_of(tmp_path, 2, how, max_steps=5))
+
+
+def test_other_ways_to_shard_are_refused():
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), max_steps=5, precision="32-true", world_size=2)
+    with pytest.raises(ValueError, match="FSDPStrategy does not fit the full-batch loop"):
+        mlp().check_trainer(trainer)
