@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor, TensorBoardDashboard
-from nclightning.data import GaussianDataModule
+from nclightning.data import FullBatchLoader, GaussianDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
@@ -203,6 +203,26 @@ def test_a_checkpoint_is_that_of_one_process(tmp_path):
     assert difference(model.state_dict(), two["state_dict"]) == 0
 
 
+def test_processes_that_have_all_samples_each_take_the_same_steps(tmp_path):
+    class Everything(GaussianDataModule):
+        def _loader(self, length):
+            return FullBatchLoader(self.batch(), length)
+
+    alone = weights(fit(tmp_path / "alone", 1, mlp()))
+    together, _ = on(2, tmp_path, lambda: weights(fit(tmp_path, 2, mlp(), rows=Everything(), monitors=False)))
+    assert difference(alone, together) < 1e-12
+
+
+def test_one_process_can_have_the_strategy(tmp_path):
+    def job():
+        trainer = trainer_of(tmp_path, 1, max_steps=40, strategy=strategy(1), callbacks=[OptimalityMonitor()])
+        trainer.fit(mlp(), data())
+        return weights(trainer)
+
+    (by_itself,) = on(1, tmp_path, job)
+    assert difference(weights(fit(tmp_path / "alone", 1, mlp())), by_itself) < 1e-12
+
+
 def test_forwards_in_between_change_nothing(tmp_path):
     """They leave weights gathered, which the next move makes stale."""
 
@@ -213,11 +233,16 @@ def test_forwards_in_between_change_nothing(tmp_path):
             pl_module.value_and_grad_norm(batch)
             pl_module.evaluate_objective(batch)  # With a graph, which nobody follows back.
 
-    looks = []
-    alone = weights(fit(tmp_path / "alone", 1, mlp()))
+    class Validated(GaussianDataModule):
+        def val_dataloader(self):
+            return self._loader(1)
 
     def job():
-        return weights(fit(tmp_path / "together", 2, mlp(), further=[Look()])), len(set(looks))
+        rows = Validated(steps_per_epoch=2)
+        return weights(fit(tmp_path / "together", 2, mlp(), rows=rows, further=[Look()])), len(set(looks))
+
+    looks = []
+    alone = weights(fit(tmp_path / "alone", 1, mlp()))
 
     (together, different), _ = on(2, tmp_path, job)
     assert difference(alone, together) < 1e-12

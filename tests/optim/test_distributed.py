@@ -67,10 +67,10 @@ def test_ranks_take_the_steps_of_one_process(tmp_path):
 class Valley(torch.nn.Module):
     """Two processes get a row each; the second row is where it is to be, and the offset is with both."""
 
-    def __init__(self):
+    def __init__(self, offset):
         super().__init__()
         self.rows = torch.nn.Parameter(torch.tensor([[3.0, -2.0, 1.0], [0.5, 0.5, 0.5]], dtype=torch.float64))
-        self.offset = torch.nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+        self.offset = torch.nn.Parameter(torch.full((2,), offset, dtype=torch.float64))
 
     def forward(self):
         curvature = torch.tensor([[1.0, 8.0, 0.3], [1.0, 1.0, 1.0]], dtype=torch.float64)
@@ -94,11 +94,11 @@ def walk(module):
     return path
 
 
-def run_sharded(rank, world, file, results):
+def run_sharded(rank, world, file, offset, results):
     dist.init_process_group(
         "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
-    module = Valley()
+    module = Valley(offset)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)), ignored_params={module.offset})
     path = walk(module)
     module.reshard()
@@ -107,17 +107,18 @@ def run_sharded(rank, world, file, results):
 
 
 @pytest.mark.skipif(fully_shard is None, reason="an older torch keeps it elsewhere")
-def test_sharded_parameters_take_the_steps_of_whole_ones(tmp_path):
+@pytest.mark.parametrize("offset", [2.0, 0.0], ids=["both move", "the second has nothing to move"])
+def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(run_sharded, (2, tmp_path / "store", results), nprocs=2)
-        (first, rows, offset), (second, *_) = results[0], results[1]
-    module = Valley()
+        mp.spawn(run_sharded, (2, tmp_path / "store", offset, results), nprocs=2)
+        (first, rows, moved), (second, *_) = results[0], results[1]
+    module = Valley(offset)
     whole = walk(module)
     assert whole[0][0].evaluations > 3
     assert first == second
     torch.testing.assert_close(rows, module.rows.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(offset, module.offset.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moved, module.offset.detach(), rtol=1e-12, atol=1e-12)
     for (outcome, evaluations), (expected, expected_evaluations) in zip(first, whole, strict=True):
         assert evaluations == expected_evaluations
         assert outcome.status is expected.status
