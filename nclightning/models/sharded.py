@@ -34,6 +34,11 @@ class ShardedLine(GraphLine):
         super().__init__(objective, params, sum_over_ranks)
         self._module = module
 
+    def reject(self) -> None:
+        """Put the parameters back, and give up the weights of the last trial."""
+        super().reject()
+        reshard(self._module)
+
     def _call(self) -> Tensor:
         reshard(self._module)  # A forward without a backward leaves weights gathered that are not those of now.
         return super()._call()

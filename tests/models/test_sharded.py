@@ -19,6 +19,7 @@ from nclightning.data import FullBatchLoader, GaussianDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
+from nclightning.optim import ArmijoGD
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -223,7 +224,8 @@ def test_one_process_can_have_the_strategy(tmp_path):
     assert difference(weights(fit(tmp_path / "alone", 1, mlp())), by_itself) < 1e-12
 
 
-def test_forwards_in_between_change_nothing(tmp_path):
+@pytest.mark.parametrize("optimizer", [ArmijoGD, sgd])
+def test_forwards_in_between_change_nothing(optimizer, tmp_path):
     """They leave weights gathered, which the next move makes stale."""
 
     class Look(L.Callback):
@@ -239,14 +241,32 @@ def test_forwards_in_between_change_nothing(tmp_path):
 
     def job():
         rows = Validated(steps_per_epoch=2)
-        return weights(fit(tmp_path / "together", 2, mlp(), rows=rows, further=[Look()])), len(set(looks))
+        return weights(fit(tmp_path / "together", 2, mlp(optimizer=optimizer), rows=rows, further=[Look()])), len(
+            set(looks)
+        )
 
     looks = []
-    alone = weights(fit(tmp_path / "alone", 1, mlp()))
+    alone = weights(fit(tmp_path / "alone", 1, mlp(optimizer=optimizer)))
 
     (together, different), _ = on(2, tmp_path, job)
     assert difference(alone, together) < 1e-12
     assert different == 40
+
+
+def test_a_search_that_ends_without_a_step_leaves_the_weights_of_before(tmp_path):
+    def too_far(params):
+        return ArmijoGD(params, initial_step=1e3, max_trials=1)
+
+    def job():
+        monitors = [OptimalityMonitor(1), NeuralCollapseMonitor(1)]
+        trainer = fit(tmp_path, 2, mlp(optimizer=too_far), monitors=False, further=monitors)
+        return trainer.global_step, weights(trainer)
+
+    (steps, after), _ = on(2, tmp_path, job)
+    assert steps == 1
+    assert difference(mlp().state_dict(), after) == 0
+    first, second = ({k: v for k, v in row.items() if k.startswith(("opt", "nc"))} for row in readings(tmp_path))
+    assert first == second
 
 
 def test_a_weight_that_is_changed_in_between_counts(tmp_path):
