@@ -20,6 +20,8 @@ from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD
+from nclightning.ranks import sum_over_ranks
+from nclightning.sharding import own_shard
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -257,8 +259,12 @@ def test_a_search_that_ends_without_a_step_leaves_the_weights_of_before(tmp_path
     def too_far(params):
         return ArmijoGD(params, initial_step=1e3, max_trials=1)
 
+    class Watch(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            assert all(own_shard(p.detach()).shape[0] < p.shape[0] for p in pl_module.parameters())
+
     def job():
-        monitors = [OptimalityMonitor(1), NeuralCollapseMonitor(1)]
+        monitors = [Watch(), OptimalityMonitor(1), NeuralCollapseMonitor(1)]
         trainer = fit(tmp_path, 2, mlp(optimizer=too_far), monitors=False, further=monitors)
         return trainer.global_step, weights(trainer)
 
@@ -270,22 +276,27 @@ def test_a_search_that_ends_without_a_step_leaves_the_weights_of_before(tmp_path
 
 
 def test_a_weight_that_is_changed_in_between_counts(tmp_path):
-    """Whole or in its shard: the gradient that the search carries is then another's."""
+    """Whole or in its shard: the gradient that the search carries is then another's, and the features are others."""
 
     class Change(L.Callback):
         @torch.no_grad()
         def on_iteration_end(self, trainer, pl_module, batch, iteration):
-            weight = pl_module.head.weight
+            weight = pl_module.backbone[2].weight
             if iteration == 7:
                 weight.mul_(0.5)
-            if iteration == 13 and hasattr(weight, "to_local"):
-                weight.to_local().mul_(0.5)
-            elif iteration == 13:
-                weight.mul_(0.5)
+            if iteration == 13:
+                pl_module(batch[0])
+                own_shard(weight).mul_(0.5)
+                seen.append(float(sum_over_ranks(pl_module.features_of(batch[0]).square().sum())))
 
+    def job():
+        return weights(fit(tmp_path / "together", 2, mlp(), further=[Change()])), seen
+
+    seen = []
+    (together, values), _ = on(2, tmp_path, job)
     alone = weights(fit(tmp_path / "alone", 1, mlp(), further=[Change()]))
-    together, _ = on(2, tmp_path, lambda: weights(fit(tmp_path / "together", 2, mlp(), further=[Change()])))
     assert difference(alone, together) < 1e-12
+    assert values == pytest.approx(seen, rel=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["mse", "own"])
