@@ -211,8 +211,11 @@ def test_processes_that_have_all_samples_each_take_the_same_steps(tmp_path):
         def _loader(self, length):
             return FullBatchLoader(self.batch(), length)
 
-    alone = weights(fit(tmp_path / "alone", 1, mlp()))
-    together, _ = on(2, tmp_path, lambda: weights(fit(tmp_path, 2, mlp(), rows=Everything(), monitors=False)))
+    def job():
+        return weights(fit(tmp_path / "together", 2, mlp(optimizer=sgd), rows=Everything(), monitors=False))
+
+    alone = weights(fit(tmp_path / "alone", 1, mlp(optimizer=sgd)))
+    together, _ = on(2, tmp_path, job)
     assert difference(alone, together) < 1e-12
 
 
