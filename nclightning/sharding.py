@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gathered", "in_step", "is_sharded", "reshard", "whole_linear"]
+__all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard", "whole_linear"]
 
 # Told by their methods: where the classes are to be imported from changes with torch's version.
 
@@ -23,6 +23,12 @@ def reshard(module: nn.Module) -> None:
     for child in module.modules():
         if hasattr(child, "set_reshard_after_forward"):
             child.reshard()  # type: ignore[operator]
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that this process has, in the same memory; any other tensor as it is."""
+    shard = getattr(tensor, "to_local", None)
+    return tensor if shard is None else shard()
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nclightning.callbacks.pictures import draw_angles
 from nclightning.features import find_head
 from nclightning.functional import class_statistics
 from nclightning.ranks import merge_over_ranks
+from nclightning.sharding import whole_linear
 from nclightning.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]
@@ -75,8 +76,8 @@ class TensorBoardDashboard(L.Callback):
         self._batch, self._drawn_at = batch, iteration
         inputs, labels = batch
         with frozen(pl_module):
-            head = find_head(pl_module)
             features = full_batch_method(pl_module, "features_of")(inputs)
+            head = whole_linear(find_head(pl_module))
             stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False))
         if not trainer.is_global_zero:
             return

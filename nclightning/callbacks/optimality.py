@@ -17,6 +17,7 @@ from nclightning.features import find_head, pair_rows
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.ranks import merge_over_ranks, sum_over_ranks, world_size
+from nclightning.sharding import whole_linear
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -222,7 +223,8 @@ class OptimalityMonitor(ReadingsMonitor):
         readings: dict[str, Tensor | float] = {"loss": value}
         if self._problem is not None:
             features = full_batch_method(pl_module, "features_of")(batch[0])
-            gap, distance = _gap_and_distance(self._problem, find_head(pl_module), features, batch[1])
+            head = whole_linear(find_head(pl_module))
+            gap, distance = _gap_and_distance(self._problem, head, features, batch[1])
             readings |= {"optimality/gap": gap, "optimality/distance": distance}
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
@@ -288,7 +290,8 @@ class OptimalityMonitor(ReadingsMonitor):
         # As tensors: of plain numbers Lightning makes float32.
         values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
         own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
-        pl_module.log_dict(own, sync_dist=True)  # The same on all processes.
+        # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
+        pl_module.log_dict(own, sync_dist=True, batch_size=1)
 
 
 def _check_balance(problem: UFMProblem, labels: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -18,9 +18,17 @@ from torch.optim import Optimizer
 from nclightning.features import capture_features
 from nclightning.interrupts import deferred_interrupt
 from nclightning.models.graph import GraphLine
+from nclightning.models.sharded import (
+    ShardedLine,
+    check_sharding,
+    check_strategy,
+    keep_optimizers_whole,
+    shard_weights,
+)
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
-from nclightning.ranks import sum_over_ranks
+from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.sharding import is_sharded, own_shard, reshard
 from nclightning.theory import UFMProblem
 
 __all__ = ["Penalty", "RegularizedClassifier"]
@@ -38,6 +46,10 @@ class RegularizedClassifier(L.LightningModule):
     line search ends without a step, or when the objective of another optimizer is not finite any more.
 
     Batches are pairs ``(x, y)``; the backbone is called with ``x``, the head with its output.
+
+    Several processes share the samples: with ``trainer.strategy=ddp`` each has all weights, under
+    ``ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1, save_distributed_checkpoint=False)`` each
+    keeps a part of them. Checkpoints are those of a single process.
 
     Args:
         backbone: Maps ``x`` to features ``(B, d)``.
@@ -111,7 +123,12 @@ class RegularizedClassifier(L.LightningModule):
         Returns:
             ``(B, d)``.
         """
-        return capture_features(self, self.head, x)
+        reshard(self)
+        try:
+            return capture_features(self, self.head, x)
+        finally:
+            if not torch.is_grad_enabled():
+                reshard(self)
 
     def count_free_parameters(self) -> int:
         """Count the trainable numbers of the whole model."""
@@ -132,6 +149,7 @@ class RegularizedClassifier(L.LightningModule):
         known = optimizer.evaluation() if isinstance(optimizer, ArmijoGD) else None
         if known is not None:
             return known.value, math.sqrt(known.square)
+        reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
         gradients = [p.grad for p in params]
         try:
@@ -162,6 +180,11 @@ class RegularizedClassifier(L.LightningModule):
             self.objective.lambda_h,
         )
 
+    def configure_model(self) -> None:
+        """Share the weights out under ``ModelParallelStrategy``."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_weights(self, self.trainer.strategy)
+
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer over all parameters."""
         return self._make_optimizer(self.parameters())
@@ -170,6 +193,10 @@ class RegularizedClassifier(L.LightningModule):
         """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""
         self.check_parameters()
         self.check_trainer(self.trainer)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            check_sharding(self, self.optimizers(use_pl_optimizer=False))
+            keep_optimizers_whole(strategy)
         self._iteration_hooks: list[Callable[..., None]] = [
             callback.on_iteration_end
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]
@@ -192,10 +219,13 @@ class RegularizedClassifier(L.LightningModule):
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
                 "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
             )
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        strategy = trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            check_strategy(strategy, self)
+        elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
             raise ValueError(
-                f"{type(trainer.strategy).__name__} does not fit the full-batch loop, which sums gradients over "
-                "processes by itself: set trainer.strategy=ddp."
+                f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "
+                "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
@@ -206,13 +236,17 @@ class RegularizedClassifier(L.LightningModule):
                 )
 
     def check_parameters(self) -> None:
-        """Raise unless all parameters are finite.
+        """Raise unless all parameters are finite, on all processes alike.
 
         Raises:
             ValueError: Naming the parameter.
         """
-        for name, p in self.named_parameters():
-            if not math.isfinite(torch.linalg.vector_norm(p.detach(), math.inf)):  # The greatest entry: no copy of all.
+        named = [(name, own_shard(p.detach())) for name, p in self.named_parameters()]
+        # The sum of the absolute values of a shard, which may have none, tells without a copy of it.
+        sums = [torch.linalg.vector_norm(p, 1, dtype=torch.float64) for _, p in named]
+        invalid = torch.stack(sums).isfinite().logical_not().long() if named else torch.zeros(0)
+        for (name, _), count in zip(named, sum_over_ranks(invalid).tolist(), strict=True):
+            if count:
                 raise ValueError(f"{name} has entries that are not finite before training. Check its initialisation.")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -262,6 +296,9 @@ class RegularizedClassifier(L.LightningModule):
         """
         # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
         share = len(batch[1]) / self.num_samples
+        if is_sharded(self):
+            share = 1 / world_size() if share == 1.0 else share  # All samples on each process.
+            return ShardedLine(lambda: share * self.evaluate_objective(batch), params, self)
         if share == 1.0:
             return GraphLine(lambda: self.evaluate_objective(batch), params)
         return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
@@ -287,15 +324,17 @@ class RegularizedClassifier(L.LightningModule):
         self._log_objective(batch)
 
     def _log_objective(self, batch: Batch) -> None:
-        # Lightning takes the mean over processes; weights make it that over samples.
-        weight = 1.0
-        if self.trainer.world_size > 1:
-            weight = len(batch[1]) * self.trainer.world_size / self.num_samples
-        self.log("loss", weight * self.evaluate_objective(batch), sync_dist=True)
+        reshard(self)
+        with torch.inference_mode(False), torch.no_grad():  # Weights gathered in it could not be trained afterwards.
+            value = self.evaluate_objective(batch)
+        # Lightning takes the mean over samples, but rounds the mean number of a process's down.
+        self.log("loss", value, sync_dist=True, batch_size=len(batch[1]) * self.trainer.world_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check it, and say what a resume ignores."""
         self.check_checkpoint(checkpoint)
+        if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
+            self.check_parameters()
         if self._trainer is not None and self.trainer.training:
             self._warn_of_optimizer_options(checkpoint["optimizer_states"])
 

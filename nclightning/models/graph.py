@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nclightning.objective import square_norm
 from nclightning.optim import ClosureLine
-from nclightning.optim.evaluation import Evaluation, inner_product
+from nclightning.optim.evaluation import Evaluation, inner_product, sum_of_products
 
 __all__ = ["GraphLine"]
 
@@ -60,7 +59,8 @@ class GraphLine(ClosureLine):
         """Evaluate value and squared norm of the gradient on the device."""
         value = self._evaluate_share()
         self._differentiate_share()
-        return value, torch.stack([square_norm(p.grad) for p in self._params if p.grad is not None]).sum()
+        gradients = self._gradients()
+        return value, sum_of_products(gradients, gradients)
 
     def _evaluate_value(self) -> float:
         self._value = float(self._evaluate_share())

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
+from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoGD"]
 
@@ -43,6 +44,7 @@ class ArmijoGD(Optimizer):
     All parameter groups move along one joint direction with one step size; the options are therefore common to all
     groups. On several processes (``torch.distributed`` initialised) the closure's value is averaged over the ranks
     before it is compared, so that all take the same decision; gradients must be synchronised by the closure.
+    Parameters that ``fully_shard`` shares out are moved and measured in their shards.
 
     Norms and inner products are accumulated in float64 whatever the dtype of the parameters.
 
@@ -282,7 +284,7 @@ class ArmijoGD(Optimizer):
             return None
         for p, g, versions in zip(params, carried.evaluation.gradients, carried.versions, strict=True):
             cleared = p.grad is None or p.grad is g
-            if not cleared or versions != (p._version, None if g is None else g._version):
+            if not cleared or versions != (_version(p), _version(g)):
                 return None
         return carried.evaluation
 
@@ -353,11 +355,19 @@ class _Carried:
     """An evaluation at the current iterate and the tensor versions under which it still is that."""
 
     evaluation: Evaluation
-    versions: list[tuple[int, int | None]]
+    versions: list[tuple[_Version, _Version]]
 
 
-def _versions(params: list[Tensor]) -> list[tuple[int, int | None]]:
-    return [(p._version, None if p.grad is None else p.grad._version) for p in params]
+_Version = tuple[int, int] | None
+
+
+def _versions(params: list[Tensor]) -> list[tuple[_Version, _Version]]:
+    return [(_version(p), _version(p.grad)) for p in params]
+
+
+def _version(tensor: Tensor | None) -> _Version:
+    """Count the writes to a tensor; a sharded one and its shard count apart."""
+    return None if tensor is None else (tensor._version, own_shard(tensor)._version)
 
 
 def _check_options(options: dict[str, Any]) -> None:

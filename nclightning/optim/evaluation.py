@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Evaluation", "average_over_ranks", "inner_product"]
+from nclightning.sharding import own_shard
+
+__all__ = ["Evaluation", "average_over_ranks", "inner_product", "sum_of_products"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,23 @@ class Evaluation:
 
 def inner_product(left: list[Tensor | None], right: list[Tensor | None]) -> float:
     """Inner product of two gradients in float64; a missing entry is zero."""
-    parts = [
-        torch.dot(a.double().flatten(), b.double().flatten())
-        for a, b in zip(left, right, strict=True)
-        if a is not None and b is not None
-    ]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    return float(sum_of_products(left, right))
+
+
+def sum_of_products(left: list[Tensor | None], right: list[Tensor | None]) -> Tensor:
+    """Inner product of two gradients as a scalar on the device; of sharded ones over all processes."""
+    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+    if not pairs:
+        return torch.zeros((), dtype=torch.float64)
+    sharded = [own_shard(a) is not a for a, _ in pairs]
+    parts = torch.stack([torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs])
+    if not any(sharded):
+        return parts.sum()
+    if dist.get_rank() > 0:  # What all processes have counts once.
+        parts = torch.where(torch.tensor(sharded, device=parts.device), parts, 0)
+    total = parts.sum()
+    dist.all_reduce(total)
+    return total
 
 
 def average_over_ranks(value: Tensor) -> Tensor:

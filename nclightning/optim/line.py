@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.sharding import own_shard
 
 __all__ = ["ClosureLine", "LineObjective"]
 
@@ -83,7 +85,8 @@ class LineObjective(ABC):
 class ClosureLine(LineObjective):
     """Line of a standard closure, which brings value and gradient at each call.
 
-    On several processes values are averaged; gradients must be synchronised by the closure.
+    On several processes values are averaged; gradients must be synchronised by the closure. Of parameters that
+    ``fully_shard`` shares out each process moves its own part.
 
     Args:
         closure: Clears the gradients, computes the objective at the current parameters, calls ``backward`` and returns
@@ -115,7 +118,9 @@ class ClosureLine(LineObjective):
     def begin(self, start: Evaluation) -> None:
         """Remember the parameters."""
         self._start = start
-        self._moving = [(p, g) for p, g in zip(self._params, start.gradients, strict=True) if g is not None]
+        pairs = [(p, g) for p, g in zip(self._params, start.gradients, strict=True) if g is not None]
+        self._moving = [(own_shard(p), own_shard(g)) for p, g in pairs]
+        self._in_shards = any(shard is not p for (shard, _), (p, _) in zip(self._moving, pairs, strict=True))
         self._origin = [p.clone() for p, _ in self._moving]
 
     def trial(self, size: float) -> float:
@@ -130,7 +135,12 @@ class ClosureLine(LineObjective):
 
     def stands_still(self) -> bool:
         """Compare with the parameters remembered."""
-        return all(torch.equal(p, x) for (p, _), x in zip(self._moving, self._origin, strict=True))
+        still = all(torch.equal(p, x) for (p, _), x in zip(self._moving, self._origin, strict=True))
+        if not self._in_shards:
+            return still
+        moving = torch.tensor(int(not still), device=self._moving[0][0].device)
+        dist.all_reduce(moving)
+        return not moving
 
     def accept(self) -> Evaluation:
         """Stay."""

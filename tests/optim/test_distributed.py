@@ -1,12 +1,18 @@
 """Two processes with different data take the same steps as one with all of it."""
 
+from datetime import timedelta
+
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import fsdp
+from torch.distributed.device_mesh import init_device_mesh
 
 from nclightning.optim import ArmijoGD
 
 STEPS = 30
+fully_shard = getattr(fsdp, "fully_shard", None)
 
 
 def losses(x):
@@ -56,3 +62,65 @@ def test_ranks_take_the_steps_of_one_process(tmp_path):
         assert step_a == step_b == optimizer.outcome.step_size
         # Another order of summation: some roundings, carried along.
         torch.testing.assert_close(a, x.detach(), rtol=1e-12, atol=1e-12)
+
+
+class Valley(torch.nn.Module):
+    """Two processes get a row each; the second row is where it is to be, and the offset is with both."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.tensor([[3.0, -2.0, 1.0], [0.5, 0.5, 0.5]], dtype=torch.float64))
+        self.offset = torch.nn.Parameter(torch.full((2,), offset, dtype=torch.float64))
+
+    def forward(self):
+        curvature = torch.tensor([[1.0, 8.0, 0.3], [1.0, 1.0, 1.0]], dtype=torch.float64)
+        return (curvature * (self.rows - 0.5).square()).sum() + 3 * self.offset.square().sum()
+
+
+def walk(module):
+    optimizer = ArmijoGD(module.parameters(), initial_step=4.0)  # Too long: the first step takes several trials.
+
+    def closure():
+        module.reshard() if hasattr(module, "reshard") else None
+        optimizer.zero_grad()
+        value = module()
+        value.backward()
+        return value
+
+    path = []
+    for _ in range(STEPS):
+        optimizer.step(closure)
+        path.append((optimizer.outcome, optimizer.total_evaluations))
+    return path
+
+
+def run_sharded(rank, world, file, offset, results):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
+    module = Valley(offset)
+    fully_shard(module, mesh=init_device_mesh("cpu", (world,)), ignored_params={module.offset})
+    path = walk(module)
+    module.reshard()
+    results[rank] = path, module.rows.full_tensor().detach(), module.offset.detach()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(fully_shard is None, reason="an older torch keeps it elsewhere")
+@pytest.mark.parametrize("offset", [2.0, 0.0], ids=["both move", "the second has nothing to move"])
+def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_sharded, (2, tmp_path / "store", offset, results), nprocs=2)
+        (first, rows, moved), (second, *_) = results[0], results[1]
+    module = Valley(offset)
+    whole = walk(module)
+    assert whole[0][0].evaluations > 3
+    assert first == second
+    torch.testing.assert_close(rows, module.rows.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(moved, module.offset.detach(), rtol=1e-12, atol=1e-12)
+    for (outcome, evaluations), (expected, expected_evaluations) in zip(first, whole, strict=True):
+        assert evaluations == expected_evaluations
+        assert outcome.status is expected.status
+        assert outcome.step_size == expected.step_size
+        assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-10, abs=1e-12)

@@ -1,0 +1,185 @@
+"""Networks whose weights ``fully_shard`` shares out among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nclightning.models.backbones import FeatureTable
+from nclightning.models.graph import GraphLine
+from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.sharding import gathered, reshard
+
+__all__ = ["ShardedLine", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
+
+
+class ShardedLine(GraphLine):
+    """Line of an objective whose weights are gathered at each forward. Points and gradients are in shards.
+
+    Args:
+        objective: Evaluates this process's share of the objective, with its graph, by a forward of the module.
+        params: Parameters, sharded.
+        module: What is to gather them.
+    """
+
+    def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor], module: nn.Module) -> None:
+        super().__init__(objective, params, sum_over_ranks)
+        self._module = module
+
+    def reject(self) -> None:
+        """Put the parameters back, and give up the weights of the last trial."""
+        super().reject()
+        reshard(self._module)
+
+    def _call(self) -> Tensor:
+        reshard(self._module)  # A forward without a backward leaves weights gathered that are not those of now.
+        return super()._call()
+
+    def _differentiate_share(self) -> float:
+        share, self._share = self._share, None
+        assert share is not None
+        # The mean over processes is what fully_shard makes of gradients.
+        share.backward(torch.full_like(share, world_size()))  # type: ignore[no-untyped-call]
+        return torch.finfo(share.dtype).eps
+
+
+def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) -> None:
+    """Share the weights of a module out, all in one group, which each evaluation of the objective gathers.
+
+    Args:
+        module: With a method ``evaluate_objective``. One that is sharded already stays as it is.
+        strategy: With its processes running.
+
+    Raises:
+        ValueError: If it would split layers.
+    """
+    mesh = strategy.device_mesh
+    _refuse_split_layers(mesh["tensor_parallel"].size(), mesh.size())
+    if _is_group(module):
+        return
+    from torch.distributed import fsdp  # noqa: PLC0415 - not part of all builds of torch
+
+    if not hasattr(fsdp, "fully_shard"):
+        raise ValueError("sharded weights need torch 2.6 or later: update torch, or set trainer.strategy=ddp.")
+    fsdp.fully_shard(module, mesh=mesh["data_parallel"])
+    fsdp.register_fsdp_forward_method(module, "evaluate_objective")
+
+
+def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
+    """Raise unless a strategy fits the full-batch loop; its processes need not run yet.
+
+    Args:
+        strategy: Of a trainer.
+        module: To be trained.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if any(isinstance(child, FeatureTable) for child in module.modules()):
+        raise ValueError(
+            "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
+            "trainer.strategy=ddp."
+        )
+    size, world = strategy._tensor_parallel_size, strategy.num_nodes * strategy.num_processes
+    _refuse_split_layers(strategy.num_processes if size == "auto" else size, world)
+    if strategy._save_distributed_checkpoint:
+        raise ValueError(
+            "ModelParallelStrategy would write checkpoints that a single process cannot read: set its "
+            "save_distributed_checkpoint=False."
+        )
+
+
+def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
+    """Raise unless weights are shared out as the full-batch loop needs it.
+
+    Args:
+        module: Under ``ModelParallelStrategy``, configured.
+        optimizer: Of its parameters.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if not _is_group(module) or sum(_is_group(child) for child in module.modules()) > 1:
+        raise ValueError(
+            f"the full-batch loop needs all weights of {type(module).__name__} in one group of fully_shard: leave "
+            "configure_model as it is in RegularizedClassifier."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS takes inner products over all parameters, and weights are sharded: take ArmijoGD or an optimizer "
+            "that treats each number by itself, or set trainer.strategy=ddp."
+        )
+
+
+def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
+    """Let a strategy write and read the states of optimizers in the form that they have on a single process.
+
+    Left to itself it drops what an optimizer adds to its state, and cannot read one without tensors. A checkpoint is
+    checked before any of it is taken over.
+
+    Args:
+        strategy: Two of its methods are replaced.
+    """
+
+    def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
+        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return _each_tensor(state, lambda _, value: gathered(value).cpu())
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(strategy.broadcast(checkpoint_path))
+        if path.is_dir():
+            raise ValueError(f"ckpt_path={path} is a folder: resume from a checkpoint that is a single file.")
+        stored = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        check = getattr(strategy.lightning_module, "check_checkpoint", None)
+        if check is not None:
+            check(stored)
+        optimizers, strategy.optimizers = strategy.optimizers, []
+        try:
+            checkpoint = type(strategy).load_checkpoint(strategy, path, weights_only)
+        finally:
+            strategy.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(_each_tensor(state, lambda i, value: _shard_like(value, params[i])))  # noqa: B023
+        return checkpoint
+
+    strategy.optimizer_state = optimizer_state  # type: ignore[method-assign]
+    strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
+
+
+def _each_tensor(state: Mapping[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """Change the tensors that an optimizer's state has for each parameter, given its number."""
+    changed = {
+        index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
+        for index, entries in state["state"].items()
+    }
+    return {**state, "state": changed}
+
+
+def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """Share a tensor out as a parameter of its shape is; others come back as they are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
+
+    if not isinstance(param, DTensor) or tensor.shape != param.shape:
+        return tensor
+    return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
+
+
+def _refuse_split_layers(size: int, world: int) -> None:
+    if size > 1:
+        raise ValueError(
+            "ModelParallelStrategy would split layers, of which the full-batch loop needs each as a whole: set its "
+            f"data_parallel_size={world}, tensor_parallel_size=1 and save_distributed_checkpoint=False."
+        )
+
+
+def _is_group(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_forward")
