@@ -242,9 +242,9 @@ class RegularizedClassifier(L.LightningModule):
             ValueError: Naming the parameter.
         """
         named = [(name, own_shard(p.detach())) for name, p in self.named_parameters()]
-        # The sum of the absolute values of a shard, which may have none, tells without a copy of it.
-        sums = [torch.linalg.vector_norm(p, 1, dtype=torch.float64) for _, p in named]
-        invalid = torch.stack(sums).isfinite().logical_not().long() if named else torch.zeros(0)
+        # The greatest entry tells without a copy of all; a shard may have none.
+        greatest = [torch.linalg.vector_norm(p, math.inf).double() if p.numel() else _zero(p) for _, p in named]
+        invalid = torch.stack(greatest).isfinite().logical_not().long() if named else torch.zeros(0)
         for (name, _), count in zip(named, sum_over_ranks(invalid).tolist(), strict=True):
             if count:
                 raise ValueError(f"{name} has entries that are not finite before training. Check its initialisation.")
@@ -382,6 +382,10 @@ class RegularizedClassifier(L.LightningModule):
             )
 
     _problem_hparams: tuple[str, ...] = ()
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=like.device)
 
 
 def _failure(optimizer: Optimizer, value: Any) -> str | None:
