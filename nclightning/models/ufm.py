@@ -162,9 +162,7 @@ class UFM(RegularizedClassifier):
         Raises:
             ValueError: If features are shared by processes and there is no closed form.
         """
-        # Hooks are to see each call of the head.
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.head, self.backbone))
-        line = None if hooked else self._closed_form(batch, params)
+        line = None if self._is_hooked() else self._closed_form(batch, params)
         if line is None and self._table.is_shared:
             raise ValueError(
                 "features shared by processes are trained in closed form only, which needs head and features as they "
@@ -211,11 +209,18 @@ class UFM(RegularizedClassifier):
     def _is_plain(self) -> bool:
         """Whether what autograd would differentiate is Problem (2) as it stands."""
         methods = all(
-            getattr(type(self), name) is getattr(RegularizedClassifier, name)
+            getattr(type(self), name) is getattr(RegularizedClassifier, name) and name not in vars(self)
             for name in ("evaluate_objective", "forward")
-        )
+        ) and not any("forward" in vars(m) for m in (self.head, self.backbone))
         modules = type(self.head) is nn.Linear and type(self.backbone) is FeatureTable
         return methods and modules and all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
+
+    def _is_hooked(self) -> bool:
+        """Whether somebody is to see each call of head or backbone, or each gradient."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = any(getattr(m, name) for m in (self, self.head, self.backbone) for name in hooks)
+        tensors = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters())
+        return modules or tensors
 
     @property
     def _table(self) -> FeatureTable:

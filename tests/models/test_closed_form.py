@@ -165,6 +165,19 @@ def hooked():
     return model, batch()
 
 
+def watched_gradient():
+    model = ufm()
+    model.features.register_hook(lambda gradient: gradient)
+    return model, batch()
+
+
+def patched():
+    model = ufm()
+    forward = model.head.forward
+    model.head.forward = lambda x: 2 * forward(x)
+    return model, batch()
+
+
 def frozen_head():
     model = ufm()
     model.head.weight.requires_grad_(False)
@@ -190,7 +203,9 @@ def other_order():
     return ufm(), tuple(t[order] for t in batch())
 
 
-@pytest.mark.parametrize("make", [hooked, frozen_head, parametrized, own_objective, other_order])
+@pytest.mark.parametrize(
+    "make", [hooked, watched_gradient, patched, frozen_head, parametrized, own_objective, other_order]
+)
 def test_whatever_was_changed_goes_by_autograd(make):
     model, data = make()
     params = [p for p in model.parameters() if p.requires_grad]
