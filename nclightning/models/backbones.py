@@ -87,7 +87,8 @@ class FeatureTable(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "features"] = self.gather(destination[prefix + "features"])
+        if prefix + "features" in destination:  # Not so if it is parametrised.
+            destination[prefix + "features"] = self.gather(destination[prefix + "features"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "features"

@@ -146,11 +146,13 @@ class RegularizedClassifier(L.LightningModule):
         """
         fitting = self._trainer is not None and self.trainer.training
         optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
-        known = optimizer.evaluation() if isinstance(optimizer, ArmijoGD) else None
-        if known is not None:
-            return known.value, math.sqrt(known.square)
         reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
+        if isinstance(optimizer, ArmijoGD):
+            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            known = optimizer.evaluation() if moved == {id(p) for p in params} else None
+            if known is not None:
+                return known.value, math.sqrt(known.square)
         gradients = [p.grad for p in params]
         try:
             value, square = self.measuring_line(batch, params).measure()
@@ -295,11 +297,10 @@ class RegularizedClassifier(L.LightningModule):
             The whole objective, summed over processes.
         """
         # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
-        share = len(batch[1]) / self.num_samples
+        share = len(batch[1]) / max(int(sum_over_ranks(torch.tensor(len(batch[1]), device=self.device))), 1)
         if is_sharded(self):
-            share = 1 / world_size() if share == 1.0 else share  # All samples on each process.
             return ShardedLine(lambda: share * self.evaluate_objective(batch), params, self)
-        if share == 1.0:
+        if world_size() == 1:
             return GraphLine(lambda: self.evaluate_objective(batch), params)
         return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
 
@@ -364,7 +365,7 @@ class RegularizedClassifier(L.LightningModule):
             ValueError: If the checkpoint is that of another optimizer.
         """
         optimizer, stored = self.configure_optimizers(), stored_states[0]["param_groups"][0]
-        (given,) = optimizer.param_groups
+        given = optimizer.param_groups[0]
         missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
         if missing and extra:  # One of them alone may be another version of torch.
             raise ValueError(

@@ -94,7 +94,8 @@ class UFMLine(LineObjective):
         dtype = features.dtype
         # From here on the gradient may overflow, though the value, a float64, does not.
         self._largest = math.sqrt(torch.finfo(dtype).max)
-        self._epsilon = torch.finfo(dtype).eps
+        self._limit, self._epsilon = self._largest, torch.finfo(dtype).eps
+        self._head: list[_Head] = []
         self._gradients: list[Tensor] = []
 
     def __call__(self) -> Tensor:
@@ -107,13 +108,15 @@ class UFMLine(LineObjective):
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient, as a trial at length zero."""
-        self._write_to(self._gradients or [torch.zeros_like(owner) for owner in self._owners])
+        self._bind()
+        self._write_to([g.zero_() for g in self._gradients] or [torch.zeros_like(owner) for owner in self._owners])
         self.trial(0.0)
         return self._end(move=False)
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
         """Evaluate value and squared norm of the gradient on the device."""
+        self._bind()
         self._write_to([torch.zeros_like(owner) for owner in self._owners])
         self._size, self._head_is_known = 0.0, False
         losses, features_square, weight_square = self._trial()
@@ -124,9 +127,21 @@ class UFMLine(LineObjective):
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
         by_owner = dict(zip(self._order, start.gradients, strict=True))
         gradients = [g for i in range(len(self._owners)) if (g := by_owner[i]) is not None]
-        known = len(self._gradients) == len(gradients)
+        # A value above the start is rejected, finite or not.
+        self._limit = max(self._largest, start.value)
+        known = len(self._gradients) == len(gradients) and not self._bind()
         if not known or any(new is not old for new, old in zip(gradients, self._gradients, strict=True)):
             self._write_to(gradients)
+
+    def _bind(self) -> bool:
+        """Follow parameters whose memory was replaced; say whether there were any."""
+        currents = [self._features, *(part.current for part in self._head)]
+        if len(currents) == len(self._owners) and all(
+            current.is_set_to(owner) for current, owner in zip(currents, self._owners, strict=True)
+        ):
+            return False
+        self._features = self._owners[0].detach()
+        return True
 
     def _write_to(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
@@ -143,7 +158,7 @@ class UFMLine(LineObjective):
         self._size, self._head_is_known = size, False
         losses, features_square, weight_square = self._trial().tolist()
         self._value = self._objective.combine(losses, self._num_samples, weight_square, features_square)
-        return self._value if self._value < self._largest else math.inf
+        return self._value if self._value <= self._limit else math.inf
 
     def _trial(self) -> Tensor:
         """Compute the residual; return summed losses and squared norms of features and weight."""

@@ -20,6 +20,11 @@ from nclightning.ranks import own_rows, sum_over_ranks
 __all__ = ["UFM"]
 
 _DRAWN_AT_A_TIME = 2**16
+_OPTIMIZERS_OF_SHARED_FEATURES = (
+    ArmijoGD,
+    *(getattr(torch.optim, name) for name in ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")),
+    *(getattr(torch.optim, name) for name in ("RMSprop", "Rprop", "Adagrad", "Adadelta")),
+)
 
 
 class UFM(RegularizedClassifier):
@@ -77,7 +82,7 @@ class UFM(RegularizedClassifier):
             optimizer=optimizer,
             iterations_per_step=iterations_per_step,
         )
-        self._all_rows: Tensor | None = None  # Indices that were seen to be those of all rows.
+        self._all_rows: tuple[Tensor, int] | None = None  # Indices that were seen to be those of all rows, and version.
         lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
         self.save_hyperparameters(ignore=["optimizer"])
         self.reset_parameters(init_scale)
@@ -105,34 +110,37 @@ class UFM(RegularizedClassifier):
         """Keep the rows of this process."""
         if self._trainer is None or self.trainer.world_size == 1:
             return
-        if not self._table.is_shared:
+        if not self._is_shared and isinstance(self.backbone, FeatureTable):
             self._table.keep_rows(*own_rows(self.num_samples, self.trainer.global_rank, self.trainer.world_size))
 
     def on_fit_start(self) -> None:
         """Refuse optimizers that would take the rows of a process for all of them."""
         super().on_fit_start()
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if self._table.is_shared and isinstance(optimizer, torch.optim.LBFGS):
+        if self._is_shared and not isinstance(optimizer, _OPTIMIZERS_OF_SHARED_FEATURES):
             raise ValueError(
-                "LBFGS takes inner products over all parameters, and features are shared by processes: take ArmijoGD "
-                "or an optimizer that treats each number by itself, or set trainer.devices=1."
+                f"{type(optimizer).__name__} may mix numbers that are shared out among processes: take ArmijoGD or an "
+                "optimizer that treats each number by itself, such as SGD and Adam, or set trainer.devices=1."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the optimizer keeps of each feature together, as the state of the model does with the features."""
-        self._each_row(checkpoint, FeatureTable.gather)
+        self._each_row(checkpoint, self.optimizers(use_pl_optimizer=False), FeatureTable.gather)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check it, say what a resume ignores, and take the rows of this process out of what the optimizer kept."""
         super().on_load_checkpoint(checkpoint)
-        self._each_row(checkpoint, FeatureTable.narrow)
+        self._each_row(checkpoint, None, FeatureTable.narrow)
 
-    def _each_row(self, checkpoint: dict[str, Any], change: Callable[[FeatureTable, Tensor], Tensor]) -> None:
-        """Change what the optimizers' states hold of each row of the features."""
-        table = self._table
-        if not table.is_shared:
+    def _each_row(
+        self, checkpoint: dict[str, Any], optimizer: Any, change: Callable[[FeatureTable, Tensor], Tensor]
+    ) -> None:
+        """Change what the state of the optimizer, None for one that is yet to come, holds of each row."""
+        if not self._is_shared or "optimizer_states" not in checkpoint:
             return
-        index = [name for name, _ in self.named_parameters()].index("backbone.features")
+        table, optimizer = self._table, optimizer or self.configure_optimizers()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        index = next((i for i, p in enumerate(params) if p is self.features), None)
         for state in checkpoint.get("optimizer_states", []):
             if index not in state["state"]:
                 continue
@@ -146,8 +154,10 @@ class UFM(RegularizedClassifier):
 
     def count_free_parameters(self) -> int:
         """Count the trainable numbers of the whole model, over all processes."""
-        rows = self.num_samples - len(self.features)
-        return super().count_free_parameters() + rows * self.features.shape[1] * self.features.requires_grad
+        rows = self.num_samples - len(self.features) if self._is_shared else 0
+        return super().count_free_parameters() + (
+            rows * self.features[0].numel() * self.features.requires_grad if rows else 0
+        )
 
     def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
         """Make F a closure and a line for optimizers, in closed form unless head or backbone were changed.
@@ -163,7 +173,7 @@ class UFM(RegularizedClassifier):
             ValueError: If features are shared by processes and there is no closed form.
         """
         line = None if self._is_hooked() else self._closed_form(batch, params)
-        if line is None and self._table.is_shared:
+        if line is None and self._is_shared:
             raise ValueError(
                 "features shared by processes are trained in closed form only, which needs head and features as they "
                 "come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
@@ -180,19 +190,23 @@ class UFM(RegularizedClassifier):
         Returns:
             As :meth:`line`.
         """
-        return self._closed_form(batch, params) or self.line(batch, params)
+        # Hooks may change what is trained; on shared features there are only those that look.
+        closed = self._closed_form(batch, params) if self._is_shared or not self._is_hooked() else None
+        return closed or self.line(batch, params)
 
     def _closed_form(self, batch: Batch, params: Sequence[Tensor]) -> UFMLine | None:
         """Make the closed form; None if what is trained is not Problem (2) as it stands on all rows."""
         index, labels = batch
-        features, head = self.features, list(self.head.parameters())
-        if not self._is_plain() or {id(p) for p in params} != {id(p) for p in (features, *head)}:
+        if not self._is_plain():
             return None
-        if index is not self._all_rows:
+        features, head = self.features, [p for p in (self.head.weight, self.head.bias) if p is not None]
+        if {id(p) for p in params} != {id(p) for p in (features, *head)}:
+            return None
+        if not self._is_all_rows(index):
             if not self._table.holds(index):
                 return None
-            self._all_rows = index
-        reduce = sum_over_ranks if self._table.is_shared else None
+            self._all_rows = index, index._version
+        reduce = sum_over_ranks if self._is_shared else None
         return UFMLine(self.objective, features, head, labels, params, self.num_samples, reduce)
 
     def features_of(self, x: Tensor) -> Tensor:
@@ -204,23 +218,36 @@ class UFM(RegularizedClassifier):
         Returns:
             ``(B, d)``.
         """
-        return self.features if x is self._all_rows and self._is_plain() else super().features_of(x)
+        known = self._is_all_rows(x) and self._is_plain() and not self._is_hooked()
+        return self.features if known else super().features_of(x)
+
+    def _is_all_rows(self, index: Tensor) -> bool:
+        """Whether indices were seen to be those of all rows, and have not been written to since."""
+        return self._all_rows is not None and self._all_rows[0] is index and self._all_rows[1] == index._version
 
     def _is_plain(self) -> bool:
         """Whether what autograd would differentiate is Problem (2) as it stands."""
+        # Not an instance's own forward: a trainer of several processes puts one there, which F does not call.
         methods = all(
-            getattr(type(self), name) is getattr(RegularizedClassifier, name) and name not in vars(self)
+            getattr(type(self), name) is getattr(RegularizedClassifier, name)
             for name in ("evaluate_objective", "forward")
-        ) and not any("forward" in vars(m) for m in (self.head, self.backbone))
-        modules = type(self.head) is nn.Linear and type(self.backbone) is FeatureTable
-        return methods and modules and all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
+        )
+        patched = "evaluate_objective" in vars(self) or any("forward" in vars(m) for m in (self.head, self.backbone))
+        parts = (type(self.head), type(self.backbone), type(self.objective)) == (nn.Linear, FeatureTable, Objective)
+        free = all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
+        return methods and not patched and parts and free
 
     def _is_hooked(self) -> bool:
         """Whether somebody is to see each call of head or backbone, or each gradient."""
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         modules = any(getattr(m, name) for m in (self, self.head, self.backbone) for name in hooks)
+        everywhere = any(getattr(nn.modules.module, f"_global{name}") for name in hooks)
         tensors = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters())
-        return modules or tensors
+        return modules or everywhere or tensors
+
+    @property
+    def _is_shared(self) -> bool:
+        return isinstance(self.backbone, FeatureTable) and self.backbone.is_shared
 
     @property
     def _table(self) -> FeatureTable:

@@ -358,7 +358,7 @@ class _Carried:
     versions: list[tuple[_Version, _Version]]
 
 
-_Version = tuple[int, int] | None
+_Version = tuple[int, int, int] | None
 
 
 def _versions(params: list[Tensor]) -> list[tuple[_Version, _Version]]:
@@ -366,8 +366,11 @@ def _versions(params: list[Tensor]) -> list[tuple[_Version, _Version]]:
 
 
 def _version(tensor: Tensor | None) -> _Version:
-    """Count the writes to a tensor; a sharded one and its shard count apart."""
-    return None if tensor is None else (tensor._version, own_shard(tensor)._version)
+    """Count the writes to a tensor, of which a sharded one and its shard count apart, and tell its memory."""
+    if tensor is None:
+        return None
+    shard = own_shard(tensor)
+    return tensor._version, shard._version, shard.data_ptr()
 
 
 def _check_options(options: dict[str, Any]) -> None:

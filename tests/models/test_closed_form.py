@@ -236,3 +236,75 @@ def test_on_a_device_only_decisions_come_to_the_host(loss):
         assert {result.device.type for result in results} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             line.trial(1.0)
+
+
+def test_readings_see_what_hooks_make_of_the_features():
+    model = ufm()
+    index, labels = batch()
+    model.line((index, labels), list(model.parameters()))
+    model.backbone.register_forward_hook(lambda module, inputs, output: 2 * output)
+    value, _ = model.value_and_grad_norm((index, labels))
+    assert float(value) == float(model.evaluate_objective((index, labels)).detach())
+    assert torch.equal(model.features_of(index), 2 * model.features)
+
+
+def test_replaced_memory_is_followed():
+    model = ufm()
+    data, params = batch(), list(model.parameters())
+    line, optimizer = model.line(data, params), ArmijoGD(list(model.parameters()))
+    optimizer.step(line)
+    nn.utils.vector_to_parameters(torch.linspace(-1, 1, sum(p.numel() for p in params), dtype=torch.float64), params)
+    start = model.evaluate_objective(data).item()
+    optimizer.zero_grad()
+    optimizer.step(line)
+    assert optimizer.outcome.previous_objective == pytest.approx(start, rel=1e-14)
+    assert model.evaluate_objective(data).item() == pytest.approx(optimizer.outcome.objective, rel=1e-14)
+    assert optimizer.outcome.objective < start
+
+
+def test_a_point_without_a_value_leaves_nothing_behind():
+    model = ufm()
+    line = model.line(batch(), list(model.parameters()))
+    kept = model.features.detach().clone()
+    with torch.no_grad():
+        model.features[0, 0] = math.inf
+    assert not math.isfinite(float(line()))
+    with torch.no_grad():
+        model.features.copy_(kept)
+    assert float(line()) == pytest.approx(model.evaluate_objective(batch()).item(), rel=1e-14)
+
+
+def test_indices_that_were_written_to_are_looked_at_again():
+    model = ufm()
+    index, labels = batch()
+    params = list(model.parameters())
+    model.line((index, labels), params)
+    index.copy_(index.flip(0))
+    line = model.line((index, labels), params)
+    assert line.evaluate().value == model.evaluate_objective((index, labels)).item()
+
+
+def test_a_part_of_the_samples_on_one_process_is_stepped_as_it_is():
+    model = ufm()
+    part = tuple(t[:6] for t in batch())
+    assert float(model.line(part, list(model.parameters()))()) == model.evaluate_objective(part).item()
+
+
+def test_parametrised_features_can_be_saved():
+    model = ufm()
+    nn.utils.parametrize.register_parametrization(model.backbone, "features", nn.Identity())
+    assert "backbone.parametrizations.features.original" in model.state_dict()
+    nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
+    nn.utils.parametrize.remove_parametrizations(model.head, "weight")  # Now behind the bias.
+    nn.utils.parametrize.remove_parametrizations(model.backbone, "features")
+    line = model.line(batch(), list(model.parameters()))
+    assert line.evaluate().value == pytest.approx(model.evaluate_objective(batch()).item(), rel=1e-14)
+
+
+def test_a_start_beyond_the_safe_range_is_searched_like_any_other():
+    torch.manual_seed(0)
+    model = UFM(3, 4, 5, "mse", lambda_=5e-3, init_scale=1e6, dtype="float32")
+    optimizer = ArmijoGD(model.parameters())
+    index = torch.arange(12)
+    optimizer.step(model.line((index, index // 4), list(model.parameters())))
+    assert optimizer.outcome.accepted

@@ -86,12 +86,22 @@ def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss,
         assert difference(whole, resumed) < 1e-11
 
 
-def test_momentum_of_shared_features_goes_into_the_checkpoint(tmp_path):
-    alone = fit(tmp_path / "alone", ufm("mse", optimizer=sgd), IndexDataModule(), 1, max_steps=60)
-    fit(tmp_path / "together", ufm("mse", optimizer=sgd), IndexDataModule(), 2)
+def adam_backwards(params):
+    return torch.optim.Adam(list(params)[::-1], lr=0.01)
+
+
+def adam_in_groups(params):
+    features, *head = params
+    return torch.optim.Adam([{"params": head}, {"params": [features]}], lr=0.01)
+
+
+@pytest.mark.parametrize("make", [sgd, adam_backwards, adam_in_groups])
+def test_what_optimizers_keep_of_shared_features_goes_into_the_checkpoint(make, tmp_path):
+    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make), IndexDataModule(), 1, max_steps=60)
+    fit(tmp_path / "together", ufm("mse", optimizer=make), IndexDataModule(), 2)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
     for number in (1, 3):
-        model = ufm("mse", optimizer=sgd)
+        model = ufm("mse", optimizer=make)
         resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(alone, resumed) < 1e-12
 
@@ -135,7 +145,7 @@ def hooked(model):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: ufm("mse", optimizer=lbfgs), "LBFGS takes inner products"),
+        (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may mix numbers"),
         (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
         (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
         (lambda: UFM(6, 2, 3, "mse", lambda_=1e-2), "need feature_dim of at least 5, got 3"),
