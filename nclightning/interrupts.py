@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["DeferredInterrupt", "deferred_interrupt"]
+__all__ = ["DeferredInterrupt", "HeldInterrupts", "deferred_interrupt"]
 
 
 class DeferredInterrupt:
@@ -16,6 +16,36 @@ class DeferredInterrupt:
 
     def __init__(self) -> None:
         self.waiting = False
+
+
+class HeldInterrupts:
+    """Notes SIGINT instead of delivering it, from :meth:`hold` to :meth:`release`; a second one acts at once.
+
+    For processes that have to stop together: each asks the others at a point that all of them reach. Outside of the
+    main thread it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self._previous: Any = None
+
+    def hold(self) -> None:
+        """Begin."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def release(self) -> None:
+        """Deliver what comes from here on."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        previous = self._previous
+        if self.waiting and callable(previous):
+            self.release()
+            previous(number, frame)
+        self.waiting = True
 
 
 @contextmanager

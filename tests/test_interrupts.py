@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nclightning.interrupts import deferred_interrupt
+from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 
 
 def interrupt():
@@ -62,3 +62,31 @@ def test_other_threads_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_held_interrupts_are_noted_and_a_second_one_acts():
+    before = signal.getsignal(signal.SIGINT)
+    held = HeldInterrupts()
+    held.hold()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert held.waiting
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        held.release()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_held_interrupts_collect_those_of_blocks_within():
+    held = HeldInterrupts()
+    held.hold()
+    try:
+        with deferred_interrupt() as inner:
+            signal.raise_signal(signal.SIGINT)
+            assert inner.waiting
+            assert not held.waiting
+        assert held.waiting
+    finally:
+        held.release()

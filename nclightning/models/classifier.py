@@ -10,14 +10,14 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
 from nclightning.features import capture_features
-from nclightning.interrupts import deferred_interrupt
+from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
+from nclightning.models.resume import warn_of_optimizer_options
 from nclightning.models.sharded import (
     ShardedLine,
     check_sharding,
@@ -89,6 +89,7 @@ class RegularizedClassifier(L.LightningModule):
         self.iterations_per_step = iterations_per_step
         self.penalty = penalty
         self._make_optimizer = optimizer
+        self._interrupts = HeldInterrupts()
         self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,6 +196,9 @@ class RegularizedClassifier(L.LightningModule):
         """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""
         self.check_parameters()
         self.check_trainer(self.trainer)
+        self._interrupts = HeldInterrupts()
+        if self.trainer.world_size > 1:
+            self._interrupts.hold()
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             check_sharding(self, self.optimizers(use_pl_optimizer=False))
@@ -276,15 +280,26 @@ class RegularizedClassifier(L.LightningModule):
                     # Processes go in step: one that was interrupted alone waits for the end of this call.
                     if trainer.should_stop or (interrupt.waiting and trainer.world_size == 1):
                         break
-                if trainer.world_size > 1:
-                    anywhere = sum_over_ranks(torch.tensor(int(interrupt.waiting), device=self.device))
-                    interrupt.waiting = bool(anywhere)
+                interrupted = self._any_interrupt(interrupt.waiting)
             finally:
                 # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
                 # second line is the x-axis of whatever else is logged through the module.
                 loop = trainer.fit_loop.epoch_loop
                 loop.manual_optimization.optim_step_progress.increment_by(done)
                 loop._batches_that_stepped = start + done
+        if interrupted:
+            self._interrupts.release()
+            raise KeyboardInterrupt
+
+    def _any_interrupt(self, here: bool) -> bool:
+        """Whether any of several processes was interrupted; a single one raises by itself."""
+        if self.trainer.world_size == 1:
+            return False
+        return bool(sum_over_ranks(torch.tensor(int(here or self._interrupts.waiting), device=self.device)))
+
+    def teardown(self, stage: str) -> None:
+        """Take interrupts as they come again."""
+        self._interrupts.release()
 
     def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
@@ -337,7 +352,7 @@ class RegularizedClassifier(L.LightningModule):
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
         if self._trainer is not None and self.trainer.training:
-            self._warn_of_optimizer_options(checkpoint["optimizer_states"])
+            warn_of_optimizer_options(self.configure_optimizers(), checkpoint["optimizer_states"])
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
@@ -357,30 +372,6 @@ class RegularizedClassifier(L.LightningModule):
         if different:
             listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
             raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
-
-    def _warn_of_optimizer_options(self, stored_states: list[dict[str, Any]]) -> None:
-        """Say which options of the optimizer a resume keeps from the checkpoint, as torch does without a word.
-
-        Raises:
-            ValueError: If the checkpoint is that of another optimizer.
-        """
-        optimizer, stored = self.configure_optimizers(), stored_states[0]["param_groups"][0]
-        given = optimizer.param_groups[0]
-        missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
-        if missing and extra:  # One of them alone may be another version of torch.
-            raise ValueError(
-                f"the checkpoint was not written by {type(optimizer).__name__}: its optimizer has no option "
-                f"{', '.join(sorted(missing))}. Resume it with its own optimizer."
-            )
-        ignored = [
-            f"{k}={v!r} (kept: {stored[k]!r})"
-            for k, v in given.items()
-            if k in stored and k != "params" and stored[k] != v
-        ]
-        if ignored:
-            rank_zero_warn(
-                f"A resumed run keeps the optimizer options of its checkpoint. Ignored: {', '.join(ignored)}."
-            )
 
     _problem_hparams: tuple[str, ...] = ()
 
