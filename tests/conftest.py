@@ -5,6 +5,9 @@ import signal
 import pytest
 import torch
 
+# A forked process waits for ever for the pool of threads that only its parent had.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def generator() -> torch.Generator:
