@@ -224,7 +224,7 @@ def test_readings_make_no_host_sync(loss):
         monitor.prepare(model, (torch.arange(N), torch.arange(N) // 3))
     with FakeTensorMode():
         index, labels = fake_twin(model, "cuda")
-        model._all_rows = index  # As after the first reading, which looks at them.
+        model._all_rows = index, index._version  # As after the first reading, which looks at them.
         collapse._metric._head = (model.head,)
         for monitor, count in ((optimality, 5), (collapse, 3)):
             values = list(monitor.read(model, (index, labels)).values())
