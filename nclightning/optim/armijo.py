@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.evaluation import Carried, Evaluation
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
-from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoGD"]
 
@@ -33,7 +32,9 @@ class ArmijoGD(Optimizer):
 
     .. math:: \langle \nabla F(x - t g), g \rangle \ge -(1 - 2 c_1) \|g\|^2 ,
 
-    which for a quadratic is the same condition, and which is good down to the round-off of the gradient.
+    which for a quadratic is the same condition, and which is good down to the round-off of the gradient. A slope also
+    tells the curvature, so that the trials between a rejected one and the first that a quadratic would accept are left
+    out.
 
     Each trial calls the standard closure (value and gradient); a :class:`~nclightning.optim.LineObjective` in its place
     is asked for values only and for the gradient of what was accepted. The gradient of the accepted trial opens the
@@ -110,8 +111,7 @@ class ArmijoGD(Optimizer):
         self._streak = 0
         self._total_evaluations = 0
         self._resumed = False
-        # Gradient at the current iterate with the tensor versions under which it is valid.
-        self._carried: _Carried | None = None
+        self._carried: Carried | None = None  # At the current iterate.
 
     @property
     def outcome(self) -> SearchOutcome | None:
@@ -203,12 +203,13 @@ class ArmijoGD(Optimizer):
                 if number > 0 and (number > 1 or value == start.value) and line.stands_still():
                     status = SearchStatus.STALLED
                     break
-                verdict, bend = self._judge(start, value, size, line)
-                end = None if verdict is None else line.accept()
-                if verdict is not None and end is not None and end.finite:
-                    self._adapt(size, bend, first_trial=number == 0)
-                    return self._finish(params, start, end, verdict, size, evaluations)
-                size *= self._options["shrink"]
+                verdict = self._judge(start, value, size, line)
+                end = None if verdict.status is None else line.accept()
+                if verdict.status is not None and end is not None and end.finite:
+                    self._adapt(size, verdict.bend, first_trial=number == 0)
+                    return self._finish(params, start, end, verdict.status, size, evaluations)
+                for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
+                    size *= self._options["shrink"]
         except BaseException:
             line.reject()
             for p in params:
@@ -218,26 +219,26 @@ class ArmijoGD(Optimizer):
         line.reject()
         return self._finish(params, start, start, status, 0.0, evaluations)
 
-    def _judge(
-        self, start: Evaluation, value: float, size: float, line: LineObjective
-    ) -> tuple[SearchStatus | None, float]:
-        """Decide on a trial; None rejects it.
-
-        Returns:
-            Status, and how much the line bends over the step: the step times the curvature along it. On a quadratic
-            both conditions accept up to 2 (1 - c1).
-        """
+    def _judge(self, start: Evaluation, value: float, size: float, line: LineObjective) -> _Verdict:
         if not math.isfinite(value):
-            return None, math.inf
+            return _Verdict(None, math.inf)
         c1, change = self._options["c1"], value - start.value
         noise = self._noise(start)
         if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
             slope = line.slope()
             accepted = slope >= -(1 - 2 * c1) * start.square
-            return SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, 1 - slope / start.square
+            bend = 1 - slope / start.square
+            return _Verdict(SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, bend, self._shrinks(bend))
         linear = size * start.square
         bend = 2 * (1 + change / linear) if linear > 0 else math.inf
-        return SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend
+        return _Verdict(SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend)
+
+    def _shrinks(self, bend: float) -> int:
+        """Count the rejections in a row that a quadratic is due after one with this bend."""
+        excess = bend / (2 * (1 - self._options["c1"]))
+        if not 1 < excess < math.inf:
+            return 1
+        return max(1, math.ceil(math.log(excess) / -math.log(self._options["shrink"])))
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]
@@ -264,7 +265,7 @@ class ArmijoGD(Optimizer):
     ) -> float:
         for p, g in zip(params, end.gradients, strict=True):
             p.grad = g
-        self._carried = _Carried(end, _versions(params))
+        self._carried = Carried(end, params)
         self._total_evaluations += evaluations
         self._outcome = SearchOutcome(
             status=status,
@@ -280,12 +281,8 @@ class ArmijoGD(Optimizer):
     def _recall(self, params: list[Tensor]) -> Evaluation | None:
         """Return the carried evaluation, if it still belongs to the parameters."""
         carried = self._carried
-        if carried is None or not self._options["reuse_gradient"]:
+        if carried is None or not self._options["reuse_gradient"] or not carried.holds(params):
             return None
-        for p, g, versions in zip(params, carried.evaluation.gradients, carried.versions, strict=True):
-            cleared = p.grad is None or p.grad is g
-            if not cleared or versions != (_version(p), _version(g)):
-                return None
         return carried.evaluation
 
     def _forget(self) -> None:
@@ -350,27 +347,18 @@ class ArmijoGD(Optimizer):
         }
 
 
-@dataclass(frozen=True)
-class _Carried:
-    """An evaluation at the current iterate and the tensor versions under which it still is that."""
+class _Verdict(NamedTuple):
+    """What a trial showed.
 
-    evaluation: Evaluation
-    versions: list[tuple[_Version, _Version]]
+    Attributes:
+        status: None rejects it.
+        bend: The step times the curvature along it. A quadratic is accepted up to 2 (1 - c1) by either condition.
+        shrinks: How often to shrink a rejected step before the next trial.
+    """
 
-
-_Version = tuple[int, int, int] | None
-
-
-def _versions(params: list[Tensor]) -> list[tuple[_Version, _Version]]:
-    return [(_version(p), _version(p.grad)) for p in params]
-
-
-def _version(tensor: Tensor | None) -> _Version:
-    """Count the writes to a tensor, of which a sharded one and its shard count apart, and tell its memory."""
-    if tensor is None:
-        return None
-    shard = own_shard(tensor)
-    return tensor._version, shard._version, shard.data_ptr()
+    status: SearchStatus | None
+    bend: float
+    shrinks: int = 1
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from nclightning.sharding import own_shard
 
-__all__ = ["Evaluation", "average_over_ranks", "inner_product", "sum_of_products"]
+__all__ = ["Carried", "Evaluation", "average_over_ranks", "inner_product", "sum_of_products"]
+
+_Version = tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,34 @@ class Evaluation:
     def finite(self) -> bool:
         """Whether value and gradient are."""
         return math.isfinite(self.value) and math.isfinite(self.square)
+
+
+class Carried:
+    """An evaluation for as long as nobody writes to the parameters or their gradients.
+
+    Args:
+        evaluation: At the parameters as they are.
+        params: Whose gradients are those of the evaluation.
+    """
+
+    def __init__(self, evaluation: Evaluation, params: Sequence[Tensor]) -> None:
+        self.evaluation = evaluation
+        self._versions = [(_version(p), _version(p.grad)) for p in params]
+
+    def holds(self, params: Sequence[Tensor]) -> bool:
+        """Whether it still is the evaluation there; gradients may be set to None."""
+        return all(
+            (p.grad is None or p.grad is g) and versions == (_version(p), _version(g))
+            for p, g, versions in zip(params, self.evaluation.gradients, self._versions, strict=True)
+        )
+
+
+def _version(tensor: Tensor | None) -> _Version:
+    """Count the writes to a tensor, of which a sharded one and its shard count apart, and tell its memory."""
+    if tensor is None:
+        return None
+    shard = own_shard(tensor)
+    return tensor._version, shard._version, shard.data_ptr()
 
 
 def inner_product(left: list[Tensor | None], right: list[Tensor | None]) -> float:

@@ -67,3 +67,45 @@ def test_float32_at_the_paper_sizes_ends_far_below_plain_armijo(loss):
     _, plain, _ = descend(problem, torch.float32, 1500, noise=0.0)
     assert gap <= 1e-12
     assert plain >= 1e5 * gap
+
+
+@pytest.mark.parametrize("shrink", [0.5, 0.7, 0.1])
+@pytest.mark.parametrize("first", [1.0, 3.0, 100.0, 1e6])
+def test_a_rejecting_slope_tells_how_far_to_shrink(first, shrink):
+    """On a quadratic the step is that of trial by trial backtracking, with at most one rejection."""
+    x = torch.nn.Parameter(torch.tensor([1e-9, 2e-9], dtype=torch.float64))
+    curvature = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    optimizer = ArmijoGD([x], initial_step=first, shrink=shrink, c1=0.3)
+    gradient = curvature * x.detach()
+    along = float(curvature @ gradient.square() / gradient.square().sum())
+
+    def closure():
+        optimizer.zero_grad()
+        value = 1e12 + (curvature * x.square()).sum() / 2  # No change of this is above its round-off.
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    expected = first
+    while expected * along > 2 * (1 - 0.3):
+        expected *= shrink
+    assert optimizer.outcome.status is SearchStatus.ACCEPTED_BY_SLOPE
+    assert optimizer.outcome.step_size == expected
+    assert optimizer.outcome.evaluations == (2 if expected == first else 3)  # The first of all, and the trials.
+
+
+def test_a_slope_that_misleads_ends_in_a_step_nonetheless():
+    """Curvature that is a thousand times greater where the trial ends: the next one is shorter than it need be."""
+    x = torch.nn.Parameter(torch.tensor([1e-9], dtype=torch.float64))
+    optimizer = ArmijoGD([x], initial_step=1.5)
+
+    def closure():
+        optimizer.zero_grad()
+        value = 1 + torch.where(x > 0, x.square() / 2, 500 * x.square()).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert optimizer.outcome.status is SearchStatus.ACCEPTED_BY_SLOPE
+    assert optimizer.outcome.evaluations == 3
+    assert 0 < x.item() < 1e-9
