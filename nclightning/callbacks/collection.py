@@ -68,9 +68,11 @@ class Measuring:
             **self._conventions,
         ).to(head.weight.device)
 
-    def collection(self, head: nn.Linear) -> Collection:
-        """Start reading a data set."""
-        return Collection(self.metric(head), self.of_statistics != (), self._ignore_index)
+    def collection(self, head: nn.Linear, last: Collection | None = None) -> Collection:
+        """Start reading a data set; a last collection that is done with is taken again where it can be."""
+        if last is not None and last.restart(head):
+            return last
+        return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index)
 
     def decisions(self, head: nn.Linear, centres: Centres) -> Decisions:
         """Start reading decisions about a data set."""
@@ -85,6 +87,10 @@ class _Stream:
     """Gathers batches of features by name and hands them on in larger ones."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
         self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
         self._num_rows = self._num_elements = 0
         self._named = False
@@ -128,14 +134,15 @@ class Collection(_Stream):
     """Statistics of the head's input, and of further layers.
 
     Args:
-        metric: Of the head's input.
+        head: The head.
+        metric: Of its input.
         reads: Whether its measures are wanted, or only its statistics.
         ignore_index: Label of samples to leave out.
     """
 
-    def __init__(self, metric: NeuralCollapse, reads: bool, ignore_index: int | None) -> None:
+    def __init__(self, head: nn.Linear, metric: NeuralCollapse, reads: bool, ignore_index: int | None) -> None:
         super().__init__()
-        self._metrics = {"": metric}
+        self._head, self._metrics = head, {"": metric}
         self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:
@@ -145,7 +152,18 @@ class Collection(_Stream):
                 self._num_classes, features.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
             )
             self._metrics[name] = metric.to(features.device)
-        self._metrics[name].update(features, labels)
+        self._metrics[name].update(features, labels, copy=False)  # They are the stream's own already.
+
+    def restart(self, head: nn.Linear) -> bool:
+        """Begin anew if this is of the head as it is now, at a tenth of what another collection costs; say whether."""
+        metric = self._metrics[""]
+        shape = (metric.num_classes, metric.feature_dim)
+        if head is not self._head or head.weight.shape != shape or head.weight.device != metric.means.device:
+            return False
+        self.clear()
+        metric.reset()
+        self._metrics = {"": metric}  # Further layers may have other sizes on another data set.
+        return True
 
     def statistics(self) -> dict[str, ClassStatistics]:
         """Statistics by name, over all processes.

@@ -136,7 +136,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._attachment = Attachment(head, tuple(layers), layer_pooling, batch_fn)
         self._metric: NeuralCollapse | None = None
         self._full_batch = False
-        self._reader: Collection
+        self._reader: Collection | None = None  # Of the last sweep.
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
         self._centres: tuple[tuple[Any, int, int], dict[str, ClassStatistics]] | None = None
@@ -232,6 +232,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             if name in self.ood:
                 values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
                 continue
+            assert self._reader is not None
             read = self._reader.read(stats)
             if self._measuring.decides(centres):
                 decisions = self._measuring.decisions(head, centres)
@@ -266,13 +267,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
         def add(kept: dict[str, Tensor], labels: Tensor) -> None:
             if not collection:
-                collection.append(self._measuring.collection(self._attachment.head_of(pl_module)))
+                collection.append(self._measuring.collection(self._attachment.head_of(pl_module), self._reader))
             collection[0].add(*((kept, labels) if labelled else unlabelled(kept)))
 
         self._attachment.sweep(trainer, pl_module, loader, add)
         if not collection:
             raise ValueError("the data to sweep is empty.")
-        self._reader = collection[0]  # What it read is of no more use, how it reads is.
+        self._reader = collection[0]
         return collection[0].statistics()
 
     # Validation and test: the ordinary forwards.

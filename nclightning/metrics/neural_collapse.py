@@ -150,18 +150,19 @@ class NeuralCollapse(Metric):
         """Statistics that share the states."""
         return _unite({name: getattr(self, name) for name in self._states})
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
 
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
+            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
         """
         if self.means.is_inference() and not torch.is_inference_mode_enabled():
             for name in self._states:  # Made by a reset in inference mode, these cannot be changed in place.
                 if isinstance(state := getattr(self, name), Tensor):
                     setattr(self, name, state.clone())
-        self._set(self._own().add_(features, labels, self.ignore_index))
+        self._set(self._own().add_(features, labels, self.ignore_index, copy=copy))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and read it alone; see :meth:`update`."""

@@ -47,14 +47,15 @@ class Optimality(NeuralCollapse):
         self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
 
-    def update(self, features: Tensor, labels: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
 
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
+            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
         """
-        super().update(features, labels)
+        super().update(features, labels, copy=copy)
         reading = self._reading(self.statistics)
         valid = (labels >= 0) & (labels < self.num_classes)
         logits = nn.functional.linear(features.detach().double(), reading.head, reading.bias)

@@ -382,7 +382,7 @@ class TestErrors:
 def test_the_path_of_a_batch_makes_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
     head = nn.Linear(6, 4)
-    collection = Collection(NeuralCollapse(4, 6, head), True, -100)
+    collection = Collection(head, NeuralCollapse(4, 6, head), True, -100)
     with FakeTensorMode():
         for metric in collection._metrics.values():
             for name in set(metric._states) - {"kept"}:

@@ -55,6 +55,15 @@ def test_streams_to_the_same_values(head, data):
     assert_same(metric.compute(), expected(*data, head))
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_samples_that_are_kept_are_copied_unless_told_otherwise(copy, generator):
+    features = torch.randn(24, 50, generator=generator)  # So many dimensions that samples are kept, not a scatter.
+    metric = NeuralCollapse(K, 50, measures=("nc1",))
+    metric.update(features, torch.arange(24) % K, copy=copy)
+    (kept,) = [each for each in metric.kept if each.ndim == 2]
+    assert (kept.data_ptr() == features.data_ptr()) is not copy
+
+
 def test_forward_gives_the_batch_and_keeps_the_total(head, data):
     metric = NeuralCollapse(K, D, head)
     halves = [(h, y) for h, y in zip(data[0].split(12), data[1].split(12), strict=True)]
