@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nclightning.functional import ClassStatistics
-
-__all__ = ["gather_rows", "merge_over_ranks", "own_rows", "sum_over_ranks", "world_size"]
+__all__ = ["count_over_ranks", "gather_rows", "own_rows", "sum_all_over_ranks", "sum_over_ranks", "world_size"]
 
 
 def world_size() -> int:
@@ -45,6 +43,19 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sum_all_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Sum several tensors over all processes, in place, with one message in the widest of their dtypes."""
+    if world_size() > 1 and tensors:
+        total = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, torch.split(total, [tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def count_over_ranks(count: int, device: torch.device) -> int:
+    """Sum a number of things over all processes, which talk to each other on this device."""
+    return count if world_size() == 1 else int(sum_over_ranks(torch.tensor(count, device=device)))
+
+
 def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
     """Put the rows of all processes together on the host of the first, one process's rows at a time.
 
@@ -72,33 +83,3 @@ def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
             dist.recv(part, src=source)
         gathered.narrow(0, first, count).copy_(part)
     return gathered
-
-
-def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
-    """Merge the statistics of all processes, in the same order on each. All must come here.
-
-    Args:
-        stats: Of the samples of this process.
-
-    Returns:
-        Of all samples.
-    """
-    world = world_size()
-    if world == 1:
-        return stats
-    stats = stats.fold_()
-    tensors = {name: value for name, value in vars(stats).items() if isinstance(value, Tensor)}
-    flat = torch.cat([value.reshape(-1).double() for value in tensors.values()])
-    everybody = [torch.empty_like(flat) for _ in range(world)]
-    dist.all_gather(everybody, flat)
-    merged: ClassStatistics | None = None
-    for each in everybody:
-        parts = torch.split(each, [value.numel() for value in tensors.values()])
-        own: dict[str, Any] = {
-            name: part.view_as(value).to(value.dtype)
-            for (name, value), part in zip(tensors.items(), parts, strict=True)
-        }
-        other = ClassStatistics(**({"lower": None} | own))
-        merged = other if merged is None else merged.merge(other)
-    assert merged is not None
-    return merged

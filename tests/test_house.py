@@ -13,6 +13,7 @@ PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "objective": 0,
     "sharding": 0,
+    "ranks": 0,
     "theory": 0,
     "functional": 0,
     "optim": 1,
@@ -22,7 +23,6 @@ FLOORS = {
     "arguments": 1,
     "files": 1,
     "interrupts": 1,
-    "ranks": 1,
     "configurations": 1,
     "models": 2,
     "data": 2,

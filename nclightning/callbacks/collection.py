@@ -6,14 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nclightning.features import pair_rows
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
+from nclightning.ranks import world_size
 
-__all__ = ["DECISIONS", "Centres", "Collection", "Decisions", "Measuring", "orthogonality", "unlabelled"]
+__all__ = [
+    "DECISIONS",
+    "Centres",
+    "Collection",
+    "Decisions",
+    "Measuring",
+    "merge_over_ranks",
+    "orthogonality",
+    "unlabelled",
+]
 
 DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
 _OF_A_LAYER = ("nc1", "nc1_cdnv")
@@ -235,3 +246,33 @@ def orthogonality(centres: ClassStatistics, others: ClassStatistics) -> Tensor:
     """NC5 of the samples of another set, whatever their classes."""
     weights = others.counts / others.counts.sum()
     return ood_orthogonality(centres, (weights.unsqueeze(1) * others.means).sum(dim=0))
+
+
+def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
+    """Merge the statistics of all processes, in the same order on each. All must come here.
+
+    Args:
+        stats: Of the samples of this process.
+
+    Returns:
+        Of all samples.
+    """
+    world = world_size()
+    if world == 1:
+        return stats
+    stats = stats.fold_()
+    tensors = {name: value for name, value in vars(stats).items() if isinstance(value, Tensor)}
+    flat = torch.cat([value.reshape(-1).double() for value in tensors.values()])
+    everybody = [torch.empty_like(flat) for _ in range(world)]
+    dist.all_gather(everybody, flat)
+    merged: ClassStatistics | None = None
+    for each in everybody:
+        parts = torch.split(each, [value.numel() for value in tensors.values()])
+        own: dict[str, Any] = {
+            name: part.view_as(value).to(value.dtype)
+            for (name, value), part in zip(tensors.items(), parts, strict=True)
+        }
+        other = ClassStatistics(**({"lower": None} | own))
+        merged = other if merged is None else merged.merge(other)
+    assert merged is not None
+    return merged

@@ -8,13 +8,13 @@ from typing import Any
 import lightning as L
 
 from nclightning.callbacks.attach import full_batch, full_batch_method
+from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.features import find_head
 from nclightning.functional import class_statistics
-from nclightning.ranks import merge_over_ranks
 from nclightning.sharding import whole_linear
 from nclightning.sweep import frozen
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
-from nclightning.ranks import sum_over_ranks
+from nclightning.ranks import count_over_ranks
 from nclightning.sweep import untouched
 
-__all__ = ["Readings", "ReadingsMonitor", "as_metrics", "count_samples"]
+__all__ = ["Readings", "ReadingsMonitor", "as_metrics"]
 
 Batch = tuple[Tensor, Tensor]
 
@@ -77,7 +77,7 @@ class ReadingsMonitor(L.Callback):
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
             num_samples = getattr(pl_module, "num_samples", None)
-            count = count_samples(batch)
+            count = count_over_ranks(len(batch[1]), batch[1].device)
             if count != num_samples:
                 raise ValueError(
                     f"{type(self).__name__} needs the whole training set in each batch, got {count} of "
@@ -128,11 +128,6 @@ class ReadingsMonitor(L.Callback):
         if Readings.of(trainer).flush(trainer):
             for logger in trainer.loggers:
                 logger.save()
-
-
-def count_samples(batch: Batch) -> int:
-    """Count the samples of a batch on all processes, which must all ask."""
-    return int(sum_over_ranks(torch.tensor(len(batch[1]), device=batch[1].device)))
 
 
 class Readings:

@@ -13,14 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
-from nclightning.callbacks.collection import Collection, Measuring, orthogonality, unlabelled
+from nclightning.callbacks.collection import Collection, Measuring, merge_over_ranks, orthogonality, unlabelled
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.functional import ClassStatistics, class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
-from nclightning.ranks import merge_over_ranks
 
 __all__ = ["NeuralCollapseMonitor"]
 

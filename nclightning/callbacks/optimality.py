@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor, count_samples
+from nclightning.callbacks.collection import merge_over_ranks
+from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.features import find_head, pair_rows
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
-from nclightning.ranks import merge_over_ranks, sum_over_ranks, world_size
+from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
 from nclightning.sharding import whole_linear
 from nclightning.theory import UFMProblem
 
@@ -282,7 +283,9 @@ class OptimalityMonitor(ReadingsMonitor):
         self._log_pass(pl_module, batch)
 
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        if not full_batch(pl_module) or count_samples(batch) != getattr(pl_module, "num_samples", None):
+        if not full_batch(pl_module):
+            return
+        if count_over_ranks(len(batch[1]), batch[1].device) != getattr(pl_module, "num_samples", None):
             return  # A part of the data has no optimality gap.
         self._problem, self._mu = self.find_problem(pl_module), None
         with torch.inference_mode(False):

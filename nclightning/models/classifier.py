@@ -27,7 +27,8 @@ from nclightning.models.sharded import (
 )
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
-from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.optim.evaluation import parameters_of
+from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
 from nclightning.sharding import is_sharded, own_shard, reshard
 from nclightning.theory import UFMProblem
 
@@ -150,7 +151,7 @@ class RegularizedClassifier(L.LightningModule):
         reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
         if isinstance(optimizer, ArmijoGD):
-            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            moved = {id(p) for p in parameters_of(optimizer)}
             known = optimizer.evaluation() if moved == {id(p) for p in params} else None
             if known is not None:
                 return known.value, math.sqrt(known.square)
@@ -263,7 +264,7 @@ class RegularizedClassifier(L.LightningModule):
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
-        closure: Any = self.line(batch, [p for group in optimizer.param_groups for p in group["params"]])
+        closure: Any = self.line(batch, parameters_of(optimizer))
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
         with deferred_interrupt() as interrupt:
@@ -312,12 +313,13 @@ class RegularizedClassifier(L.LightningModule):
             The whole objective, summed over processes.
         """
         # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
-        share = len(batch[1]) / max(int(sum_over_ranks(torch.tensor(len(batch[1]), device=self.device))), 1)
-        if is_sharded(self):
-            return ShardedLine(lambda: share * self.evaluate_objective(batch), params, self)
-        if world_size() == 1:
-            return GraphLine(lambda: self.evaluate_objective(batch), params)
-        return GraphLine(lambda: share * self.evaluate_objective(batch), params, sum_over_ranks)
+        count = len(batch[1])
+        share = 1.0 if world_size() == 1 else count / max(count_over_ranks(count, self.device), 1)
+
+        def objective() -> Tensor:
+            return share * self.evaluate_objective(batch)
+
+        return ShardedLine(objective, params, self) if is_sharded(self) else GraphLine(objective, params)
 
     def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
         """Make F a line to measure with.

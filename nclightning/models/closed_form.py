@@ -14,7 +14,7 @@ costs one of the three matrix products, and what is held beside the features is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from nclightning.objective import Objective, square_norm
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
+from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["UFMLine"]
 
@@ -62,7 +63,7 @@ class UFMLine(LineObjective):
         labels: ``(B,)`` int64.
         params: The parameters in the order in which gradients are wanted.
         num_samples: N, over all processes.
-        sum_over_ranks: Sums a float64 tensor over the processes that share the samples, in place; None on a single one.
+        shared: Whether processes share the samples.
 
     Raises:
         ValueError: If parameters and labels are on different devices.
@@ -76,13 +77,13 @@ class UFMLine(LineObjective):
         labels: Tensor,
         params: Sequence[Tensor],
         num_samples: int,
-        sum_over_ranks: Callable[[Tensor], object] | None = None,
+        shared: bool = False,
     ) -> None:
         assert objective.lambda_b == 0.0
         devices = {str(tensor.device) for tensor in (features, *head, labels)}
         if len(devices) > 1:
             raise ValueError(f"features, head and labels must be on one device, got {' and '.join(sorted(devices))}.")
-        self._objective, self._num_samples, self._sum_over_ranks = objective, num_samples, sum_over_ranks
+        self._objective, self._num_samples, self._shared = objective, num_samples, shared
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]
         self._features, self._labels = features.detach(), labels
@@ -231,9 +232,7 @@ class UFMLine(LineObjective):
         """Do nothing: trials do not move the parameters."""
 
     def _reduce(self, total: Tensor) -> Tensor:
-        if self._sum_over_ranks is not None:
-            self._sum_over_ranks(total)
-        return total
+        return sum_over_ranks(total) if self._shared else total
 
     def _feature_gradient(self, features: Tensor, residual: Tensor, out: Tensor) -> Tensor:
         weight, lambda_h = self._head[0].trial, self._objective.lambda_h
@@ -244,12 +243,8 @@ class UFMLine(LineObjective):
         gradients = [part.trial_gradient for part in self._head]
         for bias_gradient in gradients[1:]:
             torch.mul(self._residual.sum(dim=0), 1 / self._num_samples, out=bias_gradient)
-        if self._sum_over_ranks is not None:
-            parts = [summand, *gradients]
-            flat = torch.cat([part.reshape(-1).double() for part in parts])
-            self._sum_over_ranks(flat)
-            for part, total in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
-                part.copy_(total.view_as(part))
+        if self._shared:
+            sum_all_over_ranks([summand, *gradients])
         gradients[0].add_(self._head[0].trial, alpha=self._objective.lambda_w)
         self._head_is_known = True
         return summand

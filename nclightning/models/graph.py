@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nclightning.optim import ClosureLine
 from nclightning.optim.evaluation import Evaluation, inner_product, sum_of_products
+from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["GraphLine"]
 
@@ -19,17 +20,10 @@ class GraphLine(ClosureLine):
     Args:
         objective: Evaluates this process's share of the objective, with its graph.
         params: Parameters, the same on each process.
-        sum_over_ranks: Sums a tensor over the processes that share the samples, in place; None on a single one.
     """
 
-    def __init__(
-        self,
-        objective: Callable[[], Tensor],
-        params: Sequence[Tensor],
-        sum_over_ranks: Callable[[Tensor], object] | None = None,
-    ) -> None:
+    def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor]) -> None:
         super().__init__(objective, params)
-        self._sum_over_ranks = sum_over_ranks
         self._share: Tensor | None = None  # Of the last value, until its gradient is asked for.
 
     def __call__(self) -> Tensor:
@@ -69,7 +63,7 @@ class GraphLine(ClosureLine):
     def _evaluate_share(self) -> Tensor:
         share = self._call()
         self._share = share
-        return self._sum(share.detach().to(torch.float64, copy=True))
+        return sum_over_ranks(share.detach().to(torch.float64, copy=True))
 
     def _differentiate(self) -> Evaluation:
         epsilon = self._differentiate_share()
@@ -81,14 +75,5 @@ class GraphLine(ClosureLine):
         share, self._share = self._share, None
         assert share is not None
         share.backward()  # type: ignore[no-untyped-call]
-        present = [g for g in self._gradients() if g is not None]
-        if self._sum_over_ranks is not None and present:
-            flat = self._sum(torch.cat([g.reshape(-1) for g in present]))
-            for g, total in zip(present, torch.split(flat, [g.numel() for g in present]), strict=True):
-                g.copy_(total.view_as(g))
+        sum_all_over_ranks([g for g in self._gradients() if g is not None])
         return torch.finfo(share.dtype).eps
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if self._sum_over_ranks is not None:
-            self._sum_over_ranks(tensor)
-        return tensor

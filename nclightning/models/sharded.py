@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
-from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.optim.evaluation import parameters_of
+from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 
 __all__ = ["ShardedLine", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
@@ -31,7 +32,7 @@ class ShardedLine(GraphLine):
     """
 
     def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor], module: nn.Module) -> None:
-        super().__init__(objective, params, sum_over_ranks)
+        super().__init__(objective, params)
         self._module = module
 
     def reject(self) -> None:
@@ -147,7 +148,7 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
         finally:
             strategy.optimizers = optimizers
         for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
+            params = parameters_of(optimizer)
             optimizer.load_state_dict(_each_tensor(state, lambda i, value: _shard_like(value, params[i])))  # noqa: B023
         return checkpoint
 

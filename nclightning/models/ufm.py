@@ -15,7 +15,8 @@ from nclightning.models.classifier import Batch, RegularizedClassifier
 from nclightning.models.closed_form import UFMLine
 from nclightning.objective import LossName, Objective
 from nclightning.optim import ArmijoGD, LineObjective
-from nclightning.ranks import own_rows, sum_over_ranks
+from nclightning.optim.evaluation import parameters_of
+from nclightning.ranks import own_rows
 
 __all__ = ["UFM"]
 
@@ -139,8 +140,7 @@ class UFM(RegularizedClassifier):
         if not self._is_shared or "optimizer_states" not in checkpoint:
             return
         table, optimizer = self._table, optimizer or self.configure_optimizers()
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        index = next((i for i, p in enumerate(params) if p is self.features), None)
+        index = next((i for i, p in enumerate(parameters_of(optimizer)) if p is self.features), None)
         for state in checkpoint.get("optimizer_states", []):
             if index not in state["state"]:
                 continue
@@ -206,8 +206,7 @@ class UFM(RegularizedClassifier):
             if not self._table.holds(index):
                 return None
             self._all_rows = index, index._version
-        reduce = sum_over_ranks if self._is_shared else None
-        return UFMLine(self.objective, features, head, labels, params, self.num_samples, reduce)
+        return UFMLine(self.objective, features, head, labels, params, self.num_samples, self._is_shared)
 
     def features_of(self, x: Tensor) -> Tensor:
         """Return the features of samples; those of the training set are not copied.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nclightning.optim.evaluation import Carried, Evaluation
+from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
 
@@ -125,7 +125,7 @@ class ArmijoGD(Optimizer):
 
     def evaluation(self) -> Evaluation | None:
         """Return value and gradient at the parameters, if the last step left these as they are; else None."""
-        return self._recall([p for group in self.param_groups for p in group["params"]])
+        return self._recall(parameters_of(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the joint search direction.
@@ -169,7 +169,7 @@ class ArmijoGD(Optimizer):
                 "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
                 "precision='32-true', '64-true' or 'bf16-mixed'."
             )
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = parameters_of(self)
         line = closure if isinstance(closure, LineObjective) else ClosureLine(closure, params)
         with torch.no_grad():
             return self._search(line, params)
@@ -289,8 +289,8 @@ class ArmijoGD(Optimizer):
         """Drop the carried evaluation and the gradients that belong to it."""
         carried, self._carried = getattr(self, "_carried", None), None
         if carried is not None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            for p, g in zip(params, carried.evaluation.gradients, strict=False):  # A group may just have been added.
+            # A group may just have been added, which the evaluation does not know.
+            for p, g in zip(parameters_of(self), carried.evaluation.gradients, strict=False):
                 p.grad = None if p.grad is g else p.grad
 
     def _refuse_foreign_gradients(self, params: list[Tensor]) -> None:

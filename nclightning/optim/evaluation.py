@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
+from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["Carried", "Evaluation", "average_over_ranks", "inner_product", "sum_of_products"]
+__all__ = ["Carried", "Evaluation", "average_over_ranks", "inner_product", "parameters_of", "sum_of_products"]
 
 _Version = tuple[int, int, int] | None
 
@@ -59,6 +61,11 @@ class Carried:
         )
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """List what an optimizer moves, group by group."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _version(tensor: Tensor | None) -> _Version:
     """Count the writes to a tensor, of which a sharded one and its shard count apart, and tell its memory."""
     if tensor is None:
@@ -83,15 +90,11 @@ def sum_of_products(left: list[Tensor | None], right: list[Tensor | None]) -> Te
         return parts.sum()
     if dist.get_rank() > 0:  # What all processes have counts once.
         parts = torch.where(torch.tensor(sharded, device=parts.device), parts, 0)
-    total = parts.sum()
-    dist.all_reduce(total)
-    return total
+    return sum_over_ranks(parts.sum())
 
 
 def average_over_ranks(value: Tensor) -> Tensor:
     """Mean over all processes in float64, the same bits on each; the value itself on a single one."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return value
-    total = value.to(torch.float64, copy=True)
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return sum_over_ranks(value.to(torch.float64, copy=True)) / world_size()

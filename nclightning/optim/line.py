@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.ranks import count_over_ranks
 from nclightning.sharding import own_shard
 
 __all__ = ["ClosureLine", "LineObjective"]
@@ -138,9 +138,7 @@ class ClosureLine(LineObjective):
         still = all(torch.equal(p, x) for (p, _), x in zip(self._moving, self._origin, strict=True))
         if not self._in_shards:
             return still
-        moving = torch.tensor(int(not still), device=self._moving[0][0].device)
-        dist.all_reduce(moving)
-        return not moving
+        return count_over_ranks(int(not still), self._moving[0][0].device) == 0
 
     def accept(self) -> Evaluation:
         """Stay."""
