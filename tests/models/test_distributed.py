@@ -16,7 +16,6 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
-from nclightning.ranks import own_rows
 from tests.trainers import quiet_trainer
 
 # 20 samples: 3 processes get 6, 7 and 7, and each misses some class.
@@ -154,14 +153,6 @@ def hooked(model):
 def test_what_cannot_be_shared_is_refused(model, message, tmp_path):
     with pytest.raises(Exception, match=message):  # Of the type that carries a process's error.
         fit(tmp_path, model(), IndexDataModule(), 3)
-
-
-@pytest.mark.parametrize(("rows", "world"), [(20, 3), (7, 7), (1000, 6)])
-def test_rows_are_shared_out_without_gap_or_overlap(rows, world):
-    parts = [own_rows(rows, rank, world) for rank in range(world)]
-    assert [first for first, _ in parts] == [sum(count for _, count in parts[:i]) for i in range(world)]
-    assert sum(count for _, count in parts) == rows
-    assert max(count for _, count in parts) - min(count for _, count in parts) <= 1
 
 
 def test_a_table_keeps_its_rows_and_loads_those_of_a_whole_one():
