@@ -6,12 +6,10 @@ Iterations of ArmijoGD in float64 from the same start, by ``strategy=ddp`` over 
 final weights, the greatest over all entries. Time is that of a whole fit without readings, process start included.
 """
 
-import logging
 import tempfile
 import time
-import warnings
 
-import lightning as L
+import quiet
 import torch
 
 from nclightning.data import GaussianDataModule, IndexDataModule
@@ -30,16 +28,11 @@ def fit(make, sizes, data, max_steps, loss, devices):
     torch.manual_seed(0)
     model = make(**sizes, loss=loss)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
+        trainer = quiet.trainer(
             max_steps=max_steps,
             max_epochs=-1,
-            accelerator="cpu",
             devices=devices,
             strategy="ddp_fork" if devices > 1 else "auto",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
         )
         start = time.perf_counter()
@@ -62,11 +55,7 @@ def lines():
 
 def main():
     """Print the table."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    for line in lines():
-        print(line, flush=True)
+    quiet.show(lines())
 
 
 if __name__ == "__main__":

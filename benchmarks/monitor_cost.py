@@ -11,10 +11,10 @@ runs the model in eval mode, taking turns.
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import lightning as L
+import quiet
 import torch
 from torch.utils.data import DataLoader
 
@@ -54,19 +54,6 @@ class Bench(L.Callback):
         pl_module.train()
 
 
-def trainer_of(callbacks):
-    return L.Trainer(
-        max_epochs=1,
-        callbacks=callbacks,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-
-
 def online(train):
     """Compare the same steps with the monitor's hooks and without."""
     torch.manual_seed(0)
@@ -74,7 +61,7 @@ def online(train):
     sides = {}
     for name in ("bare", "online"):
         model, monitor = CNN(1), NeuralCollapseMonitor(source="online")
-        trainer = trainer_of([monitor])
+        trainer = quiet.trainer(max_epochs=1, callbacks=[monitor])
         trainer.strategy.connect(model)
         model.trainer = trainer
         sides[name] = model, monitor, trainer, model.configure_optimizers()["optimizer"], []
@@ -102,11 +89,10 @@ def online(train):
 
 
 def main():
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    quiet.settle()
     train, _ = load()
     bench = Bench(NeuralCollapseMonitor())
-    trainer_of([bench]).fit(CNN(1), DataLoader(train, batch_size=64))
+    quiet.trainer(max_epochs=1, callbacks=[bench]).fit(CNN(1), DataLoader(train, batch_size=64))
     sweep = statistics.median(bench.sweep) / statistics.median(bench.bare)
     ratios = sorted(online(train) for _ in range(RUNS))
     print(f"torch {torch.__version__}, one thread, 1437 images, batches of 64, K = 10, d = 64\n")

@@ -9,16 +9,14 @@ round each time; figures are medians of ratios within a turn.
 """
 
 import io
-import logging
 import math
 import statistics
 import tempfile
 import time
-import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
-import lightning as L
+import quiet
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
@@ -94,22 +92,19 @@ def bare(loss, folder, closed_form=False, tensorboard=False):
     return rows[-1]["loss"]
 
 
-def fit(loss, folder, monitors=True, extras=False):
+def fit(loss, folder, extras=False):
     """Do the same by a trainer."""
     callbacks = [OptimalityMonitor(CADENCE), NeuralCollapseMonitor(CADENCE), LastCheckpoint(500)]
     extras_ = [TensorBoardDashboard(), IterationProgressBar()] if extras else []
     model = model_of(loss)
-    trainer = L.Trainer(
+    trainer = quiet.trainer(
         max_steps=ITERATIONS,
         max_epochs=-1,
-        accelerator="cpu",
-        devices=1,
         log_every_n_steps=1,
-        logger=RunLogger(folder) if monitors else False,
-        callbacks=[*callbacks, *extras_] if monitors else [],
-        enable_checkpointing=monitors,
+        logger=RunLogger(folder),
+        callbacks=[*callbacks, *extras_],
+        enable_checkpointing=True,
         enable_progress_bar=extras,
-        enable_model_summary=False,
     )
     trainer.fit(model, IndexDataModule())
     assert trainer.global_step == ITERATIONS
@@ -161,11 +156,7 @@ def lines():
 
 def main():
     """Print the table."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    for line in lines():
-        print(line, flush=True)
+    quiet.show(lines())
 
 
 if __name__ == "__main__":
