@@ -42,8 +42,9 @@ class Bench(L.Callback):
                 times.append(time.perf_counter() - start)
 
     def read(self, trainer, pl_module, loader):
-        stats = self.monitor._statistics(trainer, pl_module, loader)
-        self.monitor._reader.read(stats)
+        sweeps = self.monitor._sweeps
+        stats = sweeps.statistics(trainer, pl_module, loader)
+        sweeps._reader.read(stats)
 
     @staticmethod
     def look(trainer, pl_module, loader):

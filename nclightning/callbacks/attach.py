@@ -75,11 +75,6 @@ class Attachment:
 
         Where weights are sharded each forward is one of all processes, so that those with fewer batches repeat one.
         """
-        if isinstance(loader, Mapping | list | tuple):
-            raise ValueError(
-                f"there are {len(loader)} training loaders: a sweep needs one. Pass them by name as "
-                "datasets={'name': loader} and leave 'train' out of stages."
-            )
         taps: Taps | None = None
         sharded = is_sharded(pl_module)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
-from nclightning.callbacks.collection import Collection, Measuring, merge_over_ranks, orthogonality, unlabelled
+from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.functional import ClassStatistics, class_statistics
+from nclightning.callbacks.sweeps import Sweeps
+from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
 
@@ -62,7 +62,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         batch_fn: Splits a batch into model input and labels. None takes pairs ``(x, y)`` and mappings with the labels
             under ``labels``, ``label``, ``y``, ``target`` or ``targets``. Labels ``(B, T)`` for features ``(B, T, d)``
             are paired position by position.
-        datasets: Further loaders by name, swept along with the training set.
+        datasets: Further loaders by name, swept at the same times as the training set, whether or not that is read.
         ood: Names among ``datasets``, or of validation and test loaders (their number, or key), that are
             out of distribution: of them ``nc5`` is read, and their labels are not looked at.
         pictures_every_n_epochs: Cadence of a picture of the angles between class means and head in TensorBoard, under
@@ -135,10 +135,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._attachment = Attachment(head, tuple(layers), layer_pooling, batch_fn)
         self._metric: NeuralCollapse | None = None
         self._full_batch = False
-        self._reader: Collection | None = None  # Of the last sweep.
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
-        self._centres: tuple[tuple[Any, int, int], dict[str, ClassStatistics]] | None = None
+        self._sweeps = Sweeps(self._attachment, self._measuring, self.datasets, self.ood)
         self._swept_step = 0
         self._last: dict[str, float] = {}
 
@@ -154,6 +153,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._attachment.forget()
         self._full_batch = full_batch(pl_module)
         if self._full_batch:
+            if self.datasets:
+                raise ValueError(
+                    f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
+                    "iterations: leave them out, and pass a validation loader."
+                )
             super().on_fit_start(trainer, pl_module)
             return
         self._attachment.check(trainer)
@@ -182,7 +186,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
-        if self.source == "online" and self._reads_epoch(trainer):
+        if self.source == "online" and "train" in self.stages and self._is_due(trainer):
             self._pass = ForwardPass(self._attachment, self._measuring)
 
     def on_train_batch_start(
@@ -201,79 +205,44 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
-        every = self.every_n_steps if "train" in self.stages else None
+        every = self.every_n_steps if self._has_sets else None
         if every is not None and (step := trainer.global_step) % every == 0 and step != self._swept_step:
             self._swept_step = step  # Accumulated batches share a step.
             with self._guard():
                 self._sweep(trainer, pl_module, at_step=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the training set of a module that is not full-batch."""
+        """Read the training set and the further ones, if the module is not full-batch."""
         if self.source == "online":
             self._end(trainer, pl_module, "train")
-        elif self._reads_epoch(trainer):
+        if self._has_sets and self._is_due(trainer):
             with self._guard():
                 self._sweep(trainer, pl_module)
 
-    def _reads_epoch(self, trainer: L.Trainer) -> bool:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        return due and not self._full_batch and "train" in self.stages
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return not self._full_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @property
+    def _sweeps_training(self) -> bool:
+        return self.source == "sweep" and "train" in self.stages
+
+    @property
+    def _has_sets(self) -> bool:
+        """Whether there is anything to sweep."""
+        return self._sweeps_training or bool(self.datasets)
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
-        """Read the training set and the further ones."""
-        self._centres = None  # Fused optimizers change weights without their versions: reuse within one reading only.
-        centres = self._training_centres(trainer, pl_module)
-        sets: dict[str, tuple[Any, dict[str, ClassStatistics]]] = {"train": (trainer.train_dataloader, centres)}
-        for name, loader in self.datasets.items():
-            sets[name] = loader, self._statistics(trainer, pl_module, loader, name not in self.ood)
-        head, values = self._attachment.whole_head_of(pl_module), {}
-        for name, (loader, stats) in sets.items():
-            if name in self.ood:
-                values[f"nc/{name}/nc5"] = orthogonality(centres[""], stats[""])
-                continue
-            assert self._reader is not None
-            read = self._reader.read(stats)
-            if self._measuring.decides(centres):
-                decisions = self._measuring.decisions(head, centres)
-                self._attachment.sweep(trainer, pl_module, loader, decisions.add)
-                read |= decisions.read()
-            values |= {f"nc/{name}/{tag}": value for tag, value in read.items()}
+        read = self._sweeps.read(trainer, pl_module, self._sweeps_training)
+        values = {f"nc/{tag}": value for tag, value in read.items()}
         if at_step:
             self._publish_at_step(trainer, values)
-        else:
-            self._publish(pl_module, values)
+            return
+        self._publish(pl_module, values)
         every = self.pictures_every_n_epochs
-        if every is not None and not at_step and (trainer.current_epoch + 1) % every == 0 and trainer.is_global_zero:
-            draw_angles(trainer.loggers, "nc/train/angles", centres[""], head.weight, trainer.global_step)
-
-    def _training_centres(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, ClassStatistics]:
-        """Statistics of the training set at the weights as they are, from a sweep unless there was one."""
-        version = sum(parameter._version for parameter in pl_module.parameters())
-        key = weakref.ref(pl_module), trainer.global_step, version
-        if self._centres is None or self._centres[0] != key:
-            if trainer.train_dataloader is None:
-                raise ValueError(
-                    "decisions by nearest centre and nc5 need the class means of the training set at these weights, "
-                    "and there was no reading of it."
-                )
-            self._centres = key, self._statistics(trainer, pl_module, trainer.train_dataloader)
-        return self._centres[1]
-
-    def _statistics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, labelled: bool = True
-    ) -> dict[str, ClassStatistics]:
-        collection: list[Collection] = []  # Of one: the head is known from the first batch on.
-
-        def add(kept: dict[str, Tensor], labels: Tensor) -> None:
-            if not collection:
-                collection.append(self._measuring.collection(self._attachment.head_of(pl_module), self._reader))
-            collection[0].add(*((kept, labels) if labelled else unlabelled(kept)))
-
-        self._attachment.sweep(trainer, pl_module, loader, add)
-        if not collection:
-            raise ValueError("the data to sweep is empty.")
-        self._reader = collection[0]
-        return collection[0].statistics()
+        if every is not None and self._sweeps_training and (trainer.current_epoch + 1) % every == 0:
+            stats, head = self._sweeps.centres(trainer, pl_module)[""], self._attachment.whole_head_of(pl_module)
+            if trainer.is_global_zero:
+                draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, trainer.global_step)
 
     # Validation and test: the ordinary forwards.
 
@@ -320,7 +289,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if stage in self.stages and not trainer.sanity_checking:
             with self._guard():
                 needed = self._measuring.of_decisions or self.ood
-                centres = self._training_centres(trainer, pl_module) if needed else None
+                centres = self._sweeps.centres(trainer, pl_module) if needed else None
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
     def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:

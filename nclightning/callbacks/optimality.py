@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
 from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.features import find_head, pair_rows
@@ -138,6 +138,13 @@ class OptimalityMonitor(ReadingsMonitor):
             pl_module.log_dict(self._sweep(trainer, pl_module), sync_dist=True)
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        (_, loader), *others = name_loaders(trainer.train_dataloader)
+        if others:
+            raise ValueError(
+                f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make "
+                "them one with torch.utils.data.ConcatDataset."
+            )
+
         def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
             metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
 
@@ -146,7 +153,7 @@ class OptimalityMonitor(ReadingsMonitor):
                     metrics.append(make().to(pl_module.device))
                 metrics[0].update(*pair_rows(kept[""], labels))
 
-            self._attachment.sweep(trainer, pl_module, trainer.train_dataloader, add)
+            self._attachment.sweep(trainer, pl_module, loader, add)
             if not metrics:
                 raise ValueError("the training data to sweep is empty.")
             return metrics[0]

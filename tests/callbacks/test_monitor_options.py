@@ -363,14 +363,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="need the class means of the training set at these weights"):
             trainer.validate(Net(), loader(samples, shuffle=False), verbose=False)
 
-    def test_several_training_loaders(self, tmp_path, samples):
-        class Pair(Net):
-            def training_step(self, batch, batch_idx):
-                return super().training_step(batch["a"], batch_idx)
-
-        with pytest.raises(ValueError, match="there are 2 training loaders: a sweep needs one"):
-            fit(tmp_path, [NeuralCollapseMonitor()], {"a": loader(samples), "b": loader(samples)}, Pair())
-
     def test_sharded_weights_are_refused(self):
         class Stub:
             strategy = FSDPStrategy()
