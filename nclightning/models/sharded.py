@@ -60,8 +60,9 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
         strategy: With its processes running.
 
     Raises:
-        ValueError: If it would split layers.
+        ValueError: If it would split layers, or features are free.
     """
+    _refuse_free_features(module)
     mesh = strategy.device_mesh
     _refuse_split_layers(mesh["tensor_parallel"].size(), mesh.size())
     if _is_group(module):
@@ -84,11 +85,7 @@ def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
     Raises:
         ValueError: With the reason.
     """
-    if any(isinstance(child, FeatureTable) for child in module.modules()):
-        raise ValueError(
-            "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
-            "trainer.strategy=ddp."
-        )
+    _refuse_free_features(module)
     size, world = strategy._tensor_parallel_size, strategy.num_nodes * strategy.num_processes
     _refuse_split_layers(strategy.num_processes if size == "auto" else size, world)
     if strategy._save_distributed_checkpoint:
@@ -172,6 +169,14 @@ def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
     if not isinstance(param, DTensor) or tensor.shape != param.shape:
         return tensor
     return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
+
+
+def _refuse_free_features(module: nn.Module) -> None:
+    if any(isinstance(child, FeatureTable) for child in module.modules()):
+        raise ValueError(
+            "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
+            "trainer.strategy=ddp."
+        )
 
 
 def _refuse_split_layers(size: int, world: int) -> None:

@@ -109,6 +109,7 @@ class UFM(RegularizedClassifier):
 
     def configure_model(self) -> None:
         """Keep the rows of this process."""
+        super().configure_model()
         if self._trainer is None or self.trainer.world_size == 1:
             return
         if not self._is_shared and isinstance(self.backbone, FeatureTable):

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor, TensorBoardDashboard
-from nclightning.data import FullBatchLoader, GaussianDataModule
+from nclightning.data import FullBatchLoader, GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
@@ -353,6 +353,7 @@ def test_refusals(tmp_path):
             refused(mlp(hidden_dim=15), ckpt_path=last(tmp_path / "first")),
             refused(Nested(**SIZES, loss="ce", input_dim=30, hidden_dim=16)),
             refused(mlp(), ckpt_path=tmp_path),
+            error_of(lambda: trainer_of(tmp_path, 2).validate(UFM(**SIZES, loss="ce"), IndexDataModule())),
         ]
 
     first, second = on(2, tmp_path, job)
@@ -366,6 +367,7 @@ def test_refusals(tmp_path):
             "the checkpoint belongs to another problem (hidden_dim: 16 there, 15 here)",
             "the full-batch loop needs all weights of FSDPNested in one group",
             f"ckpt_path={tmp_path} is a folder",
+            "ModelParallelStrategy does not fit free features",
         ),
         strict=True,
     ):
