@@ -44,7 +44,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def sum_all_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Sum several tensors over all processes, in place, with one message in the widest of their dtypes."""
+    """Sum several floating tensors over all processes, in place, with one message in the widest of their dtypes."""
     if world_size() > 1 and tensors:
         total = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
         for tensor, part in zip(tensors, torch.split(total, [tensor.numel() for tensor in tensors]), strict=True):

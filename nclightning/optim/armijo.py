@@ -234,11 +234,12 @@ class ArmijoGD(Optimizer):
         return _Verdict(SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend)
 
     def _shrinks(self, bend: float) -> int:
-        """Count the rejections in a row that a quadratic is due after one with this bend."""
+        """Count the rejections in a row that a quadratic is due from one with this bend on, up to ``max_trials``."""
         excess = bend / (2 * (1 - self._options["c1"]))
         if not 1 < excess < math.inf:
             return 1
-        return max(1, math.ceil(math.log(excess) / -math.log(self._options["shrink"])))
+        shrinks = math.ceil(math.log(excess) / -math.log(self._options["shrink"]))
+        return min(max(1, shrinks), self._options["max_trials"])
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]

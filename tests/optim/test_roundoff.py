@@ -94,6 +94,23 @@ def test_a_rejecting_slope_tells_how_far_to_shrink(first, shrink):
     assert optimizer.outcome.evaluations == (2 if expected == first else 3)  # The first of all, and the trials.
 
 
+@pytest.mark.parametrize("shrink", [1 - 1e-9, 1 - 2.0**-53])
+def test_a_shrink_factor_next_to_one_ends_in_time(shrink):
+    """No more factors at once than trials: what is due here is some ten million, or for ever."""
+    x = torch.nn.Parameter(torch.tensor([1e-9], dtype=torch.float64))
+    optimizer = ArmijoGD([x], initial_step=3.0, shrink=shrink, max_trials=5)
+
+    def closure():
+        optimizer.zero_grad()
+        value = 1 + x.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert optimizer.outcome.status is SearchStatus.EXHAUSTED
+    assert x.item() == 1e-9
+
+
 def test_a_slope_that_misleads_ends_in_a_step_nonetheless():
     """Curvature that is a thousand times greater where the trial ends: the next one is shorter than it need be."""
     x = torch.nn.Parameter(torch.tensor([1e-9], dtype=torch.float64))
