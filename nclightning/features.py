@@ -178,7 +178,8 @@ def call_model(module: nn.Module, inputs: Any) -> Any:
 
     Args:
         module: Any module.
-        inputs: Passed as they are; a mapping by keyword if its names are those of ``forward``.
+        inputs: Passed as they are; a mapping by keyword if its names are those of ``forward``, and as a whole to a
+            ``forward`` that takes one argument of another name, or its only value.
 
     Returns:
         The module's output.
@@ -186,8 +187,12 @@ def call_model(module: nn.Module, inputs: Any) -> Any:
     if not isinstance(inputs, Mapping):
         return module(inputs)
     accepted = inspect.signature(module.forward).parameters
-    by_keyword = all(name in accepted for name in inputs) or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    return module(**inputs) if by_keyword or len(inputs) != 1 else module(*inputs.values())
+    if all(name in accepted for name in inputs) or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return module(**inputs)
+    if len(inputs) == 1:
+        return module(*inputs.values())
+    # A forward that takes one thing takes the mapping; with several, the error of the call says what does not fit.
+    return module(inputs) if len(accepted) == 1 and not accepted.keys() & inputs.keys() else module(**inputs)
 
 
 def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["count_over_ranks", "gather_rows", "own_rows", "sum_all_over_ranks", "sum_over_ranks", "world_size"]
+__all__ = [
+    "count_over_ranks",
+    "gather_rows",
+    "own_rows",
+    "raise_together",
+    "sum_all_over_ranks",
+    "sum_over_ranks",
+    "world_size",
+]
 
 
 def world_size() -> int:
@@ -54,6 +62,23 @@ def sum_all_over_ranks(tensors: Sequence[Tensor]) -> None:
 def count_over_ranks(count: int, device: torch.device) -> int:
     """Sum a number of things over all processes, which talk to each other on this device."""
     return count if world_size() == 1 else int(sum_over_ranks(torch.tensor(count, device=device)))
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raise on all processes if one of them failed, so that none waits for it. All must come here.
+
+    Args:
+        error: Of this process, or None.
+        device: On which processes talk to each other.
+
+    Raises:
+        Exception: The error; a ``RuntimeError`` where another process had one.
+    """
+    failed = count_over_ranks(int(error is not None), device)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(f"{failed} of {world_size()} processes failed, which say why.")
 
 
 def gather_rows(rows: Tensor, num_rows: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.features import Taps, capture_features, detect_head, find_head, pair_rows, split_batch
+from nclightning.features import Taps, call_model, capture_features, detect_head, find_head, pair_rows, split_batch
 
 
 class Net(nn.Module):
@@ -180,3 +180,38 @@ def test_labels_of_any_integer_type_and_of_one_column():
         assert paired.dtype == torch.int64
         assert paired.tolist() == [0, 1, 2]
         assert features.shape == (3, 2)
+
+
+class TakesKeywords(nn.Module):
+    def forward(self, x, mask=None):
+        return x if mask is None else x * mask
+
+
+class TakesAll(nn.Module):
+    def forward(self, **batch):
+        return batch["x"] + 1
+
+
+class TakesTheMapping(nn.Module):
+    def forward(self, batch):
+        return batch["x"] + 2 if isinstance(batch, dict) else batch + 3
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "value"),
+    [
+        (TakesKeywords(), 1.0, 1.0),
+        (TakesKeywords(), {"x": 1.0}, 1.0),
+        (TakesKeywords(), {"x": 1.0, "mask": 0.0}, 0.0),
+        (TakesAll(), {"x": 1.0, "y": 5.0}, 2.0),
+        (TakesTheMapping(), {"x": 1.0, "y": 5.0}, 3.0),
+        (TakesTheMapping(), {"x": 1.0}, 4.0),  # What is left of a batch without its labels.
+    ],
+)
+def test_how_a_module_is_called(module, inputs, value):
+    assert call_model(module, inputs) == value
+
+
+def test_names_that_a_module_does_not_know_are_its_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'index'"):
+        call_model(TakesKeywords(), {"x": 1.0, "index": 3})

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
+from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard, whole_linear
 from nclightning.sweep import eager, frozen, sequential_loader, shared_buffers
 
@@ -44,6 +45,9 @@ class Attachment:
         """Forget the head of the last module."""
         self._found = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_found": None}  # A weak reference cannot be pickled.
+
     def head_of(self, pl_module: L.LightningModule, inputs: Any = None) -> nn.Linear:
         """Find the head, by running the model where an input is at hand and nothing was found before."""
         name = self._head
@@ -74,7 +78,18 @@ class Attachment:
         """Run the module once over a data set without a trace, and hand on features and labels batch by batch.
 
         Where weights are sharded each forward is one of all processes, so that those with fewer batches repeat one.
+
+        Raises:
+            Exception: On all processes, if one of them fails or has no batch.
         """
+        error: Exception | None = None
+        try:
+            self._sweep(trainer, pl_module, loader, add)
+        except Exception as own:
+            error = own
+        raise_together(error, pl_module.device)
+
+    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add) -> None:
         taps: Taps | None = None
         sharded = is_sharded(pl_module)
         try:
@@ -94,6 +109,11 @@ class Attachment:
                     kept = taps.take(once=True)
                     if is_new:
                         add(kept, labels)
+            if taps is None:
+                raise ValueError(
+                    f"the data to sweep is empty for process {trainer.global_rank} of {trainer.world_size}: it must "
+                    "have a batch for each, and a loader must begin anew in each pass."
+                )
         finally:
             if taps is not None:
                 taps.remove()

@@ -23,7 +23,6 @@ __all__ = [
     "Measuring",
     "merge_over_ranks",
     "orthogonality",
-    "unlabelled",
 ]
 
 DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
@@ -84,6 +83,12 @@ class Measuring:
         if last is not None and last.restart(head):
             return last
         return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index)
+
+    def unlabelled(self, captured: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Head input of samples whose labels mean nothing here, all in one class that is not left out."""
+        features = captured[""]
+        label = int(self._ignore_index == 0)
+        return {"": features}, torch.full(features.shape[:-1], label, dtype=torch.int64, device=features.device)
 
     def decisions(self, head: nn.Linear, centres: Centres) -> Decisions:
         """Start reading decisions about a data set."""
@@ -234,12 +239,6 @@ def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
         return features, labels
     return pair_rows(features, labels)
-
-
-def unlabelled(captured: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Head input of samples whose labels mean nothing here, all in one class."""
-    features = captured[""]
-    return {"": features}, torch.zeros(features.shape[:-1], dtype=torch.int64, device=features.device)
 
 
 def orthogonality(centres: ClassStatistics, others: ClassStatistics) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
@@ -35,6 +35,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     sweeps the training set at ends of epochs: the model frozen in eval mode, every sample once and in order, over all
     processes; weights, gradients, buffers, training modes and random states are as before. In validation and test it
     collects the features of the ordinary forwards; duplicates that a distributed sampler pads with are left out.
+    A data set that draws from a generator of its own, not from the global ones, is moved on by a sweep.
     Readings reach ``trainer.callback_metrics`` and every logger; after a resume the last ones are there from the start.
 
     | tag | value |
@@ -123,6 +124,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self.datasets = dict(datasets or {})
         if clash := self.datasets.keys() & {"train", "val", "test"}:
             raise ValueError(f"datasets must not be named like a stage, got {sorted(clash)}.")
+        if isinstance(ood, str):
+            raise ValueError(f"ood must be a sequence of names: write ({ood!r},).")
         self.ood = tuple(ood)
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
@@ -184,6 +187,15 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     # Training of other modules: a sweep, or the ordinary forwards.
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say which out-of-distribution sets there are not."""
+        known = self.datasets.keys() | {name for name, _ in name_loaders(trainer.val_dataloaders)}
+        if unknown := [name for name in self.ood if name not in known]:
+            rank_zero_warn(
+                f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this "
+                "fit has no nc5 of them."
+            )
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
         if self.source == "online" and "train" in self.stages and self._is_due(trainer):
@@ -213,6 +225,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the training set and the further ones, if the module is not full-batch."""
+        self._sweeps.remember(trainer)
         if self.source == "online":
             self._end(trainer, pl_module, "train")
         if self._has_sets and self._is_due(trainer):
@@ -294,15 +307,24 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:
         if self._pass is not None and not self._pass.hooked:
-            with self._guard():
+            try:
                 self._pass.hook(pl_module, batch)
+            except Exception as error:
+                self._fail(error)
 
     def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         if self._pass is not None:
             try:  # Not the guard itself, which costs as much as the rest.
                 self._pass.collect(pl_module, batch, loaders, index)
             except Exception as error:
-                self._give_up(error)
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        assert self._pass is not None
+        if self.on_error == "raise":
+            self._drop()
+            raise error
+        self._pass.fail(error)
 
     def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         if self._pass is not None:

@@ -154,8 +154,6 @@ class OptimalityMonitor(ReadingsMonitor):
                 metrics[0].update(*pair_rows(kept[""], labels))
 
             self._attachment.sweep(trainer, pl_module, loader, add)
-            if not metrics:
-                raise ValueError("the training data to sweep is empty.")
             return metrics[0]
 
         def light() -> NeuralCollapse:

@@ -10,7 +10,7 @@ import lightning as L
 from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, name_loaders
-from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality, unlabelled
+from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
 
 __all__ = ["Sweeps"]
 
@@ -31,8 +31,18 @@ class Sweeps:
         self._attachment, self._measuring = attachment, measuring
         self._datasets, self._ood = datasets, set(ood) & datasets.keys()
         self._reader: Collection | None = None  # Of the last sweep.
+        self._loaders: Any = None  # Of the last fit: a validation or test after it may be of other weights.
         # Training loaders with their statistics, by tag, and the module and its version for which they are good.
         self._swept: tuple[tuple[Any, int, int], dict[str, tuple[Any, Centres]]] | None = None
+
+    def remember(self, trainer: L.Trainer) -> None:
+        """Keep hold of a trainer's training loaders."""
+        if trainer.train_dataloader is not None:
+            self._loaders = trainer.train_dataloader
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled; the rest is made again.
+        return vars(self) | {"_reader": None, "_swept": None, "_loaders": None}
 
     def read(self, trainer: L.Trainer, pl_module: L.LightningModule, training: bool) -> dict[str, Tensor]:
         """Read all sets.
@@ -82,13 +92,14 @@ class Sweeps:
         version = sum(parameter._version for parameter in pl_module.parameters())
         key = weakref.ref(pl_module), trainer.global_step, version
         if self._swept is None or self._swept[0] != key:
-            if trainer.train_dataloader is None:
+            self.remember(trainer)
+            if self._loaders is None:
                 raise ValueError(
-                    "decisions by nearest centre and nc5 need the class means of the training set at these weights, "
-                    "and there was no reading of it."
+                    "decisions by nearest centre and nc5 need the class means of the training set, and the monitor has "
+                    "seen none: fit first, or leave them out."
                 )
             swept = {}
-            for name, loader in name_loaders(trainer.train_dataloader):
+            for name, loader in name_loaders(self._loaders):
                 swept[f"train/{name}" if name else "train"] = loader, self.statistics(trainer, pl_module, loader)
             self._swept = key, swept
         return self._swept[1]
@@ -96,20 +107,14 @@ class Sweeps:
     def statistics(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, labelled: bool = True
     ) -> Centres:
-        """Sweep one loader.
-
-        Raises:
-            ValueError: If it is empty.
-        """
+        """Sweep one loader."""
         collection: list[Collection] = []  # Of one: the head is known from the first batch on.
 
         def add(kept: dict[str, Tensor], labels: Tensor) -> None:
             if not collection:
                 collection.append(self._measuring.collection(self._attachment.head_of(pl_module), self._reader))
-            collection[0].add(*((kept, labels) if labelled else unlabelled(kept)))
+            collection[0].add(*((kept, labels) if labelled else self._measuring.unlabelled(kept)))
 
         self._attachment.sweep(trainer, pl_module, loader, add)
-        if not collection:
-            raise ValueError("the data to sweep is empty.")
         self._reader = collection[0]
         return collection[0].statistics()

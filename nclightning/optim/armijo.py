@@ -238,8 +238,8 @@ class ArmijoGD(Optimizer):
         excess = bend / (2 * (1 - self._options["c1"]))
         if not 1 < excess < math.inf:
             return 1
-        shrinks = math.ceil(math.log(excess) / -math.log(self._options["shrink"]))
-        return min(max(1, shrinks), self._options["max_trials"])
+        limit: int = self._options["max_trials"]
+        return min(max(1, math.ceil(math.log(excess) / -math.log(self._options["shrink"]))), limit)
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]

@@ -360,7 +360,7 @@ class TestErrors:
 
     def test_no_training_centres(self, tmp_path, samples):
         trainer = quiet_trainer(tmp_path, callbacks=[NeuralCollapseMonitor(measures=("ncc_accuracy",))])
-        with pytest.raises(ValueError, match="need the class means of the training set at these weights"):
+        with pytest.raises(ValueError, match="need the class means of the training set, and the monitor has seen none"):
             trainer.validate(Net(), loader(samples, shuffle=False), verbose=False)
 
     def test_sharded_weights_are_refused(self):

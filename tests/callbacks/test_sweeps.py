@@ -1,7 +1,12 @@
 """Which sets NeuralCollapseMonitor sweeps."""
 
+import pickle
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import IndexDataModule
@@ -61,3 +66,93 @@ def test_data_sets_beside_full_batch_iterations(tmp_path):
     model, monitor = UFM(2, 3, 4, "ce", lambda_=1e-2), NeuralCollapseMonitor(datasets={"more": []})
     with pytest.raises(ValueError, match="datasets are swept on other modules than UFM"):
         quiet_trainer(tmp_path, max_steps=10, callbacks=[monitor]).fit(model, IndexDataModule())
+
+
+def test_a_test_of_other_weights_sweeps_the_training_set_again(tmp_path, samples):
+    monitor = NeuralCollapseMonitor(measures=("nc1", "ncc_accuracy"), ood=("1",))
+    with pytest.warns(UserWarning, match="this fit has no nc5 of them"):
+        model, trainer = fit(tmp_path, [monitor], loader(samples), WithTest())
+    with torch.no_grad():
+        model.body[0].weight.mul_(-1)  # As the best checkpoint would.
+    trainer.test(model, [loader(samples, shuffle=False, drop_last=False)] * 2, verbose=False)
+    features = features_of(model, samples[0])
+    means = class_statistics(features, samples[1], K).means
+    nearest = torch.cdist(features.double(), means).argmin(1)
+    assert metrics(trainer)["test/0/ncc_accuracy"] == pytest.approx(float((nearest == samples[1]).double().mean()))
+    assert metrics(trainer).keys() >= {"test/1/nc5"}
+
+
+class WithTest(Net):
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.step(batch)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 0])
+def test_labels_of_out_of_distribution_sets_are_not_looked_at(ignore_index, tmp_path, samples):
+    sets = {"far": loader((samples[0] + 3, torch.full((N,), 77)))}
+    monitor = NeuralCollapseMonitor(datasets=sets, ood=["far"], ignore_index=ignore_index)
+    model, trainer = fit(tmp_path, [monitor], loader(samples))
+    kept = samples[1] != 0 if ignore_index == 0 else torch.ones(N, dtype=torch.bool)
+    stats = class_statistics(features_of(model, samples[0][kept]), samples[1][kept], K)
+    expected = float(ood_orthogonality(stats, features_of(model, samples[0] + 3).double().mean(0)))
+    assert metrics(trainer)["far/nc5"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_out_of_distribution_sets_that_do_not_exist_are_said(tmp_path, samples):
+    with pytest.warns(UserWarning, match=r"ood=\['svnh'\] are neither datasets nor validation loaders, which are \['s"):
+        fit(tmp_path, [NeuralCollapseMonitor(datasets={"svhn": loader(samples)}, ood=["svnh"])], loader(samples))
+    with pytest.raises(ValueError, match=r"ood must be a sequence of names: write \('svhn',\)"):
+        NeuralCollapseMonitor(ood="svhn")
+
+
+def test_a_monitor_is_pickled_after_a_fit(tmp_path, samples):
+    monitor = NeuralCollapseMonitor(measures=("nc1", "ncc_accuracy"))
+    _, first = fit(tmp_path, [monitor], loader(samples))
+    again = pickle.loads(pickle.dumps(monitor))
+    _, second = fit(tmp_path, [again], loader(samples))
+    assert metrics(first) == metrics(second)
+
+
+def test_a_loader_that_runs_out_is_said(tmp_path, samples):
+    class Once:
+        def __init__(self, batches):
+            self.batches = iter(batches)
+
+        def __iter__(self):
+            return self.batches
+
+    with pytest.raises(ValueError, match=r"is empty for process 0 of 1: it must .* begin anew in each pass"):
+        fit(tmp_path, [NeuralCollapseMonitor(datasets={"once": Once(list(loader(samples)))})], loader(samples))
+
+
+class CountsEpochs(Net):
+    def on_train_epoch_end(self):
+        self.log("epochs", self.current_epoch + 1.0)
+
+
+class Rank1(RuntimeError):
+    """What one process of two has."""
+
+
+def failing_on_rank_1(batch):
+    if dist.get_rank() == 1:
+        raise Rank1("here")
+    return batch
+
+
+@pytest.mark.filterwarnings("ignore")  # Of forking and few workers, and of what is to happen.
+@pytest.mark.parametrize("options", [{}, {"source": "online"}, {"stages": ("val",)}], ids=str)
+def test_two_processes_give_up_together(options, tmp_path, samples):
+    """Where one of them fails the other does not wait for it, and both train on."""
+    monitor = NeuralCollapseMonitor(batch_fn=failing_on_rank_1, on_error="warn", head="last", **options)
+    trainer = quiet_trainer(
+        tmp_path,
+        max_epochs=2,
+        callbacks=[monitor],
+        strategy=DDPStrategy(start_method="fork", find_unused_parameters=True, timeout=timedelta(minutes=1)),
+        devices=2,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(CountsEpochs(), loader(samples), loader(samples, shuffle=False))
+    assert trainer.callback_metrics.keys() == {"epochs"}
+    assert int(trainer.callback_metrics["epochs"]) == 2
