@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import quiet
 import torch
@@ -97,19 +96,12 @@ def fit(dtype, loss, samples_per_class, max_steps):
     return model.features.numel() * model.features.element_size()
 
 
-def status(name):
-    """Read a line of the kernel's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
 def measure_memory(dtype, loss, samples_per_class):
     """Print peak growth and size of the features, in bytes."""
     fit(dtype, loss, 2, 20)  # What libraries load and keep.
-    Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
-    before = status("VmRSS")
+    memory = quiet.Memory()
     size = fit(dtype, loss, samples_per_class, 30)
-    print(status("VmHWM") - before, size)
+    print(memory.growth, size)
 
 
 def memory(dtype, loss, samples_per_class):

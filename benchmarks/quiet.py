@@ -1,7 +1,8 @@
-"""What the benchmarks share: a process that says nothing but its tables, and a trainer that does not either."""
+"""What the benchmarks share: a process that says nothing but its tables, such a trainer, and an account of memory."""
 
 import logging
 import warnings
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -26,6 +27,24 @@ def trainer(**options):
         "enable_model_summary": False,
     }
     return L.Trainer(**(defaults | options))
+
+
+class Memory:
+    """What this process takes from here on, by the kernel's account: that of ``resource`` begins with the parent's."""
+
+    def __init__(self):
+        Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+        self._before = self._read("VmRSS")
+
+    @property
+    def growth(self):
+        """Bytes that the peak is above the start."""
+        return self._read("VmHWM") - self._before
+
+    @staticmethod
+    def _read(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def show(lines):

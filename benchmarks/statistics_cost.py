@@ -8,12 +8,12 @@ Each side runs in a process of its own, taking turns; medians of the time, maxim
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
+import quiet
 import torch
 
 from nclightning.metrics import NeuralCollapse
@@ -53,6 +53,7 @@ def two_pass(features, labels, K, dtype):
 
 def measure(side, size):
     """Run one side once warm and print time, memory and value."""
+    quiet.settle()
     features, labels = features_of(*size)
     run = {
         "ours": lambda: ours(features, labels, size[0]),
@@ -61,12 +62,11 @@ def measure(side, size):
     }[side]
     torch.randn(300, 300) @ torch.randn(300, 300)  # Threads and libraries are up before the clock starts.
     torch.linalg.svd(torch.randn(50, 50, dtype=torch.float64))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = quiet.Memory()
     start = time.perf_counter()
     value = float(run())
     seconds = time.perf_counter() - start
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps({"seconds": seconds, "memory": memory, "value": value}))
+    print(json.dumps({"seconds": seconds, "memory": memory.growth / 2**20, "value": value}))
 
 
 def main():
@@ -78,7 +78,7 @@ def main():
     if arguments.side:
         measure(arguments.side, arguments.size)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batches of {BATCH}, float32 features\n")
+    print(f"torch {torch.__version__}, one thread, batches of {BATCH}, float32 features\n")
     print("| K, d, N | side | seconds | times ours | memory MB | NC1 |\n|---|---|---|---|---|---|")
     for size in SIZES:
         runs = {side: [] for side in SIDES}
