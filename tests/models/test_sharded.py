@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -122,6 +123,9 @@ def run(rank, world, port, folder, job):
     )
     warnings.simplefilter("ignore")  # Of few workers; none is about shards.
     torch.save(job(), folder / f"{rank}.pt")
+    if dist.is_initialized():  # Left to the end of the process, threads of the group may outlive what they use.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def on(world, folder, job):
