@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -264,14 +266,12 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     flat = torch.cat([value.reshape(-1).double() for value in tensors.values()])
     everybody = [torch.empty_like(flat) for _ in range(world)]
     dist.all_gather(everybody, flat)
-    merged: ClassStatistics | None = None
+    parts = []
     for each in everybody:
-        parts = torch.split(each, [value.numel() for value in tensors.values()])
+        pieces = torch.split(each, [value.numel() for value in tensors.values()])
         own: dict[str, Any] = {
-            name: part.view_as(value).to(value.dtype)
-            for (name, value), part in zip(tensors.items(), parts, strict=True)
+            name: piece.view_as(value).to(value.dtype)
+            for (name, value), piece in zip(tensors.items(), pieces, strict=True)
         }
-        other = ClassStatistics(**({"lower": None} | own))
-        merged = other if merged is None else merged.merge(other)
-    assert merged is not None
-    return merged
+        parts.append(replace(stats, **own))
+    return reduce(ClassStatistics.merge, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
+from nclightning.functional import ClassStatistics
 
 __all__ = ["Sweeps"]
 
@@ -56,9 +58,9 @@ class Sweeps:
             Values by ``<set>/<measure>``; the training set is ``train``, several loaders of it ``train/<loader>``.
         """
         self._swept = None  # Fused optimizers change weights without their versions: reuse within one reading only.
-        sets = self._training(trainer, pl_module) if training else {}
+        sets = dict(self._training(trainer, pl_module)) if training else {}
         for name, loader in self._datasets.items():
-            sets = sets | {name: (loader, self.statistics(trainer, pl_module, loader, name not in self._ood))}
+            sets[name] = loader, self.statistics(trainer, pl_module, loader, name not in self._ood)
         needed = training or self._ood or self._measuring.of_decisions
         centres = self.centres(trainer, pl_module) if needed else None
         head, values = self._attachment.whole_head_of(pl_module), {}
@@ -82,10 +84,8 @@ class Sweeps:
         Raises:
             ValueError: If the trainer has no training loader.
         """
-        (_, merged), *others = self._training(trainer, pl_module).values()
-        for _, stats in others:
-            merged = {name: own.merge(stats[name]) for name, own in merged.items()}
-        return merged
+        parts = [stats for _, stats in self._training(trainer, pl_module).values()]
+        return {name: reduce(ClassStatistics.merge, (stats[name] for stats in parts)) for name in parts[0]}
 
     def _training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, tuple[Any, Centres]]:
         """Sweep the training loaders, unless that was done at these weights."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -141,10 +142,7 @@ class NeuralCollapse(Metric):
             # The states change in place, and a reset empties their list.
             return replace(own, kept=list(own.kept), **{name: state.clone() for name, state in tensors.items()})
         parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(own.means))]
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merged.merge(part)
-        return merged
+        return reduce(ClassStatistics.merge, parts)
 
     def _own(self) -> ClassStatistics:
         """Statistics that share the states."""

@@ -157,7 +157,7 @@ class RegularizedClassifier(L.LightningModule):
                 return known.value, math.sqrt(known.square)
         gradients = [p.grad for p in params]
         try:
-            value, square = self.measuring_line(batch, params).measure()
+            value, square = self.line(batch, params, measuring=True).measure()
         finally:
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -250,7 +250,7 @@ class RegularizedClassifier(L.LightningModule):
         """
         named = [(name, own_shard(p.detach())) for name, p in self.named_parameters()]
         # The greatest entry tells without a copy of all; a shard may have none.
-        greatest = [torch.linalg.vector_norm(p, math.inf).double() if p.numel() else _zero(p) for _, p in named]
+        greatest = [torch.linalg.vector_norm(p, math.inf).double() if p.numel() else p.sum().double() for _, p in named]
         invalid = torch.stack(greatest).isfinite().logical_not().long() if named else torch.zeros(0)
         for (name, _), count in zip(named, sum_over_ranks(invalid).tolist(), strict=True):
             if count:
@@ -296,18 +296,19 @@ class RegularizedClassifier(L.LightningModule):
         """Whether any of several processes was interrupted; a single one raises by itself."""
         if self.trainer.world_size == 1:
             return False
-        return bool(sum_over_ranks(torch.tensor(int(here or self._interrupts.waiting), device=self.device)))
+        return count_over_ranks(int(here or self._interrupts.waiting), self.device) > 0
 
     def teardown(self, stage: str) -> None:
         """Take interrupts as they come again."""
         self._interrupts.release()
 
-    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
+    def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
 
         Args:
             batch: The samples of this process.
             params: The parameters that an optimizer moves.
+            measuring: Whether it is only measured with, between the steps of another one.
 
         Returns:
             The whole objective, summed over processes.
@@ -320,18 +321,6 @@ class RegularizedClassifier(L.LightningModule):
             return share * self.evaluate_objective(batch)
 
         return ShardedLine(objective, params, self) if is_sharded(self) else GraphLine(objective, params)
-
-    def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
-        """Make F a line to measure with.
-
-        Args:
-            batch: The samples of this process.
-            params: The parameters that an optimizer moves.
-
-        Returns:
-            As :meth:`line`.
-        """
-        return self.line(batch, params)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
@@ -376,10 +365,6 @@ class RegularizedClassifier(L.LightningModule):
             raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
 
     _problem_hparams: tuple[str, ...] = ()
-
-
-def _zero(like: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=like.device)
 
 
 def _failure(optimizer: Optimizer, value: Any) -> str | None:

@@ -119,8 +119,7 @@ class UFMLine(LineObjective):
         """Evaluate value and squared norm of the gradient on the device."""
         self._bind()
         self._write_to([torch.zeros_like(owner) for owner in self._owners])
-        self._size, self._head_is_known = 0.0, False
-        losses, features_square, weight_square = self._trial()
+        losses, features_square, weight_square = self._trial(0.0)
         value = self._objective.combine(losses, self._num_samples, weight_square, features_square)
         return value, self._replace_gradient(move=False)
 
@@ -156,13 +155,13 @@ class UFMLine(LineObjective):
 
     def trial(self, size: float) -> float:
         """Evaluate the value at a step: one matrix product."""
-        self._size, self._head_is_known = size, False
-        losses, features_square, weight_square = self._trial().tolist()
+        losses, features_square, weight_square = self._trial(size).tolist()
         self._value = self._objective.combine(losses, self._num_samples, weight_square, features_square)
         return self._value if self._value <= self._limit else math.inf
 
-    def _trial(self) -> Tensor:
+    def _trial(self, size: float) -> Tensor:
         """Compute the residual; return summed losses and squared norms of features and weight."""
+        self._size, self._head_is_known = size, False
         for part in self._head:
             torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
         total = self._reduce(_sum(self._trial_of(rows) for rows in self._rows))

@@ -160,40 +160,21 @@ class UFM(RegularizedClassifier):
             rows * self.features[0].numel() * self.features.requires_grad if rows else 0
         )
 
-    def line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
-        """Make F a closure and a line for optimizers, in closed form unless head or backbone were changed.
-
-        Args:
-            batch: The samples of this process.
-            params: The parameters that an optimizer moves.
-
-        Returns:
-            As :meth:`RegularizedClassifier.line`.
+    def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
+        """Make F as :meth:`RegularizedClassifier.line` does, in closed form unless head or backbone were changed.
 
         Raises:
             ValueError: If features are shared by processes and there is no closed form.
         """
-        line = None if self._is_hooked() else self._closed_form(batch, params)
-        if line is None and self._is_shared:
+        # Hooks may change what is trained; on shared features there are only those that look, and not at measuring.
+        passes_hooks = measuring and self._is_shared
+        closed = self._closed_form(batch, params) if passes_hooks or not self._is_hooked() else None
+        if closed is None and self._is_shared:
             raise ValueError(
                 "features shared by processes are trained in closed form only, which needs head and features as they "
                 "come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
             )
-        return line or super().line(batch, params)
-
-    def measuring_line(self, batch: Batch, params: Sequence[Tensor]) -> LineObjective:
-        """Make F a line to measure with, which hooks are not to see.
-
-        Args:
-            batch: The samples of this process.
-            params: The parameters that an optimizer moves.
-
-        Returns:
-            As :meth:`line`.
-        """
-        # Hooks may change what is trained; on shared features there are only those that look.
-        closed = self._closed_form(batch, params) if self._is_shared or not self._is_hooked() else None
-        return closed or self.line(batch, params)
+        return closed or super().line(batch, params)
 
     def _closed_form(self, batch: Batch, params: Sequence[Tensor]) -> UFMLine | None:
         """Make the closed form; None if what is trained is not Problem (2) as it stands on all rows."""

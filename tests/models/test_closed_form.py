@@ -232,7 +232,7 @@ def test_on_a_device_only_decisions_come_to_the_host(loss):
         labels = torch.empty(K * n, dtype=torch.int64, device="cuda")
         line = UFMLine(Objective(loss, 1e-2, 1e-2), features, head, labels, [features, *head], K * n)
         with torch.no_grad():
-            results = [*line.measure(), line._trial(), line._slope(), line._replace_gradient(move=True)]
+            results = [*line.measure(), line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
         assert {result.device.type for result in results} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             line.trial(1.0)
