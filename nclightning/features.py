@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 _HEAD_NAMES = ("head", "fc", "classifier", "score", "heads", "lm_head")
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
+_PLAIN_SEQUENCES = (tuple, list)
 
 
 def find_head(module: nn.Module, name: str | None = None) -> nn.Linear:
@@ -160,7 +161,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
         ValueError: If the batch has another form.
     """
     # Plain sequences first and without an abstract base class: this is asked in every training step.
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
+    if isinstance(batch, _PLAIN_SEQUENCES) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     if isinstance(batch, Mapping):
         for key in _LABEL_KEYS:
@@ -222,7 +223,9 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Taps:
-    """Hooks that keep what last went into the head and came out of further layers.
+    """Hooks that copy what last went into the head and came out of further layers.
+
+    At once, while it is in the cache, and whatever is written to the same memory later.
 
     Args:
         head: Its input is kept under the name ``""``.
@@ -239,7 +242,6 @@ class Taps:
     ) -> None:
         self._kept: dict[str, Tensor] = {}
         self._runs = 0
-        self._versions: dict[str, int] = {}
         self._pooling = pooling
         self._failure: str | None = None
         self._handles = [_hook_input(head, self._keep)]
@@ -252,17 +254,18 @@ class Taps:
             if tensor is None:  # No error here, in the middle of somebody's forward.
                 self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
                 return
-            self._keep(tensor if self._pooling == "flatten" else _pool(tensor), name)
+            tensor = tensor.detach()
+            pooled = tensor if self._pooling == "flatten" else _pool(tensor)
+            self._kept[name] = tensor.clone() if pooled is tensor else pooled
 
         return hook
 
-    def _keep(self, tensor: Tensor, name: str = "") -> None:
-        self._kept[name] = tensor.detach()
-        self._runs += not name
-        self._versions[name] = -1 if tensor.is_inference() else tensor._version
+    def _keep(self, tensor: Tensor) -> None:
+        self._kept[""] = tensor.detach().clone()
+        self._runs += 1
 
     def take(self, once: bool = False) -> dict[str, Tensor]:
-        """Return what was kept since the last call, and forget it.
+        """Return what was copied since the last call, and forget it.
 
         Args:
             once: Refuse a head that ran several times; else the last time counts, as in a step with several closures.
@@ -271,8 +274,7 @@ class Taps:
             Features by name; those of layers with one row per sample.
 
         Raises:
-            ValueError: If the head did not run as it should, a layer returned no tensor, or what was kept was changed
-                in place since.
+            ValueError: If the head did not run as it should, or a layer returned no tensor.
         """
         kept, self._kept = self._kept, {}
         runs, self._runs = self._runs, 0
@@ -286,12 +288,6 @@ class Taps:
                 "the head did not run in this step, so there are no features to read. A compiled model does not see "
                 "the hook: there only sweeps work (source='sweep', stages=('train',))."
             )
-        for name, tensor in kept.items():
-            if not tensor.is_inference() and self._versions[name] != tensor._version:
-                raise ValueError(
-                    f"the features of {name or 'the head'!r} were changed in place after they were used: use "
-                    "source='sweep', or an operation that is not in place."
-                )
         return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
 
     def remove(self) -> None:

@@ -136,17 +136,21 @@ def test_a_model_that_names_its_classifier():
     assert detect_head(nn.Sequential(model), torch.ones(3, 4)) is model.top
 
 
-def test_taps_refuse_features_changed_in_place():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    with Taps(model[1]) as taps, torch.no_grad():
-        hidden = model[0](torch.ones(5, 3))
-        model[1](hidden)
-        hidden.zero_()
-        with pytest.raises(ValueError, match="changed in place after they were used"):
-            taps.take()
+@pytest.mark.parametrize("inference", [False, True])
+def test_taps_copy_what_a_model_goes_on_writing_to(inference):
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    with Taps(model[2], {"first": model[0]}) as taps, torch.inference_mode(inference), torch.no_grad():
+        hidden = model[0](torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
+        before, used = hidden.clone(), model[1](hidden).clone()
+        model[2](hidden)
+        hidden.data.zero_()
+        kept = taps.take()
+        assert torch.equal(kept["first"], before)
+        assert torch.equal(kept[""], used)
+        assert not torch.equal(before, used)
         with pytest.raises(ValueError, match="the head did not run in this step"):
             taps.take()
-    assert not model[1]._forward_pre_hooks
+    assert not model[2]._forward_pre_hooks
 
 
 def test_layers_without_a_tensor_are_refused():

@@ -115,7 +115,7 @@ class _Stream:
         self.seen = 0
 
     def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
-        """Take a batch; of the places behind ``num_own`` nothing."""
+        """Take a batch, whose features nobody writes to any more; of the places behind ``num_own`` nothing."""
         rows = labels.shape[0]
         if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
             rows = max(min(rows, num_own - self.seen), 0)
@@ -125,12 +125,10 @@ class _Stream:
             return
         self._named = True
         self.seen += rows
-        # Copies: a loader may fill the same memory with the next batch.
-        kept = {}
-        for name, tensor in captured.items():
-            kept[name] = tensor.clone()
+        # A loader may fill the same memory with the next batch.
+        self._waiting.append((captured, labels.clone()))
+        for tensor in captured.values():
             self._num_elements += tensor.numel()
-        self._waiting.append((kept, labels.clone()))
         self._num_rows += rows
         if self._num_rows >= _ROWS_AT_A_TIME and self._num_elements >= _ELEMENTS_AT_A_TIME:
             self.flush()

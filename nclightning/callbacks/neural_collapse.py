@@ -217,8 +217,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
-        every = self.every_n_steps if self._has_sets else None
-        if every is not None and (step := trainer.global_step) % every == 0 and step != self._swept_step:
+        every = self.every_n_steps
+        if every is None or not self._has_sets:
+            return
+        if (step := trainer.global_step) % every == 0 and step != self._swept_step:
             self._swept_step = step  # Accumulated batches share a step.
             with self._guard():
                 self._sweep(trainer, pl_module, at_step=True)

@@ -26,13 +26,13 @@ _FEW_BYTES, _FEW_PIECES = 2**25, 128
 class ClassStatistics:
     r"""First and second moments of labelled features.
 
-    The scatter of moderately many samples is not formed before it is needed: they are kept, as they came, for readings
-    along few directions.
+    Second moments of moderately many samples are not formed before they are needed: the samples are kept, as they came,
+    for readings along few directions.
 
     Attributes:
         counts: Samples per class ``(K,)``, in the dtype of the means.
         means: Class means ``(K, d)``; zero for a class without samples.
-        spreads: Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum.
+        within: :attr:`spreads` as far as formed, ``(K,)``; empty while all samples are kept and nobody asked.
         lower: Lower triangle, at least, of the scatter ``(d, d)``; empty while all samples are kept, None in the light
             form, which has only spreads.
         num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
@@ -41,7 +41,7 @@ class ClassStatistics:
 
     counts: Tensor
     means: Tensor
-    spreads: Tensor
+    within: Tensor
     lower: Tensor | None
     num_invalid: Tensor
     kept: list[Tensor] = field(default_factory=list)
@@ -68,11 +68,12 @@ class ClassStatistics:
         Returns:
             Statistics.
         """
-        side = 0 if feature_dim >= _WORTH_KEEPING * num_classes else feature_dim
+        keeps = scatter and feature_dim >= _WORTH_KEEPING * num_classes
+        side = 0 if keeps else feature_dim
         return cls(
             counts=torch.zeros(num_classes, dtype=dtype, device=device),
             means=torch.zeros(num_classes, feature_dim, dtype=dtype, device=device),
-            spreads=torch.zeros(num_classes, dtype=dtype, device=device),
+            within=torch.zeros(0 if keeps else num_classes, dtype=dtype, device=device),
             lower=torch.zeros(side, side, dtype=dtype, device=device) if scatter else None,
             num_invalid=torch.zeros((), dtype=torch.int64, device=device),
         )
@@ -88,6 +89,13 @@ class ClassStatistics:
         return self.centre_means()
 
     @property
+    def spreads(self) -> Tensor:
+        r"""Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum."""
+        if self.within.shape != self.counts.shape:
+            self.within, _ = self._second_moments(with_scatter=False)
+        return self.within
+
+    @property
     def scatter(self) -> Tensor:
         r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
 
@@ -95,8 +103,9 @@ class ClassStatistics:
             ValueError: In the light form.
         """
         self.fold_()  # Several measures read it; it is formed once.
-        lower = self._triangle()
-        return lower.tril() + lower.tril(-1).T
+        if self.lower is None:
+            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+        return self.lower.tril() + self.lower.tril(-1).T
 
     def spread_along(self, directions: Tensor) -> Tensor:
         r"""Within-class spread along directions, :math:`\sum_i (v^\top (h_i - \mu_{y_i}))^2`.
@@ -119,17 +128,17 @@ class ClassStatistics:
             along = without((directions @ away.T).T, index, len(self.counts))  # Twice as fast as the other way round.
             spread.add_(along.square().sum(dim=0))
             rest.index_add_(0, index, along)
-        # What the means are off by, which is their rounding, is no spread.
+        # As in the second moments.
         return (spread - (rest.narrow(0, 0, len(self.counts)).square() / self._divisors).sum(dim=0)).clamp(min=0)
 
     def fold_(self) -> ClassStatistics:
-        """Form the scatter of the samples that are kept, in place, and keep none from here on.
+        """Form the second moments of the samples that are kept, in place, and keep none from here on.
 
         Returns:
             These statistics.
         """
         if self._keeps:
-            self.lower, self.kept = self._triangle(), []
+            self.within, self.lower, self.kept = *self._second_moments(), []
         return self
 
     @property
@@ -140,19 +149,24 @@ class ClassStatistics:
     def _divisors(self) -> Tensor:
         return self.counts.clamp(min=1).unsqueeze(1)
 
-    def _triangle(self) -> Tensor:
-        """Lower triangle, at least, of the scatter of all samples."""
-        if self.lower is None:
-            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+    def _second_moments(self, with_scatter: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Form spreads and, at least, the lower triangle of the scatter of all samples, or spreads alone."""
         if not self._keeps:
-            return self.lower
+            return self.within, self.lower
         num_classes, dim = self.means.shape
-        lower, rest = self.lower.new_zeros(dim, dim), self.means.new_zeros(num_classes + 1, dim)
-        for away, index in self._deviations(for_scatter=True):
-            add_gram_(lower, without(away, index, num_classes))
+        squares, rest = self.means.new_zeros(num_classes + 1), self.means.new_zeros(num_classes + 1, dim)
+        lower = self.means.new_zeros(dim, dim) if with_scatter else None
+        for away, index in self._deviations(with_scatter):
+            without(away, index, num_classes)
+            squares.index_add_(0, index, torch.linalg.vector_norm(away, dim=1).square_())
             rest.index_add_(0, index, away)
-        add_gram_(lower, rest.narrow(0, 0, num_classes) / self._divisors.sqrt(), sign=-1)
-        return lower
+            if lower is not None:
+                add_gram_(lower, away)
+        # What the means are off by, which is their rounding, is no spread.
+        off = rest.narrow(0, 0, num_classes) / self._divisors.sqrt()
+        if lower is not None:
+            add_gram_(lower, off, sign=-1)
+        return (squares.narrow(0, 0, num_classes) - off.square().sum(dim=1)).clamp(min=0), lower
 
     def _deviations(self, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield deviations of the samples that are kept from their class means, with their labels."""
@@ -265,42 +279,47 @@ class ClassStatistics:
             features = features.detach()
             if not self._can_keep([*self.kept, features, index]):
                 self.fold_()
+            ulps = torch.finfo(features.dtype).eps / torch.finfo(self.means.dtype).eps
             for rows, classes in chunks(features, index, self.lower is not None and not self._keeps):
-                self._add_chunk(rows.to(self.means.dtype), classes)
+                # So few equal numbers, so many bits shorter than their sum, add up without a rounding.
+                self._add_chunk(rows.to(self.means.dtype), classes, exact=len(rows) <= ulps)
             if self._keeps:
                 self.kept += [features.clone() if copy else features, index]
         return self
 
-    def _add_chunk(self, features: Tensor, index: Tensor) -> None:
+    def _add_chunk(self, features: Tensor, index: Tensor, exact: bool) -> None:
+        """Take in rows, whose sums are exact if they are equal or may be rounded."""
         num_classes = len(self.counts)
         ones = torch.ones_like(index, dtype=features.dtype)
         counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
         divisors = counts.clamp(min=1).unsqueeze(1)
         means = sums(features, index, num_classes + 1) / divisors
-        # From here on in place and with the sign turned: a pass over memory is what this costs.
-        away = means.index_select(0, index).sub_(features)
-        # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-        rest = sums(away, index, num_classes + 1) / divisors
+        if not (self._keeps and exact):
+            # From here on in place and with the sign turned: a pass over memory is what this costs.
+            away = means.index_select(0, index).sub_(features)
+            # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
+            rest = sums(away, index, num_classes + 1) / divisors
+            means = means - rest
 
         new = counts.narrow(0, 0, num_classes)
         total = (self.counts + new).clamp_(min=1)
-        shift = ((means - rest).narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
+        shift = (means.narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
         between = (self.counts / total).sqrt().unsqueeze(1) * shift
-        if self.lower is None or self._keeps:
+        self.means.add_((new / total).unsqueeze(1) * shift)
+        self.counts.add_(new)
+        if self._keeps:
+            self.within = self.within.new_zeros(0)
+        elif self.lower is None:
             squares = sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
             squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
-            spreads = squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1))
+            self.within.add_(squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1)))
         else:
             # Deviations of a class sum to zero: the same shift of each of its rows adds exactly the between-chunk part.
             rest.narrow(0, 0, num_classes).add_(between)
             without(away.sub_(rest.index_select(0, index)), index, num_classes)
             squares = torch.linalg.vector_norm(away, dim=1).square_()
-            spreads = sums(squares, index, num_classes + 1).narrow(0, 0, num_classes)
+            self.within.add_(sums(squares, index, num_classes + 1).narrow(0, 0, num_classes))
             add_gram_(self.lower, away)
-
-        self.means.add_((new / total).unsqueeze(1) * shift)
-        self.counts.add_(new)
-        self.spreads.add_(spreads)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.
@@ -329,14 +348,17 @@ class ClassStatistics:
         # A class that one side lacks has no shift: its mean there is zero by convention only.
         shift = (other.means - self.means) * (other.present & self.present).unsqueeze(1)
         between = shift * (self.counts * share).sqrt().unsqueeze(1)
-        lower, kept = self.lower, [*self.kept, *other.kept]
-        if lower is not None and not (self._keeps and other._keeps and self._can_keep(kept)):
-            lower, kept = self._triangle() + other._triangle(), []
-            add_gram_(lower, between)
+        within, lower, kept = self.within.new_zeros(0), self.lower, [*self.kept, *other.kept]
+        if not (self._keeps and other._keeps and self._can_keep(kept)):
+            (within, lower), (others, other_lower) = self._second_moments(), other._second_moments()
+            within, kept = within + others + between.square().sum(dim=1), []
+            if lower is not None and other_lower is not None:
+                lower = lower + other_lower
+                add_gram_(lower, between)
         return ClassStatistics(
             counts=counts,
             means=torch.where(self.present.unsqueeze(1), self.means + share.unsqueeze(1) * shift, other.means),
-            spreads=self.spreads + other.spreads + between.square().sum(dim=1),
+            within=within,
             lower=lower,
             num_invalid=self.num_invalid + other.num_invalid,
             kept=kept,

@@ -67,7 +67,7 @@ class NeuralCollapse(Metric):
 
     counts: Tensor
     means: Tensor
-    spreads: Tensor
+    within: Tensor
     lower: Tensor
     num_invalid: Tensor
 

@@ -145,7 +145,7 @@ def test_folding_one_does_not_empty_another(generator):
 def test_the_scatter_is_formed_once(generator, monkeypatch):
     stats, formed = class_statistics(*data(generator), K), []
     own = stats._deviations
-    monkeypatch.setattr(ClassStatistics, "_deviations", lambda _, **which: formed.append(1) or own(**which))
+    monkeypatch.setattr(ClassStatistics, "_deviations", lambda _, *which: formed.append(1) or own(*which))
     assert torch.equal(stats.scatter, stats.scatter)
     assert formed == [1]
 
@@ -171,3 +171,23 @@ def test_few_bytes_in_few_pieces_are_kept_however_many_rows(limit, most, generat
         assert bool(stats.kept) == kept
         torch.testing.assert_close(within_class_variability(stats), expected, rtol=1e-12, atol=0)
         monkeypatch.setattr(statistics, limit, most)
+
+
+@pytest.mark.parametrize(
+    ("features_dtype", "dtype"),
+    [
+        *((dtype, torch.float64) for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        *((dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+    ],
+)
+def test_exact_collapse_has_no_spread_in_any_dtype(features_dtype, dtype, generator):
+    """The mean of equal numbers must be that number, whether or not their sum is rounded."""
+    centres = (100 * torch.randn(K, D, generator=generator, dtype=torch.float64)).to(features_dtype)
+    labels = torch.randint(K, (20_000,), generator=generator)
+    stats = ClassStatistics.empty(K, D, dtype)
+    for part in (labels[:7], labels[7:]):
+        stats.add_(centres[part], part)
+    assert stats.kept
+    assert torch.equal(stats.means, centres.to(dtype))
+    assert not stats.spreads.any()
+    assert not stats.spread_along(torch.eye(D, dtype=dtype)).any()

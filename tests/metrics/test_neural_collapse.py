@@ -79,7 +79,7 @@ def test_ranks_merge_exactly(head, data):
         metric.update(h, y)
         metric._fold()
     gathered = NeuralCollapse(K, D, head)
-    for name in ("counts", "means", "spreads", "lower", "num_invalid"):
+    for name in ("counts", "means", "within", "lower", "num_invalid"):
         setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))
     gathered._update_count = 1
     assert_same(gathered.compute(), expected(*data, head))
@@ -162,7 +162,7 @@ def test_update_and_read_make_no_host_transfer():
     metric = NeuralCollapse(K, D, torch.ones(K, D), measures=("all",))
     with FakeTensorMode():
         metric._head = (torch.empty(K, D, device="cuda"),)
-        for name in ("counts", "means", "spreads", "lower", "num_invalid"):
+        for name in ("counts", "means", "within", "lower", "num_invalid"):
             state = getattr(metric, name)
             setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(2):
