@@ -7,9 +7,10 @@ gradient need at least (features by head, residual by features, residual by head
 turns. The first iterations from a unit normal start, and iterations near the optimum, where slopes decide.
 
 Memory: what a process grows by at most in a fit with both monitors, logger and checkpoints, over the size of the
-features, in a process of its own per row.
+features, in a process of its own per row. Slopes decide throughout, as they do near the optimum: they need memory too.
 """
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -30,12 +31,20 @@ LAMBDA, ROUNDS, ITERATIONS, SAMPLES = 1e-5, 7, 8, (25, 100, 400)
 NEAR = {"float64": 1e-9, "float32": 1e-5}  # Distance of each entry from that of an optimum.
 
 
-def model_of(loss, dtype, samples_per_class):
+def model_of(loss, dtype, samples_per_class, near_optimum=False, noise=None):
     """Draw a model; its penalties leave it collapsing at every number of samples."""
     torch.manual_seed(0)
     # q = sqrt(n lambda_w lambda_h) is the same for all n.
     penalties = {"lambda_w": 100 * LAMBDA, "lambda_h": 100 * LAMBDA / samples_per_class}
-    return UFM(**SIZES, samples_per_class=samples_per_class, loss=loss, dtype=dtype, **penalties)
+    optimizer = functools.partial(ArmijoGD, noise=noise)
+    model = UFM(**SIZES, samples_per_class=samples_per_class, loss=loss, dtype=dtype, optimizer=optimizer, **penalties)
+    if near_optimum:
+        optimum = model.problem.random_optimum(torch.Generator().manual_seed(0))
+        here, there = (model.features, *model.head.parameters()), (optimum.features, optimum.weight, optimum.bias)
+        with torch.no_grad():
+            for p, x in zip(here, there, strict=False):
+                p.mul_(NEAR[dtype]).add_(x)
+    return model
 
 
 def median_time(function):
@@ -46,18 +55,9 @@ def median_time(function):
 
 def compare(loss, dtype, samples_per_class=100, near_optimum=False):
     """Return seconds per iteration, the ratio to the products, and trials per iteration."""
-    model = model_of(loss, dtype, samples_per_class)
+    model = model_of(loss, dtype, samples_per_class, near_optimum)
     index = torch.arange(model.num_samples)
     labels = index // samples_per_class
-    if near_optimum:
-        optimum = model.problem.random_optimum(torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            for p, x in zip(
-                (model.features, *model.head.parameters()),
-                (optimum.features, optimum.weight, optimum.bias),
-                strict=False,
-            ):
-                p.copy_(x + NEAR[dtype] * torch.randn(x.shape, dtype=x.dtype))
     params = list(model.parameters())
     optimizer, line = ArmijoGD(params), model.line((index, labels), params)
     features, weight = model.features.detach().clone(), model.head.weight.detach().clone()
@@ -84,7 +84,7 @@ def compare(loss, dtype, samples_per_class=100, near_optimum=False):
 
 
 def fit(dtype, loss, samples_per_class, max_steps):
-    model = model_of(loss, dtype, samples_per_class)
+    model = model_of(loss, dtype, samples_per_class, noise=0.99)
     with tempfile.TemporaryDirectory() as folder:
         quiet.trainer(
             max_steps=max_steps,

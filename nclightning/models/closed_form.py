@@ -8,13 +8,16 @@ With logits Z, residual :math:`R = Z - Y` (MSE) or :math:`\mathrm{softmax}(Z) - 
     \nabla_b F = \tfrac1N R^\top \mathbf 1 .
 
 Features are gone through a cacheful of rows at a time: trial features never exist as a whole, a trial that is rejected
-costs one of the three matrix products, and what is held beside the features is their gradient and the residual.
+costs one of the three matrix products, and what is held beside the features is their gradient and the residual. Of the
+gradient that a slope needs half is kept for when the trial is accepted, in room made for the first slope; where a slope
+decided the last step, that of a trial is taken in the same pass as its value.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -29,16 +32,19 @@ __all__ = ["UFMLine"]
 
 # Elements of the features that a CPU's cache holds beside their gradient; a GPU wants large products.
 _ELEMENTS_AT_A_TIME, _ELEMENTS_ON_A_GPU = 2**17, 2**24
+# Between these mean squares no sum over a row of products of two gradients under- or overflows in float32.
+_LEAST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e20
 
 
 class _Rows(NamedTuple):
-    """Views of some rows of the features."""
+    """Some rows of the features; the last is for their gradient at a trial, if it is kept."""
 
     features: Tensor
     gradient: Tensor
     residual: Tensor
     labels: Tensor
     room: Tensor
+    kept: Tensor | None
 
 
 class _Head(NamedTuple):
@@ -53,8 +59,9 @@ class _Head(NamedTuple):
 class UFMLine(LineObjective):
     """Problem (2) with free features, in closed form.
 
-    Parameters stay where they are until a trial is accepted; then their gradients are overwritten. Norms, and sums over
-    rows at a time, are accumulated in float64.
+    Parameters stay where they are until a trial is accepted; then their gradients are overwritten. Sums over rows are
+    accumulated in float64; those within a row of float32 features in float32 for the penalty on trial features, and for
+    slopes where they can neither under- nor overflow.
 
     Args:
         objective: Loss and penalties, none on the bias.
@@ -90,14 +97,18 @@ class UFMLine(LineObjective):
         count, dim = features.shape
         on_cpu = features.device.type == "cpu"
         self._rows_at_a_time = max(1, min(count, (_ELEMENTS_AT_A_TIME if on_cpu else _ELEMENTS_ON_A_GPU) // dim))
-        self._residual = self._features.new_empty(count, len(head[0]))
         self._room = self._features.new_empty(self._rows_at_a_time, dim)
         dtype = features.dtype
         # From here on the gradient may overflow, though the value, a float64, does not.
         self._largest = math.sqrt(torch.finfo(dtype).max)
         self._limit, self._epsilon = self._largest, torch.finfo(dtype).eps
+        self._is_narrow = dtype != torch.float64
         self._head: list[_Head] = []
         self._gradients: list[Tensor] = []
+        # Sums over rows of the slopes at the last trial, if they were taken, and of the squares of what was kept.
+        self._rows_slope: Tensor | None = None
+        self._kept_square: Tensor | None = None
+        self._head_is_known = self._expects_slope = self._rows_are_summable = False
 
     def __call__(self) -> Tensor:
         """Set the gradients and return the value."""
@@ -110,23 +121,30 @@ class UFMLine(LineObjective):
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient, as a trial at length zero."""
         self._bind()
+        self._expects_slope = False
         self._write_to([g.zero_() for g in self._gradients] or [torch.zeros_like(owner) for owner in self._owners])
         self.trial(0.0)
         return self._end(move=False)
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Evaluate value and squared norm of the gradient on the device."""
+        """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
         self._bind()
-        self._write_to([torch.zeros_like(owner) for owner in self._owners])
+        self._expects_slope = False
+        # A trial at length zero, along zero.
+        self._write_to([self._room.zero_(), *(torch.zeros_like(owner) for owner in self._owners[1:])])
         losses, features_square, weight_square = self._trial(0.0)
         value = self._objective.combine(losses, self._num_samples, weight_square, features_square)
-        return value, self._replace_gradient(move=False)
+        square = self._replace_gradient(move=False)
+        self._gradients = []
+        return value, square
 
     def begin(self, start: Evaluation) -> None:
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
         by_owner = dict(zip(self._order, start.gradients, strict=True))
         gradients = [g for i in range(len(self._owners)) if (g := by_owner[i]) is not None]
+        mean_square = start.square / (self._num_samples * self._features.shape[1])
+        self._rows_are_summable = self._is_narrow and _LEAST_SQUARE < mean_square < _LARGEST_SQUARE
         # A value above the start is rejected, finite or not.
         self._limit = max(self._largest, start.value)
         known = len(self._gradients) == len(gradients) and not self._bind()
@@ -145,13 +163,23 @@ class UFMLine(LineObjective):
 
     def _write_to(self, gradients: list[Tensor]) -> None:
         self._gradients = gradients
-        whole = (self._features, gradients[0], self._residual, self._labels)
-        parts = zip(*(torch.split(tensor, self._rows_at_a_time) for tensor in whole), strict=True)
-        self._rows = [_Rows(h, g, r, y, self._room.narrow(0, 0, len(h))) for h, g, r, y in parts]
+        self._split()
         self._head = [
             _Head(owner.detach(), gradient, torch.empty_like(gradient), torch.empty_like(gradient))
             for owner, gradient in zip(self._owners[1:], gradients[1:], strict=True)
         ]
+
+    def _split(self) -> None:
+        """Make the parts; where there is room for some of the gradient all of them share it, and the residual."""
+        size, num_classes, gradient = self._rows_at_a_time, len(self._owners[1]), self._gradients[0]
+        shared = self._room.new_empty(size, num_classes) if gradient is self._room else None
+        self._rows: list[_Rows] = []
+        for features, labels in zip(torch.split(self._features, size), torch.split(self._labels, size), strict=True):
+            first, count = size * len(self._rows), len(features)
+            own = gradient.narrow(0, first if shared is None else 0, count)
+            # Not views of one tensor: such a large one, once freed, would have the C library hold on to as much.
+            residual = own.new_empty(count, num_classes) if shared is None else shared.narrow(0, 0, count)
+            self._rows.append(_Rows(features, own, residual, labels, self._room.narrow(0, 0, count), None))
 
     def trial(self, size: float) -> float:
         """Evaluate the value at a step: one matrix product."""
@@ -161,18 +189,24 @@ class UFMLine(LineObjective):
 
     def _trial(self, size: float) -> Tensor:
         """Compute the residual; return summed losses and squared norms of features and weight."""
-        self._size, self._head_is_known = size, False
+        self._size, self._rows_slope, self._kept_square, self._head_is_known = size, None, None, False
         for part in self._head:
             torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
-        total = self._reduce(_sum(self._trial_of(rows) for rows in self._rows))
-        return torch.cat([total, square_norm(self._head[0].trial).view(1)])
+        if self._expects_slope:
+            self._clear_head()
+        total = _sum(torch.stack(self._trial_of(rows)) for rows in self._rows)
+        if self._expects_slope:
+            total, self._rows_slope = torch.split(total, 2)
+        return torch.cat([self._reduce(total), square_norm(self._head[0].trial).view(1)])
 
-    def _trial_of(self, rows: _Rows) -> Tensor:
+    def _trial_of(self, rows: _Rows) -> list[Tensor]:
         features = self._trial_features(rows)
         torch.mm(features, self._head[0].trial.T, out=rows.residual)
         for bias in self._head[1:]:
             rows.residual.add_(bias.trial)
-        return torch.stack([self._objective.residual_(rows.residual, rows.labels), square_norm(features)])
+        norms = torch.linalg.vector_norm(features, dim=1) if self._is_narrow else features
+        sums = [self._objective.residual_(rows.residual, rows.labels), square_norm(norms)]
+        return [*sums, self._slope_of(rows, features)] if self._expects_slope else sums
 
     def _trial_features(self, rows: _Rows) -> Tensor:
         return torch.sub(rows.features, rows.gradient, alpha=self._size, out=rows.room)
@@ -182,14 +216,42 @@ class UFMLine(LineObjective):
         return float(self._slope())
 
     def _slope(self) -> Tensor:
-        self._head[0].trial_gradient.zero_()
-        slope = self._complete_head(_sum(self._slope_of(rows) for rows in self._rows))
-        return torch.cat([slope, *(_inner(part.trial_gradient, part.gradient) for part in self._head)]).sum()
+        if self._rows_slope is None:
+            self._make_room()
+            self._clear_head()
+            self._rows_slope = _sum(self._slope_of(rows, self._trial_features(rows)) for rows in self._rows).view(1)
+        slope = self._complete_head(self._rows_slope)
+        return slope + torch.stack([_inner(part.trial_gradient, part.gradient) for part in self._head]).sum()
 
-    def _slope_of(self, rows: _Rows) -> Tensor:
-        features = self._trial_features(rows)
+    def _make_room(self) -> None:
+        """Set aside what half of the gradient is kept in."""
+        half = (len(self._rows) + 1) // 2
+        for i, rows in enumerate(self._rows[:half]):
+            if rows.kept is None:
+                self._rows[i] = rows._replace(kept=torch.empty_like(rows.features))
+
+    def _slope_of(self, rows: _Rows, features: Tensor) -> Tensor:
+        self._add_to_head(rows, features)
+        gradient = self._feature_gradient(features, rows.residual, out=features if rows.kept is None else rows.kept)
+        if rows.kept is not None:
+            square = square_norm(gradient)
+            self._kept_square = square if self._kept_square is None else self._kept_square.add_(square)
+        return self._inner_of(rows, gradient)
+
+    def _inner_of(self, rows: _Rows, gradient: Tensor) -> Tensor:
+        if self._rows_are_summable:
+            of_rows: Tensor = torch.linalg.vecdot(gradient, rows.gradient)
+            return of_rows.sum(dtype=torch.float64)
+        return _inner(gradient, rows.gradient)
+
+    def _add_to_head(self, rows: _Rows, features: Tensor) -> None:
         self._head[0].trial_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
-        return _inner(self._feature_gradient(features, rows.residual, out=features), rows.gradient)
+        for bias in self._head[1:]:
+            bias.trial_gradient.add_(rows.residual.sum(dim=0), alpha=1 / self._num_samples)
+
+    def _clear_head(self) -> None:
+        for part in self._head:
+            part.trial_gradient.zero_()
 
     def stands_still(self) -> bool:
         """Compare the trial point with the start."""
@@ -200,7 +262,8 @@ class UFMLine(LineObjective):
         return (self._trial_features(rows) != rows.features).any().double().view(1)
 
     def accept(self) -> Evaluation:
-        """Move, and replace the gradient: two matrix products, one of which a slope has done already."""
+        """Move, and replace the gradient: two matrix products, of which a slope has done one and a half already."""
+        self._expects_slope = self._head_is_known
         return self._end(move=True)
 
     def _end(self, move: bool) -> Evaluation:
@@ -209,23 +272,28 @@ class UFMLine(LineObjective):
 
     def _replace_gradient(self, move: bool) -> Tensor:
         """Replace the gradient, and move the parameters or not; return the squared norm."""
-        if self._head_is_known:
-            square = self._reduce(_sum(self._gradient_of(rows, move) for rows in self._rows))
-        else:
-            self._head[0].trial_gradient.zero_()
-            square = self._complete_head(_sum(self._gradient_of(rows, move) for rows in self._rows))
+        if self._rows_slope is None:
+            self._clear_head()
+        parts = (self._gradient_of(rows, move) for rows in self._rows)
+        # What is kept comes first in either case: the same sums, bit for bit.
+        square = _sum(part for part in chain([self._kept_square], parts) if part is not None)
+        square = self._reduce(square) if self._head_is_known else self._complete_head(square)
         if move:
             for part in self._head:
                 part.current.sub_(part.gradient, alpha=self._size)
         self._head = [part._replace(gradient=part.trial_gradient, trial_gradient=part.gradient) for part in self._head]
         self._gradients[1:] = [part.gradient for part in self._head]
-        return torch.cat([square, *(square_norm(part.gradient).view(1) for part in self._head)]).sum()
+        return torch.stack([square, *(square_norm(part.gradient) for part in self._head)]).sum()
 
-    def _gradient_of(self, rows: _Rows, move: bool) -> Tensor:
+    def _gradient_of(self, rows: _Rows, move: bool) -> Tensor | None:
+        """Replace the gradient in some rows; return its square, None if that was kept."""
         features = rows.features.sub_(rows.gradient, alpha=self._size) if move else rows.features
-        if not self._head_is_known:
-            self._head[0].trial_gradient.addmm_(rows.residual.T, features, alpha=1 / self._num_samples)
-        return square_norm(self._feature_gradient(features, rows.residual, out=rows.gradient)).view(1)
+        if self._rows_slope is None:
+            self._add_to_head(rows, features)
+        elif rows.kept is not None:
+            torch.mul(rows.kept, 1, out=rows.gradient)
+            return None
+        return square_norm(self._feature_gradient(features, rows.residual, out=rows.gradient))
 
     def reject(self) -> None:
         """Do nothing: trials do not move the parameters."""
@@ -238,10 +306,8 @@ class UFMLine(LineObjective):
         return torch.mul(features, lambda_h, out=out).addmm_(residual, weight, alpha=1 / self._num_samples)
 
     def _complete_head(self, summand: Tensor) -> Tensor:
-        """Make the gradient of the head out of its parts; sum them, and a summand, over processes on the way."""
+        """Complete the gradient of the head; sum it, and a summand, over processes on the way."""
         gradients = [part.trial_gradient for part in self._head]
-        for bias_gradient in gradients[1:]:
-            torch.mul(self._residual.sum(dim=0), 1 / self._num_samples, out=bias_gradient)
         if self._shared:
             sum_all_over_ranks([summand, *gradients])
         gradients[0].add_(self._head[0].trial, alpha=self._objective.lambda_w)
@@ -250,7 +316,7 @@ class UFMLine(LineObjective):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double()).view(1)
+    return torch.dot(a.reshape(-1).double(), b.reshape(-1).double())
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

@@ -99,6 +99,67 @@ def test_a_search_goes_the_way_of_a_closure(loss, with_slope):
     assert ours.stands_still()
 
 
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+@torch.no_grad()
+def test_what_a_slope_has_done_is_what_is_accepted(loss, asked, dtype):
+    """Taken in a pass of its own or with the value, asked for at the last trial or at an earlier one."""
+    ours, _, params = lines(loss, (5, 3, 6), dtype)
+    _, theirs, twins = lines(loss, (5, 3, 6), dtype)
+    here, there = ours.evaluate(), theirs.evaluate()
+    for _ in range(4):
+        ours.begin(here)
+        theirs.begin(there)
+        for size, with_slope in zip((5.0, 0.3), asked, strict=True):
+            ours.trial(size)
+            theirs.trial(size)
+            if with_slope:
+                assert ours.slope() == pytest.approx(theirs.slope(), rel=10 * TOLERANCE[dtype])
+        here, there = ours.accept(), theirs.accept()
+        assert_same(here, there, dtype)
+        kept = [g.clone() for g in here.gradients]
+        again, _, others = lines(loss, (5, 3, 6), dtype)
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+        fresh = again.evaluate()  # As after a resume.
+        assert (fresh.value, fresh.square) == (here.value, here.square)
+        assert all(torch.equal(g, h) for g, h in zip(fresh.gradients, kept, strict=True))
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_searches_that_slopes_decide(loss):
+    ours, _, params = lines(loss, (5, 3, 6))
+    _, theirs, twins = lines(loss, (5, 3, 6))
+    optimizers = ArmijoGD(params, noise=0.99), ArmijoGD(twins, noise=0.99)
+    for _ in range(40):
+        for optimizer, line in zip(optimizers, (ours, theirs), strict=True):
+            optimizer.step(line)
+    one, other = optimizers
+    assert one.outcome.status == "accepted_by_slope"
+    assert one.total_evaluations == other.total_evaluations > 41  # Some were rejected.
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-16, 1e-12])
+@torch.no_grad()
+def test_slopes_of_gradients_whose_squares_underflow(scale):
+    """Float32 features on their way to zero: products of 1e-50 have no number there."""
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        line, _, _ = lines("ce", (4, 3, 6), dtype, scale=scale)
+        line.begin(line.evaluate())
+        line.trial(1.0)
+        slopes.append(line.slope())
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-5)
+    assert slopes[0] > 0
+
+
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_a_line_continues_from_the_gradient_of_another(loss):
     """As after a Lightning step, or when hooks were set meanwhile: the gradient is kept, the line made anew."""
@@ -233,6 +294,9 @@ def test_on_a_device_only_decisions_come_to_the_host(loss):
         line = UFMLine(Objective(loss, 1e-2, 1e-2), features, head, labels, [features, *head], K * n)
         with torch.no_grad():
             results = [*line.measure(), line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
+            line._write_to([torch.zeros_like(p) for p in (features, *head)])
+            line._expects_slope = True
+            results += [line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
         assert {result.device.type for result in results} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             line.trial(1.0)
