@@ -131,13 +131,20 @@ class UFMLine(LineObjective):
         """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
         self._bind()
         self._expects_slope = False
-        # A trial at length zero, along zero.
+        # A trial at length zero, along zero: all rows share the room for some of the gradient and of the residual.
         self._write_to([self._room.zero_(), *(torch.zeros_like(owner) for owner in self._owners[1:])])
-        losses, features_square, weight_square = self._trial(0.0)
-        value = self._objective.combine(losses, self._num_samples, weight_square, features_square)
-        square = self._replace_gradient(move=False)
+        self._move_head(0.0)
+        self._clear_head()
+        total = self._complete_head(_sum(self._measure_of(rows) for rows in self._rows))
+        losses, features_square, square = total
+        value = self._objective.combine(losses, self._num_samples, square_norm(self._head[0].trial), features_square)
         self._gradients = []
-        return value, square
+        return value, torch.stack([square, *(square_norm(part.trial_gradient) for part in self._head)]).sum()
+
+    def _measure_of(self, rows: _Rows) -> Tensor:
+        sums = self._trial_of(rows)
+        self._add_to_head(rows, rows.features)
+        return torch.stack([*sums, square_norm(self._feature_gradient(rows.features, rows.residual, out=rows.room))])
 
     def begin(self, start: Evaluation) -> None:
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
@@ -170,7 +177,7 @@ class UFMLine(LineObjective):
         ]
 
     def _split(self) -> None:
-        """Make the parts; where there is room for some of the gradient all of them share it, and the residual."""
+        """Make the parts."""
         size, num_classes, gradient = self._rows_at_a_time, len(self._owners[1]), self._gradients[0]
         shared = self._room.new_empty(size, num_classes) if gradient is self._room else None
         self._rows: list[_Rows] = []
@@ -189,15 +196,19 @@ class UFMLine(LineObjective):
 
     def _trial(self, size: float) -> Tensor:
         """Compute the residual; return summed losses and squared norms of features and weight."""
-        self._size, self._rows_slope, self._kept_square, self._head_is_known = size, None, None, False
-        for part in self._head:
-            torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
+        self._move_head(size)
         if self._expects_slope:
             self._clear_head()
         total = _sum(torch.stack(self._trial_of(rows)) for rows in self._rows)
         if self._expects_slope:
             total, self._rows_slope = torch.split(total, 2)
         return torch.cat([self._reduce(total), square_norm(self._head[0].trial).view(1)])
+
+    def _move_head(self, size: float) -> None:
+        """Begin a trial."""
+        self._size, self._rows_slope, self._kept_square, self._head_is_known = size, None, None, False
+        for part in self._head:
+            torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
 
     def _trial_of(self, rows: _Rows) -> list[Tensor]:
         features = self._trial_features(rows)

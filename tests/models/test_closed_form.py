@@ -67,7 +67,11 @@ def assert_same(ours, theirs, dtype):
 def test_value_and_gradient_are_those_of_autograd(loss, shape, dtype, scale):
     ours, theirs, params = lines(loss, shape, dtype, scale=scale)
     before = [p.detach().clone() for p in params]
-    assert_same(ours.evaluate(), theirs.evaluate(), dtype)
+    measured = [float(each) for each in ours.measure()]
+    here = ours.evaluate()
+    assert_same(here, theirs.evaluate(), dtype)
+    assert measured == [here.value, here.square]
+    assert [float(each) for each in ours.measure()] == measured
     assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
 
 
@@ -293,10 +297,10 @@ def test_on_a_device_only_decisions_come_to_the_host(loss):
         labels = torch.empty(K * n, dtype=torch.int64, device="cuda")
         line = UFMLine(Objective(loss, 1e-2, 1e-2), features, head, labels, [features, *head], K * n)
         with torch.no_grad():
-            results = [*line.measure(), line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
+            results = [*line.measure()]
             line._write_to([torch.zeros_like(p) for p in (features, *head)])
-            line._expects_slope = True
-            results += [line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
+            for line._expects_slope in (False, True):
+                results += [line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
         assert {result.device.type for result in results} == {"cuda"}
         with pytest.raises(DataDependentOutputException):
             line.trial(1.0)
