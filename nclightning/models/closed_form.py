@@ -154,7 +154,7 @@ class UFMLine(LineObjective):
         self._rows_are_summable = self._is_narrow and _LEAST_SQUARE < mean_square < _LARGEST_SQUARE
         # A value above the start is rejected, finite or not.
         self._limit = max(self._largest, start.value)
-        known = len(self._gradients) == len(gradients) and not self._bind()
+        known = not self._bind() and len(self._gradients) == len(gradients)
         if not known or any(new is not old for new, old in zip(gradients, self._gradients, strict=True)):
             self._write_to(gradients)
 

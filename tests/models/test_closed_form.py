@@ -330,6 +330,18 @@ def test_replaced_memory_is_followed():
     assert optimizer.outcome.objective < start
 
 
+@torch.no_grad()
+def test_memory_replaced_after_a_reading_is_followed():
+    ours, theirs, params = lines("mse", (4, 3, 6))
+    ours.measure()
+    for p in params:
+        p.data = p.data + 1
+    start = theirs.evaluate()
+    for line in (ours, theirs):
+        line.begin(start)
+    assert ours.trial(0.1) == pytest.approx(theirs.trial(0.1), rel=1e-13)
+
+
 def test_a_point_without_a_value_leaves_nothing_behind():
     model = ufm()
     line = model.line(batch(), list(model.parameters()))
