@@ -285,6 +285,7 @@ class ClassStatistics:
                 self._add_chunk(rows.to(self.means.dtype), classes, exact=len(rows) <= ulps)
             if self._keeps:
                 self.kept += [features.clone() if copy else features, index]
+                self.within = self.within.new_zeros(0)
         return self
 
     def _add_chunk(self, features: Tensor, index: Tensor, exact: bool) -> None:
@@ -304,22 +305,21 @@ class ClassStatistics:
         new = counts.narrow(0, 0, num_classes)
         total = (self.counts + new).clamp_(min=1)
         shift = (means.narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
-        between = (self.counts / total).sqrt().unsqueeze(1) * shift
+        if not self._keeps:
+            between = (self.counts / total).sqrt().unsqueeze(1) * shift
+            if self.lower is None:
+                squares = sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
+                squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
+                self.within.add_(squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1)))
+            else:
+                # Deviations of a class sum to zero: the same shift of each row adds exactly the between-chunk part.
+                rest.narrow(0, 0, num_classes).add_(between)
+                without(away.sub_(rest.index_select(0, index)), index, num_classes)
+                squares = torch.linalg.vector_norm(away, dim=1).square_()
+                self.within.add_(sums(squares, index, num_classes + 1).narrow(0, 0, num_classes))
+                add_gram_(self.lower, away)
         self.means.add_((new / total).unsqueeze(1) * shift)
         self.counts.add_(new)
-        if self._keeps:
-            self.within = self.within.new_zeros(0)
-        elif self.lower is None:
-            squares = sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
-            squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
-            self.within.add_(squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1)))
-        else:
-            # Deviations of a class sum to zero: the same shift of each of its rows adds exactly the between-chunk part.
-            rest.narrow(0, 0, num_classes).add_(between)
-            without(away.sub_(rest.index_select(0, index)), index, num_classes)
-            squares = torch.linalg.vector_norm(away, dim=1).square_()
-            self.within.add_(sums(squares, index, num_classes + 1).narrow(0, 0, num_classes))
-            add_gram_(self.lower, away)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.

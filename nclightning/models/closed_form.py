@@ -121,7 +121,6 @@ class UFMLine(LineObjective):
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient, as a trial at length zero."""
         self._bind()
-        self._expects_slope = False
         self._write_to([g.zero_() for g in self._gradients] or [torch.zeros_like(owner) for owner in self._owners])
         self.trial(0.0)
         return self._end(move=False)
@@ -130,9 +129,8 @@ class UFMLine(LineObjective):
     def measure(self) -> tuple[Tensor, Tensor]:
         """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
         self._bind()
-        self._expects_slope = False
-        # A trial at length zero, along zero: all rows share the room for some of the gradient and of the residual.
-        self._write_to([self._room.zero_(), *(torch.zeros_like(owner) for owner in self._owners[1:])])
+        # A trial at length zero: all rows share the room for some of the gradient and of the residual.
+        self._write_to([self._room, *(torch.zeros_like(owner) for owner in self._owners[1:])])
         self._move_head(0.0)
         self._clear_head()
         total = self._complete_head(_sum(self._measure_of(rows) for rows in self._rows))
@@ -142,7 +140,7 @@ class UFMLine(LineObjective):
         return value, torch.stack([square, *(square_norm(part.trial_gradient) for part in self._head)]).sum()
 
     def _measure_of(self, rows: _Rows) -> Tensor:
-        sums = self._trial_of(rows)
+        sums = self._trial_of(rows, rows.features)
         self._add_to_head(rows, rows.features)
         return torch.stack([*sums, square_norm(self._feature_gradient(rows.features, rows.residual, out=rows.room))])
 
@@ -169,7 +167,7 @@ class UFMLine(LineObjective):
         return True
 
     def _write_to(self, gradients: list[Tensor]) -> None:
-        self._gradients = gradients
+        self._gradients, self._expects_slope = gradients, False
         self._split()
         self._head = [
             _Head(owner.detach(), gradient, torch.empty_like(gradient), torch.empty_like(gradient))
@@ -199,7 +197,7 @@ class UFMLine(LineObjective):
         self._move_head(size)
         if self._expects_slope:
             self._clear_head()
-        total = _sum(torch.stack(self._trial_of(rows)) for rows in self._rows)
+        total = _sum(torch.stack(self._trial_of(rows, self._trial_features(rows))) for rows in self._rows)
         if self._expects_slope:
             total, self._rows_slope = torch.split(total, 2)
         return torch.cat([self._reduce(total), square_norm(self._head[0].trial).view(1)])
@@ -210,8 +208,7 @@ class UFMLine(LineObjective):
         for part in self._head:
             torch.sub(part.current, part.gradient, alpha=self._size, out=part.trial)
 
-    def _trial_of(self, rows: _Rows) -> list[Tensor]:
-        features = self._trial_features(rows)
+    def _trial_of(self, rows: _Rows, features: Tensor) -> list[Tensor]:
         torch.mm(features, self._head[0].trial.T, out=rows.residual)
         for bias in self._head[1:]:
             rows.residual.add_(bias.trial)
