@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -260,16 +259,16 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     if world == 1:
         return stats
     stats = stats.fold_()
-    tensors = {name: value for name, value in vars(stats).items() if isinstance(value, Tensor)}
-    flat = torch.cat([value.reshape(-1).double() for value in tensors.values()])
+    tensors = {name: value for name, value in stats.folded._asdict().items() if value is not None}
+    flat = torch.cat([value.reshape(-1).double() for value in [*tensors.values(), stats.num_invalid]])
     everybody = [torch.empty_like(flat) for _ in range(world)]
     dist.all_gather(everybody, flat)
     parts = []
     for each in everybody:
-        pieces = torch.split(each, [value.numel() for value in tensors.values()])
-        own: dict[str, Any] = {
+        *pieces, num_invalid = torch.split(each, [*(value.numel() for value in tensors.values()), 1])
+        own = {
             name: piece.view_as(value).to(value.dtype)
             for (name, value), piece in zip(tensors.items(), pieces, strict=True)
         }
-        parts.append(replace(stats, **own))
+        parts.append(ClassStatistics(stats.folded._replace(**own), num_invalid.view(()).long()))
     return reduce(ClassStatistics.merge, parts)

@@ -23,6 +23,7 @@ from nclightning.functional.ood import ood_orthogonality
 from nclightning.functional.statistics import ClassStatistics, class_statistics
 from nclightning.functional.uniformity import PairEnergy, hyperspherical_energy, one_vs_rest_distance
 from nclightning.functional.variability import (
+    between_class_rank,
     class_distance_normalized_variance,
     variability_collapse_index,
     within_between_ratio,
@@ -36,6 +37,7 @@ __all__ = [
     "MSEDecomposition",
     "PairEnergy",
     "accuracy",
+    "between_class_rank",
     "bias_collapse",
     "class_alignment",
     "class_distance_normalized_variance",

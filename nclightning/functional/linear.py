@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["apart", "cosines", "distances", "singular_vectors", "unit_rows"]
+__all__ = [
+    "apart",
+    "cosines",
+    "distances",
+    "norm",
+    "power_of_two",
+    "root_sum_of_squares",
+    "singular_vectors",
+    "triangular_factor",
+    "unit_rows",
+]
 
 # Entries of a tile of the matrix of all pairs of classes: 64 MB in float64.
 _TILE = 2**23
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """Power of two next to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
+    largest = values.abs().amax() if values.numel() else values.new_zeros(())
+    unit = torch.exp2(torch.frexp(largest).exponent.to(values.dtype))
+    return torch.where((largest > 0) & largest.isfinite(), unit, 1)
+
+
+def norm(values: Tensor, dim: int) -> Tensor:
+    """Euclidean norm over a dimension, whose squares neither over- nor underflow."""
+    unit = power_of_two(values)
+    value: Tensor = torch.linalg.vector_norm(values / unit, dim=dim) * unit
+    return value
+
+
+def root_sum_of_squares(*values: Tensor) -> Tensor:
+    r"""Element by element :math:`\sqrt{\sum_i x_i^2}`, whose squares neither over- nor underflow."""
+    return norm(torch.stack(values), dim=0)
+
+
+def triangular_factor(parts: Sequence[Tensor]) -> Tensor:
+    r"""R of the QR decomposition of stacked rows: :math:`R^\top R` is the sum of their Gram matrices."""
+    factor: Tensor = torch.linalg.qr(torch.cat(list(parts)), mode="r").R
+    return factor
 
 
 def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:

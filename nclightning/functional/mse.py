@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nclightning.functional.linear import triangular_factor
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
@@ -42,7 +44,13 @@ def mse_decomposition(
     Han, Papyan and Donoho (2022), Sec. 2: :math:`W_{LS} = A\,(G + \lambda I)^{-1}` minimises the loss for the features
     at hand, with G the second moment of the features and A that between labels and features. A bias is a further
     feature that is always 1, penalised like the rest. Classes weigh by their samples. Where G + lambda I is singular
-    the least-squares head of smallest norm is taken.
+    all least-squares heads have the same parts.
+
+    No part is a difference. With M the class means and S a square root of within-class covariance and penalty,
+    :math:`Z = M S^{-1}`, and T the labels, classes weighted by :math:`\sqrt{n_k/N}`, the residual of the
+    least-squares head on the class means is :math:`(I + Z Z^\top)^{-1} T` and its part within classes
+    :math:`Z^\top (I + Z Z^\top)^{-1} T`. Directions along which means spread but samples do not, such as a bias without
+    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out.
 
     Args:
         stats: Statistics of the features, with scatter.
@@ -52,7 +60,8 @@ def mse_decomposition(
 
     Returns:
         The three parts, non-negative, in the dtype of the statistics; ``nan`` without samples or with features that
-        are not finite.
+        are not finite. ``perpendicular`` is right to rounding of the residual of ``weight``, an amplitude of about
+        1e-16.
 
     Raises:
         ValueError: If the head does not fit the statistics, they have no scatter, or ``weight_decay`` is negative.
@@ -64,22 +73,78 @@ def mse_decomposition(
         )
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
-    share = (stats.counts / stats.counts.sum()).unsqueeze(1)
-    head, means, within = weight.detach().to(stats.means), stats.means, stats.scatter / stats.counts.sum()
-    if bias is not None:
-        head = torch.cat([head, bias.detach().to(head).unsqueeze(1)], dim=1)
-        means = torch.cat([means, torch.ones_like(share)], dim=1)
-        within = torch.nn.functional.pad(within, (0, 1, 0, 1))
-    ridge = weight_decay * torch.eye(means.shape[1], dtype=means.dtype, device=means.device)
-    moment = within + (share * means).T @ means + ridge
-    finite = moment.isfinite().all()
-    inverse = torch.linalg.pinv(torch.where(finite, moment, 0), hermitian=True)
-    best = (share * means) @ inverse
-    away = head - best
-    labels = torch.eye(len(means), dtype=means.dtype, device=means.device)
-    parts = (
-        ((best @ (within + ridge)) * best).sum(),
-        (share * (best @ means.T).T.sub(labels).square()).sum(),
-        ((away @ moment) * away).sum(),
-    )
-    return MSEDecomposition(*(torch.where(finite, part / 2, torch.nan) for part in parts))
+    parts = _Fit(stats, bias is not None, weight_decay).parts(weight, bias)
+    return MSEDecomposition(*parts)
+
+
+class _Fit:
+    """The least-squares head, by its residuals in coordinates in which nothing cancels."""
+
+    def __init__(self, stats: ClassStatistics, has_bias: bool, weight_decay: float) -> None:
+        total = stats.counts.sum()
+        self.shares = (stats.counts / total).sqrt().unsqueeze(1)
+        # A bias without penalty takes the mean feature, so that features may be counted from there.
+        self.free_bias = has_bias and not weight_decay
+        self.offset = stats.global_mean("sample") if self.free_bias else stats.means.new_zeros(stats.means.shape[1])
+        means = stats.centre_means("sample") if self.free_bias else stats.means
+        within = stats.root / total.sqrt()
+        self.finite = within.isfinite().all() & means.isfinite().all()
+        self.means = self.shares * torch.where(self.finite, means, 0)
+        self.within = torch.where(self.finite, within, 0)
+        self.penalised_bias = has_bias and bool(weight_decay)
+        if self.penalised_bias:
+            self.means = torch.cat([self.means, self.shares], dim=1)
+            self.within = torch.nn.functional.pad(self.within, (0, 1))
+        if weight_decay:
+            ridge = torch.eye(self.means.shape[1], dtype=means.dtype, device=means.device) * math.sqrt(weight_decay)
+            self.within = triangular_factor([self.within, ridge])
+        self._rounding = None if weight_decay else stats.noise_along
+
+    def parts(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Within-class part, part of the class means, and part of a head that is not the least-squares one."""
+        head = weight.detach().to(self.means)
+        bias = None if bias is None else bias.detach().to(head)
+        labels = self.shares * torch.eye(len(head), dtype=head.dtype, device=head.device)
+        if self.penalised_bias:
+            assert bias is not None
+            head, bias = torch.cat([head, bias.unsqueeze(1)], dim=1), None
+        residual, spread = self._least_squares(labels)
+        fitted = self.means @ head.T - labels
+        if bias is not None:
+            fitted = fitted + self.shares * (head @ self.offset + bias)
+        away = (fitted + residual).square().sum() + (self.within @ head.T - spread).square().sum()
+        squares = spread.square().sum(), residual.square().sum(), away
+        first, second, third = (torch.where(self.finite, square / 2, torch.nan) for square in squares)
+        return first, second, third
+
+    def _least_squares(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual of the least-squares head on class means ``(K, K)``, and its values within classes ``(d, K)``."""
+        # Directions that exceed rounding of the features, by means and samples together.
+        _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
+        least = _rounding(sizes)
+        counts = sizes > (least if self._rounding is None else torch.maximum(least, self._rounding(right)))
+        means = self.means @ right.T * counts
+        within = self.within @ right.T * counts
+        left, spreads, axes = torch.linalg.svd(within, full_matrices=False)
+        means = means @ axes.T
+        spread_out = spreads > _rounding(spreads)
+        # Those without spread within classes are fitted exactly: what is left is orthogonal to them.
+        free = [torch.where(spread_out, 0, means), (self.shares == 0).to(means) * torch.eye(len(means)).to(means)]
+        if self.free_bias:
+            free.append(self.shares)
+        basis, lengths, _ = torch.linalg.svd(torch.cat(free, dim=1), full_matrices=True)
+        lengths = torch.nn.functional.pad(lengths, (0, len(basis) - len(lengths)))
+        basis = basis * (lengths <= _rounding(lengths))
+        ratios = torch.where(spread_out, basis.T @ means / torch.where(spread_out, spreads, 1), 0)
+        u, z, v = torch.linalg.svd(ratios, full_matrices=True)
+        z = torch.nn.functional.pad(z, (0, max(len(u), len(v)) - len(z)))
+        targets = u.T @ (basis.T @ labels)
+        shrunk = targets / (1 + z.narrow(0, 0, len(u)).square()).unsqueeze(1)
+        rank = min(len(u), len(v))
+        inner = (z.narrow(0, 0, rank).unsqueeze(1) * shrunk.narrow(0, 0, rank)).T @ v.narrow(0, 0, rank)
+        return basis @ (u @ shrunk), left @ inner.T
+
+
+def _rounding(sizes: Tensor) -> Tensor:
+    """Singular values up to this are rounding of the largest."""
+    return torch.finfo(sizes.dtype).eps * len(sizes) * sizes.amax()

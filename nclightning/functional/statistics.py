@@ -1,50 +1,105 @@
-"""Counts, class means and within-class scatter: the sufficient statistic of the features."""
+"""Counts, class means and within-class spread: the sufficient statistic of the features."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nclightning.functional.chunks import add_gram_, chunks, sums, without
+from nclightning.functional.linear import norm, power_of_two, root_sum_of_squares, triangular_factor
+from nclightning.functional.samples import append, chunks, rounding_of
 
-__all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"]
+__all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "Moments", "class_statistics"]
 
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
 
-# Samples are kept for a reading along K - 1 directions, which costs d / (K - 1) times less than their scatter, if that
-# is so many times less and while they are no more than so many times d and so many bytes; or few bytes in few pieces.
-_WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 4, 128, 2**28
-_FEW_BYTES, _FEW_PIECES = 2**25, 128
+# Samples are kept while they are few bytes. Where reading along K - 1 directions costs so many times less than the
+# root of the scatter they are kept up to so many times d of them, and more bytes.
+_FEW_BYTES, _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 2**25, 4, 128, 2**28
+# In the light form a pass over the samples costs the same sooner or later.
+_LIGHT_BYTES = 2**22
+# Roundings that operations before the last one may add up to, in dtypes that are finer than this.
+_ROUNDINGS, _FINE = 64, 2**-20
+
+
+class Moments(NamedTuple):
+    """Moments of labelled samples. All but the counts have the unit of the features, so that no square overflows.
+
+    Attributes:
+        counts: Samples per class ``(K,)``.
+        means: Class means ``(K, d)``; zero for a class without samples.
+        tails: What rounding left of them ``(K, d)``: the class means in twice the digits are ``means + tails``.
+        norms: Root of the within-class spread of each class ``(K,)``.
+        widths: Root of the within-class spread of each coordinate ``(d,)``.
+        root: Square root R of the within-class scatter R^T R, ``(d, d)``; ``(0, d)`` before there is one, None in the
+            light form. A sum of squares along a direction v, ``|R v|^2``, stays right where ``v^T (R^T R) v`` would
+            lose what is below the rounding of the spread in other directions.
+        rounding: Machine epsilon that the features show, and that of their dtype, ``(2,)``; the first is ``inf`` while
+            they do not tell.
+    """
+
+    counts: Tensor
+    means: Tensor
+    tails: Tensor
+    norms: Tensor
+    widths: Tensor
+    root: Tensor | None
+    rounding: Tensor
+
+    def shift_to(self, other: Moments) -> Tensor:
+        """Class means of the other minus those of this one, right to the last digit of the difference."""
+        return (other.means - self.means) + (other.tails - self.tails)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples: centred update of Chan, Golub and LeVeque (1983), in square-root form."""
+        counts = self.counts + other.counts
+        share = other.counts / counts.clamp(min=1)
+        both = ((self.counts > 0) & (other.counts > 0)).unsqueeze(1)
+        shift = torch.where(both, self.shift_to(other), 0)
+        rows = shift * (self.counts * share).sqrt().unsqueeze(1)
+        step = share.unsqueeze(1) * shift
+        means = self.means + step
+        # What the sum rounds off goes to the tails (Knuth's two-sum).
+        back = means - self.means
+        tails = self.tails + ((self.means - (means - back)) + (step - back))
+        known = (self.counts > 0).unsqueeze(1)
+        root = self.root
+        if root is not None and other.root is not None:
+            # Without rows one side has no samples, and there is no shift.
+            parts = [part for part in (root, other.root) if len(part)]
+            root = triangular_factor([*parts, rows]) if len(parts) > 1 else (parts or [root])[0]
+        return Moments(
+            counts,
+            torch.where(known, means, other.means),
+            torch.where(known, tails, other.tails),
+            root_sum_of_squares(self.norms, other.norms, norm(rows, dim=1)),
+            root_sum_of_squares(self.widths, other.widths, norm(rows, dim=0)),
+            root,
+            torch.minimum(self.rounding, other.rounding),
+        )
 
 
 @dataclass
 class ClassStatistics:
     r"""First and second moments of labelled features.
 
-    Second moments of moderately many samples are not formed before they are needed: the samples are kept, as they came,
-    for readings along few directions.
+    Samples are kept as they came, and are folded into moments when they become many.
 
     Attributes:
-        counts: Samples per class ``(K,)``, in the dtype of the means.
-        means: Class means ``(K, d)``; zero for a class without samples.
-        within: :attr:`spreads` as far as formed, ``(K,)``; empty while all samples are kept and nobody asked.
-        lower: Lower triangle, at least, of the scatter ``(d, d)``; empty while all samples are kept, None in the light
-            form, which has only spreads.
+        folded: Moments of the samples that are not kept any more.
         num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
         kept: Features and labels in turn of the samples that are kept, K for the label of those left out.
     """
 
-    counts: Tensor
-    means: Tensor
-    within: Tensor
-    lower: Tensor | None
+    folded: Moments
     num_invalid: Tensor
     kept: list[Tensor] = field(default_factory=list)
+    _first: Moments | None = field(default=None, init=False, repr=False, compare=False)
+    _second: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(
@@ -68,15 +123,30 @@ class ClassStatistics:
         Returns:
             Statistics.
         """
-        keeps = scatter and feature_dim >= _WORTH_KEEPING * num_classes
-        side = 0 if keeps else feature_dim
-        return cls(
-            counts=torch.zeros(num_classes, dtype=dtype, device=device),
-            means=torch.zeros(num_classes, feature_dim, dtype=dtype, device=device),
-            within=torch.zeros(0 if keeps else num_classes, dtype=dtype, device=device),
-            lower=torch.zeros(side, side, dtype=dtype, device=device) if scatter else None,
-            num_invalid=torch.zeros((), dtype=torch.int64, device=device),
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        moments = Moments(
+            counts=zeros(num_classes),
+            means=zeros(num_classes, feature_dim),
+            tails=zeros(num_classes, feature_dim),
+            norms=zeros(num_classes),
+            widths=zeros(feature_dim),
+            root=zeros(0, feature_dim) if scatter else None,
+            rounding=torch.full((2,), torch.inf, dtype=dtype, device=device),
         )
+        return cls(moments, torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def counts(self) -> Tensor:
+        """Samples per class ``(K,)``, in the dtype of the means."""
+        return self._first_moments().counts
+
+    @property
+    def means(self) -> Tensor:
+        """Class means ``(K, d)``; zero for a class without samples, ``nan`` where a feature is not finite."""
+        return self._first_moments().means
 
     @property
     def present(self) -> Tensor:
@@ -89,26 +159,58 @@ class ClassStatistics:
         return self.centre_means()
 
     @property
-    def spreads(self) -> Tensor:
-        r"""Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum."""
-        if self.within.shape != self.counts.shape:
-            self.within, _ = self._second_moments(with_scatter=False)
-        return self.within
+    def norms(self) -> Tensor:
+        r"""Root of the within-class spread of each class ``(K,)``; right at every scale of the features."""
+        return self._second_moments()[0]
 
     @property
-    def scatter(self) -> Tensor:
-        r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
+    def spreads(self) -> Tensor:
+        r"""Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum."""
+        return self.norms.square()
+
+    @property
+    def root(self) -> Tensor:
+        r"""Square root R of the within-class scatter, ``(d, d)`` upper triangular with :math:`R^\top R` = scatter.
 
         Raises:
             ValueError: In the light form.
         """
         self.fold_()  # Several measures read it; it is formed once.
-        if self.lower is None:
+        if self.folded.root is None:
             raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
-        return self.lower.tril() + self.lower.tril(-1).T
+        return self.folded.root
+
+    @property
+    def scatter(self) -> Tensor:
+        r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
+
+        What is small in it, along some direction, is below the rounding of what is large: see :meth:`spread_along`.
+
+        Raises:
+            ValueError: In the light form.
+        """
+        root = self.root
+        return root.T @ root
+
+    def norms_along(self, directions: Tensor) -> Tensor:
+        r"""Root of :meth:`spread_along`, right at every scale of the features."""
+        first, root = self._first_moments(), self.folded.root
+        if root is None:
+            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+        parts = [norm(directions @ root.T, dim=1)] if len(root) else []
+        if len(root) and self.kept:
+            parts.append(norm(directions @ self._moved(first).T, dim=1))
+        if self.kept:
+            *second, along = self._deviate(directions)
+            self._second = self._second or (second[0], second[1])
+            parts.append(along)
+        return root_sum_of_squares(*parts) if parts else directions.new_zeros(len(directions))
 
     def spread_along(self, directions: Tensor) -> Tensor:
         r"""Within-class spread along directions, :math:`\sum_i (v^\top (h_i - \mu_{y_i}))^2`.
+
+        A sum of squares of projections: relative error about eps times the ratio of the root of the largest spread in
+        any direction to that of this one.
 
         Args:
             directions: Vectors v ``(r, d)``.
@@ -119,67 +221,177 @@ class ClassStatistics:
         Raises:
             ValueError: In the light form.
         """
-        if not self._keeps:
-            # A quadratic form of a Gram matrix: negative by rounding only.
-            return ((directions @ self.scatter) * directions).sum(dim=1).clamp(min=0)
-        spread = directions.new_zeros(len(directions))
-        rest = directions.new_zeros(len(self.counts) + 1, len(directions))
-        for away, index in self._deviations(for_scatter=False):
-            along = without((directions @ away.T).T, index, len(self.counts))  # Twice as fast as the other way round.
-            spread.add_(along.square().sum(dim=0))
-            rest.index_add_(0, index, along)
-        # As in the second moments.
-        return (spread - (rest.narrow(0, 0, len(self.counts)).square() / self._divisors).sum(dim=0)).clamp(min=0)
+        return self.norms_along(directions).square()
+
+    @property
+    def epsilon(self) -> Tensor:
+        """Machine epsilon to which the features were rounded: that of their dtype, or of a narrower one they show."""
+        shown, of_dtype = self._first_moments().rounding.unbind()
+        return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
+
+    @property
+    def mean_rounding(self) -> Tensor:
+        r"""What rounding of the features explains of the mean of each class ``(K,)``.
+
+        :math:`\epsilon\,(\|\mu_k\|^2 + v_k)^{1/2}`, with :math:`\epsilon` of :attr:`epsilon` and :math:`v_k` the mean
+        squared distance from the mean: one rounding of a sample.
+        """
+        size = self.norms / self.counts.clamp(min=1).sqrt()
+        return self.epsilon * root_sum_of_squares(norm(self.means, dim=1), size)
+
+    def rounding_along(self, directions: Tensor) -> Tensor:
+        r"""What rounding of the features explains of the spread of class means along directions.
+
+        :math:`\epsilon \bigl(\sum_j v_j^2 \tfrac1N \sum_i h_{ij}^2\bigr)^{1/2}`: one rounding of each coordinate, in
+        proportion to its size, so that a few large coordinates hide nothing in the others.
+
+        Args:
+            directions: Vectors v ``(r, d)``.
+
+        Returns:
+            ``(r,)``.
+        """
+        first, (_, widths) = self._first_moments(), self._second_moments()
+        total = first.counts.sum().clamp(min=1)
+        shares = (first.counts / total).sqrt().unsqueeze(1)
+        sizes = root_sum_of_squares(norm(shares * first.means, dim=0), widths / total.sqrt())
+        return self.epsilon * norm(directions * sizes, dim=1)
+
+    def noise_along(self, directions: Tensor) -> Tensor:
+        """What rounding before the last operation may leave, too: 64 times :meth:`rounding_along`.
+
+        So much does, say, a LayerNorm that subtracts a mean of 64 times the spread. In half precision so many
+        roundings would be features themselves: there it is one.
+
+        Args:
+            directions: Vectors v ``(r, d)``.
+
+        Returns:
+            ``(r,)``.
+        """
+        return torch.where(self.epsilon <= _FINE, _ROUNDINGS, 1) * self.rounding_along(directions)
 
     def fold_(self) -> ClassStatistics:
-        """Form the second moments of the samples that are kept, in place, and keep none from here on.
+        """Fold the samples that are kept into the moments, in place, and keep none from here on.
 
         Returns:
             These statistics.
         """
-        if self._keeps:
-            self.within, self.lower, self.kept = *self._second_moments(), []
+        first, root = self._first_moments(), self.folded.root
+        if self.kept:
+            norms, widths = self._second_moments()
+            if root is not None:
+                unit = power_of_two(first.means)
+                parts = [root / unit, self._moved(first) / unit] if len(root) else []
+                for away, _ in self._deviations(unit, 4 * root.shape[1]):
+                    parts = [triangular_factor([*parts, away])]
+                root = parts[0] * unit
+            self.folded = first._replace(norms=norms, widths=widths, root=root)
+        if root is not None and len(root) < root.shape[1]:  # The same shape on all processes.
+            root = torch.cat([root, root.new_zeros(root.shape[1] - len(root), root.shape[1])])
+            self.folded = self.folded._replace(root=root)
+        self.kept, self._first, self._second = [], None, None
         return self
 
-    @property
-    def _keeps(self) -> bool:
-        return self.lower is not None and self.lower.shape != (self.means.shape[1],) * 2
+    def _moved(self, first: Moments) -> Tensor:
+        """Rows whose squares are the spread of the folded samples by the shift of their means to those of all."""
+        return self.folded.counts.sqrt().unsqueeze(1) * torch.where(self._is_folded, self.folded.shift_to(first), 0)
 
     @property
-    def _divisors(self) -> Tensor:
-        return self.counts.clamp(min=1).unsqueeze(1)
+    def _is_folded(self) -> Tensor:
+        return (self.folded.counts > 0).unsqueeze(1)
 
-    def _second_moments(self, with_scatter: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Form spreads and, at least, the lower triangle of the scatter of all samples, or spreads alone."""
-        if not self._keeps:
-            return self.within, self.lower
-        num_classes, dim = self.means.shape
-        squares, rest = self.means.new_zeros(num_classes + 1), self.means.new_zeros(num_classes + 1, dim)
-        lower = self.means.new_zeros(dim, dim) if with_scatter else None
-        for away, index in self._deviations(with_scatter):
-            without(away, index, num_classes)
-            squares.index_add_(0, index, torch.linalg.vector_norm(away, dim=1).square_())
-            rest.index_add_(0, index, away)
-            if lower is not None:
-                add_gram_(lower, away)
-        # What the means are off by, which is their rounding, is no spread.
-        off = rest.narrow(0, 0, num_classes) / self._divisors.sqrt()
-        if lower is not None:
-            add_gram_(lower, off, sign=-1)
-        return (squares.narrow(0, 0, num_classes) - off.square().sum(dim=1)).clamp(min=0), lower
+    def _first_moments(self) -> Moments:
+        """Counts, class means and rounding of all samples; the rest is that of the folded ones."""
+        if not self.kept:
+            return self.folded
+        if self._first is None:
+            K, dim = self.folded.means.shape
+            counts, sums = self.folded.means.new_zeros(K + 1), self.folded.means.new_zeros(K + 1, dim)
+            for rows, index in self._rows():
+                counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
+                sums.index_add_(0, index, rows)
+            divisors = counts.clamp(min=1).unsqueeze(1)
+            means, tails = sums / divisors, torch.zeros_like(sums)
+            if not self._sums_are_exact():
+                # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
+                for rows, index in self._rows():
+                    tails.index_add_(0, index, rows - means.index_select(0, index))
+                tails = tails / divisors
+                sums = means + tails
+                means, tails = sums, tails - (sums - means)
+            rounding = rounding_of(self.kept[::2], self.kept[1::2], K).to(means)
+            counts, means, tails = (each.narrow(0, 0, K) for each in (counts, means, tails))
+            own = Moments(counts, means, tails, counts.new_zeros(K), counts.new_zeros(dim), None, rounding)
+            self._first = self.folded._replace(root=None).merge(own)
+        return self._first
 
-    def _deviations(self, for_scatter: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield deviations of the samples that are kept from their class means, with their labels."""
-        means = torch.cat([self.means, self.means.new_zeros(1, self.means.shape[1])])
+    def _sums_are_exact(self) -> bool:
+        """Whether so few equal numbers, so many bits shorter than their sum, add up without a rounding."""
+        short = max(torch.finfo(each.dtype).eps for each in self.kept[::2])
+        shortest = min(torch.finfo(each.dtype).eps for each in self.kept[::2])
+        return short == shortest and sum(map(len, self.kept[::2])) <= short / torch.finfo(self.folded.means.dtype).eps
+
+    def _second_moments(self) -> tuple[Tensor, Tensor]:
+        """Roots of the spreads of classes and of coordinates."""
+        if not self.kept:
+            return self.folded.norms, self.folded.widths
+        if self._second is None:
+            self._second = self._deviate(None)[:2]
+        return self._second
+
+    def _deviate(self, directions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Go through the samples that are kept once.
+
+        Returns:
+            Roots of the spreads of classes and of coordinates, of all samples; along directions, of those kept.
+        """
+        first, K = self._first_moments(), len(self.folded.counts)
+        unit = power_of_two(first.means)
+        norms, widths = unit.new_zeros(K + 1), unit.new_zeros(self.folded.means.shape[1])
+        along = unit.new_zeros(0 if directions is None else len(directions))
+        for away, index in self._deviations(unit):
+            norms.index_add_(0, index, torch.linalg.vector_norm(away, dim=1).square_())
+            widths += away.square().sum(dim=0)
+            if directions is not None:
+                along += (directions @ away.T).square_().sum(dim=1)  # Twice as fast as the other way round.
+        moved = self._moved(first)
+        return (
+            root_sum_of_squares(self.folded.norms, norm(moved, dim=1), unit * norms.narrow(0, 0, K).sqrt()),
+            root_sum_of_squares(self.folded.widths, norm(moved, dim=0), unit * widths.sqrt()),
+            unit * along.sqrt(),
+        )
+
+    def _rows(self, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the samples that are kept, some at a time, in the dtype of the moments."""
         for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
-            for rows, index in chunks(features, labels, for_scatter):
-                yield means.index_select(0, index).sub_(rows), index
+            for rows, index in chunks(features, labels, least):
+                yield rows.to(self.folded.means.dtype), index
+
+    def _deviations(self, unit: Tensor, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield deviations of the samples that are kept from their class means, divided by a unit, with their labels.
+
+        Zero for samples that are left out.
+        """
+        first = self._first_moments()
+        zero, root = unit.new_zeros(1, first.means.shape[1]), self.folded.root
+        # Then the tails are zero.
+        plain = root is not None and not len(root) and self._sums_are_exact()
+        means, tails = torch.cat([first.means / unit, zero]), torch.cat([first.tails / unit, zero])
+        for rows, index in self._rows(least):
+            # A power of two: as exact as the difference itself.
+            away = means.index_select(0, index).addcmul_(rows, 1 / unit, value=-1)
+            if not plain:
+                away.add_(tails.index_select(0, index))
+            yield away.masked_fill_((index == len(first.counts)).unsqueeze(1), 0), index
 
     def _can_keep(self, kept: list[Tensor]) -> bool:
-        features, dim = kept[::2], max(self.means.shape[1], 1)
+        features, (num_classes, dim) = kept[::2], self.folded.means.shape
         bytes_ = sum(each.numel() * each.element_size() for each in features)
-        few = bytes_ <= _FEW_BYTES and len(features) <= _FEW_PIECES
-        return few or (sum(each.shape[0] for each in features) <= _KEPT_PER_DIM * dim and bytes_ <= _KEPT_BYTES)
+        if self.folded.root is None:
+            return bytes_ <= _LIGHT_BYTES
+        many = dim >= _WORTH_KEEPING * num_classes and bytes_ <= _KEPT_BYTES
+        return bytes_ <= _FEW_BYTES or (many and sum(map(len, features)) <= _KEPT_PER_DIM * dim)
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -207,8 +419,8 @@ class ClassStatistics:
             ``(K, d)``; zero rows for absent classes.
         """
         # In two steps: the mean of the differences takes away what rounding left of a large common offset.
-        present = self.present.unsqueeze(1)
-        centred = (self.means - self.global_mean(global_mean)) * present
+        first, present = self._first_moments(), self.present.unsqueeze(1)
+        centred = ((first.means - self.global_mean(global_mean)) + first.tails) * present
         weights = self._class_weights("uniform" if global_mean == "class" else "count")
         return (centred - (weights.unsqueeze(1) * centred).sum(dim=0)) * present
 
@@ -239,16 +451,14 @@ class ClassStatistics:
     ) -> ClassStatistics:
         """Take in samples, in place, on their device and without a transfer to the host.
 
-        Each chunk is centred by its own class means and shifted by a share of their distance to the means so far
-        (Chan, Golub and LeVeque, 1983): nothing is formed around the origin, so that nothing cancels near collapse,
-        and the scatter stays a sum of Gram matrices.
+        They are kept as they are, and folded into the moments when they become many: the cost of a call does not grow
+        with the number of calls.
 
         Args:
             features: ``(N, d)`` of any floating dtype.
             labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
             ignore_index: Label of samples to leave out without counting them as invalid.
-            copy: False keeps features as they are, where they are kept, which must then not change before the last
-                reading.
+            copy: False keeps features as they are, which must then not change before the last reading.
 
         Returns:
             These statistics.
@@ -262,70 +472,35 @@ class ClassStatistics:
                 "features must be (N, d) with d at least 1 and labels (N,) with the same N, "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}."
             )
-        if features.shape[1] != self.means.shape[1]:
-            raise ValueError(f"features must have shape (N, {self.means.shape[1]}), got {tuple(features.shape)}.")
+        num_classes, dim = self.folded.means.shape
+        if features.shape[1] != dim:
+            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}.")
         if not features.is_floating_point() or labels.dtype != torch.int64:
             raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
         if not labels.shape[0]:
             return self  # Else each of them would stay as a sample that is kept.
         with torch.no_grad():
-            valid = (labels >= 0) & (labels < len(self.counts))
+            valid = (labels >= 0) & (labels < num_classes)
             invalid = valid.logical_not()
             if ignore_index is not None:
                 valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
-            self.num_invalid.add_(invalid.sum())
+            self.num_invalid = self.num_invalid + invalid.sum()
             # One bin more than classes takes the samples left out, so that no value is branched on.
-            index = torch.where(valid, labels, len(self.counts))
+            index = torch.where(valid, labels, num_classes)
             features = features.detach()
-            if not self._can_keep([*self.kept, features, index]):
+            if self.kept and not self._can_keep([*self.kept, features, index]):
                 self.fold_()
-            ulps = torch.finfo(features.dtype).eps / torch.finfo(self.means.dtype).eps
-            for rows, classes in chunks(features, index, self.lower is not None and not self._keeps):
-                # So few equal numbers, so many bits shorter than their sum, add up without a rounding.
-                self._add_chunk(rows.to(self.means.dtype), classes, exact=len(rows) <= ulps)
-            if self._keeps:
-                self.kept += [features.clone() if copy else features, index]
-                self.within = self.within.new_zeros(0)
+            self.kept = append(self.kept, features.clone() if copy else features, index)
+            self._first = self._second = None
+            if not self._can_keep(self.kept):
+                self.fold_()
         return self
-
-    def _add_chunk(self, features: Tensor, index: Tensor, exact: bool) -> None:
-        """Take in rows, whose sums are exact if they are equal or may be rounded."""
-        num_classes = len(self.counts)
-        ones = torch.ones_like(index, dtype=features.dtype)
-        counts = features.new_zeros(num_classes + 1).index_add_(0, index, ones)
-        divisors = counts.clamp(min=1).unsqueeze(1)
-        means = sums(features, index, num_classes + 1) / divisors
-        if not (self._keeps and exact):
-            # From here on in place and with the sign turned: a pass over memory is what this costs.
-            away = means.index_select(0, index).sub_(features)
-            # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-            rest = sums(away, index, num_classes + 1) / divisors
-            means = means - rest
-
-        new = counts.narrow(0, 0, num_classes)
-        total = (self.counts + new).clamp_(min=1)
-        shift = (means.narrow(0, 0, num_classes) - self.means) * (new > 0).unsqueeze(1)
-        if not self._keeps:
-            between = (self.counts / total).sqrt().unsqueeze(1) * shift
-            if self.lower is None:
-                squares = sums(torch.linalg.vector_norm(away, dim=1).square_(), index, num_classes + 1)
-                squares.sub_(counts * rest.square().sum(dim=1)).clamp_(min=0)
-                self.within.add_(squares.narrow(0, 0, num_classes).add_(new * between.square().sum(dim=1)))
-            else:
-                # Deviations of a class sum to zero: the same shift of each row adds exactly the between-chunk part.
-                rest.narrow(0, 0, num_classes).add_(between)
-                without(away.sub_(rest.index_select(0, index)), index, num_classes)
-                squares = torch.linalg.vector_norm(away, dim=1).square_()
-                self.within.add_(sums(squares, index, num_classes + 1).narrow(0, 0, num_classes))
-                add_gram_(self.lower, away)
-        self.means.add_((new / total).unsqueeze(1) * shift)
-        self.counts.add_(new)
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
         """Statistics of the union of two disjoint sets of samples.
 
-        Centred update of Chan, Golub and LeVeque (1983): moments are shifted by the difference of the means, never
-        formed around the origin, so that nothing cancels near collapse. Order and split matter only to round-off.
+        Moments are shifted by the difference of the means, never formed around the origin, so that nothing cancels
+        near collapse. Order and split matter only to round-off.
 
         Args:
             other: Statistics over the same classes and feature dimension, light or not like this one.
@@ -336,33 +511,17 @@ class ClassStatistics:
         Raises:
             ValueError: If the shapes differ, or one is light and the other is not.
         """
-        if self.means.shape != other.means.shape:
+        if self.folded.means.shape != other.folded.means.shape:
             raise ValueError(
                 "both statistics must have the same classes and feature dimension, "
-                f"got {tuple(self.means.shape)} and {tuple(other.means.shape)}."
+                f"got {tuple(self.folded.means.shape)} and {tuple(other.folded.means.shape)}."
             )
-        if (self.lower is None) != (other.lower is None):
+        if (self.folded.root is None) != (other.folded.root is None):
             raise ValueError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
-        counts = self.counts + other.counts
-        share = other.counts / counts.clamp(min=1)
-        # A class that one side lacks has no shift: its mean there is zero by convention only.
-        shift = (other.means - self.means) * (other.present & self.present).unsqueeze(1)
-        between = shift * (self.counts * share).sqrt().unsqueeze(1)
-        within, lower, kept = self.within.new_zeros(0), self.lower, [*self.kept, *other.kept]
-        if not (self._keeps and other._keeps and self._can_keep(kept)):
-            (within, lower), (others, other_lower) = self._second_moments(), other._second_moments()
-            within, kept = within + others + between.square().sum(dim=1), []
-            if lower is not None and other_lower is not None:
-                lower = lower + other_lower
-                add_gram_(lower, between)
-        return ClassStatistics(
-            counts=counts,
-            means=torch.where(self.present.unsqueeze(1), self.means + share.unsqueeze(1) * shift, other.means),
-            within=within,
-            lower=lower,
-            num_invalid=self.num_invalid + other.num_invalid,
-            kept=kept,
+        merged = ClassStatistics(
+            self.folded.merge(other.folded), self.num_invalid + other.num_invalid, [*self.kept, *other.kept]
         )
+        return merged if merged._can_keep(merged.kept) else merged.fold_()
 
 
 def class_statistics(

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nclightning.functional.linear import apart, distances, singular_vectors
+from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = [
+    "between_class_rank",
     "class_distance_normalized_variance",
     "variability_collapse_index",
     "within_between_ratio",
@@ -30,10 +31,13 @@ def within_class_variability(
         \Sigma_W = \tfrac1N \sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top,\quad
         \Sigma_B = \sum_k w_k (\mu_k - \mu_G)(\mu_k - \mu_G)^\top
 
-    Read in the coordinates of the singular value decomposition of the centred means, whose rank is taken to be
-    exactly ``min(K - 1, d)``: no pseudo-inverse of a d x d matrix, no cutoff that drops or adds a direction near
-    collapse. Classes without samples are left out and K counts those present. Paper: Appendix; Papyan, Han and Donoho
-    (2020), Fig. 6. Conventions differ on unbalanced data only, but for the last.
+    Read in the coordinates of the singular value decomposition of the centred means: no pseudo-inverse of a d x d
+    matrix. A direction counts if the spread of the means along it exceeds what rounding of the features explains:
+    features behind a LayerNorm, with dead or duplicated units or behind a
+    bottleneck spread along fewer than ``min(K - 1, d)`` directions, and along the others round-off would be divided by
+    round-off. :func:`between_class_rank` reads how many count. Classes without samples are left out and K counts those
+    present. Paper: Appendix; Papyan, Han and Donoho (2020), Fig. 6. Conventions differ on unbalanced data only, but for
+    the last.
 
     Args:
         stats: Statistics of the features, with scatter.
@@ -43,20 +47,67 @@ def within_class_variability(
 
     Returns:
         Non-negative scalar in the dtype of the statistics, dimensionless. 0 at exact collapse; ``inf`` where the
-        class means coincide along a direction of that rank in which the features spread; ``nan`` where they
-        coincide and nothing spreads, with fewer than two classes present, or with features that are not finite.
+        class means coincide and features spread; ``nan`` where nothing spreads either, with fewer than two classes
+        present, or with features that are not finite.
 
     Raises:
         ValueError: If the statistics have no scatter, or a convention does not exist.
     """
     num_present = stats.present.sum()
-    singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
-    spread = stats.spread_along(right)
-    kept = torch.arange(len(singular), device=singular.device) < num_present - 1
-    value = torch.where(kept, spread / singular.square(), 0).sum() / stats.counts.sum()
+    singular, _, counts, spread = _between_directions(stats, global_mean, between_weights)
+    value = torch.where(counts, (spread / singular).square(), 0).sum()
+    # Without a direction that counts all spread is within classes.
+    value = torch.where(counts.any(), value, stats.norms.sum() / torch.zeros_like(value))
     if divide_by_classes:
         value = value / num_present
-    return torch.where(num_present >= 2, value, torch.nan)
+    return torch.where((num_present >= 2) & singular.isfinite().all(), value, torch.nan)
+
+
+def between_class_rank(
+    stats: ClassStatistics, global_mean: GlobalMean = "class", between_weights: BetweenWeights = "uniform"
+) -> Tensor:
+    """Count the directions along which class means spread by more than rounding of the features.
+
+    Those over which :func:`within_class_variability` and :func:`variability_collapse_index` sum: at most
+    ``min(K - 1, d)``, and less where features are confined to fewer dimensions.
+
+    Args:
+        stats: Statistics of the features, with scatter.
+        global_mean: As for :func:`within_class_variability`.
+        between_weights: As for :func:`within_class_variability`.
+
+    Returns:
+        Scalar in the dtype of the statistics; ``nan`` with fewer than two classes present, or with features that are
+        not finite.
+    """
+    singular, _, counts, _ = _between_directions(stats, global_mean, between_weights)
+    defined = (stats.present.sum() >= 2) & singular.isfinite().all()
+    return torch.where(defined, counts.sum().to(singular), torch.nan)
+
+
+def _between_directions(
+    stats: ClassStatistics, global_mean: GlobalMean, between_weights: BetweenWeights
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the directions of the centred means that count.
+
+    One counts if it exceeds one rounding of the features; and what rounding before the last operation may leave, unless
+    the means spread more than means of so many samples do by chance: twice the standard deviation.
+
+    Returns:
+        Singular values, right singular vectors, which count, and root mean squares of the spread within classes.
+    """
+    singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
+    spread = stats.norms_along(right) / stats.counts.sum().sqrt()
+    by_chance = 2 * spread * (stats.present.sum() / stats.counts.sum()).sqrt()
+    noise = (torch.maximum(singular, spread) <= stats.noise_along(right)) & (singular <= by_chance)
+    exact = torch.finfo(singular.dtype).eps * max(stats.means.shape) * singular.amax()
+    possible = torch.arange(len(singular), device=singular.device) < stats.present.sum() - 1
+    return (
+        singular,
+        right,
+        possible & (singular > torch.maximum(stats.rounding_along(right), exact)) & noise.logical_not(),
+        spread,
+    )
 
 
 def within_between_ratio(
@@ -75,11 +126,14 @@ def within_between_ratio(
         between_weights: As for :func:`within_class_variability`.
 
     Returns:
-        Non-negative scalar; 0 at exact collapse, ``inf`` where the means coincide, ``nan`` where nothing spreads
-        either or with fewer than two classes present.
+        Non-negative scalar; 0 at exact collapse, ``inf`` where the means coincide up to rounding of the features,
+        ``nan`` where nothing spreads either, with fewer than two classes present, or with features that are not finite.
     """
-    between = stats.between_root(global_mean, between_weights).square().sum()
-    value = stats.spreads.sum() / stats.counts.sum() / between
+    root = stats.between_root(global_mean, between_weights)
+    weights = norm(root, dim=1) / norm(stats.centre_means(global_mean), dim=1)
+    between, rounding = norm(root.flatten(), dim=0), norm(weights.nan_to_num(0) * stats.mean_rounding, dim=0)
+    between = torch.where(between <= rounding, 0, between)
+    value = (norm(stats.norms, dim=0) / stats.counts.sum().sqrt() / between).square()
     return torch.where(stats.present.sum() >= 2, value, torch.nan)
 
 
@@ -100,8 +154,9 @@ def class_distance_normalized_variance(
             for each class its mean over the others ``(K,)``, ``nan`` where absent.
 
     Returns:
-        Non-negative; 0 at exact collapse, ``inf`` for a pair of coinciding means, ``nan`` if its features do not
-        spread either, or with fewer than two classes present.
+        Non-negative; 0 at exact collapse, ``inf`` for a pair of means that coincide up to rounding of the features,
+        ``nan`` if its features do not spread either, with fewer than two classes present, or with features that are not
+        finite.
 
     Raises:
         ValueError: If there is no such reduction.
@@ -109,11 +164,14 @@ def class_distance_normalized_variance(
     if reduction not in ("mean", "max", "none"):
         raise ValueError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
     present, means = stats.present, stats.centred_means
-    variances = stats.spreads / stats.counts.clamp(min=1)
-    sums, largest = [], []
-    for rows, squared in distances(means):
+    unit = power_of_two(means)
+    variances = (stats.norms / unit).square() / stats.counts.clamp(min=1)
+    rounding, sums, largest = stats.mean_rounding / unit, [], []
+    for rows, distance in distances(means / unit):
         pair = apart(rows, present)
-        values = (variances.narrow(0, rows.start, len(rows)).unsqueeze(1) + variances) / (2 * squared.square())
+        least = torch.hypot(rounding.narrow(0, rows.start, len(rows)).unsqueeze(1), rounding)
+        squared = torch.where(distance <= least, 0, distance).square()
+        values = (variances.narrow(0, rows.start, len(rows)).unsqueeze(1) + variances) / (2 * squared)
         sums.append(torch.where(pair, values, 0).sum(dim=1))
         largest.append(torch.where(pair, values, 0).amax(dim=1))
     num_present = present.sum()
@@ -131,10 +189,12 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     .. math:: \mathrm{VCI} = 1 - \frac{\operatorname{tr}(\Sigma_T^\dagger \Sigma_B)}{\min(d, K-1)},\qquad
         \Sigma_T = \Sigma_W + \Sigma_B
 
-    Xu and Liu (2023), with :math:`\Sigma_B` of uniform weights. Evaluated on the span of the means, where
-    :math:`\Sigma_B = \Lambda`, as :math:`\operatorname{tr}\,E(E+\Lambda)^{-1}/r` with E the Schur complement of
-    :math:`\Sigma_W`, so that nothing is subtracted from 1. The Schur complement regresses on all directions outside
-    that span: with fewer than d samples more than classes the regression explains everything and the index is 0.
+    Xu and Liu (2023), with :math:`\Sigma_B` of uniform weights and its rank :func:`between_class_rank` for
+    ``min(d, K - 1)``, which is the same for features of full rank. On the span of the means, where
+    :math:`\Sigma_B = \Lambda`, it is :math:`\operatorname{tr}\,E(E+\Lambda)^{-1}/r` with E the part of
+    :math:`\Sigma_W` on that span that the directions outside of it do not explain by regression. Everything is
+    a sum of squares of a square root of the scatter, so that nothing is subtracted, neither from 1 nor from the
+    scatter. With fewer than d samples more than classes the regression explains everything and the index is 0.
 
     Args:
         stats: Statistics of the features, with scatter.
@@ -146,21 +206,27 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     Raises:
         ValueError: If the statistics have no scatter.
     """
-    num_present = stats.present.sum()
-    within = stats.scatter / stats.counts.sum()
-    singular, span = singular_vectors(stats.between_root(), full=True)
-    rank = (num_present - 1).clamp(max=len(within))
-    inside = torch.arange(len(within), device=within.device) < rank
-    outside = inside.logical_not()
-    finite = within.isfinite().all()
-    rotated = span @ torch.where(finite, within, 0) @ span.T
-    outer = torch.where(outside.unsqueeze(1) & outside, rotated, 0)
-    cross = torch.where(inside.unsqueeze(1) & outside, rotated, 0)
-    unexplained = rotated - cross @ torch.linalg.pinv(outer, hermitian=True) @ cross.T
-    unexplained = torch.where(inside.unsqueeze(1) & inside, unexplained, 0)
-    between = torch.cat([singular.square(), singular.new_zeros(len(within) - len(singular))])
-    total = unexplained + torch.where(inside, between, 1).diag()
-    scale = total.diagonal().sqrt()
-    scale = scale.unsqueeze(1) * scale
-    share = torch.linalg.solve_ex(total / scale, unexplained / scale).result.diagonal().sum() / rank
+    root, num_present = stats.root, stats.present.sum()
+    singular, _, counts, _ = _between_directions(stats, "class", "uniform")
+    _, span = singular_vectors(stats.between_root(), full=True)
+    inside = torch.nn.functional.pad(counts, (0, len(span) - len(counts)))
+    finite = root.isfinite().all() & singular.isfinite().all()
+    rotated = torch.where(finite, root, 0) @ span.T / stats.counts.sum().sqrt()
+    unit = power_of_two(rotated)
+    explaining = torch.where(inside, 0, rotated / unit)
+    left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
+    # Directions in which only rounding spreads explain nothing, that of the directions themselves included.
+    rounding = stats.noise_along(right @ span) / unit
+    tilt = 8 * torch.finfo(sizes.dtype).eps * len(sizes) * torch.linalg.matrix_norm(rotated / unit)
+    left = left * (sizes > torch.maximum(rounding, tilt))
+    rest = torch.where(inside, rotated / unit, 0)
+    for _ in range(2):  # What the first projection leaves by rounding goes in the second.
+        rest = rest - left @ (left.T @ rest)
+    # Whitened by the means: the eigenvalues of E / (E + Lambda) are those of x^2 / (1 + x^2).
+    scale = torch.where(counts, singular / unit, 1)
+    whitened = rest / torch.nn.functional.pad(scale, (0, len(span) - len(scale)), value=1.0)
+    ratios = torch.linalg.svdvals(whitened)
+    share = (1 / (1 + ratios.square().reciprocal())).sum() / counts.sum()
+    coincide = stats.norms.sum() / stats.norms.sum()  # 1, or nan where nothing spreads either.
+    share = torch.where(counts.any(), share, coincide)
     return torch.where((num_present >= 2) & finite, share.clamp(0, 1), torch.nan)

@@ -74,6 +74,7 @@ def _worst(alignment: Tensor, present: Tensor) -> Tensor:
 MEASURES: dict[str, Measure] = {
     "nc0": Measure(lambda r: F.head_sum(r.head), needs_head=True),
     "nc1": Measure(lambda r: F.within_class_variability(r.stats, *r.conventions), needs_scatter=True),
+    "nc1_rank": Measure(lambda r: F.between_class_rank(r.stats, *r.conventions), needs_scatter=True),
     "nc1_ratio": Measure(lambda r: F.within_between_ratio(r.stats, *r.conventions)),
     "nc1_cdnv": Measure(lambda r: F.class_distance_normalized_variance(r.stats)),
     "nc1_cdnv_worst": Measure(lambda r: F.class_distance_normalized_variance(r.stats, "max")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -15,7 +14,7 @@ from torchmetrics import Metric
 
 from nclightning import functional as F
 from nclightning.functional import ClassStatistics
-from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.functional.statistics import BetweenWeights, GlobalMean, Moments
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
 from nclightning.sharding import gathered
@@ -67,9 +66,8 @@ class NeuralCollapse(Metric):
 
     counts: Tensor
     means: Tensor
-    within: Tensor
-    lower: Tensor
     num_invalid: Tensor
+    kept: list[Tensor]
 
     def __init__(
         self,
@@ -102,10 +100,11 @@ class NeuralCollapse(Metric):
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
         empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
-        self._states = tuple(name for name, value in vars(empty).items() if value is not None)
-        for name in self._states:
+        states = _split(empty)
+        self._names = tuple(states)
+        for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
-            self.add_state(name, default=getattr(empty, name), dist_reduce_fx=None)
+            self.add_state(name, default=value, dist_reduce_fx=None)
         stand_apart(self, ignore_index, dtype)
 
     def _choose(self, measures: Sequence[str] | None) -> tuple[str, ...]:
@@ -136,17 +135,15 @@ class NeuralCollapse(Metric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        own = self._own()
-        tensors = {name: state for name, state in vars(own).items() if isinstance(state, Tensor)}
-        if own.means.ndim == 2:
-            # The states change in place, and a reset empties their list.
-            return replace(own, kept=list(own.kept), **{name: state.clone() for name, state in tensors.items()})
-        parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(own.means))]
+        if self.means.ndim == 2:
+            return self._own()
+        tensors = {name: getattr(self, name) for name in self._names if name != "kept"}
+        parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(self.means))]
         return reduce(ClassStatistics.merge, parts)
 
     def _own(self) -> ClassStatistics:
-        """Statistics that share the states."""
-        return _unite({name: getattr(self, name) for name in self._states})
+        """Statistics that share the states, which are replaced and never written to."""
+        return _unite({name: getattr(self, name) for name in self._names})
 
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
@@ -156,10 +153,6 @@ class NeuralCollapse(Metric):
             labels: ``(B,)`` int64.
             copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
         """
-        if self.means.is_inference() and not torch.is_inference_mode_enabled():
-            for name in self._states:  # Made by a reset in inference mode, these cannot be changed in place.
-                if isinstance(state := getattr(self, name), Tensor):
-                    setattr(self, name, state.clone())
         self._set(self._own().add_(features, labels, self.ignore_index, copy=copy))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,13 +270,19 @@ class NeuralCollapse(Metric):
         self._set(self._own().fold_())
 
     def _set(self, stats: ClassStatistics) -> None:
-        for name in self._states:
-            setattr(self, name, getattr(stats, name))
+        for name, value in _split(stats).items():
+            setattr(self, name, value)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(_unite({name: incoming_state[name] for name in self._states}).merge(self._own()))
+        self._set(_unite({name: incoming_state[name] for name in self._names}).merge(self._own()))
+
+
+def _split(stats: ClassStatistics) -> dict[str, Any]:
+    moments = {name: value for name, value in stats.folded._asdict().items() if value is not None}
+    return moments | {"num_invalid": stats.num_invalid, "kept": list(stats.kept)}
 
 
 def _unite(states: dict[str, Any]) -> ClassStatistics:
-    return ClassStatistics(**({"lower": None} | states))
+    moments: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
+    return ClassStatistics(Moments(**moments), states["num_invalid"], list(states.get("kept", ())))

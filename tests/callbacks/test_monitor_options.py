@@ -377,7 +377,7 @@ def test_the_path_of_a_batch_makes_no_host_transfer():
     collection = Collection(head, NeuralCollapse(4, 6, head), True, -100)
     with FakeTensorMode():
         for metric in collection._metrics.values():
-            for name in set(metric._states) - {"kept"}:
+            for name in set(metric._names) - {"kept"}:
                 state = getattr(metric, name)
                 setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(40):

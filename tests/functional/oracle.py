@@ -95,6 +95,7 @@ class Oracle:
 MEASURES = {
     "nc0": lambda o: np.linalg.norm(o.weight.sum(0)),
     "nc1": Oracle.nc1,
+    "nc1_rank": lambda o: np.linalg.matrix_rank(o.centred()),
     "nc1_ratio": Oracle.ratio,
     "nc1_cdnv": lambda o: np.mean(o.cdnv_pairs()),
     "nc1_cdnv_worst": lambda o: max(o.cdnv_pairs()),

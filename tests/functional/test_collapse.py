@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from nclightning.functional import (
-    ClassStatistics,
     class_statistics,
     etf_deviation,
     self_duality,
@@ -158,10 +157,3 @@ def test_bad_shapes_are_refused():
         etf_deviation(torch.ones(1, 3))
     with pytest.raises(ValueError, match=r"weight must have shape \(2, 3\)"):
         self_duality(stats, torch.ones(3, 3))
-
-
-def test_nc1_is_not_negative_where_the_scatter_is_by_rounding():
-    means = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
-    scatter = torch.tensor([[-1e-20, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    counts = torch.full((2,), 5.0, dtype=torch.float64)
-    assert float(within_class_variability(ClassStatistics(counts, means, counts, scatter, torch.tensor(0)))) == 0.0

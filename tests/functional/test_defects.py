@@ -160,7 +160,7 @@ def test_every_size_of_tile_and_a_batch_of_one(tile):
     torch.testing.assert_close(one_vs_rest_distance(rows, tile=tile), one_vs_rest_distance(rows), rtol=1e-5, atol=0)
     metric = NeuralCollapse(5, 8)
     metric.update(rows[:1], torch.tensor([2]))
-    assert int(metric.counts.sum()) == 1
+    assert int(metric.statistics.counts.sum()) == 1
 
 
 def test_energies_keep_their_dtype_and_do_not_underflow():

@@ -97,7 +97,7 @@ COLLAPSED = {
     name: 0.0
     for name in ALL
     if name not in ("gnc2_energy", "nc3_cosine", "nc3_cosine_worst", "mse_nc2_nc3", "mse_perpendicular")
-} | {"nc3_cosine": 1.0, "nc3_cosine_worst": 1.0}
+} | {"nc1_rank": 3.0, "nc3_cosine": 1.0, "nc3_cosine_worst": 1.0}
 
 
 @pytest.mark.parametrize("name", sorted(COLLAPSED))

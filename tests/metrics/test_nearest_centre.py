@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nclightning.functional import class_statistics, cosine_margin, ncc_accuracy, ncc_mismatch, nearest_class_centre
+from nclightning.functional import (
+    ClassStatistics,
+    class_statistics,
+    cosine_margin,
+    ncc_accuracy,
+    ncc_mismatch,
+    nearest_class_centre,
+)
 from nclightning.metrics import NearestClassCentre
 
 K, D, N = 4, 6, 40
@@ -111,12 +118,11 @@ def test_plots(head, data):
 
 
 def test_update_makes_no_host_transfer(head, data):
-    metric = NearestClassCentre(class_statistics(*data, K), head)
+    metric = NearestClassCentre(class_statistics(*data, K).fold_(), head)
     with FakeTensorMode():
         fake = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda")  # noqa: E731
-        metric.reference = type(metric.reference)(
-            **{k: fake(v) for k, v in vars(metric.reference.fold_()).items() if k != "kept"}
-        )
+        moments = metric.reference.folded
+        metric.reference = ClassStatistics(type(moments)(*map(fake, moments)), fake(metric.reference.num_invalid))
         for name in ("samples", "ncc_right", "right", "mismatched", "margin", "num_invalid"):
             setattr(metric, name, fake(getattr(metric, name)))
         metric._head = (SimpleNamespace(weight=fake(head.weight), bias=fake(head.bias)),)

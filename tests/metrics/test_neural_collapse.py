@@ -79,7 +79,7 @@ def test_ranks_merge_exactly(head, data):
         metric.update(h, y)
         metric._fold()
     gathered = NeuralCollapse(K, D, head)
-    for name in ("counts", "means", "within", "lower", "num_invalid"):
+    for name in set(gathered._names) - {"kept"}:
         setattr(gathered, name, torch.stack([getattr(m, name) for m in ranks]))
     gathered._update_count = 1
     assert_same(gathered.compute(), expected(*data, head))
@@ -121,7 +121,7 @@ def test_without_a_head_there_is_nc1_only(data):
 def test_states_are_float64_whatever_the_trainer_does(head, data):
     metric = NeuralCollapse(K, D, head).float().half().double()
     metric.update(data[0].half(), data[1])
-    assert metric.lower.dtype == torch.float64
+    assert metric.statistics.root.dtype == torch.float64
     assert all(v.dtype == torch.float64 for v in metric.compute().values())
 
 
@@ -162,7 +162,7 @@ def test_update_and_read_make_no_host_transfer():
     metric = NeuralCollapse(K, D, torch.ones(K, D), measures=("all",))
     with FakeTensorMode():
         metric._head = (torch.empty(K, D, device="cuda"),)
-        for name in ("counts", "means", "within", "lower", "num_invalid"):
+        for name in set(metric._names) - {"kept"}:
             state = getattr(metric, name)
             setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(2):
@@ -263,7 +263,7 @@ def test_a_reset_in_inference_mode_does_not_block_later_updates(head, data):
         metric.reset()
         metric.update(*data)
     metric.update(*data)
-    assert float(metric.counts.sum()) == 2 * len(data[1])
+    assert float(metric.statistics.counts.sum()) == 2 * len(data[1])
 
 
 def test_a_clone_follows_the_head_of_the_original(generator):

@@ -93,6 +93,6 @@ def test_split_over_batches_and_ranks(case, cuts, num_ranks):
     gathered = NeuralCollapse(head.out_features, head.in_features, head, ("all",))
     for metric in ranks:
         metric._fold()
-    for name in set(gathered._states) - {"kept"}:
+    for name in set(gathered._names) - {"kept"}:
         setattr(gathered, name, torch.stack([getattr(metric, name) for metric in ranks]))
     assert close({name: float(v) for name, v in gathered.read(gathered.statistics).items()}, expected)
