@@ -65,13 +65,14 @@ def isometry(direction: Tensor) -> Tensor:
         M ``(K, d)`` with :math:`\mathbf 1^\top M = 0` and M M^T = P (d >= K - 1) or M^T M = I (d < K - 1). It is nan
         where ``direction`` is not finite, as in a run that diverged.
     """
-    basis, finite = _centred_basis(len(direction), direction), torch.isfinite(direction).all()
-    left, _, right = torch.linalg.svd(basis.T @ torch.where(finite, direction, 0), full_matrices=False)
-    return torch.where(finite, basis @ (left @ right), torch.nan)
+    finite = torch.isfinite(direction).all()
+    left, _, right = torch.linalg.svd(_reflect(torch.where(finite, direction, 0))[1:], full_matrices=False)
+    inside = left @ right
+    return torch.where(finite, _reflect(torch.cat([torch.zeros_like(inside[:1]), inside])), torch.nan)
 
 
-def _centred_basis(num_classes: int, like: Tensor) -> Tensor:
-    """Orthonormal columns ``(K, K - 1)`` that span the complement of the ones vector (Helmert's matrix)."""
-    i = torch.arange(num_classes, dtype=like.dtype, device=like.device).unsqueeze(1)
-    j = torch.arange(1, num_classes, dtype=like.dtype, device=like.device).unsqueeze(0)
-    return ((i < j).to(like.dtype) - j * (i == j)) / (j * (j + 1)).sqrt()
+def _reflect(rows: Tensor) -> Tensor:
+    """Reflect ``(K, d)`` along the classes so that the ones vector becomes the first axis, and back."""
+    axis = rows.new_full((len(rows), 1), len(rows) ** -0.5)
+    axis[0] += 1
+    return rows - axis @ (axis.T @ rows) * (2 / axis.square().sum())
