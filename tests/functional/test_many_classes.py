@@ -6,29 +6,10 @@ from types import SimpleNamespace
 import mpmath
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from nclightning import functional as F
 from nclightning.theory import UFMProblem
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [
-            leaf.untyped_storage().nbytes() // leaf.element_size()
-            for leaf in tree_leaves(result)
-            if isinstance(leaf, torch.Tensor)
-        ]
-        self.elements = max([self.elements, *sizes])
-        return result
+from tests.helpers import Largest
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
