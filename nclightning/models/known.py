@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nclightning.models.backbones import FeatureTable
 from nclightning.objective import Objective
+from nclightning.sharding import is_sharded
 
 if TYPE_CHECKING:
     from nclightning.models.classifier import RegularizedClassifier
@@ -69,8 +70,9 @@ def _check_objective(module: RegularizedClassifier) -> None:
         raise ValueError(f"lambda_b must be 0, got {objective.lambda_b}: no closed form has a bias penalty.")
     for method in _METHODS:
         definer = next(base for base in type(module).__mro__ if method in vars(base))
-        # A trainer of several processes, and torch.compile, put a forward into the module that F does not call.
-        patched = method in vars(module) and method != "forward"
+        # Sharding wraps methods of the instance. A trainer of several processes, and torch.compile, put a forward there
+        # that F does not call.
+        patched = method in vars(module) and method != "forward" and not is_sharded(module)
         if patched or not definer.__module__.startswith(_PACKAGE + "."):
             raise ValueError(
                 f"{method} of {name} is not that of {_PACKAGE}, so that the minimum of what it trains is not known: "

@@ -66,13 +66,15 @@ def isometry(direction: Tensor) -> Tensor:
         where ``direction`` is not finite, as in a run that diverged.
     """
     finite = torch.isfinite(direction).all()
-    left, _, right = torch.linalg.svd(_reflect(torch.where(finite, direction, 0))[1:], full_matrices=False)
+    rows = _reflect(torch.where(finite, direction, 0)).narrow(0, 1, len(direction) - 1)
+    left, _, right = torch.linalg.svd(rows, full_matrices=False)
     inside = left @ right
-    return torch.where(finite, _reflect(torch.cat([torch.zeros_like(inside[:1]), inside])), torch.nan)
+    return torch.where(finite, _reflect(torch.cat([inside.new_zeros(1, inside.shape[1]), inside])), torch.nan)
 
 
 def _reflect(rows: Tensor) -> Tensor:
     """Reflect ``(K, d)`` along the classes so that the ones vector becomes the first axis, and back."""
-    axis = rows.new_full((len(rows), 1), len(rows) ** -0.5)
-    axis[0] += 1
-    return rows - axis @ (axis.T @ rows) * (2 / axis.square().sum())
+    first = torch.arange(len(rows), device=rows.device).unsqueeze(1) == 0
+    axis = first.to(rows) + len(rows) ** -0.5
+    reflected: Tensor = rows - axis @ (axis.T @ rows) * (2 / axis.square().sum())
+    return reflected
