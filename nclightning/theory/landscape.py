@@ -104,7 +104,7 @@ class UFMLandscape(UFMConstants):
         distance follow from the spectrum. The rates of NC1-NC3 are **heuristic**: the least sum of the eigenvalues of
         modes whose product a quantity contains, for a generic start, found from symmetries and checked in descents in
         33 digits, not proven. It is the exponent in the limit. A faster product of larger amplitude can hide it until
-        round-off: in float64 for MSE in about a quarter of cases, seldom for CE; no run was seen to be slower.
+        round-off: in float64 for MSE in a quarter to a third of the cases tried, seldom for CE.
         They are ``nan`` where the metric is not defined (an optimum at zero; NC1 with ``n = 1``) or tends to another
         value than zero (NC2 and NC3 with ``d < K - 1``).
 
