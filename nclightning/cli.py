@@ -25,11 +25,11 @@ from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.figures import draw_convergence, read_readings, summarize
-from nclightning.figures.runs import ufm_problem
 from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.summaries import hyperparameters, record_summary
+from nclightning.theory import UFMProblem
 
 __all__ = ["main"]
 
@@ -311,6 +311,17 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
     return None
 
 
+def _predicted(model: L.LightningModule) -> UFMProblem | None:
+    """Find the problem whose rates are predicted; None where another one was trained."""
+    if not getattr(model, "features_are_free", False):
+        return None
+    try:
+        problem: UFMProblem = model.problem  # type: ignore[assignment]
+    except ValueError:
+        return None
+    return problem
+
+
 def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
     folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
@@ -320,7 +331,7 @@ def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
     values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
     record_summary(folder, summary, values, picture, trainer.state.finished)
     console = Console()
-    console.print(rates_table(summary, problem=ufm_problem(trainer.lightning_module.hparams)))
+    console.print(rates_table(summary, problem=_predicted(trainer.lightning_module)))
     shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
     console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
     command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"

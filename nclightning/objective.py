@@ -132,6 +132,30 @@ class Objective:
         """
         return losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
 
+    def add_penalty_gradient_(self, gradient: Tensor, weight: Tensor) -> Tensor:
+        """Add the gradient of the head's penalty, in place.
+
+        Args:
+            gradient: ``(K, d)``, overwritten.
+            weight: Head ``(K, d)``.
+
+        Returns:
+            ``gradient``.
+        """
+        return gradient.add_(weight, alpha=self.lambda_w)
+
+    def penalty_gradient(self, features: Tensor, out: Tensor) -> Tensor:
+        """Compute the gradient of the penalty on all features.
+
+        Args:
+            features: ``(B, d)``.
+            out: Takes the gradient.
+
+        Returns:
+            ``out``.
+        """
+        return torch.mul(features, self.lambda_h, out=out)
+
     def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         # scatter and gather raise on a label outside 0..K-1; torch's own losses would skip -100 without a word.
         index = labels.unsqueeze(1)

@@ -1,6 +1,8 @@
 """What several tests need."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nclightning.objective import Objective
 from nclightning.theory import Solution
@@ -63,3 +65,21 @@ def norm(point):
 
 def _free(point):
     return point.weight, point.features, point.bias
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [
+            leaf.untyped_storage().nbytes() // leaf.element_size()
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        self.elements = max([self.elements, *sizes])
+        return result

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -276,7 +277,7 @@ def run_in_background(*args):
     )
 
 
-def wait_for(path, process, seconds=120):
+def wait_for(path, process, seconds=600):
     for _ in range(seconds * 50):
         if path.exists():
             return
@@ -285,18 +286,34 @@ def wait_for(path, process, seconds=120):
     raise AssertionError(f"{path} did not appear")
 
 
+class KillAt(L.Callback):
+    """Ends its own process as a kill from outside would, at a stated point of the run."""
+
+    def __init__(self, iteration: int, saving: bool = False) -> None:
+        self.iteration, self.saving = iteration, saving
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        if iteration == self.iteration and not self.saving:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.global_step == self.iteration and self.saving:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit():
-    """SIGKILL at a moment of its own: some time after the first checkpoint appeared."""
+@pytest.mark.parametrize(("iteration", "saving"), [(501, False), (1237, False), (1000, True)], ids=str)
+def test_a_killed_run_resumes_bit_for_bit(iteration, saving):
+    """SIGKILL among the iterations after a checkpoint, and while a later one is being made."""
     options = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "2000"]
     fit(*options)
     whole = RUN
     killed = Path("lightning_logs/version_1")
-    with run_in_background(*options) as process:
-        wait_for(killed / "checkpoints" / "last.ckpt", process)
-        time.sleep(0.3 * torch.rand(()).item())
-        process.send_signal(signal.SIGKILL)
-    assert checkpoint(killed)["global_step"] < 2000
+    kill = ["--trainer.callbacks+", f"{__name__}.KillAt", "--trainer.callbacks.iteration", str(iteration)]
+    with run_in_background(*options, *kill, "--trainer.callbacks.saving", str(saving).lower()) as process:
+        output = process.communicate()[0].decode()
+    assert process.returncode == -signal.SIGKILL, output
+    assert 0 < checkpoint(killed)["global_step"] <= iteration
     fit(*options, "--ckpt_path", str(killed / "checkpoints" / "last.ckpt"))
     assert (killed / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
     one, other = checkpoint(whole), checkpoint(killed)
@@ -315,7 +332,7 @@ def test_ctrl_c_keeps_everything():
     with run_in_background("--lambda", "5e-5", "--optimality.stop_distance", "null") as process:
         wait_for(RUN / "checkpoints" / "last.ckpt", process)
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0].decode()
+        output = process.communicate(timeout=600)[0].decode()
     assert "Traceback" not in output
     assert f"tensorboard --logdir {RUN}" in output
     reached = checkpoint()["global_step"]

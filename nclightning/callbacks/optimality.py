@@ -8,16 +8,23 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
-from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.features import find_head, pair_rows
-from nclightning.functional import class_statistics, distance_to_collapse
+from nclightning.callbacks.problem import (
+    check_balance,
+    check_data_set,
+    check_features,
+    check_optimizer,
+    check_value,
+    gap_and_distance,
+)
+from nclightning.features import find_head, pair_rows, split_batch
+from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
-from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
+from nclightning.metrics.optimality import check_counts, check_linear
+from nclightning.ranks import count_over_ranks
 from nclightning.sharding import whole_linear
 from nclightning.theory import UFMProblem
 
@@ -25,8 +32,8 @@ __all__ = ["OptimalityMonitor"]
 
 # Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
 _LEAST_READINGS = 20
-# Elements of the features whose logits are formed at a time.
-_ELEMENTS_AT_A_TIME = 2**17
+# What is logged with fitted penalties.
+_FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
 
 
 class OptimalityMonitor(ReadingsMonitor):
@@ -56,7 +63,8 @@ class OptimalityMonitor(ReadingsMonitor):
     ``optimality/relative_distance``, that divided by the norm of the optimum. Without penalties given, those are
     taken at which the scales of the nearest collapsed configuration
     (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones, and logged as ``optimality/lambda_w``
-    and ``optimality/lambda_h``.
+    and ``optimality/lambda_h``. All are ``nan`` at scales that no penalties make optimal: zero, as far from collapse,
+    and for MSE logits that are too large.
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
@@ -74,7 +82,8 @@ class OptimalityMonitor(ReadingsMonitor):
         batch_fn: Splits their batches into input and labels; None takes pairs and mappings.
 
     Raises:
-        ValueError: If an argument is out of range, the module has no objective, or the theory does not cover it.
+        ValueError: If an argument is out of range, or at the start of a fit if the theory does not cover what the
+            module trains; at the latest with its first batch, before anything is logged.
     """
 
     log10_tags = frozenset(
@@ -99,6 +108,9 @@ class OptimalityMonitor(ReadingsMonitor):
             raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
             raise ValueError("stop_at_floor=True needs theory=True: without it no distance is read.")
+        for name, value in (("lambda_w", lambda_w), ("lambda_h", lambda_h)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be None or positive and finite, got {value!r}: the optimum needs both.")
         if loss not in (None, "mse", "ce") or (lambda_w is None) != (lambda_h is None) or every_n_epochs < 1:
             raise ValueError(
                 "loss must be 'mse' or 'ce', lambda_w and lambda_h come both or not at all, and every_n_epochs must be "
@@ -115,10 +127,19 @@ class OptimalityMonitor(ReadingsMonitor):
         self._problem: UFMProblem | None = None
         self._mu: float | None = None
         self._decay = 1.0
+        self._is_checked = False  # Whether what is trained has been compared with the problem.
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a full-batch fit whose optimum is not known, before anything is written."""
+        if stage == "fit" and full_batch(pl_module):
+            self.find_problem(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others, and refuse what can be read in neither way."""
         self._attachment.forget()
+        self._is_checked = False
+        if self.theory and full_batch(pl_module):
+            check_optimizer(pl_module)
         if full_batch(pl_module) or self.loss is None:
             super().on_fit_start(trainer, pl_module)
         self._attachment.check(trainer)
@@ -126,24 +147,35 @@ class OptimalityMonitor(ReadingsMonitor):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Read the first iterate of a full-batch run."""
+        """Read the first iterate of a full-batch run; of other modules, check what their first batch shows."""
         if full_batch(pl_module):
             if trainer.global_step == 0:
                 self._decay = 1.0
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        elif not self._is_checked:
+            self._check_first_batch(trainer, pl_module, batch)
+            self._is_checked = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sweep the training set of a module that is not full-batch."""
         if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             pl_module.log_dict(self._sweep(trainer, pl_module), sync_dist=True)
 
+    def _check_first_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Refuse a head, penalties or labels that have no known optimum."""
+        loader = _only_loader(trainer)
+        inputs, _ = self._attachment.split(batch)
+        with trainer.precision_plugin.forward_context():
+            head = self._attachment.head_of(pl_module, inputs)
+        assert self.loss is not None
+        check_linear(self.loss, head)
+        if self.penalties is not None:
+            UFMProblem(self.loss, head.out_features, 1, head.in_features, *self.penalties)
+        if self._attachment.split is split_batch and not trainer.overfit_batches:  # type: ignore[attr-defined]
+            check_data_set(loader, head.out_features)
+
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        (_, loader), *others = name_loaders(trainer.train_dataloader)
-        if others:
-            raise ValueError(
-                f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make "
-                "them one with torch.utils.data.ConcatDataset."
-            )
+        loader = _only_loader(trainer)
 
         def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
             metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
@@ -162,10 +194,14 @@ class OptimalityMonitor(ReadingsMonitor):
 
         stats, head = run(light).gathered(), self._attachment.whole_head_of(pl_module)
         assert self.loss is not None
+        check_counts(stats.counts, int(stats.counts.max()))
         sizes = self.loss, head.out_features, int(stats.counts.max()), head.in_features
         if self.penalties is None:
             fitted = distance_to_collapse(stats, head.weight)
-            problem = UFMProblem.at_scale(*sizes, float(fitted.head_scale), float(fitted.feature_scale))
+            scales = float(fitted.head_scale), float(fitted.feature_scale)
+            if not min(scales) > 0 or (self.loss == "mse" and scales[0] * scales[1] >= 1):
+                return {f"optimality/{name}": stats.spreads.new_tensor(math.nan) for name in _FITTED}
+            problem = UFMProblem.at_scale(*sizes, *scales)
         else:
             problem = UFMProblem(*sizes, *self.penalties)
         values = {f"optimality/{name}": v for name, v in run(lambda: Optimality(problem, head)).compute().items()}
@@ -177,8 +213,10 @@ class OptimalityMonitor(ReadingsMonitor):
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the problem and check that the labels are balanced."""
         self._problem = self.find_problem(pl_module)
+        self._is_checked = False
         if self._problem is not None:
-            _check_balance(self._problem, batch[1])
+            check_balance(self._problem, batch[1])
+            check_features(pl_module, batch[0])
         self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
@@ -191,7 +229,7 @@ class OptimalityMonitor(ReadingsMonitor):
             Whether its parameters are those of the unconstrained feature model and its steps are known.
         """
         problem = self.find_problem(pl_module)
-        if problem is None or _step_taken(pl_module) is None:
+        if problem is None or _step_taken(pl_module) is None or not getattr(pl_module, "features_are_free", False):
             return False
         free = full_batch_method(pl_module, "count_free_parameters")()
         return bool(free == sum(entry.multiplicity for entry in problem.spectrum()))
@@ -230,7 +268,10 @@ class OptimalityMonitor(ReadingsMonitor):
         if self._problem is not None:
             features = full_batch_method(pl_module, "features_of")(batch[0])
             head = whole_linear(find_head(pl_module))
-            gap, distance = _gap_and_distance(self._problem, head, features, batch[1])
+            gap, distance = gap_and_distance(self._problem, head, features, batch[1])
+            if not self._is_checked:
+                check_value(self._problem, value, gap, head.weight.dtype)
+                self._is_checked = True
             readings |= {"optimality/gap": gap, "optimality/distance": distance}
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
@@ -292,7 +333,9 @@ class OptimalityMonitor(ReadingsMonitor):
             return
         if count_over_ranks(len(batch[1]), batch[1].device) != getattr(pl_module, "num_samples", None):
             return  # A part of the data has no optimality gap.
-        self._problem, self._mu = self.find_problem(pl_module), None
+        self._problem, self._mu, self._is_checked = self.find_problem(pl_module), None, False
+        if self._problem is not None:
+            check_balance(self._problem, batch[1])
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         # As tensors: of plain numbers Lightning makes float32.
@@ -302,43 +345,14 @@ class OptimalityMonitor(ReadingsMonitor):
         pl_module.log_dict(own, sync_dist=True, batch_size=1)
 
 
-def _check_balance(problem: UFMProblem, labels: Tensor) -> None:
-    """Raise unless the labels of all processes are balanced."""
-    if world_size() == 1:
-        problem.check_labels(labels)
-        return
-    invalid = ((labels < 0) | (labels >= problem.num_classes)).sum()
-    counts = torch.bincount(labels.clamp(0, problem.num_classes - 1), minlength=problem.num_classes)
-    if int(sum_over_ranks(invalid)) or bool((sum_over_ranks(counts) != problem.samples_per_class).any()):
+def _only_loader(trainer: L.Trainer) -> Any:
+    (_, loader), *others = name_loaders(trainer.train_dataloader)
+    if others:
         raise ValueError(
-            f"the labels of all processes together must hold each of the classes 0..{problem.num_classes - 1} exactly "
-            f"{problem.samples_per_class} times: the closed forms are those of balanced data."
+            f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make them "
+            "one with torch.utils.data.ConcatDataset."
         )
-    if problem.rank < problem.num_classes - 1:
-        raise ValueError(
-            f"gap and distance of features shared by processes need feature_dim of at least {problem.num_classes - 1}, "
-            f"got {problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
-        )
-
-
-def _gap_and_distance(problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Read both off the class means and spreads of all processes, a part of the features at a time."""
-    if problem.collapses and problem.rank < problem.num_classes - 1:
-        point = (head.weight, features, labels, head.bias)
-        return problem.optimality_gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
-    stats = merge_over_ranks(class_statistics(features, labels, problem.num_classes, scatter=False))
-    rows = max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
-    weight, bias = head.weight.double(), None if head.bias is None else head.bias.double()
-    divergence = torch.stack(
-        [
-            problem.divergence(linear(part.double(), weight, bias), own).sum()
-            for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
-        ]
-    ).sum()
-    mean_divergence = sum_over_ranks(divergence) / problem.num_samples
-    spread = stats.spreads.sum()
-    gap = problem.gap_from_moments(weight, stats.means, spread, mean_divergence)
-    return gap, problem.distance_from_moments(weight, stats.means, spread, bias)
+    return loader
 
 
 def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:

@@ -36,7 +36,7 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
     weight, present = _fit(stats, weight), stats.present.unsqueeze(1)
     if centred:
         weight = weight - (weight * present).sum(dim=0) / stats.present.sum()
-    return deviation_from_etf(weight @ stats.centred_means.T * present, stats.present)
+    return deviation_from_etf(weight * present, stats.centred_means, stats.present)
 
 
 def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = True) -> Tensor:

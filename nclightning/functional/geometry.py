@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from nclightning.functional.linear import apart, cosines
 
 __all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
+
+# Elements of the rows that are taken to float64 at a time.
+_ELEMENTS_AT_A_TIME = 2**22
 
 
 def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
@@ -63,9 +67,7 @@ def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None 
     rows = weight * present.unsqueeze(1)
     if centred:
         rows = (rows - rows.sum(dim=0) / present.sum()) * present.unsqueeze(1)
-    # Half precision overflows in the Gram matrix, and a scale drops out of the measure.
-    rows = rows / rows.abs().amax()
-    return deviation_from_etf(rows @ rows.T, present)
+    return deviation_from_etf(rows, rows, present)
 
 
 def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tensor:
@@ -143,10 +145,60 @@ def check_rows(name: str, rows: Tensor, present: Tensor | None = None) -> Tensor
     return present
 
 
-def deviation_from_etf(gram: Tensor, present: Tensor) -> Tensor:
-    """Frobenius distance of a normalised Gram matrix to that of the ETF over the classes present."""
+def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
+    r"""Frobenius distance of normalised inner products to the Gram matrix E of an ETF over the classes present.
+
+    With more than d + 1 classes the ``K x K`` matrix :math:`A = \mathrm{left}\,\mathrm{right}^\top` is not formed:
+    both it and E have norm 1, so that the square of the distance is :math:`2 - 2\langle A, E\rangle/\|A\|`, with the
+    product from sums of rows and the norm from ``d x d`` Gram matrices. E has rank ``K - 1`` and A at most d, so that
+    the square is at least about ``1/(d + 1)``, and the difference loses no more digits than d has. Up to d + 1 classes
+    it may be 0, and the difference would lose all of them: there the ``K x K`` matrix is no larger than the rows.
+
+    Args:
+        left: Rows ``(K, d)``, zero for absent classes.
+        right: Rows ``(K, d)``.
+        present: Bool ``(K,)``.
+
+    Returns:
+        Scalar in the dtype of the rows.
+    """
+    # Products overflow in half precision and underflow in any, and a scale drops out.
+    left, right = _each(lambda rows: rows / rows.abs().amax(), left, right)
+    if len(left) > left.shape[1] + 1:  # Absent classes would be in the way of telling whether an ETF fits.
+        index = present.nonzero().squeeze(1)
+        if len(index) < len(left):
+            present = present.index_select(0, index)
+            left, right = _each(lambda rows: rows.index_select(0, index), left, right)
+    if len(left) > left.shape[1] + 1:
+        return _deviation_by_sums(left, right)
+    gram = left @ right.T * present.unsqueeze(1)
     mask = present.to(gram)
     count = mask.sum()
     target = (torch.diag(mask) - torch.outer(mask, mask) / count) / (count - 1).sqrt()
     deviation: Tensor = torch.linalg.matrix_norm(gram / torch.linalg.matrix_norm(gram) - target)
     return torch.where(count >= 2, deviation, math.nan)
+
+
+def _each(change: Callable[[Tensor], Tensor], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Change both, once if they are the same."""
+    changed = change(left)
+    return changed, changed if left is right else change(right)
+
+
+def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
+    """Evaluate the distance to an ETF in float64 from what is no larger than ``d x d``, some rows at a time."""
+    count, dim = left.shape
+    wide = torch.promote_types(left.dtype, torch.float64)
+    grams = left.new_zeros(2, dim, dim, dtype=wide)
+    sums, diagonal = left.new_zeros(2, dim, dtype=wide), left.new_zeros((), dtype=wide)
+    rows_at_a_time = max(_ELEMENTS_AT_A_TIME // dim, 1)
+    for pair in zip(torch.split(left, rows_at_a_time), torch.split(right, rows_at_a_time), strict=True):
+        a, b = (part.to(wide) for part in pair)
+        diagonal += torch.dot(a.reshape(-1), b.reshape(-1))
+        for i, part in enumerate((a,) if left is right else (a, b)):
+            grams[i].addmm_(part.T, part)
+            sums[i] += part.sum(dim=0)
+    other = 0 if left is right else 1
+    product = (diagonal - torch.dot(sums[0], sums[other]) / count) / math.sqrt(count - 1)
+    norm = (grams[0] * grams[other]).sum().sqrt()
+    return (2 - 2 * product / norm).clamp(min=0).sqrt().to(left.dtype)

@@ -36,13 +36,8 @@ class Optimality(NeuralCollapse):
     divergence: Tensor
 
     def __init__(self, problem: UFMProblem, head: nn.Linear, **kwargs: Any) -> None:
+        check_linear(problem.loss, head)
         super().__init__(problem.num_classes, problem.feature_dim, head, measures=("nc1_ratio",), **kwargs)
-        if problem.loss == "mse" and head.bias is None:
-            raise ValueError("head must have a bias for loss='mse', whose optimum has the bias 1/K.")
-        if problem.feature_dim < problem.num_classes - 1:
-            raise ValueError(
-                f"feature_dim must be at least num_classes - 1 = {problem.num_classes - 1}, got {problem.feature_dim}."
-            )
         self.problem = problem
         self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
@@ -69,12 +64,7 @@ class Optimality(NeuralCollapse):
             Float64 scalars by name.
         """
         stats = self.checked_statistics()
-        if not bool((stats.counts == self.problem.samples_per_class).all()):
-            raise ValueError(
-                f"every class must come exactly {self.problem.samples_per_class} times, got between "
-                f"{int(stats.counts.min())} and {int(stats.counts.max())}: the closed forms are those of balanced "
-                "data. The measure nc_distance needs no balance."
-            )
+        check_counts(stats.counts, self.problem.samples_per_class)
         return self.read(stats)
 
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
@@ -98,3 +88,47 @@ class Optimality(NeuralCollapse):
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         super()._reduce_states(incoming_state)
         self.divergence = self.divergence + incoming_state["divergence"]
+
+
+def check_linear(loss: str, head: nn.Linear) -> None:
+    """Raise unless the optimum of the unconstrained feature model with a head like this can be measured against.
+
+    Args:
+        loss: ``"mse"`` or ``"ce"``.
+        head: Any layer.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        raise ValueError(
+            f"head must be linear, got a {type(head).__name__} with a forward of its own: no optimum is known for it."
+        )
+    if loss == "mse" and head.bias is None:
+        raise ValueError(
+            "head must have a bias for loss='mse', whose known optimum has the bias 1/K: take nn.Linear(..., "
+            "bias=True), or measure nc_distance, which needs none."
+        )
+    if head.in_features < head.out_features - 1:
+        raise ValueError(
+            f"feature_dim must be at least num_classes - 1 = {head.out_features - 1}, got {head.in_features}: with "
+            "fewer inputs of the head the optimum is not known, or the gap needs all features at once."
+        )
+
+
+def check_counts(counts: Tensor, samples_per_class: int) -> None:
+    """Raise unless classes are balanced.
+
+    Args:
+        counts: Samples of each class, ``(K,)``. Transfers to the host.
+        samples_per_class: n.
+
+    Raises:
+        ValueError: Naming the least and the most.
+    """
+    if not bool((counts == samples_per_class).all()):
+        raise ValueError(
+            f"every class must come exactly {samples_per_class} times, got between {int(counts.min())} and "
+            f"{int(counts.max())}: the closed forms are those of balanced data. The measure nc_distance needs no "
+            "balance."
+        )

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from nclightning.features import capture_features
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
+from nclightning.models.known import check_known, features_are_free
 from nclightning.models.resume import warn_of_optimizer_options
 from nclightning.models.sharded import (
     ShardedLine,
@@ -167,14 +168,13 @@ class RegularizedClassifier(L.LightningModule):
     def problem(self) -> UFMProblem:
         """The unconstrained feature model with this head, objective and number of samples.
 
+        For a network its minimum is a lower bound. A subclass that trains another problem may override this property.
+
         Raises:
-            ValueError: If it has no closed form (a zero penalty; a bias penalty; a penalty on weights; CE with
-                ``d < K - 1``).
+            ValueError: If what is trained is not known to be Problem (2) with a free linear head on balanced data, or
+                has no closed form (a zero penalty; a bias penalty; a penalty on weights; CE with ``d < K - 1``).
         """
-        if self.penalty == "weights":
-            raise ValueError("penalty='weights' has no closed form: set penalty='features', as in Problem (2).")
-        if self.objective.lambda_b:
-            raise ValueError(f"lambda_b must be 0, got {self.objective.lambda_b}: no closed form has a bias penalty.")
+        check_known(self, self._is_unconstrained)
         return UFMProblem(
             self.objective.loss,
             self.head.out_features,
@@ -183,6 +183,11 @@ class RegularizedClassifier(L.LightningModule):
             self.objective.lambda_w,
             self.objective.lambda_h,
         )
+
+    @property
+    def features_are_free(self) -> bool:
+        """Whether the features are parameters that enter the head as they are."""
+        return features_are_free(self)
 
     def configure_model(self) -> None:
         """Share the weights out under ``ModelParallelStrategy``."""
@@ -365,6 +370,7 @@ class RegularizedClassifier(L.LightningModule):
             raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
 
     _problem_hparams: tuple[str, ...] = ()
+    _is_unconstrained = False  # Whether features are free parameters by definition.
 
 
 def _failure(optimizer: Optimizer, value: Any) -> str | None:

@@ -310,15 +310,15 @@ class UFMLine(LineObjective):
         return sum_over_ranks(total) if self._shared else total
 
     def _feature_gradient(self, features: Tensor, residual: Tensor, out: Tensor) -> Tensor:
-        weight, lambda_h = self._head[0].trial, self._objective.lambda_h
-        return torch.mul(features, lambda_h, out=out).addmm_(residual, weight, alpha=1 / self._num_samples)
+        gradient = self._objective.penalty_gradient(features, out)
+        return gradient.addmm_(residual, self._head[0].trial, alpha=1 / self._num_samples)
 
     def _complete_head(self, summand: Tensor) -> Tensor:
         """Complete the gradient of the head; sum it, and a summand, over processes on the way."""
         gradients = [part.trial_gradient for part in self._head]
         if self._shared:
             sum_all_over_ranks([summand, *gradients])
-        gradients[0].add_(self._head[0].trial, alpha=self._objective.lambda_w)
+        self._objective.add_penalty_gradient_(gradients[0], self._head[0].trial)
         self._head_is_known = True
         return summand
 

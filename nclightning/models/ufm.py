@@ -55,6 +55,7 @@ class UFM(RegularizedClassifier):
     """
 
     _problem_hparams = ("num_classes", "samples_per_class", "feature_dim", "loss", "lambda_w", "lambda_h", "dtype")
+    _is_unconstrained = True
 
     def __init__(
         self,

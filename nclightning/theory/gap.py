@@ -52,13 +52,14 @@ def optimality_gap(
 def divergence(problem: UFMProblem, logits: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
     """Bregman divergence of each sample's loss between its logits and the optimal ones, ``(N,)``."""
     K, s = problem.num_classes, problem.logit_scale
-    eye = torch.eye(K, dtype=logits.dtype, device=logits.device)
-    deviation = logits - (s * (eye - 1.0 / K)).index_select(0, labels)
+    index = labels.unsqueeze(1)
+    optimal = torch.full_like(logits, -s / K).scatter_(1, index, s * (1 - 1 / K))
+    deviation = logits - optimal
     if problem.loss == "mse":
         assert bias is not None
         return (deviation + (bias - 1.0 / K)).square().sum(dim=1) / 2
     wrong = min(problem.q, 1.0 / K)  # softmax probability of each wrong class at the optimum
-    probability = (wrong + (1 - K * wrong) * eye).index_select(0, labels)
+    probability = torch.full_like(logits, wrong).scatter_(1, index, wrong + (1 - K * wrong))
     t = deviation - (probability * deviation).sum(dim=1, keepdim=True)
     largest = t.amax(dim=1)
     # Both branches are finite for every finite t: torch.where evaluates both.

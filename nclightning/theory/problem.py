@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["UFMProblem"]
 
+_FREE_BIAS = "the known optimum is that of a head with a free bias, which is 1/K there."
+
 
 @dataclass(frozen=True)
 class UFMProblem(UFMLandscape):
@@ -143,9 +145,11 @@ class UFMProblem(UFMLandscape):
             Non-negative float64 scalar.
 
         Raises:
-            ValueError: If a shape does not fit the problem.
+            ValueError: If a shape does not fit the problem, or MSE comes without a bias.
         """
         self._admit_moments(weight, means, bias)
+        if self.loss == "mse" and bias is None:
+            raise ValueError(f"bias must have shape ({self.num_classes},) for loss='mse', got None: {_FREE_BIAS}")
         return moments.distance(
             self,
             weight.detach().double(),
@@ -246,8 +250,8 @@ class UFMProblem(UFMLandscape):
                 raise ValueError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
         if self.loss == "mse" and (bias is None or tuple(bias.shape) != (K,)):
             raise ValueError(
-                f"bias must have shape ({K},) for loss='mse', whose optimum has the bias 1/K, "
-                f"got {None if bias is None else tuple(bias.shape)}."
+                f"bias must have shape ({K},) for loss='mse', got {None if bias is None else tuple(bias.shape)}: "
+                f"{_FREE_BIAS}"
             )
         if self.loss == "ce" and bias is not None:
             raise ValueError("bias must be None for loss='ce': the closed form is that of a head without a bias.")

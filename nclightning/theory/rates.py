@@ -20,6 +20,9 @@ __all__ = ["DecayRates", "check_step", "decay_factors", "decay_rates", "per_deca
 # Modes whose product a quantity decays with; several where it is not clear which has the larger amplitude.
 _Products = tuple[tuple[float, ...], ...]
 _SCALE = "symmetric, scale"
+# The sector of the mean feature within the range.
+_FEATURES_MSE = "mean of the features with bias"
+_FEATURES_CE, _FEATURES_CE_TWO = "symmetric with mean of the features", "mean of the features, in range"
 
 
 class DecayRates(NamedTuple):
@@ -70,41 +73,56 @@ def check_step(step: float) -> None:
 def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:
     """Candidates for NC1, NC2 and NC3.
 
-    NC1 is quadratic in the deviations within classes along the range of the means. NC2 and NC3 are of first order in
-    the symmetric deviations of the means and in the head's mean within the range, and do not see the overall scale.
-    Where the slow modes of other sectors are slower than half of that, their squares and products lead: measured for
-    the mean of the features with the bias (MSE), and for the head's mean outside the range in NC2.
+    NC2 and NC3 are of first order in the symmetric deviations of the means and in the mean row of the head within the
+    range, and do not see the overall scale. With three classes or more the product of two deviations of the mean
+    feature (MSE) drives a symmetric one. Outside the range, the mean row of the head is seen squared by NC2, and by
+    both through the class means that tilt towards it. Under cross-entropy those are never the slowest: the mean row
+    decays with ``lambda_w`` within the range as well.
     """
     if not problem.collapses or problem.rank < problem.num_classes - 1:
         within = _within(problem) if problem.collapses else ()
         return within, (), ()
-    K, lw, lh = problem.num_classes, problem.lambda_w, problem.lambda_h
     least = _least(problem)
-    second: list[tuple[float, ...]] = [(least["mean of the head, in range"],)]
-    if K > 2:
-        second += [(value,) for sector, value in least.items() if sector.startswith("symmetric") and sector != _SCALE]
-    third = list(second)
-    if problem.loss == "mse":
-        if K > 2:
-            slow = least["mean of the features with bias"]
-            second, third = [*second, (slow, slow)], [*third, (slow, slow)]
-        if problem.feature_dim > problem.rank:
-            second.append((lw, lw))
-            if K == 2:
-                third.append((lw, lw, lh))
-    return _within(problem), tuple(second), tuple(third)
+    first: list[tuple[float, ...]] = [(least["mean of the head, in range"],)]
+    if problem.num_classes > 2:
+        first += [(value,) for sector, value in least.items() if sector.startswith("symmetric") and sector != _SCALE]
+    if problem.loss == "ce":
+        return _within(problem), tuple(first), tuple(first)
+    # The mean feature times itself; with two classes, where that is symmetric in nothing, times the mean bias.
+    first.append((least[_FEATURES_MSE], least[_FEATURES_MSE] if problem.num_classes > 2 else least["bias"]))
+    if problem.feature_dim == problem.rank:
+        return _within(problem), tuple(first), tuple(first)
+    third = (*first, *((problem.lambda_w, *tilt) for tilt in _tilts(problem)))
+    return _within(problem), (*third, (problem.lambda_w,) * 2), third
 
 
 def _within(problem: UFMConstants) -> _Products:
+    """Candidates for NC1: it is quadratic in the deviations within classes along the range of the class means.
+
+    Deviations orthogonal to the range decay with ``lambda_h``, the slowest of all, and are seen as far as the range
+    tilts towards them.
+    """
     if problem.samples_per_class == 1:
         return ()
-    least = _least(problem)
-    slowest = min(v for sector, v in least.items() if sector.startswith("within-class, in range"))
-    products: _Products = ((slowest, slowest),)
-    if problem.loss == "mse" and problem.num_classes > 2 and problem.feature_dim > problem.rank:
-        tilted = (problem.lambda_h, problem.lambda_h, least["mean of the features with bias"])
-        products = (*products, tilted + tilted)
-    return products
+    in_range = min(v for sector, v in _least(problem).items() if sector.startswith("within-class, in range"))
+    seen: _Products = ((in_range,),)
+    if problem.feature_dim > problem.rank:
+        seen = (*seen, *((problem.lambda_h, *tilt) for tilt in _tilts(problem)))
+    return tuple(modes + modes for modes in seen)
+
+
+def _tilts(problem: UFMConstants) -> _Products:
+    """What tilts the range of the class means against that of the head.
+
+    Of first order, the mode that turns one against the other. Of second order, the mean feature outside the range
+    times a deviation of the residual's mean, which the gradient of the head multiplies; and for MSE the mean row of
+    the head outside the range times that within, which the gradient of the features multiplies.
+    """
+    least, lw, lh = _least(problem), problem.lambda_w, problem.lambda_h
+    products: _Products = ((least["means, orthogonal"],),)
+    if problem.loss == "mse":
+        return (*products, (lh, least[_FEATURES_MSE]), (lw, least["mean of the head, in range"]))
+    return (*products, (lh, least[_FEATURES_CE_TWO if problem.num_classes == 2 else _FEATURES_CE]))
 
 
 def _least(problem: UFMConstants) -> dict[str, float]:

@@ -65,13 +65,16 @@ def isometry(direction: Tensor) -> Tensor:
         M ``(K, d)`` with :math:`\mathbf 1^\top M = 0` and M M^T = P (d >= K - 1) or M^T M = I (d < K - 1). It is nan
         where ``direction`` is not finite, as in a run that diverged.
     """
-    basis, finite = _centred_basis(len(direction), direction), torch.isfinite(direction).all()
-    left, _, right = torch.linalg.svd(basis.T @ torch.where(finite, direction, 0), full_matrices=False)
-    return torch.where(finite, basis @ (left @ right), torch.nan)
+    finite = torch.isfinite(direction).all()
+    rows = _reflect(torch.where(finite, direction, 0)).narrow(0, 1, len(direction) - 1)
+    left, _, right = torch.linalg.svd(rows, full_matrices=False)
+    inside = left @ right
+    return torch.where(finite, _reflect(torch.cat([inside.new_zeros(1, inside.shape[1]), inside])), torch.nan)
 
 
-def _centred_basis(num_classes: int, like: Tensor) -> Tensor:
-    """Orthonormal columns ``(K, K - 1)`` that span the complement of the ones vector (Helmert's matrix)."""
-    i = torch.arange(num_classes, dtype=like.dtype, device=like.device).unsqueeze(1)
-    j = torch.arange(1, num_classes, dtype=like.dtype, device=like.device).unsqueeze(0)
-    return ((i < j).to(like.dtype) - j * (i == j)) / (j * (j + 1)).sqrt()
+def _reflect(rows: Tensor) -> Tensor:
+    """Reflect ``(K, d)`` along the classes so that the ones vector becomes the first axis, and back."""
+    first = torch.arange(len(rows), device=rows.device).unsqueeze(1) == 0
+    axis = first.to(rows) + len(rows) ** -0.5
+    reflected: Tensor = rows - axis @ (axis.T @ rows) * (2 / axis.square().sum())
+    return reflected

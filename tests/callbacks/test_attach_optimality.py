@@ -1,8 +1,11 @@
 """OptimalityMonitor on modules that know nothing of it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import OptimalityMonitor
 from nclightning.functional import class_statistics, distance_to_collapse
@@ -60,10 +63,74 @@ def test_with_the_penalties_fitted_to_the_scales(tmp_path, samples):
     assert problem.feature_scale == pytest.approx(float(fitted.feature_scale), rel=1e-5)
 
 
-def test_unbalanced_data_are_refused(tmp_path, samples):
-    data = samples[0], torch.where(samples[1] == 2, 0, samples[1])
-    with pytest.raises(ValueError, match="every class must come exactly 32 times, got between 0 and 32"):
-        fit(tmp_path, [OptimalityMonitor(loss="ce", lambda_w=1e-2, lambda_h=1e-3)], loader(data))
+class Watched(Net):
+    """Counts its training steps: a refusal must come before the first."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+class WithTargets(torch.utils.data.Dataset):
+    """Shows its labels as torchvision's data sets do."""
+
+    def __init__(self, samples, **options):
+        self.inputs, self.targets = samples[0], samples[1].tolist()
+        vars(self).update(options)
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        transform = getattr(self, "target_transform", None) or int
+        return self.inputs[index], transform(self.targets[index])
+
+
+def unbalanced(labels):
+    return torch.where(labels == 2, 0, labels)
+
+
+KINDS = {
+    "tensors": (lambda x, y: TensorDataset(x, unbalanced(y)), 0),
+    "targets": (lambda x, y: WithTargets((x, unbalanced(y))), 0),
+    # Seen in the sweep only.
+    "subset": (lambda x, y: Subset(TensorDataset(x, unbalanced(y)), range(len(y))), 6),
+    "transform": (lambda x, y: WithTargets((x, y), target_transform=lambda label: min(label, 1)), 6),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("penalties", [{}, {"lambda_w": 1e-2, "lambda_h": 1e-3}], ids=["fitted", "given"])
+def test_unbalanced_data_are_refused_as_soon_as_they_show(kind, penalties, tmp_path, samples):
+    make, steps = KINDS[kind]
+    model = Watched()
+    data = DataLoader(make(*samples), batch_size=8, shuffle=True)
+    with pytest.raises(ValueError, match=r"every class must come exactly .* times, got between (0|16) and 32"):
+        fit(tmp_path, [OptimalityMonitor(loss="ce", **penalties)], data, model)
+    assert model.steps == steps
+
+
+@pytest.mark.parametrize("kind", ["targets that a transform mends", "a sampler that balances", "names"])
+def test_data_that_only_look_unbalanced_are_read(kind, tmp_path, samples):
+    inputs, labels = samples
+    halves = {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}
+    if kind == "targets that a transform mends":
+        fine = labels + 3 * (labels == 0) * (torch.arange(len(labels)) < 9)
+        data = DataLoader(WithTargets((inputs, fine), target_transform=halves.__getitem__), batch_size=8)
+    elif kind == "names":
+        data = WithTargets(samples, target_transform={"a": 0, "b": 1, "c": 2}.__getitem__)
+        data.targets = ["abc"[i] for i in labels.tolist()]
+        data = DataLoader(data, batch_size=8)
+    else:
+        rows = torch.cat([torch.arange(len(labels)), torch.tensor([0, 3, 6])])  # Label 0 three times more.
+        sampler = SubsetRandomSampler(range(len(labels)))
+        data = DataLoader(TensorDataset(inputs[rows], labels[rows]), batch_size=8, sampler=sampler)
+    _, trainer = fit(tmp_path, [OptimalityMonitor(loss="ce", lambda_w=1e-2, lambda_h=1e-3)], data, Watched())
+    assert read(trainer)["gap"] > 0
 
 
 def test_without_a_loss_other_modules_are_refused(tmp_path, samples):
@@ -77,10 +144,63 @@ def test_bad_options(options):
         OptimalityMonitor(**options)
 
 
-def test_mse_needs_a_bias(tmp_path, samples):
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 16 * super().forward(x)
+
+
+HEADS = {
+    "mse without a bias": ("mse", lambda: nn.Linear(8, K, bias=False), "head must have a bias for loss='mse'"),
+    "a forward of its own": ("ce", lambda: Scaled(8, K), "head must be linear, got a Scaled"),
+    "too few features": ("ce", lambda: nn.Linear(8, 10), "feature_dim must be at least num_classes - 1 = 9, got 8"),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("penalties", [{}, {"lambda_w": 1e-2, "lambda_h": 1e-3}], ids=["fitted", "given"])
+def test_heads_without_a_known_optimum_are_refused_on_the_first_batch(case, penalties, tmp_path, samples):
+    loss, make, message = HEADS[case]
+    model = Watched()
+    model.last = make()
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, [OptimalityMonitor(loss=loss, head="last", **penalties)], loader(samples), model)
+    assert model.steps == 0
+
+
+def test_several_loaders_are_refused_on_the_first_batch(tmp_path, samples):
+    class Pair(Watched):
+        def step(self, batch):
+            return super().step(batch["a"])
+
+    model = Pair()
+    with pytest.raises(ValueError, match="there are 2 training loaders"):
+        fit(tmp_path, [OptimalityMonitor(loss="ce")], {"a": loader(samples), "b": loader(samples)}, model)
+    assert model.steps == 0
+
+
+def test_the_first_batch_is_looked_at_without_a_trace(tmp_path, samples):
+    def train(callbacks):
+        model, _ = fit(tmp_path, callbacks, loader(samples), max_epochs=1)
+        return {**model.state_dict(), "random": torch.get_rng_state()}
+
+    plain, watched = train([]), train([OptimalityMonitor(loss="ce")])
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+
+
+def test_scales_that_no_penalties_make_optimal_read_nan(tmp_path, samples):
+    """Logits of MSE beyond their targets: in a run that goes on, not the end of it."""
     model = Net()
-    model.last = nn.Linear(8, K, bias=False)
-    with pytest.raises(ValueError, match="head must have a bias for loss='mse'"):
-        fit(
-            tmp_path, [OptimalityMonitor(loss="mse", lambda_w=1e-2, lambda_h=1e-3, head="last")], loader(samples), model
-        )
+    model.rate = 0.0
+    with torch.no_grad():
+        model.last.weight.mul_(1e3)
+    _, trainer = fit(tmp_path, [OptimalityMonitor(loss="mse")], loader(samples), model)
+    values = read(trainer)
+    assert values.keys() == {"gap", "distance", "relative_distance", "lambda_w", "lambda_h"}
+    assert all(math.isnan(value) for value in values.values())
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lambda_w", "lambda_h"])
+def test_penalties_without_an_optimum(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be None or positive and finite, got {value}"):
+        OptimalityMonitor(loss="ce", **({"lambda_w": 1.0, "lambda_h": 1.0} | {name: value}))

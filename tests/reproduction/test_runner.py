@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import lightning as L
 import pytest
 from rich.console import Console
 
@@ -21,7 +23,22 @@ SHORT = Experiment("short", (1,), ("--config", "ufm_ce", "--trainer.max_steps", 
 BROKEN = Experiment("broken", (1,), ("--config", "ufm_ce", "--model.init_args.feature_dim", "-3", *QUIET))
 # Several seconds of iterations, with a checkpoint at each 500.
 ENDLESS = ("--config", "ufm_mse", "--lambda", "5e-5", "--optimality.stop_distance", "null")
-LONG = Experiment("long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET))
+
+
+class Hold(L.Callback):
+    """Where the environment names a file, writes its process there at iteration 1700 and goes no further."""
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        path = os.environ.get("HOLD")
+        if iteration == 1700 and path:
+            Path(path).with_suffix(".part").write_text(str(os.getpid()))
+            Path(path).with_suffix(".part").rename(path)
+            threading.Event().wait()
+
+
+LONG = Experiment(
+    "long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Hold")
+)
 
 
 @pytest.fixture
@@ -146,21 +163,22 @@ def test_a_full_disk_is_a_failure_with_its_reason(tmp_path, console, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console):
+def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console, monkeypatch):
     code = (
         "import sys; from pathlib import Path; from rich.console import Console; "
         "from tests.reproduction.test_runner import LONG; from nclightning.reproduction.runner import run_all; "
         "run_all(Path(sys.argv[1]), [LONG], 1, Console(quiet=True))"
     )
-    sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=ROOT)
-    folder = tmp_path / "killed" / "runs" / "long"
-    _wait_for((folder / "checkpoints" / "last.ckpt").is_file)
+    held, folder = tmp_path / "held", tmp_path / "killed" / "runs" / "long"
+    environment = os.environ | {"HOLD": str(held), "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=ROOT, env=environment)
+    _wait_for(held.is_file)
+    assert _lives(int(held.read_text()))
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
-    time.sleep(2)  # The child notices that its parent is gone.
-    reached = iterations(folder)[-1]
-    time.sleep(1)
-    assert iterations(folder)[-1] == reached < 4000
+    _wait_for(lambda: not _lives(int(held.read_text())))  # The child notices that its parent is gone.
+    assert 0 < iterations(folder)[-1] <= 1700
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert run_all(tmp_path / "killed", [LONG], 1, console) == []
     assert run_all(tmp_path / "whole", [LONG], 1, console) == []
     killed, whole = ((tmp_path / name / "runs" / "long" / "readings.csv").read_text() for name in ("killed", "whole"))
@@ -169,7 +187,14 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console):
     assert killed == whole
 
 
-def _wait_for(condition, seconds=60):
+def _lives(pid):
+    """Whether a process runs; one that has ended may wait for a parent to take note."""
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
+    return bool(listed.strip()) and not listed.strip().startswith("Z")
+
+
+def _wait_for(condition, seconds=600):
+    """Wait for what comes on any machine; the bound is only for what never comes."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
