@@ -54,7 +54,13 @@ def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:
     A decomposition of such a matrix would raise, and its values are data: they must not stop a run.
     """
     finite = rows.isfinite().all()
-    _, singular, right = torch.linalg.svd(torch.where(finite, rows, 0), full_matrices=full)
+    rows = torch.where(finite, rows, 0)
+    left, singular, right = torch.linalg.svd(rows, full_matrices=full)
+    if not full:
+        # Sums of rows are off the span of the rows by their own rounding only, the decomposition's by many.
+        unit, least = power_of_two(rows), torch.finfo(rows.dtype).eps * max(rows.shape) * singular.amax()
+        sums = ((left / torch.where(singular > least, singular / unit, 1)).T @ (rows / unit))
+        right = torch.where((singular > least).unsqueeze(1), sums, right)
     return torch.where(finite, singular, torch.nan), right
 
 
