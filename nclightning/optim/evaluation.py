@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nclightning.optim.iterate import Iterate
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sharding import own_shard
 
@@ -42,23 +43,43 @@ class Evaluation:
 
 
 class Carried:
-    """An evaluation for as long as nobody writes to the parameters or their gradients.
+    """An evaluation for as long as the parameters and their gradients are those that it was made at.
 
     Args:
         evaluation: At the parameters as they are.
         params: Whose gradients are those of the evaluation.
+        iterate: The parameters as they are. None leaves it to torch's version counters, which writes through ``.data``
+            escape.
     """
 
-    def __init__(self, evaluation: Evaluation, params: Sequence[Tensor]) -> None:
+    def __init__(self, evaluation: Evaluation, params: Sequence[Tensor], iterate: Iterate | None) -> None:
         self.evaluation = evaluation
-        self._versions = [(_version(p), _version(p.grad)) for p in params]
+        self.iterate = iterate
+        self._trainable = [p.requires_grad for p in params]
+        self._versions = [_version(p) for p in params]
+        self._versions_of_gradients = [_version(g) for g in evaluation.gradients]
 
     def holds(self, params: Sequence[Tensor]) -> bool:
-        """Whether it still is the evaluation there; gradients may be set to None."""
-        return all(
-            (p.grad is None or p.grad is g) and versions == (_version(p), _version(g))
-            for p, g, versions in zip(params, self.evaluation.gradients, self._versions, strict=True)
+        """Say whether it still is the evaluation there, as far as this process knows; gradients may be None."""
+        if self._trainable != [p.requires_grad for p in params] or not self._holds_gradients(params):
+            return False
+        if self.iterate is None:
+            return self._versions == [_version(p) for p in params]
+        frozen = (
+            version == _version(p) for version, p in zip(self._versions, params, strict=True) if not p.requires_grad
         )
+        return all(frozen) and self.iterate.matches(params)
+
+    def _holds_gradients(self, params: Sequence[Tensor]) -> bool:
+        gradients = self.evaluation.gradients
+        if self._versions_of_gradients != [_version(g) for g in gradients]:
+            return False
+        if any(p.grad is not None and p.grad is not g for p, g in zip(params, gradients, strict=True)):
+            return False
+        if self.iterate is None or all(p.grad is None or own_shard(p) is not p for p in params):
+            return True
+        # Somebody may have cleared or clipped them through .data; how they were summed up may differ in the last bits.
+        return math.isclose(inner_product(gradients, gradients), self.evaluation.square, rel_tol=1e-3)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -85,7 +106,8 @@ def sum_of_products(left: list[Tensor | None], right: list[Tensor | None]) -> Te
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
     sharded = [own_shard(a) is not a for a, _ in pairs]
-    parts = torch.stack([torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs])
+    products = [torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs]
+    parts = torch.stack([product.to(products[0].device) for product in products])  # Layers may be on several devices.
     if not any(sharded):
         return parts.sum()
     if dist.get_rank() > 0:  # What all processes have counts once.
