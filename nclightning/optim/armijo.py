@@ -23,6 +23,8 @@ from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoGD"]
 
+_LONG = 1e38  # Steps up to here can multiply gradients of any precision.
+
 
 class ArmijoGD(Optimizer):
     r"""Gradient descent whose step is found by backtracking on the Armijo condition.
@@ -126,6 +128,7 @@ class ArmijoGD(Optimizer):
         check_options(options)
         super().__init__(params, {**options, "lr": float(initial_step)})
         self._options = options  # As the last step read them.
+        self._next_step = float(initial_step)  # The lr of all groups, as the last step left it.
         self._outcome: SearchOutcome | None = None
         self._streak = 0
         self._total_evaluations = 0
@@ -224,11 +227,12 @@ class ArmijoGD(Optimizer):
     def _read_groups(self) -> None:
         """Take over what was written to the parameter groups since the last step."""
         options, first = common_options(self.param_groups, self._options)
-        if options != self._options:
-            check_options(options)
-            if options["initial_step"] != self._options["initial_step"]:
-                first = float(options["initial_step"])
-            self._options = options
+        if options == self._options and first == self._next_step:
+            return
+        check_options(options)
+        if options["initial_step"] != self._options["initial_step"]:
+            first = float(options["initial_step"])
+        self._options, self._steps_ran_away = options, False
         self._set_next_step(first)
 
     def _set_next_step(self, size: float) -> None:
@@ -247,7 +251,7 @@ class ArmijoGD(Optimizer):
     def _search(self, line: LineObjective, params: list[Tensor]) -> float:
         carried = self._recall(params)
         spent = 0
-        if carried is not None and self._outcome is not None and self._outcome.accepted and carried.square > 0:
+        if carried is not None and self._may_search_from(carried):
             start = carried
         else:
             start = self._evaluate_start(line, params)
@@ -272,6 +276,11 @@ class ArmijoGD(Optimizer):
             line.reject()
             return self._finish(line, params, start, start, found.status, 0.0, spent)
         return self._finish(line, params, start, found.end, found.status, found.size, spent)
+
+    def _may_search_from(self, carried: Evaluation) -> bool:
+        """Say whether a search from there will have trials: callers may count on one call of their closure a step."""
+        accepted = self._outcome is not None and self._outcome.accepted
+        return accepted and carried.square > 0 and not self._steps_ran_away
 
     def _evaluate_start(self, line: LineObjective, params: list[Tensor]) -> Evaluation:
         """Evaluate at the current parameters, and refuse what cannot be searched."""
@@ -334,9 +343,10 @@ class ArmijoGD(Optimizer):
 
     def _backtrack(self, line: LineObjective, start: Evaluation, params: list[Tensor]) -> _Found:
         """Shorten the step until a trial is accepted, which the parameters are then left at."""
-        largest = largest_step(params)
-        size, fell_beyond_numbers, number = min(self._next_step, largest), False, 0
+        size, fell_beyond_numbers, number = self._next_step, False, 0
         status = SearchStatus.EXHAUSTED
+        if size > _LONG:
+            size = min(size, largest_step(params))
         for number in range(1, self._options["max_trials"] + 1):
             value = line.trial(size)
             fell_beyond_numbers |= value == -math.inf
@@ -348,7 +358,7 @@ class ArmijoGD(Optimizer):
             if verdict.status is not None:
                 end = line.accept()
                 if end.finite:
-                    self._adapt(size, verdict.bend, number == 1, largest)
+                    self._adapt(size, verdict.bend, number == 1, params)
                     return _Found(verdict.status, end, size, number)
                 fell_beyond_numbers |= end.value < start.value and math.isinf(end.square)
             for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
@@ -381,14 +391,17 @@ class ArmijoGD(Optimizer):
         noise = self._options["noise"]
         return min(64 * start.epsilon, 2.0**-5) if noise is None else noise
 
-    def _adapt(self, size: float, bend: float, first_trial: bool, largest: float) -> None:
+    def _adapt(self, size: float, bend: float, first_trial: bool, params: list[Tensor]) -> None:
         """Choose the next first trial after an accepted step."""
-        options, longer = self._options, size * self._options["grow"]
+        options = self._options
         self._streak = self._streak + 1 if first_trial else 0
-        due = self._streak >= options["patience"] and options["grow"] * bend <= 2 * (1 - options["c1"])
-        self._steps_ran_away = due and longer > max(size, largest)
-        if due and longer <= largest:
-            size, self._streak = longer, 0
+        self._steps_ran_away = False
+        if self._streak >= options["patience"] and options["grow"] * bend <= 2 * (1 - options["c1"]):
+            longer = size * options["grow"]
+            if longer <= _LONG or longer <= largest_step(params):
+                size, self._streak = longer, 0
+            else:
+                self._steps_ran_away = longer > size
         self._set_next_step(size)
 
     def _finish(
@@ -421,7 +434,7 @@ class ArmijoGD(Optimizer):
         """Return the carried evaluation, if it still belongs to the parameters, on all processes alike."""
         carried = self._carried if self._options["reuse_gradient"] else None
         lost = carried is None or not carried.holds(params)
-        if world_size() > 1 and not self._alone:
+        if not self._alone and world_size() > 1:
             lost = count_over_ranks(int(lost), own_shard(params[0]).device) > 0
         return None if lost or carried is None else carried.evaluation
 
