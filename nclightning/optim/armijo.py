@@ -232,7 +232,7 @@ class ArmijoGD(Optimizer):
         check_options(options)
         if options["initial_step"] != self._options["initial_step"]:
             first = float(options["initial_step"])
-        self._options, self._steps_ran_away = options, False
+        self._options, self._steps_ran_away, self._streak = options, False, 0
         self._set_next_step(first)
 
     def _set_next_step(self, size: float) -> None:
