@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -19,6 +20,7 @@ from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
 from nclightning.models.resume import warn_of_optimizer_options
+from nclightning.models.schedules import check_optimization, only_optimizer
 from nclightning.models.sharded import (
     ShardedLine,
     check_sharding,
@@ -46,6 +48,10 @@ class RegularizedClassifier(L.LightningModule):
     for all of them. ``trainer.max_steps`` and ``trainer.global_step`` count iterations. Callbacks that define
     ``on_iteration_end(trainer, pl_module, batch, iteration)`` are called after each one. Training ends early when a
     line search ends without a step, or when the objective of another optimizer is not finite any more.
+
+    ``configure_optimizers`` of a subclass may return a scheduler with its one optimizer. It is stepped after each
+    ``frequency`` iterations, whatever its interval: an iteration passes over the whole training set, so that it is a
+    step and an epoch. ``ReduceLROnPlateau``, which wants a metric each time, is refused.
 
     Batches are pairs ``(x, y)``; the backbone is called with ``x``, the head with its output.
 
@@ -205,15 +211,18 @@ class RegularizedClassifier(L.LightningModule):
         self._interrupts = HeldInterrupts()
         if self.trainer.world_size > 1:
             self._interrupts.hold()
+        check_optimization(self.trainer)
+        self._schedules = self.trainer.lr_scheduler_configs
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
             check_sharding(self, self.optimizers(use_pl_optimizer=False))
             keep_optimizers_whole(strategy)
-        self._iteration_hooks: list[Callable[..., None]] = [
-            callback.on_iteration_end
-            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
-            if hasattr(callback, "on_iteration_end")
-        ]
+        followers = [callback for callback in self.trainer.callbacks if hasattr(callback, "on_iteration_end")]  # type: ignore[attr-defined]
+        self._iteration_hooks: list[Callable[..., None]] = [callback.on_iteration_end for callback in followers]
+        # Our own callbacks do not write to the parameters; others may.
+        self._is_followed_by_others = any(
+            type(callback).__module__.partition(".")[0] != __name__.partition(".")[0] for callback in followers
+        )
 
     def check_trainer(self, trainer: L.Trainer) -> None:
         """Raise unless a trainer's options fit the full-batch loop.
@@ -269,14 +278,20 @@ class RegularizedClassifier(L.LightningModule):
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
-        closure: Any = self.line(batch, parameters_of(optimizer))
+        params = parameters_of(optimizer)
+        closure: Any = self.line(batch, params)
+        trainable = [p.requires_grad for p in params]
+        alone = isinstance(optimizer, ArmijoGD) and not self._is_followed_by_others
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
-        with deferred_interrupt() as interrupt:
+        with deferred_interrupt() as interrupt, optimizer.alone() if alone else nullcontext():  # type: ignore[attr-defined]
             try:
                 for _ in range(count):
+                    if not alone and trainable != [p.requires_grad for p in params]:  # A hook froze or unfroze some.
+                        closure, trainable = self.line(batch, params), [p.requires_grad for p in params]
                     value = optimizer.step(closure)
                     done += 1
+                    self._step_schedulers(start + done)
                     for hook in self._iteration_hooks:
                         hook(trainer, self, batch, start + done)
                     failure = _failure(optimizer, value)
@@ -296,6 +311,11 @@ class RegularizedClassifier(L.LightningModule):
         if interrupted:
             self._interrupts.release()
             raise KeyboardInterrupt
+
+    def _step_schedulers(self, iteration: int) -> None:
+        for config in self._schedules:
+            if iteration % config.frequency == 0:
+                self.lr_scheduler_step(config.scheduler, None)
 
     def _any_interrupt(self, here: bool) -> bool:
         """Whether any of several processes was interrupted; a single one raises by itself."""
@@ -348,7 +368,7 @@ class RegularizedClassifier(L.LightningModule):
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
         if self._trainer is not None and self.trainer.training:
-            warn_of_optimizer_options(self.configure_optimizers(), checkpoint["optimizer_states"])
+            warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.

@@ -62,6 +62,11 @@ class GraphLine(ClosureLine):
 
     def _evaluate_share(self) -> Tensor:
         share = self._call()
+        if not share.requires_grad:
+            raise ValueError(
+                "the objective depends on no trainable parameter: evaluate_objective has to return it with its graph "
+                "(not detached, nor under no_grad)."
+            )
         self._share = share
         return sum_over_ranks(share.detach().to(torch.float64, copy=True))
 

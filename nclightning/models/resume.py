@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from nclightning.optim import ArmijoGD
+
 __all__ = ["warn_of_optimizer_options"]
 
 
@@ -22,6 +24,9 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
     """
     ignored: list[str] = []
     for given, stored in zip(optimizer.param_groups, stored_states[0]["param_groups"], strict=False):
+        # What a scheduler or a line search writes is where the run was, and no option of it.
+        scheduled = "initial_lr" in stored or isinstance(optimizer, ArmijoGD)
+        state = ("lr", "initial_lr") if scheduled else ()
         missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
         if missing and extra:  # One of them alone may be another version of torch.
             raise ValueError(
@@ -31,7 +36,7 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
         ignored += [
             f"{k}={v!r} (kept: {stored[k]!r})"
             for k, v in given.items()
-            if k in stored and k != "params" and stored[k] != v
+            if k in stored and k not in ("params", *state) and stored[k] != v
         ]
     if ignored:
         listed = ", ".join(dict.fromkeys(ignored))

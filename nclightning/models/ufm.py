@@ -13,6 +13,7 @@ from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
 from nclightning.models.closed_form import UFMLine
+from nclightning.models.schedules import only_optimizer
 from nclightning.objective import LossName, Objective
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
@@ -141,7 +142,7 @@ class UFM(RegularizedClassifier):
         """Change what the state of the optimizer, None for one that is yet to come, holds of each row."""
         if not self._is_shared or "optimizer_states" not in checkpoint:
             return
-        table, optimizer = self._table, optimizer or self.configure_optimizers()
+        table, optimizer = self._table, optimizer or only_optimizer(self.configure_optimizers())
         index = next((i for i, p in enumerate(parameters_of(optimizer)) if p is self.features), None)
         for state in checkpoint.get("optimizer_states", []):
             if index not in state["state"]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -12,10 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
+from nclightning.optim.iterate import Fingerprint, differ_between_ranks
 from nclightning.optim.line import ClosureLine, LineObjective
+from nclightning.optim.options import check_group, check_options, common_options, largest_step, vanishing_step
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
+from nclightning.ranks import count_over_ranks, world_size
+from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoGD"]
+
+_LONG = 1e38  # Steps up to here can multiply gradients of any precision.
 
 
 class ArmijoGD(Optimizer):
@@ -39,13 +47,25 @@ class ArmijoGD(Optimizer):
     Each trial calls the standard closure (value and gradient); a :class:`~nclightning.optim.LineObjective` in its place
     is asked for values only and for the gradient of what was accepted. The gradient of the accepted trial opens the
     next step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
-    The reuse is dropped by itself when a parameter or its gradient was changed in place between two steps; writes
-    through ``.data`` escape torch's version counters, so that they need ``zero_grad`` and a new optimizer.
+
+    The gradient is reused only where it still belongs to the parameters. Each step compares them bit for bit with the
+    iterate that the last one left behind, so that a write to them is noticed, through ``.data`` as well, and so are a
+    changed ``requires_grad`` and a write to a gradient. The step then evaluates the closure anew. What else the closure
+    depends on, such as data, buffers and frozen weights, must stay the same (or set ``reuse_gradient=False``). A step
+    after a search that found no step evaluates the closure once: if nothing has changed it ends in the same way.
+
+    Options may be written to ``param_groups`` between steps, the same to all groups, and hold from the next step on; a
+    new ``initial_step`` is where the next search begins. ``param_groups[i]["lr"]`` is the step that the next search
+    tries first: the last step taken, or longer when growth is due. ``LearningRateMonitor`` shows it. A learning-rate
+    scheduler that writes it chooses where the next search begins, from where it shortens the step as far as it must and
+    may lengthen it later; a schedule that is written before each step is an upper bound. Schedulers that cycle the
+    momentum as well need ``cycle_momentum=False``. What was taken is in ``outcome.step_size``.
 
     All parameter groups move along one joint direction with one step size; the options are therefore common to all
-    groups. On several processes (``torch.distributed`` initialised) the closure's value is averaged over the ranks
-    before it is compared, so that all take the same decision; gradients must be synchronised by the closure.
-    Parameters that ``fully_shard`` shares out are moved and measured in their shards.
+    groups. Parameters with ``requires_grad=False`` stay. On several processes (``torch.distributed`` initialised) the
+    closure's value is averaged over the ranks before it is compared, so that all take the same decision; parameters
+    must be the same on each, and gradients must be synchronised by the closure. Parameters that ``fully_shard`` shares
+    out are moved and measured in their shards.
 
     Norms and inner products are accumulated in float64 whatever the dtype of the parameters.
 
@@ -59,13 +79,15 @@ class ArmijoGD(Optimizer):
         c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
         max_trials: Trials per step before the search gives up.
         noise: Relative round-off of the objective below which slopes decide. None means 64 times the machine
-            epsilon of the closure's value; 0 gives plain Armijo backtracking.
+            epsilon of the closure's value, or of parameters below float32, but at most 1/32; of a value that is a
+            plain number the dtype is taken to be that of the parameters. 0 gives plain Armijo backtracking.
         reuse_gradient: Open a step with the accepted gradient of the last one. Right for deterministic objectives.
             Set it to False when the closure's data or dropout masks change from step to step; each step then costs
             one evaluation more. Within one step the closure must be deterministic in any case.
 
     Raises:
-        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex.
+        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex or
+            occurs twice in a group.
 
     Example:
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
@@ -103,15 +125,19 @@ class ArmijoGD(Optimizer):
             "noise": noise,
             "reuse_gradient": reuse_gradient,
         }
-        _check_options(options)
-        super().__init__(params, options)
-        self._options = dict(options)  # Torch adds entries of its own to its copy.
+        check_options(options)
+        super().__init__(params, {**options, "lr": float(initial_step)})
+        self._options = options  # As the last step read them.
+        self._next_step = float(initial_step)  # The lr of all groups, as the last step left it.
         self._outcome: SearchOutcome | None = None
-        self._next_step = float(initial_step)
         self._streak = 0
         self._total_evaluations = 0
         self._resumed = False
+        self._steps_ran_away = False
+        self._failed_with: tuple[Any, ...] | None = None  # First trial and options of a search that found no step.
         self._carried: Carried | None = None  # At the current iterate.
+        self._alone = False  # Whether nobody else writes to the parameters.
+        self._line: ClosureLine | None = None  # Of the closure, with copies of the parameters.
 
     @property
     def outcome(self) -> SearchOutcome | None:
@@ -124,8 +150,34 @@ class ArmijoGD(Optimizer):
         return self._total_evaluations
 
     def evaluation(self) -> Evaluation | None:
-        """Return value and gradient at the parameters, if the last step left these as they are; else None."""
+        """Return value and gradient at the parameters, if the last step left these as they are; else None.
+
+        On several processes all must ask.
+        """
         return self._recall(parameters_of(self))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Promise that nobody else writes to the parameters through ``.data`` between the steps within the block.
+
+        These then leave out the comparison with the last iterate, which takes place once when the block begins and
+        once after it. Writes that torch's version counters see are noticed as ever.
+        """
+        params = parameters_of(self)
+        if self._recall(params) is None:
+            self._forget()
+        self._alone, before = True, self._alone
+        try:
+            yield
+        finally:
+            self._alone = before
+            carried = self._carried
+            if carried is not None and not before:
+                carried.iterate = None  # Version counters alone have to tell.
+                if carried.holds(params):
+                    carried.iterate = Fingerprint(params)
+                else:
+                    self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the joint search direction.
@@ -134,18 +186,14 @@ class ArmijoGD(Optimizer):
             param_group: ``{"params": ...}`` without options: there is one step size for all groups.
 
         Raises:
-            ValueError: If the group carries an option or a complex parameter.
+            ValueError: If the group carries an option, or a parameter is complex or occurs twice.
         """
-        own = sorted(set(param_group) & set(self.defaults))
-        if own:
-            raise ValueError(
-                f"parameter groups of ArmijoGD share one search, so a group cannot set {', '.join(own)}. "
-                "Pass it to ArmijoGD(...) instead."
-            )
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (Tensor, set, type(None))):
+            param_group = {**param_group, "params": list(param_group["params"])}
+            check_group(param_group, self.defaults)
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.is_complex():
-                raise ValueError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
+        first, new = self.param_groups[0], self.param_groups[-1]
+        new.update({name: first[name] for name in self.defaults if name in first})
         self._forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> float:  # type: ignore[override]
@@ -160,8 +208,10 @@ class ArmijoGD(Optimizer):
             accepted the parameters are restored bit for bit.
 
         Raises:
-            ValueError: If the closure is missing or returns no scalar, the objective or gradient is not finite at
-                the start, a gradient is sparse, or gradients were accumulated before the step.
+            ValueError: If the closure is missing, returns no scalar, leaves no gradient or changes a parameter; the
+                objective or gradient is not finite at the start; a gradient is sparse, or was accumulated before the
+                step; an option or ``lr`` in ``param_groups`` is out of range or not the same in all groups; no
+                parameter is trainable.
         """
         if closure is None:
             raise ValueError(
@@ -169,55 +219,151 @@ class ArmijoGD(Optimizer):
                 "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
                 "precision='32-true', '64-true' or 'bf16-mixed'."
             )
+        self._read_groups()
         params = parameters_of(self)
-        line = closure if isinstance(closure, LineObjective) else ClosureLine(closure, params)
         with torch.no_grad():
-            return self._search(line, params)
+            return self._search(self._line_of(closure, params), params)
+
+    def _read_groups(self) -> None:
+        """Take over what was written to the parameter groups since the last step."""
+        options, first = common_options(self.param_groups, self._options)
+        if options == self._options and first == self._next_step:
+            return
+        check_options(options)
+        if options["initial_step"] != self._options["initial_step"]:
+            first = float(options["initial_step"])
+        self._options, self._steps_ran_away, self._streak = options, False, 0
+        self._set_next_step(first)
+
+    def _set_next_step(self, size: float) -> None:
+        self._next_step = size
+        for group in self.param_groups:
+            group["lr"] = size
+
+    def _line_of(self, closure: Callable[[], Any], params: list[Tensor]) -> LineObjective:
+        if isinstance(closure, LineObjective):
+            return closure
+        if self._line is None or not self._line.has(params):
+            self._line = ClosureLine(closure, params)
+        self._line.closure = closure
+        return self._line
 
     def _search(self, line: LineObjective, params: list[Tensor]) -> float:
-        start = self._recall(params)
-        evaluations = 0
-        if start is None:
-            self._refuse_foreign_gradients(params)
-            start = line.evaluate()
-            evaluations = 0 if self._resumed else 1
+        carried = self._recall(params)
+        spent = 0
+        if carried is not None and self._may_search_from(carried):
+            start = carried
+        else:
+            start = self._evaluate_start(line, params)
+            spent = 0 if self._resumed else 1
             self._resumed = False
-            if not start.finite:
-                raise ValueError(
-                    f"the objective at the start of the step is {start.value} with gradient norm "
-                    f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
-                )
-        elif self._outcome is not None and not self._outcome.accepted:
-            # Same point, same deterministic closure: the search would fail in the same way.
-            return self._finish(params, start, start, self._outcome.status, 0.0, 0)
-        if start.square == 0.0:
-            return self._finish(params, start, start, SearchStatus.STATIONARY, 0.0, evaluations)
+            if carried is not None and self._fails_again(carried, start):
+                assert self._outcome is not None
+                return self._finish(line, params, start, start, self._outcome.status, 0.0, spent)
+        status = self._reason_to_stay(start, params)
+        if status is not None:
+            return self._finish(line, params, start, start, status, 0.0, spent)
 
-        size, status = self._next_step, SearchStatus.EXHAUSTED
         line.begin(start)
         try:
-            for number in range(self._options["max_trials"]):
-                value = line.trial(size)
-                evaluations += 1
-                # A second look costs a pass over the parameters: only where it may show something.
-                if number > 0 and (number > 1 or value == start.value) and line.stands_still():
-                    status = SearchStatus.STALLED
-                    break
-                verdict = self._judge(start, value, size, line)
-                end = None if verdict.status is None else line.accept()
-                if verdict.status is not None and end is not None and end.finite:
-                    self._adapt(size, verdict.bend, first_trial=number == 0)
-                    return self._finish(params, start, end, verdict.status, size, evaluations)
-                for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
-                    size *= self._options["shrink"]
+            found = self._backtrack(line, start, params)
         except BaseException:
             line.reject()
-            for p in params:
-                p.grad = None
-            self._carried = None
+            self._drop_gradients(params)
             raise
-        line.reject()
-        return self._finish(params, start, start, status, 0.0, evaluations)
+        spent += found.trials
+        if found.end is None:
+            line.reject()
+            return self._finish(line, params, start, start, found.status, 0.0, spent)
+        return self._finish(line, params, start, found.end, found.status, found.size, spent)
+
+    def _may_search_from(self, carried: Evaluation) -> bool:
+        """Say whether a search from there will have trials: callers may count on one call of their closure a step."""
+        accepted = self._outcome is not None and self._outcome.accepted
+        return accepted and carried.square > 0 and not self._steps_ran_away
+
+    def _evaluate_start(self, line: LineObjective, params: list[Tensor]) -> Evaluation:
+        """Evaluate at the current parameters, and refuse what cannot be searched."""
+        self._refuse_foreign_gradients(params)
+        if not any(p.requires_grad for p in params):
+            raise ValueError(
+                "no parameter of ArmijoGD requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
+                "be trained."
+            )
+        if any(p.is_meta for p in params):
+            raise ValueError(
+                "a parameter of ArmijoGD is on the meta device and has no values: make the optimizer after the module "
+                "was materialised."
+            )
+        if type(line) is ClosureLine and differ_between_ranks(params):
+            raise ValueError(
+                "the parameters of ArmijoGD are not the same on all processes: broadcast them before the first step, "
+                "as DistributedDataParallel does."
+            )
+        try:
+            start = line.evaluate()
+        except BaseException:
+            self._drop_gradients(params)
+            raise
+        if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
+            self._drop_gradients(params)
+            raise ValueError(
+                f"{type(line).__name__} has a gradient for a parameter that was frozen since: make it anew, or pass a "
+                "closure."
+            )
+        if not start.finite:
+            self._drop_gradients(params)
+            raise ValueError(
+                f"the objective at the start of the step is {start.value} with gradient norm "
+                f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
+            )
+        return start
+
+    def _fails_again(self, known: Evaluation, start: Evaluation) -> bool:
+        """Say whether a search must end as the last one did: from the same point, by the same options and closure."""
+        if abs(start.value - known.value) > 64 * start.epsilon * abs(known.value):
+            warnings.warn(
+                f"the closure of ArmijoGD.step gave {known.value} and then {start.value} at the same parameters: a "
+                "search needs an objective that is deterministic (no dropout, the same data). If it changes from step "
+                "to step only, set reuse_gradient=False.",
+                stacklevel=4,
+            )
+        same = start.value == known.value and start.square == known.square
+        return same and self._failed_with == self._settings()
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self._next_step, *self._options.values())
+
+    def _reason_to_stay(self, start: Evaluation, params: list[Tensor]) -> SearchStatus | None:
+        """Say why there is nothing to search; None if there is."""
+        if start.square == 0.0:
+            vanished = self._next_step > vanishing_step(params)
+            return SearchStatus.UNATTAINED if vanished else SearchStatus.STATIONARY
+        return SearchStatus.UNATTAINED if self._steps_ran_away else None
+
+    def _backtrack(self, line: LineObjective, start: Evaluation, params: list[Tensor]) -> _Found:
+        """Shorten the step until a trial is accepted, which the parameters are then left at."""
+        size, fell_beyond_numbers, number = self._next_step, False, 0
+        status = SearchStatus.EXHAUSTED
+        if size > _LONG:
+            size = min(size, largest_step(params))
+        for number in range(1, self._options["max_trials"] + 1):
+            value = line.trial(size)
+            fell_beyond_numbers |= value == -math.inf
+            # A second look costs a pass over the parameters: only where it may show something.
+            if number > 1 and (number > 2 or value == start.value) and line.stands_still():
+                status = SearchStatus.STALLED
+                break
+            verdict = self._judge(start, value, size, line)
+            if verdict.status is not None:
+                end = line.accept()
+                if end.finite:
+                    self._adapt(size, verdict.bend, number == 1, params)
+                    return _Found(verdict.status, end, size, number)
+                fell_beyond_numbers |= end.value < start.value and math.isinf(end.square)
+            for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
+                size *= self._options["shrink"]
+        return _Found(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
 
     def _judge(self, start: Evaluation, value: float, size: float, line: LineObjective) -> _Verdict:
         if not math.isfinite(value):
@@ -243,20 +389,24 @@ class ArmijoGD(Optimizer):
 
     def _noise(self, start: Evaluation) -> float:
         noise = self._options["noise"]
-        return 64 * start.epsilon if noise is None else noise
+        return min(64 * start.epsilon, 2.0**-5) if noise is None else noise
 
-    def _adapt(self, size: float, bend: float, first_trial: bool) -> None:
+    def _adapt(self, size: float, bend: float, first_trial: bool, params: list[Tensor]) -> None:
         """Choose the next first trial after an accepted step."""
         options = self._options
         self._streak = self._streak + 1 if first_trial else 0
-        self._next_step = size
-        due = self._streak >= options["patience"] and math.isfinite(size * options["grow"])
-        if due and options["grow"] * bend <= 2 * (1 - options["c1"]):
-            self._next_step = size * options["grow"]
-            self._streak = 0
+        self._steps_ran_away = False
+        if self._streak >= options["patience"] and options["grow"] * bend <= 2 * (1 - options["c1"]):
+            longer = size * options["grow"]
+            if longer <= _LONG or longer <= largest_step(params):
+                size, self._streak = longer, 0
+            else:
+                self._steps_ran_away = longer > size
+        self._set_next_step(size)
 
     def _finish(
         self,
+        line: LineObjective,
         params: list[Tensor],
         start: Evaluation,
         end: Evaluation,
@@ -266,7 +416,7 @@ class ArmijoGD(Optimizer):
     ) -> float:
         for p, g in zip(params, end.gradients, strict=True):
             p.grad = g
-        self._carried = Carried(end, params)
+        self._carried = Carried(end, params, None if self._alone else line.iterate(params))
         self._total_evaluations += evaluations
         self._outcome = SearchOutcome(
             status=status,
@@ -277,14 +427,16 @@ class ArmijoGD(Optimizer):
             step_size=size,
             evaluations=evaluations,
         )
+        self._failed_with = None if self._outcome.accepted else self._settings()
         return end.value
 
     def _recall(self, params: list[Tensor]) -> Evaluation | None:
-        """Return the carried evaluation, if it still belongs to the parameters."""
-        carried = self._carried
-        if carried is None or not self._options["reuse_gradient"] or not carried.holds(params):
-            return None
-        return carried.evaluation
+        """Return the carried evaluation, if it still belongs to the parameters, on all processes alike."""
+        carried = self._carried if self._options["reuse_gradient"] else None
+        lost = carried is None or not carried.holds(params)
+        if not self._alone and world_size() > 1:
+            lost = count_over_ranks(int(lost), own_shard(params[0]).device) > 0
+        return None if lost or carried is None else carried.evaluation
 
     def _forget(self) -> None:
         """Drop the carried evaluation and the gradients that belong to it."""
@@ -293,6 +445,11 @@ class ArmijoGD(Optimizer):
             # A group may just have been added, which the evaluation does not know.
             for p, g in zip(parameters_of(self), carried.evaluation.gradients, strict=False):
                 p.grad = None if p.grad is g else p.grad
+
+    def _drop_gradients(self, params: list[Tensor]) -> None:
+        for p in params:
+            p.grad = None
+        self._carried = None
 
     def _refuse_foreign_gradients(self, params: list[Tensor]) -> None:
         own = [None] * len(params) if self._carried is None else self._carried.evaluation.gradients
@@ -310,10 +467,10 @@ class ArmijoGD(Optimizer):
         The carried gradient is not stored: the first step after a resume evaluates the closure once more, which no
         count includes.
         """
-        state = super().state_dict()
+        state, group = super().state_dict(), self.param_groups[0]
         outcome = None if self._outcome is None else asdict(self._outcome) | {"status": self._outcome.status.value}
         state["search"] = {
-            "next_step": self._next_step,
+            "next_step": group["lr" if group["initial_step"] == self._options["initial_step"] else "initial_step"],
             "streak": self._streak,
             "total_evaluations": self._total_evaluations,
             "outcome": outcome,
@@ -333,19 +490,44 @@ class ArmijoGD(Optimizer):
             raise ValueError("this state_dict was not made by ArmijoGD: it has no entry 'search'.")
         search, outcome = state_dict["search"], state_dict["search"]["outcome"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
-        self._options = {name: self.param_groups[0][name] for name in self._options}
-        self._next_step, self._streak = search["next_step"], search["streak"]
+        options = {name: self.param_groups[0][name] for name in self._options}
+        check_options(options)
+        self._options, self._streak, self._steps_ran_away, self._failed_with = options, search["streak"], False, None
+        self._set_next_step(search["next_step"])  # Older states have no lr.
         self._total_evaluations = search["total_evaluations"]
         self._outcome = outcome and SearchOutcome(**outcome | {"status": SearchStatus(outcome["status"])})
         self._resumed = self._options["reuse_gradient"] and outcome is not None
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Torch copies and pickles its own three attributes only. The carried gradient belongs to the original.
-        return self.__dict__ | {
+        # Torch leaves hooks out, and what schedulers do to step, which would still step the original. The carried
+        # gradient and the copies of the parameters belong to the original, too.
+        own = ("_options", "_outcome", "_next_step", "_streak", "_total_evaluations", "_steps_ran_away")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in own},
             "_carried": None,
+            "_line": None,
+            "_alone": False,
+            "_failed_with": None,
             "_resumed": self._options["reuse_gradient"] and self._outcome is not None,
         }
+
+
+class _Found(NamedTuple):
+    """What backtracking found.
+
+    Attributes:
+        status: How it ended.
+        end: Evaluation where the parameters are left; None if no trial was accepted.
+        size: Step taken.
+        trials: How many it took.
+    """
+
+    status: SearchStatus
+    end: Evaluation | None
+    size: float
+    trials: int
 
 
 class _Verdict(NamedTuple):
@@ -360,20 +542,3 @@ class _Verdict(NamedTuple):
     status: SearchStatus | None
     bend: float
     shrinks: int = 1
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    rules: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-        ("initial_step", "positive and finite", lambda v: 0 < v < math.inf),
-        ("shrink", "between 0 and 1", lambda v: 0 < v < 1),
-        ("grow", "at least 1 and finite", lambda v: 1 <= v < math.inf),
-        ("patience", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
-        ("c1", "between 0 and 1/2", lambda v: 0 < v < 0.5),
-        ("max_trials", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
-        ("noise", "None or between 0 and 1", lambda v: v is None or 0 <= v < 1),
-    )
-    for name, expectation, holds in rules:
-        value = options[name]
-        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-        if not (number and (value is None) <= (name == "noise") and holds(value)):
-            raise ValueError(f"ArmijoGD({name}=...) must be {expectation}, got {value!r}.")

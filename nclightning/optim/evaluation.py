@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nclightning.optim.iterate import Iterate
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sharding import own_shard
 
 __all__ = ["Carried", "Evaluation", "average_over_ranks", "inner_product", "parameters_of", "sum_of_products"]
 
-_Version = tuple[int, int, int] | None
+_Version = tuple[int, ...] | None
+_State = tuple[bool, _Version, _Version]  # Whether a parameter is trainable, its version and its gradient's.
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,57 @@ class Evaluation:
 
 
 class Carried:
-    """An evaluation for as long as nobody writes to the parameters or their gradients.
+    """An evaluation for as long as the parameters and their gradients are those that it was made at.
 
     Args:
         evaluation: At the parameters as they are.
         params: Whose gradients are those of the evaluation.
+        iterate: The parameters as they are. None leaves it to torch's version counters, which writes through ``.data``
+            escape.
     """
 
-    def __init__(self, evaluation: Evaluation, params: Sequence[Tensor]) -> None:
+    def __init__(self, evaluation: Evaluation, params: Sequence[Tensor], iterate: Iterate | None) -> None:
         self.evaluation = evaluation
-        self._versions = [(_version(p), _version(p.grad)) for p in params]
+        self.iterate = iterate
+        self._states = self._states_of(params)
+
+    def _states_of(self, params: Sequence[Tensor]) -> list[_State]:
+        gradients = self.evaluation.gradients
+        return [(p.requires_grad, _version(p), _version(g)) for p, g in zip(params, gradients, strict=True)]
 
     def holds(self, params: Sequence[Tensor]) -> bool:
-        """Whether it still is the evaluation there; gradients may be set to None."""
-        return all(
-            (p.grad is None or p.grad is g) and versions == (_version(p), _version(g))
-            for p, g, versions in zip(params, self.evaluation.gradients, self._versions, strict=True)
+        """Say whether it still is the evaluation there, as far as this process knows; gradients may be None."""
+        states, gradients = self._states_of(params), self.evaluation.gradients
+        if any(p.grad is not None and p.grad is not g for p, g in zip(params, gradients, strict=True)):
+            return False
+        if self.iterate is None:
+            return states == self._states
+        return (
+            all(_is_as_it_was(now, then) for now, then in zip(states, self._states, strict=True))
+            and self.iterate.matches(params)
+            and self._holds_gradients(params)
         )
+
+    def _holds_gradients(self, params: Sequence[Tensor]) -> bool:
+        """Say whether gradients that others can reach have their norm: some clear or clip them through ``.data``."""
+        if all(p.grad is None or own_shard(p) is not p for p in params):
+            return True
+        gradients, square = self.evaluation.gradients, self.evaluation.square
+        # The norm in their own precision is ten times faster, and right unless its squares leave the range.
+        quick = sum(float(torch.linalg.vector_norm(g, dtype=_wide(g))) ** 2 for g in gradients if g is not None)
+        if math.isclose(quick, square, rel_tol=1e-3):
+            return True
+        return math.isclose(inner_product(gradients, gradients), square, rel_tol=1e-3)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _is_as_it_was(now: _State, then: _State) -> bool:
+    """Compare all but the versions of a trainable parameter, which may have been written and put back."""
+    trainable, _, gradient = now
+    return (trainable, gradient) == (then[0], then[2]) and (trainable or now == then)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -70,6 +106,8 @@ def _version(tensor: Tensor | None) -> _Version:
     """Count the writes to a tensor, of which a sharded one and its shard count apart, and tell its memory."""
     if tensor is None:
         return None
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor._version, tensor.data_ptr()
     shard = own_shard(tensor)
     return tensor._version, shard._version, shard.data_ptr()
 
@@ -85,7 +123,8 @@ def sum_of_products(left: list[Tensor | None], right: list[Tensor | None]) -> Te
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
     sharded = [own_shard(a) is not a for a, _ in pairs]
-    parts = torch.stack([torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs])
+    products = [torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs]
+    parts = torch.stack([product.to(products[0].device) for product in products])  # Layers may be on several devices.
     if not any(sharded):
         return parts.sum()
     if dist.get_rank() > 0:  # What all processes have counts once.

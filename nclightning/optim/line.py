@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.optim.iterate import Fingerprint, Iterate, IterateCopy
 from nclightning.ranks import count_over_ranks
 from nclightning.sharding import own_shard
 
@@ -58,7 +60,7 @@ class LineObjective(ABC):
             size: Step t along the negative gradient g of the start.
 
         Returns:
-            F(x - t g); not finite where the gradient is not.
+            F(x - t g); not finite where the gradient is not, and minus infinity if it fell beyond all numbers.
         """
 
     @abstractmethod
@@ -81,6 +83,17 @@ class LineObjective(ABC):
     def reject(self) -> None:
         """Put the parameters back, bit for bit."""
 
+    def iterate(self, params: Sequence[Tensor]) -> Iterate:
+        """Remember parameters as they are.
+
+        Args:
+            params: All that the optimizer has.
+
+        Returns:
+            To be asked later whether they still are there.
+        """
+        return Fingerprint(params)
+
 
 class ClosureLine(LineObjective):
     """Line of a standard closure, which brings value and gradient at each call.
@@ -95,19 +108,30 @@ class ClosureLine(LineObjective):
     """
 
     def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> None:
-        self._closure = closure
+        self.closure = closure
         self._params = params
+        self._copies: list[Tensor | None] = [None] * len(params)  # Of where the search began, then of where it ended.
+
+    def has(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are its parameters."""
+        return len(params) == len(self._params) and all(p is q for p, q in zip(params, self._params, strict=True))
 
     def __call__(self) -> Tensor:
         """Call the closure."""
-        result: Tensor = self._closure()
+        result: Tensor = self.closure()
         return result
 
     def evaluate(self) -> Evaluation:
         """Call the closure for value and gradient."""
         value = self._call()
         gradients = self._gradients()
-        number, epsilon = float(average_over_ranks(value.detach())), torch.finfo(value.dtype).eps
+        if all(g is None for g in gradients):
+            raise ValueError(
+                "the closure of ArmijoGD.step left no gradient at any parameter: it has to call backward() on the "
+                "objective after zero_grad(), and the objective has to depend on the parameters that the optimizer was "
+                "given."
+            )
+        number, epsilon = float(average_over_ranks(value.detach())), self._epsilon_of(value)
         return Evaluation(number, epsilon, gradients, inner_product(gradients, gradients))
 
     def measure(self) -> tuple[Tensor, Tensor]:
@@ -118,16 +142,19 @@ class ClosureLine(LineObjective):
     def begin(self, start: Evaluation) -> None:
         """Remember the parameters."""
         self._start = start
-        pairs = [(p, g) for p, g in zip(self._params, start.gradients, strict=True) if g is not None]
-        self._moving = [(own_shard(p), own_shard(g)) for p, g in pairs]
-        self._in_shards = any(shard is not p for (shard, _), (p, _) in zip(self._moving, pairs, strict=True))
-        self._origin = [p.clone() for p, _ in self._moving]
+        moving = [i for i, g in enumerate(start.gradients) if g is not None]
+        self._moving = [(own_shard(self._params[i]), own_shard(start.gradients[i])) for i in moving]  # type: ignore[arg-type]
+        self._in_shards = any(shard is not self._params[i] for i, (shard, _) in zip(moving, self._moving, strict=True))
+        self._origin = [self._copy(i) for i in moving]
 
     def trial(self, size: float) -> float:
         """Move the parameters and call the closure."""
         self._move(size)
         self._end = self.evaluate()
-        return self._end.value if self._end.finite else math.inf
+        if self._end.finite:
+            return self._end.value
+        fell = self._end.value < self._start.value and not math.isnan(self._end.square)
+        return -math.inf if fell else math.inf
 
     def slope(self) -> float:
         """Multiply the two gradients."""
@@ -149,22 +176,52 @@ class ClosureLine(LineObjective):
         for (p, _), x in zip(self._moving, self._origin, strict=True):
             p.copy_(x)
 
+    def iterate(self, params: Sequence[Tensor]) -> Iterate:
+        """Copy the trainable parameters to where they were copied at the start of the search."""
+        return IterateCopy([self._copy(i) if p.requires_grad else None for i, p in enumerate(params)])
+
+    def _copy(self, index: int) -> Tensor:
+        shard = own_shard(self._params[index].detach())
+        copy = self._copies[index]
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (shard.shape, shard.dtype, shard.device):
+            copy = self._copies[index] = shard.clone()
+            return copy
+        return copy.copy_(shard)
+
     def _move(self, size: float) -> None:
         for (p, g), x in zip(self._moving, self._origin, strict=True):
-            torch.sub(x, g, alpha=size, out=p)
+            if p.dtype in (torch.float16, torch.bfloat16):  # Their kernels would round the size to the same few digits.
+                p.copy_(torch.sub(x.float(), g.float(), alpha=size))
+            else:
+                torch.sub(x, g, alpha=size, out=p)
 
     def _call(self) -> Tensor:
         # Own the gradients: a closure that zeroes in place must not reach those of the start.
         for p in self._params:
             p.grad = None
+        versions = [p._version for p in self._params]
         with torch.enable_grad():
-            result: Any = self._closure()
-        if not isinstance(result, Tensor):
-            result = torch.as_tensor(result, dtype=torch.float64) if isinstance(result, (int, float)) else None
-        if result is None or result.numel() != 1 or result.is_complex():
-            raise ValueError("the closure of ArmijoGD.step must return the objective as one real number.")
-        assert isinstance(result, Tensor)
+            result: Any = self.closure()
+        if any(own_shard(p) is p and p._version != v for p, v in zip(self._params, versions, strict=True)):
+            raise ValueError(
+                "the closure of ArmijoGD.step changed a parameter: it may only evaluate the objective where the "
+                "parameters are. Clamp or normalise them between steps."
+            )
+        self._is_plain_number = isinstance(result, Real)
+        if isinstance(result, Real):
+            return torch.tensor(float(result), dtype=torch.float64)
+        if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
+            raise ValueError(
+                f"the closure of ArmijoGD.step must return the objective as one real number, got {_describe(result)}."
+            )
         return result
+
+    def _epsilon_of(self, value: Tensor) -> float:
+        """Return the machine epsilon of what limits a value: its own dtype, or parameters below float32."""
+        of_params = {torch.finfo(p.dtype).eps for p in self._params}
+        if self._is_plain_number:
+            return max(of_params)
+        return max([torch.finfo(value.dtype).eps, *(eps for eps in of_params if eps > torch.finfo(torch.float32).eps)])
 
     def _gradients(self) -> list[Tensor | None]:
         gradients = [p.grad for p in self._params]
@@ -174,3 +231,9 @@ class ClosureLine(LineObjective):
                     "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
                 )
         return gradients
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
+    return "nothing (None)" if result is None else f"an object of type {type(result).__name__}"

@@ -16,6 +16,8 @@ class SearchStatus(str, Enum):
     STATIONARY = "stationary"
     STALLED = "stalled"
     EXHAUSTED = "exhausted"
+    UNBOUNDED = "unbounded"
+    UNATTAINED = "unattained"
 
     @property
     def sentence(self) -> str:
@@ -36,6 +38,16 @@ _SENTENCES = {
     SearchStatus.EXHAUSTED: (
         "No trial step decreased the objective sufficiently. The parameters were left as they are. Check that the "
         "closure is deterministic and returns the objective whose gradient it computes, or raise max_trials."
+    ),
+    SearchStatus.UNBOUNDED: (
+        "A trial step lowered the objective until it, or its gradient, was beyond the numbers of this precision: "
+        "the objective seems to have no lower bound. The parameters were left as they are. Check its sign, or add a "
+        "penalty."
+    ),
+    SearchStatus.UNATTAINED: (
+        "The steps grew as long as this precision allows, or until the gradient vanished, and the objective still "
+        "fell: it seems to have no minimum, like cross-entropy without a penalty on separable data. The parameters "
+        "were left as they are. Add a penalty."
     ),
 }
 

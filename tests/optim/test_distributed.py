@@ -1,7 +1,5 @@
 """Two processes with different data take the same steps as one with all of it."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,9 +93,7 @@ def walk(module):
 
 
 def run_sharded(rank, world, file, offset, results):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=timedelta(seconds=20)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     module = Valley(offset)
     fully_shard(module, mesh=init_device_mesh("cpu", (world,)), ignored_params={module.offset})
     path = walk(module)
@@ -124,3 +120,50 @@ def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
         assert outcome.status is expected.status
         assert outcome.step_size == expected.step_size
         assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-10, abs=1e-12)
+
+
+def run_disturbed(rank, world, file, kind, results):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
+    if kind == "unequal" and rank == 1:
+        x.data[1] = -x.data[1]
+    optimizer = ArmijoGD([x], initial_step=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        value = losses(x)[rank]
+        value.backward()
+        dist.all_reduce(x.grad)
+        x.grad /= world
+        return value
+
+    try:
+        optimizer.step(closure)
+        if kind == "gradient zeroed on one" and rank == 1:
+            x.grad.zero_()
+        if kind == "moved on both":
+            x.data.mul_(1.5)
+        optimizer.step(closure)
+        results[rank] = (optimizer.outcome.evaluations, x.tolist())
+    except ValueError as error:
+        results[rank] = str(error)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluations"), [("as it was", 1), ("gradient zeroed on one", 2), ("moved on both", 2)]
+)
+def test_processes_agree_on_whether_to_evaluate_anew(kind, evaluations, tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_disturbed, (2, tmp_path / "store", kind, results), nprocs=2)
+        first, second = results[0], results[1]
+    assert first == second
+    assert first[0] == evaluations
+
+
+def test_parameters_that_differ_between_processes_are_refused_on_all(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_disturbed, (2, tmp_path / "store", "unequal", results), nprocs=2)
+        assert all("not the same on all processes" in results[rank] for rank in range(2))

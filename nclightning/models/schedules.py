@@ -1,0 +1,61 @@
+"""What ``configure_optimizers`` may return for the full-batch loop: one optimizer, schedulers that need no metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+__all__ = ["check_optimization", "only_optimizer"]
+
+
+def check_optimization(trainer: L.Trainer) -> None:
+    """Raise unless the full-batch loop can step what a trainer was given.
+
+    Args:
+        trainer: At the start of a fit.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    _refuse_other_numbers(len(trainer.optimizers))
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "configure_optimizers returned ReduceLROnPlateau, which wants a metric after each iteration, and there "
+                "are metrics at a cadence only: return a scheduler that needs none, such as StepLR."
+            )
+
+
+def only_optimizer(configured: Any) -> Optimizer:
+    """Return the optimizer among what ``configure_optimizers`` returned, in any of Lightning's forms.
+
+    Args:
+        configured: An optimizer, a mapping, or a sequence of either, perhaps followed by schedulers.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    found = _optimizers_in(configured)
+    _refuse_other_numbers(len(found))
+    return found[0]
+
+
+def _optimizers_in(configured: Any) -> list[Optimizer]:
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return _optimizers_in(configured.get("optimizer"))
+    if isinstance(configured, (list, tuple)):
+        return [optimizer for part in configured for optimizer in _optimizers_in(part)]
+    return []
+
+
+def _refuse_other_numbers(count: int) -> None:
+    if count != 1:
+        raise ValueError(
+            f"the full-batch loop steps one optimizer, and configure_optimizers returned {count}: return one, with "
+            "its parameters in several groups if need be."
+        )
