@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nclightning.functional.linear import triangular_factor
+from nclightning.functional.rounding import noise_along
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
@@ -98,7 +99,7 @@ class _Fit:
         if weight_decay:
             ridge = torch.eye(self.means.shape[1], dtype=means.dtype, device=means.device) * math.sqrt(weight_decay)
             self.within = triangular_factor([self.within, ridge])
-        self._rounding = None if weight_decay else stats.noise_along
+        self._stats = None if weight_decay else stats
 
     def parts(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Within-class part, part of the class means, and part of a head that is not the least-squares one."""
@@ -122,7 +123,7 @@ class _Fit:
         # Directions that exceed rounding of the features, by means and samples together.
         _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
         least = _rounding(sizes)
-        counts = sizes > (least if self._rounding is None else torch.maximum(least, self._rounding(right)))
+        counts = sizes > (least if self._stats is None else torch.maximum(least, noise_along(self._stats, right)))
         means = self.means @ right.T * counts
         within = self.within @ right.T * counts
         left, spreads, axes = torch.linalg.svd(within, full_matrices=False)

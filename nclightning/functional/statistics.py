@@ -4,83 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nclightning.functional.linear import norm, power_of_two, root_sum_of_squares, triangular_factor
-from nclightning.functional.samples import append, chunks, rounding_of
+from nclightning.functional.moments import Moments
+from nclightning.functional.rounding import mean_rounding
+from nclightning.functional.samples import Samples, append
 
-__all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "Moments", "class_statistics"]
+__all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"]
 
 GlobalMean = Literal["class", "sample"]
 BetweenWeights = Literal["uniform", "count"]
-
-# Samples are kept while they are few bytes. Where reading along K - 1 directions costs so many times less than the
-# root of the scatter they are kept up to so many times d of them, and more bytes.
-_FEW_BYTES, _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 2**25, 4, 128, 2**28
-# In the light form a pass over the samples costs the same sooner or later.
-_LIGHT_BYTES = 2**22
-# Roundings that operations before the last one may add up to, in dtypes that are finer than this.
-_ROUNDINGS, _FINE = 64, 2**-20
-
-
-class Moments(NamedTuple):
-    """Moments of labelled samples. All but the counts have the unit of the features, so that no square overflows.
-
-    Attributes:
-        counts: Samples per class ``(K,)``.
-        means: Class means ``(K, d)``; zero for a class without samples.
-        tails: What rounding left of them ``(K, d)``: the class means in twice the digits are ``means + tails``.
-        norms: Root of the within-class spread of each class ``(K,)``.
-        widths: Root of the within-class spread of each coordinate ``(d,)``.
-        root: Square root R of the within-class scatter R^T R, ``(d, d)``; ``(0, d)`` before there is one, None in the
-            light form. A sum of squares along a direction v, ``|R v|^2``, stays right where ``v^T (R^T R) v`` would
-            lose what is below the rounding of the spread in other directions.
-        rounding: Machine epsilon that the features show, and that of their dtype, ``(2,)``; the first is ``inf`` while
-            they do not tell.
-    """
-
-    counts: Tensor
-    means: Tensor
-    tails: Tensor
-    norms: Tensor
-    widths: Tensor
-    root: Tensor | None
-    rounding: Tensor
-
-    def shift_to(self, other: Moments) -> Tensor:
-        """Class means of the other minus those of this one, right to the last digit of the difference."""
-        return (other.means - self.means) + (other.tails - self.tails)
-
-    def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples: centred update of Chan, Golub and LeVeque (1983), in square-root form."""
-        counts = self.counts + other.counts
-        share = other.counts / counts.clamp(min=1)
-        both = ((self.counts > 0) & (other.counts > 0)).unsqueeze(1)
-        shift = torch.where(both, self.shift_to(other), 0)
-        rows = shift * (self.counts * share).sqrt().unsqueeze(1)
-        step = share.unsqueeze(1) * shift
-        means = self.means + step
-        # What the sum rounds off goes to the tails (Knuth's two-sum).
-        back = means - self.means
-        tails = self.tails + ((self.means - (means - back)) + (step - back))
-        known = (self.counts > 0).unsqueeze(1)
-        root = self.root
-        if root is not None and other.root is not None:
-            # Without rows one side has no samples, and there is no shift.
-            parts = [part for part in (root, other.root) if len(part)]
-            root = triangular_factor([*parts, rows]) if len(parts) > 1 else (parts or [root])[0]
-        return Moments(
-            counts,
-            torch.where(known, means, other.means),
-            torch.where(known, tails, other.tails),
-            root_sum_of_squares(self.norms, other.norms, norm(rows, dim=1)),
-            root_sum_of_squares(self.widths, other.widths, norm(rows, dim=0)),
-            root,
-            torch.minimum(self.rounding, other.rounding),
-        )
 
 
 @dataclass
@@ -123,19 +60,7 @@ class ClassStatistics:
         Returns:
             Statistics.
         """
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        moments = Moments(
-            counts=zeros(num_classes),
-            means=zeros(num_classes, feature_dim),
-            tails=zeros(num_classes, feature_dim),
-            norms=zeros(num_classes),
-            widths=zeros(feature_dim),
-            root=zeros(0, feature_dim) if scatter else None,
-            rounding=torch.full((2,), torch.inf, dtype=dtype, device=device),
-        )
+        moments = Moments.empty(num_classes, feature_dim, dtype, device, scatter=scatter)
         return cls(moments, torch.zeros((), dtype=torch.int64, device=device))
 
     @property
@@ -155,8 +80,14 @@ class ClassStatistics:
 
     @property
     def centred_means(self) -> Tensor:
-        """Class means minus their unweighted mean over the classes present; zero rows for absent classes."""
-        return self.centre_means()
+        """Class means minus their unweighted mean over the classes present.
+
+        Zero rows for absent classes, and for means that are in the centre up to rounding of the features.
+        """
+        centred, rounding = self.centre_means(), mean_rounding(self)
+        of_centre = norm(rounding * self.present, dim=0) / self.present.sum().clamp(min=1)
+        away = norm(centred, dim=1) > root_sum_of_squares(rounding, of_centre.expand_as(rounding))
+        return torch.where((away | centred.isnan().any(dim=1)).unsqueeze(1), centred, 0)
 
     @property
     def norms(self) -> Tensor:
@@ -175,31 +106,23 @@ class ClassStatistics:
         Raises:
             ValueError: In the light form.
         """
-        self.fold_()  # Several measures read it; it is formed once.
-        if self.folded.root is None:
-            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
-        return self.folded.root
+        return self.fold_()._folded_root()  # Several measures read it; it is formed once.
 
     @property
     def scatter(self) -> Tensor:
         r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
 
         What is small in it, along some direction, is below the rounding of what is large: see :meth:`spread_along`.
-
-        Raises:
-            ValueError: In the light form.
         """
         root = self.root
         return root.T @ root
 
     def norms_along(self, directions: Tensor) -> Tensor:
         r"""Root of :meth:`spread_along`, right at every scale of the features."""
-        first, root = self._first_moments(), self.folded.root
-        if root is None:
-            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+        first, root = self._first_moments(), self._folded_root()
         parts = [norm(directions @ root.T, dim=1)] if len(root) else []
         if len(root) and self.kept:
-            parts.append(norm(directions @ self._moved(first).T, dim=1))
+            parts.append(norm(directions @ self.folded.moved_to(first).T, dim=1))
         if self.kept:
             *second, along = self._deviate(directions)
             self._second = self._second or (second[0], second[1])
@@ -230,46 +153,9 @@ class ClassStatistics:
         return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
 
     @property
-    def mean_rounding(self) -> Tensor:
-        r"""What rounding of the features explains of the mean of each class ``(K,)``.
-
-        :math:`\epsilon\,(\|\mu_k\|^2 + v_k)^{1/2}`, with :math:`\epsilon` of :attr:`epsilon` and :math:`v_k` the mean
-        squared distance from the mean: one rounding of a sample.
-        """
-        size = self.norms / self.counts.clamp(min=1).sqrt()
-        return self.epsilon * root_sum_of_squares(norm(self.means, dim=1), size)
-
-    def rounding_along(self, directions: Tensor) -> Tensor:
-        r"""What rounding of the features explains of the spread of class means along directions.
-
-        :math:`\epsilon \bigl(\sum_j v_j^2 \tfrac1N \sum_i h_{ij}^2\bigr)^{1/2}`: one rounding of each coordinate, in
-        proportion to its size, so that a few large coordinates hide nothing in the others.
-
-        Args:
-            directions: Vectors v ``(r, d)``.
-
-        Returns:
-            ``(r,)``.
-        """
-        first, (_, widths) = self._first_moments(), self._second_moments()
-        total = first.counts.sum().clamp(min=1)
-        shares = (first.counts / total).sqrt().unsqueeze(1)
-        sizes = root_sum_of_squares(norm(shares * first.means, dim=0), widths / total.sqrt())
-        return self.epsilon * norm(directions * sizes, dim=1)
-
-    def noise_along(self, directions: Tensor) -> Tensor:
-        """What rounding before the last operation may leave, too: 64 times :meth:`rounding_along`.
-
-        So much does, say, a LayerNorm that subtracts a mean of 64 times the spread. In half precision so many
-        roundings would be features themselves: there it is one.
-
-        Args:
-            directions: Vectors v ``(r, d)``.
-
-        Returns:
-            ``(r,)``.
-        """
-        return torch.where(self.epsilon <= _FINE, _ROUNDINGS, 1) * self.rounding_along(directions)
+    def widths(self) -> Tensor:
+        """Root of the within-class spread of each coordinate ``(d,)``."""
+        return self._second_moments()[1]
 
     def fold_(self) -> ClassStatistics:
         """Fold the samples that are kept into the moments, in place, and keep none from here on.
@@ -282,7 +168,7 @@ class ClassStatistics:
             norms, widths = self._second_moments()
             if root is not None:
                 unit = power_of_two(first.means)
-                parts = [root / unit, self._moved(first) / unit] if len(root) else []
+                parts = [root / unit, self.folded.moved_to(first) / unit] if len(root) else []
                 for away, _ in self._deviations(unit, 4 * root.shape[1]):
                     parts = [triangular_factor([*parts, away])]
                 root = parts[0] * unit
@@ -293,44 +179,18 @@ class ClassStatistics:
         self.kept, self._first, self._second = [], None, None
         return self
 
-    def _moved(self, first: Moments) -> Tensor:
-        """Rows whose squares are the spread of the folded samples by the shift of their means to those of all."""
-        return self.folded.counts.sqrt().unsqueeze(1) * torch.where(self._is_folded, self.folded.shift_to(first), 0)
-
-    @property
-    def _is_folded(self) -> Tensor:
-        return (self.folded.counts > 0).unsqueeze(1)
+    def _folded_root(self) -> Tensor:
+        if self.folded.root is None:
+            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+        return self.folded.root
 
     def _first_moments(self) -> Moments:
         """Counts, class means and rounding of all samples; the rest is that of the folded ones."""
         if not self.kept:
             return self.folded
         if self._first is None:
-            K, dim = self.folded.means.shape
-            counts, sums = self.folded.means.new_zeros(K + 1), self.folded.means.new_zeros(K + 1, dim)
-            for rows, index in self._rows():
-                counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
-                sums.index_add_(0, index, rows)
-            divisors = counts.clamp(min=1).unsqueeze(1)
-            means, tails = sums / divisors, torch.zeros_like(sums)
-            if not self._sums_are_exact():
-                # The mean of equal numbers may be off by a rounding; the mean of the residuals takes that away.
-                for rows, index in self._rows():
-                    tails.index_add_(0, index, rows - means.index_select(0, index))
-                tails = tails / divisors
-                sums = means + tails
-                means, tails = sums, tails - (sums - means)
-            rounding = rounding_of(self.kept[::2], self.kept[1::2], K).to(means)
-            counts, means, tails = (each.narrow(0, 0, K) for each in (counts, means, tails))
-            own = Moments(counts, means, tails, counts.new_zeros(K), counts.new_zeros(dim), None, rounding)
-            self._first = self.folded._replace(root=None).merge(own)
+            self._first = self.folded._replace(root=None).merge(self._samples.moments(self.folded.means))
         return self._first
-
-    def _sums_are_exact(self) -> bool:
-        """Whether so few equal numbers, so many bits shorter than their sum, add up without a rounding."""
-        short = max(torch.finfo(each.dtype).eps for each in self.kept[::2])
-        shortest = min(torch.finfo(each.dtype).eps for each in self.kept[::2])
-        return short == shortest and sum(map(len, self.kept[::2])) <= short / torch.finfo(self.folded.means.dtype).eps
 
     def _second_moments(self) -> tuple[Tensor, Tensor]:
         """Roots of the spreads of classes and of coordinates."""
@@ -355,43 +215,25 @@ class ClassStatistics:
             widths += away.square().sum(dim=0)
             if directions is not None:
                 along += (directions @ away.T).square_().sum(dim=1)  # Twice as fast as the other way round.
-        moved = self._moved(first)
+        moved = self.folded.moved_to(first)
         return (
             root_sum_of_squares(self.folded.norms, norm(moved, dim=1), unit * norms.narrow(0, 0, K).sqrt()),
             root_sum_of_squares(self.folded.widths, norm(moved, dim=0), unit * widths.sqrt()),
             unit * along.sqrt(),
         )
 
-    def _rows(self, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the samples that are kept, some at a time, in the dtype of the moments."""
-        for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
-            for rows, index in chunks(features, labels, least):
-                yield rows.to(self.folded.means.dtype), index
+    @property
+    def _samples(self) -> Samples:
+        return Samples(self.kept)
 
     def _deviations(self, unit: Tensor, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield deviations of the samples that are kept from their class means, divided by a unit, with their labels.
-
-        Zero for samples that are left out.
-        """
-        first = self._first_moments()
-        zero, root = unit.new_zeros(1, first.means.shape[1]), self.folded.root
-        # Then the tails are zero.
-        plain = root is not None and not len(root) and self._sums_are_exact()
-        means, tails = torch.cat([first.means / unit, zero]), torch.cat([first.tails / unit, zero])
-        for rows, index in self._rows(least):
-            # A power of two: as exact as the difference itself.
-            away = means.index_select(0, index).addcmul_(rows, 1 / unit, value=-1)
-            if not plain:
-                away.add_(tails.index_select(0, index))
-            yield away.masked_fill_((index == len(first.counts)).unsqueeze(1), 0), index
+        first, root = self._first_moments(), self.folded.root
+        nothing_folded = root is not None and not len(root)
+        tails = None if nothing_folded and self._samples.sums_are_exact(unit.dtype) else first.tails / unit
+        return self._samples.deviations(first.means / unit, tails, 1 / unit, least)
 
     def _can_keep(self, kept: list[Tensor]) -> bool:
-        features, (num_classes, dim) = kept[::2], self.folded.means.shape
-        bytes_ = sum(each.numel() * each.element_size() for each in features)
-        if self.folded.root is None:
-            return bytes_ <= _LIGHT_BYTES
-        many = dim >= _WORTH_KEEPING * num_classes and bytes_ <= _KEPT_BYTES
-        return bytes_ <= _FEW_BYTES or (many and sum(map(len, features)) <= _KEPT_PER_DIM * dim)
+        return not kept or Samples(kept).are_few(len(self.folded.counts), light=self.folded.root is None)
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -488,7 +330,7 @@ class ClassStatistics:
             # One bin more than classes takes the samples left out, so that no value is branched on.
             index = torch.where(valid, labels, num_classes)
             features = features.detach()
-            if self.kept and not self._can_keep([*self.kept, features, index]):
+            if not self._can_keep([*self.kept, features, index]):
                 self.fold_()
             self.kept = append(self.kept, features.clone() if copy else features, index)
             self._first = self._second = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
+from nclightning.functional.rounding import mean_rounding, noise_along, rounding_along
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = [
@@ -99,13 +100,13 @@ def _between_directions(
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
     spread = stats.norms_along(right) / stats.counts.sum().sqrt()
     by_chance = 2 * spread * (stats.present.sum() / stats.counts.sum()).sqrt()
-    noise = (torch.maximum(singular, spread) <= stats.noise_along(right)) & (singular <= by_chance)
+    noise = (torch.maximum(singular, spread) <= noise_along(stats, right)) & (singular <= by_chance)
     exact = torch.finfo(singular.dtype).eps * max(stats.means.shape) * singular.amax()
     possible = torch.arange(len(singular), device=singular.device) < stats.present.sum() - 1
     return (
         singular,
         right,
-        possible & (singular > torch.maximum(stats.rounding_along(right), exact)) & noise.logical_not(),
+        possible & (singular > torch.maximum(rounding_along(stats, right), exact)) & noise.logical_not(),
         spread,
     )
 
@@ -131,7 +132,7 @@ def within_between_ratio(
     """
     root = stats.between_root(global_mean, between_weights)
     weights = norm(root, dim=1) / norm(stats.centre_means(global_mean), dim=1)
-    between, rounding = norm(root.flatten(), dim=0), norm(weights.nan_to_num(0) * stats.mean_rounding, dim=0)
+    between, rounding = norm(root.flatten(), dim=0), norm(weights.nan_to_num(0) * mean_rounding(stats), dim=0)
     between = torch.where(between <= rounding, 0, between)
     value = (norm(stats.norms, dim=0) / stats.counts.sum().sqrt() / between).square()
     return torch.where(stats.present.sum() >= 2, value, torch.nan)
@@ -166,7 +167,7 @@ def class_distance_normalized_variance(
     present, means = stats.present, stats.centred_means
     unit = power_of_two(means)
     variances = (stats.norms / unit).square() / stats.counts.clamp(min=1)
-    rounding, sums, largest = stats.mean_rounding / unit, [], []
+    rounding, sums, largest = mean_rounding(stats) / unit, [], []
     for rows, distance in distances(means / unit):
         pair = apart(rows, present)
         least = torch.hypot(rounding.narrow(0, rows.start, len(rows)).unsqueeze(1), rounding)
@@ -216,7 +217,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     explaining = torch.where(inside, 0, rotated / unit)
     left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
     # Directions in which only rounding spreads explain nothing, that of the directions themselves included.
-    rounding = stats.noise_along(right @ span) / unit
+    rounding = noise_along(stats, right @ span) / unit
     tilt = 8 * torch.finfo(sizes.dtype).eps * len(sizes) * torch.linalg.matrix_norm(rotated / unit)
     left = left * (sizes > torch.maximum(rounding, tilt))
     rest = torch.where(inside, rotated / unit, 0)

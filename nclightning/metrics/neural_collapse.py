@@ -14,7 +14,8 @@ from torchmetrics import Metric
 
 from nclightning import functional as F
 from nclightning.functional import ClassStatistics
-from nclightning.functional.statistics import BetweenWeights, GlobalMean, Moments
+from nclightning.functional.moments import Moments
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
 from nclightning.sharding import gathered

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nclightning.functional import ClassStatistics, class_statistics, statistics, within_class_variability
+from nclightning.functional import ClassStatistics, class_statistics, samples, statistics, within_class_variability
 from nclightning.metrics import NeuralCollapse
 
 K, D = 4, 40
@@ -48,8 +48,8 @@ def test_spread_along_is_that_of_a_loop(spread, dtype, generator):
 def test_the_limit_on_samples_changes_no_value(most, generator, monkeypatch):
     features, labels = data(generator)
     expected = within_class_variability(class_statistics(features, labels, K))
-    monkeypatch.setattr(statistics, "_KEPT_PER_DIM", most)
-    monkeypatch.setattr(statistics, "_FEW_BYTES", 0)
+    monkeypatch.setattr(samples, "_KEPT_PER_DIM", most)
+    monkeypatch.setattr(samples, "_FEW_BYTES", 0)
     stats = ClassStatistics.empty(K, D)
     for h, y in zip(features.split(30), labels.split(30), strict=True):
         stats.add_(h, y)
@@ -164,14 +164,14 @@ def test_empty_batches_are_not_kept(generator):
 def test_few_bytes_are_kept_however_many_rows(generator, monkeypatch):
     features, labels = data(generator)
     expected = within_class_variability(class_statistics(features, labels, K))
-    monkeypatch.setattr(statistics, "_KEPT_PER_DIM", 0)
+    monkeypatch.setattr(samples, "_KEPT_PER_DIM", 0)
     for kept in (True, False):
         stats = ClassStatistics.empty(K, D)
         for h, y in zip(features.split(45), labels.split(45), strict=True):
             stats.add_(h, y)
         assert bool(stats.kept) == kept
         torch.testing.assert_close(within_class_variability(stats), expected, rtol=1e-12, atol=0)
-        monkeypatch.setattr(statistics, "_FEW_BYTES", 0)
+        monkeypatch.setattr(samples, "_FEW_BYTES", 0)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 500, [1, 2, 3] * 80, [300, 1, 1, 100, 7] * 5])

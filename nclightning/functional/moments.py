@@ -1,0 +1,93 @@
+"""Moments of labelled samples in square-root form, merged exactly."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nclightning.functional.linear import norm, root_sum_of_squares, triangular_factor
+
+__all__ = ["Moments"]
+
+
+class Moments(NamedTuple):
+    """Moments of labelled samples. All but the counts have the unit of the features, so that no square overflows.
+
+    Attributes:
+        counts: Samples per class ``(K,)``.
+        means: Class means ``(K, d)``; zero for a class without samples.
+        tails: What rounding left of them ``(K, d)``: the class means in twice the digits are ``means + tails``.
+        norms: Root of the within-class spread of each class ``(K,)``.
+        widths: Root of the within-class spread of each coordinate ``(d,)``.
+        root: Square root R of the within-class scatter R^T R, ``(d, d)``; ``(0, d)`` before there is one, None in the
+            light form. A sum of squares along a direction v, ``|R v|^2``, stays right where ``v^T (R^T R) v`` would
+            lose what is below the rounding of the spread in other directions.
+        rounding: Machine epsilon that the features show, and that of their dtype, ``(2,)``; the first is ``inf`` while
+            they do not tell.
+    """
+
+    counts: Tensor
+    means: Tensor
+    tails: Tensor
+    norms: Tensor
+    widths: Tensor
+    root: Tensor | None
+    rounding: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_classes: int, dim: int, dtype: torch.dtype, device: torch.device | str | None, *, scatter: bool
+    ) -> Moments:
+        """Moments of no samples."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            counts=zeros(num_classes),
+            means=zeros(num_classes, dim),
+            tails=zeros(num_classes, dim),
+            norms=zeros(num_classes),
+            widths=zeros(dim),
+            root=zeros(0, dim) if scatter else None,
+            rounding=torch.full((2,), torch.inf, dtype=dtype, device=device),
+        )
+
+    def moved_to(self, other: Moments) -> Tensor:
+        """Rows whose squares are what the spread of these samples grows by around the class means of the other."""
+        shift = torch.where((self.counts > 0).unsqueeze(1), self.shift_to(other), 0)
+        return self.counts.sqrt().unsqueeze(1) * shift
+
+    def shift_to(self, other: Moments) -> Tensor:
+        """Class means of the other minus those of this one, right to the last digit of the difference."""
+        return (other.means - self.means) + (other.tails - self.tails)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples: centred update of Chan, Golub and LeVeque (1983), in square-root form."""
+        counts = self.counts + other.counts
+        share = other.counts / counts.clamp(min=1)
+        both = ((self.counts > 0) & (other.counts > 0)).unsqueeze(1)
+        shift = torch.where(both, self.shift_to(other), 0)
+        rows = shift * (self.counts * share).sqrt().unsqueeze(1)
+        step = share.unsqueeze(1) * shift
+        means = self.means + step
+        # What the sum rounds off goes to the tails (Knuth's two-sum).
+        back = means - self.means
+        tails = self.tails + ((self.means - (means - back)) + (step - back))
+        known = (self.counts > 0).unsqueeze(1)
+        root = self.root
+        if root is not None and other.root is not None:
+            # Without rows one side has no samples, and there is no shift.
+            parts = [part for part in (root, other.root) if len(part)]
+            root = triangular_factor([*parts, rows]) if len(parts) > 1 else (parts or [root])[0]
+        return Moments(
+            counts,
+            torch.where(known, means, other.means),
+            torch.where(known, tails, other.tails),
+            root_sum_of_squares(self.norms, other.norms, norm(rows, dim=1)),
+            root_sum_of_squares(self.widths, other.widths, norm(rows, dim=0)),
+            root,
+            torch.minimum(self.rounding, other.rounding),
+        )
