@@ -59,7 +59,7 @@ def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:
     if not full:
         # Sums of rows are off the span of the rows by their own rounding only, the decomposition's by many.
         unit, least = power_of_two(rows), torch.finfo(rows.dtype).eps * max(rows.shape) * singular.amax()
-        sums = ((left / torch.where(singular > least, singular / unit, 1)).T @ (rows / unit))
+        sums = (left / torch.where(singular > least, singular / unit, 1)).T @ (rows / unit)
         right = torch.where((singular > least).unsqueeze(1), sums, right)
     return torch.where(finite, singular, torch.nan), right
 
