@@ -149,14 +149,3 @@ def _checksum(tensor: Tensor) -> Tensor:
         mixed = ((mixed ^ (mixed >> 32)) + places * -4658895280553007687) * -7723592293110705685
         total = total + (mixed ^ (mixed >> 29)).sum()
     return total
-    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.contiguous().view(-1).view(dtypes[flat.element_size()])
-    for start in range(0, len(flat), _ELEMENTS_AT_A_TIME):
-        bits = flat[start : start + _ELEMENTS_AT_A_TIME].long()
-        places = torch.arange(start, start + len(bits), device=tensor.device)
-        # The bits of a splitmix step: odd weights that look random, so that exchanged elements show.
-        mixed = (places + 1) * -7046029254386353131
-        mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
-        total = total + (bits * (mixed | 1)).sum()
-    return total
