@@ -55,6 +55,16 @@ def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys):
     assert f"tensorboard --logdir {RUN}" in output.out
 
 
+def test_a_further_monitor_beside_those_of_the_command_line():
+    more = ["--trainer.callbacks+=nclightning.callbacks.NeuralCollapseMonitor"]
+    fit(*more, "--trainer.callbacks.measures=[nc1_cdnv]", "--trainer.callbacks.every_n_iterations=10")
+    assert {tag for tag in rows()[-1] if tag.startswith("nc/")} == {
+        f"nc/train/{m}" for m in ("nc1", "nc2", "nc3", "nc1_cdnv")
+    }
+    with pytest.raises(SystemExit):
+        fit(*more)
+
+
 INIT = "--model.init_args"
 SMALL = [f"{INIT}.samples_per_class", "6", f"{INIT}.input_dim", "80", f"{INIT}.hidden_dim", "40"]
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
 from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard, whole_linear
-from nclightning.sweep import eager, frozen, sequential_loader, shared_buffers
+from nclightning.sweep import compiled_parts, eager, frozen, sequential_loader, shared_buffers
 
-__all__ = ["Attachment", "full_batch", "name_loaders"]
+__all__ = ["Attachment", "full_batch", "full_batch_method", "name_loaders", "unseen"]
 
 Add = Callable[[dict[str, Tensor], Tensor], None]
 
@@ -54,7 +56,7 @@ class Attachment:
         if name is None and self._found is not None and self._found[0]() is pl_module:
             name = self._found[1]
         if name is None and inputs is not None:
-            with frozen(pl_module), eager():
+            with unseen(pl_module):
                 head = detect_head(pl_module, inputs)
             name = next(path for path, child in pl_module.named_modules() if child is head)
             self._found = weakref.ref(pl_module), name
@@ -74,32 +76,60 @@ class Attachment:
         layers = {name: _layer(pl_module, name) for name in self._layers}
         return Taps(self.head_of(pl_module, inputs), layers, self._pooling)
 
-    def sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add) -> None:
+    def is_compiled(self, pl_module: L.LightningModule, inputs: Any) -> bool:
+        """Whether the head or a layer runs inside a compiled graph, where hooks do not fire."""
+        parts = compiled_parts(pl_module)
+        watched = (
+            [self.head_of(pl_module, inputs), *(_layer(pl_module, name) for name in self._layers)] if parts else []
+        )
+        return any(child is layer for part in parts for child in part.modules() for layer in watched)
+
+    def features(self, pl_module: L.LightningModule, inputs: Any) -> dict[str, Tensor]:
+        """Run the module once more on a batch, uncompiled and without a trace; return what was captured."""
+        with unseen(pl_module), pl_module.trainer.precision_plugin.forward_context():
+            taps = self.tap(pl_module, inputs)
+            try:
+                call_model(pl_module, inputs)
+                return taps.take(once=True)
+            finally:
+                taps.remove()
+
+    def sweep(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add, limit: int | None = None
+    ) -> None:
         """Run the module once over a data set without a trace, and hand on features and labels batch by batch.
 
         Where weights are sharded each forward is one of all processes, so that those with fewer batches repeat one.
+
+        Args:
+            trainer: Of the module.
+            pl_module: The module.
+            loader: Of the data set.
+            add: Takes features by name, and labels.
+            limit: Number of batches to which training is held; None if to none.
 
         Raises:
             Exception: On all processes, if one of them fails or has no batch.
         """
         error: Exception | None = None
         try:
-            self._sweep(trainer, pl_module, loader, add)
+            self._sweep(trainer, pl_module, loader, add, limit)
         except Exception as own:
             error = own
         raise_together(error, pl_module.device)
 
-    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add) -> None:
+    def _sweep(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add, limit: int | None
+    ) -> None:
         taps: Taps | None = None
         sharded = is_sharded(pl_module)
         try:
             with (
-                frozen(pl_module),
+                unseen(pl_module),
                 shared_buffers(pl_module, trainer.world_size),
-                eager(),
                 trainer.precision_plugin.forward_context(),
             ):
-                own = sequential_loader(loader, trainer.global_rank, trainer.world_size)
+                own = sequential_loader(loader, trainer.global_rank, trainer.world_size, limit)
                 batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
                 for each, is_new in batches:
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
@@ -121,6 +151,20 @@ class Attachment:
                 reshard(pl_module)
 
     @staticmethod
+    def check_loader(trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, limit: int | None = None) -> None:
+        """Refuse a loader that cannot be swept, before anything runs. All processes must come here.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        error: Exception | None = None
+        try:
+            sequential_loader(loader, trainer.global_rank, trainer.world_size, limit)
+        except Exception as own:
+            error = own
+        raise_together(error, pl_module.device)
+
+    @staticmethod
     def check(trainer: L.Trainer) -> None:
         """Refuse strategies under which a forward of the module has no weights, or not a batch of its own.
 
@@ -139,6 +183,34 @@ class Attachment:
                 "layers that are split over processes need the same batch on each, and a sweep would give them "
                 "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
+
+
+@contextmanager
+def unseen(pl_module: L.LightningModule) -> Iterator[None]:
+    """Run a module frozen and uncompiled, without a trace in it and in what its user logs.
+
+    Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing.
+    """
+    trainer, names = pl_module.trainer, ("log", "log_dict")
+    modules = [vars(child) for child in pl_module.modules() if isinstance(child, L.LightningModule)]
+    own = [{name: state[name] for name in names if name in state} for state in modules]
+    loggers = trainer.loggers
+    try:
+        for state in modules:
+            state.update(dict.fromkeys(names, _log_nothing))
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        with frozen(pl_module), eager():
+            yield
+    finally:
+        trainer.loggers = loggers
+        for state, before in zip(modules, own, strict=True):
+            for name in names:
+                del state[name]
+            state.update(before)
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for ``LightningModule.log``."""
 
 
 def full_batch(pl_module: L.LightningModule) -> bool:

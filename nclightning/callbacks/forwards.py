@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality
 from nclightning.features import Taps
 from nclightning.ranks import raise_together
-from nclightning.sharding import reshard
-from nclightning.sweep import num_own_samples
+from nclightning.sharding import copied_linear, is_sharded, reshard
+from nclightning.sweep import fingerprint, num_own_samples
 
 __all__ = ["ForwardPass"]
 
@@ -24,15 +26,28 @@ class ForwardPass:
         attachment: Holds on to the module.
         measuring: What to read.
         ood: Names of loaders that are out of distribution.
-        centres: Statistics of the training set for decisions by nearest centre and NC5; None leaves both out.
+        centres: Makes the statistics of the training set for decisions by nearest centre and NC5, at the weights of the
+            moment; None leaves both out.
+        online: Whether this is a pass of training, whose weights change on the way: its features are read with the
+            head as it is at the end. Else features and head are of the same weights.
     """
 
     def __init__(
-        self, attachment: Attachment, measuring: Measuring, ood: tuple[str, ...] = (), centres: Centres | None = None
+        self,
+        attachment: Attachment,
+        measuring: Measuring,
+        ood: tuple[str, ...] = (),
+        centres: Callable[[], Centres] | None = None,
+        online: bool = False,
     ) -> None:
         self._attachment, self._measuring = attachment, measuring
-        self._ood, self._centres = ood, centres
+        self._ood, self._sweep_centres, self._online = ood, centres, online
+        self._centres: Centres | None = None
+        self._head: nn.Linear | None = None
+        self._weights: dict[str, tuple[int, ...]] = {}
         self._taps: Taps | None = None
+        self._handle: RemovableHandle | None = None
+        self._hooked = False
         self._failure: Exception | None = None
         self._collections: dict[str, Collection] = {}
         self._decisions: dict[str, Decisions] = {}
@@ -41,18 +56,57 @@ class ForwardPass:
     @property
     def hooked(self) -> bool:
         """Whether the module is hooked, or need not be any more."""
-        return self._taps is not None or self._failure is not None
+        return self._hooked or self._failure is not None
 
     def hook(self, pl_module: L.LightningModule, batch: Any) -> None:
-        """Hook the module before its first batch."""
-        self._taps = self._attachment.tap(pl_module, self._attachment.split(batch)[0])
+        """Hook the module before its first batch; sweep the class means of the weights that are to decide.
+
+        Raises:
+            ValueError: If training runs inside a compiled graph.
+        """
+        self._attachment.forget()  # Layers may have been replaced since the last time.
+        inputs = self._attachment.split(batch)[0]
+        if self._sweep_centres is not None and self._centres is None:
+            # Not before: at the start of the epoch other callbacks may still be about to swap weights.
+            self._weights["class means"] = fingerprint(pl_module.parameters())
+            self._centres = self._sweep_centres()
+        compiled = self._attachment.is_compiled(pl_module, inputs)
+        if compiled and self._online:
+            raise ValueError(
+                "source='online' needs the features of training's own forwards, which a compiled model does not show "
+                "to hooks: use source='sweep', which runs it uncompiled."
+            )
+        self._hooked = True
+        if not compiled:
+            self._taps = self._attachment.tap(pl_module, inputs)
+            if not self._online and not is_sharded(pl_module):
+                # A step may run with other weights than there are before and after it.
+                head = self._attachment.head_of(pl_module)
+                self._handle = head.register_forward_pre_hook(lambda *_: self._take_head(pl_module))
+
+    def _take_head(self, pl_module: L.LightningModule) -> None:
+        """Copy the head as it is now, with which the features of this pass are read."""
+        self._head = copied_linear(self._attachment.whole_head_of(pl_module))
+        if self._sweep_centres is not None:
+            self._weights["validation or test step"] = fingerprint(pl_module.parameters())
 
     def collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         """Take the features of the batch that just ran."""
         if self._failure is not None:
             return
-        assert self._taps is not None
-        kept, labels = self._taps.take(), self._attachment.split(batch)[1]
+        inputs, labels = self._attachment.split(batch)
+        kept = self._attachment.features(pl_module, inputs) if self._taps is None else self._taps.take()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._head is None and not self._online:
+            self._take_head(pl_module)
+        if len(set(self._weights.values())) > 1:
+            raise ValueError(
+                "decisions and nc5 need class means of the weights that the step runs with, and the step swaps weights "
+                "inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave these "
+                "measures out."
+            )
         if index not in self._places:
             self._places[index] = self._open(pl_module, *list(name_loaders(loaders))[index])
         name, num_own = self._places[index]
@@ -64,11 +118,10 @@ class ForwardPass:
 
     def _open(self, pl_module: L.LightningModule, name: str, loader: Any) -> tuple[str, int | None]:
         """Start reading a loader; return its name and how many of its samples are no duplicates."""
-        head = self._attachment.head_of(pl_module)
+        head = self._attachment.head_of(pl_module) if self._head is None else self._head
         self._collections[name] = self._measuring.collection(head)
         if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
-            whole = self._attachment.whole_head_of(pl_module)
-            self._decisions[name] = self._measuring.decisions(whole, self._centres)
+            self._decisions[name] = self._measuring.decisions(head, self._centres)
         return name, num_own_samples(loader)
 
     def read(self, pl_module: L.LightningModule) -> dict[str, Tensor]:
@@ -101,4 +154,7 @@ class ForwardPass:
         """Remove the hooks."""
         if self._taps is not None:
             self._taps.remove()
-        self._taps = None
+        if self._handle is not None:
+            self._handle.remove()
+        self._taps = self._handle = None
+        self._hooked = False

@@ -11,17 +11,18 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from nclightning.callbacks.publishing import Publisher, as_metrics
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 from nclightning.ranks import count_over_ranks
 from nclightning.sweep import untouched
 
-__all__ = ["Readings", "ReadingsMonitor", "as_metrics"]
+__all__ = ["Readings", "ReadingsMonitor"]
 
 Batch = tuple[Tensor, Tensor]
 
 
-class ReadingsMonitor(L.Callback):
+class ReadingsMonitor(Publisher):
     """Base of the monitors: takes readings at stated iterates of a full-batch run.
 
     A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
@@ -40,11 +41,14 @@ class ReadingsMonitor(L.Callback):
     log10_tags: frozenset[str] = frozenset()
 
     def __init__(self, every_n_iterations: int = 10) -> None:
+        super().__init__()
         if every_n_iterations < 1:
             raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
         self._batch: Batch | None = None
         self._last_iteration = -1
+        self._readings: Readings | None = None
+        self._own_tags: set[str] = set()
 
     @abstractmethod
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
@@ -70,6 +74,8 @@ class ReadingsMonitor(L.Callback):
                 "OptimalityMonitor(loss=...) gap and distance."
             )
         self._batch, self._last_iteration = None, -1
+        self._readings, self._own_tags = Readings.of(trainer), set()
+        super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -98,6 +104,7 @@ class ReadingsMonitor(L.Callback):
         with untouched(pl_module):
             values = self.read(pl_module, self._batch)
         Readings.of(trainer).add(iteration, values, self.log10_tags)
+        self._own_tags |= values.keys() | {f"log10/{tag}" for tag in self.log10_tags & values.keys()}
         self._last_iteration = iteration
 
     def on_train_batch_end(
@@ -122,7 +129,17 @@ class ReadingsMonitor(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bring the last readings to the loggers and drop the batch."""
         self._save(trainer)
-        self._batch = None
+        self._keep_last()
+        self._batch = self._readings = None
+
+    def _keep_last(self) -> None:
+        if self._readings is not None:
+            self._last |= self._readings.latest(self._own_tags)
+
+    def state(self) -> dict[str, Any]:
+        """Return what checkpoints hold: the last values."""
+        self._keep_last()
+        return super().state()
 
     def _save(self, trainer: L.Trainer) -> None:
         if Readings.of(trainer).flush(trainer):
@@ -138,6 +155,7 @@ class Readings:
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, Tensor | float]] = {}
         self._log10_tags: set[str] = set()
+        self._flushed: dict[str, float] = {}
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Readings:
@@ -153,20 +171,33 @@ class Readings:
         """Return a value that waits."""
         return self._rows[iteration][tag]
 
+    def latest(self, tags: set[str]) -> dict[str, float]:
+        """Return the last value of each tag, also of those that wait."""
+        waiting = self._on_host(self._rows)
+        values = self._flushed | {tag: value for _, row in waiting for tag, value in row.items()}
+        return {tag: value for tag, value in values.items() if tag in tags}
+
+    def _on_host(self, rows: dict[int, dict[str, Tensor | float]]) -> list[tuple[int, dict[str, float]]]:
+        """Transfer rows at once, and add logarithms."""
+        waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
+        arrived = iter(torch.stack(waiting).tolist() if waiting else [])
+        values = [
+            (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
+            for iteration, row in rows.items()
+        ]
+        for _, row in values:
+            row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
+        return values
+
     def flush(self, trainer: L.Trainer) -> list[tuple[int, dict[str, float]]]:
         """Transfer what waits, log it, and return it."""
         if not self._rows:
             return []
         with deferred_interrupt():
             rows, self._rows = self._rows, {}
-            waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
-            arrived = iter(torch.stack(waiting).tolist() if waiting else [])
-            values = [
-                (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
-                for iteration, row in rows.items()
-            ]
+            values = self._on_host(rows)
             for _, row in values:
-                row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
+                self._flushed |= row
             trainer.callback_metrics.update(as_metrics(values[-1][1]))
             for logger in trainer.loggers:
                 if isinstance(logger, RunLogger):
@@ -175,11 +206,6 @@ class Readings:
                     for iteration, row in values:
                         logger.log_metrics(row, iteration)
         return values
-
-
-def as_metrics(values: dict[str, float]) -> dict[str, Tensor]:
-    """Make of readings what ``trainer.callback_metrics`` holds."""
-    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}
 
 
 def _log10(value: float) -> float:

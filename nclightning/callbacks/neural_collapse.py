@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -14,16 +15,23 @@ from torch import Tensor
 from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.forwards import ForwardPass
-from nclightning.callbacks.monitor import Batch, ReadingsMonitor, as_metrics
+from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.callbacks.sweeps import Sweeps
+from nclightning.callbacks.publishing import Publisher, changed_settings
+from nclightning.callbacks.sweeps import Sweeps, Swept
 from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
+from nclightning.ranks import count_over_ranks
+from nclightning.sweep import fingerprint
 
 __all__ = ["NeuralCollapseMonitor"]
 
 Stage = Literal["train", "val", "test"]
+# Arguments that do not say which values are logged.
+_OTHER_ARGUMENTS = frozenset(
+    {"every_n_iterations", "every_n_epochs", "every_n_steps", "batch_fn", "pictures_every_n_epochs", "on_error"}
+)
 
 
 class NeuralCollapseMonitor(ReadingsMonitor):
@@ -100,7 +108,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         between_weights: BetweenWeights = "uniform",
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
+        given = dict(locals())
         super().__init__(every_n_iterations)
+        self._settings = changed_settings(NeuralCollapseMonitor.__init__, given, _OTHER_ARGUMENTS)
         cadences = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
         for name, value in (cadences | {"pictures_every_n_epochs": pictures_every_n_epochs}).items():
             if value is not None and value < 1:
@@ -126,7 +136,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             raise ValueError(f"datasets must not be named like a stage, got {sorted(clash)}.")
         if isinstance(ood, str):
             raise ValueError(f"ood must be a sequence of names: write ({ood!r},).")
-        self.ood = tuple(ood)
+        self.ood, self.layers = tuple(ood), tuple(layers)
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
@@ -135,21 +145,27 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
                 "'train' out of stages."
             )
-        self._attachment = Attachment(head, tuple(layers), layer_pooling, batch_fn)
+        self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn)
         self._metric: NeuralCollapse | None = None
         self._full_batch = False
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
         self._sweeps = Sweeps(self._attachment, self._measuring, self.datasets, self.ood)
-        self._swept_step = 0
-        self._last: dict[str, float] = {}
+        self._step = 0
+        # The last sweep at a step: the step, the weights, and what was read.
+        self._at_step: tuple[int, tuple[int, ...], Swept] | None = None
+
+    def tags(self, pl_module: L.LightningModule) -> set[str]:
+        """Return tags that are logged, but for the names of the trainer's loaders in them."""
+        read = ("nc1", "nc2", "nc3") if self._measuring.of_statistics is None else self._measuring.of_statistics
+        stages = {*self.stages, *(("train",) if full_batch(pl_module) else ())}
+        sets = stages | {name for name in self.datasets if name not in self.ood}
+        tags = {f"nc/{name}/{measure}" for name in sets for measure in (*read, *self._measuring.of_decisions)}
+        tags |= {f"nc/{name}/nc5" for name in self.ood}
+        tags |= {f"nc/{name}/{layer}/nc1" for name in sets for layer in self.layers}
+        return tags | ({"nc/train/angles"} if self.pictures_every_n_epochs is not None else set())
 
     # Full-batch modules: readings at iterates.
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget the readings of an earlier fit; those of a checkpoint are loaded after this."""
-        if stage == "fit":
-            self._last = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
@@ -164,8 +180,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_fit_start(trainer, pl_module)
             return
         self._attachment.check(trainer)
-        self._swept_step = trainer.global_step
-        trainer.callback_metrics.update(as_metrics(self._last))
+        Publisher.on_fit_start(self, trainer, pl_module)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
@@ -188,18 +203,23 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     # Training of other modules: a sweep, or the ordinary forwards.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say which out-of-distribution sets there are not."""
+        """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
         known = self.datasets.keys() | {name for name, _ in name_loaders(trainer.val_dataloaders)}
         if unknown := [name for name in self.ood if name not in known]:
             rank_zero_warn(
                 f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this "
                 "fit has no nc5 of them."
             )
+        self._step, self._at_step = trainer.global_step, None
+        if not self._full_batch:
+            self._sweeps.forget()
+            with self._guard():
+                self._sweeps.check(trainer, pl_module, self._sweeps_training)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
         if self.source == "online" and "train" in self.stages and self._is_due(trainer):
-            self._pass = ForwardPass(self._attachment, self._measuring)
+            self._pass = ForwardPass(self._attachment, self._measuring, online=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -217,11 +237,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
-        every = self.every_n_steps
-        if every is None or not self._has_sets:
+        if self.every_n_steps is None or not self._has_sets:
             return
-        if (step := trainer.global_step) % every == 0 and step != self._swept_step:
-            self._swept_step = step  # Accumulated batches share a step.
+        # Crossed, not hit: several optimizers advance the step by more than one.
+        before, self._step = self._step, trainer.global_step
+        if self._step // self.every_n_steps > before // self.every_n_steps:
             with self._guard():
                 self._sweep(trainer, pl_module, at_step=True)
 
@@ -247,17 +267,30 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         return self._sweeps_training or bool(self.datasets)
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
-        read = self._sweeps.read(trainer, pl_module, self._sweeps_training)
-        values = {f"nc/{tag}": value for tag, value in read.items()}
+        step, last = trainer.global_step, self._at_step
+        weights: tuple[int, ...] = ()
+        if self.every_n_steps is not None:
+            weights = fingerprint((*pl_module.parameters(), *pl_module.buffers()))
+        other = last is None or last[:2] != (step, weights)
+        if count_over_ranks(int(other), pl_module.device):
+            last = step, weights, self._sweeps.read(trainer, pl_module, self._sweeps_training)
+        assert last is not None
+        swept = last[2]
+        values = {f"nc/{tag}": value for tag, value in swept.values.items()}
         if at_step:
+            self._at_step = last
             self._publish_at_step(trainer, values)
             return
-        self._publish(pl_module, values)
+        if last is self._at_step:  # The loggers have them at this step.
+            self._publish_to_callbacks(pl_module, values)
+        else:
+            self._publish(pl_module, values)
+        self._at_step = None
         every = self.pictures_every_n_epochs
         if every is not None and self._sweeps_training and (trainer.current_epoch + 1) % every == 0:
-            stats, head = self._sweeps.centres(trainer, pl_module)[""], self._attachment.whole_head_of(pl_module)
+            assert swept.centres is not None
             if trainer.is_global_zero:
-                draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, trainer.global_step)
+                draw_angles(trainer.loggers, "nc/train/angles", swept.centres[""], swept.head.weight, step)
 
     # Validation and test: the ordinary forwards.
 
@@ -304,7 +337,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if stage in self.stages and not trainer.sanity_checking:
             with self._guard():
                 needed = self._measuring.of_decisions or self.ood
-                centres = self._sweeps.centres(trainer, pl_module) if needed else None
+                centres = partial(self._sweeps.centres, trainer, pl_module) if needed else None
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
     def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:
@@ -333,24 +366,6 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             with self._guard():
                 self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read(pl_module).items()})
         self._pass, self._waiting = self._waiting, None
-
-    # How readings reach loggers and other callbacks.
-
-    def _publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
-        self._remember(values)
-        # The metrics have merged all processes; averaging equal values is what keeps Lightning from warning.
-        pl_module.log_dict(values, sync_dist=True)
-
-    def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
-        arrived = self._remember(values)
-        trainer.callback_metrics.update(as_metrics(arrived))
-        for logger in trainer.loggers:
-            logger.log_metrics(arrived, trainer.global_step)
-
-    def _remember(self, values: dict[str, Tensor]) -> dict[str, float]:
-        arrived = torch.stack([value.double() for value in values.values()]).tolist() if values else []
-        self._last |= zip(values, arrived, strict=True)
-        return dict(zip(values, arrived, strict=True))
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -381,11 +396,3 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Leave no hook behind."""
         self._drop()
         super().teardown(trainer, pl_module, stage)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last readings, for callbacks that monitor them after a resume."""
-        return {"last": self._last}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        self._last = dict(state_dict.get("last", {}))

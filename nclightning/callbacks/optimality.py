@@ -20,12 +20,15 @@ from nclightning.callbacks.problem import (
     check_value,
     gap_and_distance,
 )
+from nclightning.callbacks.publishing import Publisher, changed_settings
+from nclightning.callbacks.search import search_readings, step_taken
 from nclightning.features import find_head, pair_rows, split_batch
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.metrics.optimality import check_counts, check_linear
 from nclightning.ranks import count_over_ranks
 from nclightning.sharding import whole_linear
+from nclightning.sweep import limited_batches
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -34,6 +37,8 @@ __all__ = ["OptimalityMonitor"]
 _LEAST_READINGS = 20
 # What is logged with fitted penalties.
 _FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
+# Arguments that do not say which values are logged.
+_OTHER_ARGUMENTS = frozenset({"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn"})
 
 
 class OptimalityMonitor(ReadingsMonitor):
@@ -103,7 +108,9 @@ class OptimalityMonitor(ReadingsMonitor):
         head: str | None = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
     ) -> None:
+        given = dict(locals())
         super().__init__(every_n_iterations)
+        self._settings = changed_settings(OptimalityMonitor.__init__, given, _OTHER_ARGUMENTS)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
             raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
@@ -128,21 +135,34 @@ class OptimalityMonitor(ReadingsMonitor):
         self._mu: float | None = None
         self._decay = 1.0
         self._is_checked = False  # Whether what is trained has been compared with the problem.
+        self._most_read = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a full-batch fit whose optimum is not known, before anything is written."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and full_batch(pl_module):
             self.find_problem(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others, and refuse what can be read in neither way."""
         self._attachment.forget()
-        self._is_checked = False
+        self._is_checked, self._most_read = False, 0
         if self.theory and full_batch(pl_module):
             check_optimizer(pl_module)
         if full_batch(pl_module) or self.loss is None:
             super().on_fit_start(trainer, pl_module)
+        else:
+            Publisher.on_fit_start(self, trainer, pl_module)
         self._attachment.check(trainer)
+
+    def tags(self, pl_module: L.LightningModule) -> set[str]:
+        """Return tags that each of these monitors logs."""
+        return {"loss", "optimality/grad_norm"} if full_batch(pl_module) else {"optimality/gap", "optimality/distance"}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse loaders that cannot be swept."""
+        if not full_batch(pl_module):
+            self._attachment.check_loader(trainer, pl_module, *self._training_set(trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -159,11 +179,12 @@ class OptimalityMonitor(ReadingsMonitor):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sweep the training set of a module that is not full-batch."""
         if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            pl_module.log_dict(self._sweep(trainer, pl_module), sync_dist=True)
+            self._attachment.forget()  # Layers may have been replaced since the last time.
+            self._publish(pl_module, self._sweep(trainer, pl_module))
 
     def _check_first_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Refuse a head, penalties or labels that have no known optimum."""
-        loader = _only_loader(trainer)
+        loader, limit = self._training_set(trainer)
         inputs, _ = self._attachment.split(batch)
         with trainer.precision_plugin.forward_context():
             head = self._attachment.head_of(pl_module, inputs)
@@ -171,11 +192,17 @@ class OptimalityMonitor(ReadingsMonitor):
         check_linear(self.loss, head)
         if self.penalties is not None:
             UFMProblem(self.loss, head.out_features, 1, head.in_features, *self.penalties)
-        if self._attachment.split is split_batch and not trainer.overfit_batches:  # type: ignore[attr-defined]
-            check_data_set(loader, head.out_features)
+        if self._attachment.split is split_batch:
+            check_data_set(loader, head.out_features, limit)
+
+    def _training_set(self, trainer: L.Trainer) -> tuple[Any, int | None]:
+        """Return the training loader, and the number of batches to which training is held."""
+        loader = _only_loader(trainer)
+        self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
+        return loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        loader = _only_loader(trainer)
+        loader, limit = self._training_set(trainer)
 
         def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
             metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
@@ -185,7 +212,7 @@ class OptimalityMonitor(ReadingsMonitor):
                     metrics.append(make().to(pl_module.device))
                 metrics[0].update(*pair_rows(kept[""], labels))
 
-            self._attachment.sweep(trainer, pl_module, loader, add)
+            self._attachment.sweep(trainer, pl_module, loader, add, limit)
             return metrics[0]
 
         def light() -> NeuralCollapse:
@@ -229,7 +256,7 @@ class OptimalityMonitor(ReadingsMonitor):
             Whether its parameters are those of the unconstrained feature model and its steps are known.
         """
         problem = self.find_problem(pl_module)
-        if problem is None or _step_taken(pl_module) is None or not getattr(pl_module, "features_are_free", False):
+        if problem is None or step_taken(pl_module) is None or not getattr(pl_module, "features_are_free", False):
             return False
         free = full_batch_method(pl_module, "count_free_parameters")()
         return bool(free == sum(entry.multiplicity for entry in problem.spectrum()))
@@ -278,12 +305,12 @@ class OptimalityMonitor(ReadingsMonitor):
             readings["optimality/error_bound_ratio"] = distance / grad_norm
         if self._mu is not None:
             readings["optimality/predicted_decay"] = self._decay
-        return readings | _search_readings(pl_module)
+        return readings | search_readings(pl_module)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence, and stop once close enough."""
         if self._mu is not None:
-            step = _step_taken(pl_module)
+            step = step_taken(pl_module)
             assert step is not None
             self._decay *= (1 - step * self._mu) ** 2
         super().on_iteration_end(trainer, pl_module, batch, iteration)
@@ -307,12 +334,14 @@ class OptimalityMonitor(ReadingsMonitor):
         patience = max(self._smallest_at, _LEAST_READINGS * self.every_n_iterations)
         return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= self._smallest_at + patience
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: the smallest distance so far, its iteration, the decay."""
-        return {"smallest": self._smallest, "smallest_at": self._smallest_at, "decay": self._decay}
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from: last values, the smallest distance, its iteration, the decay."""
+        own = {"smallest": self._smallest, "smallest_at": self._smallest_at, "decay": self._decay}
+        return super().state() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
+        super().load_state_dict(state_dict)
         self._smallest, self._smallest_at = state_dict["smallest"], state_dict["smallest_at"]
         self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
 
@@ -353,31 +382,3 @@ def _only_loader(trainer: L.Trainer) -> Any:
             "one with torch.utils.data.ConcatDataset."
         )
     return loader
-
-
-def _search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
-    if pl_module._trainer is None or not pl_module.trainer.training:
-        return {}
-    optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
-    if not hasattr(optimizer, "outcome"):
-        return {}
-    outcome = optimizer.outcome
-    return {
-        "line_search/step_size": math.nan if outcome is None else outcome.step_size,
-        "line_search/evaluations": optimizer.total_evaluations,
-    }
-
-
-def _step_taken(pl_module: L.LightningModule) -> float | None:
-    """Return the step to the iterate; None outside a fit, and for an optimizer that is not gradient descent."""
-    if pl_module._trainer is None or not pl_module.trainer.training:
-        return None
-    optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
-    if hasattr(optimizer, "outcome"):
-        return 0.0 if optimizer.outcome is None else float(optimizer.outcome.step_size)
-    if type(optimizer) is not torch.optim.SGD:
-        return None
-    groups = optimizer.param_groups
-    steps = {float(group["lr"]) for group in groups}
-    plain = not any(group[name] for group in groups for name in ("momentum", "weight_decay", "maximize"))
-    return steps.pop() if plain and len(steps) == 1 else None

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks.attach import full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
@@ -18,6 +18,7 @@ from nclightning.features import split_batch
 from nclightning.functional import class_statistics
 from nclightning.metrics.optimality import check_counts
 from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.sweep import known_indices
 from nclightning.theory import UFMProblem
 
 __all__ = ["check_balance", "check_data_set", "check_features", "check_optimizer", "check_value", "gap_and_distance"]
@@ -104,17 +105,19 @@ def check_value(problem: UFMProblem, value: Tensor | float, gap: Tensor, dtype: 
         )
 
 
-def check_data_set(loader: Any, num_classes: int) -> None:
+def check_data_set(loader: Any, num_classes: int, limit: int | None = None) -> None:
     """Refuse classes of different size where a data set shows its labels without being run through.
 
     Args:
         loader: A training loader whose batches are split as they come.
         num_classes: K.
+        limit: Number of batches to which training is held; None if to none.
 
     Raises:
         ValueError: As :func:`nclightning.metrics.optimality.check_counts`.
     """
-    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+    indices = known_indices(loader, limit) if isinstance(loader, DataLoader) else None
+    if indices is None:
         return
     data = loader.dataset
     labels = getattr(data, "targets", None) if getattr(data, "target_transform", None) is None else None
@@ -123,7 +126,7 @@ def check_data_set(loader: Any, num_classes: int) -> None:
     if not isinstance(labels, list | Tensor) or not isinstance(data, Sized) or len(labels) != len(data):
         return
     try:
-        known = torch.as_tensor(labels)
+        known = torch.as_tensor(labels)[torch.as_tensor(indices)]
     except (TypeError, ValueError):  # Names of classes, which the data set turns into indices.
         return
     # Labels beyond the head are for the sweep to name.

@@ -60,7 +60,7 @@ def loader(samples, **options):
 
 def fit(folder, callbacks, data, model=None, **options):
     torch.manual_seed(0)
-    model = model or Net()
+    model = Net() if model is None else model
     trainer = quiet_trainer(folder, **({"max_epochs": 3, "callbacks": callbacks} | options))
     trainer.fit(model, *([data] if not isinstance(data, tuple) else data))
     return model, trainer
