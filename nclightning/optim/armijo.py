@@ -7,23 +7,23 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nclightning.optim.backtracking import LONG, backtrack
 from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
-from nclightning.optim.iterate import Fingerprint, differ_between_ranks
+from nclightning.optim.iterate import Fingerprint
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.options import check_group, check_options, common_options, largest_step, vanishing_step
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
+from nclightning.optim.start import check_parameters, evaluate_start
 from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoGD"]
-
-_LONG = 1e38  # Steps up to here can multiply gradients of any precision.
 
 
 class ArmijoGD(Optimizer):
@@ -266,7 +266,7 @@ class ArmijoGD(Optimizer):
 
         line.begin(start)
         try:
-            found = self._backtrack(line, start, params)
+            found = backtrack(self._options, self._next_step, line, start, params)
         except BaseException:
             line.reject()
             self._drop_gradients(params)
@@ -275,6 +275,7 @@ class ArmijoGD(Optimizer):
         if found.end is None:
             line.reject()
             return self._finish(line, params, start, start, found.status, 0.0, spent)
+        self._adapt(found.size, found.bend, found.trials == 1, params)
         return self._finish(line, params, start, found.end, found.status, found.size, spent)
 
     def _may_search_from(self, carried: Evaluation) -> bool:
@@ -284,40 +285,12 @@ class ArmijoGD(Optimizer):
 
     def _evaluate_start(self, line: LineObjective, params: list[Tensor]) -> Evaluation:
         """Evaluate at the current parameters, and refuse what cannot be searched."""
-        self._refuse_foreign_gradients(params)
-        if not any(p.requires_grad for p in params):
-            raise ValueError(
-                "no parameter of ArmijoGD requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
-                "be trained."
-            )
-        if any(p.is_meta for p in params):
-            raise ValueError(
-                "a parameter of ArmijoGD is on the meta device and has no values: make the optimizer after the module "
-                "was materialised."
-            )
-        if type(line) is ClosureLine and differ_between_ranks(params):
-            raise ValueError(
-                "the parameters of ArmijoGD are not the same on all processes: broadcast them before the first step, "
-                "as DistributedDataParallel does."
-            )
+        check_parameters(line, params, None if self._carried is None else self._carried.evaluation.gradients)
         try:
-            start = line.evaluate()
+            return evaluate_start(line, params)
         except BaseException:
             self._drop_gradients(params)
             raise
-        if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
-            self._drop_gradients(params)
-            raise ValueError(
-                f"{type(line).__name__} has a gradient for a parameter that was frozen since: make it anew, or pass a "
-                "closure."
-            )
-        if not start.finite:
-            self._drop_gradients(params)
-            raise ValueError(
-                f"the objective at the start of the step is {start.value} with gradient norm "
-                f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
-            )
-        return start
 
     def _fails_again(self, known: Evaluation, start: Evaluation) -> bool:
         """Say whether a search must end as the last one did: from the same point, by the same options and closure."""
@@ -341,56 +314,6 @@ class ArmijoGD(Optimizer):
             return SearchStatus.UNATTAINED if vanished else SearchStatus.STATIONARY
         return SearchStatus.UNATTAINED if self._steps_ran_away else None
 
-    def _backtrack(self, line: LineObjective, start: Evaluation, params: list[Tensor]) -> _Found:
-        """Shorten the step until a trial is accepted, which the parameters are then left at."""
-        size, fell_beyond_numbers, number = self._next_step, False, 0
-        status = SearchStatus.EXHAUSTED
-        if size > _LONG:
-            size = min(size, largest_step(params))
-        for number in range(1, self._options["max_trials"] + 1):
-            value = line.trial(size)
-            fell_beyond_numbers |= value == -math.inf
-            # A second look costs a pass over the parameters: only where it may show something.
-            if number > 1 and (number > 2 or value == start.value) and line.stands_still():
-                status = SearchStatus.STALLED
-                break
-            verdict = self._judge(start, value, size, line)
-            if verdict.status is not None:
-                end = line.accept()
-                if end.finite:
-                    self._adapt(size, verdict.bend, number == 1, params)
-                    return _Found(verdict.status, end, size, number)
-                fell_beyond_numbers |= end.value < start.value and math.isinf(end.square)
-            for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
-                size *= self._options["shrink"]
-        return _Found(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
-
-    def _judge(self, start: Evaluation, value: float, size: float, line: LineObjective) -> _Verdict:
-        if not math.isfinite(value):
-            return _Verdict(None, math.inf)
-        c1, change = self._options["c1"], value - start.value
-        noise = self._noise(start)
-        if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
-            slope = line.slope()
-            accepted = slope >= -(1 - 2 * c1) * start.square
-            bend = 1 - slope / start.square
-            return _Verdict(SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, bend, self._shrinks(bend))
-        linear = size * start.square
-        bend = 2 * (1 + change / linear) if linear > 0 else math.inf
-        return _Verdict(SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend)
-
-    def _shrinks(self, bend: float) -> int:
-        """Count the rejections in a row that a quadratic is due from one with this bend on, up to ``max_trials``."""
-        excess = bend / (2 * (1 - self._options["c1"]))
-        if not 1 < excess < math.inf:
-            return 1
-        limit: int = self._options["max_trials"]
-        return min(max(1, math.ceil(math.log(excess) / -math.log(self._options["shrink"]))), limit)
-
-    def _noise(self, start: Evaluation) -> float:
-        noise = self._options["noise"]
-        return min(64 * start.epsilon, 2.0**-5) if noise is None else noise
-
     def _adapt(self, size: float, bend: float, first_trial: bool, params: list[Tensor]) -> None:
         """Choose the next first trial after an accepted step."""
         options = self._options
@@ -398,7 +321,7 @@ class ArmijoGD(Optimizer):
         self._steps_ran_away = False
         if self._streak >= options["patience"] and options["grow"] * bend <= 2 * (1 - options["c1"]):
             longer = size * options["grow"]
-            if longer <= _LONG or longer <= largest_step(params):
+            if longer <= LONG or longer <= largest_step(params):
                 size, self._streak = longer, 0
             else:
                 self._steps_ran_away = longer > size
@@ -451,16 +374,6 @@ class ArmijoGD(Optimizer):
             p.grad = None
         self._carried = None
 
-    def _refuse_foreign_gradients(self, params: list[Tensor]) -> None:
-        own = [None] * len(params) if self._carried is None else self._carried.evaluation.gradients
-        for p, g in zip(params, own, strict=True):
-            if p.grad is not None and p.grad is not g:
-                raise ValueError(
-                    "a parameter had a gradient before ArmijoGD.step: the search evaluates the objective itself and "
-                    "cannot add to accumulated gradients. Set accumulate_grad_batches=1 (Lightning), or call "
-                    "zero_grad() before the first step."
-                )
-
     def state_dict(self) -> dict[str, Any]:
         """Return the torch state and the search's own; plain numbers, so that a resumed run continues bit for bit.
 
@@ -512,33 +425,3 @@ class ArmijoGD(Optimizer):
             "_failed_with": None,
             "_resumed": self._options["reuse_gradient"] and self._outcome is not None,
         }
-
-
-class _Found(NamedTuple):
-    """What backtracking found.
-
-    Attributes:
-        status: How it ended.
-        end: Evaluation where the parameters are left; None if no trial was accepted.
-        size: Step taken.
-        trials: How many it took.
-    """
-
-    status: SearchStatus
-    end: Evaluation | None
-    size: float
-    trials: int
-
-
-class _Verdict(NamedTuple):
-    """What a trial showed.
-
-    Attributes:
-        status: None rejects it.
-        bend: The step times the curvature along it. A quadratic is accepted up to 2 (1 - c1) by either condition.
-        shrinks: How often to shrink a rejected step before the next trial.
-    """
-
-    status: SearchStatus | None
-    bend: float
-    shrinks: int = 1

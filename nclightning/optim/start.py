@@ -1,0 +1,69 @@
+"""The point that a search starts from, and what cannot be searched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.iterate import differ_between_ranks
+from nclightning.optim.line import ClosureLine, LineObjective
+
+__all__ = ["check_parameters", "evaluate_start"]
+
+
+def check_parameters(line: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None) -> None:
+    """Refuse parameters that cannot be searched over.
+
+    Args:
+        line: The objective.
+        params: Of the optimizer.
+        own: Gradients that the last step left; None for none.
+
+    Raises:
+        ValueError: If a gradient is another one, or parameters are frozen, without values or different on processes.
+    """
+    for p, g in zip(params, own or [None] * len(params), strict=True):
+        if p.grad is not None and p.grad is not g:
+            raise ValueError(
+                "a parameter had a gradient before ArmijoGD.step: the search evaluates the objective itself and "
+                "cannot add to accumulated gradients. Set accumulate_grad_batches=1 (Lightning), or call "
+                "zero_grad() before the first step."
+            )
+    if not any(p.requires_grad for p in params):
+        raise ValueError(
+            "no parameter of ArmijoGD requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
+            "be trained."
+        )
+    if any(p.is_meta for p in params):
+        raise ValueError(
+            "a parameter of ArmijoGD is on the meta device and has no values: make the optimizer after the module "
+            "was materialised."
+        )
+    if type(line) is ClosureLine and differ_between_ranks(params):
+        raise ValueError(
+            "the parameters of ArmijoGD are not the same on all processes: broadcast them before the first step, "
+            "as DistributedDataParallel does."
+        )
+
+
+def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
+    """Evaluate at the current parameters.
+
+    Raises:
+        ValueError: If the objective or its gradient is not finite, or the line has gradients of frozen parameters.
+    """
+    start = line.evaluate()
+    if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
+        raise ValueError(
+            f"{type(line).__name__} has a gradient for a parameter that was frozen since: make it anew, or pass a "
+            "closure."
+        )
+    if not start.finite:
+        raise ValueError(
+            f"the objective at the start of the step is {start.value} with gradient norm "
+            f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
+        )
+    return start
