@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -66,6 +66,11 @@ class Measuring:
             self.of_statistics = select_measures(measures)
         except ValueError as error:
             raise ValueError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
+
+    def tags(self, layers: Iterable[str]) -> set[str]:
+        """Return names of what is read of a data set, and one of each further layer."""
+        of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
+        return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
     def metric(self, head: nn.Linear) -> NeuralCollapse:
         """Make the metric of the head and its input."""

@@ -40,11 +40,19 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     Formulas: :mod:`nclightning.functional`.
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
-    sweeps the training set at ends of epochs: the model frozen in eval mode, every sample once and in order, over all
-    processes; weights, gradients, buffers, training modes and random states are as before. In validation and test it
-    collects the features of the ordinary forwards; duplicates that a distributed sampler pads with are left out.
-    A data set that draws from a generator of its own, not from the global ones, is moved on by a sweep.
-    Readings reach ``trainer.callback_metrics`` and every logger; after a resume the last ones are there from the start.
+    makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
+    and in order, over all processes. Weights, gradients, buffers, training modes, random states, torchmetrics and the
+    module's own logs are as before; a data set that draws from a generator of its own is moved on. In validation and
+    test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch);
+    duplicates that a distributed sampler pads with are left out.
+
+    The pass sees what training can read: of a subset sampler the subset (:func:`nclightning.sweep.sequential_loader`);
+    under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
+    loader without a length as many batches as its longest epoch read so far. A further set without a length ends at
+    ``limit_val_batches``. Features, head and class means of a measurement are of the same weights.
+
+    Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, where the last
+    ones are from the start after a resume. Two monitors in one trainer must log different tags.
 
     | tag | value |
     |---|---|
@@ -58,12 +66,12 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         head: Dotted name of the linear head. None finds it: the ``nn.Linear`` whose output is the model's output, else
             by the common names (:func:`nclightning.features.find_head`).
         every_n_epochs: Cadence on other modules.
-        every_n_steps: Sweep also whenever ``trainer.global_step`` reaches a multiple of this; logged at that step.
+        every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
             ``accuracy``, ``cosine_margin``, which need the class means first and so a second pass over the training
             set; ``("all",)`` for all. None takes ``nc1``, ``nc2`` and ``nc3``.
         source: ``"sweep"``, or ``"online"``: the training reading is of the features of the epoch's ordinary forwards,
-            while weights change and in training mode, and costs no forward.
+            while weights change and in training mode, with the head of the epoch's end, and costs no forward.
         stages: Stages to read.
         layers: Dotted names of further modules to read.
         layer_pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over
@@ -157,13 +165,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged, but for the names of the trainer's loaders in them."""
-        read = ("nc1", "nc2", "nc3") if self._measuring.of_statistics is None else self._measuring.of_statistics
-        stages = {*self.stages, *(("train",) if full_batch(pl_module) else ())}
-        sets = stages | {name for name in self.datasets if name not in self.ood}
-        tags = {f"nc/{name}/{measure}" for name in sets for measure in (*read, *self._measuring.of_decisions)}
-        tags |= {f"nc/{name}/nc5" for name in self.ood}
-        tags |= {f"nc/{name}/{layer}/nc1" for name in sets for layer in self.layers}
-        return tags | ({"nc/train/angles"} if self.pictures_every_n_epochs is not None else set())
+        sets = {*self.stages, *self.datasets, *(("train",) if full_batch(pl_module) else ())} - set(self.ood)
+        tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self.layers)}
+        tags |= {f"{name}/nc5" for name in self.ood} | ({"train/angles"} if self.pictures_every_n_epochs else set())
+        return {f"nc/{tag}" for tag in tags}
 
     # Full-batch modules: readings at iterates.
 
@@ -263,7 +268,6 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     @property
     def _has_sets(self) -> bool:
-        """Whether there is anything to sweep."""
         return self._sweeps_training or bool(self.datasets)
 
     def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
@@ -275,8 +279,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if count_over_ranks(int(other), pl_module.device):
             last = step, weights, self._sweeps.read(trainer, pl_module, self._sweeps_training)
         assert last is not None
-        swept = last[2]
-        values = {f"nc/{tag}": value for tag, value in swept.values.items()}
+        swept, values = last[2], {f"nc/{tag}": value for tag, value in last[2].values.items()}
         if at_step:
             self._at_step = last
             self._publish_at_step(trainer, values)
@@ -287,10 +290,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             self._publish(pl_module, values)
         self._at_step = None
         every = self.pictures_every_n_epochs
-        if every is not None and self._sweeps_training and (trainer.current_epoch + 1) % every == 0:
-            assert swept.centres is not None
-            if trainer.is_global_zero:
-                draw_angles(trainer.loggers, "nc/train/angles", swept.centres[""], swept.head.weight, step)
+        due = every is not None and self._sweeps_training and (trainer.current_epoch + 1) % every == 0
+        if due and swept.centres is not None and trainer.is_global_zero:
+            draw_angles(trainer.loggers, "nc/train/angles", swept.centres[""], swept.head.weight, step)
 
     # Validation and test: the ordinary forwards.
 

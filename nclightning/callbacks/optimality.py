@@ -71,6 +71,8 @@ class OptimalityMonitor(ReadingsMonitor):
     and ``optimality/lambda_h``. All are ``nan`` at scales that no penalties make optimal: zero, as far from collapse,
     and for MSE logits that are too large.
 
+    The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done.
+
     Args:
         every_n_iterations: Cadence on full-batch modules.
         theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or

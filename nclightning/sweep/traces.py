@@ -10,24 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.sharding import own_shard
-from nclightning.sweep.states import metrics_kept, random_states_kept
+from nclightning.sweep.states import metrics_kept, random_states_kept, registered_metrics_kept
 
 __all__ = ["compiled_parts", "eager", "fingerprint", "frozen", "shared_buffers", "untouched"]
 
-# Elements of a tensor whose fingerprint is taken at a time.
-_ELEMENTS_AT_A_TIME = 2**20
+# Words of a tensor whose fingerprint is taken at a time: they stay in the cache.
+_WORDS_AT_A_TIME = 2**15
+# Multiplies as random generators do.
+_ODD = -7046029254386353131
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Look at a module without a trace: eval mode, no gradients, and the rest as :func:`untouched`.
 
+    The random states of Python and numpy, and torchmetrics in any of its attributes, are put back, too.
+
     Args:
         module: Its training flags are restored one by one, so that parts that were frozen stay so.
     """
     modes = [(child, child.training) for child in module.modules()]
     try:
-        with untouched(module), torch.no_grad():
+        with untouched(module), metrics_kept(module), random_states_kept(), torch.no_grad():
             for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
                 child.training = False
             yield
@@ -40,21 +44,21 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def untouched(module: nn.Module) -> Iterator[None]:
     """Run a module as it trains, without a trace.
 
-    Its buffers, the states of its torchmetrics, and the random states of Python, numpy and torch are put back
-    afterwards.
+    Its buffers, the states of the torchmetrics among its submodules, and torch's random states are put back afterwards.
 
     Args:
         module: Its modes stay, so that what is seen is what is trained.
     """
-    with _buffers_kept(module), metrics_kept(module), random_states_kept(_cuda_devices(module)):
+    modules = list(module.modules())
+    with _buffers_kept(modules), registered_metrics_kept(modules), torch.random.fork_rng(devices=_cuda_devices(module)):
         yield
 
 
 @contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
+def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
-        for child in module.modules()
+        for child in modules
         for name, buffer in child.named_buffers(recurse=False)
     ]
     try:
@@ -85,7 +89,7 @@ def shared_buffers(module: nn.Module, world_size: int) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    with _buffers_kept(module):
+    with _buffers_kept(module.modules()):
         for buffer in module.buffers():
             torch.distributed.broadcast(buffer, 0)
         yield
@@ -135,17 +139,18 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    if tensor.numel() == 0:
-        return total
-    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.contiguous().view(-1).view(dtypes[flat.element_size()])
-    for start in range(0, len(flat), _ELEMENTS_AT_A_TIME):
-        bits = flat[start : start + _ELEMENTS_AT_A_TIME].long()
-        places = torch.arange(start, start + len(bits), device=tensor.device)
-        # Mixed as random generators do, so that exchanged elements and flipped signs do not cancel in the sum.
-        mixed = bits * -7046029254386353131
-        mixed = ((mixed ^ (mixed >> 32)) + places * -4658895280553007687) * -7723592293110705685
-        total = total + (mixed ^ (mixed >> 29)).sum()
+    flat = flat.contiguous().view(-1).view(torch.uint8)
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # Words begin at multiples of their size.
+    rest = len(flat) % 8
+    total = _mixed_sum(flat[len(flat) - rest :].long())
+    for part in torch.split(flat[: len(flat) - rest].view(torch.int64), _WORDS_AT_A_TIME):
+        total = total * _ODD + _mixed_sum(part)
     return total
+
+
+def _mixed_sum(words: Tensor) -> Tensor:
+    """Sum words with a weight by place, mixed so that flipped signs do not cancel."""
+    places = torch.arange(1, len(words) + 1, device=words.device).mul_(_ODD).bitwise_or_(1)
+    mixed = places.mul_(words)
+    return mixed.bitwise_xor_(mixed >> 32).sum()

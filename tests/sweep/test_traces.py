@@ -162,3 +162,10 @@ def test_compiled_parts_are_found_however_they_were_compiled():
     function = net()
     function.step = torch.compile(function.forward, backend="eager")
     assert compiled_parts(function) == [function]
+
+
+def test_fingerprint_of_tensors_that_share_memory():
+    """As the parameters of a flat buffer do, which do not begin at a multiple of eight bytes."""
+    flat = torch.randn(23)
+    parts = flat[1:8], flat[8:]
+    assert fingerprint(parts) == fingerprint([part.clone() for part in parts])
