@@ -265,7 +265,7 @@ def test_empty_batches_do_not_wait(samples):
     assert len(collection._waiting) == 1  # One, so that all processes know the names.
     collection.add({"": samples[0]}, samples[1])
     collection.flush()
-    assert float(collection._metrics[""].counts.sum()) == N
+    assert float(collection._metrics[""].statistics.counts.sum()) == N
 
 
 def test_odd_batches_among_others_are_paired_for_themselves(samples):
@@ -274,7 +274,7 @@ def test_odd_batches_among_others_are_paired_for_themselves(samples):
     collection.add({"": samples[0][:4]}, samples[1][:4].unsqueeze(1))
     collection.add({"": samples[0][4:8]}, samples[1][4:8].int())
     collection.flush()
-    assert float(collection._metrics[""].counts.sum()) == 8
+    assert float(collection._metrics[""].statistics.counts.sum()) == 8
     collection.add({"": samples[0][:4]}, samples[1][:5])
     collection.add({"": samples[0][5:10]}, samples[1][6:10])
     with pytest.raises(ValueError, match="one label per feature row"):
