@@ -31,6 +31,7 @@ from nclightning.models.sharded import (
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
+from nclightning.optim.outcome import failure_of
 from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
 from nclightning.sharding import is_sharded, own_shard, reshard
 from nclightning.theory import UFMProblem
@@ -294,7 +295,7 @@ class RegularizedClassifier(L.LightningModule):
                     self._step_schedulers(start + done)
                     for hook in self._iteration_hooks:
                         hook(trainer, self, batch, start + done)
-                    failure = _failure(optimizer, value)
+                    failure = failure_of(optimizer, value)
                     if failure is not None:
                         self.print(f"Iteration {start + done}: {failure}")
                         trainer.should_stop = True
@@ -391,13 +392,3 @@ class RegularizedClassifier(L.LightningModule):
 
     _problem_hparams: tuple[str, ...] = ()
     _is_unconstrained = False  # Whether features are free parameters by definition.
-
-
-def _failure(optimizer: Optimizer, value: Any) -> str | None:
-    """Say why no further iteration makes sense; None if one does."""
-    outcome = getattr(optimizer, "outcome", None)
-    if outcome is not None:
-        return None if outcome.accepted else str(outcome.status.sentence)
-    if math.isfinite(float(value)):
-        return None
-    return "The objective is not finite any more: the step is too large. Lower the optimizer's lr."

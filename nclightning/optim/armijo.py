@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nclightning.optim.backtracking import LONG, backtrack
+from nclightning.optim.backtracking import Found, backtrack, grown
 from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
 from nclightning.optim.iterate import Fingerprint
 from nclightning.optim.line import ClosureLine, LineObjective
-from nclightning.optim.options import check_group, check_options, common_options, largest_step, vanishing_step
+from nclightning.optim.options import check_group, check_options, common_options, vanishing_step
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
-from nclightning.optim.start import check_parameters, evaluate_start
+from nclightning.optim.start import check_parameters, evaluate_start, missing_closure, warn_if_random
 from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard
 
@@ -214,11 +213,7 @@ class ArmijoGD(Optimizer):
                 parameter is trainable.
         """
         if closure is None:
-            raise ValueError(
-                "ArmijoGD.step needs a closure that evaluates the objective; it was called without one. Under "
-                "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
-                "precision='32-true', '64-true' or 'bf16-mixed'."
-            )
+            raise missing_closure()
         self._read_groups()
         params = parameters_of(self)
         with torch.no_grad():
@@ -275,7 +270,7 @@ class ArmijoGD(Optimizer):
         if found.end is None:
             line.reject()
             return self._finish(line, params, start, start, found.status, 0.0, spent)
-        self._adapt(found.size, found.bend, found.trials == 1, params)
+        self._adapt(found, params)
         return self._finish(line, params, start, found.end, found.status, found.size, spent)
 
     def _may_search_from(self, carried: Evaluation) -> bool:
@@ -294,18 +289,9 @@ class ArmijoGD(Optimizer):
 
     def _fails_again(self, known: Evaluation, start: Evaluation) -> bool:
         """Say whether a search must end as the last one did: from the same point, by the same options and closure."""
-        if abs(start.value - known.value) > 64 * start.epsilon * abs(known.value):
-            warnings.warn(
-                f"the closure of ArmijoGD.step gave {known.value} and then {start.value} at the same parameters: a "
-                "search needs an objective that is deterministic (no dropout, the same data). If it changes from step "
-                "to step only, set reuse_gradient=False.",
-                stacklevel=4,
-            )
+        warn_if_random(known, start)
         same = start.value == known.value and start.square == known.square
-        return same and self._failed_with == self._settings()
-
-    def _settings(self) -> tuple[Any, ...]:
-        return (self._next_step, *self._options.values())
+        return same and self._failed_with == (self._next_step, *self._options.values())
 
     def _reason_to_stay(self, start: Evaluation, params: list[Tensor]) -> SearchStatus | None:
         """Say why there is nothing to search; None if there is."""
@@ -314,17 +300,11 @@ class ArmijoGD(Optimizer):
             return SearchStatus.UNATTAINED if vanished else SearchStatus.STATIONARY
         return SearchStatus.UNATTAINED if self._steps_ran_away else None
 
-    def _adapt(self, size: float, bend: float, first_trial: bool, params: list[Tensor]) -> None:
+    def _adapt(self, found: Found, params: list[Tensor]) -> None:
         """Choose the next first trial after an accepted step."""
-        options = self._options
-        self._streak = self._streak + 1 if first_trial else 0
-        self._steps_ran_away = False
-        if self._streak >= options["patience"] and options["grow"] * bend <= 2 * (1 - options["c1"]):
-            longer = size * options["grow"]
-            if longer <= LONG or longer <= largest_step(params):
-                size, self._streak = longer, 0
-            else:
-                self._steps_ran_away = longer > size
+        self._streak = self._streak + 1 if found.trials == 1 else 0
+        size, self._steps_ran_away = grown(self._options, self._streak, found, params)
+        self._streak = 0 if size > found.size else self._streak
         self._set_next_step(size)
 
     def _finish(
@@ -350,7 +330,7 @@ class ArmijoGD(Optimizer):
             step_size=size,
             evaluations=evaluations,
         )
-        self._failed_with = None if self._outcome.accepted else self._settings()
+        self._failed_with = None if self._outcome.accepted else (self._next_step, *self._options.values())
         return end.value
 
     def _recall(self, params: list[Tensor]) -> Evaluation | None:
@@ -381,7 +361,7 @@ class ArmijoGD(Optimizer):
         count includes.
         """
         state, group = super().state_dict(), self.param_groups[0]
-        outcome = None if self._outcome is None else asdict(self._outcome) | {"status": self._outcome.status.value}
+        outcome = self._outcome and asdict(self._outcome) | {"status": self._outcome.status.value}
         state["search"] = {
             "next_step": group["lr" if group["initial_step"] == self._options["initial_step"] else "initial_step"],
             "streak": self._streak,
@@ -415,13 +395,7 @@ class ArmijoGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Torch leaves hooks out, and what schedulers do to step, which would still step the original. The carried
         # gradient and the copies of the parameters belong to the original, too.
+        resumed = self._options["reuse_gradient"] and self._outcome is not None
         own = ("_options", "_outcome", "_next_step", "_streak", "_total_evaluations", "_steps_ran_away")
-        return {
-            **super().__getstate__(),
-            **{name: getattr(self, name) for name in own},
-            "_carried": None,
-            "_line": None,
-            "_alone": False,
-            "_failed_with": None,
-            "_resumed": self._options["reuse_gradient"] and self._outcome is not None,
-        }
+        state = super().__getstate__() | {name: getattr(self, name) for name in own}
+        return state | {"_carried": None, "_line": None, "_alone": False, "_failed_with": None, "_resumed": resumed}

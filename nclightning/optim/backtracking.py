@@ -13,11 +13,11 @@ from nclightning.optim.line import LineObjective
 from nclightning.optim.options import largest_step
 from nclightning.optim.outcome import SearchStatus
 
-__all__ = ["LONG", "Found", "backtrack"]
+__all__ = ["Found", "backtrack", "grown"]
 
 Options = Mapping[str, Any]
 
-LONG = 1e38  # Steps up to here can multiply gradients of any precision.
+_LONG = 1e38  # Steps up to here can multiply gradients of any precision.
 
 
 class Found(NamedTuple):
@@ -53,7 +53,7 @@ def backtrack(options: Options, first: float, line: LineObjective, start: Evalua
     """
     size, fell_beyond_numbers, number = first, False, 0
     status = SearchStatus.EXHAUSTED
-    if size > LONG:
+    if size > _LONG:
         size = min(size, largest_step(params))
     for number in range(1, options["max_trials"] + 1):
         value = line.trial(size)
@@ -71,6 +71,27 @@ def backtrack(options: Options, first: float, line: LineObjective, start: Evalua
         for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
             size *= options["shrink"]
     return Found(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
+
+
+def grown(options: Options, streak: int, found: Found, params: list[Tensor]) -> tuple[float, bool]:
+    """Choose the first trial of the next search.
+
+    Args:
+        options: As for :func:`backtrack`.
+        streak: How many searches in a row accepted their first trial.
+        found: How the last one ended.
+        params: What is moved.
+
+    Returns:
+        Step, and whether it would be longer than what the parameters can be moved by.
+    """
+    size = found.size
+    if streak < options["patience"] or options["grow"] * found.bend > 2 * (1 - options["c1"]):
+        return size, False
+    longer: float = size * options["grow"]
+    if longer <= _LONG or longer <= largest_step(params):
+        return longer, False
+    return size, longer > size
 
 
 class _Verdict(NamedTuple):

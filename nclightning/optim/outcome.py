@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-__all__ = ["SearchOutcome", "SearchStatus"]
+from torch.optim import Optimizer
+
+__all__ = ["SearchOutcome", "SearchStatus", "failure_of"]
 
 
 class SearchStatus(str, Enum):
@@ -78,3 +82,13 @@ class SearchOutcome:
     def accepted(self) -> bool:
         """Whether the parameters moved."""
         return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)
+
+
+def failure_of(optimizer: Optimizer, value: Any) -> str | None:
+    """Say why no further iteration makes sense; None if one does."""
+    outcome = getattr(optimizer, "outcome", None)
+    if outcome is not None:
+        return None if outcome.accepted else str(outcome.status.sentence)
+    if math.isfinite(float(value)):
+        return None
+    return "The objective is not finite any more: the step is too large. Lower the optimizer's lr."

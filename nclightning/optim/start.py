@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.iterate import differ_between_ranks
 from nclightning.optim.line import ClosureLine, LineObjective
 
-__all__ = ["check_parameters", "evaluate_start"]
+__all__ = ["check_parameters", "evaluate_start", "missing_closure", "warn_if_random"]
 
 
 def check_parameters(line: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None) -> None:
@@ -67,3 +68,23 @@ def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
             f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
         )
     return start
+
+
+def warn_if_random(known: Evaluation, start: Evaluation) -> None:
+    """Say that two evaluations at the same parameters have different values."""
+    if abs(start.value - known.value) > 64 * start.epsilon * abs(known.value):
+        warnings.warn(
+            f"the closure of ArmijoGD.step gave {known.value} and then {start.value} at the same parameters: a "
+            "search needs an objective that is deterministic (no dropout, the same data). If it changes from step "
+            "to step only, set reuse_gradient=False.",
+            stacklevel=5,
+        )
+
+
+def missing_closure() -> ValueError:
+    """Say what a step without a closure is a sign of."""
+    return ValueError(
+        "ArmijoGD.step needs a closure that evaluates the objective; it was called without one. Under "
+        "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
+        "precision='32-true', '64-true' or 'bf16-mixed'."
+    )
