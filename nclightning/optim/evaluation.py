@@ -77,8 +77,8 @@ class Carried:
 
     def _holds_gradients(self, params: Sequence[Tensor]) -> bool:
         """Say whether gradients that others can reach have their norm: some clear or clip them through ``.data``."""
-        if all(p.grad is None or own_shard(p) is not p for p in params):
-            return True
+        if all(p.grad is None for p in params) or any(own_shard(p) is not p for p in params):
+            return True  # Of shards the processes would have to ask together.
         gradients, square = self.evaluation.gradients, self.evaluation.square
         # The norm in their own precision is ten times faster, and right unless its squares leave the range.
         quick = sum(float(torch.linalg.vector_norm(g, dtype=_wide(g))) ** 2 for g in gradients if g is not None)
