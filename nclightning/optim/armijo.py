@@ -371,10 +371,7 @@ class ArmijoGD(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore options and search state; options of the stored run win over those of the constructor.
-
-        Args:
-            state_dict: Made by :meth:`state_dict`.
+        """Restore options and search state, made by :meth:`state_dict`; its options win over the constructor's.
 
         Raises:
             ValueError: If it belongs to another optimizer.
