@@ -15,7 +15,7 @@ __all__ = ["Samples", "append"]
 # Rows are taken at a time: what is formed of them stays in the cache of a CPU.
 _ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**16, 256
 # Pieces with fewer numbers than this are put together.
-_LARGE_PIECE = 2**20
+_LARGE_PIECE = 2**18
 
 # Samples are kept while they are few bytes. Where reading along K - 1 directions costs so many times less than the
 # root of the scatter they are kept up to so many times d of them, and more bytes.

@@ -212,7 +212,7 @@ class ClassStatistics:
         along = unit.new_zeros(0 if directions is None else len(directions))
         for away, index in self._deviations(unit):
             norms.index_add_(0, index, torch.linalg.vector_norm(away, dim=1).square_())
-            widths += away.square().sum(dim=0)
+            widths += torch.linalg.vector_norm(away, dim=0).square_()
             if directions is not None:
                 along += (directions @ away.T).square_().sum(dim=1)  # Twice as fast as the other way round.
         moved = self.folded.moved_to(first)
