@@ -33,15 +33,7 @@ __all__ = ["NeuralCollapseMonitor"]
 Stage = Literal["train", "val", "test"]
 # Arguments that do not say which values are logged.
 _OTHER_ARGUMENTS = frozenset(
-    {
-        "every_n_iterations",
-        "every_n_epochs",
-        "every_n_steps",
-        "batch_fn",
-        "forward_fn",
-        "pictures_every_n_epochs",
-        "on_error",
-    }
+    "every_n_iterations every_n_epochs every_n_steps batch_fn forward_fn pictures_every_n_epochs on_error".split()
 )
 
 
@@ -322,10 +314,16 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._hook(trainer, pl_module, batch, _evaluated(trainer), dataloader_idx)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        loader: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, _evaluated(trainer), *indices[1:])
+        self._collect(pl_module, batch, _evaluated(trainer), dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/val/...``, or in a test ``nc/test/...``."""
