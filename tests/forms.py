@@ -845,6 +845,57 @@ def causal_language_model_with_a_head_that_starts_at_zero():
     return form
 
 
+class Inside(nn.Module):
+    """Calls a causal model without labels; the step calls it with them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids):
+        return self.inner(input_ids=input_ids).logits
+
+
+@case
+def causal_language_model_inside():
+    form = gpt(lambda ids: ids.clone())
+    pair = form.pair
+    form.model, form.pair = Inside(form.model), lambda m, b: pair(m.inner, b)
+    form.step = lambda model, batch: model.net.inner(**batch).loss
+    return form
+
+
+@case
+def causal_language_model_in_a_pair():
+    form = causal_language_model_inside()
+    pair, ids = form.pair, form.batch["input_ids"]
+    form.batch, form.pair = (ids, ids), lambda m, b: pair(m, {"input_ids": b[0], "labels": b[1]})
+    form.step = lambda model, batch: model.net.inner(batch[0], labels=batch[1]).loss
+    return form
+
+
+@case
+def causal_language_model_in_half_precision():
+    form = gpt(lambda ids: ids.clone())
+    form.model.to(torch.bfloat16)
+    return form
+
+
+@case
+def causal_language_model_with_padding_left_out():
+    form = gpt(lambda ids: torch.where(ids == 0, -100, ids))
+    form.options = {"ignore_index": 0}
+    form.warns = ""
+    pair = form.pair
+
+    def counted(m, b):
+        rows, weight, labels = pair(m, b)
+        return rows[labels != 0], weight, labels[labels != 0]
+
+    form.pair = counted
+    return form
+
+
 class Logits(nn.Module):
     """A causal model whose loss is made elsewhere."""
 

@@ -32,15 +32,12 @@ __all__ = ["NeuralCollapseMonitor"]
 
 Stage = Literal["train", "val", "test"]
 # Arguments that do not say which values are logged.
-_OTHER_ARGUMENTS = frozenset(
-    "every_n_iterations every_n_epochs every_n_steps batch_fn forward_fn pictures_every_n_epochs on_error".split()
-)
+_CADENCES = {"every_n_iterations", "every_n_epochs", "every_n_steps", "pictures_every_n_epochs"}
+_OTHER_ARGUMENTS = frozenset(_CADENCES | {"batch_fn", "forward_fn", "on_error"})
 
 
 class NeuralCollapseMonitor(ReadingsMonitor):
     """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
-
-    Formulas: :mod:`nclightning.functional`.
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
     makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
@@ -57,7 +54,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, where the last
     ones are from the start after a resume. Two monitors in one trainer must log different tags.
 
-    | tag | value |
+    | tag | value (formulas: :mod:`nclightning.functional`) |
     |---|---|
     | ``nc/<stage>/<measure>`` | of the head's input; several loaders of a stage: ``nc/<stage>/<loader>/<measure>`` |
     | ``nc/<stage>/<layer>/nc1``, ``nc1_cdnv``, ``ncc_accuracy`` | of a further layer |
@@ -180,8 +177,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
-        self._checked = False
-        self._full_batch = full_batch(pl_module)
+        self._checked, self._full_batch = False, full_batch(pl_module)
         if self._full_batch:
             if self.datasets:
                 raise ValueError(
@@ -320,7 +316,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         outputs: Any,
         batch: Any,
         batch_idx: int,
-        loader: int = 0,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
         self._collect(pl_module, batch, _evaluated(trainer), dataloader_idx)
