@@ -7,7 +7,15 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["DtypeName", "check_scales", "check_sizes", "resolve_dtype", "resolve_lambdas"]
+__all__ = [
+    "DtypeName",
+    "check_cadences",
+    "check_choices",
+    "check_scales",
+    "check_sizes",
+    "resolve_dtype",
+    "resolve_lambdas",
+]
 
 DtypeName = Literal["float64", "float32"]
 
@@ -25,6 +33,35 @@ def check_sizes(**sizes: int) -> None:
         least = 2 if name == "num_classes" else 1
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_cadences(**cadences: int | None) -> None:
+    """Raise unless all cadences are None or at least 1.
+
+    Args:
+        **cadences: By the names of the arguments.
+
+    Raises:
+        ValueError: Naming the first that is not.
+    """
+    for name, value in cadences.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:
+    """Raise unless something was chosen, and only what is allowed.
+
+    Args:
+        name: Of the argument.
+        chosen: Its values.
+        *allowed: What they may be.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if not chosen or set(chosen) - set(allowed):
+        raise ValueError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
 
 
 def check_scales(**scales: float) -> None:

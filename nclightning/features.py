@@ -1,101 +1,34 @@
-"""The pair that every reading is about: a linear head, and the features that enter it."""
+"""Features where they arise in a model, and the labels that belong to them."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "FeatureSource",
     "Taps",
     "call_model",
     "capture_during",
     "capture_features",
-    "detect_head",
-    "find_head",
+    "class_last",
+    "describe",
+    "first_tensor",
     "pair_rows",
     "split_batch",
 ]
 
 Result = TypeVar("Result")
 
-_HEAD_NAMES = ("head", "fc", "classifier", "score", "heads", "lm_head")
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
 _PLAIN_SEQUENCES = (tuple, list)
-
-
-def find_head(module: nn.Module, name: str | None = None) -> nn.Linear:
-    """Find the linear head of a model by name.
-
-    Args:
-        module: Any module.
-        name: Dotted name of the head. None takes the only ``nn.Linear`` there is, or the one that is called as heads
-            commonly are: the outermost called ``head``, ``fc``, ``classifier``, ``score``, ``heads`` or ``lm_head``.
-
-    Returns:
-        The head.
-
-    Raises:
-        ValueError: If there is no such ``nn.Linear``, or several by the same common name; the message lists those
-            that exist.
-    """
-    linear = {path: child for path, child in module.named_modules() if isinstance(child, nn.Linear)}
-    if name is not None:
-        if name in linear:
-            return linear[name]
-        raise ValueError(f"no nn.Linear named {name!r} in {type(module).__name__}; {_list(linear)}")
-    if len(linear) == 1:
-        return next(iter(linear.values()))
-    ranked = sorted(
-        (path.count("."), _HEAD_NAMES.index(called), path)
-        for path in linear
-        if (called := path.rpartition(".")[2]) in _HEAD_NAMES
-    )
-    if ranked and (len(ranked) == 1 or ranked[0][:2] != ranked[1][:2]):
-        return linear[ranked[0][2]]
-    raise ValueError(f"cannot tell which layer of {type(module).__name__} is the head; {_list(linear)}")
-
-
-def detect_head(module: nn.Module, inputs: Any) -> nn.Linear:
-    """Find the head by running the model: the ``nn.Linear`` whose output is the model's output.
-
-    Registration order does not matter, so that auxiliary heads do not mislead. Where the output is changed after the
-    head, the names of :func:`find_head` decide.
-
-    Args:
-        module: Run once, as it is.
-        inputs: As for :func:`capture_features`.
-
-    Returns:
-        The head.
-
-    Raises:
-        ValueError: As :func:`find_head`.
-    """
-    outputs: list[tuple[nn.Linear, Tensor]] = []
-    handles = [
-        child.register_forward_hook(lambda layer, _, output: outputs.append((layer, output)))
-        for child in module.modules()
-        if isinstance(child, nn.Linear)
-    ]
-    try:
-        result = call_model(module, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    logits = getattr(result, "logits", result)
-    for layer, output in reversed(outputs):
-        if output is logits:
-            return layer
-    for child in module.modules():
-        named = getattr(child, "get_classifier", None)  # As timm's models name theirs.
-        if callable(named) and isinstance(layer := named(), nn.Linear):
-            return layer
-    return find_head(module)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
@@ -168,10 +101,31 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             if key in batch:
                 rest = {name: value for name, value in batch.items() if name != key}
                 return rest, batch[key]
-        raise ValueError(f"a batch with keys {sorted(batch)} has no labels: expected one of {', '.join(_LABEL_KEYS)}.")
+        raise ValueError(
+            f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
+            "Pass batch_fn=(batch) -> (inputs, labels)."
+        )
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    raise ValueError(f"expected batches (x, y) or mappings with labels, got {type(batch).__name__}.")
+    raise ValueError(
+        f"expected batches (x, y) with a tensor of labels, or mappings with labels, got {describe(batch)}. Pass "
+        "batch_fn=(batch) -> (inputs, labels), such as lambda b: (b[0], b[1])."
+    )
+
+
+def describe(value: Any, depth: int = 2) -> str:
+    """Say in words of what form a value is, such as ``"a tuple of (8, 3) float32, (8,) int64"``."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, str | bytes) or depth == 0:
+        return f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        inside = [f"{key}: {describe(each, depth - 1)}" for key, each in list(value.items())[:8]]
+    elif isinstance(value, Sequence):
+        inside = [describe(each, depth - 1) for each in list(value)[:8]]
+    else:
+        return f"a {type(value).__name__}"
+    return f"a {type(value).__name__} of {', '.join(inside) or 'nothing'}"
 
 
 def call_model(module: nn.Module, inputs: Any) -> Any:
@@ -211,7 +165,10 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: If labels are not integers.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}: for one-hot or soft labels pass a batch_fn.")
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype}: pass batch_fn=(batch) -> (inputs, labels), which for "
+            "one-hot labels takes their argmax; soft labels have no class."
+        )
     if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
         labels = labels.squeeze(1)
     if features.ndim < 2 or labels.shape != features.shape[:-1]:
@@ -222,13 +179,38 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return features.reshape(-1, features.shape[-1]), labels.reshape(-1).long()
 
 
+class FeatureSource(NamedTuple):
+    """Where the features of a model arise.
+
+    Attributes:
+        layer: A layer.
+        output: Whether they are what comes out of it, not what enters it.
+        pooled: Whether they are averaged over positions, to one row per sample.
+        normalized: Whether they are divided by their norms, as a cosine head does.
+    """
+
+    layer: nn.Module
+    output: bool = False
+    pooled: bool = False
+    normalized: bool = False
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Copy what was seen at the layer as ``(B, d)``, or ``(B, ..., d)`` with a row per position."""
+        rows = tensor if self.output else class_last(self.layer, tensor)
+        if self.normalized:
+            rows = normalize(rows, dim=-1)
+        elif not self.pooled or rows.ndim == 2:
+            return rows.clone()
+        return rows.flatten(1, -2).mean(dim=1) if self.pooled and rows.ndim > 2 else rows
+
+
 class Taps:
-    """Hooks that copy what last went into the head and came out of further layers.
+    """Hooks that copy what the features last were, and what came out of further layers.
 
     At once, while it is in the cache, and whatever is written to the same memory later.
 
     Args:
-        head: Its input is kept under the name ``""``.
+        source: Where features arise; a module stands for what enters it. They are kept under the name ``""``.
         layers: Modules by name; of their outputs the first tensor is kept, one row per sample.
         pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
             ``"flatten"`` takes all entries.
@@ -236,7 +218,7 @@ class Taps:
 
     def __init__(
         self,
-        head: nn.Module,
+        source: nn.Module | FeatureSource,
         layers: Mapping[str, nn.Module] | None = None,
         pooling: Literal["mean", "flatten"] = "mean",
     ) -> None:
@@ -244,13 +226,18 @@ class Taps:
         self._runs = 0
         self._pooling = pooling
         self._failure: str | None = None
-        self._handles = [_hook_input(head, self._keep)]
+        self._source = FeatureSource(source) if isinstance(source, nn.Module) else source
+        self._handles = [
+            self._source.layer.register_forward_hook(self._keep_features)
+            if self._source.output
+            else _hook_input(self._source.layer, self._keep)
+        ]
         for name, layer in (layers or {}).items():
             self._handles.append(layer.register_forward_hook(self._keep_output(name)))
 
     def _keep_output(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is None:  # No error here, in the middle of somebody's forward.
                 self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
                 return
@@ -260,8 +247,12 @@ class Taps:
 
         return hook
 
+    def _keep_features(self, _: nn.Module, args: Any, output: Any) -> None:
+        if (tensor := first_tensor(output)) is not None:
+            self._keep(tensor)
+
     def _keep(self, tensor: Tensor) -> None:
-        self._kept[""] = tensor.detach().clone()
+        self._kept[""] = self._source.copy_of(tensor.detach())
         self._runs += 1
 
     def take(self, once: bool = False) -> dict[str, Tensor]:
@@ -282,11 +273,15 @@ class Taps:
             failure, self._failure = self._failure, None
             raise ValueError(failure)
         if once and runs > 1:
-            raise ValueError(f"the head ran {runs} times in one forward, expected once.")
+            raise ValueError(
+                f"the head ran {runs} times in one forward, expected once: pass forward_fn=(module, inputs) -> output "
+                "that runs it once, or head= another layer."
+            )
         if "" not in kept:
             raise ValueError(
-                "the head did not run in this step, so there are no features to read. A compiled model does not see "
-                "the hook: there only sweeps work (source='sweep', stages=('train',))."
+                "the head did not run here, so there are no features. If the step makes its logits in another way "
+                "than forward does, pass head= the layer that it runs; if the model is compiled, hooks are not seen: "
+                "use source='sweep' and stages=('train',)."
             )
         return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
 
@@ -303,16 +298,23 @@ class Taps:
         self.remove()
 
 
+def class_last(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Bring channels to the last place, in which linear layers have them, if the layer is a convolution."""
+    return tensor.movedim(1, -1) if isinstance(layer, _CONVOLUTIONS) and tensor.ndim > 2 else tensor
+
+
 def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
     """Hand on what enters a head, by place or by keyword."""
 
     def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else next(iter(kwargs.values())))
+        if (tensor := first_tensor((*args, *kwargs.values()))) is not None:
+            keep(tensor)
 
     return head.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """Return a tensor, or the first one in a mapping or sequence; None if there is none."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Iterable) else ()
@@ -323,8 +325,3 @@ def _pool(tensor: Tensor) -> Tensor:
     if tensor.ndim == 3:
         return tensor.mean(dim=1)
     return tensor.flatten(2).mean(dim=2) if tensor.ndim > 3 else tensor
-
-
-def _list(linear: Mapping[str, nn.Linear]) -> str:
-    existing = ", ".join(repr(path) for path in linear) or "none"
-    return f"linear layers are: {existing}. Pass head='name of the last layer'."

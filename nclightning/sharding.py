@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copied_linear", "gathered", "in_step", "is_sharded", "own_shard", "reshard", "whole_linear"]
+__all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard"]
 
 # Told by their methods: where the classes are to be imported from changes with torch's version.
 
@@ -36,27 +36,6 @@ def gathered(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
-
-
-def whole_linear(layer: nn.Linear) -> nn.Linear:
-    """Return a layer that can be read by itself.
-
-    Args:
-        layer: Returned as it is unless it is sharded.
-
-    Returns:
-        The layer, or a copy with its weights as they are now, for which all processes must ask.
-    """
-    return copied_linear(layer) if hasattr(layer.weight, "full_tensor") else layer
-
-
-def copied_linear(layer: nn.Linear) -> nn.Linear:
-    """Return a copy of a layer with its weights as they are now; of sharded ones all processes must ask."""
-    copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    for name in ("weight", "bias"):
-        if (tensor := getattr(layer, name)) is not None:
-            setattr(copy, name, nn.Parameter(gathered(tensor).clone(), requires_grad=False))
-    return copy
 
 
 def in_step(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:

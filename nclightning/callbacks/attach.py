@@ -2,94 +2,210 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from nclightning.features import Taps, call_model, detect_head, find_head, split_batch
+from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, first_of
+from nclightning.detection import HeadArgument
+from nclightning.features import Taps, call_model, describe, split_batch
+from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.ranks import raise_together
-from nclightning.sharding import in_step, is_sharded, reshard, whole_linear
+from nclightning.sharding import in_step, is_sharded, reshard
 from nclightning.sweep import compiled_parts, eager, frozen, sequential_loader, shared_buffers
 
-__all__ = ["Attachment", "full_batch", "full_batch_method", "name_loaders", "unseen"]
+__all__ = ["Attachment", "full_batch", "full_batch_head", "full_batch_method", "name_loaders", "unseen"]
 
 Add = Callable[[dict[str, Tensor], Tensor], None]
+BatchFn = Callable[[Any], tuple[Any, Tensor]]
+ForwardFn = Callable[[Any, Any], Any]
 
 
 class Attachment:
     """Head and layers of a module, and passes over data through them.
 
     Args:
-        head: Dotted name of the head, or None to find it.
+        head: Dotted name of the head, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         layers: Dotted names of further layers.
         pooling: As for :class:`nclightning.features.Taps`.
         batch_fn: Splits a batch into input and labels; None is :func:`nclightning.features.split_batch`.
+        forward_fn: Runs the module on the input of a batch; None is :func:`nclightning.features.call_model`.
+        ignore_index: Label of samples to leave out.
     """
 
     def __init__(
         self,
-        head: str | None = None,
+        head: HeadArgument = None,
         layers: tuple[str, ...] = (),
         pooling: Literal["mean", "flatten"] = "mean",
-        batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        batch_fn: BatchFn | None = None,
+        forward_fn: ForwardFn | None = None,
+        ignore_index: int | None = None,
     ) -> None:
         self._head, self._layers, self._pooling = head, layers, pooling
-        self.split = batch_fn or split_batch
-        self._found: tuple[weakref.ref[nn.Module], str] | None = None
+        self._batch_fn, self._forward_fn = batch_fn, forward_fn
+        self._ignore_index = ignore_index
+        self._known: Known | None = None
 
     def forget(self) -> None:
-        """Forget the head of the last module."""
-        self._found = None
+        """Forget what the last module showed."""
+        self._known = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_found": None}  # A weak reference cannot be pickled.
+        return vars(self) | {"_known": None}  # A weak reference cannot be pickled.
 
-    def head_of(self, pl_module: L.LightningModule, inputs: Any = None) -> nn.Linear:
-        """Find the head, by running the model where an input is at hand and nothing was found before."""
-        name = self._head
-        if name is None and self._found is not None and self._found[0]() is pl_module:
-            name = self._found[1]
-        if name is None and inputs is not None:
-            with unseen(pl_module):
-                head = detect_head(pl_module, inputs)
-            name = next(path for path, child in pl_module.named_modules() if child is head)
-            self._found = weakref.ref(pl_module), name
-        return find_head(pl_module, name)
+    def knows(self, pl_module: L.LightningModule) -> bool:
+        """Whether the first batch of a module has been seen, and its head has not been replaced since."""
+        if self._known is None or self._known.module() is not pl_module:
+            return False
+        reader = self._known.found.reader
+        if reader.layer is None or reader.form != "weight":
+            return True
+        same = reader.layer is dict(pl_module.named_modules()).get(reader.name)
+        return same and weight_shape(reader.layer) == weight_shape(reader)
 
-    def whole_head_of(self, pl_module: L.LightningModule) -> nn.Linear:
-        """Find the head; of sharded weights a copy as they are now, for which all processes must ask."""
+    @property
+    def splits_plainly(self) -> bool:
+        """Whether labels are what the data set holds under that name or in that place."""
+        return self._batch_fn is None
+
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Split a batch into what the module is called with, and the labels as they belong to the feature rows."""
+        inputs, labels = self._split(batch)
+        if self._known is None:
+            return inputs, labels
+        if self._known.shifted:
+            last = torch.full_like(labels[:, :1], IGNORED)
+            labels = torch.cat([labels[:, 1:], last], dim=1)
+        if labels.ndim > 1 and self._ignore_index not in (None, IGNORED):
+            labels = labels.masked_fill(labels == IGNORED, self._ignore_index)
+        return batch if self._known.with_labels else inputs, labels
+
+    def _split(self, batch: Any) -> tuple[Any, Tensor]:
+        if self._batch_fn is None:
+            return split_batch(batch)
+        split = self._batch_fn(batch)
+        if not isinstance(split, tuple | list) or len(split) != 2:
+            raise ValueError(f"batch_fn must return (inputs, labels), it returned {describe(split)}.")
+        return split[0], split[1]
+
+    def call(self, pl_module: L.LightningModule, inputs: Any) -> Any:
+        """Run the module on the input of a batch."""
+        return call_model(pl_module, inputs) if self._forward_fn is None else self._forward_fn(pl_module, inputs)
+
+    def call_again(self, pl_module: L.LightningModule, inputs: Any) -> Any:
+        """Run the frozen module on the input of a batch, and see that the head is still what it was found to be."""
+        assert self._known is not None
+        return self._known.found.call_again(pl_module, lambda: self.call(pl_module, inputs))
+
+    def check_first(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Check the first training batch as :meth:`check_batch` does, on all processes together.
+
+        Raises:
+            Exception: On all processes, if one of them fails.
+        """
+        error: Exception | None = None
+        try:
+            self.check_batch(trainer, pl_module, first_of(batch, trainer.train_dataloader))
+        except Exception as own:
+            error = own
+        raise_together(error, pl_module.device)
+
+    def check_again(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Run a known module once more without a trace, for :meth:`call_again` alone."""
+        with unseen(pl_module), trainer.precision_plugin.forward_context():
+            self.call_again(pl_module, self.split(batch)[0])
+        if is_sharded(pl_module):
+            reshard(pl_module)
+
+    def check_batch(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *, labelled: bool = True
+    ) -> None:
+        """Find head, features and pairing on the first batch of a module, and check what they need.
+
+        Runs the module without a trace, the first time only. All processes must come here.
+
+        Args:
+            trainer: Whose precision the forward has.
+            pl_module: The module.
+            batch: As the step gets it.
+            labelled: Whether its labels mean anything.
+
+        Raises:
+            ValueError: With what was seen and the argument that repairs it: if the batch cannot be split, the forward
+                fails, no layer is seen to be the head, a further layer does not exist, or labels do not pair with
+                features or fit the head.
+            TypeError: If labels are no integers.
+        """
+        if self.knows(pl_module):
+            return
+        self._known = None
+        with unseen(pl_module), trainer.precision_plugin.forward_context():
+            try:
+                self._known = self._examine(pl_module, batch, labelled)
+                if self._known.found.reader.normalizes:
+                    rank_zero_warn(
+                        f"{self._known.found.reader.name!r} is a cosine head: features and the rows of its weight are "
+                        "divided by their norms before anything is measured."
+                    )
+            finally:
+                if is_sharded(pl_module):
+                    reshard(pl_module)
+
+    def _examine(self, pl_module: L.LightningModule, batch: Any, labelled: bool) -> Known:
+        for name in self._layers:
+            _layer(pl_module, name)
+        inputs, labels = self._split(batch)
+        first = FirstBatch(pl_module, batch, inputs, labels if labelled else None, self.call)
+        return first.examine(self._head, self._ignore_index, self._batch_fn is None, self._forward_fn is None)
+
+    def head_of(self, pl_module: L.LightningModule) -> HeadReader:
+        """Return the head that the first batch showed."""
+        assert self._known is not None
+        assert self.knows(pl_module)
+        return self._known.found.reader
+
+    def whole_head_of(self, pl_module: L.LightningModule) -> Head:
+        """Copy weight and bias as they are now, in eval mode and without a trace. All processes must ask."""
         reshard(pl_module)  # Gathered ones may be of a lower precision.
-        return whole_linear(self.head_of(pl_module))
+        return self.head_of(pl_module).read().snapshot()
 
-    def tap(self, pl_module: L.LightningModule, inputs: Any) -> Taps:
-        """Hook head and layers.
+    def tap(self, pl_module: L.LightningModule) -> Taps:
+        """Hook the place where features arise, and further layers.
 
         Raises:
             ValueError: If one does not exist.
         """
+        assert self._known is not None
+        assert self.knows(pl_module)
         layers = {name: _layer(pl_module, name) for name in self._layers}
-        return Taps(self.head_of(pl_module, inputs), layers, self._pooling)
+        return Taps(self._known.found.source(pl_module), layers, self._pooling)
 
-    def is_compiled(self, pl_module: L.LightningModule, inputs: Any) -> bool:
+    def layer_of(self, pl_module: L.LightningModule) -> nn.Module:
+        """Return the layer at which features are seen; the head, where that is a layer."""
+        assert self._known is not None
+        assert self.knows(pl_module)
+        return self._known.found.source(pl_module).layer
+
+    def is_compiled(self, pl_module: L.LightningModule) -> bool:
         """Whether the head or a layer runs inside a compiled graph, where hooks do not fire."""
         parts = compiled_parts(pl_module)
-        watched = (
-            [self.head_of(pl_module, inputs), *(_layer(pl_module, name) for name in self._layers)] if parts else []
-        )
+        watched = [self.layer_of(pl_module), *(_layer(pl_module, name) for name in self._layers)] if parts else []
         return any(child is layer for part in parts for child in part.modules() for layer in watched)
 
     def features(self, pl_module: L.LightningModule, inputs: Any) -> dict[str, Tensor]:
         """Run the module once more on a batch, uncompiled and without a trace; return what was captured."""
         with unseen(pl_module), pl_module.trainer.precision_plugin.forward_context():
-            taps = self.tap(pl_module, inputs)
+            taps = self.tap(pl_module)
             try:
-                call_model(pl_module, inputs)
+                self.call(pl_module, inputs)
                 return taps.take(once=True)
             finally:
                 taps.remove()
@@ -122,6 +238,7 @@ class Attachment:
         self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add, limit: int | None
     ) -> None:
         taps: Taps | None = None
+        again = self.call
         sharded = is_sharded(pl_module)
         try:
             with (
@@ -133,9 +250,14 @@ class Attachment:
                 batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
                 for each, is_new in batches:
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
-                    inputs, labels = self.split(trainer.strategy.batch_to_device(batch))
-                    taps = self.tap(pl_module, inputs) if taps is None else taps
-                    call_model(pl_module, inputs)
+                    batch = trainer.strategy.batch_to_device(batch)
+                    if taps is None:
+                        self.check_batch(trainer, pl_module, batch)
+                        taps = self.tap(pl_module)
+                        again = self.call_again
+                    inputs, labels = self.split(batch)
+                    again(pl_module, inputs)
+                    again = self.call
                     kept = taps.take(once=True)
                     if is_new:
                         add(kept, labels)
@@ -231,6 +353,21 @@ def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., 
             "it from nclightning.models.RegularizedClassifier."
         )
     return method
+
+
+def full_batch_head(pl_module: L.LightningModule) -> HeadReader:
+    """Return the head of a full-batch module, its attribute ``head``.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    head = getattr(pl_module, "head", None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"a full-batch module is read by its attribute head, an nn.Linear; that of {type(pl_module).__name__} is "
+            f"{type(head).__name__}: derive it from nclightning.models.RegularizedClassifier."
+        )
+    return HeadReader(head, "head", "weight", False, head.out_features, head.in_features)
 
 
 def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:

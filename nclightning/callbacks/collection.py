@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from nclightning.features import pair_rows
 from nclightning.functional import ClassStatistics, ood_orthogonality
+from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
 from nclightning.ranks import world_size
@@ -51,6 +53,7 @@ class Measuring:
         self, measures: Sequence[str] | None = None, ignore_index: int | None = None, **conventions: Any
     ) -> None:
         self._ignore_index, self._conventions = ignore_index, conventions
+        self._told: set[str] = set()
         self.of_statistics: tuple[str, ...] | None = None
         self.of_decisions: tuple[str, ...] = ()
         if measures is None:
@@ -72,7 +75,7 @@ class Measuring:
         of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
         return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
-    def metric(self, head: nn.Linear) -> NeuralCollapse:
+    def metric(self, head: Head | HeadReader) -> NeuralCollapse:
         """Make the metric of the head and its input."""
         return NeuralCollapse(
             head.out_features,
@@ -82,13 +85,25 @@ class Measuring:
             ("nc1_ratio",) if self.of_statistics == () else self.of_statistics,
             ignore_index=self._ignore_index,
             **self._conventions,
-        ).to(head.weight.device)
+        ).to(device_of(head))
 
-    def collection(self, head: nn.Linear, last: Collection | None = None) -> Collection:
+    def collection(self, head: Head | HeadReader, last: Collection | None = None) -> Collection:
         """Start reading a data set; a last collection that is done with is taken again where it can be."""
         if last is not None and last.restart(head):
             return last
-        return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index)
+        return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index, self.tell_absent)
+
+    def tell_absent(self, head: Head | HeadReader, stats: ClassStatistics) -> None:
+        """Say once for each head that it has more outputs than classes were seen. Transfers to the host."""
+        present, ignored = int(stats.present.sum()), self._ignore_index
+        expected = head.out_features - (ignored is not None and 0 <= ignored < head.out_features)
+        if present < expected and head.name not in self._told:
+            self._told.add(head.name)
+            rank_zero_warn(
+                f"the head {head.name!r} has {head.out_features} outputs, and the labels hold {present} classes: the "
+                "others have no class mean, and measures of class means leave them out. If this layer is not the one "
+                "that the labels belong to, pass head=."
+            )
 
     def unlabelled(self, captured: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Head input of samples whose labels mean nothing here, all in one class that is not left out."""
@@ -96,7 +111,7 @@ class Measuring:
         label = int(self._ignore_index == 0)
         return {"": features}, torch.full(features.shape[:-1], label, dtype=torch.int64, device=features.device)
 
-    def decisions(self, head: nn.Linear, centres: Centres) -> Decisions:
+    def decisions(self, head: Head | HeadReader, centres: Centres) -> Decisions:
         """Start reading decisions about a data set."""
         return Decisions(head, self.of_decisions, centres, self._ignore_index)
 
@@ -158,11 +173,19 @@ class Collection(_Stream):
         metric: Of its input.
         reads: Whether its measures are wanted, or only its statistics.
         ignore_index: Label of samples to leave out.
+        tell: Is told head and statistics before measures are read.
     """
 
-    def __init__(self, head: nn.Linear, metric: NeuralCollapse, reads: bool, ignore_index: int | None) -> None:
+    def __init__(
+        self,
+        head: Head | HeadReader,
+        metric: NeuralCollapse,
+        reads: bool,
+        ignore_index: int | None,
+        tell: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
+    ) -> None:
         super().__init__()
-        self._head, self._metrics = head, {"": metric}
+        self._head, self._metrics, self._tell = head, {"": metric}, tell
         self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:
@@ -174,11 +197,11 @@ class Collection(_Stream):
             self._metrics[name] = metric.to(features.device)
         self._metrics[name].update(features, labels, copy=False)  # They are the stream's own already.
 
-    def restart(self, head: nn.Linear) -> bool:
+    def restart(self, head: Head | HeadReader) -> bool:
         """Begin anew if this is of the head as it is now, at a tenth of what another collection costs; say whether."""
         metric = self._metrics[""]
         shape = (metric.num_classes, metric.feature_dim)
-        if head is not self._head or head.weight.shape != shape or head.weight.device != metric.means.device:
+        if head is not self._head or weight_shape(head) != shape or device_of(head) != metric.means.device:
             return False
         self.clear()
         metric.reset()
@@ -196,6 +219,8 @@ class Collection(_Stream):
 
     def read(self, statistics: Centres) -> dict[str, Tensor]:
         """Evaluate the measures."""
+        if self._tell is not None:
+            self._tell(self._head, statistics[""])
         values = self._metrics[""].read(statistics[""]) if self._reads else {}
         for name, stats in statistics.items():
             if name:
@@ -213,11 +238,13 @@ class Decisions(_Stream):
         ignore_index: Label of samples to leave out.
     """
 
-    def __init__(self, head: nn.Linear, measures: Sequence[str], centres: Centres, ignore_index: int | None) -> None:
+    def __init__(
+        self, head: Head | HeadReader, measures: Sequence[str], centres: Centres, ignore_index: int | None
+    ) -> None:
         super().__init__()
         self._measures = measures
         self._metrics = {
-            name: NearestClassCentre(stats, None if name else head, ignore_index).to(head.weight.device)
+            name: NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
             for name, stats in centres.items()
         }
 

@@ -7,15 +7,13 @@ from typing import Any
 
 import lightning as L
 
-from nclightning.callbacks.attach import full_batch, full_batch_method
+from nclightning.callbacks.attach import full_batch, full_batch_head, full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.features import find_head
 from nclightning.functional import class_statistics
-from nclightning.sharding import whole_linear
 from nclightning.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]
@@ -77,7 +75,7 @@ class TensorBoardDashboard(L.Callback):
         inputs, labels = batch
         with frozen(pl_module):
             features = full_batch_method(pl_module, "features_of")(inputs)
-            head = whole_linear(find_head(pl_module))
+            head = full_batch_head(pl_module).read()
             stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False))
         if not trainer.is_global_zero:
             return

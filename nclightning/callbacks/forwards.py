@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality
 from nclightning.features import Taps
+from nclightning.heads import Head
 from nclightning.ranks import raise_together
-from nclightning.sharding import copied_linear, is_sharded, reshard
+from nclightning.sharding import is_sharded, reshard
 from nclightning.sweep import fingerprint, num_own_samples
 
 __all__ = ["ForwardPass"]
@@ -43,7 +44,7 @@ class ForwardPass:
         self._attachment, self._measuring = attachment, measuring
         self._ood, self._sweep_centres, self._online = ood, centres, online
         self._centres: Centres | None = None
-        self._head: nn.Linear | None = None
+        self._head: Head | None = None
         self._weights: dict[str, tuple[int, ...]] = {}
         self._taps: Taps | None = None
         self._handle: RemovableHandle | None = None
@@ -58,19 +59,21 @@ class ForwardPass:
         """Whether the module is hooked, or need not be any more."""
         return self._hooked or self._failure is not None
 
-    def hook(self, pl_module: L.LightningModule, batch: Any) -> None:
+    def hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         """Hook the module before its first batch; sweep the class means of the weights that are to decide.
 
         Raises:
-            ValueError: If training runs inside a compiled graph.
+            ValueError: If training runs inside a compiled graph, or as :meth:`Attachment.check_batch`.
         """
-        self._attachment.forget()  # Layers may have been replaced since the last time.
-        inputs = self._attachment.split(batch)[0]
+        name = list(name_loaders(loaders))[index][0]
+        self._attachment.check_batch(trainer, pl_module, batch, labelled=name not in self._ood)
+        if not self._online:
+            self._attachment.check_again(trainer, pl_module, batch)
         if self._sweep_centres is not None and self._centres is None:
             # Not before: at the start of the epoch other callbacks may still be about to swap weights.
             self._weights["class means"] = fingerprint(pl_module.parameters())
             self._centres = self._sweep_centres()
-        compiled = self._attachment.is_compiled(pl_module, inputs)
+        compiled = self._attachment.is_compiled(pl_module)
         if compiled and self._online:
             raise ValueError(
                 "source='online' needs the features of training's own forwards, which a compiled model does not show "
@@ -78,15 +81,15 @@ class ForwardPass:
             )
         self._hooked = True
         if not compiled:
-            self._taps = self._attachment.tap(pl_module, inputs)
+            self._taps = self._attachment.tap(pl_module)
             if not self._online and not is_sharded(pl_module):
                 # A step may run with other weights than there are before and after it.
-                head = self._attachment.head_of(pl_module)
-                self._handle = head.register_forward_pre_hook(lambda *_: self._take_head(pl_module))
+                layer = self._attachment.layer_of(pl_module)
+                self._handle = layer.register_forward_pre_hook(lambda *_: self._take_head(pl_module))
 
     def _take_head(self, pl_module: L.LightningModule) -> None:
         """Copy the head as it is now, with which the features of this pass are read."""
-        self._head = copied_linear(self._attachment.whole_head_of(pl_module))
+        self._head = self._attachment.whole_head_of(pl_module)
         if self._sweep_centres is not None:
             self._weights["validation or test step"] = fingerprint(pl_module.parameters())
 

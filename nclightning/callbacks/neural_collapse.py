@@ -12,13 +12,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
+from nclightning.arguments import check_cadences, check_choices
+from nclightning.callbacks.attach import Attachment, full_batch, full_batch_head, full_batch_method, name_loaders
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
+from nclightning.callbacks.first_batch import check_range
 from nclightning.callbacks.forwards import ForwardPass
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.sweeps import Sweeps, Swept
+from nclightning.detection import HeadArgument
 from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
@@ -29,15 +32,12 @@ __all__ = ["NeuralCollapseMonitor"]
 
 Stage = Literal["train", "val", "test"]
 # Arguments that do not say which values are logged.
-_OTHER_ARGUMENTS = frozenset(
-    {"every_n_iterations", "every_n_epochs", "every_n_steps", "batch_fn", "pictures_every_n_epochs", "on_error"}
-)
+_CADENCES = {"every_n_iterations", "every_n_epochs", "every_n_steps", "pictures_every_n_epochs"}
+_OTHER_ARGUMENTS = frozenset(_CADENCES | {"batch_fn", "forward_fn", "on_error"})
 
 
 class NeuralCollapseMonitor(ReadingsMonitor):
     """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
-
-    Formulas: :mod:`nclightning.functional`.
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
     makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
@@ -54,7 +54,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, where the last
     ones are from the start after a resume. Two monitors in one trainer must log different tags.
 
-    | tag | value |
+    | tag | value (formulas: :mod:`nclightning.functional`) |
     |---|---|
     | ``nc/<stage>/<measure>`` | of the head's input; several loaders of a stage: ``nc/<stage>/<loader>/<measure>`` |
     | ``nc/<stage>/<layer>/nc1``, ``nc1_cdnv``, ``ncc_accuracy`` | of a further layer |
@@ -63,8 +63,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
-        head: Dotted name of the linear head. None finds it: the ``nn.Linear`` whose output is the model's output, else
-            by the common names (:func:`nclightning.features.find_head`).
+        head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)`` that
+            returns them as the loss sees them. Convolutions with kernels of size 1 are heads, too; of cosine heads
+            features and rows are normalised. None finds the layer whose output is seen to be the model's output, or
+            what that follows from (:func:`nclightning.detection.find_head`). What comes after the layer, such as a
+            temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
         every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
@@ -78,13 +81,16 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             positions, ``"flatten"`` takes all entries.
         batch_fn: Splits a batch into model input and labels. None takes pairs ``(x, y)`` and mappings with the labels
             under ``labels``, ``label``, ``y``, ``target`` or ``targets``. Labels ``(B, T)`` for features ``(B, T, d)``
-            are paired position by position.
+            are paired position by position; where the model's own loss is seen to shift them, as that of causal
+            language models does, with the features one position before.
+        forward_fn: Runs the module on the inputs of a batch, ``(module, inputs) -> output``, where its ``forward`` is
+            not what makes the logits. None calls the module.
         datasets: Further loaders by name, swept at the same times as the training set, whether or not that is read.
         ood: Names among ``datasets``, or of validation and test loaders (their number, or key), that are
             out of distribution: of them ``nc5`` is read, and their labels are not looked at.
         pictures_every_n_epochs: Cadence of a picture of the angles between class means and head in TensorBoard, under
             ``nc/train/angles``; None draws none.
-        ignore_index: Label of samples to leave out.
+        ignore_index: Label of samples to leave out; -100 is what torch's cross-entropy leaves out.
         global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
         between_weights: The same: ``"uniform"`` or ``"count"``.
         on_error: ``"raise"``, or ``"warn"``: say in one sentence why a reading failed, leave it out, and go on
@@ -99,7 +105,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def __init__(
         self,
         every_n_iterations: int = 10,
-        head: str | None = None,
+        head: HeadArgument = None,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         measures: Sequence[str] | None = None,
@@ -108,10 +114,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         layers: Sequence[str] = (),
         layer_pooling: Literal["mean", "flatten"] = "mean",
         batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
         datasets: Mapping[str, Iterable[Any]] | None = None,
         ood: Sequence[str] = (),
         pictures_every_n_epochs: int | None = None,
-        ignore_index: int | None = None,
+        ignore_index: int | None = -100,
         global_mean: GlobalMean = "class",
         between_weights: BetweenWeights = "uniform",
         on_error: Literal["raise", "warn"] = "raise",
@@ -119,18 +126,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         given = dict(locals())
         super().__init__(every_n_iterations)
         self._settings = changed_settings(NeuralCollapseMonitor.__init__, given, _OTHER_ARGUMENTS)
-        cadences = {"every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps}
-        for name, value in (cadences | {"pictures_every_n_epochs": pictures_every_n_epochs}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name, chosen, allowed in (
-            ("source", (source,), ("sweep", "online")),
-            ("layer_pooling", (layer_pooling,), ("mean", "flatten")),
-            ("on_error", (on_error,), ("raise", "warn")),
-            ("stages", tuple(stages), ("train", "val", "test")),
-        ):
-            if not chosen or set(chosen) - set(allowed):
-                raise ValueError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
+        check_cadences(
+            every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, pictures_every_n_epochs=pictures_every_n_epochs
+        )
+        check_choices("source", (source,), "sweep", "online")
+        check_choices("layer_pooling", (layer_pooling,), "mean", "flatten")
+        check_choices("on_error", (on_error,), "raise", "warn")
+        check_choices("stages", tuple(stages), "train", "val", "test")
         if source == "online" and (every_n_steps is not None or pictures_every_n_epochs is not None):
             raise ValueError(
                 "source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs."
@@ -153,9 +155,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
                 "'train' out of stages."
             )
-        self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn)
+        self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn, forward_fn, ignore_index)
         self._metric: NeuralCollapse | None = None
-        self._full_batch = False
+        self._full_batch = self._checked = False
         self._pass: ForwardPass | None = None
         self._waiting: ForwardPass | None = None
         self._sweeps = Sweeps(self._attachment, self._measuring, self.datasets, self.ood)
@@ -175,7 +177,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
-        self._full_batch = full_batch(pl_module)
+        self._checked, self._full_batch = False, full_batch(pl_module)
         if self._full_batch:
             if self.datasets:
                 raise ValueError(
@@ -189,12 +191,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
-        head, labels = self._attachment.head_of(pl_module), batch[1]
-        if int(labels.min()) < 0 or int(labels.max()) >= head.out_features:
-            least, most = int(labels.min()), int(labels.max())
-            raise ValueError(
-                f"labels must be within 0..{head.out_features - 1}, the outputs of the head, got {least}..{most}."
-            )
+        head = full_batch_head(pl_module)
+        check_range(batch[1], head, None)
         self._metric = self._measuring.metric(head)
 
     @torch.no_grad()
@@ -229,10 +227,15 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Read the first iterate of a full-batch run, or hook the head before the first batch."""
+        """Read the first iterate of a full-batch run; of another, check the first batch, and hook the head."""
         if self._full_batch:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._hook(pl_module, batch)
+            return
+        if not self._checked:
+            self._checked = True
+            with self._guard():
+                self._attachment.check_first(trainer, pl_module, batch)
+        self._hook(trainer, pl_module, batch, trainer.train_dataloader)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -298,39 +301,32 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting."""
-        self._start(trainer, pl_module, "val")
+        self._start(trainer, pl_module, "test" if trainer.testing else "val")
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hook the head before the first batch."""
-        self._hook(pl_module, batch)
+        self._hook(trainer, pl_module, batch, _evaluated(trainer), dataloader_idx)
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, trainer.val_dataloaders, *indices[1:])
+        self._collect(pl_module, batch, _evaluated(trainer), dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log ``nc/val/...``."""
-        self._end(trainer, pl_module, "val")
+        """Log ``nc/val/...``, or in a test ``nc/test/...``."""
+        self._end(trainer, pl_module, "test" if trainer.testing else "val")
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start collecting."""
-        self._start(trainer, pl_module, "test")
-
-    on_test_batch_start = on_validation_batch_start
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *indices: int
-    ) -> None:
-        """Collect a batch."""
-        self._collect(pl_module, batch, trainer.test_dataloaders, *indices[1:])
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log ``nc/test/...``."""
-        self._end(trainer, pl_module, "test")
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
+    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
         self._waiting, self._pass = self._pass, None  # An online pass goes on after a validation in its middle.
@@ -342,10 +338,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 centres = partial(self._sweeps.centres, trainer, pl_module) if needed else None
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
-    def _hook(self, pl_module: L.LightningModule, batch: Any) -> None:
+    def _hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         if self._pass is not None and not self._pass.hooked:
             try:
-                self._pass.hook(pl_module, batch)
+                self._pass.hook(trainer, pl_module, batch, loaders, index)
             except Exception as error:
                 self._fail(error)
 
@@ -398,3 +394,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Leave no hook behind."""
         self._drop()
         super().teardown(trainer, pl_module, stage)
+
+
+def _evaluated(trainer: L.Trainer) -> Any:
+    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders

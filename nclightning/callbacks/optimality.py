@@ -10,7 +10,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_method, name_loaders
+from nclightning.callbacks.attach import (
+    Attachment,
+    full_batch,
+    full_batch_head,
+    full_batch_method,
+    name_loaders,
+)
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.callbacks.problem import (
     check_balance,
@@ -22,12 +28,12 @@ from nclightning.callbacks.problem import (
 )
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.search import search_readings, step_taken
-from nclightning.features import find_head, pair_rows, split_batch
+from nclightning.detection import HeadArgument
+from nclightning.features import pair_rows
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.metrics.optimality import check_counts, check_linear
 from nclightning.ranks import count_over_ranks
-from nclightning.sharding import whole_linear
 from nclightning.sweep import limited_batches
 from nclightning.theory import UFMProblem
 
@@ -38,7 +44,9 @@ _LEAST_READINGS = 20
 # What is logged with fitted penalties.
 _FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
 # Arguments that do not say which values are logged.
-_OTHER_ARGUMENTS = frozenset({"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn"})
+_OTHER_ARGUMENTS = frozenset(
+    {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn"}
+)
 
 
 class OptimalityMonitor(ReadingsMonitor):
@@ -85,8 +93,9 @@ class OptimalityMonitor(ReadingsMonitor):
         lambda_w: For other modules: penalty on the head in Problem (2). None with ``lambda_h`` fits both.
         lambda_h: For other modules: penalty on the features, on the sum over all samples.
         every_n_epochs: Cadence on other modules.
-        head: Dotted name of their head; None finds it.
+        head: Their head: a dotted name, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         batch_fn: Splits their batches into input and labels; None takes pairs and mappings.
+        forward_fn: Runs them on the inputs of a batch, ``(module, inputs) -> output``; None calls them.
 
     Raises:
         ValueError: If an argument is out of range, or at the start of a fit if the theory does not cover what the
@@ -107,8 +116,9 @@ class OptimalityMonitor(ReadingsMonitor):
         lambda_w: float | None = None,
         lambda_h: float | None = None,
         every_n_epochs: int = 1,
-        head: str | None = None,
+        head: HeadArgument = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        forward_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         given = dict(locals())
         super().__init__(every_n_iterations)
@@ -128,7 +138,7 @@ class OptimalityMonitor(ReadingsMonitor):
         self.loss = loss
         self.penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
         self.every_n_epochs = every_n_epochs
-        self._attachment = Attachment(head, batch_fn=batch_fn)
+        self._attachment = Attachment(head, batch_fn=batch_fn, forward_fn=forward_fn)
         self.theory = theory
         self.stop_distance = stop_distance
         self.stop_at_floor = stop_at_floor
@@ -181,20 +191,18 @@ class OptimalityMonitor(ReadingsMonitor):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sweep the training set of a module that is not full-batch."""
         if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._attachment.forget()  # Layers may have been replaced since the last time.
             self._publish(pl_module, self._sweep(trainer, pl_module))
 
     def _check_first_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Refuse a head, penalties or labels that have no known optimum."""
+        """Refuse a batch, a head, penalties or labels that have no known optimum."""
         loader, limit = self._training_set(trainer)
-        inputs, _ = self._attachment.split(batch)
-        with trainer.precision_plugin.forward_context():
-            head = self._attachment.head_of(pl_module, inputs)
+        self._attachment.check_first(trainer, pl_module, batch)
+        head = self._attachment.head_of(pl_module)
         assert self.loss is not None
         check_linear(self.loss, head)
         if self.penalties is not None:
             UFMProblem(self.loss, head.out_features, 1, head.in_features, *self.penalties)
-        if self._attachment.split is split_batch:
+        if self._attachment.splits_plainly:
             check_data_set(loader, head.out_features, limit)
 
     def _training_set(self, trainer: L.Trainer) -> tuple[Any, int | None]:
@@ -296,7 +304,7 @@ class OptimalityMonitor(ReadingsMonitor):
         readings: dict[str, Tensor | float] = {"loss": value}
         if self._problem is not None:
             features = full_batch_method(pl_module, "features_of")(batch[0])
-            head = whole_linear(find_head(pl_module))
+            head = full_batch_head(pl_module).read()
             gap, distance = gap_and_distance(self._problem, head, features, batch[1])
             if not self._is_checked:
                 check_value(self._problem, value, gap, head.weight.dtype)

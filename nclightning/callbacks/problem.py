@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,6 +16,7 @@ from nclightning.callbacks.attach import full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.features import split_batch
 from nclightning.functional import class_statistics
+from nclightning.heads import Head
 from nclightning.metrics.optimality import check_counts
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sweep import known_indices
@@ -167,7 +168,7 @@ def check_balance(problem: UFMProblem, labels: Tensor) -> None:
         )
 
 
-def gap_and_distance(problem: UFMProblem, head: nn.Linear, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def gap_and_distance(problem: UFMProblem, head: Head, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Read both off the class means and spreads of all processes, a part of the features at a time.
 
     Args:

@@ -7,11 +7,12 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import lightning as L
-from torch import Tensor, nn
+from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
 from nclightning.functional import ClassStatistics
+from nclightning.heads import Head
 from nclightning.sweep import limited_batches, num_planned_batches
 
 __all__ = ["Sweeps", "Swept"]
@@ -28,7 +29,7 @@ class Swept(NamedTuple):
 
     values: dict[str, Tensor]
     centres: Centres | None
-    head: nn.Linear
+    head: Head
 
 
 class Sweeps:
@@ -95,7 +96,6 @@ class Sweeps:
             pl_module: The module.
             training: Whether the training set is read, and not only its class means where others need them.
         """
-        self._attachment.forget()  # Layers may have been replaced since the last time.
         trained = self._training(trainer, pl_module) if self._needs_centres(training) else {}
         centres = _together(trained) if trained else None
         sets = {name: (*self._loaders[name], stats) for name, stats in trained.items()} if training else {}

@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
+from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.groups import stand_apart
 
 __all__ = ["NearestClassCentre"]
@@ -34,7 +35,7 @@ class NearestClassCentre(Metric):
 
     Args:
         reference: Statistics whose means are the centres, usually those of the training set.
-        head: The linear head, bias included; None leaves out what needs it.
+        head: The head with its bias, as for :class:`nclightning.metrics.NeuralCollapse`; None leaves out what needs it.
         ignore_index: Label of samples to leave out.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
@@ -56,15 +57,14 @@ class NearestClassCentre(Metric):
     def __init__(
         self,
         reference: ClassStatistics,
-        head: nn.Linear | None = None,
+        head: HeadSource | None = None,
         ignore_index: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if head is not None and head.weight.shape != reference.means.shape:
+        if head is not None and (shape := weight_shape(head)) != tuple(reference.means.shape):
             raise ValueError(
-                f"head must have a weight of shape {tuple(reference.means.shape)} like the reference, "
-                f"got {tuple(head.weight.shape)}."
+                f"head must have a weight of shape {tuple(reference.means.shape)} like the reference, got {shape}."
             )
         self.reference = reference
         self.ignore_index = ignore_index
@@ -89,7 +89,8 @@ class NearestClassCentre(Metric):
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
         """
-        head, num_classes = self._head[0], len(self.reference.counts)
+        num_classes = len(self.reference.counts)
+        head = None if self._head[0] is None else read_head(self._head[0])
         valid = (labels >= 0) & (labels < num_classes)
         invalid = valid.logical_not()
         if self.ignore_index is not None:
@@ -106,8 +107,8 @@ class NearestClassCentre(Metric):
         self.num_invalid = self.num_invalid + invalid.sum()
         if head is not None:
             rows, known = features.detach().double(), torch.where(valid, labels, 0)
-            bias = None if head.bias is None else head.bias.detach().double()
-            decided = decide(nn.functional.linear(rows, head.weight.detach().double(), bias))
+            bias = None if head.bias is None else head.bias.double()
+            decided = decide(nn.functional.linear(rows, head.weight.double(), bias))
             margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
             self.right = self.right + per_class((decided == labels).long())
             self.mismatched = self.mismatched + per_class(((decided != nearest) | (nearest < 0)).long())

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from nclightning import functional as F
 from nclightning.functional import ClassStatistics
 from nclightning.functional.moments import Moments
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
-from nclightning.sharding import gathered
 
 __all__ = ["NeuralCollapse"]
 
@@ -38,8 +38,9 @@ class NeuralCollapse(Metric):
     Args:
         num_classes: K, at least 2.
         feature_dim: d, at least 1.
-        head: The linear head, or its weight ``(K, d)``, read at ``compute``, sharded by ``fully_shard`` or not. None
-            leaves out what needs it.
+        head: The head: a module with a weight ``(K, d)``, a convolution with kernels of size 1, a weight, or a pair
+            ``(weight, bias)``; read at ``compute`` in eval mode, sharded by ``fully_shard`` or not. None leaves out
+            what needs it. Of a cosine head pass the normalised weight, and update with normalised features.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, or ``("all",)``. None takes ``nc1``, ``nc2``,
             ``nc3``. If none of them needs the ``(d, d)`` scatter it is not kept; for ``feature_dim`` above 12288
             the default leaves it out, too, with a warning, and reads ``nc1_ratio`` and ``nc1_cdnv`` for ``nc1``.
@@ -74,7 +75,7 @@ class NeuralCollapse(Metric):
         self,
         num_classes: int,
         feature_dim: int,
-        head: nn.Linear | Tensor | None = None,
+        head: HeadSource | None = None,
         measures: Sequence[str] | None = None,
         global_mean: GlobalMean = "class",
         between_weights: BetweenWeights = "uniform",
@@ -94,7 +95,7 @@ class NeuralCollapse(Metric):
         self.ignore_index = ignore_index
         # A tuple keeps the head out of this module's parameters: the metric reads it, it does not own it.
         self._head = (head,)
-        shape = None if head is None else tuple((head.weight if isinstance(head, nn.Linear) else head).shape)
+        shape = None if head is None else weight_shape(head)
         if shape not in (None, (num_classes, feature_dim)):
             raise ValueError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
         self.measures = self._choose(measures)
@@ -126,12 +127,6 @@ class NeuralCollapse(Metric):
         if missing := [name for name in chosen if MEASURES[name].needs_head and tuple(measures) != ("all",)]:
             raise ValueError(f"measures {missing} read the head: pass head=..., or leave them out.")
         return tuple(name for name in chosen if not MEASURES[name].needs_head)
-
-    @property
-    def _weight(self) -> Tensor:
-        head = self._head[0]
-        assert head is not None
-        return gathered(head.weight if isinstance(head, nn.Linear) else head)
 
     @property
     def statistics(self) -> ClassStatistics:
@@ -183,7 +178,8 @@ class NeuralCollapse(Metric):
         if int(stats.num_invalid) > 0:
             raise ValueError(
                 f"{int(stats.num_invalid)} labels were outside 0..{self.num_classes - 1}. "
-                "Pass the right num_classes, set ignore_index, or drop these samples before update."
+                "Set ignore_index if a label marks samples to leave out; else map labels to these classes, before "
+                "update or in batch_fn, or measure a head with an output for each class."
             )
         return stats
 
@@ -246,11 +242,11 @@ class NeuralCollapse(Metric):
         return figure, axis
 
     def _reading(self, stats: ClassStatistics) -> Reading:
-        head = self._head[0]
-        if head is None:
+        if self._head[0] is None:
             return Reading(stats, None, None, self.global_mean, self.between_weights)
-        bias = gathered(head.bias).to(stats.means) if isinstance(head, nn.Linear) and head.bias is not None else None
-        return Reading(stats, self._weight.to(stats.means), bias, self.global_mean, self.between_weights)
+        head = read_head(self._head[0])
+        bias = None if head.bias is None else head.bias.to(stats.means)
+        return Reading(stats, head.weight.to(stats.means), bias, self.global_mean, self.between_weights)
 
     def clone(self) -> NeuralCollapse:
         """Copy the metric; the copy reads the same head."""

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.functional import ClassStatistics
+from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.neural_collapse import NeuralCollapse
 from nclightning.theory import UFMProblem
 
 __all__ = ["Optimality"]
+
+_AFFINE = tuple(layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 class Optimality(NeuralCollapse):
@@ -25,7 +28,8 @@ class Optimality(NeuralCollapse):
 
     Args:
         problem: Sizes, loss and penalties; every class must come exactly ``samples_per_class`` times.
-        head: The linear head, not to change between ``update`` and ``compute``. For CE its bias is taken as free.
+        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`, not to change between ``update`` and
+            ``compute``. For CE its bias is taken as free.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -35,7 +39,7 @@ class Optimality(NeuralCollapse):
 
     divergence: Tensor
 
-    def __init__(self, problem: UFMProblem, head: nn.Linear, **kwargs: Any) -> None:
+    def __init__(self, problem: UFMProblem, head: HeadSource, **kwargs: Any) -> None:
         check_linear(problem.loss, head)
         super().__init__(problem.num_classes, problem.feature_dim, head, measures=("nc1_ratio",), **kwargs)
         self.problem = problem
@@ -90,28 +94,36 @@ class Optimality(NeuralCollapse):
         self.divergence = self.divergence + incoming_state["divergence"]
 
 
-def check_linear(loss: str, head: nn.Linear) -> None:
+def check_linear(loss: str, head: HeadSource) -> None:
     """Raise unless the optimum of the unconstrained feature model with a head like this can be measured against.
 
     Args:
         loss: ``"mse"`` or ``"ce"``.
-        head: Any layer.
+        head: Any, as for :class:`nclightning.metrics.NeuralCollapse`.
 
     Raises:
         ValueError: With the reason.
     """
-    if type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+    if isinstance(head, nn.Module) and (type(head).forward not in _AFFINE or "forward" in vars(head)):
         raise ValueError(
             f"head must be linear, got a {type(head).__name__} with a forward of its own: no optimum is known for it."
         )
-    if loss == "mse" and head.bias is None:
+    if isinstance(head, HeadReader) and head.form == "probed":
+        raise ValueError(
+            f"head must be linear, got a {type(head.source).__name__} that makes its weight in a forward of its own: "
+            "no optimum is known for it."
+        )
+    if isinstance(head, Head | HeadReader) and head.normalizes:
+        raise ValueError(f"head must be linear, got the cosine head {head.name!r}: no optimum is known for it.")
+    if loss == "mse" and read_head(head).bias is None:
         raise ValueError(
             "head must have a bias for loss='mse', whose known optimum has the bias 1/K: take nn.Linear(..., "
             "bias=True), or measure nc_distance, which needs none."
         )
-    if head.in_features < head.out_features - 1:
+    num_classes, feature_dim = weight_shape(head)
+    if feature_dim < num_classes - 1:
         raise ValueError(
-            f"feature_dim must be at least num_classes - 1 = {head.out_features - 1}, got {head.in_features}: with "
+            f"feature_dim must be at least num_classes - 1 = {num_classes - 1}, got {feature_dim}: with "
             "fewer inputs of the head the optimum is not known, or the gap needs all features at once."
         )
 

@@ -164,7 +164,7 @@ class TestSweep:
         assert read(trainer, "val") == pytest.approx(measure(model, samples), rel=1e-5)
 
     def test_a_named_head(self, tmp_path, samples):
-        with pytest.raises(ValueError, match=r"no nn.Linear named 'fc' in Net; linear layers are: 'body.0', 'last'"):
+        with pytest.raises(ValueError, match=r"no layer named head='fc' in Net. Layers with .*: 'body.0' with output"):
             fit(tmp_path, [NeuralCollapseMonitor(head="fc")], loader(samples))
 
     def test_labels_that_do_not_fit_the_head(self, tmp_path, samples):
@@ -172,7 +172,7 @@ class TestSweep:
             def training_step(self, batch, batch_idx):
                 return self(batch[0]).sum()
 
-        with pytest.raises(ValueError, match=r"labels were outside 0\.\.2"):
+        with pytest.raises(ValueError, match=r"labels must be within 0\.\.2, the outputs of the head 'last'"):
             fit(tmp_path, [NeuralCollapseMonitor()], loader((samples[0], samples[1] + 1)), Narrow())
 
     def test_an_exception_in_the_sweep_restores_the_modes(self, tmp_path, samples):

@@ -70,7 +70,7 @@ def test_a_head_found_in_one_model_is_not_looked_for_in_the_next(samples, tmp_pa
     quiet_trainer(tmp_path, callbacks=[monitor], inference_mode=False).validate(
         model, loader(samples, shuffle=False), verbose=False
     )
-    assert monitor._attachment.head_of(model) is model.auxiliary
+    assert monitor._attachment.head_of(model).layer is model.auxiliary
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

@@ -305,8 +305,8 @@ class TestErrors:
             ({"layers": ("body.9",)}, "layer 'body.9' does not exist in Net; it has: body, body.0"),
             ({"batch_fn": lambda batch: (batch[0], batch[1].float())}, "labels must be integers, got torch.float32"),
             ({"batch_fn": lambda batch: (batch[0], batch[1][:-1])}, "one label per feature row, got features of shape"),
-            ({"batch_fn": lambda batch: (batch[0], batch[1] + 1)}, r"labels were outside 0\.\.2"),
-            ({"head": "fc"}, "no nn.Linear named 'fc'"),
+            ({"batch_fn": lambda batch: (batch[0], batch[1] + 1)}, r"labels must be within 0\.\.2"),
+            ({"head": "fc"}, "no layer named head='fc'"),
         ],
         ids=lambda o: str(o)[:12],
     )
@@ -329,7 +329,7 @@ class TestErrors:
                 return self.last(x, x)
 
         with pytest.raises(
-            ValueError, match="cannot tell which layer of Bilinear is the head; linear layers are: none"
+            ValueError, match=r"no layer of Bilinear was seen to be the head.*Layers with a weight that ran are: none"
         ):
             fit(tmp_path, [NeuralCollapseMonitor()], loader(samples), Bilinear())
 
@@ -355,7 +355,7 @@ class TestErrors:
 
         model = InPlace()
         model.last = nn.Linear(8, K)
-        with pytest.raises(ValueError, match="the head ran 2 times in one forward"):
+        with pytest.raises(ValueError, match="the head 'last' of InPlace ran 2 times in one forward"):
             fit(tmp_path, [NeuralCollapseMonitor(head="last")], loader(samples), model)
 
     def test_no_training_centres(self, tmp_path, samples):

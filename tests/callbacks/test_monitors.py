@@ -317,7 +317,7 @@ def test_unbalanced_labels_are_refused(tmp_path):
 
 def test_labels_beyond_the_head_are_refused(tmp_path):
     trainer = quiet_trainer(tmp_path, max_steps=5, callbacks=[NeuralCollapseMonitor()])
-    with pytest.raises(ValueError, match=r"labels must be within 0\.\.3, the outputs of the head, got 1\.\.4"):
+    with pytest.raises(ValueError, match=r"labels must be within 0\.\.3, the outputs of the head 'head', got 1\.\.4"):
         trainer.fit(ufm(), FullBatchLoader((torch.arange(N), torch.arange(N) // 3 + 1), 1), [])
 
 

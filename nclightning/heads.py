@@ -1,0 +1,342 @@
+"""The weight and the bias of a head, whatever holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear, normalize
+
+from nclightning.sharding import gathered
+
+__all__ = [
+    "Form",
+    "Head",
+    "HeadReader",
+    "HeadSource",
+    "device_of",
+    "evaluating",
+    "fits",
+    "has_more_than_a_weight",
+    "has_weight",
+    "pair_of",
+    "read_head",
+    "tolerance",
+    "weight_shape",
+]
+
+Form = Literal["weight", "transposed", "probed"]
+_POINTWISE = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class Head:
+    """Weight and bias of a head at one time.
+
+    Attributes:
+        weight: ``(K, d)``, detached and whole.
+        bias: ``(K,)``, or None.
+        normalizes: Whether it is a cosine head. Then the rows of ``weight`` have norm 1, and features must be divided
+            by their norms, too.
+        name: How messages call it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    normalizes: bool = False
+    name: str = "head"
+
+    @property
+    def out_features(self) -> int:
+        """Number of classes K."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Number of features d."""
+        return self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight.device
+
+    def snapshot(self) -> Head:
+        """Copy the tensors, which may be the parameters that training goes on to change."""
+        bias = None if self.bias is None else self.bias.clone()
+        return Head(self.weight.clone(), bias, self.normalizes, self.name)
+
+
+def read_head(source: Any) -> Head:
+    """Read weight and bias as they are now, in eval mode and without a trace.
+
+    In training mode the weight of a layer with ``spectral_norm`` cannot be read without changing training: each read
+    runs a power iteration. Layers under the older, hook-based ``weight_norm``, ``spectral_norm`` and pruning hold the
+    weight of their last forward; here it is formed from the parameters.
+
+    Args:
+        source: A module with a weight ``(K, d)``, such as ``nn.Linear``, or a convolution with kernels of size 1; a
+            weight ``(K, d)``; a pair of weight and bias; a :class:`HeadReader`; or a :class:`Head`, returned as it is.
+
+    Returns:
+        Weight and bias, detached; of sharded weights whole ones, for which all processes must ask.
+
+    Raises:
+        TypeError: If it is nothing of these.
+        ValueError: If the shapes are others.
+    """
+    if isinstance(source, Head):
+        return source
+    if isinstance(source, HeadReader):
+        return source.read()
+    if isinstance(source, nn.Module):
+        with evaluating(source):
+            return _checked(_weight_of(source), getattr(source, "bias", None))
+    if isinstance(source, Tensor):
+        return _checked(source, None)
+    if isinstance(source, tuple | list) and len(source) == 2:
+        return _checked(*source)
+    if isinstance(weight := getattr(source, "weight", None), Tensor):
+        return _checked(weight, getattr(source, "bias", None))
+    raise TypeError(
+        f"head must be a module with a weight (K, d), a weight, or a pair (weight, bias), got {type(source).__name__}."
+    )
+
+
+def weight_shape(source: Any) -> tuple[int, ...]:
+    """Return the shape of the weight that :func:`read_head` reads, without gathering it from other processes."""
+    if isinstance(source, Head | HeadReader):
+        return source.out_features, source.in_features
+    if isinstance(source, nn.Module):
+        with evaluating(source):
+            return tuple(_weight_of(source).shape)
+    weight = source[0] if isinstance(source, tuple | list) and source else source
+    return tuple(weight.shape) if isinstance(weight, Tensor) else tuple(read_head(source).weight.shape)
+
+
+def device_of(source: Any) -> torch.device:
+    """Return where the weight is, without gathering it from other processes."""
+    return source.device if isinstance(source, Head | HeadReader | Tensor) else _first_of(source).device
+
+
+def _first_of(source: Any) -> Tensor:
+    tensors = (*source.parameters(), *source.buffers()) if isinstance(source, nn.Module) else source
+    return next((each for each in tensors if isinstance(each, Tensor)), torch.empty(0))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadReader:
+    """Reads a head again and again, in the way that was found to be right for it.
+
+    Attributes:
+        source: The layer; or a function without arguments that returns weight and bias.
+        name: How messages call it.
+        form: ``"weight"`` reads ``source.weight`` as ``(K, d)``, ``"transposed"`` as ``(d, K)``; ``"probed"`` applies
+            the layer to the unit vectors, for layers that make their weight in the forward, such as LoRA.
+        normalizes: Whether it is a cosine head.
+        out_features: K.
+        in_features: d.
+    """
+
+    source: nn.Module | Callable[[], Any]
+    name: str
+    form: Form
+    normalizes: bool
+    out_features: int
+    in_features: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return _first_of(self.source).device if isinstance(self.source, nn.Module) else self.read().device
+
+    @property
+    def layer(self) -> nn.Module | None:
+        """The layer; None of a function."""
+        return self.source if isinstance(self.source, nn.Module) else None
+
+    @torch.no_grad()
+    def read(self) -> Head:
+        """Read weight and bias as they are now; see :func:`read_head`.
+
+        Raises:
+            ValueError: If their shapes have changed.
+        """
+        if not isinstance(self.source, nn.Module):
+            weight, bias = pair_of(self.source())
+        else:
+            with evaluating(self.source):
+                if self.form == "probed":
+                    weight, bias = _probe(self.source, self.in_features)
+                else:
+                    weight, bias = _weight_of(self.source), getattr(self.source, "bias", None)
+                    weight = weight.t() if self.form == "transposed" else weight
+        head = _checked(weight, None if self.normalizes else bias, self.name)
+        if head.weight.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"the head {self.name!r} had a weight of shape {(self.out_features, self.in_features)} when it was "
+                f"found, and has one of shape {tuple(head.weight.shape)} now: begin a new fit after such a change."
+            )
+        return Head(normalize(head.weight), None, True, self.name) if self.normalizes else head
+
+
+HeadSource = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Head | HeadReader
+
+
+def fits(head: Head, features: Tensor, output: Tensor, away_from: Tensor | None = None) -> bool:
+    """Whether a head makes an output from features, up to a positive factor of a cosine head.
+
+    Args:
+        head: The head.
+        features: What entered the layer, ``(..., d)``.
+        output: What came out, ``(..., K)``.
+        away_from: Labels whose entries are left out, for heads with a margin at the label.
+
+    Returns:
+        Whether it is the same up to round-off of the lower precision of the two. Transfers to the host.
+    """
+    rows = features.detach().reshape(-1, features.shape[-1]).to(torch.promote_types(features.dtype, torch.float32))
+    seen = output.detach().reshape(-1, output.shape[-1]).to(rows.dtype)
+    if rows.shape[1] != head.in_features or seen.shape[1] != head.out_features or len(rows) != len(seen):
+        return False
+    rows = normalize(rows) if head.normalizes else rows
+    made = linear(rows, head.weight.to(rows), None if head.bias is None else head.bias.to(rows))
+    finite = made.isfinite().all(dim=1) & seen.isfinite().all(dim=1)  # The others show nothing.
+    made, seen = (torch.where(finite.unsqueeze(1), each, 0) for each in (made, seen))
+    if away_from is not None:
+        others = torch.ones_like(made, dtype=torch.bool).scatter_(1, away_from.reshape(-1, 1).to(made.device), False)
+        made, seen = made[others], seen[others]
+    if head.normalizes:
+        factor = (made * seen).sum() / made.square().sum().clamp_min(torch.finfo(made.dtype).tiny)
+        if not float(factor) > 0:
+            return False
+        made = made * factor
+    size = torch.maximum(torch.linalg.vector_norm(seen), torch.linalg.vector_norm(made))
+    return bool(torch.linalg.vector_norm(made - seen) <= tolerance(features, output, head.weight) * size)
+
+
+def tolerance(*tensors: Tensor) -> float:
+    """Relative error within which values count as equal: generous to round-off, far below a real difference."""
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+    on_host = all(tensor.device.type == "cpu" for tensor in tensors)
+    # On other devices float32 products may be of ten bits.
+    return max(eps**0.5 / 4 if on_host or eps > 1e-4 else 1e-2, 1e-6)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set a module and its parts to eval mode, and put back the modes one by one."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
+            child.training = False
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether a module holds a weight that :func:`read_head` can read, or its transpose."""
+    with evaluating(module):
+        try:
+            return not isinstance(module, nn.Embedding) and _weight_of(module).ndim == 2
+        except (ValueError, TypeError):
+            return False
+
+
+def has_more_than_a_weight(module: nn.Module) -> bool:
+    """Whether other parameters than those that make ``weight`` and ``bias`` take part in a module's output."""
+    legacy = {"weight_g", "weight_v", "weight_orig"}
+    names = {name for name, _ in module.named_parameters() if not name.startswith("parametrizations.")}
+    return bool(names - legacy - {"weight", "bias"})
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """Form the weight of a layer in eval mode, as a matrix."""
+    parameters, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
+    weight: Any
+    if {"weight_g", "weight_v"} <= parameters.keys():
+        size, direction = parameters["weight_g"], parameters["weight_v"]
+        others = [i for i in range(direction.ndim) if size.ndim == 0 or size.shape[i] == 1 != direction.shape[i]]
+        norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True) if others else direction.abs()
+        weight = direction * (size / norm)
+    elif "weight_orig" in parameters and "weight_mask" in buffers:
+        weight = parameters["weight_orig"] * buffers["weight_mask"]
+    elif "weight_orig" in parameters and {"weight_u", "weight_v"} <= buffers.keys():
+        weight = parameters["weight_orig"]
+        weight = weight / torch.dot(buffers["weight_u"], weight.flatten(1) @ buffers["weight_v"])
+    else:
+        weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TypeError(f"{type(module).__name__} has no weight that a head could be read from.")
+    if isinstance(module, _POINTWISE):
+        if module.groups != 1 or any(size != 1 for size in module.kernel_size):
+            raise ValueError(
+                f"{type(module).__name__} with kernel_size={module.kernel_size} and groups={module.groups} is no head: "
+                "only convolutions with kernels of size 1 and one group act on each feature row alone."
+            )
+        weight = weight.flatten(1)
+    return torch.as_tensor(weight)
+
+
+def _probe(module: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
+    """Apply an affine layer to zero and to the unit vectors, in float64 where it allows that."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    own = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(()))
+    for dtype in (torch.float64, own.dtype):
+        state = {f"layer.{name}": t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        unit = torch.eye(dim, dtype=dtype, device=own.device)
+        try:
+            bias = functional_call(_Bare(module), state, (unit[:1] * 0,))[0]
+            parts = torch.split(unit, _ROWS_AT_A_TIME)
+            rows = [functional_call(_Bare(module), state, (part,)) - bias for part in parts]
+        except RuntimeError:
+            if dtype is own.dtype:
+                raise
+            continue
+        if bias.dtype == dtype:  # Else it goes on in its own precision.
+            break
+    return torch.cat(rows).t(), bias
+
+
+class _Bare(nn.Module):
+    """Runs a layer without its own hooks, which are for forwards of the model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer.forward(x)
+
+
+def pair_of(value: Any) -> tuple[Any, Any]:
+    """Take what a user's ``head`` function returned as a weight and a bias."""
+    if isinstance(value, nn.Module):
+        head = read_head(value)
+        return head.weight, head.bias
+    if isinstance(value, Tensor):
+        return value, None
+    if isinstance(value, tuple | list) and len(value) == 2:
+        return value[0], value[1]
+    raise TypeError(f"head=... must return (weight, bias), with None for no bias; it returned {type(value).__name__}.")
+
+
+def _checked(weight: Any, bias: Any, name: str = "head") -> Head:
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"the head {name!r} must have a weight of shape (K, d), got {shape}.")
+    weight = gathered(weight)
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise ValueError(f"the head {name!r} must have a bias of shape ({len(weight)},) or None, got {shape}.")
+        bias = gathered(bias)
+    return Head(weight, bias, name=name)
