@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
 from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
 
 __all__ = ["NearestClassCentre"]
@@ -68,19 +69,12 @@ class NearestClassCentre(Metric):
             )
         self.reference = reference
         self.ignore_index = ignore_index
-        self._head = (head,)  # Read, not owned.
+        self._head = Borrowed(head)
         for name in _COUNTS:
             shape = () if name == "num_invalid" else (len(reference.counts),)
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
-
-    def clone(self) -> NearestClassCentre:
-        """Copy the metric; the copy reads the same head."""
-        other = super().clone()
-        assert isinstance(other, NearestClassCentre)
-        other._head = self._head
-        return other
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -90,7 +84,7 @@ class NearestClassCentre(Metric):
             labels: ``(B,)`` int64.
         """
         num_classes = len(self.reference.counts)
-        head = None if self._head[0] is None else read_head(self._head[0])
+        head = None if self._head.get() is None else read_head(self._head.get())
         valid = (labels >= 0) & (labels < num_classes)
         invalid = valid.logical_not()
         if self.ignore_index is not None:
@@ -151,7 +145,7 @@ class NearestClassCentre(Metric):
 
     def _totals(self) -> dict[str, Tensor]:
         totals = {"ncc_accuracy": self.ncc_right.double()}
-        if self._head[0] is not None:
+        if self._head.get() is not None:
             totals |= {
                 "ncc_mismatch": self.mismatched.double(),
                 "accuracy": self.right.double(),

@@ -17,6 +17,7 @@ from nclightning.functional import ClassStatistics
 from nclightning.functional.moments import Moments
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
 
@@ -93,8 +94,7 @@ class NeuralCollapse(Metric):
         self.global_mean = global_mean
         self.between_weights = between_weights
         self.ignore_index = ignore_index
-        # A tuple keeps the head out of this module's parameters: the metric reads it, it does not own it.
-        self._head = (head,)
+        self._head = Borrowed(head)  # Kept out of this module's parameters, too.
         shape = None if head is None else weight_shape(head)
         if shape not in (None, (num_classes, feature_dim)):
             raise ValueError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
@@ -110,7 +110,7 @@ class NeuralCollapse(Metric):
         stand_apart(self, ignore_index, dtype)
 
     def _choose(self, measures: Sequence[str] | None) -> tuple[str, ...]:
-        has_head = self._head[0] is not None
+        has_head = self._head.get() is not None
         if measures is None:
             measures = DEFAULT_MEASURES
             if self.feature_dim > _LARGEST_DEFAULT_DIM:
@@ -242,18 +242,11 @@ class NeuralCollapse(Metric):
         return figure, axis
 
     def _reading(self, stats: ClassStatistics) -> Reading:
-        if self._head[0] is None:
+        if self._head.get() is None:
             return Reading(stats, None, None, self.global_mean, self.between_weights)
-        head = read_head(self._head[0])
+        head = read_head(self._head.get())
         bias = None if head.bias is None else head.bias.to(stats.means)
         return Reading(stats, head.weight.to(stats.means), bias, self.global_mean, self.between_weights)
-
-    def clone(self) -> NeuralCollapse:
-        """Copy the metric; the copy reads the same head."""
-        other = super().clone()
-        assert isinstance(other, NeuralCollapse)
-        other._head = self._head
-        return other
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""

@@ -18,6 +18,7 @@ from nclightning.callbacks.monitor import ReadingsMonitor
 from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
 from nclightning.loggers import RunLogger
+from nclightning.metrics.borrowed import Borrowed
 from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
 from tests.trainers import quiet_trainer
@@ -225,7 +226,7 @@ def test_readings_make_no_host_sync(loss):
     with FakeTensorMode():
         index, labels = fake_twin(model, "cuda")
         model._all_rows = index, index._version  # As after the first reading, which looks at them.
-        collapse._metric._head = (model.head,)
+        collapse._metric._head = Borrowed(model.head)
         optimality._is_checked = True
         for monitor, count in ((optimality, 5), (collapse, 3)):
             values = list(monitor.read(model, (index, labels)).values())

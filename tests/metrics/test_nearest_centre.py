@@ -16,6 +16,7 @@ from nclightning.functional import (
     nearest_class_centre,
 )
 from nclightning.metrics import NearestClassCentre
+from nclightning.metrics.borrowed import Borrowed
 
 K, D, N = 4, 6, 40
 
@@ -125,7 +126,7 @@ def test_update_makes_no_host_transfer(head, data):
         metric.reference = ClassStatistics(type(moments)(*map(fake, moments)), fake(metric.reference.num_invalid))
         for name in ("samples", "ncc_right", "right", "mismatched", "margin", "num_invalid"):
             setattr(metric, name, fake(getattr(metric, name)))
-        metric._head = (SimpleNamespace(weight=fake(head.weight), bias=fake(head.bias)),)
+        metric._head = Borrowed(SimpleNamespace(weight=fake(head.weight), bias=fake(head.bias)))
         metric.update(torch.empty(8, D, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda"))
         assert metric.margin.device.type == "cuda"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import MetricCollection
 
 from nclightning.functional import (
@@ -18,6 +19,7 @@ from nclightning.functional import (
     within_class_variability,
 )
 from nclightning.metrics import MEASURES, NeuralCollapse
+from nclightning.metrics.borrowed import Borrowed
 
 K, D = 4, 6
 
@@ -161,7 +163,7 @@ def test_update_and_read_make_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
     metric = NeuralCollapse(K, D, torch.ones(K, D), measures=("all",))
     with FakeTensorMode():
-        metric._head = (torch.empty(K, D, device="cuda"),)
+        metric._head = Borrowed(torch.empty(K, D, device="cuda"))
         for name in set(metric._names) - {"kept"}:
             state = getattr(metric, name)
             setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
@@ -306,3 +308,67 @@ def test_an_empty_metric_reads_nan_of_alignment():
     metric = NeuralCollapse(3, 5, nn.Linear(5, 3), measures=("nc3_cosine_worst", "nc3_uniform"))
     metric.update(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     assert all(torch.isnan(value) for value in metric.compute().values())
+
+
+def changed(head):
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(7)))
+
+
+class Owner(nn.Module):
+    """A module that has head and metric, in either order."""
+
+    def __init__(self, metric_first):
+        super().__init__()
+        head = nn.Linear(D, K)
+        parts = {"metric": NeuralCollapse(K, D, head), "head": head}
+        for name in sorted(parts, reverse=metric_first):
+            setattr(self, name, parts[name])
+
+
+@pytest.mark.parametrize("duplicate", [lambda c: c.clone(), copy.deepcopy])
+def test_copies_of_a_collection_read_the_head_that_is_trained(duplicate, head, data):
+    collection = MetricCollection({"nc": NeuralCollapse(K, D, head)})
+    twin = duplicate(collection)
+    changed(head)
+    for each in (collection, twin):
+        each.update(*data)
+    assert_same(twin.compute(), collection.compute(), rtol=0)
+    assert_same(twin.compute(), expected(*data, head))
+
+
+@pytest.mark.parametrize("metric_first", [True, False])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_copy_of_a_module_has_a_metric_of_its_own_head(metric_first, times, data):
+    owner = Owner(metric_first)
+    twin = owner
+    for _ in range(times):
+        twin = copy.deepcopy(twin)
+    changed(twin.head)
+    twin.metric.update(*data)
+    assert_same(twin.metric.compute(), expected(*data, twin.head))
+    owner.metric.update(*data)
+    assert_same(owner.metric.compute(), expected(*data, owner.head))
+
+
+def test_the_cost_of_an_update_does_not_grow(generator):
+    """Counted in calls of torch, not in seconds: late updates of one sample take no more than early ones."""
+    metric, calls, counted = NeuralCollapse(3, 16), [], [0]
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counted[0] += 1
+            return function(*args, **(kwargs or {}))
+
+    labels = torch.arange(3).repeat(1000)
+    features = torch.randn(3000, 16, generator=generator)
+    with Counting():
+        for row, label in zip(features.split(1), labels.split(1), strict=True):
+            counted[0] = 0
+            metric.update(row, label)
+            calls.append(counted[0])
+    early, late = calls[512:1024], calls[2048:2560]
+    # Now and then a few small pieces are put together: twice as many samples may take one step more for it.
+    assert sum(late) <= 1.2 * sum(early)
+    assert max(late) <= max(early) + 8
+    assert len(metric.kept) <= 30
