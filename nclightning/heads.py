@@ -260,8 +260,10 @@ def has_more_than_a_weight(module: nn.Module) -> bool:
 
 def _weight_of(module: nn.Module) -> Tensor:
     """Form the weight of a layer in eval mode, as a matrix."""
-    parameters, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
-    weight: Any
+    weight: Any = getattr(module, "weight", None)
+    plain = isinstance(weight, nn.Parameter)
+    parameters = {} if plain else dict(module.named_parameters(recurse=False))
+    buffers = {} if plain else dict(module.named_buffers(recurse=False))
     if {"weight_g", "weight_v"} <= parameters.keys():
         size, direction = parameters["weight_g"], parameters["weight_v"]
         others = [i for i in range(direction.ndim) if size.ndim == 0 or size.shape[i] == 1 != direction.shape[i]]
@@ -272,8 +274,6 @@ def _weight_of(module: nn.Module) -> Tensor:
     elif "weight_orig" in parameters and {"weight_u", "weight_v"} <= buffers.keys():
         weight = parameters["weight_orig"]
         weight = weight / torch.dot(buffers["weight_u"], weight.flatten(1) @ buffers["weight_v"])
-    else:
-        weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise TypeError(f"{type(module).__name__} has no weight that a head could be read from.")
     if isinstance(module, _POINTWISE):

@@ -927,6 +927,13 @@ def causal_model_without_a_loss():
 
 
 @case
+def causal_language_model_with_labels_beyond_its_words():
+    form = gpt(lambda ids: ids + 1, refused=r"labels must be within 0\.\.3, the outputs of the head .*, got 1\.\.4")
+    form.step = lambda model, batch: model.net(batch["input_ids"]).logits.sum()
+    return form
+
+
+@case
 def labels_shifted_by_the_collator():
     ids = tokens(B, 8) % K
     return Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,7 +16,6 @@ from nclightning.features import call_model, describe, pair_rows
 from nclightning.found import Found
 from nclightning.heads import HeadReader
 from nclightning.shift import is_shifted
-from nclightning.sweep import frozen
 
 __all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "first_of"]
 
@@ -36,6 +36,10 @@ class Known(NamedTuple):
     found: Found
     with_labels: bool
     shifted: bool
+
+
+class _DoesNotRunError(Exception):
+    """The module failed on inputs, for the reason that is its cause."""
 
 
 class FirstBatch:
@@ -75,37 +79,41 @@ class FirstBatch:
         labels = self._labels
         if labels is not None:
             _check_labels(labels)
-        failure = self._failure(self._inputs)
-        whole = isinstance(self._batch, Mapping) and plain_batch  # As encoder-decoders need labels to run.
-        with_labels = failure is not None and whole and self._failure(self._batch) is None
-        if failure is not None and not with_labels:
-            raise ValueError(
-                f"{type(self._module).__name__} could not be run on the inputs of the first batch, "
-                f"{describe(self._inputs)}: {type(failure).__name__}: {failure} Pass forward_fn=(module, inputs) -> "
-                "output if it is to be called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs "
-                "are others."
-            ) from failure
-        inputs = self._batch if with_labels else self._inputs
-        ignored = IGNORED if ignore_index is None else ignore_index
-        found, seen = find_head(self._module, lambda: self._call(self._module, inputs), head, labels, ignored)
+        whole = isinstance(self._batch, Mapping) and plain_batch
+        ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
+        try:
+            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored)
+        except _DoesNotRunError as failure:
+            inputs = self._batch  # As encoder-decoders need labels to run.
+            try:
+                if not whole:
+                    raise
+                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored)
+            except _DoesNotRunError:
+                raise self._refusal(failure.__cause__) from failure.__cause__
+        if labels is not None:
+            pair_rows(torch.empty(found.shape, device="meta"), labels)
+            check_range(labels, found.reader, ignore_index)
         shifted = False
         if labels is not None and labels.ndim == 2 and labels.shape == found.shape[:-1]:
             calls = [self._labelled] if whole and plain_call else []
             layer = found.reader.layer
             logits = None if layer is None else seen.of(layer)[-1].output
-            shifted = is_shifted(self._module, inputs, labels, logits, seen, calls, given=not plain_batch)
-        if labels is not None:
-            pair_rows(torch.empty(found.shape, device="meta"), labels)
-            check_range(labels, found.reader, ignore_index)
-        return Known(weakref.ref(self._module), found, with_labels, shifted)
+            shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
+        return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted)
 
-    def _failure(self, inputs: Any) -> Exception | None:
+    def _run(self, inputs: Any) -> Any:
         try:
-            with frozen(self._module):
-                self._call(self._module, inputs)
+            return self._call(self._module, inputs)
         except Exception as error:
-            return error
-        return None
+            raise _DoesNotRunError from error
+
+    def _refusal(self, failure: BaseException | None) -> ValueError:
+        return ValueError(
+            f"{type(self._module).__name__} could not be run on the inputs of the first batch, "
+            f"{describe(self._inputs)}: {type(failure).__name__}: {failure} Pass forward_fn=(module, inputs) -> output "
+            "if it is to be called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs are others."
+        )
 
     def _labelled(self, labels: Tensor) -> Any:
         """Run the module on the whole mapping with other labels."""
