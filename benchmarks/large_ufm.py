@@ -64,8 +64,9 @@ def compare(loss, dtype, samples_per_class=100, near_optimum=False):
     logits, product, gradient = features @ weight.T, torch.empty_like(weight), torch.empty_like(features)
 
     def iterate():
-        for _ in range(ITERATIONS):
-            optimizer.step(line)
+        with optimizer.alone():  # As in a fit.
+            for _ in range(ITERATIONS):
+                optimizer.step(line)
 
     def multiply():
         for _ in range(ITERATIONS):

@@ -172,9 +172,9 @@ class ArmijoGD(Optimizer):
             self._alone = before
             carried = self._carried
             if carried is not None and not before:
-                carried.iterate = None  # Version counters alone have to tell.
+                carried.compare_with(None)  # Version counters alone have to tell.
                 if carried.holds(params):
-                    carried.iterate = Fingerprint(params)
+                    carried.compare_with(Fingerprint(params))
                 else:
                     self._forget()
 

@@ -17,7 +17,7 @@ __all__ = ["Fingerprint", "Iterate", "IterateCopy", "differ_between_ranks"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART = 2**14  # Words that are added up with weights of their own.
-_ROWS = 4  # Parts at a time, which stay in a CPU's cache.
+_ROWS = 4  # Parts at a time: they stay in a CPU's cache.
 
 
 class Iterate(ABC):
@@ -91,9 +91,19 @@ def _hash(tensor: Tensor) -> Tensor:
     words = _words(tensor.reshape(-1))
     while len(words) > _PART:
         count = len(words) // _PART
-        rows = torch.split(words[: count * _PART].view(count, _PART), _ROWS)
-        words = torch.cat([*(_weighted_sums(part) for part in rows), words[count * _PART :]])
-    return _weighted_sums(words.view(1, -1))[0] + tensor.numel()  # Padded by zeros it would be the same sum.
+        # Everything has its place beforehand: results that wait would keep the memory between them from being reused.
+        shorter, room = words.new_empty(len(words) - count * (_PART - 1)), words.new_empty(_ROWS, _PART)
+        shorter[count:] = words[count * _PART :]
+        for rows, sums in zip(
+            torch.split(words[: count * _PART].view(count, _PART), _ROWS),
+            torch.split(shorter[:count], _ROWS),
+            strict=True,
+        ):
+            _add_up(rows, room[: len(rows)], sums)
+        words = shorter
+    total = words.new_empty(1)
+    _add_up(words.view(1, -1), words.new_empty(1, len(words)), total)
+    return total[0] + tensor.numel()  # Padded by zeros it would be the same sum.
 
 
 def _words(flat: Tensor) -> Tensor:
@@ -106,12 +116,14 @@ def _words(flat: Tensor) -> Tensor:
     return words if whole == len(bits) else torch.cat([words, bits[whole:].long()])
 
 
-def _weighted_sums(rows: Tensor) -> Tensor:
+def _add_up(rows: Tensor, room: Tensor, sums: Tensor) -> None:
+    """Write the weighted sum of each row."""
     low, high = _weights(rows.device)[:, : rows.shape[1]]
+    on_cpu = rows.device.type == "cpu"  # Elsewhere there are no products of integer matrices.
+    sums.copy_(torch.mv(rows, low) if on_cpu else torch.mul(rows, low, out=room).sum(dim=1))
     # Signs and exponents are the upper bits, of which a product modulo 2^64 would keep little.
-    if rows.device.type == "cpu":
-        return torch.mv(rows, low) + torch.mv(rows >> 32, high)
-    return torch.sum(rows * low + (rows >> 32) * high, dim=1)  # No products of integer matrices there.
+    torch.bitwise_right_shift(rows, 32, out=room)
+    sums.add_(torch.mv(room, high) if on_cpu else room.mul_(high).sum(dim=1))
 
 
 @lru_cache(maxsize=8)
