@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from nclightning.errors import UserError
+
 __all__ = [
     "DtypeName",
     "check_cadences",
@@ -32,7 +34,7 @@ def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         least = 2 if name == "num_classes" else 1
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+            raise UserError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_cadences(**cadences: int | None) -> None:
@@ -46,7 +48,7 @@ def check_cadences(**cadences: int | None) -> None:
     """
     for name, value in cadences.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise UserError(f"{name} must be at least 1, got {value}.")
 
 
 def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:
@@ -61,7 +63,7 @@ def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:
         ValueError: Naming both.
     """
     if not chosen or set(chosen) - set(allowed):
-        raise ValueError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
+        raise UserError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
 
 
 def check_scales(**scales: float) -> None:
@@ -75,7 +77,7 @@ def check_scales(**scales: float) -> None:
     """
     for name, value in scales.items():
         if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be finite and non-negative, got {value!r}.")
+            raise UserError(f"{name} must be finite and non-negative, got {value!r}.")
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:
@@ -91,7 +93,7 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
         ValueError: If it is neither.
     """
     if name not in get_args(DtypeName):
-        raise ValueError(f"dtype must be 'float64' or 'float32', got {name!r}.")
+        raise UserError(f"dtype must be 'float64' or 'float32', got {name!r}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -118,5 +120,5 @@ def resolve_lambdas(
         lambda_h = lambda_ if lambda_h is None else lambda_h
     if lambda_w is None or lambda_h is None:
         missing = "lambda_w" if lambda_w is None else "lambda_h"
-        raise ValueError(f"{missing} is missing: give lambda_w and lambda_h, or the paper's single lambda.")
+        raise UserError(f"{missing} is missing: give lambda_w and lambda_h, or the paper's single lambda.")
     return lambda_w, lambda_h

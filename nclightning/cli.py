@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import traceback
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCo
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
+from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
@@ -85,7 +85,7 @@ class ConfigFile(ActionConfigFile):
                 if path in shipped_configs().values():
                     rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
                 values = str(yaml.safe_dump(read_configuration(path), sort_keys=False))
-            except ValueError as error:
+            except UserError as error:
                 parser.error(str(error))
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
@@ -99,7 +99,7 @@ def _expand_lambda(args: Sequence[str]) -> list[str]:
         if name in ("--lambda", "--model.lambda", "--model.init_args.lambda"):
             value = value if equals else next(rest, "")
             if not value:
-                raise ValueError(f"{name} needs a value, such as {name} 5e-3.")
+                raise UserError(f"{name} needs a value, such as {name} 5e-3.")
             for key in ("lambda_w", "lambda_h"):
                 expanded += [f"--model.init_args.{key}", "null"]
             expanded += ["--model.init_args.lambda_", value]
@@ -206,12 +206,12 @@ class RunCLI(LightningCLI):
     def _read_checkpoint(self, path: Path) -> dict[str, Any]:
         """Read a checkpoint of this problem."""
         if not path.is_file():
-            raise ValueError(f"--ckpt_path {path}: no such file.")
+            raise UserError(f"--ckpt_path {path}: no such file.")
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"]
         except Exception as error:
-            raise ValueError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
+            raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_checkpoint(checkpoint)
         return checkpoint
@@ -220,7 +220,7 @@ class RunCLI(LightningCLI):
         """Go on in the folder that the checkpoint lies in."""
         self._start = int(self._read_checkpoint(path)["global_step"])
         if 0 <= self.trainer.max_steps <= self._start:
-            raise ValueError(
+            raise UserError(
                 f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
@@ -251,11 +251,11 @@ def main(args: list[str] | None = None) -> None:
             COMMANDS[words[0]](words[1:])
         else:
             _run_cli(args)
-    except ValueError as error:
-        ours = _find_ours(error)
-        if ours is None:
+    except Exception as error:
+        worded = _worded_for_user(error)
+        if worded is None:
             raise
-        sys.exit(f"error: {ours}")
+        sys.exit(f"error: {worded}")
 
 
 def _run_cli(args: list[str] | None) -> None:
@@ -300,15 +300,11 @@ def _quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message=f".*{message}")
 
 
-def _find_ours(error: BaseException | None) -> BaseException | None:
-    """Find the error of this package behind one: it is worded for the user, who needs no traceback."""
-    package = Path(__file__).resolve().parent
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and Path(frames[-1].filename).resolve().is_relative_to(package):
-            return error
+def _worded_for_user(error: BaseException | None) -> UserError | None:
+    """Find the error of this package behind one of a library that called it."""
+    while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
-    return None
+    return error
 
 
 def _predicted(model: L.LightningModule) -> UFMProblem | None:
@@ -317,7 +313,7 @@ def _predicted(model: L.LightningModule) -> UFMProblem | None:
         return None
     try:
         problem: UFMProblem = model.problem  # type: ignore[assignment]
-    except ValueError:
+    except UserError:
         return None
     return problem
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.configurations import find_configuration, model_arguments, read_configuration
+from nclightning.errors import UserError
 from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
@@ -38,8 +39,6 @@ def _reproduce(words: Sequence[str]) -> None:
     try:
         figures = [int(figure) if figure.isdigit() else figure for figure in given.figures]
         reproduce(figures, given.out, given.quick, given.jobs)
-    except RuntimeError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. What finished is kept; the same command goes on.")
 
@@ -64,9 +63,9 @@ def _plot(words: Sequence[str]) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 drawn += draw(having, folder / name)
             except OSError as error:
-                raise ValueError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
+                raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     if not drawn:
-        raise ValueError(f"no reading to draw in {', '.join(given.runs)}: neither optimality/gap nor nc/train/nc1-nc3.")
+        raise UserError(f"no reading to draw in {', '.join(given.runs)}: neither optimality/gap nor nc/train/nc1-nc3.")
     for path in drawn:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
 
@@ -105,7 +104,7 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     if given["config"] is not None:
         options = model_arguments(read_configuration(find_configuration(given["config"])))
         if options.get("penalty", "features") != "features":
-            raise ValueError(
+            raise UserError(
                 f"--config {given['config']}: penalty={options['penalty']!r} has no closed form, only 'features' has."
             )
     if given["lambda_"] is not None:  # It overrides both penalties of a configuration, as in a fit.
@@ -113,7 +112,7 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     options = options | {name: value for name, value in given.items() if value is not None}
     for name in ("loss", "num_classes", "samples_per_class", "feature_dim"):
         if options.get(name) is None:
-            raise ValueError(f"{name} is missing: give --{name}, or a --config that has it.")
+            raise UserError(f"{name} is missing: give --{name}, or a --config that has it.")
     single, lambda_w, lambda_h = (
         None if options.get(name) is None else float(options[name]) for name in ("lambda_", "lambda_w", "lambda_h")
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nclightning.errors import UserError
+
 __all__ = ["find_configuration", "model_arguments", "read_configuration", "shipped_configs"]
 
 
@@ -37,7 +39,7 @@ def find_configuration(name: str) -> Path:
     shipped = shipped_configs()
     found = shipped.get(name.removesuffix(".yaml"))
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"--config {name}: no such file, and no shipped configuration of that name. "
             f"Shipped are: {', '.join(shipped)}."
         )
@@ -59,9 +61,9 @@ def read_configuration(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise UserError(f"--config {path}: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"--config {path}: expected a mapping of options, got {type(config).__name__}.")
+        raise UserError(f"--config {path}: expected a mapping of options, got {type(config).__name__}.")
     init_args = model_arguments(config)
     if "lambda" in init_args:
         init_args["lambda_"] = init_args.pop("lambda")

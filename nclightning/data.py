@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nclightning.arguments import check_sizes
+from nclightning.errors import UserError
 from nclightning.ranks import own_rows
 
 __all__ = ["FullBatchDataModule", "FullBatchLoader", "GaussianDataModule", "IndexDataModule"]
@@ -64,7 +65,7 @@ class FullBatchDataModule(L.LightningDataModule):
     def __init__(self, steps_per_epoch: int, **sizes: int | None) -> None:
         super().__init__()
         if steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}.")
+            raise UserError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}.")
         self.steps_per_epoch = steps_per_epoch
         self._given = sizes
         self._sizes: dict[str, int] = {}
@@ -88,11 +89,11 @@ class FullBatchDataModule(L.LightningDataModule):
     def _size(self, name: str, given: int | None, hparams: Mapping[str, Any]) -> int:
         expected: int | None = hparams.get(name)
         if given is None and expected is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}({name}=...) is missing, and the model has no hyperparameter {name!r}."
             )
         if given is not None and expected is not None and given != expected:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}({name}={given}) differs from the model's {expected}. Set it on the model only."
             )
         size = expected if given is None else given
@@ -203,7 +204,7 @@ class GaussianDataModule(FullBatchDataModule):
             steps_per_epoch, num_classes=num_classes, samples_per_class=samples_per_class, input_dim=input_dim
         )
         if not (math.isfinite(variance) and variance > 0):
-            raise ValueError(f"variance must be finite and positive, got {variance!r}.")
+            raise UserError(f"variance must be finite and positive, got {variance!r}.")
         self.variance = variance
         self.seed = seed
         self._dtype = torch.float64
@@ -234,7 +235,7 @@ class GaussianDataModule(FullBatchDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of other data, whose curves would be continued under a wrong name."""
         if state_dict != self.state_dict():
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was trained on data with {state_dict}, not {self.state_dict()}. Resume it with its "
                 "own settings."
             )

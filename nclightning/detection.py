@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nclightning.errors import UserError, UserTypeError
 from nclightning.features import class_last
 from nclightning.found import REPAIRS, Found
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
@@ -71,16 +72,16 @@ class _Search:
         elif isinstance(head, str):
             named = dict(self._module.named_modules()).get(head) if head else None
             if named is None:
-                raise ValueError(f"no layer named head={head!r} in {self._title}. {self._layers()}")
+                raise UserError(f"no layer named head={head!r} in {self._title}. {self._layers()}")
             layer = named
         elif isinstance(head, nn.Module):
             if head is self._module or head not in self._names:
-                raise ValueError(f"head= is a {type(head).__name__} that is no part of {self._title}. {self._layers()}")
+                raise UserError(f"head= is a {type(head).__name__} that is no part of {self._title}. {self._layers()}")
             layer = head
         elif callable(head):
             return self._found_by_values(head), self._seen
         else:
-            raise TypeError(
+            raise UserTypeError(
                 "head must be a dotted name, a module, a function (model) -> (weight, bias) or None, got "
                 f"{type(head).__name__}."
             )
@@ -92,7 +93,7 @@ class _Search:
         name, runs = self._names[layer], self._seen.of(layer)
         if len(runs) != 1:
             what = "did not run" if not runs else f"ran {len(runs)} times"
-            raise ValueError(
+            raise UserError(
                 f"the head {name!r} of {self._title} {what} in one forward, expected once: features and logits would "
                 f"not be one of the other. {self._layers()} Pass forward_fn=(module, inputs) -> output that runs the "
                 "head once, or head= another layer."
@@ -100,7 +101,7 @@ class _Search:
         run = runs[0]
         features, output = class_last(layer, run.inputs), class_last(layer, run.output)
         if output.shape[-1] < 2:
-            raise ValueError(
+            raise UserError(
                 f"the head {name!r} of {self._title} has one output, and neural collapse is about at least two "
                 "classes: train with an output for each class. " + self._layers()
             )
@@ -131,13 +132,13 @@ class _Search:
             if not plain_fit and not (normalizes and margins is not None and fits(head, features, output, margins)):
                 continue
             if normalizes and not named:
-                raise ValueError(
+                raise UserError(
                     f"the layer {name!r}, whose output is the output of {self._title}, is a cosine head: it divides "
                     f"features and the rows of its weight by their norms. Pass head={name!r} to measure normalised "
                     "features and rows."
                 )
             return reader, not plain_fit
-        raise ValueError(
+        raise UserError(
             f"the layer {name!r} of {self._title} maps {tuple(features.shape)} to {tuple(output.shape)}, but neither "
             "as W h + b nor as a cosine of h with the rows of its weight, so that it has no weight that could be "
             f"measured. {self._layers()} {REPAIRS}"
@@ -162,7 +163,7 @@ class _Search:
             pooled = False
         left = rows[:1] if pooled else rows
         if shape is not None and shape not in (left, torch.Size([*left, 1])):
-            raise ValueError(_unpaired(reader.name, (*left, reader.in_features), shape))
+            raise UserError(_unpaired(reader.name, (*left, reader.in_features), shape))
         return pooled
 
     # A head that is a function of the model.
@@ -187,9 +188,9 @@ class _Search:
                             positions,
                             torch.Size([*positions, 1]),
                         ):
-                            raise ValueError(_unpaired(name, tuple(rows.shape), self._labels.shape))
+                            raise UserError(_unpaired(name, tuple(rows.shape), self._labels.shape))
                         return Found(reader, self._names[run.layer], side, False, rows.shape)
-        raise ValueError(
+        raise UserError(
             f"head= returned a weight of shape {sizes}, and no layer of {self._title} has features h in its input or "
             f"output from which the output of the model follows as W h + b. {self._layers()} Let the features go "
             "through a module of their own, such as nn.Identity(), right before the head is applied."
@@ -214,12 +215,12 @@ class _Search:
             self._part = min(matches[layer])
             return layer
         if not matches:
-            raise ValueError(
+            raise UserError(
                 f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
                 f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
                 f"cast. {self._layers()} {REPAIRS}"
             )
-        raise ValueError(
+        raise UserError(
             f"cannot tell which layer of {self._title} is the head: the outputs of "
             f"{' and '.join(repr(self._names[layer]) for layer in matches)} are all parts of the output of the model. "
             f"{self._layers()} {REPAIRS}"
@@ -311,7 +312,7 @@ class _Search:
         for name, leaf in others.items():
             new = seen.leaves.get(name)
             if new is not None and not torch.equal(new, leaf) and not follows(new, output, either=True):
-                raise ValueError(
+                raise UserError(
                     f"cannot tell which layer of {self._title} is the head: the output of {self._names[layer]!r} is a "
                     f"part of the output of the model, and the part {name!r} is made from it in a further way. "
                     f"{self._layers()} {REPAIRS}"

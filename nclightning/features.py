@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
+from nclightning.errors import UserError, UserTypeError
+
 __all__ = [
     "FeatureSource",
     "Taps",
@@ -69,11 +71,9 @@ def capture_during(call: Callable[[], Result], module: nn.Module, head: nn.Linea
     finally:
         handle.remove()
     if len(captured) != 1:
-        raise ValueError(
-            f"the head of {type(module).__name__} ran {len(captured)} times in one forward, expected once."
-        )
+        raise UserError(f"the head of {type(module).__name__} ran {len(captured)} times in one forward, expected once.")
     if captured[0].ndim != 2:
-        raise ValueError(
+        raise UserError(
             f"the head of {type(module).__name__} must get one feature row per sample, got shape "
             f"{tuple(captured[0].shape)}."
         )
@@ -101,13 +101,13 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             if key in batch:
                 rest = {name: value for name, value in batch.items() if name != key}
                 return rest, batch[key]
-        raise ValueError(
+        raise UserError(
             f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
             "Pass batch_fn=(batch) -> (inputs, labels)."
         )
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    raise ValueError(
+    raise UserError(
         f"expected batches (x, y) with a tensor of labels, or mappings with labels, got {describe(batch)}. Pass "
         "batch_fn=(batch) -> (inputs, labels), such as lambda b: (b[0], b[1])."
     )
@@ -165,14 +165,14 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: If labels are not integers.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
+        raise UserTypeError(
             f"labels must be integers, got {labels.dtype}: pass batch_fn=(batch) -> (inputs, labels), which for "
             "one-hot labels takes their argmax; soft labels have no class."
         )
     if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
         labels = labels.squeeze(1)
     if features.ndim < 2 or labels.shape != features.shape[:-1]:
-        raise ValueError(
+        raise UserError(
             f"there must be one label per feature row, got features of shape {tuple(features.shape)} and labels of "
             f"shape {tuple(labels.shape)}."
         )
@@ -271,14 +271,14 @@ class Taps:
         runs, self._runs = self._runs, 0
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise ValueError(failure)
+            raise UserError(failure)
         if once and runs > 1:
-            raise ValueError(
+            raise UserError(
                 f"the head ran {runs} times in one forward, expected once: pass forward_fn=(module, inputs) -> output "
                 "that runs it once, or head= another layer."
             )
         if "" not in kept:
-            raise ValueError(
+            raise UserError(
                 "the head did not run here, so there are no features. If the step makes its logits in another way "
                 "than forward does, pass head= the layer that it runs; if the model is compiled, hooks are not seen: "
                 "use source='sweep' and stages=('train',)."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nclightning.errors import UserError
 from nclightning.features import FeatureSource, class_last
 from nclightning.heads import HeadReader
 from nclightning.likeness import follows, follows_from, makes
@@ -84,7 +85,7 @@ class Found:
             if self.part is not None and (leaf := leaves.get(self.part)) is not runs[0].output:
                 holds = holds and leaf is not None and follows(leaf, made, either=True)
         if not holds:
-            raise ValueError(
+            raise UserError(
                 f"the output of {type(module).__name__} followed from the head {self.reader.name!r} on the first batch "
                 "and does not any more: something that starts without effect, such as an adapter of zeros, comes "
                 f"between. {REPAIRS}"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear, normalize
 
+from nclightning.errors import UserError, UserTypeError
 from nclightning.sharding import gathered
 
 __all__ = [
@@ -104,7 +105,7 @@ def read_head(source: Any) -> Head:
         return _checked(*source)
     if isinstance(weight := getattr(source, "weight", None), Tensor):
         return _checked(weight, getattr(source, "bias", None))
-    raise TypeError(
+    raise UserTypeError(
         f"head must be a module with a weight (K, d), a weight, or a pair (weight, bias), got {type(source).__name__}."
     )
 
@@ -179,7 +180,7 @@ class HeadReader:
                     weight = weight.t() if self.form == "transposed" else weight
         head = _checked(weight, None if self.normalizes else bias, self.name)
         if head.weight.shape != (self.out_features, self.in_features):
-            raise ValueError(
+            raise UserError(
                 f"the head {self.name!r} had a weight of shape {(self.out_features, self.in_features)} when it was "
                 f"found, and has one of shape {tuple(head.weight.shape)} now: begin a new fit after such a change."
             )
@@ -247,7 +248,7 @@ def has_weight(module: nn.Module) -> bool:
     with evaluating(module):
         try:
             return not isinstance(module, nn.Embedding) and _weight_of(module).ndim == 2
-        except (ValueError, TypeError):
+        except UserError:
             return False
 
 
@@ -275,10 +276,10 @@ def _weight_of(module: nn.Module) -> Tensor:
         weight = parameters["weight_orig"]
         weight = weight / torch.dot(buffers["weight_u"], weight.flatten(1) @ buffers["weight_v"])
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TypeError(f"{type(module).__name__} has no weight that a head could be read from.")
+        raise UserTypeError(f"{type(module).__name__} has no weight that a head could be read from.")
     if isinstance(module, _POINTWISE):
         if module.groups != 1 or any(size != 1 for size in module.kernel_size):
-            raise ValueError(
+            raise UserError(
                 f"{type(module).__name__} with kernel_size={module.kernel_size} and groups={module.groups} is no head: "
                 "only convolutions with kernels of size 1 and one group act on each feature row alone."
             )
@@ -326,17 +327,19 @@ def pair_of(value: Any) -> tuple[Any, Any]:
         return value, None
     if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
-    raise TypeError(f"head=... must return (weight, bias), with None for no bias; it returned {type(value).__name__}.")
+    raise UserTypeError(
+        f"head=... must return (weight, bias), with None for no bias; it returned {type(value).__name__}."
+    )
 
 
 def _checked(weight: Any, bias: Any, name: str = "head") -> Head:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"the head {name!r} must have a weight of shape (K, d), got {shape}.")
+        raise UserError(f"the head {name!r} must have a weight of shape (K, d), got {shape}.")
     weight = gathered(weight)
     if bias is not None:
         if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
             shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-            raise ValueError(f"the head {name!r} must have a bias of shape ({len(weight)},) or None, got {shape}.")
+            raise UserError(f"the head {name!r} must have a bias of shape ({len(weight)},) or None, got {shape}.")
         bias = gathered(bias)
     return Head(weight, bias, name=name)

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from nclightning.errors import UserError
 from nclightning.files import replaced
 from nclightning.interrupts import deferred_interrupt
 
@@ -83,7 +84,7 @@ class RunLogger(TensorBoardLogger):
             folder.parent.mkdir(parents=True, exist_ok=True)
             while not _make_folder(folder, take_empty=not self._counts_versions):
                 if not self._counts_versions:
-                    raise ValueError(
+                    raise UserError(
                         f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
                         f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
                     )
@@ -93,7 +94,7 @@ class RunLogger(TensorBoardLogger):
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
                 "Choose another with --trainer.logger.init_args.save_dir."
             ) from error
@@ -117,7 +118,7 @@ class RunLogger(TensorBoardLogger):
             ValueError: If an iteration was written before: the rows are those of another run.
         """
         if rows and rows[0][0] <= self._last_iteration:
-            raise ValueError(
+            raise UserError(
                 f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
                 "a RunLogger. Give each fit one of its own."
             )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 
+from nclightning.errors import UserError
+
 __all__ = ["LossName", "Objective", "square_norm"]
 
 LossName = Literal["mse", "ce"]
@@ -45,11 +47,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.loss not in get_args(LossName):
-            raise ValueError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
+            raise UserError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
         for name in ("lambda_w", "lambda_h", "lambda_b"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and non-negative, got {value!r}.")
+                raise UserError(f"{name} must be finite and non-negative, got {value!r}.")
 
     def __call__(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F on all samples.
@@ -173,13 +175,13 @@ def square_norm(tensor: Tensor) -> Tensor:
 
 def _check_shapes(weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or features.ndim != 2 or weight.shape[1] != features.shape[1]:
-        raise ValueError(
+        raise UserError(
             "weight must be (K, d) and features (N, d) with the same d, "
             f"got {tuple(weight.shape)} and {tuple(features.shape)}."
         )
     if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
+        raise UserError(
             f"labels must be int64 of shape ({len(features)},), got {labels.dtype} of shape {tuple(labels.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}.")
+        raise UserError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}.")

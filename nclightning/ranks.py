@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nclightning.errors import UserError
+
 __all__ = [
     "count_over_ranks",
     "gather_rows",
@@ -39,7 +41,7 @@ def own_rows(num_rows: int, rank: int, world: int) -> tuple[int, int]:
         ValueError: If there are fewer rows than processes.
     """
     if num_rows < world:
-        raise ValueError(f"{num_rows} samples cannot be shared by {world} processes: set trainer.devices lower.")
+        raise UserError(f"{num_rows} samples cannot be shared by {world} processes: set trainer.devices lower.")
     first, end = num_rows * rank // world, num_rows * (rank + 1) // world
     return first, end - first
 
@@ -72,13 +74,13 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         device: On which processes talk to each other.
 
     Raises:
-        Exception: The error; a ``RuntimeError`` where another process had one.
+        Exception: The error; a ``UserError`` where another process had one.
     """
     failed = count_over_ranks(int(error is not None), device)
     if error is not None:
         raise error
     if failed:
-        raise RuntimeError(f"{failed} of {world_size()} processes failed, which say why.")
+        raise UserError(f"{failed} of {world_size()} processes failed, which say why.")
 
 
 def gather_rows(rows: Tensor, num_rows: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nclightning.errors import UserError
+
 __all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard"]
 
 # Told by their methods: where the classes are to be imported from changes with torch's version.
@@ -57,9 +59,7 @@ def in_step(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, 
     torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
     most, least = int(extremes[0]), -int(extremes[1])
     if least == 0:
-        raise ValueError(
-            "a sweep of sharded weights needs a batch for each process: this data set has too few samples."
-        )
+        raise UserError("a sweep of sharded weights needs a batch for each process: this data set has too few samples.")
     batch: Any = None
     for batch in loader:
         yield batch, True

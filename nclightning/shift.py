@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from nclightning.errors import UserError
 from nclightning.heads import tolerance
 from nclightning.observation import Observation, float_leaves
 from nclightning.sweep import eager, frozen
@@ -65,7 +66,7 @@ def is_shifted(
             return decided
     if same or (losses_exist and not following):
         reason = "labels are the tokens of the input themselves" if same else "labels and input have positions"
-        raise ValueError(
+        raise UserError(
             f"{reason}, and no loss of {type(module).__name__} shows whether the label at a position belongs to the "
             "features there or to those one position before, as in causal language models. Pass batch_fn=(batch) -> "
             "(inputs, labels) with each label at the position that predicts it: for a causal model "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, first_of
 from nclightning.detection import HeadArgument
+from nclightning.errors import UserError
 from nclightning.features import Taps, call_model, describe, split_batch
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.ranks import raise_together
@@ -93,7 +94,7 @@ class Attachment:
             return split_batch(batch)
         split = self._batch_fn(batch)
         if not isinstance(split, tuple | list) or len(split) != 2:
-            raise ValueError(f"batch_fn must return (inputs, labels), it returned {describe(split)}.")
+            raise UserError(f"batch_fn must return (inputs, labels), it returned {describe(split)}.")
         return split[0], split[1]
 
     def call(self, pl_module: L.LightningModule, inputs: Any) -> Any:
@@ -262,7 +263,7 @@ class Attachment:
                     if is_new:
                         add(kept, labels)
             if taps is None:
-                raise ValueError(
+                raise UserError(
                     f"the data to sweep is empty for process {trainer.global_rank} of {trainer.world_size}: it must "
                     "have a batch for each, and a loader must begin anew in each pass."
                 )
@@ -295,13 +296,13 @@ class Attachment:
         """
         strategy = trainer.strategy
         if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise ValueError(
+            raise UserError(
                 f"{type(strategy).__name__} shards the weights, so that no process can read the head or run a sweep: "
                 "train with ddp or with fully_shard under ModelParallelStrategy, or validate a checkpoint with the "
                 "monitor in one process."
             )
         if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-            raise ValueError(
+            raise UserError(
                 "layers that are split over processes need the same batch on each, and a sweep would give them "
                 "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
@@ -348,7 +349,7 @@ def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., 
     """
     method: Callable[..., Any] | None = getattr(pl_module, name, None)
     if method is None:
-        raise ValueError(
+        raise UserError(
             f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
             "it from nclightning.models.RegularizedClassifier."
         )
@@ -363,7 +364,7 @@ def full_batch_head(pl_module: L.LightningModule) -> HeadReader:
     """
     head = getattr(pl_module, "head", None)
     if not isinstance(head, nn.Linear):
-        raise ValueError(
+        raise UserError(
             f"a full-batch module is read by its attribute head, an nn.Linear; that of {type(pl_module).__name__} is "
             f"{type(head).__name__}: derive it from nclightning.models.RegularizedClassifier."
         )
@@ -385,4 +386,4 @@ def _layer(pl_module: L.LightningModule, name: str) -> nn.Module:
         return pl_module.get_submodule(name)
     except AttributeError:
         known = ", ".join(path for path, _ in pl_module.named_modules() if path)
-        raise ValueError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None
+        raise UserError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None

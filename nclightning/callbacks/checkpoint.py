@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from nclightning.errors import UserError
 from nclightning.files import replaced
 
 __all__ = ["LastCheckpoint"]
@@ -45,7 +46,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, every_n_iterations: int = 1000) -> None:
         if every_n_iterations < 1:
-            raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
+            raise UserError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
         self._saved: int | None = None  # Until a fit has started there is nothing to save.
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.features import pair_rows
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
@@ -67,8 +68,8 @@ class Measuring:
             measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
         try:
             self.of_statistics = select_measures(measures)
-        except ValueError as error:
-            raise ValueError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
+        except UserError as error:
+            raise UserError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return names of what is read of a data set, and one of each further layer."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.detection import HeadArgument, find_head
+from nclightning.errors import UserError, UserTypeError
 from nclightning.features import call_model, describe, pair_rows
 from nclightning.found import Found
 from nclightning.heads import HeadReader
@@ -132,7 +133,7 @@ def first_of(batch: Any, loaders: Any) -> Any:
 
 def _check_labels(labels: Any) -> None:
     if not isinstance(labels, Tensor):
-        raise TypeError(
+        raise UserTypeError(
             f"labels must be a tensor of integers, got {describe(labels)}: pass batch_fn=(batch) -> (inputs, labels) "
             "with the labels of one head."
         )
@@ -157,7 +158,7 @@ def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None) ->
         if labels.ndim > 1:
             counted = counted[counted != IGNORED]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= reader.out_features):
-        raise ValueError(
+        raise UserError(
             f"labels must be within 0..{reader.out_features - 1}, the outputs of the head {reader.name!r}, got "
             f"{int(counted.min())}..{int(counted.max())}: pass batch_fn=(batch) -> (inputs, labels) with labels of "
             "this head, ignore_index if a label marks samples to leave out, or head= the layer that the labels belong "

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality
+from nclightning.errors import UserError
 from nclightning.features import Taps
 from nclightning.heads import Head
 from nclightning.ranks import raise_together
@@ -75,7 +76,7 @@ class ForwardPass:
             self._centres = self._sweep_centres()
         compiled = self._attachment.is_compiled(pl_module)
         if compiled and self._online:
-            raise ValueError(
+            raise UserError(
                 "source='online' needs the features of training's own forwards, which a compiled model does not show "
                 "to hooks: use source='sweep', which runs it uncompiled."
             )
@@ -105,7 +106,7 @@ class ForwardPass:
         if self._head is None and not self._online:
             self._take_head(pl_module)
         if len(set(self._weights.values())) > 1:
-            raise ValueError(
+            raise UserError(
                 "decisions and nc5 need class means of the weights that the step runs with, and the step swaps weights "
                 "inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave these "
                 "measures out."

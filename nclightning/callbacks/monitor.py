@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nclightning.callbacks.publishing import Publisher, as_metrics
+from nclightning.errors import UserError
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 from nclightning.ranks import count_over_ranks
@@ -43,7 +44,7 @@ class ReadingsMonitor(Publisher):
     def __init__(self, every_n_iterations: int = 10) -> None:
         super().__init__()
         if every_n_iterations < 1:
-            raise ValueError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
+            raise UserError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
         self._batch: Batch | None = None
         self._last_iteration = -1
@@ -68,7 +69,7 @@ class ReadingsMonitor(Publisher):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse modules whose batches are not the training set."""
         if not hasattr(pl_module, "iterations_per_step"):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} reads full-batch runs of nclightning.models.RegularizedClassifier, got "
                 f"{type(pl_module).__name__}. Of other modules NeuralCollapseMonitor reads NC1-NC3, and "
                 "OptimalityMonitor(loss=...) gap and distance."
@@ -85,7 +86,7 @@ class ReadingsMonitor(Publisher):
             num_samples = getattr(pl_module, "num_samples", None)
             count = count_over_ranks(len(batch[1]), batch[1].device)
             if count != num_samples:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__} needs the whole training set in each batch, got {count} of "
                     f"num_samples={num_samples}: a reading of a part would be a wrong number."
                 )

@@ -22,6 +22,7 @@ from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.sweeps import Sweeps, Swept
 from nclightning.detection import HeadArgument
+from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
@@ -134,24 +135,22 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         check_choices("on_error", (on_error,), "raise", "warn")
         check_choices("stages", tuple(stages), "train", "val", "test")
         if source == "online" and (every_n_steps is not None or pictures_every_n_epochs is not None):
-            raise ValueError(
-                "source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs."
-            )
+            raise UserError("source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.source = source
         self.stages = tuple(stages)
         self.datasets = dict(datasets or {})
         if clash := self.datasets.keys() & {"train", "val", "test"}:
-            raise ValueError(f"datasets must not be named like a stage, got {sorted(clash)}.")
+            raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
         if isinstance(ood, str):
-            raise ValueError(f"ood must be a sequence of names: write ({ood!r},).")
+            raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
         self.ood, self.layers = tuple(ood), tuple(layers)
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
         if source == "online" and "train" in stages and self._measuring.of_decisions:
-            raise ValueError(
+            raise UserError(
                 f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
                 "'train' out of stages."
             )
@@ -180,7 +179,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self._checked, self._full_batch = False, full_batch(pl_module)
         if self._full_batch:
             if self.datasets:
-                raise ValueError(
+                raise UserError(
                     f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
                     "iterations: leave them out, and pass a validation loader."
                 )

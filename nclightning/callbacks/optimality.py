@@ -29,6 +29,7 @@ from nclightning.callbacks.problem import (
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.search import search_readings, step_taken
 from nclightning.detection import HeadArgument
+from nclightning.errors import UserError
 from nclightning.features import pair_rows
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
@@ -124,14 +125,14 @@ class OptimalityMonitor(ReadingsMonitor):
         super().__init__(every_n_iterations)
         self._settings = changed_settings(OptimalityMonitor.__init__, given, _OTHER_ARGUMENTS)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
-            raise ValueError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
+            raise UserError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
-            raise ValueError("stop_at_floor=True needs theory=True: without it no distance is read.")
+            raise UserError("stop_at_floor=True needs theory=True: without it no distance is read.")
         for name, value in (("lambda_w", lambda_w), ("lambda_h", lambda_h)):
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be None or positive and finite, got {value!r}: the optimum needs both.")
+                raise UserError(f"{name} must be None or positive and finite, got {value!r}: the optimum needs both.")
         if loss not in (None, "mse", "ce") or (lambda_w is None) != (lambda_h is None) or every_n_epochs < 1:
-            raise ValueError(
+            raise UserError(
                 "loss must be 'mse' or 'ce', lambda_w and lambda_h come both or not at all, and every_n_epochs must be "
                 f"at least 1, got {loss!r}, {lambda_w}, {lambda_h} and {every_n_epochs}."
             )
@@ -288,9 +289,9 @@ class OptimalityMonitor(ReadingsMonitor):
         try:
             problem = getattr(pl_module, "problem", None)
             if not isinstance(problem, UFMProblem):
-                raise ValueError(f"{type(pl_module).__name__} has no attribute 'problem'.")
-        except ValueError as error:
-            raise ValueError(
+                raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
+        except UserError as error:
+            raise UserError(
                 f"OptimalityMonitor knows no optimum for this run: {error} To train without gap and distance, set "
                 "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
                 "--optimality.stop_distance null --optimality.stop_at_floor false."
@@ -387,7 +388,7 @@ class OptimalityMonitor(ReadingsMonitor):
 def _only_loader(trainer: L.Trainer) -> Any:
     (_, loader), *others = name_loaders(trainer.train_dataloader)
     if others:
-        raise ValueError(
+        raise UserError(
             f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make them "
             "one with torch.utils.data.ConcatDataset."
         )

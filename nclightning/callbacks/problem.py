@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks.attach import full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
+from nclightning.errors import UserError
 from nclightning.features import split_batch
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
@@ -44,13 +45,13 @@ def check_optimizer(pl_module: L.LightningModule) -> None:
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
     still = [name for name, p in pl_module.named_parameters() if id(p) not in moved]
     if still:
-        raise ValueError(
+        raise UserError(
             f"the optimizer does not move {', '.join(still)}, and the known optimum is that over head and features: "
             f"give it all parameters, or {_WITHOUT}."
         )
     decay = next((float(group["weight_decay"]) for group in optimizer.param_groups if group.get("weight_decay")), 0.0)
     if decay:
-        raise ValueError(
+        raise UserError(
             f"the optimizer has weight_decay={decay:g}, a penalty beside lambda_w and lambda_h whose optimum is "
             f"another: set weight_decay=0, or {_WITHOUT}."
         )
@@ -75,7 +76,7 @@ def check_features(pl_module: L.LightningModule, inputs: Tensor) -> None:
     ]
     seen = torch.linalg.vector_norm(features, dtype=torch.float64)
     if not any(torch.isclose(norm, seen, rtol=1e-6, atol=0, equal_nan=True) for norm in norms):
-        raise ValueError(
+        raise UserError(
             "what enters the head is not the table of free features (a hook changes it), so that the optimum is not "
             f"known: remove the hook, or {_WITHOUT}."
         )
@@ -99,7 +100,7 @@ def check_value(problem: UFMProblem, value: Tensor | float, gap: Tensor, dtype: 
     # Float32 objectives may be computed with the ten bits of TF32.
     tolerance = 1e-7 if dtype == torch.float64 else 1e-2
     if math.isfinite(trained) and math.isfinite(known) and abs(trained - known) > tolerance * max(abs(trained), known):
-        raise ValueError(
+        raise UserError(
             f"the objective that is trained is {trained:.7g} where Problem (2) of the features that enter the head is "
             f"{known:.7g}, so that its optimum is not known (dropout, a hook that changes a tensor, a loss of your "
             f"own): {_WITHOUT}."
@@ -157,12 +158,12 @@ def check_balance(problem: UFMProblem, labels: Tensor) -> None:
     invalid = ((labels < 0) | (labels >= problem.num_classes)).sum()
     counts = torch.bincount(labels.clamp(0, problem.num_classes - 1), minlength=problem.num_classes)
     if int(sum_over_ranks(invalid)) or bool((sum_over_ranks(counts) != problem.samples_per_class).any()):
-        raise ValueError(
+        raise UserError(
             f"the labels of all processes together must hold each of the classes 0..{problem.num_classes - 1} exactly "
             f"{problem.samples_per_class} times: the closed forms are those of balanced data."
         )
     if problem.rank < problem.num_classes - 1:
-        raise ValueError(
+        raise UserError(
             f"gap and distance of features shared by processes need feature_dim of at least {problem.num_classes - 1}, "
             f"got {problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
         )

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from nclightning.errors import UserError
+
 __all__ = ["Publisher", "as_metrics", "changed_settings"]
 
 
@@ -56,7 +58,7 @@ class Publisher(L.Callback):
                 and other is not self
                 and (common := sorted(self.tags(pl_module) & other.tags(pl_module)))
             ):
-                raise ValueError(
+                raise UserError(
                     f"two callbacks of this trainer, {type(self).__name__} and {type(other).__name__}, both log "
                     f"{common[0]!r}{f' and {len(common) - 1} more of the same tags' if len(common) > 1 else ''}: leave "
                     "one of them out, or give NeuralCollapseMonitor(measures=..., stages=..., datasets=...) that do "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment, name_loaders
 from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
+from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head
 from nclightning.sweep import limited_batches, num_planned_batches
@@ -129,7 +130,7 @@ class Sweeps:
     def _training(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Centres]:
         self.remember(trainer)
         if not self._loaders:
-            raise ValueError(
+            raise UserError(
                 "decisions by nearest centre and nc5 need the class means of the training set, and the monitor has "
                 "seen none: fit first, or leave them out."
             )

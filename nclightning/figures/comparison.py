@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nclightning.errors import UserError
 from nclightning.figures.panels import MARKERS, STYLES, add_legend, panels, save
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.runs import LOSSES, Run
@@ -78,10 +79,10 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
 def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
     """Return the runs; refuse those without what is to be drawn."""
     if not runs:
-        raise ValueError("give at least one run.")
+        raise UserError("give at least one run.")
     for run in runs:
         if not any(tag in run.readings.values for tag in tags):
-            raise ValueError(f"{run.folder} has no readings of {', '.join(tags)}.")
+            raise UserError(f"{run.folder} has no readings of {', '.join(tags)}.")
     return runs
 
 

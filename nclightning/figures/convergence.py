@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nclightning.errors import UserError
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.summary import PREDICTED, QUANTITIES, RunSummary, summarize
 from nclightning.files import replaced
@@ -41,7 +42,7 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     summary = summarize(readings)
     panels = [(name, tags) for name, tags in _PANELS if any(tag in summary.last for tag in tags)]
     if not panels:
-        raise ValueError(f"{run} has none of the readings {', '.join(QUANTITIES)}.")
+        raise UserError(f"{run} has none of the readings {', '.join(QUANTITIES)}.")
     figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, tags) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):

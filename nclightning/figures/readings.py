@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nclightning.errors import UserError
+
 __all__ = ["Readings", "read_readings"]
 
 Array = NDArray[np.float64]
@@ -49,7 +51,7 @@ def read_readings(run: str | Path) -> Readings:
             return _read_table(table)
     if any(path.glob("events.out.tfevents.*")):
         return _read_events(path)
-    raise ValueError(
+    raise UserError(
         f"no readings.csv, metrics.csv or TensorBoard events in {run}: give the folder of a run, such as "
         "lightning_logs/version_0."
     )
@@ -61,11 +63,11 @@ def _read_table(path: Path) -> Readings:
     header, *rows = [*csv.reader(text[: text.rfind("\n") + 1].splitlines())] or [[]]
     rows = [row for row in rows if len(row) == len(header)]
     if not rows:
-        raise ValueError(f"{path} holds no readings yet.")
+        raise UserError(f"{path} holds no readings yet.")
     try:
         table = np.array([[float(cell) if cell else np.nan for cell in row] for row in rows])
     except ValueError as error:
-        raise ValueError(f"{path} is no table of readings: {error}.") from error
+        raise UserError(f"{path} is no table of readings: {error}.") from error
     if "step" not in header:
         return Readings(table[:, 0], {tag: table[:, i] for i, tag in enumerate(header) if i > 0})
     at = header.index("step")  # Lightning's tables sort their columns.
@@ -81,7 +83,7 @@ def _read_events(folder: Path) -> Readings:
     curves = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in accumulator.Tags()["scalars"]}
     steps = sorted({step for curve in curves.values() for step in curve})
     if not steps:
-        raise ValueError(f"the TensorBoard events in {folder} hold no readings yet.")
+        raise UserError(f"the TensorBoard events in {folder} hold no readings yet.")
     values = {tag: np.array([curve.get(step, np.nan) for step in steps]) for tag, curve in curves.items()}
     return _measured(Readings(np.array(steps, dtype=float), values))
 
@@ -93,5 +95,5 @@ def _measured(readings: Readings) -> Readings:
         return readings
     rows = ~np.isnan(ours).all(axis=0)
     if not rows.any():
-        raise ValueError("no row of the run holds a reading of nc/ or optimality/ yet.")
+        raise UserError("no row of the run holds a reading of nc/ or optimality/ yet.")
     return Readings(readings.iterations[rows], {tag: values[rows] for tag, values in readings.values.items()})

@@ -108,7 +108,7 @@ def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
         return None
     try:
         return UFMProblem(*(settings[name] for name in names))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # Settings may hold anything.
         return None
 
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nclightning.errors import UserError
 from nclightning.figures.runs import LOSSES, scientific
 from nclightning.files import replaced
 from nclightning.theory import Eigenvalue, UFMProblem
@@ -52,7 +53,7 @@ def draw_spectrum(problem: UFMProblem, path: str | Path) -> Path:
     path, figure = Path(path), Figure(figsize=(6.4, 4.2), layout="constrained")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"--picture {path}: the ending must be one of {', '.join(sorted(formats))}.")
+        raise UserError(f"--picture {path}: the ending must be one of {', '.join(sorted(formats))}.")
     entries = problem.spectrum()
     zeros, others = [e for e in entries if e.value == 0], [e for e in entries if e.value > 0]
     with mpl.rc_context(_STYLE):
@@ -81,7 +82,7 @@ def draw_spectrum(problem: UFMProblem, path: str | Path) -> Path:
             with replaced(path) as partial:
                 figure.savefig(partial, dpi=200)
         except OSError as error:
-            raise ValueError(f"--picture {path}: cannot be written ({error.strerror or error}).") from error
+            raise UserError(f"--picture {path}: cannot be written ({error.strerror or error}).") from error
     return path
 
 

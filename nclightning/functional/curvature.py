@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
+
 __all__ = ["ExtremeEigenvalues", "dense_hessian", "dense_spectrum", "extreme_eigenvalues", "hessian_vector_product"]
 
 Value = Callable[[], Tensor]
@@ -56,7 +58,7 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
     """
     params = list(params)
     if not params or not all(p.requires_grad for p in params):
-        raise ValueError(
+        raise UserError(
             f"params must be tensors that require a gradient, got {len(params)} of which "
             f"{sum(not p.requires_grad for p in params)} do not. "
             "Pass [p for p in module.parameters() if p.requires_grad]."
@@ -67,7 +69,7 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
 
     def product(vector: Tensor) -> Tensor:
         if tuple(vector.shape) != (sum(sizes),):
-            raise ValueError(f"vector must have shape ({sum(sizes)},), got {tuple(vector.shape)}.")
+            raise UserError(f"vector must have shape ({sum(sizes)},), got {tuple(vector.shape)}.")
         parts = [v.view_as(p).to(p) for v, p in zip(torch.split(vector, sizes), params, strict=True)]
         if not curved:
             return torch.zeros_like(vector)
@@ -115,7 +117,7 @@ def extreme_eigenvalues(
         ValueError: As :func:`hessian_vector_product`, if an option is out of range, or if a product is not finite.
     """
     if count < 1 or max_products < 1 or not tolerance > 0:
-        raise ValueError(
+        raise UserError(
             "count and max_products must be at least 1 and tolerance positive, got "
             f"{count}, {max_products} and {tolerance}."
         )
@@ -166,7 +168,7 @@ def dense_hessian(value: Value, params: Iterable[Tensor]) -> Tensor:
     product = hessian_vector_product(value, params)
     size = sum(p.numel() for p in params)
     if size > _MOST_DENSE:
-        raise ValueError(
+        raise UserError(
             f"params must hold at most {_MOST_DENSE} numbers for a dense Hessian, got {size}: use extreme_eigenvalues."
         )
     eye = torch.eye(size, dtype=_working_dtype(params), device=params[0].device)
@@ -199,7 +201,7 @@ def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ..
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
         scalar = value()
         if not isinstance(scalar, Tensor) or scalar.numel() != 1 or not scalar.requires_grad:
-            raise ValueError(
+            raise UserError(
                 "value must return a tensor of one element that depends on params, "
                 f"got {tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__}"
                 f"{' without a graph' if isinstance(scalar, Tensor) and not scalar.requires_grad else ''}."
@@ -208,7 +210,7 @@ def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ..
             return torch.autograd.grad(scalar.sum(), params, create_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" in str(error):
-                raise ValueError(
+                raise UserError(
                     "value must not call backward: return the scalar and leave the derivatives to this function."
                 ) from error
             raise
@@ -254,4 +256,4 @@ def _flatten(parts: Iterable[Tensor], like: Tensor) -> Tensor:
 
 def _check_finite(values: Tensor) -> None:
     if not torch.isfinite(values).all():
-        raise ValueError("the Hessian is not finite at these parameters: check them and the value there.")
+        raise UserError("the Hessian is not finite at these parameters: check them and the value there.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.linear import unit_rows
 from nclightning.functional.statistics import ClassStatistics, GlobalMean
 
@@ -28,7 +29,7 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
         ValueError: If the features do not fit the statistics.
     """
     if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
-        raise ValueError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
+        raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
     # Around the global mean, so that a common offset of all features does not cost digits.
     centre, means = stats.global_mean(), stats.centred_means
     centred = features.detach().to(means) - centre
@@ -114,7 +115,7 @@ def bias_collapse(
         ValueError: If the head does not fit the statistics.
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
-        raise ValueError(
+        raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
             f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["CollapseDistance", "distance_to_collapse"]
@@ -55,7 +56,7 @@ def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDist
         ValueError: If ``weight`` does not fit the statistics.
     """
     if weight.shape != stats.means.shape:
-        raise ValueError(
+        raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."
         )
     present, means = stats.present.unsqueeze(1), stats.centred_means

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.geometry import deviation_from_etf
 from nclightning.functional.linear import unit_rows
 from nclightning.functional.statistics import ClassStatistics
@@ -114,7 +115,7 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
 def _fit(stats: ClassStatistics, weight: Tensor) -> Tensor:
     """Head in the dtype of the statistics."""
     if weight.shape != stats.means.shape:
-        raise ValueError(
+        raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."
         )
     return weight.detach().to(stats.means)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.linear import apart, cosines
 
 __all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
@@ -119,7 +120,7 @@ def equiangularity(
     """
     present = check_rows("rows", rows, present)
     if reduction not in ("mean", "max", "none"):
-        raise ValueError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
+        raise UserError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
     count = present.sum().to(rows)
     sums, largest = [], []
     for part, cosine in cosines(rows):
@@ -137,11 +138,11 @@ def equiangularity(
 def check_rows(name: str, rows: Tensor, present: Tensor | None = None) -> Tensor:
     """Raise unless rows are ``(K, d)`` with K at least 2; return which of them count."""
     if rows.ndim != 2 or len(rows) < 2:
-        raise ValueError(f"{name} must be (K, d) with K >= 2, got {tuple(rows.shape)}.")
+        raise UserError(f"{name} must be (K, d) with K >= 2, got {tuple(rows.shape)}.")
     if present is None:
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if present.dtype != torch.bool or present.shape != rows.shape[:1]:
-        raise ValueError(f"present must be bool of shape ({len(rows)},), got {present.dtype} {tuple(present.shape)}.")
+        raise UserError(f"present must be bool of shape ({len(rows)},), got {present.dtype} {tuple(present.shape)}.")
     return present
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.linear import triangular_factor
 from nclightning.functional.rounding import noise_along
 from nclightning.functional.statistics import ClassStatistics
@@ -68,12 +69,12 @@ def mse_decomposition(
         ValueError: If the head does not fit the statistics, they have no scatter, or ``weight_decay`` is negative.
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
-        raise ValueError(
+        raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
             f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )
     if not weight_decay >= 0:
-        raise ValueError(f"weight_decay must not be negative, got {weight_decay}.")
+        raise UserError(f"weight_decay must not be negative, got {weight_decay}.")
     parts = _Fit(stats, bias is not None, weight_decay).parts(weight, bias)
     return MSEDecomposition(*parts)
 

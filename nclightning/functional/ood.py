@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.linear import unit_rows
 from nclightning.functional.statistics import ClassStatistics
 
@@ -35,9 +36,9 @@ def ood_orthogonality(
         ValueError: If ``ood_mean`` does not fit, or there is no such reduction.
     """
     if ood_mean.shape != stats.means.shape[1:]:
-        raise ValueError(f"ood_mean must have shape {tuple(stats.means.shape[1:])}, got {tuple(ood_mean.shape)}.")
+        raise UserError(f"ood_mean must have shape {tuple(stats.means.shape[1:])}, got {tuple(ood_mean.shape)}.")
     if reduction not in ("mean", "max", "none"):
-        raise ValueError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
+        raise UserError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
     cosine = (unit_rows(stats.means) @ unit_rows(ood_mean.detach().to(stats.means).unsqueeze(0)).T).squeeze(1).abs()
     if reduction == "none":
         return torch.where(stats.present, cosine, torch.nan)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError, UserTypeError
 from nclightning.functional.linear import norm, power_of_two, root_sum_of_squares, triangular_factor
 from nclightning.functional.moments import Moments
 from nclightning.functional.rounding import mean_rounding
@@ -181,7 +182,7 @@ class ClassStatistics:
 
     def _folded_root(self) -> Tensor:
         if self.folded.root is None:
-            raise ValueError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
+            raise UserError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
         return self.folded.root
 
     def _first_moments(self) -> Moments:
@@ -282,7 +283,7 @@ class ClassStatistics:
 
     def _class_weights(self, convention: str) -> Tensor:
         if convention not in ("uniform", "count"):
-            raise ValueError(
+            raise UserError(
                 f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
             )
         weights = self.present.to(self.counts) if convention == "uniform" else self.counts
@@ -310,15 +311,15 @@ class ClassStatistics:
             TypeError: If features are not floating or labels not int64.
         """
         if features.ndim != 2 or not features.shape[1] or labels.shape != features.shape[:1]:
-            raise ValueError(
+            raise UserError(
                 "features must be (N, d) with d at least 1 and labels (N,) with the same N, "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}."
             )
         num_classes, dim = self.folded.means.shape
         if features.shape[1] != dim:
-            raise ValueError(f"features must have shape (N, {dim}), got {tuple(features.shape)}.")
+            raise UserError(f"features must have shape (N, {dim}), got {tuple(features.shape)}.")
         if not features.is_floating_point() or labels.dtype != torch.int64:
-            raise TypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
+            raise UserTypeError(f"features must be floating and labels int64, got {features.dtype} and {labels.dtype}.")
         if not labels.shape[0]:
             return self  # Else each of them would stay as a sample that is kept.
         with torch.no_grad():
@@ -354,12 +355,12 @@ class ClassStatistics:
             ValueError: If the shapes differ, or one is light and the other is not.
         """
         if self.folded.means.shape != other.folded.means.shape:
-            raise ValueError(
+            raise UserError(
                 "both statistics must have the same classes and feature dimension, "
                 f"got {tuple(self.folded.means.shape)} and {tuple(other.folded.means.shape)}."
             )
         if (self.folded.root is None) != (other.folded.root is None):
-            raise ValueError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
+            raise UserError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
         merged = ClassStatistics(
             self.folded.merge(other.folded), self.num_invalid + other.num_invalid, [*self.kept, *other.kept]
         )

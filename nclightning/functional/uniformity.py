@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.geometry import check_rows
 from nclightning.functional.linear import apart, distances, unit_rows
 
@@ -61,9 +62,9 @@ def hyperspherical_energy(
     """
     present = check_rows("rows", rows, present)
     if kernel not in ("log", "riesz") or (log and kernel == "log"):
-        raise ValueError(f"kernel must be 'log' or 'riesz', and log=True needs 'riesz', got {kernel!r} and {log}.")
+        raise UserError(f"kernel must be 'log' or 'riesz', and log=True needs 'riesz', got {kernel!r} and {log}.")
     if not exponent > 0:
-        raise ValueError(f"exponent must be positive, got {exponent}.")
+        raise UserError(f"exponent must be positive, got {exponent}.")
     unit, count = unit_rows(rows), present.sum()
     num_pairs = count * (count - 1)
     # Kernels are taken relative to the closest pair, whose logarithm is added back at the end.
@@ -113,11 +114,11 @@ def one_vs_rest_distance(
 
     Raises:
         ValueError: If an argument is out of range.
-        RuntimeError: If ``max_iterations`` steps did not reach ``rtol``.
+        ValueError: If ``max_iterations`` steps did not reach ``rtol``.
     """
     check_rows("rows", rows)
     if reduction not in ("min", "none") or not rtol > 0:
-        raise ValueError(f"reduction must be 'min' or 'none' and rtol positive, got {reduction!r} and {rtol}.")
+        raise UserError(f"reduction must be 'min' or 'none' and rtol positive, got {reduction!r} and {rtol}.")
     unit = unit_rows(rows.detach().double())
     if not bool(unit.isfinite().all()):
         return unit.new_full((len(unit),) if reduction == "none" else (), math.nan)
@@ -151,7 +152,7 @@ def _hull_distances(unit: Tensor, part: Tensor, rtol: float, max_iterations: int
             certified = (squared - least) <= rtol * torch.maximum(squared, torch.full_like(squared, rtol))
             if bool(certified.all()):
                 return squared.sqrt()
-    raise RuntimeError(f"the hull distances did not reach rtol={rtol} in {max_iterations} steps: raise one of the two.")
+    raise UserError(f"the hull distances did not reach rtol={rtol} in {max_iterations} steps: raise one of the two.")
 
 
 def _project_on_simplex(rows: Tensor) -> Tensor:

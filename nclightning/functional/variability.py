@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
 from nclightning.functional.rounding import mean_rounding, noise_along, rounding_along
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
@@ -163,7 +164,7 @@ def class_distance_normalized_variance(
         ValueError: If there is no such reduction.
     """
     if reduction not in ("mean", "max", "none"):
-        raise ValueError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
+        raise UserError(f"reduction must be 'mean', 'max' or 'none', got {reduction!r}.")
     present, means = stats.present, stats.centred_means
     unit = power_of_two(means)
     variances = (stats.norms / unit).square() / stats.counts.clamp(min=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nclightning import functional as F
+from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = ["DEFAULT_MEASURES", "MEASURES", "Reading", "select_measures"]
@@ -121,10 +122,10 @@ def select_measures(names: Sequence[str]) -> tuple[str, ...]:
         ValueError: If a name does not exist, stands twice, or there is none.
     """
     if isinstance(names, str):
-        raise ValueError(f"measures must be a sequence of names, got the string {names!r}; write ({names!r},).")
+        raise UserError(f"measures must be a sequence of names, got the string {names!r}; write ({names!r},).")
     if tuple(names) == ("all",):
         return tuple(MEASURES)
     unknown = [name for name in names if name not in MEASURES]
     if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(f"measures must be different names out of {', '.join(MEASURES)}; got {list(names)}.")
+        raise UserError(f"measures must be different names out of {', '.join(MEASURES)}; got {list(names)}.")
     return tuple(names)

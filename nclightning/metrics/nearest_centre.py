@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
 from nclightning.heads import HeadSource, read_head, weight_shape
@@ -64,7 +65,7 @@ class NearestClassCentre(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if head is not None and (shape := weight_shape(head)) != tuple(reference.means.shape):
-            raise ValueError(
+            raise UserError(
                 f"head must have a weight of shape {tuple(reference.means.shape)} like the reference, got {shape}."
             )
         self.reference = reference
@@ -155,7 +156,7 @@ class NearestClassCentre(Metric):
 
     def _check(self) -> None:
         if int(self.num_invalid) > 0:
-            raise ValueError(
+            raise UserError(
                 f"{int(self.num_invalid)} labels were outside 0..{len(self.reference.counts) - 1}. "
                 "Set ignore_index, or drop these samples before update."
             )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from nclightning import functional as F
+from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.functional.moments import Moments
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
@@ -86,7 +87,7 @@ class NeuralCollapse(Metric):
     ) -> None:
         super().__init__(**kwargs)
         if num_classes < 2 or feature_dim < 1:
-            raise ValueError(
+            raise UserError(
                 f"num_classes must be at least 2 and feature_dim at least 1, got {num_classes} and {feature_dim}."
             )
         self.num_classes = num_classes
@@ -97,7 +98,7 @@ class NeuralCollapse(Metric):
         self._head = Borrowed(head)  # Kept out of this module's parameters, too.
         shape = None if head is None else weight_shape(head)
         if shape not in (None, (num_classes, feature_dim)):
-            raise ValueError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
+            raise UserError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
         self.measures = self._choose(measures)
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
@@ -125,7 +126,7 @@ class NeuralCollapse(Metric):
         if has_head:
             return chosen
         if missing := [name for name in chosen if MEASURES[name].needs_head and tuple(measures) != ("all",)]:
-            raise ValueError(f"measures {missing} read the head: pass head=..., or leave them out.")
+            raise UserError(f"measures {missing} read the head: pass head=..., or leave them out.")
         return tuple(name for name in chosen if not MEASURES[name].needs_head)
 
     @property
@@ -176,7 +177,7 @@ class NeuralCollapse(Metric):
         """
         stats = self.statistics
         if int(stats.num_invalid) > 0:
-            raise ValueError(
+            raise UserError(
                 f"{int(stats.num_invalid)} labels were outside 0..{self.num_classes - 1}. "
                 "Set ignore_index if a label marks samples to leave out; else map labels to these classes, before "
                 "update or in batch_fn, or measure a head with an output for each class."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
 from nclightning.metrics.groups import stand_apart
@@ -105,24 +106,24 @@ def check_linear(loss: str, head: HeadSource) -> None:
         ValueError: With the reason.
     """
     if isinstance(head, nn.Module) and (type(head).forward not in _AFFINE or "forward" in vars(head)):
-        raise ValueError(
+        raise UserError(
             f"head must be linear, got a {type(head).__name__} with a forward of its own: no optimum is known for it."
         )
     if isinstance(head, HeadReader) and head.form == "probed":
-        raise ValueError(
+        raise UserError(
             f"head must be linear, got a {type(head.source).__name__} that makes its weight in a forward of its own: "
             "no optimum is known for it."
         )
     if isinstance(head, Head | HeadReader) and head.normalizes:
-        raise ValueError(f"head must be linear, got the cosine head {head.name!r}: no optimum is known for it.")
+        raise UserError(f"head must be linear, got the cosine head {head.name!r}: no optimum is known for it.")
     if loss == "mse" and read_head(head).bias is None:
-        raise ValueError(
+        raise UserError(
             "head must have a bias for loss='mse', whose known optimum has the bias 1/K: take nn.Linear(..., "
             "bias=True), or measure nc_distance, which needs none."
         )
     num_classes, feature_dim = weight_shape(head)
     if feature_dim < num_classes - 1:
-        raise ValueError(
+        raise UserError(
             f"feature_dim must be at least num_classes - 1 = {num_classes - 1}, got {feature_dim}: with "
             "fewer inputs of the head the optimum is not known, or the gap needs all features at once."
         )
@@ -139,7 +140,7 @@ def check_counts(counts: Tensor, samples_per_class: int) -> None:
         ValueError: Naming the least and the most.
     """
     if not bool((counts == samples_per_class).all()):
-        raise ValueError(
+        raise UserError(
             f"every class must come exactly {samples_per_class} times, got between {int(counts.min())} and "
             f"{int(counts.max())}: the closed forms are those of balanced data. The measure nc_distance needs no "
             "balance."

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from nclightning.errors import UserError
 from nclightning.ranks import gather_rows
 
 __all__ = ["ActivationName", "FeatureTable", "InitName", "TwoLayerBody"]
@@ -123,7 +124,7 @@ class TwoLayerBody(nn.Sequential):
     ) -> None:
         for name, value in (("activation", activation), ("feature_activation", feature_activation)):
             if value not in _ACTIVATIONS:
-                raise ValueError(f"{name} must be one of {', '.join(get_args(ActivationName))}, got {value!r}.")
+                raise UserError(f"{name} must be one of {', '.join(get_args(ActivationName))}, got {value!r}.")
         super().__init__(
             undefined_linear(input_dim, hidden_dim, dtype),
             _ACTIVATIONS[activation](),
@@ -172,7 +173,7 @@ def initialize(layer: nn.Linear, init: InitName, scale: float = 1.0) -> None:
     """
     fan_out, fan_in = layer.weight.shape
     if init not in get_args(InitName):
-        raise ValueError(f"init must be one of {', '.join(get_args(InitName))}, got {init!r}.")
+        raise UserError(f"init must be one of {', '.join(get_args(InitName))}, got {init!r}.")
     if init == "torch":
         for p, factor in zip(layer.parameters(), (scale, 1.0), strict=False):
             p.copy_(factor / math.sqrt(fan_in) * (2 * torch.rand(p.shape, dtype=torch.float64) - 1))

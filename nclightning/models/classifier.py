@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from nclightning.errors import UserError
 from nclightning.features import capture_features
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
@@ -87,9 +88,9 @@ class RegularizedClassifier(L.LightningModule):
     ) -> None:
         super().__init__()
         if iterations_per_step < 1:
-            raise ValueError(f"iterations_per_step must be at least 1, got {iterations_per_step}.")
+            raise UserError(f"iterations_per_step must be at least 1, got {iterations_per_step}.")
         if penalty not in get_args(Penalty):
-            raise ValueError(f"penalty must be 'features' or 'weights', got {penalty!r}.")
+            raise UserError(f"penalty must be 'features' or 'weights', got {penalty!r}.")
         self.automatic_optimization = False
         self.backbone = backbone
         self.head = head
@@ -235,9 +236,9 @@ class RegularizedClassifier(L.LightningModule):
             ValueError: Naming the option.
         """
         if trainer.max_steps < 0:
-            raise ValueError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
+            raise UserError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
         if trainer.precision not in ("32-true", "64-true") or self.head.weight.dtype != self._dtype_of_head:
-            raise ValueError(
+            raise UserError(
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
                 "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
             )
@@ -245,14 +246,14 @@ class RegularizedClassifier(L.LightningModule):
         if isinstance(strategy, ModelParallelStrategy):
             check_strategy(strategy, self)
         elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
-            raise ValueError(
+            raise UserError(
                 f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "
                 "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
             )
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0) or 0
             if every % self.iterations_per_step:
-                raise ValueError(
+                raise UserError(
                     f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "
                     f"{self.iterations_per_step}, got {every}: it would never save."
                 )
@@ -269,7 +270,7 @@ class RegularizedClassifier(L.LightningModule):
         invalid = torch.stack(greatest).isfinite().logical_not().long() if named else torch.zeros(0)
         for (name, _), count in zip(named, sum_over_ranks(invalid).tolist(), strict=True):
             if count:
-                raise ValueError(f"{name} has entries that are not finite before training. Check its initialisation.")
+                raise UserError(f"{name} has entries that are not finite before training. Check its initialisation.")
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run iterations up to the next multiple of ``iterations_per_step`` or ``max_steps``."""
@@ -388,7 +389,7 @@ class RegularizedClassifier(L.LightningModule):
         }
         if different:
             listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
-            raise ValueError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+            raise UserError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
 
     _problem_hparams: tuple[str, ...] = ()
     _is_unconstrained = False  # Whether features are free parameters by definition.

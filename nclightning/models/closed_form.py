@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.objective import Objective, square_norm
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
@@ -89,7 +90,7 @@ class UFMLine(LineObjective):
         assert objective.lambda_b == 0.0
         devices = {str(tensor.device) for tensor in (features, *head, labels)}
         if len(devices) > 1:
-            raise ValueError(f"features, head and labels must be on one device, got {' and '.join(sorted(devices))}.")
+            raise UserError(f"features, head and labels must be on one device, got {' and '.join(sorted(devices))}.")
         self._objective, self._num_samples, self._shared = objective, num_samples, shared
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.optim import ClosureLine
 from nclightning.optim.evaluation import Evaluation, inner_product, sum_of_products
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
@@ -63,7 +64,7 @@ class GraphLine(ClosureLine):
     def _evaluate_share(self) -> Tensor:
         share = self._call()
         if not share.requires_grad:
-            raise ValueError(
+            raise UserError(
                 "the objective depends on no trainable parameter: evaluate_objective has to return it with its graph "
                 "(not detached, nor under no_grad)."
             )

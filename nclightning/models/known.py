@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable
 from nclightning.objective import Objective
 from nclightning.sharding import is_sharded
@@ -50,7 +51,7 @@ def check_known(module: RegularizedClassifier, unconstrained: bool) -> None:
     if unconstrained:
         _check_features(module)
     if module.num_samples % module.head.out_features:
-        raise ValueError(
+        raise UserError(
             f"num_samples must be a multiple of the number of classes, got {module.num_samples} samples of "
             f"{module.head.out_features} classes: the known minimum is that of balanced data. Train on as many samples "
             "of each class."
@@ -60,21 +61,21 @@ def check_known(module: RegularizedClassifier, unconstrained: bool) -> None:
 def _check_objective(module: RegularizedClassifier) -> None:
     name, objective = type(module).__name__, module.objective
     if module.penalty == "weights":
-        raise ValueError("penalty='weights' has no closed form: set penalty='features', as in Problem (2).")
+        raise UserError("penalty='weights' has no closed form: set penalty='features', as in Problem (2).")
     if type(objective) is not Objective:
-        raise ValueError(
+        raise UserError(
             f"objective is a {type(objective).__name__}, whose minimum is not known: take "
             f"nclightning.objective.Objective, or override the property problem of {name}."
         )
     if objective.lambda_b:
-        raise ValueError(f"lambda_b must be 0, got {objective.lambda_b}: no closed form has a bias penalty.")
+        raise UserError(f"lambda_b must be 0, got {objective.lambda_b}: no closed form has a bias penalty.")
     for method in _METHODS:
         definer = next(base for base in type(module).__mro__ if method in vars(base))
         # Sharding wraps methods of the instance. A trainer of several processes, and torch.compile, put a forward there
         # that F does not call.
         patched = method in vars(module) and method != "forward" and not is_sharded(module)
         if patched or not definer.__module__.startswith(_PACKAGE + "."):
-            raise ValueError(
+            raise UserError(
                 f"{method} of {name} is not that of {_PACKAGE}, so that the minimum of what it trains is not known: "
                 f"override the property problem of {name}, too, if you know it."
             )
@@ -83,13 +84,13 @@ def _check_objective(module: RegularizedClassifier) -> None:
 def _check_head(module: RegularizedClassifier) -> None:
     head = module.head
     if getattr(type(head), "forward", None) is not nn.Linear.forward or "forward" in vars(head):
-        raise ValueError(
+        raise UserError(
             f"head is a {type(head).__name__} with a forward of its own, and the known minimum is that of a linear "
             "head: take nn.Linear."
         )
     bias: Tensor | None = head.bias
     if not _own(head, "weight") or (bias is not None and not _own(head, "bias")):
-        raise ValueError(
+        raise UserError(
             "head computes its weight or bias from other parameters (a parametrisation such as weight_norm), and the "
             "known minimum is that of a head that is free: remove the parametrisation."
         )
@@ -97,7 +98,7 @@ def _check_head(module: RegularizedClassifier) -> None:
     if bias is not None:
         _check_trainable("head.bias", bias)
     elif module.objective.loss == "mse":
-        raise ValueError(
+        raise UserError(
             "head has no bias, and for loss='mse' the known minimum is that of a head with a free bias: take "
             "nn.Linear(..., bias=True)."
         )
@@ -105,7 +106,7 @@ def _check_head(module: RegularizedClassifier) -> None:
 
 def _check_features(module: RegularizedClassifier) -> None:
     if not features_are_free(module):
-        raise ValueError(
+        raise UserError(
             f"backbone is a {type(module.backbone).__name__} that makes features from a table of free ones, whose "
             "minimum is not known: for the unconstrained feature model leave it the FeatureTable of UFM as it comes."
         )
@@ -113,12 +114,12 @@ def _check_features(module: RegularizedClassifier) -> None:
     assert isinstance(table, FeatureTable)
     _check_trainable("backbone.features", table.features)
     if table.num_samples != module.num_samples or table.features.shape[1] != head.in_features:
-        raise ValueError(
+        raise UserError(
             f"backbone has features of {table.num_samples} samples in {table.features.shape[1]} dimensions, and the "
             f"model num_samples={module.num_samples} and head.in_features={head.in_features}: make them the same."
         )
     if module.objective.loss == "ce" and head.bias is not None:
-        raise ValueError(
+        raise UserError(
             "head has a bias, and for loss='ce' the closed forms of the unconstrained feature model are those of a "
             "head without one: take nn.Linear(..., bias=False)."
         )
@@ -126,7 +127,7 @@ def _check_features(module: RegularizedClassifier) -> None:
 
 def _check_trainable(name: str, parameter: Tensor) -> None:
     if not parameter.requires_grad:
-        raise ValueError(
+        raise UserError(
             f"{name} is not trained (requires_grad=False), and the known minimum is that over head and features: set "
             "requires_grad=True."
         )

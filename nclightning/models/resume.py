@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from nclightning.errors import UserError
 from nclightning.optim import ArmijoGD
 
 __all__ = ["warn_of_optimizer_options"]
@@ -29,7 +30,7 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
         state = ("lr", "initial_lr") if scheduled else ()
         missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
         if missing and extra:  # One of them alone may be another version of torch.
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was not written by {type(optimizer).__name__}: its optimizer has no option "
                 f"{', '.join(sorted(missing))}. Resume it with its own optimizer."
             )

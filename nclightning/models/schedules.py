@@ -8,6 +8,8 @@ import lightning as L
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nclightning.errors import UserError
+
 __all__ = ["check_optimization", "only_optimizer"]
 
 
@@ -23,7 +25,7 @@ def check_optimization(trainer: L.Trainer) -> None:
     _refuse_other_numbers(len(trainer.optimizers))
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
-            raise ValueError(
+            raise UserError(
                 "configure_optimizers returned ReduceLROnPlateau, which wants a metric after each iteration, and there "
                 "are metrics at a cadence only: return a scheduler that needs none, such as StepLR."
             )
@@ -55,7 +57,7 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
 
 def _refuse_other_numbers(count: int) -> None:
     if count != 1:
-        raise ValueError(
+        raise UserError(
             f"the full-batch loop steps one optimizer, and configure_optimizers returned {count}: return one, with "
             "its parameters in several groups if need be."
         )

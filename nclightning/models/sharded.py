@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
 from nclightning.optim.evaluation import parameters_of
@@ -70,7 +71,7 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
     from torch.distributed import fsdp  # noqa: PLC0415 - not part of all builds of torch
 
     if not hasattr(fsdp, "fully_shard"):
-        raise ValueError("sharded weights need torch 2.6 or later: update torch, or set trainer.strategy=ddp.")
+        raise UserError("sharded weights need torch 2.6 or later: update torch, or set trainer.strategy=ddp.")
     fsdp.fully_shard(module, mesh=mesh["data_parallel"])
     fsdp.register_fsdp_forward_method(module, "evaluate_objective")
 
@@ -89,7 +90,7 @@ def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
     size, world = strategy._tensor_parallel_size, strategy.num_nodes * strategy.num_processes
     _refuse_split_layers(strategy.num_processes if size == "auto" else size, world)
     if strategy._save_distributed_checkpoint:
-        raise ValueError(
+        raise UserError(
             "ModelParallelStrategy would write checkpoints that a single process cannot read: set its "
             "save_distributed_checkpoint=False."
         )
@@ -106,12 +107,12 @@ def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
         ValueError: With the reason.
     """
     if not _is_group(module) or sum(_is_group(child) for child in module.modules()) > 1:
-        raise ValueError(
+        raise UserError(
             f"the full-batch loop needs all weights of {type(module).__name__} in one group of fully_shard: leave "
             "configure_model as it is in RegularizedClassifier."
         )
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
+        raise UserError(
             "LBFGS takes inner products over all parameters, and weights are sharded: take ArmijoGD or an optimizer "
             "that treats each number by itself, or set trainer.strategy=ddp."
         )
@@ -134,7 +135,7 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(strategy.broadcast(checkpoint_path))
         if path.is_dir():
-            raise ValueError(f"ckpt_path={path} is a folder: resume from a checkpoint that is a single file.")
+            raise UserError(f"ckpt_path={path} is a folder: resume from a checkpoint that is a single file.")
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         check = getattr(strategy.lightning_module, "check_checkpoint", None)
         if check is not None:
@@ -173,7 +174,7 @@ def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
 
 def _refuse_free_features(module: nn.Module) -> None:
     if any(isinstance(child, FeatureTable) for child in module.modules()):
-        raise ValueError(
+        raise UserError(
             "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
             "trainer.strategy=ddp."
         )
@@ -181,7 +182,7 @@ def _refuse_free_features(module: nn.Module) -> None:
 
 def _refuse_split_layers(size: int, world: int) -> None:
     if size > 1:
-        raise ValueError(
+        raise UserError(
             "ModelParallelStrategy would split layers, of which the full-batch loop needs each as a whole: set its "
             f"data_parallel_size={world}, tensor_parallel_size=1 and save_distributed_checkpoint=False."
         )

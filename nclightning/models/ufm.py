@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
 from nclightning.models.closed_form import UFMLine
@@ -122,7 +123,7 @@ class UFM(RegularizedClassifier):
         super().on_fit_start()
         optimizer = self.optimizers(use_pl_optimizer=False)
         if self._is_shared and not isinstance(optimizer, _OPTIMIZERS_OF_SHARED_FEATURES):
-            raise ValueError(
+            raise UserError(
                 f"{type(optimizer).__name__} may mix numbers that are shared out among processes: take ArmijoGD or an "
                 "optimizer that treats each number by itself, such as SGD and Adam, or set trainer.devices=1."
             )
@@ -172,7 +173,7 @@ class UFM(RegularizedClassifier):
         passes_hooks = measuring and self._is_shared
         closed = self._closed_form(batch, params) if passes_hooks or not self._is_hooked() else None
         if closed is None and self._is_shared:
-            raise ValueError(
+            raise UserError(
                 "features shared by processes are trained in closed form only, which needs head and features as they "
                 "come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
             )

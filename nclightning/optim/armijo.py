@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nclightning.errors import UserError
 from nclightning.optim.backtracking import Found, backtrack, grown
 from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
 from nclightning.optim.iterate import Fingerprint
@@ -377,7 +378,7 @@ class ArmijoGD(Optimizer):
             ValueError: If it belongs to another optimizer.
         """
         if "search" not in state_dict:
-            raise ValueError("this state_dict was not made by ArmijoGD: it has no entry 'search'.")
+            raise UserError("this state_dict was not made by ArmijoGD: it has no entry 'search'.")
         search, outcome = state_dict["search"], state_dict["search"]["outcome"]
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
         options = {name: self.param_groups[0][name] for name in self._options}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
 from nclightning.optim.iterate import Fingerprint, Iterate, IterateCopy
 from nclightning.ranks import count_over_ranks
@@ -126,7 +127,7 @@ class ClosureLine(LineObjective):
         value = self._call()
         gradients = self._gradients()
         if all(g is None for g in gradients):
-            raise ValueError(
+            raise UserError(
                 "the closure of ArmijoGD.step left no gradient at any parameter: it has to call backward() on the "
                 "objective after zero_grad(), and the objective has to depend on the parameters that the optimizer was "
                 "given."
@@ -203,7 +204,7 @@ class ClosureLine(LineObjective):
         with torch.enable_grad():
             result: Any = self.closure()
         if any(own_shard(p) is p and p._version != v for p, v in zip(self._params, versions, strict=True)):
-            raise ValueError(
+            raise UserError(
                 "the closure of ArmijoGD.step changed a parameter: it may only evaluate the objective where the "
                 "parameters are. Clamp or normalise them between steps."
             )
@@ -211,7 +212,7 @@ class ClosureLine(LineObjective):
         if isinstance(result, Real):
             return torch.tensor(float(result), dtype=torch.float64)
         if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
-            raise ValueError(
+            raise UserError(
                 f"the closure of ArmijoGD.step must return the objective as one real number, got {_describe(result)}."
             )
         return result
@@ -227,7 +228,7 @@ class ClosureLine(LineObjective):
         gradients = [p.grad for p in self._params]
         for g in gradients:
             if g is not None and g.layout != torch.strided:
-                raise ValueError(
+                raise UserError(
                     "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
                 )
         return gradients

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
+
 __all__ = ["check_group", "check_options", "common_options", "largest_step", "vanishing_step"]
 
 # Options of other optimizers that a parameter group may carry from there; they would be ignored without a word.
@@ -34,7 +36,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options[name]
         number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
         if not (number and (value is None) <= (name == "noise") and holds(value)):
-            raise ValueError(f"ArmijoGD({name}=...) must be {expectation}, got {value!r}.")
+            raise UserError(f"ArmijoGD({name}=...) must be {expectation}, got {value!r}.")
 
 
 def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[dict[str, Any], float]:
@@ -54,7 +56,7 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[
     for group in groups[1:]:
         for name in (*options, "lr"):
             if group[name] is not groups[0][name] and group[name] != groups[0][name]:
-                raise ValueError(
+                raise UserError(
                     f"parameter groups of ArmijoGD share one search, but {name} is {groups[0][name]!r} in one and "
                     f"{group[name]!r} in another: write the same value to each."
                 )
@@ -64,7 +66,7 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[
     except (TypeError, ValueError, RuntimeError):
         size = math.nan
     if not 0 < size < math.inf:
-        raise ValueError(
+        raise UserError(
             f"lr of ArmijoGD's parameter groups must be positive and finite, got {first!r}: it is the step that the "
             "next search tries first. A scheduler has to keep it above zero."
         )
@@ -85,15 +87,15 @@ def check_group(group: Mapping[str, Any], names: Iterable[str]) -> None:
     if own:
         others = set(own) <= set(_OF_OTHERS)
         repair = "ArmijoGD has no such option; add penalties to the objective" if others else "Pass it to ArmijoGD(...)"
-        raise ValueError(
+        raise UserError(
             f"parameter groups of ArmijoGD share one search, so a group cannot set {', '.join(own)}. {repair} instead."
         )
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     for p in params:
         if isinstance(p, Tensor) and p.is_complex():
-            raise ValueError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
+            raise UserError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
     if len({id(p) for p in params}) < len(params):
-        raise ValueError("a parameter occurs twice in a group of ArmijoGD: pass each one once.")
+        raise UserError("a parameter occurs twice in a group of ArmijoGD: pass each one once.")
 
 
 def largest_step(params: Iterable[Tensor]) -> float:

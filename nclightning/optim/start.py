@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.iterate import differ_between_ranks
 from nclightning.optim.line import ClosureLine, LineObjective
@@ -28,23 +29,23 @@ def check_parameters(line: LineObjective, params: Sequence[Tensor], own: Sequenc
     """
     for p, g in zip(params, own or [None] * len(params), strict=True):
         if p.grad is not None and p.grad is not g:
-            raise ValueError(
+            raise UserError(
                 "a parameter had a gradient before ArmijoGD.step: the search evaluates the objective itself and "
                 "cannot add to accumulated gradients. Set accumulate_grad_batches=1 (Lightning), or call "
                 "zero_grad() before the first step."
             )
     if not any(p.requires_grad for p in params):
-        raise ValueError(
+        raise UserError(
             "no parameter of ArmijoGD requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
             "be trained."
         )
     if any(p.is_meta for p in params):
-        raise ValueError(
+        raise UserError(
             "a parameter of ArmijoGD is on the meta device and has no values: make the optimizer after the module "
             "was materialised."
         )
     if type(line) is ClosureLine and differ_between_ranks(params):
-        raise ValueError(
+        raise UserError(
             "the parameters of ArmijoGD are not the same on all processes: broadcast them before the first step, "
             "as DistributedDataParallel does."
         )
@@ -58,12 +59,12 @@ def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
     """
     start = line.evaluate()
     if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"{type(line).__name__} has a gradient for a parameter that was frozen since: make it anew, or pass a "
             "closure."
         )
     if not start.finite:
-        raise ValueError(
+        raise UserError(
             f"the objective at the start of the step is {start.value} with gradient norm "
             f"{math.sqrt(start.square)}: both must be finite. Check the initial parameters and the data."
         )

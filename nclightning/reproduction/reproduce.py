@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from nclightning.errors import UserError
 from nclightning.figures import Run, draw_collapse, draw_error_bound, draw_gaps, fit_straight, read_run
 from nclightning.figures.readings import Array
 from nclightning.reproduction.claims import METRICS_REACH, check_claims, check_error_bound
@@ -51,19 +52,19 @@ def reproduce(
         The report.
 
     Raises:
-        ValueError: If an argument is out of range, the folder cannot be written or holds runs of other settings.
-        RuntimeError: If runs did not finish.
+        ValueError: If an argument is out of range, the folder cannot be written or holds runs of other settings;
+            if runs did not finish.
     """
     chosen = tuple(figure for figure in FIGURES if figure in figures)
     if not figures or set(figures) - {*FIGURES, ERROR_BOUND}:
-        raise ValueError(f"figures must be out of 1, 2, 3, 4, {ERROR_BOUND!r}, got {list(figures)}.")
+        raise UserError(f"figures must be out of 1, 2, 3, 4, {ERROR_BOUND!r}, got {list(figures)}.")
     if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}.")
+        raise UserError(f"jobs must be at least 1, got {jobs}.")
     folder = Path(("reproduction_quick" if quick else "reproduction") if out is None else out)
     listed, console = experiments(chosen, quick), Console()
     failures = run_all(folder, listed, jobs or _count_cores(), console)
     if failures:
-        raise RuntimeError(
+        raise UserError(
             f"{len(failures)} of {len(listed)} runs did not finish, the first being {failures[0].name}: "
             f"{failures[0].reason}. What finished is kept; the same command goes on."
         )
@@ -78,7 +79,7 @@ def reproduce(
             claims += check_error_bound(study.readings)
         report = write_report(folder, runs, claims, quick, study)
     except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error.strerror or error}.") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
     console.print(f"wrote {report}", highlight=False, soft_wrap=True, markup=False)
     return report
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from nclightning.errors import UserError
 from nclightning.files import replaced
 from nclightning.reproduction.experiments import Experiment
 
@@ -80,9 +81,9 @@ class Store:
             state = json.loads(path.read_text())
             words, finished = list(state["words"]), bool(state["finished"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged. Delete {folder} to run it anew.") from error
+            raise UserError(f"{path} is damaged. Delete {folder} to run it anew.") from error
         if words != list(experiment.words):
-            raise ValueError(
+            raise UserError(
                 f"{folder} was run with other settings ({' '.join(words)}). Choose another folder with --out, or "
                 "delete this one."
             )
@@ -195,9 +196,9 @@ def _locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another process is writing {folder}. Wait for it, or choose another --out.") from None
+        raise UserError(f"another process is writing {folder}. Wait for it, or choose another --out.") from None
     except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
+        raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     try:
         yield
     finally:

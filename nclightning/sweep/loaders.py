@@ -23,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from nclightning.errors import UserError
 from nclightning.ranks import world_size as running_processes
 from nclightning.sweep.states import random_states_kept
 
@@ -64,13 +65,13 @@ def sequential_loader(
             if a sampler or an iterator cannot be copied, so that to run it would move it on.
     """
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
-        raise ValueError(
+        raise UserError(
             f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
             "other samples than it yields. Use source='online', or a plain DataLoader."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
                 "processes without counting samples twice."
             )
@@ -186,7 +187,7 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
     try:
         return copy.deepcopy(iterator, {id(shared): shared})
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
             f"({error}): use source='online', or a loader that can be read again from the start."
         ) from error
@@ -251,7 +252,7 @@ def _one_pass(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None
         everybody: list[Any] = [None] * running_processes()
         dist.all_gather_object(everybody, None if error is not None else items)
         if error is None and None in everybody:
-            raise RuntimeError(f"the sampler of process {everybody.index(None)} failed, which says why.")
+            raise UserError(f"the sampler of process {everybody.index(None)} failed, which says why.")
         items = [item for each in everybody if each is not None for item in each]
     if error is not None:
         raise error

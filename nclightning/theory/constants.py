@@ -12,6 +12,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from nclightning.errors import UserError
+
 if TYPE_CHECKING:
     from typing import Literal
 
@@ -37,20 +39,20 @@ class UFMConstants:
 
     def __post_init__(self) -> None:
         if self.loss not in ("mse", "ce"):
-            raise ValueError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
+            raise UserError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
         for name, least in (("num_classes", 2), ("samples_per_class", 1), ("feature_dim", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+                raise UserError(f"{name} must be an integer of at least {least}, got {value!r}.")
         for name in ("lambda_w", "lambda_h"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(
+                raise UserError(
                     f"{name} must be positive and finite, got {value!r}: the closed forms divide by it. "
                     f"Raise {name}, or train without the theory."
                 )
         if self.loss == "ce" and self.feature_dim < self.num_classes - 1:
-            raise ValueError(
+            raise UserError(
                 f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for loss='ce', got "
                 f"{self.feature_dim}: no simplex ETF of {self.num_classes} classes fits, and no closed form is known. "
                 "Raise feature_dim, or use loss='mse'."

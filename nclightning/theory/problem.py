@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nclightning.errors import UserError
 from nclightning.theory import gap, moments, solutions
 from nclightning.theory.landscape import UFMLandscape
 
@@ -149,7 +150,7 @@ class UFMProblem(UFMLandscape):
         """
         self._admit_moments(weight, means, bias)
         if self.loss == "mse" and bias is None:
-            raise ValueError(f"bias must have shape ({self.num_classes},) for loss='mse', got None: {_FREE_BIAS}")
+            raise UserError(f"bias must have shape ({self.num_classes},) for loss='mse', got None: {_FREE_BIAS}")
         return moments.distance(
             self,
             weight.detach().double(),
@@ -176,7 +177,7 @@ class UFMProblem(UFMLandscape):
             ValueError: If a shape does not fit the problem, or ``d < K - 1``, where the gap needs the samples.
         """
         if self.rank < self.num_classes - 1 and self.collapses:
-            raise ValueError(
+            raise UserError(
                 f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for a gap from moments, got "
                 f"{self.feature_dim}: use optimality_gap with all samples."
             )
@@ -215,7 +216,7 @@ class UFMProblem(UFMLandscape):
         """
         s = weight_scale * feature_scale
         if not (weight_scale > 0 and feature_scale > 0 and math.isfinite(s)) or (loss == "mse" and s >= 1):
-            raise ValueError(
+            raise UserError(
                 "weight_scale and feature_scale must be positive, for MSE with a product below 1, got "
                 f"{weight_scale} and {feature_scale}: they are optimal at no penalties."
             )
@@ -247,14 +248,14 @@ class UFMProblem(UFMLandscape):
             ("labels", labels, (K * n,)),
         ):
             if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
+                raise UserError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
         if self.loss == "mse" and (bias is None or tuple(bias.shape) != (K,)):
-            raise ValueError(
+            raise UserError(
                 f"bias must have shape ({K},) for loss='mse', got {None if bias is None else tuple(bias.shape)}: "
                 f"{_FREE_BIAS}"
             )
         if self.loss == "ce" and bias is not None:
-            raise ValueError("bias must be None for loss='ce': the closed form is that of a head without a bias.")
+            raise UserError("bias must be None for loss='ce': the closed form is that of a head without a bias.")
         if check_labels:
             self.check_labels(labels)
         return (
@@ -268,7 +269,7 @@ class UFMProblem(UFMLandscape):
         shape = (self.num_classes, self.feature_dim)
         for name, tensor, expected in (("weight", weight, shape), ("means", means, shape), ("bias", bias, shape[:1])):
             if tensor is not None and tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} must have shape {expected} for this problem, got {tuple(tensor.shape)}.")
+                raise UserError(f"{name} must have shape {expected} for this problem, got {tuple(tensor.shape)}.")
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless every class occurs exactly n times.
@@ -280,10 +281,10 @@ class UFMProblem(UFMLandscape):
             ValueError: If labels are of another type, out of range or unbalanced.
         """
         if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64, got {labels.dtype}.")
+            raise UserError(f"labels must be int64, got {labels.dtype}.")
         ordered = labels.sort().values
         if not torch.equal(ordered, self.labels(labels.device)):
-            raise ValueError(
+            raise UserError(
                 f"labels must hold each of the classes 0..{self.num_classes - 1} exactly "
                 f"{self.samples_per_class} times: the closed forms are those of balanced data."
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from nclightning.errors import UserError
 from nclightning.theory.spectrum import spectrum
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def per_decade(mu: float, smoothness: float, step: float) -> float:
 def check_step(step: float) -> None:
     """Raise unless a step is positive and finite."""
     if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"step must be positive and finite, got {step!r}. The best one is best_step.")
+        raise UserError(f"step must be positive and finite, got {step!r}. The best one is best_step.")
 
 
 def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:

@@ -45,7 +45,7 @@ def test_equal_directions_have_no_margin():
 
 def test_what_no_solver_can_do_is_said():
     rows = draw(10, 4)
-    with pytest.raises(RuntimeError, match="did not reach rtol=1e-06 in 50 steps"):
+    with pytest.raises(ValueError, match="did not reach rtol=1e-06 in 50 steps"):
         one_vs_rest_distance(rows, max_iterations=50)
     with pytest.raises(ValueError, match="reduction must be"):
         one_vs_rest_distance(rows, "mean")
