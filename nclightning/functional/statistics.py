@@ -361,9 +361,8 @@ class ClassStatistics:
             )
         if (self.folded.root is None) != (other.folded.root is None):
             raise UserError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
-        merged = ClassStatistics(
-            self.folded.merge(other.folded), self.num_invalid + other.num_invalid, [*self.kept, *other.kept]
-        )
+        folded, kept = self.folded.merge(other.folded), [*self.kept, *other.kept]
+        merged = ClassStatistics(folded, self.num_invalid + other.num_invalid, kept)
         return merged if merged._can_keep(merged.kept) else merged.fold_()
 
 
