@@ -26,6 +26,7 @@ from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.tables import rates_table
+from nclightning.files import make_folder, replaced
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.summaries import hyperparameters, record_summary
@@ -120,8 +121,9 @@ class SaveRunConfig(SaveConfigCallback):
         while path.exists():
             count += 1
             path = folder / f"config_resumed_{count}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
+        make_folder(folder)
+        with replaced(path) as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import make_folder
+from nclightning.files import save_checkpoint as write_checkpoint
 
 __all__ = ["LastCheckpoint"]
 
@@ -24,10 +24,8 @@ class _DirectCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(target) as partial:
-            torch.save(checkpoint, partial)
+        make_folder(Path(path).parent)
+        write_checkpoint(checkpoint, Path(path))
 
 
 class LastCheckpoint(Checkpoint):
