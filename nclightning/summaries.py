@@ -98,6 +98,7 @@ def record_summary(
         table.append(_plugin_value(metadata.SESSION_END_INFO_TAG, session_end_info=ended))
     with deferred_interrupt():
         writer = EventWriter(folder)
+        writer.event_writer.matters = True
         writer.add_summary(Summary(value=table), 0)
         writer.add_summary(Summary(value=[*scalars, _image(picture)]), summary.iteration)
         writer.close()

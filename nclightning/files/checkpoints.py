@@ -12,7 +12,7 @@ import torch
 from nclightning.errors import UserError
 from nclightning.files.operations import WriteError, replaced
 
-__all__ = ["check_checkpoint", "save_checkpoint"]
+__all__ = ["check_checkpoint", "is_sound", "save_checkpoint"]
 
 
 def save_checkpoint(content: Any, path: Path) -> None:
@@ -52,9 +52,14 @@ def check_checkpoint(path: Path, name: str | None = None) -> None:
         return
     previous = path.with_name("previous.ckpt")
     repair = "Take another checkpoint."
-    if path.name != previous.name and previous.is_file() and _damage(previous) is None:
+    if path.name != previous.name and previous.is_file() and is_sound(previous):
         repair = f"The one saved before it is good: {previous}"
     raise UserError(f"{name or path}: not a readable checkpoint ({damage}). {repair}")
+
+
+def is_sound(path: Path) -> bool:
+    """Say whether each part of a checkpoint has the checksum that it was written with."""
+    return _damage(path) is None
 
 
 def _damage(path: Path) -> str | None:
