@@ -91,11 +91,12 @@ def test_one_answer_for_all_loggers(loggers, folder):
 
 
 def test_a_folder_that_is_a_url_is_refused():
-    trainer = SimpleNamespace(loggers=[CSVLogger("s3://a/b")], default_root_dir="root", fast_dev_run=False)
-    with pytest.raises(ValueError, match=r"s3://a/b/.* is a URL.*ModelCheckpoint"):
+    trainer = SimpleNamespace(loggers=[CSVLogger("memory://a/b")], default_root_dir="root", fast_dev_run=False)
+    with pytest.raises(ValueError, match=r"memory://a/b/.* is a URL.*ModelCheckpoint"):
         run_folder(trainer)
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize("logger", ["false", "CSVLogger"])
 def test_a_second_run_in_the_same_folder_is_refused(logger):
     options = ["--trainer.logger", logger]
@@ -104,9 +105,7 @@ def test_a_second_run_in_the_same_folder_is_refused(logger):
     fit(*options)
     (last,) = Path().rglob("last.ckpt")
     before = tree(last.parent)
-    with pytest.raises(
-        SystemExit, match=r"error: .*last\.ckpt is the checkpoint of another run\. .* a folder of its own"
-    ):
+    with pytest.raises(SystemExit, match=r"error: .*is the checkpoint of another run\. .* folder of its own"):
         fit(*options)
     assert tree(last.parent) == before
     if logger == "false":
@@ -146,7 +145,7 @@ def test_a_run_of_several_loggers_goes_on_in_its_folder():
     assert {"config.yaml", "config_resumed_1.yaml"} <= {path.name for path in RUN.iterdir()}
 
 
-def test_a_linked_checkpoint_goes_on_where_its_path_lies(capsys):
+def test_a_linked_checkpoint_goes_on_where_its_path_lies(caplog):
     fit()
     fit(steps=30)
     other = Path("lightning_logs/version_1")
@@ -162,7 +161,7 @@ def test_a_linked_checkpoint_goes_on_where_its_path_lies(capsys):
     resume("best.ckpt", steps=50)
     assert tree(RUN) == before
     assert step_of("lightning_logs/version_2/checkpoints/last.ckpt") == 50
-    assert "has no readings.csv, and so is no run folder: going on in" in capsys.readouterr().err
+    assert "is no run folder, as it has no readings.csv: the run goes on in" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
@@ -223,14 +222,14 @@ def test_a_run_that_another_process_writes_is_not_resumed():
     ("signals", "status", "reached"),
     [("SIGTERM", 143, 200), ("SIGTERM+SIGTERM", 143, 200), ("SIGINT", 130, 117)],
 )
-def test_a_signal_ends_a_run_that_is_saved(signals, status, reached, capsys):
+def test_a_signal_ends_a_run_that_is_saved(signals, status, reached, caplog):
     with pytest.raises(SystemExit) as stop:
         fit(*at(117, signals), steps=400)
     assert stop.value.code == status
     assert step_of(LAST) == reached
     last_row = (RUN / "readings.csv").read_text().splitlines()[-1]
     assert int(last_row.partition(",")[0]) == reached // 10 * 10
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("SIG", "INFO: SIG"))]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("SIG")]
     assert len(said) == 1
     assert f"the run is saved at iteration {reached}. It goes on from" in said[0]
 
