@@ -29,7 +29,7 @@ from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.tables import rates_table
 from nclightning.files import check_checkpoint, make_folder, replaced
 from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
-from nclightning.interrupts import ends_with_launcher, follow_launcher, status_of
+from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.summaries import hyperparameters, record_summary
@@ -281,7 +281,6 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Words after the program's name; None takes those of the process.
     """
-    follow_launcher()
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] in COMMANDS:
