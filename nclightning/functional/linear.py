@@ -13,6 +13,7 @@ __all__ = [
     "distances",
     "norm",
     "power_of_two",
+    "product",
     "root_sum_of_squares",
     "singular_vectors",
     "triangular_factor",
@@ -26,8 +27,25 @@ _TILE = 2**23
 def power_of_two(values: Tensor) -> Tensor:
     """Power of two next to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
     largest = values.abs().amax() if values.numel() else values.new_zeros(())
-    unit = torch.exp2(torch.frexp(largest).exponent.to(values.dtype))
+    # Not above the largest number, and not where the inverse is.
+    least = torch.finfo(values.dtype).tiny
+    unit = torch.exp2((torch.frexp(largest).exponent - 1).to(values.dtype)).clamp(min=least)
     return torch.where((largest > 0) & largest.isfinite(), unit, 1)
+
+
+def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Inner products :math:`A B^\top` that neither over- nor underflow.
+
+    Args:
+        rows: A ``(N, d)``.
+        others: B ``(K, d)``.
+
+    Returns:
+        Products P in a unit of their own, and factors a and b, powers of two of at most 1: the inner products plus C
+        are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
+    """
+    unit, other = power_of_two(rows), power_of_two(others)
+    return (rows / unit) @ (others / other).T, (unit * other).clamp(max=1), (1 / unit / other).clamp(max=1)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:
