@@ -85,11 +85,13 @@ def _mapping(value: dict[Any, Any]) -> Kept:
         wanted = {key: instead.get(id(item), item) for key, item in saved.items()} if instead else saved
         if len(value) == len(wanted) and _same(value, wanted) and _same(value.values(), wanted.values()):
             return
-        value.clear()
-        value.update(wanted)
+        # Not by methods of the object's own class, which may do something else.
+        base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+        base.clear(value)
+        base.update(value, wanted)
 
-    more = _attributes(value) if hasattr(value, "__dict__") else None
-    return Kept(restore, children) if more is None else _both(Kept(restore, children), more)
+    kept = Kept(restore, children)
+    return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept
 
 
 def _container(value: Any) -> Kept:
@@ -111,7 +113,7 @@ def _container(value: Any) -> Kept:
             value[:] = wanted
 
     kept = Kept(restore, () if isinstance(value, bytearray | array.array) else _numbered(saved))
-    return _both(kept, _attributes(value)) if hasattr(value, "__dict__") else kept
+    return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept
 
 
 def _array(value: np.ndarray[Any, Any]) -> Kept:
@@ -229,9 +231,19 @@ def _iterator(value: Any) -> Kept:
     if isinstance(value, io.IOBase):
         return Kept()
     try:
-        return Kept(instead=copy.copy(value))
-    except TypeError:
+        return Kept(None, _numbered(value.__reduce__()[1]), _copy_of(value))
+    except (TypeError, IndexError):
         return Kept()
+
+
+def _copy_of(value: Any) -> Any:
+    """Copy an iterator with those that it goes through."""
+    make, arguments, *state = value.__reduce__()
+    plain = (isinstance(each, Iterator) and not hasattr(each, "__dict__") for each in arguments)
+    made = make(*(_copy_of(each) if is_one else each for each, is_one in zip(arguments, plain, strict=True)))
+    if state and state[0] is not None:
+        made.__setstate__(state[0])
+    return made
 
 
 def _position(value: types.GeneratorType[Any, Any, Any]) -> Any:
@@ -257,15 +269,11 @@ def _attributes(value: Any) -> Kept:
     state = getattr(value, "__dict__", None)
     if isinstance(state, dict):
         kept = _mapping(state)
-    slots = [
-        name
-        for base in type(value).__mro__
-        for name, slot in vars(base).items()
-        if isinstance(slot, types.MemberDescriptorType) and hasattr(value, name)
-    ]
-    if not slots or isinstance(value, types.FunctionType | type):
+    kind: Any = type(value)
+    names = _slots(kind)
+    if not names or isinstance(value, types.FunctionType | type):
         return kept
-    saved = {name: getattr(value, name) for name in slots}
+    saved = {name: getattr(value, name) for name in names if hasattr(value, name)}
 
     def restore(instead: dict[int, Any]) -> None:
         for name, item in saved.items():
@@ -273,6 +281,12 @@ def _attributes(value: Any) -> Kept:
                 object.__setattr__(value, name, wanted)
 
     return _both(kept, Kept(restore, saved.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: type) -> tuple[str, ...]:
+    found = (item for base in kind.__mro__ for item in vars(base).items())
+    return tuple(name for name, slot in found if isinstance(slot, types.MemberDescriptorType))
 
 
 def _both(one: Kept, other: Kept) -> Kept:
@@ -301,6 +315,7 @@ _HOW: tuple[tuple[Any, Callable[[Any], Kept]], ...] = (
     (dict, _mapping),
     ((list, collections.deque, set, bytearray, array.array), _container),
     ((tuple, frozenset), lambda value: Kept(None, _numbered(value))),
+    (types.ModuleType, lambda _: Kept()),
     (np.ndarray, _array),
     ((torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator), _state),
     (types.FunctionType, _function),

@@ -165,6 +165,8 @@ class _Tensors:
     @staticmethod
     def _redirected(value: Tensor, view: Tensor) -> Tensor:
         """Point a tensor back to its memory; return the part of it that this process has."""
+        if view.layout != torch.strided:  # Sparse ones do not share their memory with what detach returns.
+            return value
         if not hasattr(view, "to_local") and (
             value.data_ptr() != view.data_ptr() or value.shape != view.shape or value.stride() != view.stride()
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,9 +13,9 @@ from torch import nn
 __all__ = ["cuda_devices", "random_states_kept", "torch_states_kept"]
 
 
-def cuda_devices(module: nn.Module) -> list[int]:
-    """Return the numbers of the CUDA devices on which a module has parameters."""
-    devices = {parameter.device for parameter in module.parameters()}
+def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
+    """Return the numbers of the CUDA devices on which modules have parameters of their own."""
+    devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
     return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
 
 

@@ -34,7 +34,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
     modes = [(child, child.training) for child in module.modules()]
     reshard(module)  # The memory of gathered weights may be given up on the way.
     try:
-        with remembered(module), random_states_kept(cuda_devices(module)), measurement(), torch.no_grad():
+        with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
             for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
                 child.training = False
             yield
@@ -55,7 +55,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """
     modules = list(module.modules())
     with ExitStack() as stack:
-        stack.enter_context(torch_states_kept(cuda_devices(module)))
+        stack.enter_context(torch_states_kept(cuda_devices(modules)))
         stack.enter_context(_buffers_kept(modules))
         for child in modules:
             if isinstance(child, Metric | MetricCollection):
@@ -68,7 +68,8 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in modules
-        for name, buffer in child.named_buffers(recurse=False)
+        for name, buffer in child._buffers.items()
+        if buffer is not None
     ]
     try:
         yield
