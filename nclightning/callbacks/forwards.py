@@ -74,11 +74,6 @@ class ForwardPass:
             return
         name = list(name_loaders(loaders))[index][0]
         self._attachment.check_batch(trainer, pl_module, batch, labelled=name not in self._ood)
-        if not self._attachment.knows(pl_module):
-            raise UserError(
-                f"the first forward of {type(pl_module).__name__} makes its own head: run it once on a batch before, "
-                "outside of the trainer."
-            )
         if not self._online:
             self._attachment.check_again(trainer, pl_module, batch)
         if self._sweep_centres is not None and self._centres is None:
