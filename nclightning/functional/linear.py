@@ -25,12 +25,13 @@ _TILE = 2**23
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """Power of two next to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
-    largest = values.abs().amax() if values.numel() else values.new_zeros(())
-    # Not above the largest number, and not where the inverse is.
-    least = torch.finfo(values.dtype).tiny
-    unit = torch.exp2((torch.frexp(largest).exponent - 1).to(values.dtype)).clamp(min=least)
-    return torch.where((largest > 0) & largest.isfinite(), unit, 1)
+    """Power of two up to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
+    if not values.numel():
+        return values.new_ones(())
+    largest = torch.linalg.vector_norm(values, ord=torch.inf)
+    # Zero, inf and nan are their own mantissas, and their quotients nan.
+    unit: Tensor = largest / (2 * torch.frexp(largest).mantissa)
+    return unit.nan_to_num(nan=1.0).clamp(min=torch.finfo(values.dtype).tiny)  # So that its inverse is finite.
 
 
 def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +58,7 @@ def norm(values: Tensor, dim: int) -> Tensor:
 
 def root_sum_of_squares(*values: Tensor) -> Tensor:
     r"""Element by element :math:`\sqrt{\sum_i x_i^2}`, whose squares neither over- nor underflow."""
-    return norm(torch.stack(values), dim=0)
+    return norm(torch.stack(values), dim=0) if len(values) > 1 else values[0].abs()
 
 
 def triangular_factor(parts: Sequence[Tensor]) -> Tensor:
