@@ -156,7 +156,6 @@ class RunLogger(TensorBoardLogger):
                 events, where they would tear the curve, and kept in the table.
 
         Raises:
-            WriteError: If the disk refuses; nothing is written then.
             ValueError: If an iteration was written before: the rows are those of another run.
         """
         if rows and rows[0][0] <= self._last_iteration:
@@ -165,17 +164,16 @@ class RunLogger(TensorBoardLogger):
                 "a RunLogger. Give each fit one of its own."
             )
         writer = self.experiment._get_file_writer()
-        waiting = [*self._held, *rows]
-        if self._continued is None or (waiting and waiting[-1][0] > self._kwargs["purge_step"]):
-            self.table.append(waiting)  # All of them or, if the disk refuses, none: the caller can try again.
-            waiting = []
-        self._held = waiting
         for iteration, values in rows:
             finite = [
                 Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
             ]
             writer.add_summary(Summary(value=finite), iteration)
-            self._last_iteration = iteration
+        self._last_iteration = rows[-1][0]
+        self._held += rows
+        if self.experiment.matters:
+            rows, self._held = self._held, []
+            self.table.append(rows)
 
     @rank_zero_only
     def save(self) -> None:
@@ -268,9 +266,9 @@ class ReadingsTable:
                 kept = [row for row in reader if None not in row.values()]
         if self.replace_from is not None:
             kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
-        tags += [tag for tag in new if tag not in tags]
+        self._tags = tags + [tag for tag in new if tag not in tags]
+        self.replace_from = None
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["iteration", *tags])
-            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in tags)] for row in kept)
-        self._tags, self.replace_from = tags, None
+            writer.writerow(["iteration", *self._tags])
+            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)

@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import time
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from nclightning.files.operations import WriteError, append, create, make_folder
+from nclightning.files.operations import append, create, make_folder
 
 __all__ = ["EventWriter", "RunWriter"]
 
@@ -54,8 +53,7 @@ class _EventFile:
         self._count += 1
         late = time.monotonic() - self._since > self._flush_seconds
         if late or self._count > self._max_queue or len(self._waiting) > _BUFFERED_BYTES:
-            with suppress(WriteError):  # What waits goes on waiting, and a save of the run tells.
-                self.flush()
+            self.flush()
 
     def _has_value(self, event: Event) -> bool:
         """Whether an event holds a value that is not there yet: no layout, and nothing from where the run goes on."""
