@@ -16,6 +16,7 @@ __all__ = [
     "SIGTERM_STATUS",
     "DeferredInterrupt",
     "HeldInterrupts",
+    "NotedTermination",
     "Terminated",
     "deferred_interrupt",
     "ends_with_launcher",
@@ -65,6 +66,33 @@ class HeldInterrupts:
         if self.waiting and callable(previous):
             self.release()
             previous(number, frame)
+        self.waiting = True
+
+
+class NotedTermination:
+    """Notes SIGTERM instead of acting on it, from :meth:`hold` to :meth:`release`.
+
+    For processes that have to stop together. Lightning's handler talks to the other processes from within the signal,
+    which can meet them in the middle of talking about something else, and then all wait. Outside of the main thread it
+    does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self._previous: Any = None
+
+    def hold(self) -> None:
+        """Begin."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def release(self) -> None:
+        """Let others handle what comes from here on."""
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _note(self, number: int, frame: Any) -> None:
         self.waiting = True
 
 

@@ -1,6 +1,9 @@
 """Where runs live: nothing is written over, nothing goes on elsewhere, and what is refused leaves nothing."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -241,6 +244,33 @@ def test_a_signal_ends_a_trainer_with_its_status(tmp_path):
         trainer.fit(UFM(3, 4, 6, "mse", lambda_=5e-3, iterations_per_step=10), datamodule=IndexDataModule())
     assert stop.value.code == 143
     assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 10
+
+
+class AtFirst(At):
+    """Does it on the first of several processes only."""
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        if trainer.is_global_zero:
+            super().on_iteration_end(trainer, pl_module, batch, iteration)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_first_process_ends_all(tmp_path):
+    """In the middle of a step, when the others are about to talk to it."""
+    words = ["fit", "--config", "ufm_mse", "--trainer.max_steps", "400", "--trainer.enable_progress_bar", "false"]
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *at(117, "SIGTERM")]
+    options[options.index(f"{__name__}.At")] = f"{__name__}.AtFirst"
+    done = subprocess.run(
+        [sys.executable, "-m", "nclightning", *words, *options],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,  # For what never comes.
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.count("SIGTERM: the run is saved at iteration 200.") == 1
+    assert step_of(LAST) == 200
 
 
 class Unnamed(Logger):

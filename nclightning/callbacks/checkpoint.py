@@ -15,7 +15,8 @@ from nclightning.errors import UserError
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder, sync
 from nclightning.files import save_checkpoint as write_checkpoint
 from nclightning.folders import checkpoint_of, find_run_logger, run_folder
-from nclightning.interrupts import SIGTERM_STATUS
+from nclightning.interrupts import SIGTERM_STATUS, NotedTermination
+from nclightning.ranks import count_over_ranks
 
 __all__ = ["LastCheckpoint"]
 
@@ -71,6 +72,7 @@ class LastCheckpoint(Checkpoint):
         self._path: Path | None = None
         self._own = False  # Whether this callback wrote the file that is there.
         self._lock: FolderLock | None = None
+        self._termination = NotedTermination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
@@ -90,6 +92,9 @@ class LastCheckpoint(Checkpoint):
         if told is not None:
             raise refusal or UserError(told)
         self._path, self._own, self._saved = path, self._own and path == before, trainer.global_step
+        self._termination = NotedTermination()
+        if trainer.world_size > 1:
+            self._termination.hold()
 
     def _take(self, trainer: L.Trainer) -> None:
         """Find the run folder, and see that it is free."""
@@ -119,7 +124,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the cadence."""
+        """Save at the cadence, and end together with other processes if one of them is asked to."""
+        if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
+            raise SIGTERMException
         assert self._saved is not None
         if trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations:
             self._save(trainer)
@@ -147,6 +154,7 @@ class LastCheckpoint(Checkpoint):
         self._release()
 
     def _release(self) -> None:
+        self._termination.release()
         if self._lock is not None:
             self._lock.release()
             self._lock = None
