@@ -16,20 +16,16 @@ import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.closing import close_run
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
-from nclightning.figures import draw_convergence, read_readings, summarize
-from nclightning.figures.tables import rates_table
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
-from nclightning.summaries import hyperparameters, record_summary
-from nclightning.theory import UFMProblem
 
 __all__ = ["main"]
 
@@ -236,7 +232,7 @@ class RunCLI(LightningCLI):
             self.trainer.fit(model, **kwargs)
         finally:
             if self.trainer.global_step > self._start:
-                _report(self.trainer, self.config.fit.seed_everything)
+                close_run(self.trainer, self.config.fit.seed_everything)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -305,30 +301,3 @@ def _worded_for_user(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _predicted(model: L.LightningModule) -> UFMProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained."""
-    if not getattr(model, "features_are_free", False):
-        return None
-    try:
-        problem: UFMProblem = model.problem  # type: ignore[assignment]
-    except UserError:
-        return None
-    return problem
-
-
-def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
-    # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
-    folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
-    if not trainer.is_global_zero or folder is None or not (folder / "readings.csv").is_file():
-        return
-    picture, summary = draw_convergence(folder), summarize(read_readings(folder))
-    values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
-    record_summary(folder, summary, values, picture, trainer.state.finished)
-    console = Console()
-    console.print(rates_table(summary, problem=_predicted(trainer.lightning_module)))
-    shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
-    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
-    command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"
-    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from nclightning.errors import UserError
 from nclightning.files import replaced
 from nclightning.interrupts import deferred_interrupt
+from nclightning.table import WrittenRows, read_rows
 
 __all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
 
@@ -40,7 +42,7 @@ class RunLogger(TensorBoardLogger):
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
         self._counts_versions = version is None
         self._claimed = False
-        self._last_iteration = -1
+        self._last_iteration = self._last_in_table = self._last_in_events = -1
         self._continued: Path | None = None
         self._table: ReadingsTable | None = None
 
@@ -55,6 +57,10 @@ class RunLogger(TensorBoardLogger):
         if self._table is None:
             self._table = ReadingsTable(Path(self.log_dir) / "readings.csv")
         return self._table
+
+    def written(self, before: int) -> WrittenRows:
+        """Return what a checkpoint has to remember of the rows before its iteration."""
+        return self.table.written(before)
 
     def continue_run(self, folder: str | os.PathLike[str], iteration: int) -> None:
         """Go on in an existing run folder from a checkpoint; call it before the fit.
@@ -117,32 +123,41 @@ class RunLogger(TensorBoardLogger):
         Raises:
             ValueError: If an iteration was written before: the rows are those of another run.
         """
-        if rows and rows[0][0] <= self._last_iteration:
+        if not rows:
+            return
+        if rows[0][0] <= self._last_iteration:
             raise UserError(
                 f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
                 "a RunLogger. Give each fit one of its own."
             )
+        # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
         writer = self.experiment._get_file_writer()
+        self.table.append([row for row in rows if row[0] > self._last_in_table])
+        self._last_in_table = rows[-1][0]
         for iteration, values in rows:
-            finite = [
-                Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
-            ]
-            writer.add_summary(Summary(value=finite), iteration)
-        self.table.append(rows)
+            if iteration > self._last_in_events:
+                self._last_in_events = iteration
+                finite = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if math.isfinite(v)]
+                writer.add_summary(Summary(value=finite), iteration)
         self._last_iteration = rows[-1][0]
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events to disk."""
+        """Bring events and readings to disk."""
         with deferred_interrupt():
             super().save()
             if self._experiment is not None:
                 self.experiment.flush()
+            if self._table is not None:
+                self._table.sync()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the event file; a writer that is interrupted half closed could not be closed again."""
-        with deferred_interrupt():
+        """Close the event file; a writer that is interrupted half closed could not be closed again.
+
+        After an error what cannot be written any more is left out: a second error would hide the words of the first.
+        """
+        with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
             super().finalize(status)
 
 
@@ -171,7 +186,7 @@ def wait_for_later_name(folder: Path) -> None:
 class ReadingsTable:
     """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
 
-    Rows are appended and reach the disk with every call. A tag that was not there at the start gets a new column.
+    Rows are appended and reach the disk with :meth:`sync`. A tag that was not there at the start gets a new column.
 
     Args:
         path: The file.
@@ -184,37 +199,52 @@ class ReadingsTable:
         self.path = path
         self.replace_from: int | None = None
         self._tags: list[str] | None = None
+        self._written = [WrittenRows()]  # Before the last row, and with it.
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows at the end.
+        """Add rows at the end, all of them or, after an error, none.
 
         Args:
             rows: Pairs of iteration and values by tag.
+
+        Raises:
+            OSError: If they cannot be written.
         """
+        if not rows:
+            return
         new = dict.fromkeys(tag for _, values in rows for tag in values)
         if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
             self._rewrite(new)
         assert self._tags is not None
+        cells = [
+            [str(iteration), *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
+            for iteration, values in rows
+        ]
         with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
-                for iteration, values in rows
-            )
+            csv.writer(file, lineterminator="\n").writerows(cells)
+        for row in cells:
+            self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
+
+    def sync(self) -> None:
+        """Bring the rows to disk."""
+        if self._tags is not None:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def written(self, before: int) -> WrittenRows:
+        """Return what there is of rows before an iteration, which is at most one row back."""
+        return next(each for each in reversed(self._written) if each.last < before)
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
         """Write header and kept rows anew."""
-        kept: list[dict[str, str]] = []
-        tags: list[str] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                tags = list(reader.fieldnames or ["iteration"])[1:]
-                kept = [row for row in reader if None not in row.values()]
+        tags, kept, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
         if self.replace_from is not None:
-            kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
-        self._tags = tags + [tag for tag in new if tag not in tags]
-        self.replace_from = None
+            kept = [row for row in kept if int(row[0]) < self.replace_from]
+        more = [tag for tag in new if tag not in tags]
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["iteration", *self._tags])
-            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)
+            writer.writerow(["iteration", *tags, *more])
+            writer.writerows([*row, *("" for _ in more)] for row in kept)
+        self._tags, self.replace_from, self._written = [*tags, *more], None, [WrittenRows()]
+        for row in kept:
+            self._written = [self._written[-1], self._written[-1].with_row(tags, row)]
