@@ -24,6 +24,7 @@ from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
+from nclightning.files import make_folder, replaced
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 
@@ -116,8 +117,9 @@ class SaveRunConfig(SaveConfigCallback):
         while path.exists():
             count += 1
             path = folder / f"config_resumed_{count}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
+        make_folder(folder)
+        with replaced(path) as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 

@@ -16,6 +16,7 @@ from nclightning.errors import UserError
 from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
+from nclightning.files import make_folder
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
@@ -60,7 +61,7 @@ def _plot(words: Sequence[str]) -> None:
         having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
         if having:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 drawn += draw(having, folder / name)
             except OSError as error:
                 raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import WriteError, append, create, delete, make_folder, replaced, sync
+from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
 from nclightning.table import WrittenRows, read_rows
 
-__all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
+__all__ = ["ReadingsTable", "RunLogger"]
 
 Row = tuple[int, Mapping[str, float]]
 
@@ -72,7 +75,6 @@ class RunLogger(TensorBoardLogger):
             iteration: Iteration of the checkpoint.
         """
         self._continued = Path(folder)
-        wait_for_later_name(self._continued)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
 
@@ -87,7 +89,7 @@ class RunLogger(TensorBoardLogger):
             return
         folder = Path(self.log_dir)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             while not _make_folder(folder, take_empty=not self._counts_versions):
                 if not self._counts_versions:
                     raise UserError(
@@ -97,8 +99,8 @@ class RunLogger(TensorBoardLogger):
                 self._version = int(self.version) + 1  # Another run took the number in the meantime.
                 folder = Path(self.log_dir)
             probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            create(probe, b"")
+            delete(probe)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
@@ -107,10 +109,13 @@ class RunLogger(TensorBoardLogger):
         self._claimed = True
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """TensorBoard's writer; the first access makes the run folder."""
-        self.claim()
-        return super().experiment
+        if self._experiment is None:
+            self.claim()
+            self._experiment = RunWriter(self.log_dir, **self._kwargs)
+        return self._experiment
 
     @rank_zero_only
     def log_rows(self, rows: Sequence[Row]) -> None:
@@ -164,23 +169,13 @@ class RunLogger(TensorBoardLogger):
 def _make_folder(folder: Path, take_empty: bool) -> bool:
     """Make a folder, or take an empty one; False if it is in use."""
     try:
-        folder.mkdir()
-    except FileExistsError:
+        make_folder(folder, exist_ok=False)
+    except WriteError as error:
+        if error.errno != errno.EEXIST:
+            raise
         # An empty folder with a counted number is that of a run which is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True
-
-
-def wait_for_later_name(folder: Path) -> None:
-    """Wait, a second at most, until a new event file comes after those that there are.
-
-    TensorBoard reads the files of a folder by name, which begins with the second of their making.
-
-    Args:
-        folder: Run folder.
-    """
-    if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(1 - time.time() % 1)
 
 
 class ReadingsTable:
@@ -220,16 +215,16 @@ class ReadingsTable:
             [str(iteration), *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
             for iteration, values in rows
         ]
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(cells)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(cells)
+        append(self.path, text.getvalue().encode())
         for row in cells:
             self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
 
     def sync(self) -> None:
         """Bring the rows to disk."""
         if self._tags is not None:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
     def written(self, before: int) -> WrittenRows:
         """Return what there is of rows before an iteration, which is at most one row back."""

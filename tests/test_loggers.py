@@ -113,14 +113,27 @@ def test_a_second_run_does_not_mix_into_the_first(tmp_path):
     assert lines(logger.table.path) == ["iteration,a", "0,1.0", "3,0.5"]
 
 
-def test_events_of_a_run_continued_at_once_come_after_those_before(tmp_path):
-    for _ in range(3):  # Processes of any number, so of any order by name within a second.
-        folder = tmp_path / "run"
-        folder.mkdir(exist_ok=True)
-        (folder / f"events.out.tfevents.{int(time.time())}.zzz.9.0").touch()
+@pytest.mark.parametrize("ahead", [0, 3600], ids=["at once", "with the clock set back"])
+def test_events_of_a_continued_run_replace_those_before(tmp_path, ahead):
+    """TensorBoard reads event files by name, so by the time of their making."""
+    folder = tmp_path / "lightning_logs" / "version_0"
+    logger = RunLogger(str(tmp_path))
+    logger.log_rows([(i, {"a": float(i)}) for i in (0, 5, 10)])
+    logger.finalize("success")
+    (first,) = folder.glob("events*")
+    first.rename(folder / f"events.out.tfevents.{int(time.time()) + ahead}.zzz.9.0")
+    for value in (-1.0, -2.0):
         logger = RunLogger(str(tmp_path))
         logger.continue_run(folder, 5)
-        logger.log_rows([(5, {"a": 1.0})])
+        logger.log_rows([(5, {"a": value})])
         logger.finalize("success")
-        names = sorted(path.name for path in folder.glob("events*"))
-        assert "zzz" not in names[-1]
+    assert read_events(folder) == {"a": [(0, 0.0), (5, -2.0)]}
+
+
+def test_nothing_is_written_before_there_is_something_to_say(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    logger.experiment.add_scalar("a", 1.0, 0)
+    assert not list(tmp_path.rglob("events*"))
+    logger.save()
+    assert read_events(logger.log_dir) == {"a": [(0, 1.0)]}
+    logger.finalize("success")
