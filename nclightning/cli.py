@@ -7,6 +7,7 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.closing import close_run
+from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
@@ -27,6 +28,8 @@ from nclightning.errors import UserError
 from nclightning.files import make_folder, replaced
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
+from nclightning.models.resume import check_resumable
+from nclightning.table import check_rows
 
 __all__ = ["main"]
 
@@ -187,8 +190,12 @@ class RunCLI(LightningCLI):
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
         self._start = 0
-        if self.config.fit.ckpt_path is not None:
-            self._continue_run(Path(self.config.fit.ckpt_path))
+        self._again: tuple[Path, dict[str, Any], str] | None = (
+            None  # Folder, checkpoint and ending of a run that ended.
+        )
+        path = self.config.fit.ckpt_path
+        if path is not None and not self._continue_run(Path(path)):
+            return
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.claim()
@@ -214,27 +221,50 @@ class RunCLI(LightningCLI):
             self.model.check_checkpoint(checkpoint)
         return checkpoint
 
-    def _continue_run(self, path: Path) -> None:
-        """Go on in the folder that the checkpoint lies in."""
-        self._start = int(self._read_checkpoint(path)["global_step"])
-        if 0 <= self.trainer.max_steps <= self._start:
+    def _continue_run(self, path: Path) -> bool:
+        """Go on in the folder that the checkpoint lies in; False if the run has ended there."""
+        checkpoint = self._read_checkpoint(path)
+        if isinstance(self.model, RegularizedClassifier):
+            check_resumable(checkpoint)
+        self._start = int(checkpoint["global_step"])
+        if 0 <= self.trainer.max_steps < self._start:
             raise UserError(
                 f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
-        folder = path.resolve().parent.parent
+        folder, last = path.resolve().parent.parent, self._start
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
+        if loggers and (folder / "readings.csv").is_file():
+            last = check_rows(folder / "readings.csv", self._start, checkpoint.get("readings"))
+        ending = ending_of(checkpoint, self.trainer, self.model)
+        if ending is not None and last == self._start:
+            self._again = folder, checkpoint, ending
+            return False
+        if self.trainer.max_steps == self._start:
+            raise UserError(
+                f"--ckpt_path {path} is at trainer.max_steps={self._start}, and {folder / 'readings.csv'} ends at "
+                f"iteration {last}. Continue from an earlier checkpoint, or raise --trainer.max_steps."
+            )
         if (folder / "readings.csv").is_file():
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.continue_run(folder, self._start)
+            for logger in loggers:
+                logger.continue_run(folder, self._start)
+        return True
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
-        """Fit, and report on the run folder even after an interrupt."""
+        """Fit, and report on the run folder even after an interrupt; of a run that has ended only report."""
+        seed = self.config.fit.seed_everything
+        if self._again is not None:
+            folder, checkpoint, ending = self._again
+            rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
+            return
         try:
             self.trainer.fit(model, **kwargs)
-        finally:
+        except BaseException:
             if self.trainer.global_step > self._start:
-                close_run(self.trainer, self.config.fit.seed_everything)
+                with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
+                    close_run(self.trainer, seed)
+            raise
+        close_run(self.trainer, seed)
 
 
 def main(args: list[str] | None = None) -> None:

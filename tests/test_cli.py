@@ -264,10 +264,10 @@ def test_wrong_configs_are_named(name, content, capsys):
         assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_mse" in error
 
 
-def test_finished_runs_say_that_there_is_nothing_to_do():
+def test_a_run_that_is_past_max_steps_is_refused():
     fit()
-    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 20: there is nothing to do"):
-        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 10: there is nothing to do"):
+        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"), steps=10)
     assert len(rows()) == 3
 
 
