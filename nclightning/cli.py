@@ -234,7 +234,7 @@ class RunCLI(LightningCLI):
             )
         folder, last = path.resolve().parent.parent, self._start
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
-        if loggers and (folder / "readings.csv").is_file():
+        if loggers and ((folder / "readings.csv").is_file() or (folder / "hparams.yaml").is_file()):
             last = check_rows(folder / "readings.csv", self._start, checkpoint.get("readings"))
         ending = ending_of(checkpoint, self.trainer, self.model)
         if ending is not None and last == self._start:

@@ -86,6 +86,10 @@ def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) ->
         ValueError: If rows are missing, damaged or others.
     """
     repair = "Put back the table that belongs to the checkpoint, or start a new run without --ckpt_path."
+    if not path.is_file():
+        if written is None or not written["count"]:
+            return -1
+        raise UserError(f"{path} is missing, with all rows before the checkpoint at iteration {iteration}. {repair}")
     tags, rows, damaged = read_rows(path)
     found, widest, last = WrittenRows(), 0, -1
     for cells in rows:
@@ -103,9 +107,10 @@ def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) ->
         )
     if complete:
         return last
-    if damaged is not None and found.last == last:
+    if damaged is not None:
         raise UserError(
-            f"{path} is damaged in line {damaged}, before the checkpoint at iteration {iteration}. {repair}"
+            f"{path} is damaged in line {damaged}: not all rows before the checkpoint at iteration {iteration} can be "
+            f"read. {repair}"
         )
     if others:
         raise UserError(f"{path} has other rows than when the checkpoint at iteration {iteration} was saved. {repair}")
