@@ -28,7 +28,7 @@ from nclightning.errors import UserError
 from nclightning.files import make_folder, replaced
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
-from nclightning.models.resume import check_resumable
+from nclightning.models.resume import check_resumable, check_weights
 from nclightning.table import check_rows
 
 __all__ = ["main"]
@@ -219,6 +219,7 @@ class RunCLI(LightningCLI):
             raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_checkpoint(checkpoint)
+            check_weights(checkpoint, self.model)
         return checkpoint
 
     def _continue_run(self, path: Path) -> bool:

@@ -20,7 +20,7 @@ from nclightning.features import capture_features
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
-from nclightning.models.resume import check_problem, check_resumable, warn_of_optimizer_options
+from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
 from nclightning.models.schedules import check_optimization, only_optimizer
 from nclightning.models.sharded import (
     ShardedLine,
@@ -364,6 +364,8 @@ class RegularizedClassifier(L.LightningModule):
         self.check_checkpoint(checkpoint)
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
+        if self._trainer is not None and world_size() == 1:
+            check_weights(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             check_resumable(checkpoint)
             warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
 from nclightning.optim import ArmijoGD
 
-__all__ = ["check_problem", "check_resumable", "warn_of_optimizer_options"]
+__all__ = ["check_problem", "check_resumable", "check_weights", "warn_of_optimizer_options"]
 
 # What a resumed fit takes from Lightning's checkpoint, and of what kind it is.
 _NEEDED = {
@@ -52,6 +53,30 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
+def check_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint whose weights are not those of a module, by name and shape.
+
+    Args:
+        checkpoint: Lightning's.
+        model: In a single process, so that it has its weights whole.
+
+    Raises:
+        ValueError: Naming one that differs.
+    """
+    stored = checkpoint.get("state_dict")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if not isinstance(stored, Mapping):
+        raise UserError("the checkpoint has no state_dict: there are no weights in it.")
+    there = {name: tuple(getattr(value, "shape", ())) for name, value in stored.items()}
+    different = sorted(name for name in shapes.keys() | there.keys() if shapes.get(name) != there.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"the weights of the checkpoint are not those of this {type(model).__name__}: {name} has shape "
+            f"{there.get(name, 'none')} there and {shapes.get(name, 'none')} here. Take a checkpoint of this model."
+        )
+
+
 def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
 
@@ -82,7 +107,13 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
         ValueError: If the checkpoint is that of another optimizer.
     """
     ignored: list[str] = []
-    for given, stored in zip(optimizer.param_groups, stored_states[0]["param_groups"], strict=False):
+    groups = stored_states[0]["param_groups"]
+    if len(stored_states) != 1 or len(groups) != len(optimizer.param_groups):
+        raise UserError(
+            f"the checkpoint has {len(stored_states)} optimizers, the first with {len(groups)} groups of parameters, "
+            f"and {type(optimizer).__name__} has {len(optimizer.param_groups)}. Resume it with its own optimizer."
+        )
+    for given, stored in zip(optimizer.param_groups, groups, strict=True):
         # What a scheduler or a line search writes is where the run was, and no option of it.
         scheduled = "initial_lr" in stored or isinstance(optimizer, ArmijoGD)
         state = ("lr", "initial_lr") if scheduled else ()
