@@ -9,17 +9,19 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
@@ -168,13 +170,14 @@ class RunCLI(LightningCLI):
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )
             model["lambda_"] = None
-        trainer, disabled = config.trainer, set()
+        trainer, disabled = config.trainer, list[type]()
         if trainer.enable_progress_bar is False:
-            disabled.add(IterationProgressBar.__name__)
+            disabled.append(ProgressBar)
         if trainer.enable_checkpointing is False:
-            disabled.add(LastCheckpoint.__name__)
-        if isinstance(trainer.callbacks, list):
-            trainer.callbacks = [c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in disabled]
+            disabled.append(Checkpoint)
+        if trainer.callbacks is not None:
+            given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+            trainer.callbacks = [c for c in given if not _makes(c.class_path, tuple(disabled))]
         if self.subcommand != "fit":
             trainer.logger = False  # Looking at a checkpoint makes no run folder.
 
@@ -266,6 +269,12 @@ class RunCLI(LightningCLI):
                     close_run(self.trainer, seed)
             raise
         close_run(self.trainer, seed)
+
+
+def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:
+    """Whether a class path of a configuration is of one of several kinds; it may name a function, too."""
+    found = locate(class_path)
+    return isinstance(found, type) and issubclass(found, kinds)
 
 
 def main(args: list[str] | None = None) -> None:

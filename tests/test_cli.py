@@ -221,6 +221,16 @@ def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, m
     assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("callback", "off"),
+    [("RichProgressBar", "progress_bar"), ("TQDMProgressBar", "progress_bar"), ("ModelCheckpoint", "checkpointing")],
+)
+def test_what_is_switched_off_may_be_among_the_callbacks(callback, off):
+    """Also somebody's own callbacks alone, without those of the shipped configurations."""
+    fit(f"--trainer.callbacks=lightning.pytorch.callbacks.{callback}", f"--trainer.enable_{off}", "false", steps=3)
+    assert int(rows()[-1]["iteration"]) == 3
+
+
 def test_a_missing_config_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
