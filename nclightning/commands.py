@@ -17,6 +17,7 @@ from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_ru
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
 from nclightning.files import make_folder
+from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
@@ -40,8 +41,9 @@ def _reproduce(words: Sequence[str]) -> None:
     try:
         figures = [int(figure) if figure.isdigit() else figure for figure in given.figures]
         reproduce(figures, given.out, given.quick, given.jobs)
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. What finished is kept; the same command goes on.")
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("Interrupted. What finished is kept; the same command goes on.", file=sys.stderr)
+        sys.exit(SIGTERM_STATUS if isinstance(stop, Terminated) else SIGINT_STATUS)
 
 
 def _plot(words: Sequence[str]) -> None:

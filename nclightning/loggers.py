@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.errors import UserError
-from nclightning.files import WriteError, append, create, delete, make_folder, replaced, sync
+from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
 from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
 from nclightning.table import WrittenRows, read_rows
@@ -31,22 +32,40 @@ Row = tuple[int, Mapping[str, float]]
 class RunLogger(TensorBoardLogger):
     """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
 
+    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit.
+    Of a fit that is refused before its first value, or continues nothing, nothing stays.
+
     Args:
-        save_dir: Where ``name/version_N`` is made.
+        save_dir: Where ``name/version_N`` is made; None is the working directory, and on the command line
+            ``trainer.default_root_dir`` if that is given.
         name: Folder of all runs.
         version: Number or name of the run. None takes the next free number; one that exists is refused, so that no
             run is written over.
 
     Raises:
-        ValueError: When writing starts, if the run folder exists or cannot be written.
+        ValueError: If ``save_dir`` is a URL. When writing starts, if the run folder exists or cannot be written.
     """
 
-    def __init__(self, save_dir: str = ".", name: str = "lightning_logs", version: int | str | None = None) -> None:
-        super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
+    def __init__(
+        self, save_dir: str | None = None, name: str = "lightning_logs", version: int | str | None = None
+    ) -> None:
+        if save_dir is not None and "://" in str(save_dir):
+            raise UserError(f"save_dir={save_dir} is a URL, and runs are written to local folders only: give a path.")
+        super().__init__(
+            "." if save_dir is None else save_dir,
+            name=name,
+            version=version,
+            default_hp_metric=False,
+            max_queue=1000,
+            flush_secs=10,
+        )
+        self._experiment: Any = None
         self._counts_versions = version is None
         self._claimed = False
-        self._last_iteration = self._last_in_table = self._last_in_events = -1
+        self._last_iteration = self._last_held = self._last_in_events = -1
         self._continued: Path | None = None
+        self._lock: FolderLock | None = None
+        self._held: list[Row] = []  # Readings of the iterate that a continued run begins with.
         self._table: ReadingsTable | None = None
 
     @property
@@ -61,10 +80,6 @@ class RunLogger(TensorBoardLogger):
             self._table = ReadingsTable(Path(self.log_dir) / "readings.csv")
         return self._table
 
-    def written(self, before: int) -> WrittenRows:
-        """Return what a checkpoint has to remember of the rows before its iteration."""
-        return self.table.written(before)
-
     def continue_run(self, folder: str | os.PathLike[str], iteration: int) -> None:
         """Go on in an existing run folder from a checkpoint; call it before the fit.
 
@@ -73,7 +88,11 @@ class RunLogger(TensorBoardLogger):
         Args:
             folder: The run folder.
             iteration: Iteration of the checkpoint.
+
+        Raises:
+            ValueError: If another process writes there, or the folder cannot be written.
         """
+        self._take(Path(folder))
         self._continued = Path(folder)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
@@ -101,12 +120,25 @@ class RunLogger(TensorBoardLogger):
             probe = folder / ".writable"
             create(probe, b"")
             delete(probe)
+            self._take(folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
                 "Choose another with --trainer.logger.init_args.save_dir."
             ) from error
         self._claimed = True
+
+    @rank_zero_only
+    def _take(self, folder: Path) -> None:
+        self._release()
+        lock = FolderLock(folder)
+        lock.acquire()
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     @property
     @rank_zero_experiment
@@ -137,24 +169,46 @@ class RunLogger(TensorBoardLogger):
             )
         # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
         writer = self.experiment._get_file_writer()
-        self.table.append([row for row in rows if row[0] > self._last_in_table])
-        self._last_in_table = rows[-1][0]
         for iteration, values in rows:
             if iteration > self._last_in_events:
                 self._last_in_events = iteration
                 finite = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if math.isfinite(v)]
                 writer.add_summary(Summary(value=finite), iteration)
+        self._held += [row for row in rows if row[0] > self._last_held]
+        self._last_held = rows[-1][0]
+        if self.experiment.matters:
+            self._write_held()
         self._last_iteration = rows[-1][0]
+
+    def _write_held(self) -> None:
+        self.table.append(self._held)
+        self._held = []
+
+    @rank_zero_only
+    def written(self, before: int) -> WrittenRows | None:
+        """Write all rows, and return what a checkpoint has to remember of those before its iteration.
+
+        Args:
+            before: Iteration of the checkpoint.
+        """
+        if self._held:
+            self.experiment.matters = True
+            self._write_held()
+        return self.table.written(before)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events and readings to disk."""
+        """Bring events and readings to disk, once there are values; a run that is refused before leaves no file."""
+        if self._experiment is None or not self._experiment.matters:
+            return
         with deferred_interrupt():
-            super().save()
-            if self._experiment is not None:
-                self.experiment.flush()
-            if self._table is not None:
-                self._table.sync()
+            hparams = Path(self.log_dir) / self.NAME_HPARAMS_FILE
+            if not hparams.exists():
+                with replaced(hparams) as partial:
+                    save_hparams_to_yaml(partial, self.hparams)
+            self._write_held()
+            self.experiment.flush()
+            self.table.sync()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -163,7 +217,24 @@ class RunLogger(TensorBoardLogger):
         After an error what cannot be written any more is left out: a second error would hide the words of the first.
         """
         with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
+            if status == "success" and self._held and self._held[-1][0] > self.table.last:
+                self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
+            begun = self._experiment is None or self._experiment.matters
+            if not begun and (status != "success" or self._continued is not None):
+                self._leave_nothing()
+            elif not begun:
+                self.experiment.matters = True
             super().finalize(status)
+        self._release()
+
+    def _leave_nothing(self) -> None:
+        """Undo what a fit has written that was refused at its start."""
+        self.experiment.discard()
+        folder = Path(self.log_dir)
+        if self._claimed and {path.name for path in folder.iterdir()} <= {".lock"}:
+            self._release()
+            delete_folder(folder)
+            self._claimed = False
 
 
 def _make_folder(folder: Path, take_empty: bool) -> bool:
@@ -228,18 +299,33 @@ class ReadingsTable:
 
     def written(self, before: int) -> WrittenRows:
         """Return what there is of rows before an iteration, which is at most one row back."""
+        if self._tags is None:  # Nothing was added yet.
+            self._written = _both_last(*self._read(before))
         return next(each for each in reversed(self._written) if each.last < before)
+
+    @property
+    def last(self) -> int:
+        """Iteration of the last row; -1 without any."""
+        return self._written[-1].last if self._tags is not None else int((self._read(None)[1] or [["-1"]])[-1][0])
+
+    def _read(self, before: int | None) -> tuple[list[str], list[list[str]]]:
+        tags, rows, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
+        return tags, [row for row in rows if before is None or int(row[0]) < before]
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
         """Write header and kept rows anew."""
-        tags, kept, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
-        if self.replace_from is not None:
-            kept = [row for row in kept if int(row[0]) < self.replace_from]
+        tags, kept = self._read(self.replace_from)
         more = [tag for tag in new if tag not in tags]
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["iteration", *tags, *more])
             writer.writerows([*row, *("" for _ in more)] for row in kept)
-        self._tags, self.replace_from, self._written = [*tags, *more], None, [WrittenRows()]
-        for row in kept:
-            self._written = [self._written[-1], self._written[-1].with_row(tags, row)]
+        self._tags, self.replace_from, self._written = [*tags, *more], None, _both_last(tags, kept)
+
+
+def _both_last(tags: Sequence[str], rows: Sequence[Sequence[str]]) -> list[WrittenRows]:
+    """Return what there is before the last row, and with it."""
+    both = [WrittenRows()]
+    for row in rows:
+        both = [both[-1], both[-1].with_row(tags, row)]
+    return both

@@ -4,11 +4,15 @@ import errno
 import itertools
 import os
 import pickle
+import random
 import subprocess
 import sys
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from nclightning import files
 from nclightning.errors import UserError
@@ -209,3 +213,112 @@ def test_a_folder_has_one_writer(tmp_path):
     lock.release()
     other.acquire()
     other.release()
+
+
+FLIPS = int(os.environ.get("NCLIGHTNING_FAULTS", "200"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    content = {
+        "state_dict": {name: torch.randn(shape, dtype=torch.float64) for name, shape in SHAPES.items()},
+        "optimizer_states": [{"state": {0: {"step_size": 0.25, "evaluations": 120}}, "param_groups": [{"lr": 0.1}]}],
+        "global_step": 500,
+        "callbacks": {"a": [1.0, None, "b"]},
+    }
+    path = tmp_path / "last.ckpt"
+    files.save_checkpoint(content, path)
+    return path
+
+
+SHAPES = {"head.weight": (10, 20), "backbone.features": (30, 20), "head.bias": (10,)}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def flipped(whole, bit):
+    content = bytearray(whole)
+    content[bit // 8] ^= 1 << bit % 8
+    return bytes(content)
+
+
+def outcome(path, good):
+    """What becomes of a file that may be damaged."""
+    try:
+        files.check_checkpoint(path)
+    except UserError:
+        return "refused"
+    try:
+        return "equal" if bits_of(load(path)) == good else "wrong"
+    except Exception:
+        return "unreadable"
+
+
+def bits_of(content):
+    return {k: v.numpy().tobytes() for k, v in content["state_dict"].items()}, {**content, "state_dict": None}
+
+
+def test_no_flipped_bit_is_loaded(checkpoint):
+    whole, good = checkpoint.read_bytes(), bits_of(load(checkpoint))
+    count = Counter()
+    draw = random.Random(0)
+    for _ in range(FLIPS):
+        checkpoint.write_bytes(flipped(whole, draw.randrange(8 * len(whole))))
+        count[outcome(checkpoint, good)] += 1
+    assert count["wrong"] == 0
+    assert count["refused"] > FLIPS / 2
+
+
+def test_no_flipped_bit_of_the_table_of_contents_is_loaded(checkpoint):
+    """Checksums do not cover it; of a part that is marked as a folder the reader of torch returns anything."""
+    whole, good = checkpoint.read_bytes(), bits_of(load(checkpoint))
+    with zipfile.ZipFile(checkpoint) as archive:
+        start, marks = archive.start_dir, []
+        for part in archive.infolist():
+            entry = whole.index(b"PK\x01\x02", marks[-1] // 8 if marks else start)
+            marks.append(8 * (entry + 38) + 4)
+            assert part.filename.encode() == whole[entry + 46 : entry + 46 + len(part.filename)]
+    others = random.Random(0).sample(range(8 * start, 8 * len(whole)), FLIPS)
+    for bit in (*marks, *others):
+        checkpoint.write_bytes(flipped(whole, bit))
+        assert outcome(checkpoint, good) != "wrong", bit
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1, -100])
+def test_a_torn_checkpoint_is_refused(checkpoint, length):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"last\.ckpt: not a readable checkpoint .* Take another"):
+        files.check_checkpoint(checkpoint)
+
+
+def test_the_good_checkpoint_beside_a_damaged_one_is_named(checkpoint):
+    files.keep_as(checkpoint, checkpoint.with_name("previous.ckpt"))
+    checkpoint.unlink()
+    checkpoint.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"--ckpt_path a: not a readable .* is good: .*previous\.ckpt$"):
+        files.check_checkpoint(checkpoint, "--ckpt_path a")
+
+
+def test_archives_that_torch_did_not_write_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.ckpt", "w") as archive:
+        archive.writestr("a", "b")
+    with pytest.raises(UserError, match=r"torch\.save did not write it"):
+        files.check_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_the_one_before(tmp_path):
+    pytest.importorskip("resource")
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"before")
+    code = (
+        "import resource, signal, sys, torch; from pathlib import Path; from nclightning.files import save_checkpoint\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        "try: save_checkpoint({'a': torch.zeros(10**5)}, Path(sys.argv[1]))\n"
+        "except OSError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("cannot write")
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

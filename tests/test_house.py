@@ -36,6 +36,7 @@ FLOORS = {
     "models": 2,
     "data": 2,
     "loggers": 2,
+    "folders": 3,
     "callbacks": 5,
     "figures": 6,
     "reproduction": 7,

@@ -129,9 +129,10 @@ class ReadingsMonitor(Publisher):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
         if self._readings is not None:
-            self._readings.save(trainer)
+            self._readings.flush(trainer)
             written = [each.written(trainer.global_step) for each in trainer.loggers if isinstance(each, RunLogger)]
-            checkpoint["readings"] = asdict(written[0]) if written and trainer.is_global_zero else None
+            checkpoint["readings"] = asdict(written[0]) if written and written[0] is not None else None
+            self._readings.save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bring the last readings to the loggers and drop the batch."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.callbacks.publishing import as_metrics
-from nclightning.errors import UserError
+from nclightning.errors import UserError, say_the_same
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 
@@ -101,7 +101,7 @@ class Readings:
             for logger in trainer.loggers:
                 logger.save()
         except Exception as error:
-            if str(error) != str(exception):
+            if not say_the_same(error, exception):
                 rank_zero_warn(f"the last readings could not be written: {error}")
 
     def _flush(self, trainer: L.Trainer, end: float) -> None:

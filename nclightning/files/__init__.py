@@ -4,7 +4,7 @@ A crash, a kill or a full disk leaves what was there before. What the disk refus
 the file.
 """
 
-from nclightning.files.checkpoints import check_checkpoint, save_checkpoint
+from nclightning.files.checkpoints import check_checkpoint, is_sound, save_checkpoint
 from nclightning.files.locks import FolderLock
 from nclightning.files.operations import (
     Operation,
@@ -29,6 +29,7 @@ __all__ = [
     "create",
     "delete",
     "delete_folder",
+    "is_sound",
     "keep_as",
     "make_folder",
     "observers",

@@ -12,7 +12,9 @@ import torch
 from nclightning.errors import UserError
 from nclightning.files.operations import WriteError, replaced
 
-__all__ = ["check_checkpoint", "save_checkpoint"]
+__all__ = ["check_checkpoint", "is_sound", "save_checkpoint"]
+
+_FOLDER = 0x10  # Of a part that is marked so the reader of torch returns memory that it did not fill.
 
 
 def save_checkpoint(content: Any, path: Path) -> None:
@@ -52,9 +54,14 @@ def check_checkpoint(path: Path, name: str | None = None) -> None:
         return
     previous = path.with_name("previous.ckpt")
     repair = "Take another checkpoint."
-    if path.name != previous.name and previous.is_file() and _damage(previous) is None:
+    if path.name != previous.name and previous.is_file() and is_sound(previous):
         repair = f"The one saved before it is good: {previous}"
     raise UserError(f"{name or path}: not a readable checkpoint ({damage}). {repair}")
+
+
+def is_sound(path: Path) -> bool:
+    """Say whether each part of a checkpoint has the checksum that it was written with."""
+    return _damage(path) is None
 
 
 def _damage(path: Path) -> str | None:
@@ -62,13 +69,15 @@ def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-            names = archive.namelist()
+            parts = archive.infolist()
     except OSError as error:
         return error.strerror or str(error)
     except Exception:  # What a damaged header leads to is as manifold as the damages.
         return "it is damaged, cut off, or something else"
     if broken is not None:
         return f"its part {broken.partition('/')[2] or broken} is damaged"
-    if not any(name.endswith("/data.pkl") for name in names):
+    if any(part.external_attr & _FOLDER for part in parts):
+        return "a part is marked as a folder"
+    if not any(part.filename.endswith("/data.pkl") for part in parts):
         return "torch.save did not write it"
     return None

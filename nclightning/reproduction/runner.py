@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from nclightning.errors import UserError
 from nclightning.files import FolderLock, delete_folder, make_folder, replaced
+from nclightning.interrupts import terminable
 from nclightning.reproduction.experiments import Experiment
 
 __all__ = ["Failure", "run_all", "run_as_child"]
@@ -150,7 +151,7 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
         ValueError: If the folder cannot be written, is in use, or holds runs of other settings.
     """
     store = Store(folder)
-    with _locked(folder):
+    with _locked(folder), terminable():
         waiting = [each for each in experiments if not store.is_finished(each)]
         if not waiting:
             if experiments:
