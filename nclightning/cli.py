@@ -8,32 +8,33 @@ import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
 from nclightning.configurations import find_configuration, read_configuration, shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
-from nclightning.figures import draw_convergence, read_readings, summarize
-from nclightning.figures.tables import rates_table
 from nclightning.files import check_checkpoint, make_folder, replaced
 from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
 from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
-from nclightning.summaries import hyperparameters, record_summary
-from nclightning.theory import UFMProblem
+from nclightning.models.resume import check_resumable, check_weights
+from nclightning.table import check_rows
 
 __all__ = ["main"]
 
@@ -193,13 +194,14 @@ class RunCLI(LightningCLI):
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )
             model["lambda_"] = None
-        trainer, disabled = config.trainer, set()
+        trainer, disabled = config.trainer, list[type]()
         if trainer.enable_progress_bar is False:
-            disabled.add(IterationProgressBar.__name__)
+            disabled.append(ProgressBar)
         if trainer.enable_checkpointing is False:
-            disabled.add(LastCheckpoint.__name__)
-        if isinstance(trainer.callbacks, list):
-            trainer.callbacks = [c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in disabled]
+            disabled.append(Checkpoint)
+        if trainer.callbacks is not None:
+            given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+            trainer.callbacks = [c for c in given if not _makes(c.class_path, tuple(disabled))]
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             options = logger.get("init_args") if isinstance(logger, Namespace) else None
             if options is not None and "save_dir" in options and options.save_dir is None:
@@ -219,8 +221,12 @@ class RunCLI(LightningCLI):
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
         self._start = 0
-        if self.config.fit.ckpt_path is not None:
-            self._continue_run(Path(self.config.fit.ckpt_path))
+        self._again: tuple[Path, dict[str, Any], str] | None = (
+            None  # Folder, checkpoint and ending of a run that ended.
+        )
+        path = self.config.fit.ckpt_path
+        if path is not None and not self._continue_run(Path(path)):
+            return
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.claim()
@@ -245,34 +251,64 @@ class RunCLI(LightningCLI):
             raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_checkpoint(checkpoint)
+            check_weights(checkpoint, self.model)
         return checkpoint
 
-    def _continue_run(self, path: Path) -> None:
-        """Go on in the folder that the checkpoint lies in."""
-        self._start = int(self._read_checkpoint(path)["global_step"])
-        if 0 <= self.trainer.max_steps <= self._start:
+    def _continue_run(self, path: Path) -> bool:
+        """Go on in the folder that the checkpoint lies in; False if the run has ended there."""
+        checkpoint = self._read_checkpoint(path)
+        if isinstance(self.model, RegularizedClassifier):
+            check_resumable(checkpoint)
+        self._start = int(checkpoint["global_step"])
+        if 0 <= self.trainer.max_steps < self._start:
             raise UserError(
                 f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
-        logger, folder = find_run_logger(self.trainer), folder_of_checkpoint(path)
-        if logger is None:
-            return
-        if (folder / "readings.csv").is_file():
+        logger, folder, last = find_run_logger(self.trainer), folder_of_checkpoint(path), self._start
+        table = folder / "readings.csv"
+        continues = table.is_file() or (folder / "hparams.yaml").is_file()
+        if logger is not None and continues:
+            last = check_rows(table, self._start, checkpoint.get("readings"))
+        ending = ending_of(checkpoint, self.trainer, self.model)
+        if ending is not None and last == self._start:
+            self._again = folder, checkpoint, ending
+            return False
+        if self.trainer.max_steps == self._start:
+            raise UserError(
+                f"--ckpt_path {path} is at trainer.max_steps={self._start}, and {table} ends at iteration {last}. "
+                "Continue from an earlier checkpoint, or raise --trainer.max_steps."
+            )
+        if logger is not None and table.is_file():
             logger.continue_run(folder, self._start)
-        else:
+        elif logger is not None:
             rank_zero_info(
                 f"{folder} is no run folder, as it has no readings.csv: the run goes on in {logger.log_dir}."
             )
+        return True
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
-        """Fit, and report on the run folder even after an interrupt."""
+        """Fit, and report on the run folder even after an interrupt; of a run that has ended only report."""
+        seed = self.config.fit.seed_everything
+        if self._again is not None:
+            folder, checkpoint, ending = self._again
+            rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
+            return
         try:
             with ends_with_launcher():
                 self.trainer.fit(model, **kwargs)
-        finally:
+        except BaseException:
             if self.trainer.global_step > self._start:
-                _report(self.trainer, self.config.fit.seed_everything)
+                with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
+                    close_run(self.trainer, seed)
+            raise
+        close_run(self.trainer, seed)
+
+
+def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:
+    """Whether a class path of a configuration is of one of several kinds; it may name a function, too."""
+    found = locate(class_path)
+    return isinstance(found, type) and issubclass(found, kinds)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -346,30 +382,3 @@ def _worded_for_user(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _predicted(model: L.LightningModule) -> UFMProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained."""
-    if not getattr(model, "features_are_free", False):
-        return None
-    try:
-        problem: UFMProblem = model.problem  # type: ignore[assignment]
-    except UserError:
-        return None
-    return problem
-
-
-def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
-    # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
-    folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
-    if not trainer.is_global_zero or folder is None or not (folder / "readings.csv").is_file():
-        return
-    picture, summary = draw_convergence(folder), summarize(read_readings(folder))
-    values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
-    record_summary(folder, summary, values, picture, trainer.state.finished)
-    console = Console()
-    console.print(rates_table(summary, problem=_predicted(trainer.lightning_module)))
-    shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
-    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
-    command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"
-    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)

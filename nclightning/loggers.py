@@ -8,6 +8,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.errors import UserError
-from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced
+from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
 from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
+from nclightning.table import WrittenRows, read_rows
 
 __all__ = ["ReadingsTable", "RunLogger"]
 
@@ -60,7 +62,7 @@ class RunLogger(TensorBoardLogger):
         self._experiment: Any = None
         self._counts_versions = version is None
         self._claimed = False
-        self._last_iteration = -1
+        self._last_iteration = self._last_held = self._last_in_events = -1
         self._continued: Path | None = None
         self._lock: FolderLock | None = None
         self._held: list[Row] = []  # Readings of the iterate that a continued run begins with.
@@ -158,26 +160,45 @@ class RunLogger(TensorBoardLogger):
         Raises:
             ValueError: If an iteration was written before: the rows are those of another run.
         """
-        if rows and rows[0][0] <= self._last_iteration:
+        if not rows:
+            return
+        if rows[0][0] <= self._last_iteration:
             raise UserError(
                 f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
                 "a RunLogger. Give each fit one of its own."
             )
+        # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
         writer = self.experiment._get_file_writer()
         for iteration, values in rows:
-            finite = [
-                Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
-            ]
-            writer.add_summary(Summary(value=finite), iteration)
-        self._last_iteration = rows[-1][0]
-        self._held += rows
+            if iteration > self._last_in_events:
+                self._last_in_events = iteration
+                finite = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if math.isfinite(v)]
+                writer.add_summary(Summary(value=finite), iteration)
+        self._held += [row for row in rows if row[0] > self._last_held]
+        self._last_held = rows[-1][0]
         if self.experiment.matters:
-            rows, self._held = self._held, []
-            self.table.append(rows)
+            self._write_held()
+        self._last_iteration = rows[-1][0]
+
+    def _write_held(self) -> None:
+        self.table.append(self._held)
+        self._held = []
+
+    @rank_zero_only
+    def written(self, before: int) -> WrittenRows | None:
+        """Write all rows, and return what a checkpoint has to remember of those before its iteration.
+
+        Args:
+            before: Iteration of the checkpoint.
+        """
+        if self._held:
+            self.experiment.matters = True
+            self._write_held()
+        return self.table.written(before)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events to disk, once there are values; a run that is refused before leaves no file."""
+        """Bring events and readings to disk, once there are values; a run that is refused before leaves no file."""
         if self._experiment is None or not self._experiment.matters:
             return
         with deferred_interrupt():
@@ -185,19 +206,26 @@ class RunLogger(TensorBoardLogger):
             if not hparams.exists():
                 with replaced(hparams) as partial:
                     save_hparams_to_yaml(partial, self.hparams)
+            self._write_held()
             self.experiment.flush()
+            self.table.sync()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the event file; a writer that is interrupted half closed could not be closed again."""
-        with deferred_interrupt():
+        """Close the event file; a writer that is interrupted half closed could not be closed again.
+
+        After an error what cannot be written any more is left out: a second error would hide the words of the first.
+        """
+        with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
+            if status == "success" and self._held and self._held[-1][0] > self.table.last:
+                self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
             begun = self._experiment is None or self._experiment.matters
             if not begun and (status != "success" or self._continued is not None):
                 self._leave_nothing()
             elif not begun:
                 self.experiment.matters = True
             super().finalize(status)
-            self._release()
+        self._release()
 
     def _leave_nothing(self) -> None:
         """Undo what a fit has written that was refused at its start."""
@@ -224,7 +252,7 @@ def _make_folder(folder: Path, take_empty: bool) -> bool:
 class ReadingsTable:
     """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
 
-    Rows are appended and reach the disk with every call. A tag that was not there at the start gets a new column.
+    Rows are appended and reach the disk with :meth:`sync`. A tag that was not there at the start gets a new column.
 
     Args:
         path: The file.
@@ -237,38 +265,67 @@ class ReadingsTable:
         self.path = path
         self.replace_from: int | None = None
         self._tags: list[str] | None = None
+        self._written = [WrittenRows()]  # Before the last row, and with it.
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows at the end.
+        """Add rows at the end, all of them or, after an error, none.
 
         Args:
             rows: Pairs of iteration and values by tag.
+
+        Raises:
+            OSError: If they cannot be written.
         """
+        if not rows:
+            return
         new = dict.fromkeys(tag for _, values in rows for tag in values)
         if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
             self._rewrite(new)
         assert self._tags is not None
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
+        cells = [
+            [str(iteration), *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
             for iteration, values in rows
-        )
+        ]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(cells)
         append(self.path, text.getvalue().encode())
+        for row in cells:
+            self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
+
+    def sync(self) -> None:
+        """Bring the rows to disk."""
+        if self._tags is not None:
+            sync(self.path)
+
+    def written(self, before: int) -> WrittenRows:
+        """Return what there is of rows before an iteration, which is at most one row back."""
+        if self._tags is None:  # Nothing was added yet.
+            self._written = _both_last(*self._read(before))
+        return next(each for each in reversed(self._written) if each.last < before)
+
+    @property
+    def last(self) -> int:
+        """Iteration of the last row; -1 without any."""
+        return self._written[-1].last if self._tags is not None else int((self._read(None)[1] or [["-1"]])[-1][0])
+
+    def _read(self, before: int | None) -> tuple[list[str], list[list[str]]]:
+        tags, rows, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
+        return tags, [row for row in rows if before is None or int(row[0]) < before]
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
         """Write header and kept rows anew."""
-        kept: list[dict[str, str]] = []
-        tags: list[str] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                tags = list(reader.fieldnames or ["iteration"])[1:]
-                kept = [row for row in reader if None not in row.values()]
-        if self.replace_from is not None:
-            kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
-        self._tags = tags + [tag for tag in new if tag not in tags]
-        self.replace_from = None
+        tags, kept = self._read(self.replace_from)
+        more = [tag for tag in new if tag not in tags]
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["iteration", *self._tags])
-            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)
+            writer.writerow(["iteration", *tags, *more])
+            writer.writerows([*row, *("" for _ in more)] for row in kept)
+        self._tags, self.replace_from, self._written = [*tags, *more], None, _both_last(tags, kept)
+
+
+def _both_last(tags: Sequence[str], rows: Sequence[Sequence[str]]) -> list[WrittenRows]:
+    """Return what there is before the last row, and with it."""
+    both = [WrittenRows()]
+    for row in rows:
+        both = [both[-1], both[-1].with_row(tags, row)]
+    return both

@@ -221,6 +221,16 @@ def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, m
     assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("callback", "off"),
+    [("RichProgressBar", "progress_bar"), ("TQDMProgressBar", "progress_bar"), ("ModelCheckpoint", "checkpointing")],
+)
+def test_what_is_switched_off_may_be_among_the_callbacks(callback, off):
+    """Also somebody's own callbacks alone, without those of the shipped configurations."""
+    fit(f"--trainer.callbacks=lightning.pytorch.callbacks.{callback}", f"--trainer.enable_{off}", "false", steps=3)
+    assert int(rows()[-1]["iteration"]) == 3
+
+
 def test_a_missing_config_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main(["fit"])
@@ -264,10 +274,10 @@ def test_wrong_configs_are_named(name, content, capsys):
         assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_mse" in error
 
 
-def test_finished_runs_say_that_there_is_nothing_to_do():
+def test_a_run_that_is_past_max_steps_is_refused():
     fit()
-    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 20: there is nothing to do"):
-        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 10: there is nothing to do"):
+        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"), steps=10)
     assert len(rows()) == 3
 
 

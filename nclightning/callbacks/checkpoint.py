@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, say_the_same
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder, sync
 from nclightning.files import save_checkpoint as write_checkpoint
 from nclightning.folders import checkpoint_of, find_run_logger, run_folder
@@ -69,6 +69,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_iterations = every_n_iterations
         self.keep_previous = keep_previous
         self._saved: int | None = None  # Until a fit has started there is nothing to save.
+        self._first = 0
         self._path: Path | None = None
         self._own = False  # Whether this callback wrote the file that is there.
         self._lock: FolderLock | None = None
@@ -91,7 +92,8 @@ class LastCheckpoint(Checkpoint):
         path, told = trainer.strategy.broadcast((self._path, str(refusal) if refusal else None))
         if told is not None:
             raise refusal or UserError(told)
-        self._path, self._own, self._saved = path, self._own and path == before, trainer.global_step
+        self._path, self._own = path, self._own and path == before
+        self._saved = self._first = trainer.global_step
         self._termination = NotedTermination()
         if trainer.world_size > 1:
             self._termination.hold()
@@ -124,15 +126,21 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the cadence, and end together with other processes if one of them is asked to."""
+        """Save at the cadence, but not the last iterate: its row is complete when training has ended.
+
+        Processes that train together end together here if one of them is asked to.
+        """
         if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
             raise SIGTERMException
         assert self._saved is not None
-        if trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations:
+        due = trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
+        if due and not _is_ending(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last iterate."""
+        """Save the last iterate, with all that was read there."""
+        if self._saved == trainer.global_step != self._first:
+            self._saved = self._first  # What ended the run came after the checkpoint of this iterate.
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -140,7 +148,11 @@ class LastCheckpoint(Checkpoint):
         asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
         # Saving takes all processes; what asks a run to stop reaches them together.
         if trainer.training and (asked or trainer.world_size == 1):
-            self._save(trainer)
+            try:
+                self._save(trainer)
+            except (UserError, OSError) as error:  # The first error is what the user has to hear.
+                if not say_the_same(error, exception):
+                    rank_zero_warn(f"the last checkpoint could not be saved: {error}")
         if asked and self._path is not None and self._saved is not None:
             signal = "SIGINT" if isinstance(exception, KeyboardInterrupt) else "SIGTERM"
             rank_zero_info(f"{signal}: the run is saved at iteration {self._saved}. It goes on from {self._path}.")
@@ -176,3 +188,10 @@ class LastCheckpoint(Checkpoint):
             sync(table)
         if self.keep_previous and path.is_file() and (self._own or is_sound(path)):
             keep_as(path, path.with_name("previous.ckpt"))
+
+
+def _is_ending(trainer: L.Trainer) -> bool:
+    """Whether training ends with the present Lightning step, as far as is known by now."""
+    steps, epochs = trainer.global_step, trainer.current_epoch + 1
+    stops = trainer.should_stop and steps >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+    return stops or 0 <= trainer.max_steps <= steps

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from nclightning.files.operations import append, create, make_folder
+from nclightning.files.operations import append, create, make_folder, replaced
 
-__all__ = ["EventWriter", "RunWriter"]
+__all__ = ["EventWriter", "RunWriter", "write_events"]
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 _LAYOUTS = ("custom_scalars__", "_hparams_/")
@@ -93,6 +94,26 @@ def _later_name(folder: Path) -> str:
     seconds = [int(found[1]) for path in folder.iterdir() if (found := _NAME.match(path.name))]
     second = max(int(time.time()), *(each + 1 for each in seconds), 0)
     return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
+
+
+def write_events(folder: Path, events: Iterable[Event], suffix: str) -> None:
+    """Write a whole event file, which appears in one step and is read after those that are there.
+
+    Args:
+        folder: Made if it is not there.
+        events: Its content.
+        suffix: End of its name.
+
+    Raises:
+        WriteError: If the disk refuses.
+    """
+    make_folder(folder)
+    records = _Record()
+    for event in (Event(wall_time=time.time(), file_version="brain.Event:2"), *events):
+        RecordWriter(records).write(event.SerializeToString())
+    # TensorBoard reads whatever has "tfevents" in its name.
+    with replaced(folder / f"{_later_name(folder)}{suffix}", ".events.partial") as partial:
+        partial.write_bytes(records)
 
 
 class EventWriter(FileWriter):

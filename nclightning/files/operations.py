@@ -81,11 +81,12 @@ def operation(name: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path, partial_name: str | None = None) -> Iterator[Path]:
     """Write a file under another name, and let it take its place in one step once it is on the disk.
 
     Args:
         path: The file, which may exist.
+        partial_name: The other name, where those who look for files like this one would take it for one.
 
     Yields:
         Where to write; with the same ending, in the same folder. Nothing is left of it after an error.
@@ -93,7 +94,7 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: If the disk refuses; the file is as it was.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    partial = path.with_name(partial_name or f".{path.stem}.partial{path.suffix}")
     try:
         with operation("write", partial):
             yield partial

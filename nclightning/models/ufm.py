@@ -130,6 +130,7 @@ class UFM(RegularizedClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the optimizer keeps of each feature together, as the state of the model does with the features."""
+        super().on_save_checkpoint(checkpoint)
         self._each_row(checkpoint, self.optimizers(use_pl_optimizer=False), FeatureTable.gather)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

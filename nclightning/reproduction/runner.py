@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nclightning.errors import UserError
-from nclightning.files import FolderLock, delete_folder, make_folder, replaced
+from nclightning.files import FolderLock, delete_folder, is_sound, make_folder, replaced
 from nclightning.interrupts import terminable
 from nclightning.reproduction.experiments import Experiment
 
@@ -88,19 +87,17 @@ class Store:
             )
         return finished
 
-    def begin(self, experiment: Experiment) -> list[str] | None:
+    def begin(self, experiment: Experiment) -> list[str]:
         """Record that a run begins, and say how.
 
         Returns:
-            The words to run: from its checkpoint if it has one, else anew. None if the run took all its iterations
-            and was killed before it could say so; it is finished now.
+            The words to run: from its last checkpoint that is not damaged, else anew. A run that was killed at its end,
+            before it could say so, only makes up what is missing.
         """
         folder, words = self.run_folder(experiment), ["fit", *experiment.words]
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        if all(path.is_file() for path in (checkpoint, folder / "config.yaml", folder / "readings.csv")):
-            if _last_iteration(folder / "readings.csv") == _max_steps(folder / "config.yaml"):
-                self._write(experiment, finished=True)
-                return None
+        checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+        checkpoint = next((path for path in checkpoints if is_sound(path)), None)
+        if checkpoint and (folder / "config.yaml").is_file() and (folder / "readings.csv").is_file():
             words += ["--ckpt_path", str(checkpoint)]
         elif folder.exists():
             delete_folder(folder)  # Killed before its first checkpoint, or damaged.
@@ -219,8 +216,6 @@ def _run(store: Store, experiment: Experiment, progress: Progress, stopping: thr
         words = store.begin(experiment)
     except OSError as error:
         return error.strerror or str(error)
-    if words is None:
-        return None
     task = progress.add_task(f"  {experiment.name}", total=None, reached="starting")
     command = [sys.executable, "-c", _CHILD, str(store.state_path(experiment)), *words]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -254,14 +249,6 @@ def _follow(
         progress.update(task, reached="starting" if iteration is None else f"iteration {iteration:,}")
     assert child.stdin is not None
     child.stdin.close()
-
-
-def _max_steps(config: Path) -> int:
-    """Iterations that a run was to take at most."""
-    try:
-        return int(yaml.safe_load(config.read_text())["trainer"]["max_steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
-        return -1  # Damaged; the checkpoint knows how far it is.
 
 
 def _last_iteration(readings: Path) -> int | None:

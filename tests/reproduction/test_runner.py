@@ -151,19 +151,37 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     assert not store.is_finished(SHORT)
 
 
-def test_a_run_that_took_all_iterations_is_finished(tmp_path):
-    """Killed between its last checkpoint and its mark."""
+def test_a_run_that_was_killed_at_its_end_makes_up_the_rest(tmp_path, console):
+    """Killed between its last checkpoint and its report, it takes no further iteration."""
+    assert run_all(tmp_path, [SHORT], 1, console) == []
     store = Store(tmp_path)
     folder = store.run_folder(SHORT)
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").touch()
-    (folder / "config.yaml").write_text("trainer:\n  max_steps: 30\n")
-    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n20,0.5\n")
-    assert store.begin(SHORT)[-2:] == ["--trainer.logger.init_args.version", "short"]
-    assert not store.is_finished(SHORT)
-    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n30,0.5\n")
-    assert store.begin(SHORT) is None
+    before = (folder / "readings.csv").read_bytes(), (folder / "checkpoints" / "last.ckpt").read_bytes()
+    store._write(SHORT, finished=False)
+    for path in (folder / "convergence.png", *folder.glob("*.finished_at_*")):
+        path.unlink()
+    assert run_all(tmp_path, [SHORT], 1, console) == []
     assert store.is_finished(SHORT)
+    assert (folder / "convergence.png").is_file()
+    assert len(list(folder.glob("*.finished_at_30"))) == 1
+    assert ((folder / "readings.csv").read_bytes(), (folder / "checkpoints" / "last.ckpt").read_bytes()) == before
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    store = finish(tmp_path)
+    folder = store.run_folder(SHORT)
+    (folder / "config.yaml").touch()
+    (folder / "readings.csv").touch()
+    checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    checkpoints[0].parent.mkdir()
+    for path in checkpoints:
+        torch.save({"a": torch.zeros(9)}, path)
+    for path in checkpoints:
+        words = store.begin(SHORT)
+        assert words[words.index("--ckpt_path") + 1] == str(path)
+        path.write_bytes(path.read_bytes().replace(bytes(36), bytes(35) + b"1"))
+    assert "--ckpt_path" not in store.begin(SHORT)
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_a_failure_with_its_reason(tmp_path, console, monkeypatch):
