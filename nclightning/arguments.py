@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_choices",
     "check_scales",
     "check_sizes",
+    "name_lambda",
     "resolve_dtype",
     "resolve_lambdas",
 ]
@@ -98,6 +99,26 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
     return dtype
 
 
+def name_lambda(arguments: Any) -> None:
+    """Give the paper's ``lambda`` its name in Python, and let it override the penalties that were given before it.
+
+    Args:
+        arguments: Of a model that takes ``lambda_w``, ``lambda_h`` and ``lambda_``, by name; changed in place. Those
+            that are given together with ``lambda`` stay.
+
+    Raises:
+        ValueError: If both names are used.
+    """
+    if "lambda" in arguments:
+        if "lambda_" in arguments:
+            raise UserError("lambda and lambda_ are one argument: give one of them.")
+        arguments["lambda_"] = arguments.pop("lambda")
+    if arguments.get("lambda_") is not None:
+        for name in ("lambda_w", "lambda_h"):
+            if name not in arguments:
+                arguments[name] = None
+
+
 def resolve_lambdas(
     lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
 ) -> tuple[float, float]:
@@ -116,6 +137,7 @@ def resolve_lambdas(
         ValueError: If one of them stays open.
     """
     if lambda_ is not None:
+        check_scales(**{"lambda": lambda_})
         lambda_w = samples_per_class * lambda_ if lambda_w is None else lambda_w
         lambda_h = lambda_ if lambda_h is None else lambda_h
     if lambda_w is None or lambda_h is None:

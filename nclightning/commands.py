@@ -6,12 +6,12 @@ import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.configurations import find_configuration, model_arguments, read_configuration
+from nclightning.configurations import find_configuration, model_arguments
 from nclightning.errors import UserError
 from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
 from nclightning.figures.prediction import describe_problem, prediction_tables
@@ -19,6 +19,7 @@ from nclightning.figures.tables import rates_table
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
+from nclightning.wording import of_the_parser
 
 __all__ = ["COMMANDS"]
 
@@ -102,7 +103,7 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     """Build the problem from options, over those of a configuration."""
     options: dict[str, Any] = {}
     if given["config"] is not None:
-        options = model_arguments(read_configuration(find_configuration(given["config"])))
+        options = model_arguments(find_configuration(given["config"]))
         if options.get("penalty", "features") != "features":
             raise UserError(
                 f"--config {given['config']}: penalty={options['penalty']!r} has no closed form, only 'features' has."
@@ -120,9 +121,19 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     return UFMProblem(options["loss"], *sizes, *resolve_lambdas(lambda_w, lambda_h, single, sizes[1]))
 
 
+class _Parser(ArgumentParser):
+    """Says in one sentence what it cannot take."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        options = [option for action in self._actions for option in action.option_strings]
+        raise UserError(of_the_parser(message, (), options))
+
+
 def _parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:
-    return ArgumentParser(
+    return _Parser(
         f"python -m nclightning {name}",
+        allow_abbrev=False,
         description=description,
         epilog=epilog,
         formatter_class=RawDescriptionHelpFormatter,
