@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +16,7 @@ __all__ = [
     "DtypeName",
     "check_cadences",
     "check_choices",
+    "check_memory",
     "check_scales",
     "check_sizes",
     "name_lambda",
@@ -50,6 +54,36 @@ def check_cadences(**cadences: int | None) -> None:
     for name, value in cadences.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
+
+
+def check_memory(what: str, elements: int, dtype: torch.dtype) -> None:
+    """Raise unless this machine's memory can hold some numbers; without a word where its size is not known.
+
+    Args:
+        what: They are.
+        elements: How many, at least.
+        dtype: Of each.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    needed, there = elements * dtype.itemsize, _memory()
+    if there is not None and needed > there:
+        raise UserError(
+            f"{what} needs at least {needed / 2**30:,.0f} GiB of memory, and here are {there / 2**30:,.1f} GiB: "
+            "reduce num_classes, samples_per_class or the dimensions."
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of the machine, or of the container that this runs in."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # Not on every system.
+        return None
+    with suppress(OSError, ValueError):  # No container, or one without a limit.
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:

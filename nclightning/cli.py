@@ -101,6 +101,7 @@ class RunCLI(LightningCLI):
         """Create a parser whose ``--config`` knows the shipped configurations."""
         kwargs.setdefault("dump_header", [f"nclightning, lightning.pytorch=={L.__version__}"])
         parser = RunParser(**kwargs)
+        self._parsers = [*getattr(self, "_parsers", []), parser]
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="a YAML file, or the name of a shipped configuration"
         )
@@ -120,7 +121,8 @@ class RunCLI(LightningCLI):
         try:
             self.config = parser.parse_args(in_order(words))
         except ParserMessage as message:
-            raise message.sentence(words) from message
+            options = [f"--{key}" for each in self._parsers for key in vars(each.get_defaults().as_flat())]
+            raise message.sentence(words, options) from message
         self._words = words
         seed = self.config[self.config.subcommand].seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:

@@ -49,6 +49,8 @@ def find_configuration(name: str) -> Path:
     Raises:
         ValueError: If there is neither.
     """
+    if not name.strip():
+        raise UserError(f"--config needs a file, or a name out of {', '.join(shipped_configs())}.")
     try:
         path = Path(name).expanduser()
         if path.is_file():
@@ -57,9 +59,7 @@ def find_configuration(name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # No such home, a name too long, a zero byte.
         raise UserError(f"--config {name[:100]!r}: no readable file name ({error}).") from error
     if is_folder:
-        raise UserError(
-            f"--config {name}: a folder, not a file. Give a configuration in it, such as {name}/config.yaml."
-        )
+        raise UserError(f"--config {name} is a folder. Give a file in it, such as {Path(name) / 'config.yaml'}.")
     shipped = shipped_configs()
     found = shipped.get(name.removesuffix(".yaml"))
     if found is None:

@@ -19,7 +19,7 @@ from nclightning.arguments import name_lambda
 from nclightning.configurations import check_yaml, find_configuration, read_configuration, shipped_configs
 from nclightning.errors import UserError
 from nclightning.models import RegularizedClassifier
-from nclightning.wording import of_the_parser
+from nclightning.wording import of_the_parser, place_of
 
 __all__ = ["ConfigFile", "HelpFormatter", "ParserMessage", "RunParser", "in_order", "takes_lambda"]
 
@@ -75,23 +75,16 @@ def in_order(words: Sequence[str]) -> list[str]:
 
 
 class ParserMessage(Exception):
-    """What the parser says, before it is put into one sentence.
+    """What the parser says, of any number of lines, before it is put into one sentence."""
 
-    Args:
-        text: Of any number of lines.
-        options: All options, as they are typed.
-    """
+    source = ""  # Option that named the configuration that it is about.
 
-    def __init__(self, text: str, options: Sequence[str] = ()) -> None:
-        super().__init__(text)
-        self.options = options
-        self.source = ""
-
-    def sentence(self, words: Sequence[str]) -> UserError:
+    def sentence(self, words: Sequence[str], options: Sequence[str]) -> UserError:
         """Word it for the user.
 
         Args:
             words: The command line.
+            options: All options, as they are typed.
 
         Returns:
             To be raised.
@@ -100,8 +93,9 @@ class ParserMessage(Exception):
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if cause is None:
-            return UserError(of_the_parser(str(self), words, self.options, self.source))
-        return UserError(f"{self.source}: {cause}" if self.source else str(cause))
+            return UserError(of_the_parser(str(self), words, options, self.source))
+        place = self.source or place_of(str(self), words)
+        return UserError(f"{place}: {cause}" if place else str(cause))
 
 
 class RunParser(LightningArgumentParser):
@@ -128,7 +122,7 @@ class RunParser(LightningArgumentParser):
         """Raise what is worded where the whole command line is known."""
         if not self.exit_on_error:  # The parser of a class: the one around it has more to say.
             super().error(message, ex)
-        raise ParserMessage(message, [f"--{key}" for key in vars(self.get_defaults().as_flat())]) from ex
+        raise ParserMessage(message) from ex
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -141,7 +135,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Resolve the name, check the file, and hand its path over to jsonargparse: other paths are relative to it."""
         path = find_configuration(values)
-        read_configuration(path)
+        content = read_configuration(path)
+        for name in parser.groups:
+            if not isinstance(content.get(name, {}), dict | str):
+                found = type(content[name]).__name__
+                raise UserError(f"--config {values}: {name}: expected a mapping of options, got {found}.")
         if path in shipped_configs().values():
             rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
         try:

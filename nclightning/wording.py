@@ -9,29 +9,49 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from traceback import walk_tb
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 
+from nclightning.configurations import find_configuration, read_configuration
 from nclightning.errors import UserError
 
-__all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "refusals_worded"]
+__all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
 
 # What a message of jsonargparse comes down to. The first kind that occurs in it says most.
 _KINDS = {
     "unknown": re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'"),
+    "no file": re.compile(r"Expected a path but (?P<name>\S+\.(?:yaml|yml|json)) either not accessible"),
+    "no text": re.compile(r"(?P<name>codec can't decode)"),
+    "no section": re.compile(r"Unable to load config (?P<name>.*)"),
     "missing": re.compile(r"the following arguments are required: (?P<name>.+)"),
     "no class": re.compile(r"Expected a dot import path string: (?P<name>\S+)"),
     "no name": re.compile(r"module '(?P<module>\S+)' has no attribute '(?P<name>\w+)'"),
     "no module": re.compile(r"No module named '(?P<name>[^']+)'"),
     "other class": re.compile(r"does not correspond to a subclass of (?P<name>\w+)"),
+    "no object": re.compile(r"Not a valid subclass of (?P<name>\w+)"),
     "type": re.compile(
         r"Expected an? (?!path but)(?P<name>.+?)(?:\. Got value: (?P<value>.*?))?(?:\. Got value: .*)?$"
     ),
+}
+_SAID = {
+    "unknown": "{owner} has no argument {name!r}.",
+    "no file": "{name}: no such file.",
+    "no text": "the file is no text in UTF-8.",
+    "no section": "expected a mapping of options, or a YAML file that holds one, got {name}.",
+    "missing": "{name} must be given{of_owner}.",
+    "no class": "there is no class {name!r} here.",
+    "no name": "there is no {name!r} in {module}.",
+    "no module": "there is no Python module {name!r}.",
+    "other class": "{value} is no {name}.",
+    "no object": "expected a class_path with its init_args, got {value}.",
+    "type": "expected {expected}, got {value}.",
 }
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _GROUP = re.compile(r"Group '([^']+)' does not accept")
@@ -87,7 +107,7 @@ def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], so
             return f"{name}: no such option.{_nearest_option(name, options)}"
         return f"{name!r} belongs to no option, whose names begin with --."
     if (found := re.search(r"argument (?:-\w/)?(\S+): expected \S+ \S*\s?argument", message)) is not None:
-        alone = [word for word, after in zip(words, [*words[1:], "--"], strict=True) if after.startswith("--")]
+        alone = [word for word, after in zip(words, [*words[1:], "--"], strict=False) if after.startswith("--")]
         return f"{next((word for word in alone if word.startswith(found[1])), found[1])} needs a value."
     lines = message.splitlines()
     kind, at, found = _reduce(lines)
@@ -97,26 +117,56 @@ def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], so
         return f"{source}: {said}" if source else said
     name = found["name"]
     option, value = (None, None) if source else _typed([*path, name] if kind == "unknown" else path, words)
+    if option is None and not source:  # Found at the end, when all had been read.
+        source = _holding([*path, name] if kind == "unknown" else path, words)
     value = value or found.groupdict().get("value") or _last(_GIVEN, lines[at:], first=True) or "nothing"
-    match kind:
-        case "unknown" if owner is not None:
-            said = f"{owner} has no argument {name!r}.{nearest(name, _arguments(owner))}"
-        case "unknown":
-            path.append(name)
-            said = "no such option." + _nearest_option(f"--{'.'.join(path)}", options, dashes=not source)
-        case "missing":
-            said = f"{name} must be given{f' for {owner}' if owner else ''}."
-        case "no class":
-            said = f"there is no class {name!r} here.{nearest(name, _classes(path))}"
-        case "no name":
-            said = f"there is no {name!r} in {found['module']}.{nearest(name, dir(import_module(found['module'])))}"
-        case "no module":
-            said = f"there is no Python module {name!r}.{nearest(name, _TOP_LEVEL)}"
-        case "other class":
-            said = f"{_shortened(value)} is no {name}."
-        case _:
-            said = f"expected {_expectation(lines, at)}, got {_shortened(value)}."
+    if kind == "unknown" and owner is None:
+        path.append(name)
+        said = "no such option." + _nearest_option(f"--{'.'.join(path)}", options, dashes=not source)
+    else:
+        expected = _expectation(lines, at) if kind == "type" else ""
+        said = _SAID["no object" if expected == "null" else kind].format(
+            name=name,
+            value=_shortened(value),
+            owner=owner,
+            of_owner=f" for {owner}" if owner else "",
+            module=found.groupdict().get("module"),
+            expected=expected,
+        ) + nearest(name, _known(kind, owner, path, found))
     return ": ".join(filter(None, (source, option or ".init_args.".join(path), said)))
+
+
+def _holding(path: Sequence[str], words: Sequence[str]) -> str:
+    """Name the configuration that an option is in; empty if none is given."""
+    given = [after for word, after in pairwise(words) if word in ("-c", "--config")]
+    for each in reversed(given):
+        content: Any = read_configuration(find_configuration(each))
+        for name in ".".join(path).split("."):
+            content = content.get(name) if isinstance(content, dict) else None
+        if content is not None:
+            return f"--config {each}"
+    return f"--config {given[-1]}" if given else ""
+
+
+def _known(kind: str, owner: str | None, path: Sequence[str], found: re.Match[str]) -> Sequence[str]:
+    """Names among which the one that was meant may be."""
+    if kind == "unknown" and owner is not None:
+        return _arguments(owner)
+    if kind == "no class":
+        return _classes(path)
+    if kind == "no name":
+        return dir(import_module(found["module"]))
+    return _TOP_LEVEL if kind == "no module" else ()
+
+
+def place_of(message: str, words: Sequence[str]) -> str:
+    """Name the option that a message is about, as it was typed; empty if none is.
+
+    Args:
+        message: Of jsonargparse.
+        words: The command line.
+    """
+    return _typed(_path(message.splitlines()), words)[0] or ""
 
 
 def _reduce(lines: Sequence[str]) -> tuple[str, int, re.Match[str] | None]:
@@ -168,6 +218,8 @@ def _described(expected: str) -> str:
 
 def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str | None]:
     """Find the word that set an option, and the value that it set."""
+    if not path:
+        return None, None
     wanted = re.sub(r"^model\.lambda$", "model.lambda_", ".".join(path))
     best: tuple[int, str | None, str | None] = (0, None, None)
     for i, word in enumerate(words):
@@ -195,6 +247,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> str:
+    if name == "--lambda":
+        return " Did you mean model.init_args.lambda?"
     options = [*options, "--config", "--lambda"]
     root, dot, rest = name.partition(".")
     said = nearest(name.lstrip("-"), [each.lstrip("-") for each in options]).replace("mean ", "mean --")
@@ -202,7 +256,7 @@ def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> s
         said = nearest(root, dict.fromkeys(each.partition(".")[0] for each in options))
         said = f"{said[:-1]}.{rest}?" if said else ""
     if not dashes:  # In a configuration.
-        said = said.replace("--", "").replace("mean lambda?", "mean model.init_args.lambda?")
+        said = said.replace("--", "")
     return said
 
 
@@ -267,12 +321,16 @@ def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
         raise refusal from error
 
 
-def _refusal(error: Exception, words: Sequence[str], what: str) -> UserError | None:
+def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
+    while error.__cause__ is not None:  # Of several types that were tried, the first said most.
+        error = error.__cause__
+    if isinstance(error, UserError):
+        return error
     if not isinstance(error, (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError)):
         return None
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
-    if frames[-1][0].partition(".")[0] not in _LIBRARIES or not ours or ours[-1][1] not in _MAKES_OBJECTS:
+    if frames[-1][0].partition(".")[0] not in _LIBRARIES or (ours and ours[-1][1] not in _MAKES_OBJECTS):
         return None
     text = one_line(error)
     options = [word.partition("=") for word in words]
