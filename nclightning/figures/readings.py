@@ -93,7 +93,7 @@ def _read_table(path: Path) -> Readings:
 
 def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
     """Refuse rows that are not those of one run in order; Lightning's tables may have several of a step."""
-    wrong = ~(np.isfinite(iterations) & (iterations >= 0) & (iterations == np.floor(iterations)))
+    wrong = ~((iterations >= 0) & (iterations < 2**53) & (iterations == np.floor(iterations)))
     if wrong.any():
         line = int(wrong.argmax())
         raise UserError(f"{path} is damaged: line {line + 2} is of iteration {iterations[line]:g}, no whole number.")

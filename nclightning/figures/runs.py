@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,7 +92,7 @@ class Run:
     def _number(self, name: str) -> float:
         """A setting; nan where it is none, or no number, as in somebody's own run."""
         value = self.settings.get(name)
-        return float(value) if isinstance(value, int | float) else math.nan
+        return float(value) if isinstance(value, int | float) and abs(value) < sys.float_info.max else math.nan
 
     @property
     def sizes(self) -> str:
@@ -117,7 +118,7 @@ def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
         return None
     try:
         return UFMProblem(*(settings[name] for name in names))
-    except (TypeError, ValueError):  # Settings may hold anything.
+    except (TypeError, ValueError, OverflowError):  # Settings may hold anything.
         return None
 
 
