@@ -91,7 +91,7 @@ class ParserMessage(Exception):
         """
         cause = self.__cause__
         while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
+            cause = cause.__cause__ or cause.__context__
         if cause is None:
             return UserError(of_the_parser(str(self), words, options, self.source))
         place = self.source or place_of(str(self), words)

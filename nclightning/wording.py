@@ -26,7 +26,7 @@ __all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "place_of", "r
 
 # What a message of jsonargparse comes down to. The first kind that occurs in it says most.
 _KINDS = {
-    "unknown": re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'"),
+    "unknown": re.compile(r"(?:Option|does not accept option|Key|No action for key) ['\"](?P<name>[^'\"]+)['\"]"),
     "no file": re.compile(r"Expected a path but (?P<name>\S+\.(?:yaml|yml|json)) either not accessible"),
     "no text": re.compile(r"(?P<name>codec can't decode)"),
     "no section": re.compile(r"Unable to load config (?P<name>.*)"),
@@ -322,8 +322,8 @@ def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
 
 
 def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
-    while error.__cause__ is not None:  # Of several types that were tried, the first said most.
-        error = error.__cause__
+    while (cause := error.__cause__ or error.__context__) is not None:  # Of several types tried, the first said most.
+        error = cause
     if isinstance(error, UserError):
         return error
     if not isinstance(error, (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError)):
@@ -370,6 +370,8 @@ def of_the_user(error: BaseException) -> str | None:
         return "the memory does not hold this problem: take fewer classes, samples or dimensions, or another device."
     if isinstance(error, OSError):
         return _of_the_place(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return f"the checkpoint does not fit the model: {one_line(error, 200)}"
     if isinstance(error, RuntimeError) and any(part in str(error) for part in _WRITING_FAILED):
         return (
             f"a checkpoint cannot be written ({one_line(error, 200)[:-1]}): is the disk full, or the run folder gone?"

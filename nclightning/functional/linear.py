@@ -24,10 +24,13 @@ _TILE = 2**23
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """Power of two next to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
-    largest = values.abs().amax() if values.numel() else values.new_zeros(())
-    unit = torch.exp2(torch.frexp(largest).exponent.to(values.dtype))
-    return torch.where((largest > 0) & largest.isfinite(), unit, 1)
+    """Power of two up to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
+    if not values.numel():
+        return values.new_ones(())
+    largest = torch.linalg.vector_norm(values, ord=torch.inf)
+    # Zero, inf and nan are their own mantissas, and their quotients nan.
+    unit: Tensor = largest / (2 * torch.frexp(largest).mantissa)
+    return unit.nan_to_num(nan=1.0)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:
@@ -39,7 +42,7 @@ def norm(values: Tensor, dim: int) -> Tensor:
 
 def root_sum_of_squares(*values: Tensor) -> Tensor:
     r"""Element by element :math:`\sqrt{\sum_i x_i^2}`, whose squares neither over- nor underflow."""
-    return norm(torch.stack(values), dim=0)
+    return norm(torch.stack(values), dim=0) if len(values) > 1 else values[0].abs()
 
 
 def triangular_factor(parts: Sequence[Tensor]) -> Tensor:

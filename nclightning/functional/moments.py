@@ -55,6 +55,11 @@ class Moments(NamedTuple):
             rounding=torch.full((2,), torch.inf, dtype=dtype, device=device),
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether they are known to be of no samples, without asking the device for their counts."""
+        return self.root is not None and not len(self.root)
+
     def moved_to(self, other: Moments) -> Tensor:
         """Rows whose squares are what the spread of these samples grows by around the class means of the other."""
         shift = torch.where((self.counts > 0).unsqueeze(1), self.shift_to(other), 0)

@@ -14,7 +14,7 @@ from nclightning.functional.linear import norm, root_sum_of_squares
 if TYPE_CHECKING:
     from nclightning.functional.statistics import ClassStatistics
 
-__all__ = ["mean_rounding", "noise_along", "rounding_along", "rounding_of"]
+__all__ = ["mean_rounding", "noise_of", "rounding_along", "rounding_of"]
 
 # Roundings that operations before the last one may add up to, in dtypes that are finer than this.
 _ROUNDINGS, _FINE = 64, 2**-20
@@ -63,20 +63,20 @@ def rounding_along(stats: ClassStatistics, directions: Tensor) -> Tensor:
     return stats.epsilon * norm(directions * sizes, dim=1)
 
 
-def noise_along(stats: ClassStatistics, directions: Tensor) -> Tensor:
-    """What rounding before the last operation may leave, too: 64 times :func:`rounding_along`.
+def noise_of(stats: ClassStatistics, rounding: Tensor) -> Tensor:
+    """What rounding before the last operation may leave, too: 64 times one rounding.
 
     So much does, say, a LayerNorm that subtracts a mean of 64 times the spread. In half precision so many roundings
     would be features themselves: there it is one.
 
     Args:
         stats: Statistics of the features.
-        directions: Vectors v ``(r, d)``.
+        rounding: Of them, :func:`rounding_along` some directions.
 
     Returns:
-        ``(r,)``.
+        In the shape of ``rounding``.
     """
-    return torch.where(stats.epsilon <= _FINE, _ROUNDINGS, 1) * rounding_along(stats, directions)
+    return torch.where(stats.epsilon <= _FINE, _ROUNDINGS, 1) * rounding
 
 
 def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classes: int) -> Tensor:

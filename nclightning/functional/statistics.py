@@ -190,7 +190,8 @@ class ClassStatistics:
         if not self.kept:
             return self.folded
         if self._first is None:
-            self._first = self.folded._replace(root=None).merge(self._samples.moments(self.folded.means))
+            kept = Samples(self.kept).moments(self.folded.means)
+            self._first = kept if self.folded.is_empty else self.folded._replace(root=None).merge(kept)
         return self._first
 
     def _second_moments(self) -> tuple[Tensor, Tensor]:
@@ -216,22 +217,17 @@ class ClassStatistics:
             widths += torch.linalg.vector_norm(away, dim=0).square_()
             if directions is not None:
                 along += (directions @ away.T).square_().sum(dim=1)  # Twice as fast as the other way round.
-        moved = self.folded.moved_to(first)
-        return (
-            root_sum_of_squares(self.folded.norms, norm(moved, dim=1), unit * norms.narrow(0, 0, K).sqrt()),
-            root_sum_of_squares(self.folded.widths, norm(moved, dim=0), unit * widths.sqrt()),
-            unit * along.sqrt(),
-        )
-
-    @property
-    def _samples(self) -> Samples:
-        return Samples(self.kept)
+        of_classes, of_coordinates = unit * norms.narrow(0, 0, K).sqrt(), unit * widths.sqrt()
+        if not self.folded.is_empty:
+            moved = self.folded.moved_to(first)
+            of_classes = root_sum_of_squares(self.folded.norms, norm(moved, dim=1), of_classes)
+            of_coordinates = root_sum_of_squares(self.folded.widths, norm(moved, dim=0), of_coordinates)
+        return of_classes, of_coordinates, unit * along.sqrt()
 
     def _deviations(self, unit: Tensor, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        first, root = self._first_moments(), self.folded.root
-        nothing_folded = root is not None and not len(root)
-        tails = None if nothing_folded and self._samples.sums_are_exact(unit.dtype) else first.tails / unit
-        return self._samples.deviations(first.means / unit, tails, 1 / unit, least)
+        first = self._first_moments()
+        tails = None if self.folded.is_empty and Samples(self.kept).sums_are_exact(unit.dtype) else first.tails / unit
+        return Samples(self.kept).deviations(first.means / unit, tails, 1 / unit, least)
 
     def _can_keep(self, kept: list[Tensor]) -> bool:
         return not kept or Samples(kept).are_few(len(self.folded.counts), light=self.folded.root is None)

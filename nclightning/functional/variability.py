@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
-from nclightning.functional.rounding import mean_rounding, noise_along, rounding_along
+from nclightning.functional.rounding import mean_rounding, noise_of, rounding_along
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = [
@@ -101,13 +101,14 @@ def _between_directions(
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
     spread = stats.norms_along(right) / stats.counts.sum().sqrt()
     by_chance = 2 * spread * (stats.present.sum() / stats.counts.sum()).sqrt()
-    noise = (torch.maximum(singular, spread) <= noise_along(stats, right)) & (singular <= by_chance)
+    rounding = rounding_along(stats, right)
+    noise = (torch.maximum(singular, spread) <= noise_of(stats, rounding)) & (singular <= by_chance)
     exact = torch.finfo(singular.dtype).eps * max(stats.means.shape) * singular.amax()
     possible = torch.arange(len(singular), device=singular.device) < stats.present.sum() - 1
     return (
         singular,
         right,
-        possible & (singular > torch.maximum(rounding_along(stats, right), exact)) & noise.logical_not(),
+        possible & (singular > torch.maximum(rounding, exact)) & noise.logical_not(),
         spread,
     )
 
@@ -218,7 +219,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     explaining = torch.where(inside, 0, rotated / unit)
     left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
     # Directions in which only rounding spreads explain nothing, that of the directions themselves included.
-    rounding = noise_along(stats, right @ span) / unit
+    rounding = noise_of(stats, rounding_along(stats, right @ span)) / unit
     tilt = 8 * torch.finfo(sizes.dtype).eps * len(sizes) * torch.linalg.matrix_norm(rotated / unit)
     left = left * (sizes > torch.maximum(rounding, tilt))
     rest = torch.where(inside, rotated / unit, 0)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from nclightning.errors import UserError
 from nclightning.optim.backtracking import Found, backtrack, grown
 from nclightning.optim.evaluation import Carried, Evaluation, parameters_of
-from nclightning.optim.iterate import Fingerprint
+from nclightning.optim.iterate import remember
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.options import check_group, check_options, common_options, vanishing_step
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
@@ -175,7 +175,7 @@ class ArmijoGD(Optimizer):
             if carried is not None and not before:
                 carried.compare_with(None)  # Version counters alone have to tell.
                 if carried.holds(params):
-                    carried.compare_with(Fingerprint(params))
+                    carried.compare_with(remember(params))
                 else:
                     self._forget()
 

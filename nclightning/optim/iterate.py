@@ -13,9 +13,10 @@ from torch import Tensor
 from nclightning.ranks import world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["Fingerprint", "Iterate", "IterateCopy", "differ_between_ranks"]
+__all__ = ["Iterate", "IterateCopy", "differ_between_ranks", "remember"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COPIED_BYTES = 2**20  # So few are copied and compared several times faster than they are hashed.
 _PART = 2**14  # Words that are added up with weights of their own.
 _ROWS = 4  # Parts at a time: they stay in a CPU's cache.
 
@@ -61,6 +62,21 @@ class Fingerprint(Iterate):
     def matches(self, params: Sequence[Tensor]) -> bool:
         """Compare the hashes."""
         return torch.equal(self._hashes, _hashes(params))
+
+
+def remember(params: Sequence[Tensor]) -> Iterate:
+    """Remember parameters as they are: by copies where these are small, else by hashes.
+
+    Args:
+        params: All that an optimizer has.
+
+    Returns:
+        To be asked later whether they still are there.
+    """
+    shards = [own_shard(p.detach()) for p in params]
+    if sum(shard.numel() * shard.element_size() for shard in shards) <= _COPIED_BYTES:
+        return IterateCopy([shard.clone() for shard in shards])
+    return Fingerprint(params)
 
 
 def differ_between_ranks(params: Sequence[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
-from nclightning.optim.iterate import Fingerprint, Iterate, IterateCopy
+from nclightning.optim.iterate import Iterate, IterateCopy, remember
 from nclightning.ranks import count_over_ranks
 from nclightning.sharding import own_shard
 
@@ -93,7 +93,7 @@ class LineObjective(ABC):
         Returns:
             To be asked later whether they still are there.
         """
-        return Fingerprint(params)
+        return remember(params)
 
 
 class ClosureLine(LineObjective):

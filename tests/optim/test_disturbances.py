@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nclightning.optim import ArmijoGD, LineObjective, SearchStatus
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.iterate import Fingerprint
+from nclightning.optim.iterate import Fingerprint, remember
 
 CURVATURES = torch.tensor([1.0, 0.5, 0.2, 0.9], dtype=torch.float64)
 
@@ -167,10 +167,11 @@ def test_weights_that_were_swapped_and_put_back_cost_nothing(make):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 20_001, 2**17 + 7])
-def test_fingerprints_tell_single_changes_signs_and_order(dtype, count):
+@pytest.mark.parametrize("remember", [Fingerprint, remember], ids=["hashes", "copies where few"])
+def test_single_changes_signs_and_order_are_told(dtype, count, remember):
     torch.manual_seed(0)
     p = torch.randn(count, dtype=torch.float64).to(dtype)
-    original, print_ = p.clone(), Fingerprint([p])
+    original, print_ = p.clone(), remember([p])
     assert print_.matches([p])
     for index in {0, count // 2, count - 1}:
         p[index] = torch.nextafter(p[index], torch.tensor(9.0, dtype=dtype)) if dtype.itemsize > 2 else p[index] * 1.01
