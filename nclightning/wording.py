@@ -81,8 +81,18 @@ _MAKES_OBJECTS = ("instantiate_classes", "before_fit", "configure_optimizers")
 _LIBRARIES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics")
 # Of the place where a run lives, not of the program.
 _OF_THE_PLACE = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EIO", "ESTALE", "EFBIG")
-_WRITING_FAILED = ("PytorchStreamWriter failed", "Parent directory", "cannot be opened", "unexpected pos")
-_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
+# Parts of messages of torch and Lightning, and what they mean.
+_OF_LIBRARIES = (
+    (
+        ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate"),
+        "the memory does not hold this problem: take fewer classes, samples or dimensions, or another device.",
+    ),
+    (
+        ("PytorchStreamWriter failed", "Parent directory", "cannot be opened", "unexpected pos", "Missing folder"),
+        "the run folder cannot be written ({}): a full disk, or a folder that is gone.",
+    ),
+    (("Error(s) in loading state_dict",), "the checkpoint does not fit the model: {}."),
+)
 _TOP_LEVEL = ("nclightning", "torch", "lightning", "torchmetrics")
 _MOST_SHOWN = 60
 
@@ -364,18 +374,12 @@ def of_the_user(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, MisconfigurationException):
         return one_line(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in _NO_MEMORY)
-    ):
-        return "the memory does not hold this problem: take fewer classes, samples or dimensions, or another device."
     if isinstance(error, OSError):
         return _of_the_place(error)
-    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
-        return f"the checkpoint does not fit the model: {one_line(error, 200)}"
-    if isinstance(error, RuntimeError) and any(part in str(error) for part in _WRITING_FAILED):
-        return (
-            f"a checkpoint cannot be written ({one_line(error, 200)[:-1]}): is the disk full, or the run folder gone?"
-        )
+    if isinstance(error, (MemoryError, RuntimeError)):
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        said = next((said for parts, said in _OF_LIBRARIES if any(part in text for part in parts)), None)
+        return None if said is None else said.format(one_line(text, 200)[:-1])
     return None
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,19 @@ def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, m
     with pytest.raises(SystemExit, match=message):
         main([stage, "--config", "ufm_mse", *QUIET, *args, "--ckpt_path", str(path)])
     assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_folder_that_is_removed_ends_the_run_in_a_sentence():
+    class Removes(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            if iteration == 120:
+                shutil.rmtree(trainer.log_dir)
+
+    sys.modules[__name__].Removes = Removes
+    Removes.__qualname__ = "Removes"
+    with pytest.raises(SystemExit, match=r"error: .*(gone|cannot be written)") as stop:
+        fit("--trainer.callbacks+", f"{__name__}.Removes", steps=300)
+    assert "\n" not in stop.value.code
 
 
 def test_a_missing_config_is_asked_for():

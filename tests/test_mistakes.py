@@ -286,15 +286,16 @@ def test_a_fault_of_our_own_keeps_its_traceback_and_asks_for_a_report(monkeypatc
         (OSError(30, "Read-only file system", "run"), "run: Read-only file system"),
         (PermissionError(13, "Permission denied", "run"), "run: Permission denied"),
         (FileNotFoundError(2, "No such file or directory", "gone/run/readings.csv"), "its folder is gone"),
-        (RuntimeError("Parent directory gone does not exist."), "a checkpoint cannot be written"),
+        (RuntimeError("Parent directory gone does not exist."), "the run folder cannot be written"),
         (
             RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"),
-            "a checkpoint cannot be written",
+            "the run folder cannot be written",
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
             "the memory does not hold this problem",
         ),
+        (RuntimeError("Missing folder: lightning_logs/version_0."), "the run folder cannot be written"),
         (MemoryError(), "the memory does not hold this problem"),
     ],
     ids=lambda value: str(value)[:40],
