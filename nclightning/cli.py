@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
@@ -13,9 +14,9 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 from nclightning.arguments import resolve_lambdas
@@ -26,6 +27,9 @@ from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.tables import rates_table
+from nclightning.files import check_checkpoint, make_folder, replaced
+from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
+from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.summaries import hyperparameters, record_summary
@@ -109,20 +113,42 @@ def _expand_lambda(args: Sequence[str]) -> list[str]:
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it."""
+    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it.
+
+    That is when training has begun: a run that is refused leaves no file.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write nothing yet."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the configuration of a new run."""
+        if trainer.ckpt_path is None:
+            self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write that of a resumed run, whose checkpoint is accepted only now."""
+        self._write(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
         """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # Processes agree on it: all must ask.
-        if self.already_saved or not trainer.is_global_zero or stage != "fit":
+        if self.already_saved or not trainer.is_global_zero:
             return
+        self.already_saved = True
+        folder = run_folder(trainer)
+        if folder is None or not (trainer.loggers or trainer.checkpoint_callbacks):
+            return  # A run that leaves nothing else.
         path, count = folder / "config.yaml", 0
         while path.exists():
             count += 1
             path = folder / f"config_resumed_{count}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
-        self.already_saved = True
+        make_folder(folder)
+        with replaced(path) as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class RunCLI(LightningCLI):
@@ -174,6 +200,10 @@ class RunCLI(LightningCLI):
             disabled.add(LastCheckpoint.__name__)
         if isinstance(trainer.callbacks, list):
             trainer.callbacks = [c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in disabled]
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            options = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if options is not None and "save_dir" in options and options.save_dir is None:
+                options.save_dir = trainer.default_root_dir  # None is the working directory for both.
         if self.subcommand != "fit":
             trainer.logger = False  # Looking at a checkpoint makes no run folder.
 
@@ -207,6 +237,7 @@ class RunCLI(LightningCLI):
         """Read a checkpoint of this problem."""
         if not path.is_file():
             raise UserError(f"--ckpt_path {path}: no such file.")
+        check_checkpoint(path, f"--ckpt_path {path}")
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"]
@@ -224,16 +255,21 @@ class RunCLI(LightningCLI):
                 f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
-        folder = path.resolve().parent.parent
+        logger, folder = find_run_logger(self.trainer), folder_of_checkpoint(path)
+        if logger is None:
+            return
         if (folder / "readings.csv").is_file():
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.continue_run(folder, self._start)
+            logger.continue_run(folder, self._start)
+        else:
+            rank_zero_info(
+                f"{folder} is no run folder, as it has no readings.csv: the run goes on in {logger.log_dir}."
+            )
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
         """Fit, and report on the run folder even after an interrupt."""
         try:
-            self.trainer.fit(model, **kwargs)
+            with ends_with_launcher():
+                self.trainer.fit(model, **kwargs)
         finally:
             if self.trainer.global_step > self._start:
                 _report(self.trainer, self.config.fit.seed_everything)
@@ -251,6 +287,11 @@ def main(args: list[str] | None = None) -> None:
             COMMANDS[words[0]](words[1:])
         else:
             _run_cli(args)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = status_of(stop)
+        if status is None or os.environ.get("LOCAL_RANK", "0") != "0":
+            raise
+        sys.exit(status)
     except Exception as error:
         worded = _worded_for_user(error)
         if worded is None:

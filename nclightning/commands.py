@@ -16,6 +16,8 @@ from nclightning.errors import UserError
 from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
+from nclightning.files import make_folder
+from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
@@ -39,8 +41,9 @@ def _reproduce(words: Sequence[str]) -> None:
     try:
         figures = [int(figure) if figure.isdigit() else figure for figure in given.figures]
         reproduce(figures, given.out, given.quick, given.jobs)
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. What finished is kept; the same command goes on.")
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("Interrupted. What finished is kept; the same command goes on.", file=sys.stderr)
+        sys.exit(SIGTERM_STATUS if isinstance(stop, Terminated) else SIGINT_STATUS)
 
 
 def _plot(words: Sequence[str]) -> None:
@@ -60,7 +63,7 @@ def _plot(words: Sequence[str]) -> None:
         having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
         if having:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 drawn += draw(having, folder / name)
             except OSError as error:
                 raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
