@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -25,7 +23,7 @@ from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
-from nclightning.configurations import find_configuration, read_configuration, shipped_configs
+from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
 from nclightning.files import check_checkpoint, make_folder, replaced
@@ -34,7 +32,9 @@ from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
+from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
 from nclightning.table import check_rows
+from nclightning.wording import nearest, of_the_user, refusals_worded
 
 __all__ = ["main"]
 
@@ -73,44 +73,10 @@ further commands, each with a --help of its own:
 
 To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
 options of a class with their meaning."""
-
-
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the examples."""
-
-
-class ConfigFile(ActionConfigFile):
-    """``--config``: a file, or the name of a shipped configuration."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Resolve the name, let ``lambda`` stand for ``lambda_``, and hand over to jsonargparse."""
-        if isinstance(values, str):
-            try:
-                path = find_configuration(values)
-                if path in shipped_configs().values():
-                    rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
-                values = str(yaml.safe_dump(read_configuration(path), sort_keys=False))
-            except UserError as error:
-                parser.error(str(error))
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
-
-
-def _expand_lambda(args: Sequence[str]) -> list[str]:
-    """Turn ``--lambda X`` into the model's argument; it overrides penalties given earlier on the line or in files."""
-    expanded: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        name, equals, value = arg.partition("=")
-        if name in ("--lambda", "--model.lambda", "--model.init_args.lambda"):
-            value = value if equals else next(rest, "")
-            if not value:
-                raise UserError(f"{name} needs a value, such as {name} 5e-3.")
-            for key in ("lambda_w", "lambda_h"):
-                expanded += [f"--model.init_args.{key}", "null"]
-            expanded += ["--model.init_args.lambda_", value]
-        else:
-            expanded.append(arg)
-    return expanded
+_BUG = (
+    "This is no mistake of yours but a fault of nclightning or of code that it calls. "
+    "Please report it with the command and all lines above."
+)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -163,7 +129,8 @@ class RunCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create a parser whose ``--config`` knows the shipped configurations."""
         kwargs.setdefault("dump_header", [f"nclightning, lightning.pytorch=={L.__version__}"])
-        parser = LightningArgumentParser(**kwargs)
+        parser = RunParser(**kwargs)
+        self._parsers = [*getattr(self, "_parsers", []), parser]
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="a YAML file, or the name of a shipped configuration"
         )
@@ -179,8 +146,21 @@ class RunCLI(LightningCLI):
         words = sys.argv[1:] if args is None else args
         starts = ("-c", "--config", "--model", "--print_config", "-h", "--help")
         if words and words[0] in _PURPOSE and not any(word.startswith(starts) for word in words[1:]):
-            parser.error(f"give a configuration: --config NAME, where shipped are {', '.join(shipped_configs())}.")
-        self.config = parser.parse_args(_expand_lambda(words))
+            raise UserError(f"give a configuration: --config NAME, where shipped are {', '.join(shipped_configs())}.")
+        try:
+            self.config = parser.parse_args(in_order(words))
+        except ParserMessage as message:
+            options = [f"--{key}" for each in self._parsers for key in vars(each.get_defaults().as_flat())]
+            raise message.sentence(words, options) from message
+        self._words = words
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything must be between 0 and 2**32 - 1, got {seed}.")
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; a value that Lightning or torch refuses is the user's."""
+        with refusals_worded(self._words):
+            super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
         """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
@@ -189,7 +169,7 @@ class RunCLI(LightningCLI):
         """Resolve what the configuration leaves to a rule, so that the saved one states it."""
         config = self.config[self.subcommand]
         model = config.model.get("init_args", {})
-        if model.get("lambda_") is not None:
+        if takes_lambda(config.model.get("class_path"), model.keys()) and model["lambda_"] is not None:
             model["lambda_w"], model["lambda_h"] = resolve_lambdas(
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )
@@ -216,7 +196,8 @@ class RunCLI(LightningCLI):
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
-            self.model.configure_optimizers()
+            with refusals_worded(self._words, "model.init_args.optimizer"):
+                self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
@@ -321,6 +302,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
+        elif not {*words} & {*_PURPOSE, "-h", "--help"}:
+            raise UserError(_no_command(words))
         else:
             _run_cli(args)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -329,10 +312,12 @@ def main(args: list[str] | None = None) -> None:
             raise
         sys.exit(status)
     except Exception as error:
-        worded = _worded_for_user(error)
-        if worded is None:
+        sentence = of_the_user(error)
+        if sentence is None:
+            if hasattr(error, "add_note"):
+                error.add_note(_BUG)
             raise
-        sys.exit(f"error: {worded}")
+        sys.exit(f"error: {sentence}")
 
 
 def _run_cli(args: list[str] | None) -> None:
@@ -365,6 +350,13 @@ def _run_cli(args: list[str] | None) -> None:
     )
 
 
+def _no_command(words: Sequence[str]) -> str:
+    names = [*_PURPOSE, *COMMANDS]
+    if not words or words[0].startswith("-"):
+        return f"give a command first: {', '.join(names)}."
+    return f"there is no command {words[0]!r}, only {', '.join(names)}.{nearest(words[0], names)}"
+
+
 def _quieten_lightning() -> None:
     """Drop messages of Lightning that are about other products, or about what is so by design here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -375,10 +367,3 @@ def _quieten_lightning() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 against torch 2.13.
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def _worded_for_user(error: BaseException | None) -> UserError | None:
-    """Find the error of this package behind one of a library that called it."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error

@@ -32,9 +32,9 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
         raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
     # Around the global mean, so that a common offset of all features does not cost digits.
     centre, means = stats.global_mean(), stats.centred_means
-    inverse = 1 / power_of_two(means)
-    means, centred = means * inverse, (features.detach().to(means) - centre).mul_(inverse)
-    score = centred @ means.T - means.square().sum(dim=1) / 2
+    unit, centred = power_of_two(means), features.detach().to(means) - centre
+    means = means / unit
+    score = centred @ means.T - means.square().sum(dim=1) * (unit / 2)
     return decide(torch.where(stats.present, score, -torch.inf))
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "apart",
     "cosines",
     "distances",
+    "invertible_power_of_two",
     "norm",
     "power_of_two",
     "product",
@@ -31,7 +32,12 @@ def power_of_two(values: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(values, ord=torch.inf)
     # Zero, inf and nan are their own mantissas, and their quotients nan.
     unit: Tensor = largest / (2 * torch.frexp(largest).mantissa)
-    return unit.nan_to_num(nan=1.0).clamp(min=torch.finfo(values.dtype).tiny)  # So that its inverse is finite.
+    return unit.nan_to_num(nan=1.0)
+
+
+def invertible_power_of_two(values: Tensor) -> Tensor:
+    """Power of two as :func:`power_of_two`, whose inverse is finite, too."""
+    return power_of_two(values).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,11 +48,11 @@ def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         others: B ``(K, d)``.
 
     Returns:
-        Products P in a unit of their own, and factors a and b, powers of two of at most 1: the inner products plus C
-        are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
+        Products P with B in a unit of its own, and factors a and b, powers of two of at most 1: the inner products plus
+        C are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
     """
-    unit, other = power_of_two(rows), power_of_two(others)
-    return (rows / unit) @ (others / other).T, (unit * other).clamp(max=1), (1 / unit / other).clamp(max=1)
+    unit = invertible_power_of_two(others)
+    return rows @ (others / unit).T, unit.clamp(max=1), (1 / unit).clamp(max=1)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:

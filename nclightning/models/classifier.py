@@ -240,7 +240,7 @@ class RegularizedClassifier(L.LightningModule):
         Raises:
             ValueError: Naming the option.
         """
-        check_trainer(trainer, self, self.iterations_per_step, self._dtype_of_head, self.head.weight.dtype)
+        check_trainer(trainer, self, self._dtype_of_head)
 
     def check_parameters(self) -> None:
         """Raise unless all parameters are finite, on all processes alike.

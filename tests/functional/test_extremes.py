@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nclightning.functional.linear import power_of_two, product
+from nclightning.functional import class_statistics
+from nclightning.functional.linear import invertible_power_of_two, power_of_two, product
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 
 # Powers of the scale of features and of head to which a value is proportional, without a bias; else it is scale-free.
@@ -75,11 +76,20 @@ def test_a_scale_that_only_moves_between_features_and_head(size, sign):
 def test_a_unit_and_its_inverse_are_finite(dtype):
     info = torch.finfo(dtype)
     for size in (info.max, 1.0, 1.5, info.tiny, info.tiny * info.eps):
-        unit = power_of_two(torch.tensor([0.0, -size], dtype=dtype))
-        assert unit.isfinite()
+        values = torch.tensor([0.0, -size], dtype=dtype)
+        for unit in (power_of_two(values), invertible_power_of_two(values)):
+            assert unit.isfinite()
+            assert unit.log2().frac() == 0
         assert (1 / unit).isfinite()
-        assert unit.log2().frac() == 0
     assert all(float(power_of_two(torch.tensor(v, dtype=dtype))) == 1 for v in (0.0, math.inf, math.nan))
+
+
+def test_features_below_the_normal_numbers():
+    features, labels, *_ = draw(5, 12, torch.float64)
+    stats = class_statistics((2.0**-1040 * features), labels, 5)
+    assert float(stats.norms.sum() / class_statistics(features, labels, 5).norms.sum()) == pytest.approx(
+        2.0**-1040, rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("scales", [(1e200, 1e200), (1e-200, 1e-200), (1e200, 1e-200), (3.0, 5.0)])
