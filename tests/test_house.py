@@ -16,6 +16,7 @@ FLOORS = {
     "sharding": -1,
     "objective": 0,
     "heads": 0,
+    "passes": 0,
     "ranks": 0,
     "theory": 0,
     "functional": 0,

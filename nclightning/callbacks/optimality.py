@@ -34,7 +34,7 @@ from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
 from nclightning.metrics.optimality import check_linear
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import limited_batches
+from nclightning.sweep import has_lazy_parts, limited_batches
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -184,7 +184,7 @@ class OptimalityMonitor(ReadingsMonitor):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if begins and trainer.global_step > 0:
                 self._go_on(trainer)
-        elif not self._is_checked:
+        elif not self._is_checked and not has_lazy_parts(pl_module):  # Else with the second batch.
             self._check_first_batch(trainer, pl_module, batch)
             self._is_checked = True
 

@@ -13,6 +13,7 @@ __all__ = [
     "distances",
     "norm",
     "power_of_two",
+    "product",
     "root_sum_of_squares",
     "singular_vectors",
     "triangular_factor",
@@ -30,7 +31,22 @@ def power_of_two(values: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(values, ord=torch.inf)
     # Zero, inf and nan are their own mantissas, and their quotients nan.
     unit: Tensor = largest / (2 * torch.frexp(largest).mantissa)
-    return unit.nan_to_num(nan=1.0)
+    return unit.nan_to_num(nan=1.0).clamp(min=torch.finfo(values.dtype).tiny)  # So that its inverse is finite.
+
+
+def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Inner products :math:`A B^\top` that neither over- nor underflow.
+
+    Args:
+        rows: A ``(N, d)``.
+        others: B ``(K, d)``.
+
+    Returns:
+        Products P in a unit of their own, and factors a and b, powers of two of at most 1: the inner products plus C
+        are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
+    """
+    unit, other = power_of_two(rows), power_of_two(others)
+    return (rows / unit) @ (others / other).T, (unit * other).clamp(max=1), (1 / unit / other).clamp(max=1)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:
