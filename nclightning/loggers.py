@@ -216,16 +216,18 @@ class RunLogger(TensorBoardLogger):
 
         After an error what cannot be written any more is left out: a second error would hide the words of the first.
         """
-        with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
-            if status == "success" and self._held and self._held[-1][0] > self.table.last:
-                self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
-            begun = self._experiment is None or self._experiment.matters
-            if not begun and (status != "success" or self._continued is not None):
-                self._leave_nothing()
-            elif not begun:
-                self.experiment.matters = True
-            super().finalize(status)
-        self._release()
+        try:
+            with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
+                if status == "success" and self._held and self._held[-1][0] > self.table.last:
+                    self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
+                begun = self._experiment is None or self._experiment.matters
+                if not begun and (status != "success" or self._continued is not None):
+                    self._leave_nothing()
+                elif not begun:
+                    self.experiment.matters = True
+                super().finalize(status)
+        finally:
+            self._release()
 
     def _leave_nothing(self) -> None:
         """Undo what a fit has written that was refused at its start."""

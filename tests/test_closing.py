@@ -1,5 +1,6 @@
 """How a run ends, and that it ends once: whatever killed it, and however often it is resumed."""
 
+import gc
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning.cli import main
+from nclightning.files import observers
+from nclightning.loggers import RunLogger
 
 WHOLE, OTHER = (Path(f"lightning_logs/version_{i}") for i in range(2))
 # Cadences that part the last row, and a stop off the multiples of anything.
@@ -108,9 +111,6 @@ def test_a_finished_run_that_is_resumed_ends_again(ending, capsys):
 
 @pytest.mark.parametrize("where", ["draw_convergence", "record_summary", "_print"])
 def test_a_run_that_was_killed_in_its_report_makes_it_up_once(where, take, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     def kill(*_, **__):
         raise Killed
 
@@ -234,3 +234,49 @@ def test_a_table_that_is_gone_is_not_made_anew(take):
     with pytest.raises(SystemExit, match=r"readings.csv is missing"):
         fit(*STOP, "--ckpt_path", last(WHOLE), steps=60)
     assert not OTHER.exists()
+
+
+class Killed(BaseException):
+    """Stands in for a kill: from an operation on files on, nothing reaches the disk any more."""
+
+
+def operations_of(run, kill_at=None):
+    """Call a function and count its operations on files; from one of them on, each ends it."""
+    seen = []
+
+    def observe(operation):
+        if kill_at is not None and len(seen) >= kill_at:
+            raise Killed
+        seen.append(operation)
+
+    observers.append(observe)
+    try:
+        run()
+    except Killed:
+        return len(seen)
+    finally:
+        observers.remove(observe)
+        for logger in [each for each in gc.get_objects() if isinstance(each, RunLogger)]:
+            logger._release()  # The locks of a process end with it.
+    return len(seen)
+
+
+def go_on(run, *args, **options):
+    """Resume a run as one would who found it, from its checkpoint or anew."""
+    if Path(last(run)).is_file():
+        fit(*args, "--ckpt_path", last(run), **options)
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        fit(*args, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_a_run_killed_at_any_operation_on_files_comes_to_the_same_end(part, take):
+    take("stopped", Path("whole"))
+    count = operations_of(lambda: fit(*STOP))
+    for kill_at in range(count // 2 + part, count, 4):
+        shutil.rmtree("lightning_logs")
+        assert operations_of(lambda: fit(*STOP), kill_at) == kill_at
+        go_on(WHOLE, *STOP)
+        assert_alike(Path("whole"), WHOLE)

@@ -151,6 +151,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     assert not store.is_finished(SHORT)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_at_its_end_makes_up_the_rest(tmp_path, console):
     """Killed between its last checkpoint and its report, it takes no further iteration."""
     assert run_all(tmp_path, [SHORT], 1, console) == []
