@@ -256,7 +256,7 @@ def operations_of(run, kill_at=None):
         return len(seen)
     finally:
         observers.remove(observe)
-        for logger in [each for each in gc.get_objects() if isinstance(each, RunLogger)]:
+        for logger in [each for each in gc.get_objects() if issubclass(type(each), RunLogger)]:
             logger._release()  # The locks of a process end with it.
     return len(seen)
 

@@ -55,7 +55,7 @@ def check_checkpoint(path: Path, name: str | None = None) -> None:
     previous = path.with_name("previous.ckpt")
     repair = "Take another checkpoint."
     if path.name != previous.name and previous.is_file() and is_sound(previous):
-        repair = f"The one saved before it is good: {previous}"
+        repair = f"The one saved before it, {previous}, is good."
     raise UserError(f"{name or path}: not a readable checkpoint ({damage}). {repair}")
 
 
