@@ -29,7 +29,8 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
         centred: Subtract the mean row of the head first (Zhou et al., 2022).
 
     Returns:
-        Scalar in [0, 2] in the dtype of the statistics, dimensionless; ``nan`` for a zero head or coinciding means.
+        Scalar in [0, 2] in the dtype of the statistics, dimensionless; ``nan`` for a zero head, coinciding means, or
+        a head orthogonal to all means up to rounding.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
@@ -105,7 +106,12 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
     """
-    products = class_alignment(stats, weight) if normalize else (_fit(stats, weight) * stats.centred_means).sum(dim=1)
+    rows, means = _fit(stats, weight), stats.centred_means
+    if normalize:
+        # 1 - cos: near duality the cosines themselves differ by less than their rounding.
+        products = (unit_rows(rows) - unit_rows(means)).square().sum(dim=1) / 2
+    else:
+        products = (rows * means).sum(dim=1)
     count = stats.present.sum()
     mean = torch.where(stats.present, products, 0).sum() / count
     value = torch.where(stats.present, (products - mean).square(), 0).sum() / (count - ddof)

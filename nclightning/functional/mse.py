@@ -84,13 +84,13 @@ class _Fit:
 
     def __init__(self, stats: ClassStatistics, has_bias: bool, weight_decay: float) -> None:
         total = stats.counts.sum()
-        self.shares = (stats.counts / total).sqrt().unsqueeze(1)
+        self.shares = (stats.counts / total.clamp(min=1)).sqrt().unsqueeze(1)
         # A bias without penalty takes the mean feature, so that features may be counted from there.
         self.free_bias = has_bias and not weight_decay
         self.offset = stats.global_mean("sample") if self.free_bias else stats.means.new_zeros(stats.means.shape[1])
         means = stats.centre_means("sample") if self.free_bias else stats.means
         within = stats.root / total.sqrt()
-        self.finite = within.isfinite().all() & means.isfinite().all()
+        self.finite = within.isfinite().all() & means.isfinite().all()  # Not without samples, either.
         self.means = self.shares * torch.where(self.finite, means, 0)
         self.within = torch.where(self.finite, within, 0)
         self.penalised_bias = has_bias and bool(weight_decay)

@@ -214,7 +214,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     _, span = singular_vectors(stats.between_root(), full=True)
     inside = torch.nn.functional.pad(counts, (0, len(span) - len(counts)))
     finite = root.isfinite().all() & singular.isfinite().all()
-    rotated = torch.where(finite, root, 0) @ span.T / stats.counts.sum().sqrt()
+    rotated = torch.where(finite, root, 0) @ span.T / stats.counts.sum().clamp(min=1).sqrt()
     unit = power_of_two(rotated)
     explaining = torch.where(inside, 0, rotated / unit)
     left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
