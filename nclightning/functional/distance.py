@@ -59,7 +59,7 @@ def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDist
         raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."
         )
-    present, means = stats.present.unsqueeze(1), stats.centred_means
+    present, means = stats.present.unsqueeze(1), stats.mean_offsets
     head = weight.detach().to(means) * present
     direction = head / torch.linalg.matrix_norm(head) + means / torch.linalg.matrix_norm(means)
     direction = (direction - direction.sum(dim=0) / present.sum()) * present

@@ -38,7 +38,7 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
     weight, present = _fit(stats, weight), stats.present.unsqueeze(1)
     if centred:
         weight = weight - (weight * present).sum(dim=0) / stats.present.sum()
-    return deviation_from_etf(weight * present, stats.centred_means, stats.present)
+    return deviation_from_etf(weight * present, stats.mean_offsets, stats.present)
 
 
 def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = True) -> Tensor:
@@ -60,7 +60,7 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
     """
-    weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.centred_means
+    weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
     difference = weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)
     value: Tensor = difference.square().sum()
     return value if squared else value.sqrt()
@@ -106,12 +106,12 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
     """
-    rows, means = _fit(stats, weight), stats.centred_means
+    rows = _fit(stats, weight)
     if normalize:
         # 1 - cos: near duality the cosines themselves differ by less than their rounding.
-        products = (unit_rows(rows) - unit_rows(means)).square().sum(dim=1) / 2
+        products = (unit_rows(rows) - unit_rows(stats.centred_means)).square().sum(dim=1) / 2
     else:
-        products = (rows * means).sum(dim=1)
+        products = (rows * stats.mean_offsets).sum(dim=1)
     count = stats.present.sum()
     mean = torch.where(stats.present, products, 0).sum() / count
     value = torch.where(stats.present, (products - mean).square(), 0).sum() / (count - ddof)

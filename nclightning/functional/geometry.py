@@ -48,7 +48,7 @@ def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None 
     .. math:: \mathrm{NC}_2 = \left\| \frac{W^\top W}{\|W^\top W\|_F}
         - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
 
-    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.centred_means`` and
+    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.mean_offsets`` and
     ``stats.present``. With ``K > d + 1`` no simplex ETF fits and the least value is
     :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}`; the measures of :mod:`nclightning.functional.uniformity` are meant for that.
 
@@ -79,7 +79,7 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
     Papyan, Han and Donoho (2020), Fig. 2, for the head and for the centred class means.
 
     Args:
-        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
+        rows: ``(K, d)``: the head, or ``stats.mean_offsets`` with ``stats.present``.
         present: Rows to compare, bool ``(K,)``; None takes all.
         ddof: The standard deviation divides by ``K - ddof``; 1 as ``torch.std`` does in the published code.
 
@@ -218,4 +218,5 @@ def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
 
 def _beyond_rounding(norm: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Norm of inner products of rows of these norms; ``nan`` if they are orthogonal up to rounding."""
-    return torch.where(norm > torch.finfo(norm.dtype).eps * left * right, norm, torch.nan)
+    epsilon = torch.finfo(torch.promote_types(norm.dtype, torch.float32)).eps  # Products of half precision are exact.
+    return torch.where(norm > 4 * epsilon * left * right, norm, torch.nan)

@@ -222,7 +222,7 @@ class NeuralCollapse(StreamingMetric):
         values = {
             "count": stats.counts,
             "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, torch.linalg.vector_norm(stats.centred_means, dim=1), torch.nan),
+            "mean_norm": torch.where(stats.present, torch.linalg.vector_norm(stats.mean_offsets, dim=1), torch.nan),
             "cdnv": F.class_distance_normalized_variance(stats, "none"),
             "equiangularity": F.equiangularity(*reading.means, reduction="none"),
         }
