@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import triangular_factor
-from nclightning.functional.rounding import rounding_along
+from nclightning.functional.rounding import least_spread, rounding_along
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
@@ -125,7 +125,8 @@ class _Fit:
         _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
         least = _rounding(sizes)
         if self._stats is not None:
-            least = torch.maximum(least, rounding_along(self._stats, right))
+            largest = torch.linalg.vector_norm(self.within @ right.T, dim=0).amax()
+            least = torch.maximum(least, least_spread(self._stats, rounding_along(self._stats, right), largest))
         counts = sizes > least
         means = self.means @ right.T * counts
         within = self.within @ right.T * counts

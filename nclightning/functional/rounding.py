@@ -13,7 +13,16 @@ from nclightning.functional.linear import norm, root_sum_of_squares
 if TYPE_CHECKING:
     from nclightning.functional.statistics import ClassStatistics
 
-__all__ = ["FINE", "averaged", "beyond_rounding", "mean_rounding", "noise_of", "rounding_along", "rounding_of"]
+__all__ = [
+    "FINE",
+    "averaged",
+    "beyond_rounding",
+    "least_spread",
+    "mean_rounding",
+    "noise_of",
+    "rounding_along",
+    "rounding_of",
+]
 
 # Roundings that operations before the last one may add up to, in dtypes that are finer than this.
 _ROUNDINGS, FINE = 64, 2**-20
@@ -115,6 +124,23 @@ def noise_of(stats: ClassStatistics, rounding: Tensor) -> Tensor:
         In the shape of ``rounding``.
     """
     return torch.where(stats.epsilon <= FINE, _ROUNDINGS, 1) * rounding
+
+
+def least_spread(stats: ClassStatistics, rounding: Tensor, largest: Tensor) -> Tensor:
+    """Spread within classes up to which features do not spread along a direction but for rounding.
+
+    One rounding; up to :func:`noise_of` where they spread a hundred times further in another direction: noise of some
+    roundings is noise, as long as it is nowhere larger.
+
+    Args:
+        stats: Statistics of the features.
+        rounding: Of them, :func:`rounding_along` some directions.
+        largest: Spread in the direction of the largest, in the same unit.
+
+    Returns:
+        In the shape of ``rounding``.
+    """
+    return torch.maximum(rounding, torch.minimum(noise_of(stats, rounding), largest / 100))
 
 
 def _smallest_normal(epsilon: Tensor) -> Tensor:

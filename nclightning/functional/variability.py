@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
-from nclightning.functional.rounding import FINE, averaged, mean_rounding, noise_of, rounding_along
+from nclightning.functional.rounding import FINE, averaged, least_spread, mean_rounding, noise_of, rounding_along
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = [
@@ -231,7 +231,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     explaining = torch.where(inside, 0, rotated / unit)
     left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
     # Directions in which only rounding spreads explain nothing, that of the directions themselves included.
-    rounding = rounding_along(stats, right @ span) / unit
+    rounding = least_spread(stats, rounding_along(stats, right @ span) / unit, sizes.amax())
     tilt = 8 * torch.finfo(sizes.dtype).eps * len(sizes) * torch.linalg.matrix_norm(rotated / unit)
     left = left * (sizes > torch.maximum(rounding, tilt))
     rest = torch.where(inside, rotated / unit, 0)
