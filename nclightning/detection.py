@@ -28,6 +28,7 @@ def find_head(
     head: HeadArgument = None,
     labels: Tensor | None = None,
     ignore_index: int | None = None,
+    seen: Observation | None = None,
 ) -> tuple[Found, Observation]:
     """Find the head of a model, and where its features arise, by running it.
 
@@ -42,6 +43,7 @@ def find_head(
         head: Dotted name, module, or function ``(model) -> (weight, bias)``; None finds it.
         labels: Of the batch.
         ignore_index: Label that counts for nothing.
+        seen: A run of the model on the batch; None runs it. Where that leaves a doubt the model runs again.
 
     Returns:
         The head, and what was seen.
@@ -50,17 +52,24 @@ def find_head(
         ValueError: If no layer was seen to be the head, or several were; the message lists those that ran.
         TypeError: If ``head`` is of another type.
     """
-    return _Search(module, call, labels, ignore_index).find(head)
+    return _Search(module, call, labels, ignore_index, seen).find(head)
 
 
 class _Search:
     """Looks for the head of one model on one batch."""
 
-    def __init__(self, module: nn.Module, call: Callable[[], Any], labels: Tensor | None, ignored: int | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable[[], Any],
+        labels: Tensor | None,
+        ignored: int | None,
+        seen: Observation | None,
+    ) -> None:
         self._module, self._call, self._labels = module, call, labels
         self._part: str | None = None
         self._names = {child: name for name, child in module.named_modules()}
-        self._seen = observe(module, call)
+        self._seen = observe(module, call) if seen is None else seen
         self._most = -1
         if labels is not None and labels.numel() and not labels.is_floating_point():
             counted = labels if ignored is None else labels[labels != ignored]

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError, UserTypeError
+from nclightning.passes import measurements
 
 __all__ = [
     "FeatureSource",
@@ -223,7 +224,7 @@ class Taps:
         pooling: Literal["mean", "flatten"] = "mean",
     ) -> None:
         self._kept: dict[str, Tensor] = {}
-        self._runs = 0
+        self._runs, self._measurements = 0, measurements()
         self._pooling = pooling
         self._failure: str | None = None
         self._source = FeatureSource(source) if isinstance(source, nn.Module) else source
@@ -237,6 +238,8 @@ class Taps:
 
     def _keep_output(self, name: str) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
+            if measurements() != self._measurements:
+                return
             tensor = first_tensor(output)
             if tensor is None:  # No error here, in the middle of somebody's forward.
                 self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
@@ -251,7 +254,19 @@ class Taps:
         if (tensor := first_tensor(output)) is not None:
             self._keep(tensor)
 
+    def replay(self, runs: Iterable[tuple[nn.Module, Tensor, Tensor]]) -> None:
+        """Take features from a run that was over before there were hooks.
+
+        Args:
+            runs: Layers, with what went in and came out.
+        """
+        for layer, came, went in runs:
+            if layer is self._source.layer:
+                self._keep(went if self._source.output else came)
+
     def _keep(self, tensor: Tensor) -> None:
+        if measurements() != self._measurements:  # It belongs to another monitor.
+            return
         self._kept[""] = self._source.copy_of(tensor.detach())
         self._runs += 1
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced
+from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
 
-__all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
+__all__ = ["ReadingsTable", "RunLogger"]
 
 Row = tuple[int, Mapping[str, float]]
 
@@ -26,22 +30,40 @@ Row = tuple[int, Mapping[str, float]]
 class RunLogger(TensorBoardLogger):
     """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
 
+    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit.
+    Of a fit that is refused before its first value, or continues nothing, nothing stays.
+
     Args:
-        save_dir: Where ``name/version_N`` is made.
+        save_dir: Where ``name/version_N`` is made; None is the working directory, and on the command line
+            ``trainer.default_root_dir`` if that is given.
         name: Folder of all runs.
         version: Number or name of the run. None takes the next free number; one that exists is refused, so that no
             run is written over.
 
     Raises:
-        ValueError: When writing starts, if the run folder exists or cannot be written.
+        ValueError: If ``save_dir`` is a URL. When writing starts, if the run folder exists or cannot be written.
     """
 
-    def __init__(self, save_dir: str = ".", name: str = "lightning_logs", version: int | str | None = None) -> None:
-        super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
+    def __init__(
+        self, save_dir: str | None = None, name: str = "lightning_logs", version: int | str | None = None
+    ) -> None:
+        if save_dir is not None and "://" in str(save_dir):
+            raise UserError(f"save_dir={save_dir} is a URL, and runs are written to local folders only: give a path.")
+        super().__init__(
+            "." if save_dir is None else save_dir,
+            name=name,
+            version=version,
+            default_hp_metric=False,
+            max_queue=1000,
+            flush_secs=10,
+        )
+        self._experiment: Any = None
         self._counts_versions = version is None
         self._claimed = False
         self._last_iteration = -1
         self._continued: Path | None = None
+        self._lock: FolderLock | None = None
+        self._held: list[Row] = []  # Readings of the iterate that a continued run begins with.
         self._table: ReadingsTable | None = None
 
     @property
@@ -64,9 +86,12 @@ class RunLogger(TensorBoardLogger):
         Args:
             folder: The run folder.
             iteration: Iteration of the checkpoint.
+
+        Raises:
+            ValueError: If another process writes there, or the folder cannot be written.
         """
+        self._take(Path(folder))
         self._continued = Path(folder)
-        wait_for_later_name(self._continued)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
 
@@ -81,7 +106,7 @@ class RunLogger(TensorBoardLogger):
             return
         folder = Path(self.log_dir)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             while not _make_folder(folder, take_empty=not self._counts_versions):
                 if not self._counts_versions:
                     raise UserError(
@@ -91,8 +116,9 @@ class RunLogger(TensorBoardLogger):
                 self._version = int(self.version) + 1  # Another run took the number in the meantime.
                 folder = Path(self.log_dir)
             probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            create(probe, b"")
+            delete(probe)
+            self._take(folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
@@ -100,11 +126,26 @@ class RunLogger(TensorBoardLogger):
             ) from error
         self._claimed = True
 
+    @rank_zero_only
+    def _take(self, folder: Path) -> None:
+        self._release()
+        lock = FolderLock(folder)
+        lock.acquire()
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """TensorBoard's writer; the first access makes the run folder."""
-        self.claim()
-        return super().experiment
+        if self._experiment is None:
+            self.claim()
+            self._experiment = RunWriter(self.log_dir, **self._kwargs)
+        return self._experiment
 
     @rank_zero_only
     def log_rows(self, rows: Sequence[Row]) -> None:
@@ -128,44 +169,56 @@ class RunLogger(TensorBoardLogger):
                 Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
             ]
             writer.add_summary(Summary(value=finite), iteration)
-        self.table.append(rows)
         self._last_iteration = rows[-1][0]
+        self._held += rows
+        if self.experiment.matters:
+            rows, self._held = self._held, []
+            self.table.append(rows)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events to disk."""
+        """Bring events to disk, once there are values; a run that is refused before leaves no file."""
+        if self._experiment is None or not self._experiment.matters:
+            return
         with deferred_interrupt():
-            super().save()
-            if self._experiment is not None:
-                self.experiment.flush()
+            hparams = Path(self.log_dir) / self.NAME_HPARAMS_FILE
+            if not hparams.exists():
+                with replaced(hparams) as partial:
+                    save_hparams_to_yaml(partial, self.hparams)
+            self.experiment.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Close the event file; a writer that is interrupted half closed could not be closed again."""
         with deferred_interrupt():
+            begun = self._experiment is None or self._experiment.matters
+            if not begun and (status != "success" or self._continued is not None):
+                self._leave_nothing()
+            elif not begun:
+                self.experiment.matters = True
             super().finalize(status)
+            self._release()
+
+    def _leave_nothing(self) -> None:
+        """Undo what a fit has written that was refused at its start."""
+        self.experiment.discard()
+        folder = Path(self.log_dir)
+        if self._claimed and {path.name for path in folder.iterdir()} <= {".lock"}:
+            self._release()
+            delete_folder(folder)
+            self._claimed = False
 
 
 def _make_folder(folder: Path, take_empty: bool) -> bool:
     """Make a folder, or take an empty one; False if it is in use."""
     try:
-        folder.mkdir()
-    except FileExistsError:
+        make_folder(folder, exist_ok=False)
+    except WriteError as error:
+        if error.errno != errno.EEXIST:
+            raise
         # An empty folder with a counted number is that of a run which is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True
-
-
-def wait_for_later_name(folder: Path) -> None:
-    """Wait, a second at most, until a new event file comes after those that there are.
-
-    TensorBoard reads the files of a folder by name, which begins with the second of their making.
-
-    Args:
-        folder: Run folder.
-    """
-    if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(1 - time.time() % 1)
 
 
 class ReadingsTable:
@@ -195,11 +248,12 @@ class ReadingsTable:
         if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
             self._rewrite(new)
         assert self._tags is not None
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
-                for iteration, values in rows
-            )
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(
+            [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
+            for iteration, values in rows
+        )
+        append(self.path, text.getvalue().encode())
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
         """Write header and kept rows anew."""

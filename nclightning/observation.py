@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from nclightning.features import first_tensor
+from nclightning.passes import measurements
 from nclightning.sweep import eager, frozen
 
-__all__ = ["Observation", "Run", "float_leaves", "observe", "recording"]
+__all__ = ["Observation", "Recorder", "Run", "float_leaves", "observe", "recording"]
 
 
 class Run(NamedTuple):
@@ -56,28 +56,58 @@ def observe(
     Returns:
         What was seen; tensors are those of the run, not copies.
     """
-    runs = list[Run]()
-    with_labels: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    with Recorder(module, replace) as recorder, frozen(module), eager():
+        return recorder.observation(call())
 
-    record = recording(runs)
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+class Recorder:
+    """Hooks that note what goes through the layers of a model.
+
+    Args:
+        module: The model.
+        replace: Changes the outputs of layers on the way.
+        ordinary: Whether to look at training's own forwards only.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        replace: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
+        ordinary: bool = False,
+    ) -> None:
+        self._replace, self._ordinary = replace or {}, ordinary
+        self._runs = list[Run]()
+        self._record = recording(self._runs)
+        self._with_labels: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+        layers = (child for child in module.modules() if child is not module)
+        self._handles = [layer.register_forward_hook(self._hook, with_kwargs=True) for layer in layers]
+
+    def _hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         changed = None
-        if replace is not None and layer in replace and isinstance(output, Tensor):
-            changed = replace[layer](output)
-        record(layer, args, kwargs, output if changed is None else changed)
+        if self._ordinary and measurements():
+            return None
+        if layer in self._replace and isinstance(output, Tensor):
+            changed = self._replace[layer](output)
+        self._record(layer, args, kwargs, output if changed is None else changed)
         if _takes_labels(layer):
-            with_labels.append((layer, args, kwargs))
+            self._with_labels.append((layer, args, kwargs))
         return changed
 
-    with ExitStack() as stack:
-        for child in module.modules():
-            if child is not module:
-                stack.callback(child.register_forward_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(frozen(module))
-        stack.enter_context(eager())
-        output = call()
-    return Observation(output, dict(float_leaves(output)), runs, with_labels)
+    def observation(self, output: Any) -> Observation:
+        """Return what was seen in a run with this output."""
+        return Observation(output, dict(float_leaves(output)), self._runs, self._with_labels)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
 
 def recording(runs: list[Run]) -> Callable[..., None]:

@@ -24,11 +24,10 @@ from tensorboard.plugins.hparams.api_pb2 import (
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from torch.optim import Optimizer
-from torch.utils.tensorboard import FileWriter
 
 from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.files.events import EventWriter
 from nclightning.interrupts import deferred_interrupt
-from nclightning.loggers import wait_for_later_name
 
 __all__ = ["hyperparameters", "record_summary"]
 
@@ -97,10 +96,9 @@ def record_summary(
     if finished:
         ended = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
         table.append(_plugin_value(metadata.SESSION_END_INFO_TAG, session_end_info=ended))
-    if len(list(folder.glob("events.out.tfevents.*"))) > 1:
-        wait_for_later_name(folder)  # The file of a continued run begins with that order, and would undo this one.
     with deferred_interrupt():
-        writer = FileWriter(str(folder))
+        writer = EventWriter(folder)
+        writer.event_writer.matters = True
         writer.add_summary(Summary(value=table), 0)
         writer.add_summary(Summary(value=[*scalars, _image(picture)]), summary.iteration)
         writer.close()

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, first_of
+from nclightning.callbacks.first_forward import FirstForward
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
+from nclightning.callbacks.unseen import unseen
 from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
 from nclightning.features import Taps, call_model, describe, split_batch
 from nclightning.heads import Head, HeadReader, weight_shape
+from nclightning.observation import Observation
 from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard
-from nclightning.sweep import compiled_parts, eager, frozen, sequential_loader, shared_buffers
+from nclightning.sweep import compiled_parts, has_lazy_parts, sequential_loader, shared_buffers
 
-__all__ = ["Attachment", "full_batch", "full_batch_head", "full_batch_method", "name_loaders", "unseen"]
+__all__ = ["Attachment", "full_batch", "full_batch_head", "full_batch_method", "name_loaders"]
 
 Add = Callable[[dict[str, Tensor], Tensor], None]
 BatchFn = Callable[[Any], tuple[Any, Tensor]]
@@ -54,23 +56,31 @@ class Attachment:
         self._batch_fn, self._forward_fn = batch_fn, forward_fn
         self._ignore_index = ignore_index
         self._known: Known | None = None
+        self.first: FirstForward | None = None
 
     def forget(self) -> None:
         """Forget what the last module showed."""
         self._known = None
+        self.unwatch()
+
+    def unwatch(self) -> None:
+        """Leave no hook behind."""
+        if self.first is not None:
+            self.first.remove()
+        self.first = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": None}  # A weak reference cannot be pickled.
+        return vars(self) | {"_known": None, "first": None}  # A weak reference cannot be pickled.
 
     def knows(self, pl_module: L.LightningModule) -> bool:
         """Whether the first batch of a module has been seen, and its head has not been replaced since."""
         if self._known is None or self._known.module() is not pl_module:
             return False
         reader = self._known.found.reader
-        if reader.layer is None or reader.form != "weight":
+        if reader.layer is None:
             return True
         same = reader.layer is dict(pl_module.named_modules()).get(reader.name)
-        return same and weight_shape(reader.layer) == weight_shape(reader)
+        return same and (reader.form != "weight" or weight_shape(reader.layer) == weight_shape(reader))
 
     @property
     def splits_plainly(self) -> bool:
@@ -106,18 +116,40 @@ class Attachment:
         assert self._known is not None
         return self._known.found.call_again(pl_module, lambda: self.call(pl_module, inputs))
 
-    def check_first(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+    def check_first(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, ordinary: bool = False) -> None:
         """Check the first training batch as :meth:`check_batch` does, on all processes together.
+
+        Args:
+            trainer: Of the module.
+            pl_module: The module.
+            batch: As the step gets it.
+            ordinary: Wait for the forward of its step, if that can be watched: until :meth:`finish_first`.
 
         Raises:
             Exception: On all processes, if one of them fails.
         """
+        plain = self._forward_fn is None and not self._layers
+        plain = plain and (self._head is None or isinstance(self._head, str | nn.Module))
+        if ordinary and plain and not is_sharded(pl_module) and not compiled_parts(pl_module):
+            own = first_of(batch, trainer.train_dataloader)
+            self.first = FirstForward(pl_module, lambda seen: self.check_batch(trainer, pl_module, own, seen=seen))
+            return
         error: Exception | None = None
         try:
             self.check_batch(trainer, pl_module, first_of(batch, trainer.train_dataloader))
         except Exception as own:
             error = own
         raise_together(error, pl_module.device)
+
+    def finish_first(self) -> None:
+        """End the first step.
+
+        Raises:
+            Exception: On all processes, if it did not show what :meth:`check_batch` needs.
+        """
+        if self.first is not None:
+            first, self.first = self.first, None
+            first.finish()
 
     def check_again(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Run a known module once more without a trace, for :meth:`call_again` alone."""
@@ -127,7 +159,13 @@ class Attachment:
             reshard(pl_module)
 
     def check_batch(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *, labelled: bool = True
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        *,
+        labelled: bool = True,
+        seen: Observation | None = None,
     ) -> None:
         """Find head, features and pairing on the first batch of a module, and check what they need.
 
@@ -138,6 +176,7 @@ class Attachment:
             pl_module: The module.
             batch: As the step gets it.
             labelled: Whether its labels mean anything.
+            seen: An ordinary forward on it, which is enough if it shows everything.
 
         Raises:
             ValueError: With what was seen and the argument that repairs it: if the batch cannot be split, the forward
@@ -148,9 +187,20 @@ class Attachment:
         if self.knows(pl_module):
             return
         self._known = None
+        if has_lazy_parts(pl_module):
+            raise UserError(
+                f"{type(pl_module).__name__} has lazy layers without weights, which its first forward makes by chance: "
+                "run it once on a batch before, or train it with a plain NeuralCollapseMonitor."
+            )
         with unseen(pl_module), trainer.precision_plugin.forward_context():
             try:
-                self._known = self._examine(pl_module, batch, labelled)
+                try:
+                    self._known = self._examine(pl_module, batch, labelled, seen)
+                except UserError:
+                    if seen is None:
+                        raise
+                    # In training mode a model may do what it does not do in eval mode.
+                    self._known = self._examine(pl_module, batch, labelled)
                 if self._known.found.reader.normalizes:
                     rank_zero_warn(
                         f"{self._known.found.reader.name!r} is a cosine head: features and the rows of its weight are "
@@ -160,12 +210,14 @@ class Attachment:
                 if is_sharded(pl_module):
                     reshard(pl_module)
 
-    def _examine(self, pl_module: L.LightningModule, batch: Any, labelled: bool) -> Known:
+    def _examine(
+        self, pl_module: L.LightningModule, batch: Any, labelled: bool, seen: Observation | None = None
+    ) -> Known:
         for name in self._layers:
             _layer(pl_module, name)
         inputs, labels = self._split(batch)
         first = FirstBatch(pl_module, batch, inputs, labels if labelled else None, self.call)
-        return first.examine(self._head, self._ignore_index, self._batch_fn is None, self._forward_fn is None)
+        return first.examine(self._head, self._ignore_index, self._batch_fn is None, self._forward_fn is None, seen)
 
     def head_of(self, pl_module: L.LightningModule) -> HeadReader:
         """Return the head that the first batch showed."""
@@ -306,69 +358,6 @@ class Attachment:
                 "layers that are split over processes need the same batch on each, and a sweep would give them "
                 "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
             )
-
-
-@contextmanager
-def unseen(pl_module: L.LightningModule) -> Iterator[None]:
-    """Run a module frozen and uncompiled, without a trace in it and in what its user logs.
-
-    Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing.
-    """
-    trainer, names = pl_module.trainer, ("log", "log_dict")
-    modules = [vars(child) for child in pl_module.modules() if isinstance(child, L.LightningModule)]
-    own = [{name: state[name] for name in names if name in state} for state in modules]
-    loggers = trainer.loggers
-    try:
-        for state in modules:
-            state.update(dict.fromkeys(names, _log_nothing))
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        with frozen(pl_module), eager():
-            yield
-    finally:
-        trainer.loggers = loggers
-        for state, before in zip(modules, own, strict=True):
-            for name in names:
-                del state[name]
-            state.update(before)
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``LightningModule.log``."""
-
-
-def full_batch(pl_module: L.LightningModule) -> bool:
-    """Whether a module runs our full-batch iterations."""
-    return hasattr(pl_module, "iterations_per_step")
-
-
-def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., Any]:
-    """Return a method by which full-batch modules are read.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    method: Callable[..., Any] | None = getattr(pl_module, name, None)
-    if method is None:
-        raise UserError(
-            f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
-            "it from nclightning.models.RegularizedClassifier."
-        )
-    return method
-
-
-def full_batch_head(pl_module: L.LightningModule) -> HeadReader:
-    """Return the head of a full-batch module, its attribute ``head``.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    head = getattr(pl_module, "head", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"a full-batch module is read by its attribute head, an nn.Linear; that of {type(pl_module).__name__} is "
-            f"{type(head).__name__}: derive it from nclightning.models.RegularizedClassifier."
-        )
-    return HeadReader(head, "head", "weight", False, head.out_features, head.in_features)
 
 
 def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:

@@ -16,6 +16,7 @@ from nclightning.errors import UserError, UserTypeError
 from nclightning.features import call_model, describe, pair_rows
 from nclightning.found import Found
 from nclightning.heads import HeadReader
+from nclightning.observation import Observation
 from nclightning.shift import is_shifted
 
 __all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "first_of"]
@@ -64,7 +65,14 @@ class FirstBatch:
     ) -> None:
         self._module, self._batch, self._inputs, self._labels, self._call = pl_module, batch, inputs, labels, call
 
-    def examine(self, head: HeadArgument, ignore_index: int | None, plain_batch: bool, plain_call: bool) -> Known:
+    def examine(
+        self,
+        head: HeadArgument,
+        ignore_index: int | None,
+        plain_batch: bool,
+        plain_call: bool,
+        seen: Observation | None = None,
+    ) -> Known:
         """Find the head, and check what it needs.
 
         Args:
@@ -72,6 +80,7 @@ class FirstBatch:
             ignore_index: Label of samples to leave out.
             plain_batch: Whether no function of the user splits batches.
             plain_call: Whether no function of the user runs the module.
+            seen: An ordinary forward on the batch; None runs one.
 
         Raises:
             ValueError: With what was seen and the argument that repairs it.
@@ -83,7 +92,7 @@ class FirstBatch:
         whole = isinstance(self._batch, Mapping) and plain_batch
         ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
         try:
-            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored)
+            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, seen)
         except _DoesNotRunError as failure:
             inputs = self._batch  # As encoder-decoders need labels to run.
             try:

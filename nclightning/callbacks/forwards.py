@@ -14,6 +14,7 @@ from nclightning.callbacks.collection import Centres, Collection, Decisions, Mea
 from nclightning.errors import UserError
 from nclightning.features import Taps
 from nclightning.heads import Head
+from nclightning.observation import Observation
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
 from nclightning.sweep import fingerprint, num_own_samples
@@ -50,6 +51,7 @@ class ForwardPass:
         self._taps: Taps | None = None
         self._handle: RemovableHandle | None = None
         self._hooked = False
+        self._first: dict[str, Tensor] | None = None
         self._failure: Exception | None = None
         self._collections: dict[str, Collection] = {}
         self._decisions: dict[str, Decisions] = {}
@@ -66,13 +68,17 @@ class ForwardPass:
         Raises:
             ValueError: If training runs inside a compiled graph, or as :meth:`Attachment.check_batch`.
         """
+        self._hooked = True
+        if (first := self._attachment.first) is not None and self._online:
+            first.follow(lambda seen: self._hook_at_once(pl_module, batch, seen))
+            return
         name = list(name_loaders(loaders))[index][0]
         self._attachment.check_batch(trainer, pl_module, batch, labelled=name not in self._ood)
         if not self._online:
             self._attachment.check_again(trainer, pl_module, batch)
         if self._sweep_centres is not None and self._centres is None:
             # Not before: at the start of the epoch other callbacks may still be about to swap weights.
-            self._weights["class means"] = fingerprint(pl_module.parameters())
+            self._weights["class means"] = _trained(pl_module)
             self._centres = self._sweep_centres()
         compiled = self._attachment.is_compiled(pl_module)
         if compiled and self._online:
@@ -80,7 +86,6 @@ class ForwardPass:
                 "source='online' needs the features of training's own forwards, which a compiled model does not show "
                 "to hooks: use source='sweep', which runs it uncompiled."
             )
-        self._hooked = True
         if not compiled:
             self._taps = self._attachment.tap(pl_module)
             if not self._online and not is_sharded(pl_module):
@@ -88,18 +93,29 @@ class ForwardPass:
                 layer = self._attachment.layer_of(pl_module)
                 self._handle = layer.register_forward_pre_hook(lambda *_: self._take_head(pl_module))
 
+    def _hook_at_once(self, pl_module: L.LightningModule, batch: Any, seen: Observation | None) -> None:
+        """Hook the module once its first forward is over; what that showed counts."""
+        if seen is None:  # The step runs the model in another way, and has changed the weights already.
+            self._first = self._attachment.features(pl_module, self._attachment.split(batch)[0])
+        self._taps = self._attachment.tap(pl_module)
+        if seen is not None:
+            self._taps.replay(seen.runs)
+
     def _take_head(self, pl_module: L.LightningModule) -> None:
         """Copy the head as it is now, with which the features of this pass are read."""
         self._head = self._attachment.whole_head_of(pl_module)
         if self._sweep_centres is not None:
-            self._weights["validation or test step"] = fingerprint(pl_module.parameters())
+            self._weights["validation or test step"] = _trained(pl_module)
 
     def collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         """Take the features of the batch that just ran."""
         if self._failure is not None:
             return
         inputs, labels = self._attachment.split(batch)
-        kept = self._attachment.features(pl_module, inputs) if self._taps is None else self._taps.take()
+        if self._first is not None:
+            kept, self._first = self._first, None
+        else:
+            kept = self._attachment.features(pl_module, inputs) if self._taps is None else self._taps.take()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -107,9 +123,9 @@ class ForwardPass:
             self._take_head(pl_module)
         if len(set(self._weights.values())) > 1:
             raise UserError(
-                "decisions and nc5 need class means of the weights that the step runs with, and the step swaps weights "
-                "inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave these "
-                "measures out."
+                "decisions and nc5 need class means of the weights that the step runs with, and the step changes "
+                "weights inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave "
+                "these measures out."
             )
         if index not in self._places:
             self._places[index] = self._open(pl_module, *list(name_loaders(loaders))[index])
@@ -162,3 +178,8 @@ class ForwardPass:
             self._handle.remove()
         self._taps = self._handle = None
         self._hooked = False
+
+
+def _trained(pl_module: L.LightningModule) -> tuple[int, ...]:
+    """Tell weights from others; a forward may change those that are not trained, such as a momentum encoder's."""
+    return fingerprint(parameter for parameter in pl_module.parameters() if parameter.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import fingerprint
+from nclightning.sweep import TraceError, fingerprint, has_lazy_parts
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -42,18 +42,18 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
     makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
-    and in order, over all processes. Weights, gradients, buffers, training modes, random states, torchmetrics and the
-    module's own logs are as before; a data set that draws from a generator of its own is moved on. In validation and
-    test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch);
-    duplicates that a distributed sampler pads with are left out.
+    and in order, over all processes. All that the model remembers, random states and its own logs are as before, or
+    the run stops and says what is not; a data set that draws from a generator of its own is moved on. In validation
+    and test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch),
+    without the duplicates that a distributed sampler pads with.
 
     The pass sees what training can read: of a subset sampler the subset (:func:`nclightning.sweep.sequential_loader`);
     under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
     loader without a length as many batches as its longest epoch read so far. A further set without a length ends at
     ``limit_val_batches``. Features, head and class means of a measurement are of the same weights.
 
-    Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, where the last
-    ones are from the start after a resume. Two monitors in one trainer must log different tags.
+    Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, after a resume
+    from the start. Two monitors in one trainer must log different tags.
 
     | tag | value (formulas: :mod:`nclightning.functional`) |
     |---|---|
@@ -140,6 +140,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self.every_n_steps = every_n_steps
         self.source = source
         self.stages = tuple(stages)
+        self._reads_online = source == "online" and "train" in self.stages
         self.datasets = dict(datasets or {})
         if clash := self.datasets.keys() & {"train", "val", "test"}:
             raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
@@ -149,7 +150,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
-        if source == "online" and "train" in stages and self._measuring.of_decisions:
+        if self._reads_online and self._measuring.of_decisions:
             raise UserError(
                 f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
                 "'train' out of stages."
@@ -220,7 +221,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
-        if self.source == "online" and "train" in self.stages and self._is_due(trainer):
+        if self._reads_online and self._is_due(trainer):
             self._pass = ForwardPass(self._attachment, self._measuring, online=True)
 
     def on_train_batch_start(
@@ -230,10 +231,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if self._full_batch:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             return
-        if not self._checked:
+        if not self._checked and (self._reads_online or not has_lazy_parts(pl_module)):
             self._checked = True
             with self._guard():
-                self._attachment.check_first(trainer, pl_module, batch)
+                self._attachment.check_first(trainer, pl_module, batch, ordinary=self._reads_online)
         self._hook(trainer, pl_module, batch, trainer.train_dataloader)
 
     def on_train_batch_end(
@@ -243,6 +244,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if self._full_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
+        with self._guard() if self._attachment.first is not None else nullcontext():
+            self._attachment.finish_first()
         self._collect(pl_module, batch, trainer.train_dataloader)
         if self.every_n_steps is None or not self._has_sets:
             return
@@ -353,7 +356,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _fail(self, error: Exception) -> None:
         assert self._pass is not None
-        if self.on_error == "raise":
+        if self.on_error == "raise" or isinstance(error, TraceError):
             self._drop()
             raise error
         self._pass.fail(error)
@@ -370,15 +373,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         try:
             yield
         except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._drop()
-        if self.on_error == "raise":
-            raise error
-        rank_zero_warn(f"no reading of neural collapse: {error}")
+            self._drop()
+            if self.on_error == "raise" or isinstance(error, TraceError):
+                raise
+            rank_zero_warn(f"no reading of neural collapse: {error}")
 
     def _drop(self) -> None:
+        self._attachment.unwatch()
         for each in (self._pass, self._waiting):
             if each is not None:
                 each.remove()

@@ -35,7 +35,7 @@ from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.metrics.optimality import check_counts, check_linear
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import limited_batches
+from nclightning.sweep import has_lazy_parts, limited_batches
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -185,7 +185,7 @@ class OptimalityMonitor(ReadingsMonitor):
             if trainer.global_step == 0:
                 self._decay = 1.0
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        elif not self._is_checked:
+        elif not self._is_checked and not has_lazy_parts(pl_module):  # Else with the second batch.
             self._check_first_batch(trainer, pl_module, batch)
             self._is_checked = True
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.geometry import deviation_from_etf
-from nclightning.functional.linear import unit_rows
+from nclightning.functional.linear import power_of_two, unit_rows
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["class_alignment", "duality_difference", "self_duality", "uniform_duality"]
@@ -61,6 +61,7 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
         ValueError: If ``weight`` does not fit the statistics.
     """
     weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
+    weight, means = weight / power_of_two(weight), means / power_of_two(means)
     difference = weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)
     value: Tensor = difference.square().sum()
     return value if squared else value.sqrt()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional.linear import apart, cosines, triangular_factor
+from nclightning.functional.linear import apart, cosines, power_of_two, triangular_factor
 
 __all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
 
@@ -38,8 +38,9 @@ def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
         ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
     """
     check_rows("weight", weight)
-    value: Tensor = torch.linalg.vector_norm(weight.sum(dim=0))
-    return value / torch.linalg.matrix_norm(weight) if relative else value
+    unit = power_of_two(weight)
+    value: Tensor = torch.linalg.vector_norm((weight / unit).sum(dim=0))
+    return value / torch.linalg.matrix_norm(weight / unit) if relative else value * unit
 
 
 def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None = None) -> Tensor:
@@ -90,7 +91,7 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
         ValueError: If ``rows`` is not ``(K, d)`` with K at least 2.
     """
     present = check_rows("rows", rows, present)
-    norms = torch.linalg.vector_norm(rows, dim=1)
+    norms = torch.linalg.vector_norm(rows / power_of_two(rows), dim=1)
     count = present.sum()
     mean = torch.where(present, norms, 0).sum() / count
     variance = torch.where(present, (norms - mean).square(), 0).sum() / (count - ddof)
@@ -195,12 +196,12 @@ def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
     def parts(rows: Tensor) -> Iterator[Tensor]:
         return (part.to(wide) for part in torch.split(rows, max(_ELEMENTS_AT_A_TIME // dim, 1)))
 
-    sums, squares = left.new_zeros(2, dim, dtype=wide), left.new_zeros(4, dtype=wide)
+    sums, squares = left.new_zeros(2, dim, dtype=wide), left.new_zeros(3, dtype=wide)
     gram, factor = left.new_zeros(dim, dim, dtype=wide), left.new_zeros(0, dim, dtype=wide)
     for a, b in zip(parts(left), parts(right), strict=True):
         sums += torch.stack([a.sum(dim=0), b.sum(dim=0)])
         flat = a.reshape(-1), b.reshape(-1)
-        squares[:3] += torch.stack([torch.dot(x, y) for x, y in (flat, flat[:1] * 2, flat[1:] * 2)])
+        squares += torch.stack([torch.dot(x, y) for x, y in (flat, flat[:1] * 2, flat[1:] * 2)])
         if left is right:
             gram.addmm_(a.T, a)
         else:

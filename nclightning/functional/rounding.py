@@ -28,8 +28,8 @@ __all__ = [
 _ROUNDINGS, FINE = 64, 2**-20
 # Where samples of a class spread by more roundings than this, their roundings are independent of each other.
 _INDEPENDENT = 4
-# So many rows, of at least so many numbers, show in which dtype features were rounded.
-_ROWS_SHOWN, _NUMBERS_SHOWN = 512, 2048
+# So many rows show in which dtype features were rounded, of at least and about at most so many numbers.
+_ROWS_SHOWN, _LEAST_ROWS, _NUMBERS_SHOWN, _MOST_NUMBERS = 512, 64, 2048, 2**17
 # If so many of them are not zero: in data that are made by hand there are numbers of few bits, but not of many.
 _LEAST_NUMBERS = {torch.float32: 16, torch.float16: 256, torch.bfloat16: 256}
 # So many bits must be zero that rounding alone would not make zero, for numbers to be taken for multiples of a step.
@@ -168,7 +168,8 @@ def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classe
         Float64 ``(2,)``: machine epsilon that they show, ``inf`` if they show none; and that of the dtypes.
     """
     dim = features[0].shape[1]
-    most = -(-max(_ROWS_SHOWN, _NUMBERS_SHOWN // dim) // len(features))
+    most = max(min(_ROWS_SHOWN, _MOST_NUMBERS // dim), _LEAST_ROWS, _NUMBERS_SHOWN // dim)
+    most = -(-most // len(features))  # Of each piece.
     rows = []
     for each, index in zip(features, labels, strict=True):
         some = torch.arange(len(each), device=each.device)
@@ -187,6 +188,8 @@ def _shown(rows: Tensor) -> Tensor:
     shown, fit = torch.full_like(own, torch.inf), torch.zeros_like(own, dtype=torch.bool)
     for dtype in _NARROWER.get(rows.dtype, ()):
         representable = (rows.to(dtype).to(rows.dtype) == rows).all()
+        if rows.is_cpu and not representable:
+            continue  # The rest takes ten times as long; on another device so does asking.
         shown = torch.where(representable & _was_rounded(rows.double(), dtype), torch.finfo(dtype).eps, shown)
         fit = fit | representable
     return torch.where(fit, shown, own)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.functional.linear import norm, power_of_two, root_sum_of_squares, triangular_factor
+from nclightning.functional.linear import invertible_power_of_two, norm, root_sum_of_squares, triangular_factor
 from nclightning.functional.moments import Moments
 from nclightning.functional.rounding import beyond_rounding
 from nclightning.functional.samples import Samples, append
@@ -171,7 +171,7 @@ class ClassStatistics:
         if self.kept:
             norms, widths = self._second_moments()
             if root is not None:
-                unit = power_of_two(first.means)
+                unit = invertible_power_of_two(first.means)
                 parts = [root / unit, self.folded.moved_to(first) / unit] if len(root) else []
                 for away, _ in self._deviations(unit, 4 * root.shape[1]):
                     parts = [triangular_factor([*parts, away])]
@@ -212,7 +212,7 @@ class ClassStatistics:
             Roots of the spreads of classes and of coordinates, of all samples; along directions, of those kept.
         """
         first, K = self._first_moments(), len(self.folded.counts)
-        unit = power_of_two(first.means)
+        unit = invertible_power_of_two(first.means)
         norms, widths = unit.new_zeros(K + 1), unit.new_zeros(self.folded.means.shape[1])
         along = unit.new_zeros(0 if directions is None else len(directions))
         for away, index in self._deviations(unit):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
+from nclightning.functional.linear import product
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
@@ -103,8 +104,8 @@ class NearestClassCentre(StreamingMetric):
         self.num_invalid = self.num_invalid + invalid.sum()
         if head is not None:
             rows, known = features.detach().double(), torch.where(valid, labels, 0)
-            bias = None if head.bias is None else head.bias.double()
-            decided = decide(nn.functional.linear(rows, head.weight.double(), bias))
+            logits, own, other = product(rows, head.weight.double())
+            decided = decide(logits if head.bias is None else own * logits + other * head.bias.double())
             margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
             self.right = self.right + per_class((decided == labels).long())
             self.mismatched = self.mismatched + per_class(((decided != nearest) | (nearest < 0)).long())

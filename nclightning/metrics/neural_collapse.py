@@ -14,6 +14,7 @@ from torch import Tensor
 from nclightning import functional as F
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
+from nclightning.functional.linear import norm
 from nclightning.functional.moments import Moments
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
@@ -222,12 +223,12 @@ class NeuralCollapse(StreamingMetric):
         values = {
             "count": stats.counts,
             "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, torch.linalg.vector_norm(stats.mean_offsets, dim=1), torch.nan),
+            "mean_norm": torch.where(stats.present, norm(stats.mean_offsets, dim=1), torch.nan),
             "cdnv": F.class_distance_normalized_variance(stats, "none"),
             "equiangularity": F.equiangularity(*reading.means, reduction="none"),
         }
         if reading.weight is not None:
-            values["head_norm"] = torch.linalg.vector_norm(reading.weight, dim=1)
+            values["head_norm"] = norm(reading.weight, dim=1)
             values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
         return values
 

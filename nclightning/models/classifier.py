@@ -21,7 +21,7 @@ from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
 from nclightning.models.resume import warn_of_optimizer_options
-from nclightning.models.schedules import check_optimization, only_optimizer
+from nclightning.models.schedules import check_loop, check_optimization, only_optimizer
 from nclightning.models.sharded import (
     ShardedLine,
     check_sharding,
@@ -237,6 +237,7 @@ class RegularizedClassifier(L.LightningModule):
         """
         if trainer.max_steps < 0:
             raise UserError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
+        check_loop(trainer, self, self.num_samples * self.head.out_features)
         if trainer.precision not in ("32-true", "64-true") or self.head.weight.dtype != self._dtype_of_head:
             raise UserError(
                 f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "

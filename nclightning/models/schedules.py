@@ -8,9 +8,35 @@ import lightning as L
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nclightning.arguments import check_memory
 from nclightning.errors import UserError
 
-__all__ = ["check_optimization", "only_optimizer"]
+__all__ = ["check_loop", "check_optimization", "only_optimizer"]
+
+
+def check_loop(trainer: L.Trainer, module: L.LightningModule, logits: int) -> None:
+    """Raise unless a trainer leaves the full-batch loop as it is, and the host holds what it works on.
+
+    Args:
+        trainer: Before or at the start of a fit.
+        module: With its parameters.
+        logits: How many numbers the output on the training set has.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    for name, neutral in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
+        if (value := getattr(trainer, name)) not in neutral:
+            raise UserError(
+                f"trainer.{name}={value} does not fit the full-batch loop, which takes whole steps: leave it out."
+            )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: leave it out.")
+    if trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu":
+        # Each parameter with its gradient and those of the last accepted iterate.
+        parameters = list(module.parameters())
+        elements = 4 * sum(p.numel() for p in parameters) + logits
+        check_memory("training on this many samples and classes", elements, parameters[0].dtype)
 
 
 def check_optimization(trainer: L.Trainer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import IO
 
 import yaml
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import FolderLock, delete_folder, make_folder, replaced
+from nclightning.interrupts import terminable
 from nclightning.reproduction.experiments import Experiment
 
 __all__ = ["Failure", "run_all", "run_as_child"]
@@ -104,7 +103,7 @@ class Store:
                 return None
             words += ["--ckpt_path", str(checkpoint)]
         elif folder.exists():
-            shutil.rmtree(folder)  # Killed before its first checkpoint, or damaged.
+            delete_folder(folder)  # Killed before its first checkpoint, or damaged.
         logger = "--trainer.logger.init_args"
         words += [f"{logger}.save_dir", str(self.folder), f"{logger}.name", "runs"]
         self._write(experiment, finished=False)
@@ -116,11 +115,9 @@ class Store:
 
 def write_json(path: Path, content: object) -> None:
     """Write a file that is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as partial, partial.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    make_folder(path.parent)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def run_as_child(main: Callable[[list[str]], None], state_path: str, words: list[str]) -> None:
@@ -158,7 +155,7 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
         ValueError: If the folder cannot be written, is in use, or holds runs of other settings.
     """
     store = Store(folder)
-    with _locked(folder):
+    with _locked(folder), terminable():
         waiting = [each for each in experiments if not store.is_finished(each)]
         if not waiting:
             if experiments:
@@ -191,12 +188,10 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = FolderLock(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is writing {folder}. Wait for it, or choose another --out.") from None
+        make_folder(folder)
+        lock.acquire()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     try:

@@ -27,7 +27,7 @@ def stats_of(means, present=None):
         mean_offsets=centred,
         present=present,
         counts=present.long(),
-        spreads=0 * centred[:, 0],
+        norms=0 * centred[:, 0],
     )
 
 

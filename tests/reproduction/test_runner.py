@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from rich.console import Console
 
 from nclightning.figures import read_readings
@@ -36,6 +37,18 @@ class Hold(L.Callback):
             threading.Event().wait()
 
 
+class Await(L.Callback):
+    """Writes a file at iteration 300 and goes on once a signal has come."""
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        if iteration == 300:
+            Path(os.environ["HOLD"]).touch()
+            _wait_for(lambda: trainer.received_sigterm)
+
+
+AWAITED = Experiment(
+    "awaited", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Await")
+)
 LONG = Experiment(
     "long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Hold")
 )
@@ -185,6 +198,33 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console, monkeypat
     assert iterations(folder)[-1] == 4000
     # A resumed run repeats one evaluation, which its count leaves out; all else is equal to the last bit.
     assert killed == whole
+
+
+@pytest.mark.slow
+def test_a_terminated_sweep_saves_its_runs_and_says_so(tmp_path):
+    """Ended with its child at rest between two checkpoints, which then saves what it has reached."""
+    code = (
+        "import sys; from unittest.mock import patch; from tests.reproduction.test_runner import AWAITED; "
+        "from nclightning.cli import main; "
+        "patch('nclightning.reproduction.reproduce.experiments', lambda *_: [AWAITED]).start(); "
+        "main(['reproduce', '--figures', '1', '--jobs', '1', '--out', sys.argv[1]])"
+    )
+    held = tmp_path / "held"
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ | {"HOLD": str(held), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(held.is_file)
+    sweep.send_signal(signal.SIGTERM)
+    said = sweep.communicate()[1]
+    assert sweep.returncode == 143
+    assert said == "Interrupted. What finished is kept; the same command goes on.\n"
+    checkpoint = torch.load(tmp_path / "out" / "runs" / "awaited" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == iterations(tmp_path / "out" / "runs" / "awaited")[-1] == 300
+    assert not Store(tmp_path / "out").is_finished(AWAITED)
 
 
 def _lives(pid):
