@@ -40,7 +40,7 @@ _NARROWER = {
     torch.float64: (torch.float32, torch.float16, torch.bfloat16),
     torch.float32: (torch.float16, torch.bfloat16),
 }
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_HALF = torch.finfo(torch.float16)
 
 
 def mean_rounding(stats: ClassStatistics) -> Tensor:
@@ -145,11 +145,9 @@ def least_spread(stats: ClassStatistics, rounding: Tensor, largest: Tensor) -> T
 
 def _smallest_normal(epsilon: Tensor) -> Tensor:
     """Smallest normal number of the dtype with this machine epsilon: smaller ones are rounded no finer than it."""
-    least = torch.zeros_like(epsilon)
-    for dtype in _DTYPES:
-        info = torch.finfo(dtype)
-        least = torch.where(epsilon == info.eps, info.tiny, least)
-    return least
+    # bfloat16 has the range of float32.
+    least = torch.where(epsilon == _HALF.eps, epsilon.new_full((), _HALF.tiny), torch.finfo(torch.float32).tiny)
+    return torch.where(epsilon < FINE / 2**20, torch.finfo(torch.float64).tiny, least)
 
 
 def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classes: int) -> Tensor:
@@ -172,12 +170,11 @@ def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classe
     most = -(-most // len(features))  # Of each piece.
     rows = []
     for each, index in zip(features, labels, strict=True):
-        some = torch.arange(len(each), device=each.device)
         if len(each) > most:
             # Spread over the whole piece without a period that a data set may have, too.
-            some = some.narrow(0, 0, most) * 2_654_435_761 % len(each)
-        left_out = index.index_select(0, some) == num_classes
-        rows.append(torch.where(left_out.unsqueeze(1), 0, each.index_select(0, some)))
+            some = torch.arange(most, device=each.device) * 2_654_435_761 % len(each)
+            each, index = each.index_select(0, some), index.index_select(0, some)  # noqa: PLW2901
+        rows.append(each.masked_fill((index == num_classes).unsqueeze(1), 0))
     shown = _shown(torch.cat(rows))
     return torch.stack([shown, torch.full_like(shown, min(torch.finfo(each.dtype).eps for each in features))])
 
@@ -188,8 +185,10 @@ def _shown(rows: Tensor) -> Tensor:
     shown, fit = torch.full_like(own, torch.inf), torch.zeros_like(own, dtype=torch.bool)
     for dtype in _NARROWER.get(rows.dtype, ()):
         representable = (rows.to(dtype).to(rows.dtype) == rows).all()
-        if rows.is_cpu and not representable:
-            continue  # The rest takes ten times as long; on another device so does asking.
+        if rows.is_cpu and not representable:  # The rest takes ten times as long; on another device so does asking.
+            if dtype == torch.float32:
+                break  # No half precision has numbers that it has not.
+            continue
         shown = torch.where(representable & _was_rounded(rows.double(), dtype), torch.finfo(dtype).eps, shown)
         fit = fit | representable
     return torch.where(fit, shown, own)

@@ -46,8 +46,8 @@ def within_class_variability(
     round-off. :func:`between_class_rank` reads how many count. The relative error is about eps times the ratio of the
     largest to the smallest spread of the means that counts, and, with spread O orthogonal to the means and w along
     them, up to eps O^2 / w for means of size 1: 2e-7 for O = 1e4 and w = 0.1. Classes without samples are left out and
-    K counts those present. Paper: Appendix; Papyan, Han and Donoho (2020), Fig. 6. Conventions differ on unbalanced data
-    only, but for the last.
+    K counts those present. Paper: Appendix; Papyan, Han and Donoho (2020), Fig. 6. Conventions differ on unbalanced
+    data only, but for the last.
 
     Args:
         stats: Statistics of the features, with scatter.
