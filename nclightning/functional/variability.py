@@ -118,11 +118,11 @@ def _between_directions(
     per_class = num_present / torch.where(stats.present, 1 / stats.counts, 0).sum()
     rounding = edge * averaged(one, spread, per_class)
     both, far = torch.maximum(singular, spread), torch.where(stats.epsilon <= FINE, *_FAR)
+    possible = torch.arange(len(singular), device=singular.device) < num_present - 1
     close = both <= noise_of(stats, one)
-    by_chance = close & close.logical_not().any() & (singular <= 2 * spread * (num_present / total).sqrt())
+    by_chance = close & (possible & ~close).any() & (singular <= 2 * spread * (num_present / total).sqrt())
     far_below = (both <= far * one) & (singular <= far * stats.epsilon * singular.amax())
     exact = epsilon * max(stats.means.shape) * singular.amax()
-    possible = torch.arange(len(singular), device=singular.device) < num_present - 1
     counts = possible & (singular > torch.maximum(rounding, exact)) & (by_chance | far_below).logical_not()
     return singular, right, counts, spread
 
