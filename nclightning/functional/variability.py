@@ -108,7 +108,7 @@ def _between_directions(
         Singular values, right singular vectors, which count, and root mean squares of the spread within classes.
     """
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
-    num_present, total, dim = stats.present.sum(), stats.counts.sum(), stats.means.shape[1]
+    num_present, total, dim = stats.present.sum().to(singular), stats.counts.sum(), stats.means.shape[1]
     epsilon = torch.finfo(singular.dtype).eps
     spread = stats.norms_along(right) / total.sqrt()
     one = rounding_along(stats, right)
