@@ -120,7 +120,7 @@ def _between_directions(
     both, far = torch.maximum(singular, spread), torch.where(stats.epsilon <= FINE, *_FAR)
     possible = torch.arange(len(singular), device=singular.device) < num_present - 1
     close = both <= noise_of(stats, one)
-    by_chance = close & (possible & ~close).any() & (singular <= 2 * spread * (num_present / total).sqrt())
+    by_chance = close & (possible & close.logical_not()).any() & (singular <= 2 * spread * (num_present / total).sqrt())
     far_below = (both <= far * one) & (singular <= far * stats.epsilon * singular.amax())
     exact = epsilon * max(stats.means.shape) * singular.amax()
     counts = possible & (singular > torch.maximum(rounding, exact)) & (by_chance | far_below).logical_not()
