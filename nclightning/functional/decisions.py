@@ -31,7 +31,7 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
     if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
         raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
     # Around the global mean, so that a common offset of all features does not cost digits.
-    centre, means = stats.global_mean(), stats.centred_means
+    centre, means = stats.global_mean(), stats.mean_offsets
     unit, centred = power_of_two(means), features.detach().to(means) - centre
     means = means / unit
     score = centred @ means.T - means.square().sum(dim=1) * (unit / 2)

@@ -60,7 +60,7 @@ def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDist
         raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."
         )
-    present, means = stats.present.unsqueeze(1), stats.centred_means
+    present, means = stats.present.unsqueeze(1), stats.mean_offsets
     head = weight.detach().to(means) * present
     unit, other = power_of_two(means), power_of_two(head)
     means, head = means / unit, head / other

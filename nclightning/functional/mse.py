@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import norm, product, triangular_factor
-from nclightning.functional.rounding import noise_of, rounding_along
+from nclightning.functional.rounding import least_spread, rounding_along
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
@@ -52,7 +52,9 @@ def mse_decomposition(
     :math:`Z = M S^{-1}`, and T the labels, classes weighted by :math:`\sqrt{n_k/N}`, the residual of the
     least-squares head on the class means is :math:`(I + Z Z^\top)^{-1} T` and its part within classes
     :math:`Z^\top (I + Z Z^\top)^{-1} T`. Directions along which means spread but samples do not, such as a bias without
-    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out.
+    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out. Without a bias
+    nothing takes away a common offset of the features: the relative error is about eps times that offset over their
+    spread.
 
     Args:
         stats: Statistics of the features, with scatter.
@@ -84,13 +86,13 @@ class _Fit:
 
     def __init__(self, stats: ClassStatistics, has_bias: bool, weight_decay: float) -> None:
         total = stats.counts.sum()
-        self.shares = (stats.counts / total).sqrt().unsqueeze(1)
+        self.shares = (stats.counts / total.clamp(min=1)).sqrt().unsqueeze(1)
         # A bias without penalty takes the mean feature, so that features may be counted from there.
         self.free_bias = has_bias and not weight_decay
         self.offset = stats.global_mean("sample") if self.free_bias else stats.means.new_zeros(stats.means.shape[1])
         means = stats.centre_means("sample") if self.free_bias else stats.means
         within = stats.root / total.sqrt()
-        self.finite = within.isfinite().all() & means.isfinite().all()
+        self.finite = within.isfinite().all() & means.isfinite().all()  # Not without samples, either.
         self.means = self.shares * torch.where(self.finite, means, 0)
         self.within = torch.where(self.finite, within, 0)
         self.penalised_bias = has_bias and bool(weight_decay)
@@ -128,7 +130,8 @@ class _Fit:
         _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
         least = _rounding(sizes)
         if self._stats is not None:
-            least = torch.maximum(least, noise_of(self._stats, rounding_along(self._stats, right)))
+            largest = torch.linalg.vector_norm(self.within @ right.T, dim=0).amax()
+            least = torch.maximum(least, least_spread(self._stats, rounding_along(self._stats, right), largest))
         counts = sizes > least
         means = self.means @ right.T * counts
         within = self.within @ right.T * counts

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
 from nclightning.functional.linear import product
 from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
 
@@ -21,7 +21,7 @@ __all__ = ["NearestClassCentre"]
 _COUNTS = ("samples", "ncc_right", "right", "mismatched", "num_invalid")
 
 
-class NearestClassCentre(Metric):
+class NearestClassCentre(StreamingMetric):
     """How a network and the nearest class centre decide (NC4), by streaming counts.
 
     ``update`` accepts ``features (B, d)`` and ``labels (B,)`` int64; ``compute`` returns float64 scalars:
@@ -78,6 +78,7 @@ class NearestClassCentre(Metric):
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
 
+    @without_autocast
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
