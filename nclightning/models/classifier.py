@@ -367,7 +367,7 @@ class RegularizedClassifier(L.LightningModule):
         if self._trainer is not None and world_size() == 1:
             check_weights(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
-            check_resumable(checkpoint)
+            check_resumable(checkpoint, weights_in_place=is_sharded(self))
             warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
             self._failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)
 

@@ -25,16 +25,18 @@ _NEEDED = {
 }
 
 
-def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+def check_resumable(checkpoint: Mapping[str, Any], weights_in_place: bool = False) -> None:
     """Refuse a checkpoint that lacks what a fit goes on from, as one saved with ``save_weights_only=True`` does.
 
     Args:
         checkpoint: Lightning's.
+        weights_in_place: True where its weights were taken out before, as Lightning does with those in shards.
 
     Raises:
         ValueError: Naming what is missing, or that the counts in it disagree.
     """
-    missing = [name for name, kind in _NEEDED.items() if not isinstance(checkpoint.get(name), kind)]
+    needed = {name: kind for name, kind in _NEEDED.items() if not (weights_in_place and name == "state_dict")}
+    missing = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     if missing or not checkpoint["optimizer_states"]:
         raise UserError(
             f"the checkpoint cannot be resumed, as it has no {', '.join(missing or ['optimizer_states'])}: it was "
