@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.arguments import check_cadences, check_choices
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_head, full_batch_method, name_loaders
+from nclightning.callbacks import modules
+from nclightning.callbacks.attach import Attachment, Reads
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.first_batch import check_range
 from nclightning.callbacks.forwards import ForwardPass
@@ -134,26 +135,18 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         check_choices("layer_pooling", (layer_pooling,), "mean", "flatten")
         check_choices("on_error", (on_error,), "raise", "warn")
         check_choices("stages", tuple(stages), "train", "val", "test")
-        if source == "online" and (every_n_steps is not None or pictures_every_n_epochs is not None):
-            raise UserError("source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.source = source
         self.stages = tuple(stages)
         self.datasets = dict(datasets or {})
-        if clash := self.datasets.keys() & {"train", "val", "test"}:
-            raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
-        if isinstance(ood, str):
-            raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
+        modules.check_names(self.datasets, ood)
         self.ood, self.layers = tuple(ood), tuple(layers)
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
-        if source == "online" and "train" in stages and self._measuring.of_decisions:
-            raise UserError(
-                f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
-                "'train' out of stages."
-            )
+        if source == "online":
+            modules.check_online(self.stages, self._measuring.of_decisions, every_n_steps, pictures_every_n_epochs)
         self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn, forward_fn, ignore_index)
         self._metric: NeuralCollapse | None = None
         self._full_batch = self._checked = False
@@ -166,7 +159,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged, but for the names of the trainer's loaders in them."""
-        sets = {*self.stages, *self.datasets, *(("train",) if full_batch(pl_module) else ())} - set(self.ood)
+        sets = {*self.stages, *self.datasets, *(("train",) if modules.full_batch(pl_module) else ())} - set(self.ood)
         tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self.layers)}
         tags |= {f"{name}/nc5" for name in self.ood} | ({"train/angles"} if self.pictures_every_n_epochs else set())
         return {f"nc/{tag}" for tag in tags}
@@ -176,7 +169,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
-        self._checked, self._full_batch = False, full_batch(pl_module)
+        self._checked, self._full_batch = False, modules.full_batch(pl_module)
         if self._full_batch:
             if self.datasets:
                 raise UserError(
@@ -190,7 +183,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
-        head = full_batch_head(pl_module)
+        head = modules.full_batch_head(pl_module)
         check_range(batch[1], head, None)
         self._metric = self._measuring.metric(head)
 
@@ -198,7 +191,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure the training set at an iterate."""
         assert self._metric is not None
-        features, metric = full_batch_method(pl_module, "features_of")(batch[0]), self._metric
+        features, metric = modules.full_batch_method(pl_module, "features_of")(batch[0]), self._metric
         stats = class_statistics(features, batch[1], metric.num_classes, scatter=metric.keeps_scatter, copy=False)
         return {f"nc/train/{name}": value for name, value in metric.read(merge_over_ranks(stats)).items()}
 
@@ -206,7 +199,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
-        known = self.datasets.keys() | {name for name, _ in name_loaders(trainer.val_dataloaders)}
+        known = self.datasets.keys() | {name for name, _ in modules.name_loaders(trainer.val_dataloaders)}
         if unknown := [name for name in self.ood if name not in known]:
             rank_zero_warn(
                 f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this "
@@ -233,7 +226,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if not self._checked:
             self._checked = True
             with self._guard():
-                self._attachment.check_first(trainer, pl_module, batch)
+                self._attachment.check_first(trainer, pl_module, batch, self._reads_training)
         self._hook(trainer, pl_module, batch, trainer.train_dataloader)
 
     def on_train_batch_end(
@@ -244,6 +237,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
         self._collect(pl_module, batch, trainer.train_dataloader)
+        if self._attachment.first_step is not None:
+            with self._guard():
+                self._attachment.end_first_step(pl_module, online=self.source == "online")
         if self.every_n_steps is None or not self._has_sets:
             return
         # Crossed, not hit: several optimizers advance the step by more than one.
@@ -263,6 +259,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         return not self._full_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @property
+    def _reads_training(self) -> Reads:
+        return self.source if "train" in self.stages else ""
 
     @property
     def _sweeps_training(self) -> bool:
@@ -306,7 +306,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hook the head before the first batch."""
-        self._hook(trainer, pl_module, batch, _evaluated(trainer), dataloader_idx)
+        self._hook(trainer, pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -318,7 +318,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, _evaluated(trainer), dataloader_idx)
+        self._collect(pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/val/...``, or in a test ``nc/test/...``."""
@@ -338,11 +338,15 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
     def _hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
-        if self._pass is not None and not self._pass.hooked:
+        if self._pass is not None:
             try:
                 self._pass.hook(trainer, pl_module, batch, loaders, index)
             except Exception as error:
                 self._fail(error)
+        elif trainer.sanity_checking and "val" in self.stages:
+            with self._guard():
+                labelled = list(modules.name_loaders(loaders))[index][0] not in self.ood
+                self._attachment.check_sanity(trainer, pl_module, batch, labelled)
 
     def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         if self._pass is not None:
@@ -379,6 +383,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         rank_zero_warn(f"no reading of neural collapse: {error}")
 
     def _drop(self) -> None:
+        self._attachment.end_first_step()
         for each in (self._pass, self._waiting):
             if each is not None:
                 each.remove()
@@ -393,7 +398,3 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Leave no hook behind."""
         self._drop()
         super().teardown(trainer, pl_module, stage)
-
-
-def _evaluated(trainer: L.Trainer) -> Any:
-    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
