@@ -131,18 +131,20 @@ class Watch:
 
     def begin(self, inputs: Any) -> None:
         """Get ready for the step of a batch."""
-        self._leaves = list(tensors_of(inputs))
-        self._forget()
+        self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
         self._taps.kept, self._taps.runs, self._matches = {}, 0, "unseen"
+        if self._kept_of is not None:  # The last step failed.
+            self._forget()
 
     def _forget(self) -> None:
         self._kept_of, self._other, self._logits, self._settled = None, None, None, False
 
     def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
-        tensor = first_tensor((*args, *kwargs.values()))
+        tensor = args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
         if tensor is None:
             return
-        if any(_is_same(tensor, leaf) for leaf in self._leaves):
+        leaves = self._leaves
+        if (leaves and tensor is leaves[0]) or any(_is_same(tensor, leaf) for leaf in leaves):
             if self._kept_of not in (None, "yes"):  # What was kept is of a run on something else.
                 self._taps.kept.clear()
                 self._forget()
