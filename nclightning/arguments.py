@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,8 +16,10 @@ __all__ = [
     "DtypeName",
     "check_cadences",
     "check_choices",
+    "check_memory",
     "check_scales",
     "check_sizes",
+    "name_lambda",
     "resolve_dtype",
     "resolve_lambdas",
 ]
@@ -49,6 +54,36 @@ def check_cadences(**cadences: int | None) -> None:
     for name, value in cadences.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
+
+
+def check_memory(what: str, elements: int, dtype: torch.dtype) -> None:
+    """Raise unless this machine's memory can hold some numbers; without a word where its size is not known.
+
+    Args:
+        what: They are.
+        elements: How many, at least.
+        dtype: Of each.
+
+    Raises:
+        ValueError: With both sizes.
+    """
+    needed, there = elements * dtype.itemsize, _memory()
+    if there is not None and needed > there:
+        raise UserError(
+            f"{what} needs at least {needed / 2**30:,.0f} GiB of memory, and here are {there / 2**30:,.1f} GiB: "
+            "reduce num_classes, samples_per_class or the dimensions."
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of the machine, or of the container that this runs in."""
+    try:
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    except (AttributeError, ValueError, OSError):  # Not on every system.
+        return None
+    with suppress(OSError, ValueError):  # No container, or one without a limit.
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:
@@ -98,6 +133,26 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
     return dtype
 
 
+def name_lambda(arguments: Any) -> None:
+    """Give the paper's ``lambda`` its name in Python, and let it override the penalties that were given before it.
+
+    Args:
+        arguments: Of a model that takes ``lambda_w``, ``lambda_h`` and ``lambda_``, by name; changed in place. Those
+            that are given together with ``lambda`` stay.
+
+    Raises:
+        ValueError: If both names are used.
+    """
+    if "lambda" in arguments:
+        if "lambda_" in arguments:
+            raise UserError("lambda and lambda_ are one argument: give one of them.")
+        arguments["lambda_"] = arguments.pop("lambda")
+    if arguments.get("lambda_") is not None:
+        for name in ("lambda_w", "lambda_h"):
+            if name not in arguments:
+                arguments[name] = None
+
+
 def resolve_lambdas(
     lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
 ) -> tuple[float, float]:
@@ -116,6 +171,7 @@ def resolve_lambdas(
         ValueError: If one of them stays open.
     """
     if lambda_ is not None:
+        check_scales(**{"lambda": lambda_})
         lambda_w = samples_per_class * lambda_ if lambda_w is None else lambda_w
         lambda_h = lambda_ if lambda_h is None else lambda_h
     if lambda_w is None or lambda_h is None:

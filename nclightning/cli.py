@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, DefaultHelpFormatter  # type: ignore[attr-defined]
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.callbacks import IterationProgressBar, LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
-from nclightning.configurations import find_configuration, read_configuration, shipped_configs
+from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
-from nclightning.figures import draw_convergence, read_readings, summarize
-from nclightning.figures.tables import rates_table
+from nclightning.files import check_checkpoint, make_folder, replaced
+from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
+from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
-from nclightning.summaries import hyperparameters, record_summary
-from nclightning.theory import UFMProblem
+from nclightning.models.resume import check_resumable, check_weights
+from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
+from nclightning.table import check_rows
+from nclightning.wording import nearest, of_the_user, refusals_worded
 
 __all__ = ["main"]
 
@@ -68,61 +73,49 @@ further commands, each with a --help of its own:
 
 To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
 options of a class with their meaning."""
-
-
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the examples."""
-
-
-class ConfigFile(ActionConfigFile):
-    """``--config``: a file, or the name of a shipped configuration."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Resolve the name, let ``lambda`` stand for ``lambda_``, and hand over to jsonargparse."""
-        if isinstance(values, str):
-            try:
-                path = find_configuration(values)
-                if path in shipped_configs().values():
-                    rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
-                values = str(yaml.safe_dump(read_configuration(path), sort_keys=False))
-            except UserError as error:
-                parser.error(str(error))
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
-
-
-def _expand_lambda(args: Sequence[str]) -> list[str]:
-    """Turn ``--lambda X`` into the model's argument; it overrides penalties given earlier on the line or in files."""
-    expanded: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        name, equals, value = arg.partition("=")
-        if name in ("--lambda", "--model.lambda", "--model.init_args.lambda"):
-            value = value if equals else next(rest, "")
-            if not value:
-                raise UserError(f"{name} needs a value, such as {name} 5e-3.")
-            for key in ("lambda_w", "lambda_h"):
-                expanded += [f"--model.init_args.{key}", "null"]
-            expanded += ["--model.init_args.lambda_", value]
-        else:
-            expanded.append(arg)
-    return expanded
+_BUG = (
+    "This is no mistake of yours but a fault of nclightning or of code that it calls. "
+    "Please report it with the command and all lines above."
+)
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it."""
+    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it.
+
+    That is when training has begun: a run that is refused leaves no file.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write nothing yet."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the configuration of a new run."""
+        if trainer.ckpt_path is None:
+            self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write that of a resumed run, whose checkpoint is accepted only now."""
+        self._write(trainer)
+
+    def _write(self, trainer: L.Trainer) -> None:
         """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # Processes agree on it: all must ask.
-        if self.already_saved or not trainer.is_global_zero or stage != "fit":
+        if self.already_saved or not trainer.is_global_zero:
             return
+        self.already_saved = True
+        folder = run_folder(trainer)
+        if folder is None or not (trainer.loggers or trainer.checkpoint_callbacks):
+            return  # A run that leaves nothing else.
         path, count = folder / "config.yaml", 0
         while path.exists():
             count += 1
             path = folder / f"config_resumed_{count}.yaml"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, multifile=self.multifile)
-        self.already_saved = True
+        make_folder(folder)
+        with replaced(path) as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class RunCLI(LightningCLI):
@@ -136,7 +129,8 @@ class RunCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Create a parser whose ``--config`` knows the shipped configurations."""
         kwargs.setdefault("dump_header", [f"nclightning, lightning.pytorch=={L.__version__}"])
-        parser = LightningArgumentParser(**kwargs)
+        parser = RunParser(**kwargs)
+        self._parsers = [*getattr(self, "_parsers", []), parser]
         parser.add_argument(
             "-c", "--config", action=ConfigFile, help="a YAML file, or the name of a shipped configuration"
         )
@@ -152,8 +146,21 @@ class RunCLI(LightningCLI):
         words = sys.argv[1:] if args is None else args
         starts = ("-c", "--config", "--model", "--print_config", "-h", "--help")
         if words and words[0] in _PURPOSE and not any(word.startswith(starts) for word in words[1:]):
-            parser.error(f"give a configuration: --config NAME, where shipped are {', '.join(shipped_configs())}.")
-        self.config = parser.parse_args(_expand_lambda(words))
+            raise UserError(f"give a configuration: --config NAME, where shipped are {', '.join(shipped_configs())}.")
+        try:
+            self.config = parser.parse_args(in_order(words))
+        except ParserMessage as message:
+            options = [f"--{key}" for each in self._parsers for key in vars(each.get_defaults().as_flat())]
+            raise message.sentence(words, options) from message
+        self._words = words
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything must be between 0 and 2**32 - 1, got {seed}.")
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; a value that Lightning or torch refuses is the user's."""
+        with refusals_worded(self._words):
+            super().instantiate_classes()
 
     def _parse_ckpt_path(self) -> None:
         """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
@@ -162,18 +169,23 @@ class RunCLI(LightningCLI):
         """Resolve what the configuration leaves to a rule, so that the saved one states it."""
         config = self.config[self.subcommand]
         model = config.model.get("init_args", {})
-        if model.get("lambda_") is not None:
+        if takes_lambda(config.model.get("class_path"), model.keys()) and model["lambda_"] is not None:
             model["lambda_w"], model["lambda_h"] = resolve_lambdas(
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )
             model["lambda_"] = None
-        trainer, disabled = config.trainer, set()
+        trainer, disabled = config.trainer, list[type]()
         if trainer.enable_progress_bar is False:
-            disabled.add(IterationProgressBar.__name__)
+            disabled.append(ProgressBar)
         if trainer.enable_checkpointing is False:
-            disabled.add(LastCheckpoint.__name__)
-        if isinstance(trainer.callbacks, list):
-            trainer.callbacks = [c for c in trainer.callbacks if c.class_path.rpartition(".")[2] not in disabled]
+            disabled.append(Checkpoint)
+        if trainer.callbacks is not None:
+            given = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+            trainer.callbacks = [c for c in given if not _makes(c.class_path, tuple(disabled))]
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            options = logger.get("init_args") if isinstance(logger, Namespace) else None
+            if options is not None and "save_dir" in options and options.save_dir is None:
+                options.save_dir = trainer.default_root_dir  # None is the working directory for both.
         if self.subcommand != "fit":
             trainer.logger = False  # Looking at a checkpoint makes no run folder.
 
@@ -184,13 +196,18 @@ class RunCLI(LightningCLI):
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
-            self.model.configure_optimizers()
+            with refusals_worded(self._words, "model.init_args.optimizer"):
+                self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
         self._start = 0
-        if self.config.fit.ckpt_path is not None:
-            self._continue_run(Path(self.config.fit.ckpt_path))
+        self._again: tuple[Path, dict[str, Any], str] | None = (
+            None  # Folder, checkpoint and ending of a run that ended.
+        )
+        path = self.config.fit.ckpt_path
+        if path is not None and not self._continue_run(Path(path)):
+            return
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.claim()
@@ -207,6 +224,7 @@ class RunCLI(LightningCLI):
         """Read a checkpoint of this problem."""
         if not path.is_file():
             raise UserError(f"--ckpt_path {path}: no such file.")
+        check_checkpoint(path, f"--ckpt_path {path}")
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"]
@@ -214,29 +232,64 @@ class RunCLI(LightningCLI):
             raise UserError(f"--ckpt_path {path}: not a readable checkpoint ({type(error).__name__}).") from error
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_checkpoint(checkpoint)
+            check_weights(checkpoint, self.model)
         return checkpoint
 
-    def _continue_run(self, path: Path) -> None:
-        """Go on in the folder that the checkpoint lies in."""
-        self._start = int(self._read_checkpoint(path)["global_step"])
-        if 0 <= self.trainer.max_steps <= self._start:
+    def _continue_run(self, path: Path) -> bool:
+        """Go on in the folder that the checkpoint lies in; False if the run has ended there."""
+        checkpoint = self._read_checkpoint(path)
+        if isinstance(self.model, RegularizedClassifier):
+            check_resumable(checkpoint)
+        self._start = int(checkpoint["global_step"])
+        if 0 <= self.trainer.max_steps < self._start:
             raise UserError(
                 f"--ckpt_path {path} is at iteration {self._start} and trainer.max_steps is "
                 f"{self.trainer.max_steps}: there is nothing to do. Raise --trainer.max_steps."
             )
-        folder = path.resolve().parent.parent
-        if (folder / "readings.csv").is_file():
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.continue_run(folder, self._start)
+        logger, folder, last = find_run_logger(self.trainer), folder_of_checkpoint(path), self._start
+        table = folder / "readings.csv"
+        continues = table.is_file() or (folder / "hparams.yaml").is_file()
+        if logger is not None and continues:
+            last = check_rows(table, self._start, checkpoint.get("readings"))
+        ending = ending_of(checkpoint, self.trainer, self.model)
+        if ending is not None and last == self._start:
+            self._again = folder, checkpoint, ending
+            return False
+        if self.trainer.max_steps == self._start:
+            raise UserError(
+                f"--ckpt_path {path} is at trainer.max_steps={self._start}, and {table} ends at iteration {last}. "
+                "Continue from an earlier checkpoint, or raise --trainer.max_steps."
+            )
+        if logger is not None and table.is_file():
+            logger.continue_run(folder, self._start)
+        elif logger is not None:
+            rank_zero_info(
+                f"{folder} is no run folder, as it has no readings.csv: the run goes on in {logger.log_dir}."
+            )
+        return True
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
-        """Fit, and report on the run folder even after an interrupt."""
+        """Fit, and report on the run folder even after an interrupt; of a run that has ended only report."""
+        seed = self.config.fit.seed_everything
+        if self._again is not None:
+            folder, checkpoint, ending = self._again
+            rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
+            return
         try:
-            self.trainer.fit(model, **kwargs)
-        finally:
+            with ends_with_launcher():
+                self.trainer.fit(model, **kwargs)
+        except BaseException:
             if self.trainer.global_step > self._start:
-                _report(self.trainer, self.config.fit.seed_everything)
+                with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
+                    close_run(self.trainer, seed)
+            raise
+        close_run(self.trainer, seed)
+
+
+def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:
+    """Whether a class path of a configuration is of one of several kinds; it may name a function, too."""
+    found = locate(class_path)
+    return isinstance(found, type) and issubclass(found, kinds)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -249,13 +302,22 @@ def main(args: list[str] | None = None) -> None:
     try:
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
+        elif not {*words} & {*_PURPOSE, "-h", "--help"}:
+            raise UserError(_no_command(words))
         else:
             _run_cli(args)
-    except Exception as error:
-        worded = _worded_for_user(error)
-        if worded is None:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = status_of(stop)
+        if status is None or os.environ.get("LOCAL_RANK", "0") != "0":
             raise
-        sys.exit(f"error: {worded}")
+        sys.exit(status)
+    except Exception as error:
+        sentence = of_the_user(error)
+        if sentence is None:
+            if hasattr(error, "add_note"):
+                error.add_note(_BUG)
+            raise
+        sys.exit(f"error: {sentence}")
 
 
 def _run_cli(args: list[str] | None) -> None:
@@ -288,6 +350,13 @@ def _run_cli(args: list[str] | None) -> None:
     )
 
 
+def _no_command(words: Sequence[str]) -> str:
+    names = [*_PURPOSE, *COMMANDS]
+    if not words or words[0].startswith("-"):
+        return f"give a command first: {', '.join(names)}."
+    return f"there is no command {words[0]!r}, only {', '.join(names)}.{nearest(words[0], names)}"
+
+
 def _quieten_lightning() -> None:
     """Drop messages of Lightning that are about other products, or about what is so by design here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
@@ -298,37 +367,3 @@ def _quieten_lightning() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 against torch 2.13.
     ):
         warnings.filterwarnings("ignore", message=f".*{message}")
-
-
-def _worded_for_user(error: BaseException | None) -> UserError | None:
-    """Find the error of this package behind one of a library that called it."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _predicted(model: L.LightningModule) -> UFMProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained."""
-    if not getattr(model, "features_are_free", False):
-        return None
-    try:
-        problem: UFMProblem = model.problem  # type: ignore[assignment]
-    except UserError:
-        return None
-    return problem
-
-
-def _report(trainer: L.Trainer, seed: int | bool | None) -> None:
-    # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
-    folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
-    if not trainer.is_global_zero or folder is None or not (folder / "readings.csv").is_file():
-        return
-    picture, summary = draw_convergence(folder), summarize(read_readings(folder))
-    values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
-    record_summary(folder, summary, values, picture, trainer.state.finished)
-    console = Console()
-    console.print(rates_table(summary, problem=_predicted(trainer.lightning_module)))
-    shown = Path(folder).relative_to(Path.cwd()) if Path(folder).is_relative_to(Path.cwd()) else folder
-    console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
-    command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"
-    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.progress import track
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.configurations import find_configuration, model_arguments, read_configuration
+from nclightning.configurations import find_configuration, model_arguments
 from nclightning.errors import UserError
-from nclightning.figures import draw_collapse, draw_gaps, draw_spectrum, read_run
+from nclightning.figures import (
+    Run,
+    draw_collapse,
+    draw_gaps,
+    draw_spectrum,
+    fit_straight,
+    group_runs,
+    read_run,
+    thinned,
+)
 from nclightning.figures.prediction import describe_problem, prediction_tables
-from nclightning.figures.tables import rates_table
+from nclightning.figures.tables import rates_table, settings_table
+from nclightning.files import make_folder
+from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
+from nclightning.wording import of_the_parser
 
 __all__ = ["COMMANDS"]
+
+_MOST_TABLES = 12  # More runs share one table.
+_MOST = 10**15  # Products of sizes stay far from the largest float.
 
 
 def _reproduce(words: Sequence[str]) -> None:
@@ -39,35 +57,51 @@ def _reproduce(words: Sequence[str]) -> None:
     try:
         figures = [int(figure) if figure.isdigit() else figure for figure in given.figures]
         reproduce(figures, given.out, given.quick, given.jobs)
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. What finished is kept; the same command goes on.")
+    except (KeyboardInterrupt, Terminated) as stop:
+        print("Interrupted. What finished is kept; the same command goes on.", file=sys.stderr)
+        sys.exit(SIGTERM_STATUS if isinstance(stop, Terminated) else SIGINT_STATUS)
 
 
 def _plot(words: Sequence[str]) -> None:
     parser = _parser(
         "plot",
         "Draw run folders as the paper's figures do: the optimality gap of all runs, one panel per loss, and NC1-NC3, "
-        "one panel per run; print the fitted rates.",
+        "one panel per run; print the fitted rates. Many runs get one small panel per setting, with the median and the "
+        "range of its runs.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, such as lightning_logs/version_0")
     parser.add_argument("--out", default=".", help="folder for gap.png, gap.pdf, collapse.png, collapse.pdf")
     given = parser.parse_args(words)
-    runs, folder, console = [read_run(run) for run in given.runs], Path(given.out), Console()
-    for run in runs:
-        console.print(rates_table(run.summary, str(run.folder), run.problem))
+    runs, folder, console = _read_runs(given.runs), Path(given.out), Console()
+    if len(runs) > _MOST_TABLES:
+        console.print(settings_table(group_runs(runs)))
+    else:
+        for run in runs:
+            console.print(rates_table(run.summary, str(run.folder), run.problem))
     drawn = []
     for draw, name, prefix in ((draw_gaps, "gap", "optimality/gap"), (draw_collapse, "collapse", "nc/train/")):
         having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
         if having:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 drawn += draw(having, folder / name)
             except OSError as error:
                 raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     if not drawn:
-        raise UserError(f"no reading to draw in {', '.join(given.runs)}: neither optimality/gap nor nc/train/nc1-nc3.")
+        names = given.runs[0] if len(given.runs) == 1 else f"{given.runs[0]} and {len(given.runs) - 1} more"
+        raise UserError(f"no reading to draw in {names}: neither optimality/gap nor nc/train/nc1-nc3.")
     for path in drawn:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _read_runs(folders: Sequence[str]) -> list[Run]:
+    """Read run folders, of many only what is drawn."""
+    if len(folders) <= _MOST_TABLES:
+        return [read_run(folder) for folder in folders]
+    fit = partial(fit_straight, most_points=150)
+    console = Console(stderr=True)
+    shown = track(folders, "reading", console=console, transient=True, disable=not console.is_terminal)
+    return [thinned(read_run(folder, fit)) for folder in shown]
 
 
 def _theory(words: Sequence[str]) -> None:
@@ -102,7 +136,7 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     """Build the problem from options, over those of a configuration."""
     options: dict[str, Any] = {}
     if given["config"] is not None:
-        options = model_arguments(read_configuration(find_configuration(given["config"])))
+        options = model_arguments(find_configuration(given["config"]))
         if options.get("penalty", "features") != "features":
             raise UserError(
                 f"--config {given['config']}: penalty={options['penalty']!r} has no closed form, only 'features' has."
@@ -113,16 +147,40 @@ def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
     for name in ("loss", "num_classes", "samples_per_class", "feature_dim"):
         if options.get(name) is None:
             raise UserError(f"{name} is missing: give --{name}, or a --config that has it.")
-    single, lambda_w, lambda_h = (
-        None if options.get(name) is None else float(options[name]) for name in ("lambda_", "lambda_w", "lambda_h")
-    )
+    single, lambda_w, lambda_h = (_number(name, options.get(name)) for name in ("lambda_", "lambda_w", "lambda_h"))
     sizes = options["num_classes"], options["samples_per_class"], options["feature_dim"]
+    for name, size in zip(("num_classes", "samples_per_class", "feature_dim"), sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MOST:
+            raise UserError(f"{name} must be an integer between 1 and {_MOST:.0e}, got {size!r}.")
     return UFMProblem(options["loss"], *sizes, *resolve_lambdas(lambda_w, lambda_h, single, sizes[1]))
 
 
+def _number(name: str, value: Any) -> float | None:
+    """Take a number of a configuration, where 1e-4 is text to YAML."""
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name.rstrip('_')} must be a number, got {value!r}.") from None
+    if math.isfinite(number) and number != 0 and not 1e-100 < abs(number) < 1e100:
+        raise UserError(f"{name.rstrip('_')} must be between 1e-100 and 1e100, got {value!r}.")
+    return number
+
+
+class _Parser(ArgumentParser):
+    """Says in one sentence what it cannot take."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it."""
+        options = [option for action in self._actions for option in action.option_strings]
+        raise UserError(of_the_parser(message, (), options))
+
+
 def _parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:
-    return ArgumentParser(
+    return _Parser(
         f"python -m nclightning {name}",
+        allow_abbrev=False,
         description=description,
         epilog=epilog,
         formatter_class=RawDescriptionHelpFormatter,

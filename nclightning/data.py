@@ -205,6 +205,8 @@ class GaussianDataModule(FullBatchDataModule):
         )
         if not (math.isfinite(variance) and variance > 0):
             raise UserError(f"variance must be finite and positive, got {variance!r}.")
+        if not -(2**63) <= seed < 2**63:
+            raise UserError(f"seed must be between -2**63 and 2**63 - 1, got {seed}.")
         self.variance = variance
         self.seed = seed
         self._dtype = torch.float64

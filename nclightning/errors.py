@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError", "UserTypeError"]
+__all__ = ["UserError", "UserTypeError", "say_the_same"]
 
 
 class UserError(ValueError):
@@ -15,3 +15,10 @@ class UserError(ValueError):
 
 class UserTypeError(UserError, TypeError):
     """A :class:`UserError` about an object of the wrong kind."""
+
+
+def say_the_same(one: BaseException | None, other: BaseException | None) -> bool:
+    """Whether two errors tell the user the same, such as twice that the disk is full."""
+    if isinstance(one, OSError) and isinstance(other, OSError):
+        return one.errno == other.errno
+    return str(one) == str(other)

@@ -8,23 +8,26 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from nclightning.passes import measurements
+
 __all__ = ["hook_call", "hook_result"]
 
 
 class _Hook:
     """Calls a function for one module; a copy of the module, made or saved while it is hooked, has a hook of nothing.
 
-    ``copy.deepcopy`` and ``torch.save`` take the hooks of a module along.
+    ``copy.deepcopy`` and ``torch.save`` take the hooks of a module along. A hook made outside of measurements is not
+    for the forwards of one, which may be another monitor's, and one made inside is for those alone.
     """
 
     def __init__(self, layer: nn.Module | None = None, function: Callable[..., None] | None = None) -> None:
-        self._layer, self._function = layer, function
+        self._layer, self._function, self._measurements = layer, function, measurements()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, ()
 
     def __call__(self, layer: nn.Module, *args: Any) -> None:
-        if self._function is not None and layer is self._layer:
+        if self._function is not None and layer is self._layer and measurements() == self._measurements:
             self._function(*args)
 
 

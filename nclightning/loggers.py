@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
+from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
+from nclightning.table import WrittenRows, read_rows
 
-__all__ = ["ReadingsTable", "RunLogger", "wait_for_later_name"]
+__all__ = ["ReadingsTable", "RunLogger"]
 
 Row = tuple[int, Mapping[str, float]]
 
@@ -26,22 +32,40 @@ Row = tuple[int, Mapping[str, float]]
 class RunLogger(TensorBoardLogger):
     """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
 
+    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit.
+    Of a fit that is refused before its first value, or continues nothing, nothing stays.
+
     Args:
-        save_dir: Where ``name/version_N`` is made.
+        save_dir: Where ``name/version_N`` is made; None is the working directory, and on the command line
+            ``trainer.default_root_dir`` if that is given.
         name: Folder of all runs.
         version: Number or name of the run. None takes the next free number; one that exists is refused, so that no
             run is written over.
 
     Raises:
-        ValueError: When writing starts, if the run folder exists or cannot be written.
+        ValueError: If ``save_dir`` is a URL. When writing starts, if the run folder exists or cannot be written.
     """
 
-    def __init__(self, save_dir: str = ".", name: str = "lightning_logs", version: int | str | None = None) -> None:
-        super().__init__(save_dir, name=name, version=version, default_hp_metric=False, max_queue=1000, flush_secs=10)
+    def __init__(
+        self, save_dir: str | None = None, name: str = "lightning_logs", version: int | str | None = None
+    ) -> None:
+        if save_dir is not None and "://" in str(save_dir):
+            raise UserError(f"save_dir={save_dir} is a URL, and runs are written to local folders only: give a path.")
+        super().__init__(
+            "." if save_dir is None else save_dir,
+            name=name,
+            version=version,
+            default_hp_metric=False,
+            max_queue=1000,
+            flush_secs=10,
+        )
+        self._experiment: Any = None
         self._counts_versions = version is None
         self._claimed = False
-        self._last_iteration = -1
+        self._last_iteration = self._last_held = self._last_in_events = -1
         self._continued: Path | None = None
+        self._lock: FolderLock | None = None
+        self._held: list[Row] = []  # Readings of the iterate that a continued run begins with.
         self._table: ReadingsTable | None = None
 
     @property
@@ -64,9 +88,12 @@ class RunLogger(TensorBoardLogger):
         Args:
             folder: The run folder.
             iteration: Iteration of the checkpoint.
+
+        Raises:
+            ValueError: If another process writes there, or the folder cannot be written.
         """
+        self._take(Path(folder))
         self._continued = Path(folder)
-        wait_for_later_name(self._continued)
         self._kwargs["purge_step"] = iteration
         self.table.replace_from = iteration
 
@@ -81,7 +108,7 @@ class RunLogger(TensorBoardLogger):
             return
         folder = Path(self.log_dir)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             while not _make_folder(folder, take_empty=not self._counts_versions):
                 if not self._counts_versions:
                     raise UserError(
@@ -91,8 +118,9 @@ class RunLogger(TensorBoardLogger):
                 self._version = int(self.version) + 1  # Another run took the number in the meantime.
                 folder = Path(self.log_dir)
             probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
+            create(probe, b"")
+            delete(probe)
+            self._take(folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {folder}: {error.strerror or error}. "
@@ -100,11 +128,26 @@ class RunLogger(TensorBoardLogger):
             ) from error
         self._claimed = True
 
+    @rank_zero_only
+    def _take(self, folder: Path) -> None:
+        self._release()
+        lock = FolderLock(folder)
+        lock.acquire()
+        self._lock = lock
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """TensorBoard's writer; the first access makes the run folder."""
-        self.claim()
-        return super().experiment
+        if self._experiment is None:
+            self.claim()
+            self._experiment = RunWriter(self.log_dir, **self._kwargs)
+        return self._experiment
 
     @rank_zero_only
     def log_rows(self, rows: Sequence[Row]) -> None:
@@ -117,61 +160,101 @@ class RunLogger(TensorBoardLogger):
         Raises:
             ValueError: If an iteration was written before: the rows are those of another run.
         """
-        if rows and rows[0][0] <= self._last_iteration:
+        if not rows:
+            return
+        if rows[0][0] <= self._last_iteration:
             raise UserError(
                 f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
                 "a RunLogger. Give each fit one of its own."
             )
+        # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
         writer = self.experiment._get_file_writer()
         for iteration, values in rows:
-            finite = [
-                Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if math.isfinite(value)
-            ]
-            writer.add_summary(Summary(value=finite), iteration)
-        self.table.append(rows)
+            if iteration > self._last_in_events:
+                self._last_in_events = iteration
+                finite = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items() if math.isfinite(v)]
+                writer.add_summary(Summary(value=finite), iteration)
+        self._held += [row for row in rows if row[0] > self._last_held]
+        self._last_held = rows[-1][0]
+        if self.experiment.matters:
+            self._write_held()
         self._last_iteration = rows[-1][0]
+
+    def _write_held(self) -> None:
+        self.table.append(self._held)
+        self._held = []
+
+    @rank_zero_only
+    def written(self, before: int) -> WrittenRows | None:
+        """Write all rows, and return what a checkpoint has to remember of those before its iteration.
+
+        Args:
+            before: Iteration of the checkpoint.
+        """
+        if self._held:
+            self.experiment.matters = True
+            self._write_held()
+        return self.table.written(before)
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events to disk."""
+        """Bring events and readings to disk, once there are values; a run that is refused before leaves no file."""
+        if self._experiment is None or not self._experiment.matters:
+            return
         with deferred_interrupt():
-            super().save()
-            if self._experiment is not None:
-                self.experiment.flush()
+            hparams = Path(self.log_dir) / self.NAME_HPARAMS_FILE
+            if not hparams.exists():
+                with replaced(hparams) as partial:
+                    save_hparams_to_yaml(partial, self.hparams)
+            self._write_held()
+            self.experiment.flush()
+            self.table.sync()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the event file; a writer that is interrupted half closed could not be closed again."""
-        with deferred_interrupt():
-            super().finalize(status)
+        """Close the event file; a writer that is interrupted half closed could not be closed again.
+
+        After an error what cannot be written any more is left out: a second error would hide the words of the first.
+        """
+        try:
+            with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
+                if status == "success" and self._held and self._held[-1][0] > self.table.last:
+                    self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
+                begun = self._experiment is None or self._experiment.matters
+                if not begun and (status != "success" or self._continued is not None):
+                    self._leave_nothing()
+                elif not begun:
+                    self.experiment.matters = True
+                super().finalize(status)
+        finally:
+            self._release()
+
+    def _leave_nothing(self) -> None:
+        """Undo what a fit has written that was refused at its start."""
+        self.experiment.discard()
+        folder = Path(self.log_dir)
+        if self._claimed and {path.name for path in folder.iterdir()} <= {".lock"}:
+            self._release()
+            delete_folder(folder)
+            self._claimed = False
 
 
 def _make_folder(folder: Path, take_empty: bool) -> bool:
     """Make a folder, or take an empty one; False if it is in use."""
     try:
-        folder.mkdir()
-    except FileExistsError:
+        make_folder(folder, exist_ok=False)
+    except WriteError as error:
+        if error.errno != errno.EEXIST:
+            raise
         # An empty folder with a counted number is that of a run which is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True
 
 
-def wait_for_later_name(folder: Path) -> None:
-    """Wait, a second at most, until a new event file comes after those that there are.
-
-    TensorBoard reads the files of a folder by name, which begins with the second of their making.
-
-    Args:
-        folder: Run folder.
-    """
-    if any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(1 - time.time() % 1)
-
-
 class ReadingsTable:
     """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
 
-    Rows are appended and reach the disk with every call. A tag that was not there at the start gets a new column.
+    Rows are appended and reach the disk with :meth:`sync`. A tag that was not there at the start gets a new column.
 
     Args:
         path: The file.
@@ -184,37 +267,67 @@ class ReadingsTable:
         self.path = path
         self.replace_from: int | None = None
         self._tags: list[str] | None = None
+        self._written = [WrittenRows()]  # Before the last row, and with it.
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Add rows at the end.
+        """Add rows at the end, all of them or, after an error, none.
 
         Args:
             rows: Pairs of iteration and values by tag.
+
+        Raises:
+            OSError: If they cannot be written.
         """
+        if not rows:
+            return
         new = dict.fromkeys(tag for _, values in rows for tag in values)
         if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
             self._rewrite(new)
         assert self._tags is not None
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(
-                [iteration, *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
-                for iteration, values in rows
-            )
+        cells = [
+            [str(iteration), *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
+            for iteration, values in rows
+        ]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(cells)
+        append(self.path, text.getvalue().encode())
+        for row in cells:
+            self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
+
+    def sync(self) -> None:
+        """Bring the rows to disk."""
+        if self._tags is not None:
+            sync(self.path)
+
+    def written(self, before: int) -> WrittenRows:
+        """Return what there is of rows before an iteration, which is at most one row back."""
+        if self._tags is None:  # Nothing was added yet.
+            self._written = _both_last(*self._read(before))
+        return next(each for each in reversed(self._written) if each.last < before)
+
+    @property
+    def last(self) -> int:
+        """Iteration of the last row; -1 without any."""
+        return self._written[-1].last if self._tags is not None else int((self._read(None)[1] or [["-1"]])[-1][0])
+
+    def _read(self, before: int | None) -> tuple[list[str], list[list[str]]]:
+        tags, rows, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
+        return tags, [row for row in rows if before is None or int(row[0]) < before]
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
         """Write header and kept rows anew."""
-        kept: list[dict[str, str]] = []
-        tags: list[str] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                tags = list(reader.fieldnames or ["iteration"])[1:]
-                kept = [row for row in reader if None not in row.values()]
-        if self.replace_from is not None:
-            kept = [row for row in kept if int(row["iteration"]) < self.replace_from]
-        self._tags = tags + [tag for tag in new if tag not in tags]
-        self.replace_from = None
+        tags, kept = self._read(self.replace_from)
+        more = [tag for tag in new if tag not in tags]
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["iteration", *self._tags])
-            writer.writerows([row["iteration"], *(row.get(tag, "") for tag in self._tags)] for row in kept)
+            writer.writerow(["iteration", *tags, *more])
+            writer.writerows([*row, *("" for _ in more)] for row in kept)
+        self._tags, self.replace_from, self._written = [*tags, *more], None, _both_last(tags, kept)
+
+
+def _both_last(tags: Sequence[str], rows: Sequence[Sequence[str]]) -> list[WrittenRows]:
+    """Return what there is before the last row, and with it."""
+    both = [WrittenRows()]
+    for row in rows:
+        both = [both[-1], both[-1].with_row(tags, row)]
+    return both

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import (
@@ -24,13 +25,13 @@ from tensorboard.plugins.hparams.api_pb2 import (
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from torch.optim import Optimizer
-from torch.utils.tensorboard import FileWriter
 
 from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.files import delete
+from nclightning.files.events import write_events
 from nclightning.interrupts import deferred_interrupt
-from nclightning.loggers import wait_for_later_name
 
-__all__ = ["hyperparameters", "record_summary"]
+__all__ = ["hyperparameters", "is_recorded", "record_summary"]
 
 Value = int | float | str
 # TensorBoard shows five columns unless asked, those marked as different first, and five metrics, in order.
@@ -75,7 +76,8 @@ def record_summary(
     """Add a run to TensorBoard's HPARAMS tab and its picture to IMAGES, in an event file of their own.
 
     The logger's file is closed by then, and a second one of the same writer would repeat its order to forget what a
-    resumed run replaced, which by now are the new readings.
+    resumed run replaced, which by now are the new readings. The file appears in one step, and that of an earlier end
+    of the run goes.
 
     Args:
         folder: Run folder.
@@ -97,13 +99,33 @@ def record_summary(
     if finished:
         ended = SessionEndInfo(status=STATUS_SUCCESS, end_time_secs=time.time())
         table.append(_plugin_value(metadata.SESSION_END_INFO_TAG, session_end_info=ended))
-    if len(list(folder.glob("events.out.tfevents.*"))) > 1:
-        wait_for_later_name(folder)  # The file of a continued run begins with that order, and would undo this one.
+    now = time.time()
+    events = [
+        Event(wall_time=now, step=0, summary=Summary(value=table)),
+        Event(wall_time=now, step=summary.iteration, summary=Summary(value=[*scalars, _image(picture)])),
+    ]
     with deferred_interrupt():
-        writer = FileWriter(str(folder))
-        writer.add_summary(Summary(value=table), 0)
-        writer.add_summary(Summary(value=[*scalars, _image(picture)]), summary.iteration)
-        writer.close()
+        for earlier in (*folder.glob(_name("*", True)), *folder.glob(_name("*", False))):
+            delete(earlier)
+        write_events(folder, events, _suffix(summary.iteration, finished))
+
+
+def is_recorded(folder: Path, iteration: int) -> bool:
+    """Say whether :func:`record_summary` has been called for a finished run that ended at an iteration.
+
+    Args:
+        folder: Run folder.
+        iteration: The last one.
+    """
+    return any(folder.glob(_name(iteration, finished=True)))
+
+
+def _suffix(iteration: int | str, finished: bool) -> str:
+    return f".{'finished' if finished else 'interrupted'}_at_{iteration}"
+
+
+def _name(iteration: int | str, finished: bool) -> str:
+    return f"events.out.tfevents.*{_suffix(iteration, finished)}"
 
 
 def _image(picture: Path) -> Summary.Value:

@@ -11,7 +11,7 @@ SIZES = {"num_classes": 10, "samples_per_class": 10, "feature_dim": 20}
 
 def geometric(per_decade, decades, start=1.0, count=200):
     """Iterations and values of a line that falls by that many decades."""
-    iterations = np.linspace(0, per_decade * decades, count).round()
+    iterations = np.unique(np.linspace(0, per_decade * decades, count).round())
     return iterations, start * 10.0 ** (-iterations / per_decade)
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,13 +222,32 @@ def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, m
     assert {p: p.read_bytes() for p in RUN.rglob("*") if p.is_file()} == before
 
 
-def test_a_missing_config_is_asked_for(capsys):
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("callback", "off"),
+    [("RichProgressBar", "progress_bar"), ("TQDMProgressBar", "progress_bar"), ("ModelCheckpoint", "checkpointing")],
+)
+def test_what_is_switched_off_may_be_among_the_callbacks(callback, off):
+    """Also somebody's own callbacks alone, without those of the shipped configurations."""
+    fit(f"--trainer.callbacks=lightning.pytorch.callbacks.{callback}", f"--trainer.enable_{off}", "false", steps=3)
+    assert int(rows()[-1]["iteration"]) == 3
+
+
+def test_a_run_folder_that_is_removed_ends_the_run_in_a_sentence():
+    class Removes(L.Callback):
+        def on_iteration_end(self, trainer, pl_module, batch, iteration):
+            if iteration == 120:
+                shutil.rmtree(trainer.log_dir)
+
+    sys.modules[__name__].Removes = Removes
+    Removes.__qualname__ = "Removes"
+    with pytest.raises(SystemExit, match=r"error: .*(gone|cannot be written)") as stop:
+        fit("--trainer.callbacks+", f"{__name__}.Removes", steps=300)
+    assert "\n" not in stop.value.code
+
+
+def test_a_missing_config_is_asked_for():
+    with pytest.raises(SystemExit, match="--config NAME, where shipped are mlp_ce, mlp_mse, ufm_ce, ufm_mse"):
         main(["fit"])
-    assert (
-        "give a configuration: --config NAME, where shipped are mlp_ce, mlp_mse, ufm_ce, ufm_mse"
-        in capsys.readouterr().err
-    )
 
 
 def test_a_lambda_without_value_is_named():
@@ -253,21 +273,21 @@ def test_a_zero_penalty_trains_without_the_theory():
     ("name", "content"),
     [("nothing", None), ("ufm_mes.yaml", None), ("list.yaml", "- 1"), ("torn.yaml", "a: [1"), ("key.yaml", "modle: 3")],
 )
-def test_wrong_configs_are_named(name, content, capsys):
+def test_wrong_configs_are_named(name, content):
     if content is not None:
         Path(name).write_text(content)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         fit(config=name)
-    error = capsys.readouterr().err
+    error = str(stop.value)
     assert name.removesuffix(".yaml") in error or "modle" in error
     if content is None:
         assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_mse" in error
 
 
-def test_finished_runs_say_that_there_is_nothing_to_do():
+def test_a_run_that_is_past_max_steps_is_refused():
     fit()
-    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 20: there is nothing to do"):
-        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 10: there is nothing to do"):
+        fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"), steps=10)
     assert len(rows()) == 3
 
 

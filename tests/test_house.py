@@ -16,6 +16,7 @@ FLOORS = {
     "sharding": -1,
     "objective": 0,
     "heads": 0,
+    "passes": -1,
     "ranks": 0,
     "theory": 0,
     "functional": 0,
@@ -33,15 +34,20 @@ FLOORS = {
     "detection": 5,
     "arguments": 1,
     "files": 1,
+    "table": 1,
     "interrupts": 1,
-    "configurations": 1,
+    "configurations": 2,
     "models": 2,
     "data": 2,
     "loggers": 2,
+    "folders": 3,
     "callbacks": 6,
     "figures": 7,
     "reproduction": 8,
     "summaries": 8,
+    "closing": 9,
+    "wording": 8,
+    "parsing": 9,
     "commands": 9,
     "cli": 10,
     "__main__": 11,
@@ -173,3 +179,97 @@ def test_public_names_exist(init):
     # Each public name of a package has the documentation that help() shows.
     undocumented = [n for n in names if callable(getattr(module, n)) and not getattr(module, n).__doc__]
     assert undocumented == []
+
+
+# What changes files, by the name of the function or method.
+WRITES = {
+    "write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rename", "renames", "replace", "rmtree",
+    "rmdir", "removedirs", "touch", "symlink_to", "hardlink_to", "link", "symlink", "copyfile", "copy2", "move",
+    "truncate", "fsync", "save", "savefig", "tofile", "savetxt", "save_hparams_to_yaml", "SummaryWriter", "FileWriter",
+    "EventFileWriter", "FileLock", "SoftFileLock",
+}  # fmt: skip
+
+
+def writes_to_files(source):
+    """Yield calls that change files, but for those to a file of ``with replaced(...) as NAME``."""
+
+    def visit(node, partials):
+        if isinstance(node, ast.With):
+            partials = partials | {
+                item.optional_vars.id
+                for item in node.items
+                if isinstance(item.context_expr, ast.Call)
+                and getattr(item.context_expr.func, "id", "") == "replaced"
+                and isinstance(item.optional_vars, ast.Name)
+            }
+        if isinstance(node, ast.Call) and _writes(node) and not _names(node) & partials:
+            yield node.lineno, ast.unparse(node)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, partials)
+
+    yield from visit(ast.parse(source), frozenset())
+
+
+def _names(call):
+    """Names that a call is made on or given."""
+    receiver = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return {each.id for each in (*receiver, *call.args) if isinstance(each, ast.Name)}
+
+
+def _writes(call):
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name in ("open", "fdopen"):
+        position = 0 if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) != "os" else 1
+        modes = [*call.args[position : position + 1], *(k.value for k in call.keywords if k.arg == "mode")]
+        return any(not (isinstance(mode, ast.Constant) and set(str(mode.value)) <= set("rbt")) for mode in modes)
+    if name == "replace":  # Of text it takes two arguments, of dataclasses keywords.
+        return isinstance(call.func, ast.Attribute) and len(call.args) == 1 and not call.keywords
+    if name == "save":  # Of torch and numpy; loggers have one, too.
+        return isinstance(call.func, ast.Attribute) and len(call.args) > 1
+    return name in WRITES or ast.unparse(call.func) in ("os.remove", "shutil.copy")
+
+
+def test_only_the_file_layer_changes_files():
+    found = {
+        str(path.relative_to(PACKAGE)): calls
+        for path in FILES
+        if unit_of(path) != "files" and (calls := list(writes_to_files(path.read_text())))
+    }
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.write_text('a')",
+        "path.open('w')",
+        "open(path, 'ab')",
+        "path.open(mode='x')",
+        "path.open(mode)",
+        "os.makedirs(path)",
+        "partial.replace(path)",
+        "torch.save(content, path)",
+        "with replaced(path) as partial:\n    figure.savefig(path)",
+        "SummaryWriter(folder)",
+        "os.remove(path)",
+    ],
+)
+def test_each_way_to_change_a_file_is_seen(line):
+    assert list(writes_to_files(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.open()",
+        "path.open('rb')",
+        "path.open(newline='')",
+        "text.replace('a', 'b')",
+        "replace(options, a=1)",
+        "with replaced(path) as partial, partial.open('w') as file:\n    file.write('a')",
+        "with replaced(path) as partial:\n    figure.savefig(partial, dpi=1)",
+        "logger.save()",
+    ],
+)
+def test_what_changes_no_file_is_let_be(line):
+    assert not list(writes_to_files(line))

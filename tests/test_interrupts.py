@@ -2,11 +2,18 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from nclightning.interrupts import HeldInterrupts, deferred_interrupt
+from nclightning.interrupts import HeldInterrupts, Terminated, deferred_interrupt, status_of, terminable
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def interrupt():
@@ -90,3 +97,74 @@ def test_held_interrupts_collect_those_of_blocks_within():
         assert held.waiting
     finally:
         held.release()
+
+
+def test_sigterm_is_an_exception_once():
+    before, done = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with terminable():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+                done.append("cleaned up")
+
+    with pytest.raises(Terminated) as stop:
+        work()
+    assert stop.value.code == 143
+    assert done == ["cleaned up"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_statuses_are_those_of_shells():
+    assert status_of(KeyboardInterrupt()) == 130
+    assert status_of(SIGTERMException()) == 143
+    assert status_of(SystemExit(1)) is None
+    stop = SystemExit(1)  # Lightning's, while it handles an interrupt.
+    stop.__context__ = KeyboardInterrupt()
+    assert status_of(stop) == 130
+
+
+# A first rank launches another, which waits where ranks meet, for longer than any test.
+RANK = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from nclightning.interrupts import follow_launcher
+follow_launcher()
+print("waits", flush=True)
+TCPStore("localhost", {port}, 2, is_master=False, timeout=timedelta(hours=1))
+"""
+LAUNCHER = """
+import subprocess, sys
+from nclightning.interrupts import ends_with_launcher
+with ends_with_launcher():
+    rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+rank.wait()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="ranks end by themselves on POSIX systems only")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_rank_that_waits_ends_with_the_first(number):
+    with socket.socket() as nobody:  # Bound, so that nobody else listens there.
+        nobody.bind(("localhost", 0))
+        rank = RANK.format(port=nobody.getsockname()[1])
+        first = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, rank], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with first:
+            assert first.stdout.readline() == "waits\n"
+            first.send_signal(number)
+            said = first.stderr.read()  # Until both have closed it.
+        assert "error: the process that launched this one is gone." in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="ranks end by themselves on POSIX systems only")
+def test_a_rank_whose_first_is_gone_already_ends(monkeypatch):
+    monkeypatch.setenv("NCLIGHTNING_LAUNCHER", "1" if os.getpid() != 1 else "2")
+    done = subprocess.run(
+        [sys.executable, "-c", RANK.format(port=9)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "the process that launched this one is gone" in done.stderr

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -113,14 +114,76 @@ def test_a_second_run_does_not_mix_into_the_first(tmp_path):
     assert lines(logger.table.path) == ["iteration,a", "0,1.0", "3,0.5"]
 
 
-def test_events_of_a_run_continued_at_once_come_after_those_before(tmp_path):
-    for _ in range(3):  # Processes of any number, so of any order by name within a second.
-        folder = tmp_path / "run"
-        folder.mkdir(exist_ok=True)
-        (folder / f"events.out.tfevents.{int(time.time())}.zzz.9.0").touch()
+@pytest.mark.parametrize("ahead", [0, 3600], ids=["at once", "with the clock set back"])
+def test_events_of_a_continued_run_replace_those_before(tmp_path, ahead):
+    """TensorBoard reads event files by name, so by the time of their making."""
+    folder = tmp_path / "lightning_logs" / "version_0"
+    logger = RunLogger(str(tmp_path))
+    logger.log_rows([(i, {"a": float(i)}) for i in (0, 5, 10)])
+    logger.finalize("success")
+    (first,) = folder.glob("events*")
+    first.rename(folder / f"events.out.tfevents.{int(time.time()) + ahead}.zzz.9.0")
+    for value in (-1.0, -2.0):
         logger = RunLogger(str(tmp_path))
         logger.continue_run(folder, 5)
-        logger.log_rows([(5, {"a": 1.0})])
+        logger.log_rows([(5, {"a": value}), (7, {"a": value})])
         logger.finalize("success")
-        names = sorted(path.name for path in folder.glob("events*"))
-        assert "zzz" not in names[-1]
+    assert read_events(folder) == {"a": [(0, 0.0), (5, -2.0), (7, -2.0)]}
+
+
+def test_what_has_no_value_yet_makes_no_file(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    logger.experiment.add_custom_scalars({"a": {"b": ["Multiline", ["c"]]}})
+    logger.save()
+    assert not list(tmp_path.rglob("*events*"))
+    logger.experiment.add_scalar("a", 1.0, 0)
+    logger.save()
+    assert read_events(logger.log_dir) == {"a": [(0, 1.0)]}
+    logger.finalize("success")
+
+
+def test_a_fit_refused_at_its_start_leaves_nothing(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    logger.log_hyperparams({"a": 1})
+    logger.experiment.add_custom_scalars({"a": {"b": ["Multiline", ["c"]]}})
+    logger.save()
+    logger.finalize("failed")
+    assert list((tmp_path / "lightning_logs").iterdir()) == []
+
+
+def test_a_refused_resume_leaves_what_was_there(tmp_path):
+    """Even after it has read the iterate that it would go on from."""
+    logger = RunLogger(str(tmp_path))
+    logger.log_rows([(i, {"a": float(i)}) for i in (0, 5, 10)])
+    logger.finalize("failed")
+    folder = Path(logger.log_dir)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    logger = RunLogger(str(tmp_path))
+    logger.continue_run(folder, 5)
+    logger.log_rows([(5, {"a": 5.0})])
+    logger.save()
+    logger.finalize("failed")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    logger = RunLogger(str(tmp_path))
+    logger.continue_run(folder, 5)
+    logger.log_rows([(5, {"a": 5.0})])
+    logger.log_rows([(7, {"a": 7.0})])
+    logger.finalize("success")
+    assert read_events(folder) == {"a": [(0, 0.0), (5, 5.0), (7, 7.0)]}
+    assert lines(folder / "readings.csv") == ["iteration,a", "0,0.0", "5,5.0", "7,7.0"]
+
+
+def test_a_run_has_one_writer(tmp_path):
+    first = RunLogger(str(tmp_path))
+    first.claim()
+    second = RunLogger(str(tmp_path))
+    with pytest.raises(ValueError, match=r"another process is writing .*version_0"):
+        second.continue_run(first.log_dir, 5)
+    first.finalize("success")
+    second.continue_run(first.log_dir, 5)
+
+
+@pytest.mark.parametrize("url", ["file:///x", "s3://bucket/x", "memory://x"])
+def test_runs_are_local(url):
+    with pytest.raises(ValueError, match=rf"save_dir={url} is a URL, .*: give a path"):
+        RunLogger(url)

@@ -11,16 +11,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, check_range, parts_of
-from nclightning.callbacks.modules import check_strategy, layer_named, unseen
-from nclightning.callbacks.remainder import first_samples, left_over, num_left_over, saying_so
+from nclightning.callbacks.first_forward import FirstForward
+from nclightning.callbacks.modules import check_strategy, layer_named
+from nclightning.callbacks.remainder import check_rest, check_split, labels_of, num_left_over, saying_so
+from nclightning.callbacks.unseen import unseen
 from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
-from nclightning.features import call_model, describe, pair_rows, split_batch
+from nclightning.features import call_model, describe, split_batch
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.likeness import Like
 from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard
-from nclightning.sweep import compiled_parts, sequential_loader, shared_buffers
+from nclightning.sweep import compiled_parts, has_lazy_parts, sequential_loader, shared_buffers
 from nclightning.watch import FirstStep, Watch
 
 __all__ = ["Attachment"]
@@ -60,24 +62,32 @@ class Attachment:
         self._ignore_index = ignore_index
         self._known: Known | None = None
         self.first_step: FirstStep | None = None
+        self.first: FirstForward | None = None
 
     def forget(self) -> None:
         """Forget what the last module showed."""
         self._known = None
+        self.unwatch()
+
+    def unwatch(self) -> None:
+        """Leave no hook behind."""
         self.end_first_step()
+        if self.first is not None:
+            self.first.remove()
+        self.first = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": None, "first_step": None}  # A weak reference cannot be pickled.
+        return vars(self) | {"_known": None, "first_step": None, "first": None}  # A weak reference cannot be pickled.
 
     def knows(self, pl_module: L.LightningModule) -> bool:
         """Whether the first batch of a module has been seen, and its head has not been replaced since."""
         if self._known is None or self._known.module() is not pl_module:
             return False
         reader = self._known.found.reader
-        if reader.layer is None or reader.form != "weight":
+        if reader.layer is None:
             return True
         same = reader.layer is dict(pl_module.named_modules(remove_duplicate=False)).get(reader.name)
-        return same and weight_shape(reader.layer) == weight_shape(reader)
+        return same and (reader.form != "weight" or weight_shape(reader.layer) == weight_shape(reader))
 
     @property
     def splits_plainly(self) -> bool:
@@ -131,17 +141,23 @@ class Attachment:
         Raises:
             Exception: On all processes, if one of them fails.
         """
+        if read == "online" and has_lazy_parts(pl_module):
+            self._wait(trainer, pl_module, batch)
+            return
         error: Exception | None = None
         try:
             parts = [batch] if read == "online" else list(parts_of(batch, trainer.train_dataloader))
-            for part in parts if len(parts) > 1 else []:
-                self._check_split(part)
+            check_split(self.split, parts)
             self.check_batch(trainer, pl_module, parts[0])
             for other in parts[1:] if read else []:
-                self._check_labels_of(pl_module, other)
+                check_range(
+                    labels_of(self.split, other), self.head_of(pl_module), self._ignore_index, self.like == "factor"
+                )
             if read == "sweep" and (rest := num_left_over(trainer)):
-                self._check_rest(trainer, pl_module, parts[0], rest)
-            if read and not compiled_parts(pl_module):
+                check_rest(pl_module, self.split, self.features, parts[0], rest)
+            if read == "online" and not self.knows(pl_module):  # The forward made the head, and it was put back.
+                self._wait(trainer, pl_module, batch)
+            elif read and not compiled_parts(pl_module) and self.knows(pl_module):
                 assert self._known is not None
                 self.first_step = FirstStep(pl_module, self._known.entry, self.layer_of(pl_module))
         except Exception as own:
@@ -162,38 +178,19 @@ class Attachment:
         self.forget()
         raise_together(error, pl_module.device)
 
-    def _check_rest(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, rest: int) -> None:
-        """Run the module on as many samples as are left over at the end of the training set."""
-        try:
-            inputs, labels = self.split(first_samples(batch, len(self.split(batch)[1]), rest))
-            if len(labels) == rest:
-                pair_rows(self.features(pl_module, inputs)[""], labels)
-        except Exception as error:
-            raise left_over(pl_module, error, rest) from error
+    def _wait(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Examine the module once its first forward is over, until :meth:`finish_first`."""
+        self.first = FirstForward(pl_module, lambda: self.check_batch(trainer, pl_module, batch))
 
-    def _check_split(self, part: Any) -> None:
-        """Refuse a ``batch_fn`` for the batches of all loaders together."""
-        try:
-            self.split(part)
-        except UserError:
-            pass  # Said later, and better.
-        except Exception as error:
-            raise UserError(
-                f"batch_fn failed on {describe(part)}: {type(error).__name__}: {error}. An evaluation pass gives it "
-                "batches of one loader, also where the training step gets those of several: let it return (inputs, "
-                f"labels) of each, with labels {IGNORED} for samples without."
-            ) from error
+    def finish_first(self) -> None:
+        """End the first step of a module whose first forward makes its head.
 
-    def _check_labels_of(self, pl_module: L.LightningModule, batch: Any) -> None:
-        """Check the labels of a further loader."""
-        try:
-            labels = self.split(batch)[1]
-        except UserError as error:
-            raise UserError(
-                f"{error} It is of another training loader than the first, and each is swept: give samples without "
-                f"labels the label {IGNORED} by batch_fn."
-            ) from None
-        check_range(labels, self.head_of(pl_module), self._ignore_index, self.like == "factor")
+        Raises:
+            Exception: On all processes, if it did not show what :meth:`check_batch` needs.
+        """
+        if self.first is not None:
+            first, self.first = self.first, None
+            first.finish()
 
     def end_first_step(self, pl_module: L.LightningModule | None = None, *, online: bool = False) -> None:
         """Say where the first step of training did something else than what was examined; without a module, do not.
@@ -242,6 +239,11 @@ class Attachment:
         if self.knows(pl_module):
             return
         self._known = None
+        if has_lazy_parts(pl_module):
+            raise UserError(
+                f"{type(pl_module).__name__} has lazy layers without weights, which its first forward makes by chance: "
+                "run it once on a batch before, or train it with a plain NeuralCollapseMonitor."
+            )
         with unseen(pl_module), trainer.precision_plugin.forward_context():
             try:
                 self._known = self._examine(pl_module, batch, labelled)

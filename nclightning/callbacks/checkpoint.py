@@ -6,28 +6,40 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.errors import UserError, say_the_same
+from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder, sync
+from nclightning.files import save_checkpoint as write_checkpoint
+from nclightning.folders import checkpoint_of, find_run_logger, run_folder
+from nclightning.interrupts import SIGTERM_STATUS, NotedTermination
+from nclightning.ranks import count_over_ranks
 
 __all__ = ["LastCheckpoint"]
 
 
-class _DirectCheckpointIO(TorchCheckpointIO):
-    """Writes local files straight to disk, in one step; Lightning's own makes each a second time in memory."""
+class _CheckedCheckpointIO(TorchCheckpointIO):
+    """Writes local files straight to disk, in one step, and reads none that is damaged.
+
+    Lightning's own makes each a second time in memory, and loads flipped bits without a word.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint, or leave what is there."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(target) as partial:
-            torch.save(checkpoint, partial)
+        make_folder(Path(path).parent)
+        write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a checkpoint, or say that it is damaged."""
+        if Path(path).is_file():
+            check_checkpoint(Path(path), f"ckpt_path={path}")
+        return super().load_checkpoint(path, *args, **options)
 
 
 class LastCheckpoint(Checkpoint):
@@ -35,53 +47,151 @@ class LastCheckpoint(Checkpoint):
 
     Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is no multiple of its cadence.
     The file is replaced in one step, so that a crash while saving leaves the one before. Lightning runs checkpoint
-    callbacks after all others: the readings up to the checkpoint are on disk when it appears.
+    callbacks after all others: the readings up to the checkpoint are on disk when it appears. The checkpoint that it
+    replaces stays as ``previous.ckpt``.
+
+    The run folder is that of a ``RunLogger``, else of the first logger that has one, else the trainer's
+    ``default_root_dir``. A folder that holds the checkpoint of another run is refused, and so is one that another
+    process is writing. With ``fast_dev_run`` nothing is saved. A checkpoint that a trainer with this callback reads is
+    checked first: a damaged one is refused.
 
     Args:
         every_n_iterations: Cadence. It acts at ends of Lightning steps, at the first one past each multiple.
+        keep_previous: False keeps one checkpoint instead of two.
 
     Raises:
-        ValueError: If the cadence is below 1.
+        ValueError: If the cadence is below 1; at the start of a fit, if the folder is that of another run.
     """
 
-    def __init__(self, every_n_iterations: int = 1000) -> None:
+    def __init__(self, every_n_iterations: int = 1000, keep_previous: bool = True) -> None:
         if every_n_iterations < 1:
             raise UserError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
+        self.keep_previous = keep_previous
         self._saved: int | None = None  # Until a fit has started there is nothing to save.
+        self._first = 0
+        self._path: Path | None = None
+        self._own = False  # Whether this callback wrote the file that is there.
+        self._lock: FolderLock | None = None
+        self._termination = NotedTermination()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget the fit before; write files without a copy in memory, unless the user chose how to write."""
+        """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
         self._saved = None
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = _DirectCheckpointIO()
+            trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from the iterate that the run starts from."""
-        self._saved = trainer.global_step
+        """Take the run folder, and count from the iterate that the run starts from."""
+        before, refusal = self._path, None
+        try:
+            self._take(trainer)
+        except UserError as error:
+            refusal = error
+        # All processes ask, and stop together; the folder is that of the first.
+        path, told = trainer.strategy.broadcast((self._path, str(refusal) if refusal else None))
+        if told is not None:
+            raise refusal or UserError(told)
+        self._path, self._own = path, self._own and path == before
+        self._saved = self._first = trainer.global_step
+        self._termination = NotedTermination()
+        if trainer.world_size > 1:
+            self._termination.hold()
+
+    def _take(self, trainer: L.Trainer) -> None:
+        """Find the run folder, and see that it is free."""
+        before, folder = self._path, run_folder(trainer)
+        self._path = None if folder is None else checkpoint_of(folder)
+        if folder is None or self._path is None or not trainer.is_global_zero:
+            return
+        if self._path.exists() and not (self._own and self._path == before) and not self._continues(trainer):
+            raise UserError(
+                f"{self._path} is the checkpoint of another run. Go on with that run by ckpt_path, or give this one a "
+                "folder of its own: a RunLogger counts them up, and so does each default_root_dir."
+            )
+        if find_run_logger(trainer) is None:  # Which holds a lock itself.
+            make_folder(folder)
+            self._lock = FolderLock(folder)
+            self._lock.acquire()
+
+    def _continues(self, trainer: L.Trainer) -> bool:
+        """Whether the fit goes on from a checkpoint in the folder that it writes."""
+        assert self._path is not None
+        given = trainer.ckpt_path
+        if given is None or "://" in str(given):
+            return False
+        parent = Path(given).absolute().parent
+        return parent.is_dir() and parent.samefile(self._path.parent)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the cadence."""
+        """Save at the cadence, but not the last iterate: its row is complete when training has ended.
+
+        Processes that train together end together here if one of them is asked to.
+        """
+        if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
+            raise SIGTERMException
         assert self._saved is not None
-        if trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations:
+        due = trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
+        if due and not _is_ending(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last iterate."""
+        """Save the last iterate, with all that was read there."""
+        if self._saved == trainer.global_step != self._first:
+            self._saved = self._first  # What ended the run came after the checkpoint of this iterate.
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
-        alone = trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt)
-        if trainer.training and not alone:  # Saving takes all processes; interrupts reach them together.
-            self._save(trainer)
+        asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        # Saving takes all processes; what asks a run to stop reaches them together.
+        if trainer.training and (asked or trainer.world_size == 1):
+            try:
+                self._save(trainer)
+            except (UserError, OSError) as error:  # The first error is what the user has to hear.
+                if not say_the_same(error, exception):
+                    rank_zero_warn(f"the last checkpoint could not be saved: {error}")
+        if asked and self._path is not None and self._saved is not None:
+            signal = "SIGINT" if isinstance(exception, KeyboardInterrupt) else "SIGTERM"
+            rank_zero_info(f"{signal}: the run is saved at iteration {self._saved}. It goes on from {self._path}.")
+        if isinstance(exception, SIGTERMException) and trainer.is_global_zero:
+            # Lightning's has the status of success. Of other ranks one that is not makes Lightning kill the first.
+            exception.code = SIGTERM_STATUS
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let others write in the folder."""
+        self._release()
+
+    def _release(self) -> None:
+        self._termination.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _save(self, trainer: L.Trainer) -> None:
-        if self._saved is not None and trainer.global_step > self._saved:
-            for logger in trainer.loggers:
-                logger.save()  # A run that is killed after the checkpoint has its readings up to it.
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
-            trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=False)
-            self._saved = trainer.global_step
+        if self._path is None or self._saved is None or trainer.global_step <= self._saved:
+            return
+        for logger in trainer.loggers:
+            logger.save()  # A run that is killed after the checkpoint has its readings up to it.
+        if trainer.is_global_zero:
+            self._secure(self._path)
+        trainer.save_checkpoint(self._path, weights_only=False)
+        self._saved, self._own = trainer.global_step, True
+
+    def _secure(self, path: Path) -> None:
+        """Bring the readings to the disk itself, and keep the checkpoint that is to be replaced, if it is good."""
+        table = path.parent.parent / "readings.csv"
+        if table.is_file():
+            sync(table)
+        if self.keep_previous and path.is_file() and (self._own or is_sound(path)):
+            keep_as(path, path.with_name("previous.ckpt"))
+
+
+def _is_ending(trainer: L.Trainer) -> bool:
+    """Whether training ends with the present Lightning step, as far as is known by now."""
+    steps, epochs = trainer.global_step, trainer.current_epoch + 1
+    stops = trainer.should_stop and steps >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
+    return stops or 0 <= trainer.max_steps <= steps

@@ -55,6 +55,7 @@ class ForwardPass:
         self._split: tuple[Any, Tensor] | None = None
         self._handle: RemovableHandle | None = None
         self._hooked = False
+        self._first: dict[str, Tensor] | None = None
         self._failure: Exception | None = None
         self._collections: dict[str, Collection] = {}
         self._decisions: dict[str, Decisions] = {}
@@ -76,13 +77,17 @@ class ForwardPass:
         if self.hooked:
             self._begin(batch)
             return
+        if (first := self._attachment.first) is not None and self._online:
+            self._hooked = True
+            first.follow(lambda: self._hook_at_once(pl_module, batch))
+            return
         name = list(name_loaders(loaders))[index][0]
         self._attachment.check_batch(trainer, pl_module, batch, labelled=name not in self._ood)
         if not self._online:
             self._attachment.check_again(trainer, pl_module, self._attachment.split(batch)[0])
         if self._sweep_centres is not None and self._centres is None:
             # Not before: at the start of the epoch other callbacks may still be about to swap weights.
-            self._weights["class means"] = fingerprint(pl_module.parameters())
+            self._weights["class means"] = _trained(pl_module)
             self._centres = self._sweep_centres()
         compiled = self._attachment.is_compiled(pl_module)
         if compiled and self._online:
@@ -99,6 +104,12 @@ class ForwardPass:
                 self._handle = hook_call(layer, lambda *_: self._take_head(pl_module))
         self._begin(batch)
 
+    def _hook_at_once(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Hook the module once its first forward is over, and read that batch by one more."""
+        self._split = self._attachment.split(batch)
+        self._first = self._attachment.features(pl_module, self._split[0])
+        self._watch = self._attachment.watch(pl_module, in_steps=True, online=self._online)
+
     def _begin(self, batch: Any) -> None:
         if self._failure is None:
             self._split = self._attachment.split(batch)
@@ -109,7 +120,7 @@ class ForwardPass:
         """Copy the head as it is now, with which the features of this pass are read."""
         self._head = self._attachment.whole_head_of(pl_module)
         if self._sweep_centres is not None:
-            self._weights["validation or test step"] = fingerprint(pl_module.parameters())
+            self._weights["validation or test step"] = _trained(pl_module)
 
     def collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         """Take the features of the batch that just ran."""
@@ -117,7 +128,12 @@ class ForwardPass:
             return
         assert self._split is not None
         inputs, labels = self._split
-        kept = self._attachment.features(pl_module, inputs) if self._watch is None else self._watch.take(labels=labels)
+        if self._first is not None:
+            kept, self._first = self._first, None
+        else:
+            kept = (
+                self._attachment.features(pl_module, inputs) if self._watch is None else self._watch.take(labels=labels)
+            )
         if not self._collections and self._watch is not None:
             self._watch.verify()
         if self._handle is not None:
@@ -127,9 +143,9 @@ class ForwardPass:
             self._take_head(pl_module)
         if len(set(self._weights.values())) > 1:
             raise UserError(
-                "decisions and nc5 need class means of the weights that the step runs with, and the step swaps weights "
-                "inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave these "
-                "measures out."
+                "decisions and nc5 need class means of the weights that the step runs with, and the step changes "
+                "weights inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave "
+                "these measures out."
             )
         if index not in self._places:
             self._places[index] = self._open(pl_module, *list(name_loaders(loaders))[index])
@@ -194,3 +210,8 @@ class ForwardPass:
             self._handle.remove()
         self._watch = self._handle = None
         self._hooked = False
+
+
+def _trained(pl_module: L.LightningModule) -> tuple[int, ...]:
+    """Tell weights from others; a forward may change those that are not trained, such as a momentum encoder's."""
+    return fingerprint(parameter for parameter in pl_module.parameters() if parameter.requires_grad)

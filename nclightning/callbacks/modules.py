@@ -2,63 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from nclightning.errors import UserError
-from nclightning.heads import HeadReader
-from nclightning.sweep import eager, frozen
 
 __all__ = [
     "check_names",
     "check_online",
     "check_strategy",
     "evaluated_loaders",
-    "full_batch",
-    "full_batch_head",
-    "full_batch_method",
     "layer_named",
     "name_loaders",
     "only_loader",
-    "unseen",
 ]
-
-
-@contextmanager
-def unseen(pl_module: L.LightningModule) -> Iterator[None]:
-    """Run a module frozen and uncompiled, without a trace in it and in what its user logs.
-
-    Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing. While a trainer trains,
-    it says that it validates: hooks of the user that augment batches look at that, too.
-    """
-    trainer, names = pl_module.trainer, ("log", "log_dict")
-    modules = [vars(child) for child in pl_module.modules() if isinstance(child, L.LightningModule)]
-    own = [{name: state[name] for name in names if name in state} for state in modules]
-    loggers, stage = trainer.loggers, trainer.state.stage
-    try:
-        if trainer.training:
-            trainer.validating = True
-        for state in modules:
-            state.update(dict.fromkeys(names, _log_nothing))
-        trainer.loggers = [DummyLogger() for _ in loggers]
-        with frozen(pl_module), eager():
-            yield
-    finally:
-        trainer.loggers, trainer.state.stage = loggers, stage
-        for state, before in zip(modules, own, strict=True):
-            for name in names:
-                del state[name]
-            state.update(before)
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``LightningModule.log``."""
 
 
 def check_names(datasets: Iterable[str], ood: Sequence[str]) -> None:
@@ -107,41 +68,6 @@ def check_strategy(trainer: L.Trainer) -> None:
             "layers that are split over processes need the same batch on each, and a sweep would give them "
             "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
         )
-
-
-def full_batch(pl_module: L.LightningModule) -> bool:
-    """Whether a module runs our full-batch iterations."""
-    return hasattr(pl_module, "iterations_per_step")
-
-
-def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., Any]:
-    """Return a method by which full-batch modules are read.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    method: Callable[..., Any] | None = getattr(pl_module, name, None)
-    if method is None:
-        raise UserError(
-            f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
-            "it from nclightning.models.RegularizedClassifier."
-        )
-    return method
-
-
-def full_batch_head(pl_module: L.LightningModule) -> HeadReader:
-    """Return the head of a full-batch module, its attribute ``head``.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    head = getattr(pl_module, "head", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"a full-batch module is read by its attribute head, an nn.Linear; that of {type(pl_module).__name__} is "
-            f"{type(head).__name__}: derive it from nclightning.models.RegularizedClassifier."
-        )
-    return HeadReader(head, "head", "weight", False, head.out_features, head.in_features)
 
 
 def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:

@@ -1,19 +1,17 @@
-"""When to read, where readings wait, and how they reach the loggers."""
+"""When to read, and what becomes of it."""
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from dataclasses import asdict
+from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from nclightning.callbacks.publishing import Publisher, as_metrics
+from nclightning.callbacks.publishing import Publisher
+from nclightning.callbacks.rows import Readings
 from nclightning.errors import UserError
-from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 from nclightning.ranks import count_over_ranks
 from nclightning.sweep import untouched
@@ -27,8 +25,9 @@ class ReadingsMonitor(Publisher):
     """Base of the monitors: takes readings at stated iterates of a full-batch run.
 
     A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
-    ``every_n_iterations``-th and the last are read. Values stay on the device and go to the loggers in one transfer
-    per Lightning step for all monitors of a trainer together; then they are also in ``trainer.callback_metrics``.
+    ``every_n_iterations``-th and the last are read. Values stay on the device and come to the host in one transfer per
+    Lightning step for all monitors of a trainer together; then they are in ``trainer.callback_metrics``. They go to
+    the loggers when all monitors are past the iterate, as one row.
     Tags in ``log10_tags`` are logged a second time as ``log10/<tag>``.
 
     Args:
@@ -76,6 +75,7 @@ class ReadingsMonitor(Publisher):
             )
         self._batch, self._last_iteration = None, -1
         self._readings, self._own_tags = Readings.of(trainer), set()
+        self._readings.begin(self)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
@@ -118,18 +118,27 @@ class ReadingsMonitor(Publisher):
         """Read the last iterate, if the cadence missed it."""
         if self._batch is not None and self._last_iteration != trainer.global_step:
             self._record(trainer, pl_module, trainer.global_step)
+        if self._readings is not None:
+            self._readings.end(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lose no reading to an interrupt or error."""
-        self._save(trainer)
+        if self._readings is not None:
+            self._readings.rescue(trainer, exception)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have all readings on disk that a resumed run will not take again."""
-        self._save(trainer)
+        """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
+        if self._readings is not None:
+            self._readings.flush(trainer)
+            written = [each.written(trainer.global_step) for each in trainer.loggers if isinstance(each, RunLogger)]
+            checkpoint["readings"] = asdict(written[0]) if written and written[0] is not None else None
+            self._readings.save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bring the last readings to the loggers and drop the batch."""
-        self._save(trainer)
+        if self._readings is not None:
+            self._readings.end(self)
+            self._readings.save(trainer)
         self._keep_last()
         self._batch = self._readings = None
 
@@ -141,75 +150,3 @@ class ReadingsMonitor(Publisher):
         """Return what checkpoints hold: the last values."""
         self._keep_last()
         return super().state()
-
-    def _save(self, trainer: L.Trainer) -> None:
-        if Readings.of(trainer).flush(trainer):
-            for logger in trainer.loggers:
-                logger.save()
-
-
-class Readings:
-    """Readings of all monitors of one trainer, waiting on the device."""
-
-    _by_trainer: ClassVar[WeakKeyDictionary[L.Trainer, Readings]] = WeakKeyDictionary()
-
-    def __init__(self) -> None:
-        self._rows: dict[int, dict[str, Tensor | float]] = {}
-        self._log10_tags: set[str] = set()
-        self._flushed: dict[str, float] = {}
-
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> Readings:
-        """Return the trainer's readings."""
-        return cls._by_trainer.setdefault(trainer, cls())
-
-    def add(self, iteration: int, values: dict[str, Tensor | float], log10_tags: frozenset[str]) -> None:
-        """Add values to the row of an iteration."""
-        self._rows.setdefault(iteration, {}).update(values)
-        self._log10_tags |= log10_tags
-
-    def value(self, iteration: int, tag: str) -> Tensor | float:
-        """Return a value that waits."""
-        return self._rows[iteration][tag]
-
-    def latest(self, tags: set[str]) -> dict[str, float]:
-        """Return the last value of each tag, also of those that wait."""
-        waiting = self._on_host(self._rows)
-        values = self._flushed | {tag: value for _, row in waiting for tag, value in row.items()}
-        return {tag: value for tag, value in values.items() if tag in tags}
-
-    def _on_host(self, rows: dict[int, dict[str, Tensor | float]]) -> list[tuple[int, dict[str, float]]]:
-        """Transfer rows at once, and add logarithms."""
-        waiting = [v.double() for row in rows.values() for v in row.values() if isinstance(v, Tensor)]
-        arrived = iter(torch.stack(waiting).tolist() if waiting else [])
-        values = [
-            (iteration, {tag: next(arrived) if isinstance(v, Tensor) else float(v) for tag, v in row.items()})
-            for iteration, row in rows.items()
-        ]
-        for _, row in values:
-            row.update({f"log10/{tag}": _log10(row[tag]) for tag in list(row) if tag in self._log10_tags})
-        return values
-
-    def flush(self, trainer: L.Trainer) -> list[tuple[int, dict[str, float]]]:
-        """Transfer what waits, log it, and return it."""
-        if not self._rows:
-            return []
-        with deferred_interrupt():
-            rows, self._rows = self._rows, {}
-            values = self._on_host(rows)
-            for _, row in values:
-                self._flushed |= row
-            trainer.callback_metrics.update(as_metrics(values[-1][1]))
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.log_rows(values)
-                else:
-                    for iteration, row in values:
-                        logger.log_metrics(row, iteration)
-        return values
-
-
-def _log10(value: float) -> float:
-    if value > 0:
-        return math.log10(value)
-    return -math.inf if value == 0 else math.nan

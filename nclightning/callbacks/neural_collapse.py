@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from nclightning.callbacks.attach import Attachment, Reads
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.first_batch import check_range
 from nclightning.callbacks.forwards import ForwardPass
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.publishing import Publisher, changed_settings
@@ -28,7 +29,7 @@ from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import fingerprint
+from nclightning.sweep import TraceError, fingerprint, has_lazy_parts
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -43,18 +44,18 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
     makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
-    and in order, over all processes. Weights, gradients, buffers, training modes, random states, torchmetrics and the
-    module's own logs are as before; a data set that draws from a generator of its own is moved on. In validation and
-    test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch);
-    duplicates that a distributed sampler pads with are left out.
+    and in order, over all processes. All that the model remembers, random states and its own logs are as before, or
+    the run stops and says what is not; a data set that draws from a generator of its own is moved on. In validation
+    and test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch),
+    without the duplicates that a distributed sampler pads with.
 
     The pass sees what training can read: of a subset sampler the subset (:func:`nclightning.sweep.sequential_loader`);
     under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
     loader without a length as many batches as its longest epoch read so far. A further set without a length ends at
     ``limit_val_batches``. Features, head and class means of a measurement are of the same weights.
 
-    Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, where the last
-    ones are from the start after a resume. Two monitors in one trainer must log different tags.
+    Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, after a resume
+    from the start. Two monitors in one trainer must log different tags.
 
     | tag | value (formulas: :mod:`nclightning.functional`) |
     |---|---|
@@ -159,7 +160,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged, but for the names of the trainer's loaders in them."""
-        sets = {*self.stages, *self.datasets, *(("train",) if modules.full_batch(pl_module) else ())} - set(self.ood)
+        sets = {*self.stages, *self.datasets, *(("train",) if full_batch(pl_module) else ())} - set(self.ood)
         tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self.layers)}
         tags |= {f"{name}/nc5" for name in self.ood} | ({"train/angles"} if self.pictures_every_n_epochs else set())
         return {f"nc/{tag}" for tag in tags}
@@ -169,7 +170,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell full-batch modules from others."""
         self._attachment.forget()
-        self._checked, self._full_batch = False, modules.full_batch(pl_module)
+        self._checked, self._full_batch = False, full_batch(pl_module)
         if self._full_batch:
             if self.datasets:
                 raise UserError(
@@ -183,7 +184,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the head and check the labels once."""
-        head = modules.full_batch_head(pl_module)
+        head = full_batch_head(pl_module)
         check_range(batch[1], head, None)
         self._metric = self._measuring.metric(head)
 
@@ -191,7 +192,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure the training set at an iterate."""
         assert self._metric is not None
-        features, metric = modules.full_batch_method(pl_module, "features_of")(batch[0]), self._metric
+        features, metric = full_batch_method(pl_module, "features_of")(batch[0]), self._metric
         stats = class_statistics(features, batch[1], metric.num_classes, scatter=metric.keeps_scatter, copy=False)
         return {f"nc/train/{name}": value for name, value in metric.read(merge_over_ranks(stats)).items()}
 
@@ -223,7 +224,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if self._full_batch:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             return
-        if not self._checked:
+        if not self._checked and (self._reads_training == "online" or not has_lazy_parts(pl_module)):
             self._checked = True
             with self._guard():
                 self._attachment.check_first(trainer, pl_module, batch, self._reads_training)
@@ -236,6 +237,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if self._full_batch:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
+        with self._guard() if self._attachment.first is not None else nullcontext():
+            self._attachment.finish_first()
         self._collect(pl_module, batch, trainer.train_dataloader)
         if self._attachment.first_step is not None:
             with self._guard():
@@ -343,10 +346,6 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass.hook(trainer, pl_module, batch, loaders, index)
             except Exception as error:
                 self._fail(error)
-        elif trainer.sanity_checking and "val" in self.stages:
-            with self._guard():
-                labelled = list(modules.name_loaders(loaders))[index][0] not in self.ood
-                self._attachment.check_sanity(trainer, pl_module, batch, labelled)
 
     def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
         if self._pass is not None:
@@ -354,10 +353,14 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass.collect(pl_module, batch, loaders, index)
             except Exception as error:
                 self._fail(error)
+        elif pl_module.trainer.sanity_checking and "val" in self.stages:  # By now weights exist.
+            with self._guard():
+                name = list(modules.name_loaders(loaders))[index][0]
+                self._attachment.check_sanity(pl_module.trainer, pl_module, batch, labelled=name not in self.ood)
 
     def _fail(self, error: Exception) -> None:
         assert self._pass is not None
-        if self.on_error == "raise":
+        if self.on_error == "raise" or isinstance(error, TraceError):
             self._drop()
             raise error
         self._pass.fail(error)
@@ -374,16 +377,13 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         try:
             yield
         except Exception as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._drop()
-        if self.on_error == "raise":
-            raise error
-        rank_zero_warn(f"no reading of neural collapse: {error}")
+            self._drop()
+            if self.on_error == "raise" or isinstance(error, TraceError):
+                raise
+            rank_zero_warn(f"no reading of neural collapse: {error}")
 
     def _drop(self) -> None:
-        self._attachment.end_first_step()
+        self._attachment.unwatch()
         for each in (self._pass, self._waiting):
             if each is not None:
                 each.remove()

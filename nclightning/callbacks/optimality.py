@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment
-from nclightning.callbacks.modules import full_batch, full_batch_head, full_batch_method, only_loader
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
+from nclightning.callbacks.modules import only_loader
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.callbacks.problem import (
     check_balance,
@@ -23,22 +24,18 @@ from nclightning.callbacks.problem import (
 )
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.search import search_readings, step_taken
+from nclightning.callbacks.stopping import StopRule, goes_on
+from nclightning.callbacks.swept_optimality import sweep_optimality
 from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
-from nclightning.features import pair_rows
-from nclightning.functional import distance_to_collapse
-from nclightning.metrics import NeuralCollapse, Optimality
-from nclightning.metrics.optimality import check_counts, check_linear
+from nclightning.likeness import Like
+from nclightning.metrics.optimality import check_linear
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import limited_batches
+from nclightning.sweep import has_lazy_parts, limited_batches
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
-# Readings without a new minimum that a floor needs: short runs of other optimizers rise now and then.
-_LEAST_READINGS = 20
-# What is logged with fitted penalties.
-_FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
 # Arguments that do not say which values are logged.
 _OTHER_ARGUMENTS = frozenset(
     {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn"}
@@ -134,16 +131,16 @@ class OptimalityMonitor(ReadingsMonitor):
         self.loss = loss
         self.penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
         self.every_n_epochs = every_n_epochs
-        self._attachment = Attachment(
-            head, batch_fn=batch_fn, forward_fn=forward_fn, like="equal" if loss == "mse" else "shift"
-        )
+        like: Like = "equal" if loss == "mse" else "shift"
+        self._attachment = Attachment(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
         self.theory = theory
         self.stop_distance = stop_distance
         self.stop_at_floor = stop_at_floor
-        self._smallest, self._smallest_at = math.inf, 0
+        self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
         self._problem: UFMProblem | None = None
         self._mu: float | None = None
         self._decay = 1.0
+        self._followed = 0  # The last iterate whose step is in the decay.
         self._is_checked = False  # Whether what is trained has been compared with the problem.
         self._most_read = 0
 
@@ -179,31 +176,36 @@ class OptimalityMonitor(ReadingsMonitor):
     ) -> None:
         """Read the first iterate of a full-batch run; of other modules, check what their first batch shows."""
         if full_batch(pl_module):
+            begins = self._batch is None
             if trainer.global_step == 0:
-                self._decay = 1.0
+                self._decay, self._followed = 1.0, 0
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        elif not self._is_checked:
+            if begins and trainer.global_step > 0:
+                self._go_on(trainer)
+        elif not self._is_checked and not has_lazy_parts(pl_module):  # Else with the second batch.
             self._check_first_batch(trainer, pl_module, batch)
             self._is_checked = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Read full-batch iterates; of other modules, say where the first step does something else than the forward."""
+        """Read iterates of full-batch modules; of others, say where the first step is not the forward."""
         if full_batch(pl_module):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif self._attachment.first_step is not None:
-            self._attachment.end_first_step(pl_module)
+        self._attachment.end_first_step(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._attachment.end_first_step()
+        self._attachment.unwatch()
         super().on_exception(trainer, pl_module, exception)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sweep the training set of a module that is not full-batch."""
         if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._publish(pl_module, self._sweep(trainer, pl_module))
+            assert self.loss is not None
+            training_set = self._training_set(trainer)
+            values = sweep_optimality(trainer, pl_module, self._attachment, training_set, self.loss, self.penalties)
+            self._publish(pl_module, values)
 
     def _check_first_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Refuse a batch, a head, penalties or labels that have no known optimum."""
@@ -223,42 +225,6 @@ class OptimalityMonitor(ReadingsMonitor):
         self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
         return loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)
 
-    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        loader, limit = self._training_set(trainer)
-
-        def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
-            metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
-
-            def add(kept: dict[str, Tensor], labels: Tensor) -> None:
-                if not metrics:
-                    metrics.append(make().to(pl_module.device))
-                metrics[0].update(*pair_rows(kept[""], labels))
-
-            self._attachment.sweep(trainer, pl_module, loader, add, limit)
-            return metrics[0]
-
-        def light() -> NeuralCollapse:
-            head = self._attachment.head_of(pl_module)
-            return NeuralCollapse(head.out_features, head.in_features, head, measures=("nc1_ratio",))
-
-        stats, head = run(light).gathered(), self._attachment.whole_head_of(pl_module)
-        assert self.loss is not None
-        check_counts(stats.counts, int(stats.counts.max()))
-        sizes = self.loss, head.out_features, int(stats.counts.max()), head.in_features
-        if self.penalties is None:
-            fitted = distance_to_collapse(stats, head.weight)
-            scales = float(fitted.head_scale), float(fitted.feature_scale)
-            if not min(scales) > 0 or (self.loss == "mse" and scales[0] * scales[1] >= 1):
-                return {f"optimality/{name}": stats.spreads.new_tensor(math.nan) for name in _FITTED}
-            problem = UFMProblem.at_scale(*sizes, *scales)
-        else:
-            problem = UFMProblem(*sizes, *self.penalties)
-        values = {f"optimality/{name}": v for name, v in run(lambda: Optimality(problem, head)).compute().items()}
-        if self.penalties is None:
-            for name in ("lambda_w", "lambda_h"):
-                values[f"optimality/{name}"] = stats.counts.new_tensor(getattr(problem, name))
-        return values
-
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the problem and check that the labels are balanced."""
         self._problem = self.find_problem(pl_module)
@@ -267,6 +233,8 @@ class OptimalityMonitor(ReadingsMonitor):
             check_balance(self._problem, batch[1])
             check_features(pl_module, batch[0])
         self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
+        if pl_module._trainer is not None and self._followed == pl_module.trainer.global_step - 1:
+            self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
         """Say whether the decay of a run can be predicted.
@@ -331,41 +299,77 @@ class OptimalityMonitor(ReadingsMonitor):
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence, and stop once close enough."""
+        self._follow(pl_module)
+        super().on_iteration_end(trainer, pl_module, batch, iteration)
+        if self._last_iteration == iteration and self._rule.is_on:
+            self._stop(trainer, self._decide(trainer))
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        self._followed += 1
         if self._mu is not None:
             step = step_taken(pl_module)
             assert step is not None
             self._decay *= (1 - step * self._mu) ** 2
-        super().on_iteration_end(trainer, pl_module, batch, iteration)
-        if self._last_iteration != iteration or (self.stop_distance is None and not self.stop_at_floor):
-            return
-        distance = float(Readings.of(trainer).value(iteration, "optimality/distance"))
-        if distance < self._smallest:
-            self._smallest, self._smallest_at = distance, iteration
-        reason = None
-        if self.stop_distance is not None and distance <= self.stop_distance:
-            reason = f"at most {self.stop_distance:g}"
-        elif self.stop_at_floor and self._is_at_floor(iteration):
-            reason = f"at its floor, with no new minimum since iteration {self._smallest_at}"
-        if reason is not None:
-            trainer.should_stop = True
-            trainer.print(f"Distance {distance:.3g} at iteration {iteration}: {reason}. Stopping.")
 
-    def _is_at_floor(self, iteration: int) -> bool:
-        # Near the saddle at zero the distance stands still, too, but at the norm of the optimum.
+    def _decide(self, trainer: L.Trainer) -> str | None:
+        """Say why the run is to stop at the last reading, if it is."""
         assert self._problem is not None
-        patience = max(self._smallest_at, _LEAST_READINGS * self.every_n_iterations)
-        return self._smallest < 1e-3 * self._problem.optimum_norm and iteration >= self._smallest_at + patience
+        distance = float(Readings.of(trainer).value(self._last_iteration, "optimality/distance"))
+        return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
+
+    @staticmethod
+    def _stop(trainer: L.Trainer, sentence: str | None) -> None:
+        if sentence is not None:
+            trainer.should_stop = True
+            trainer.print(f"{sentence} Stopping.")
+
+    def _go_on(self, trainer: L.Trainer) -> None:
+        """Stop a resumed run again that had been stopped, unless the settings that did it have changed."""
+        iteration, sentence = trainer.global_step, None
+        had_stopped = self._rule.stopped_at == iteration
+        if self._problem is not None and self._rule.is_on:
+            if self._last_iteration == iteration:
+                sentence = self._decide(trainer)
+            elif had_stopped:  # By another cadence.
+                sentence = self._rule.stands(self._problem.optimum_norm)
+        self._stop(trainer, sentence)
+        if had_stopped and sentence is None:
+            trainer.print(goes_on(iteration))
+
+    def ending_of(self, checkpoint: Mapping[str, Any], pl_module: L.LightningModule) -> str | None:
+        """Say why the run of a checkpoint is stopped, also by the present settings.
+
+        Args:
+            checkpoint: Lightning's.
+            pl_module: The module.
+
+        Returns:
+            A sentence; None if the run goes on.
+        """
+        state, problem = checkpoint["callbacks"].get(self.state_key), self.find_problem(pl_module)
+        if state is None or problem is None:
+            return None
+        rule = StopRule(self.stop_distance, self.stop_at_floor, self.every_n_iterations, state)
+        return rule.stands(problem.optimum_norm) if rule.stopped_at == checkpoint["global_step"] else None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say that a run goes on which was stopped by a monitor with other options, such as one with the theory."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        iteration, states = checkpoint["global_step"], checkpoint.get("callbacks", {})
+        others = [key for key in states if key.startswith(type(self).__qualname__) and key != self.state_key]
+        if trainer.training and any(states[key].get("stopped_at") == iteration for key in others):
+            trainer.print(goes_on(iteration))
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: last values, the smallest distance, its iteration, the decay."""
-        own = {"smallest": self._smallest, "smallest_at": self._smallest_at, "decay": self._decay}
-        return super().state() | own
+        """Return what a resumed run goes on from: last values, distances so far, whether they stop it, the decay."""
+        return super().state() | self._rule.state_dict() | {"decay": self._decay, "followed": self._followed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         super().load_state_dict(state_dict)
-        self._smallest, self._smallest_at = state_dict["smallest"], state_dict["smallest_at"]
+        self._rule.load_state_dict(state_dict)
         self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
+        self._followed = state_dict.get("followed", 0)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any

@@ -3,6 +3,7 @@
 from nclightning.figures.comparison import draw_collapse, draw_gaps
 from nclightning.figures.convergence import draw_convergence
 from nclightning.figures.error_bound import draw_error_bound
+from nclightning.figures.many import group_runs, thinned
 from nclightning.figures.rates import LinearFit, fit_rate, fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.runs import Run, read_run
@@ -21,7 +22,9 @@ __all__ = [
     "draw_spectrum",
     "fit_rate",
     "fit_straight",
+    "group_runs",
     "read_readings",
     "read_run",
     "summarize",
+    "thinned",
 ]

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from nclightning.errors import UserError
-from nclightning.figures.panels import MARKERS, STYLES, add_legend, panels, save
+from nclightning.figures.many import draw_bands
+from nclightning.figures.panels import MARKERS, STYLES, add_caption, add_legend, panels, save
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.runs import LOSSES, Run
 
 __all__ = ["draw_collapse", "draw_gaps"]
 
+# More curves in a panel, or more panels of a run each, are no picture any more.
+_MOST_CURVES, _MOST_RUNS = 20, 12
 _GAP = "optimality/gap"
 _COLLAPSE = {
     "nc/train/nc1": r"$\mathcal{NC}_1$",
@@ -27,6 +29,8 @@ _COLLAPSE = {
 
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
     """Draw the optimality gap against the iteration: one panel per loss, one curve per run (paper, Figures 1 and 2).
+
+    More than 20 runs get small panels by setting, with median and range.
 
     Args:
         runs: Their ``optimality/gap`` is drawn, in the order given.
@@ -39,6 +43,8 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
         ValueError: If there is no run, or one has no gap.
     """
     losses = list(dict.fromkeys(run.loss for run in _having(runs, (_GAP,))))
+    if len(runs) > _MOST_CURVES:
+        return draw_bands(runs, {_GAP: "gap"}, r"$F^k - F^*$", Path(path))
     chosen = {loss: [run for run in runs if run.loss == loss] for loss in losses}
     with panels(len(losses), legend_lines=max(map(len, chosen.values()))) as (figure, grid):
         for axes, (loss, own) in zip(grid, chosen.items(), strict=True):
@@ -47,12 +53,14 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
             axes.set_title(LOSSES.get(loss, loss))
             axes.set_ylabel(r"$F^k - F^*$")
             add_legend(axes)
-        _caption(figure, runs)
+        add_caption(figure, runs)
         return save(figure, Path(path))
 
 
 def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
     """Draw NC1, NC2 and NC3 against the iteration, one panel per run (paper, Figures 3 and 4).
+
+    More than 12 runs get small panels by setting, with median and range.
 
     Args:
         runs: Those of their metrics that were recorded are drawn.
@@ -64,7 +72,9 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
     Raises:
         ValueError: If there is no run, or one has none of the metrics.
     """
-    with panels(len(_having(runs, tuple(_COLLAPSE)))) as (figure, grid):
+    if len(_having(runs, tuple(_COLLAPSE))) > _MOST_RUNS:
+        return draw_bands(runs, _COLLAPSE, "NC metrics", Path(path))
+    with panels(len(runs)) as (figure, grid):
         for axes, run in zip(grid, runs, strict=True):
             for i, (tag, label) in enumerate(_COLLAPSE.items()):
                 if tag in run.readings.values:
@@ -72,7 +82,7 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
             axes.set_title(", ".join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
             axes.set_ylabel("NC metrics")
             add_legend(axes)
-        _caption(figure, runs)
+        add_caption(figure, runs)
         return save(figure, Path(path))
 
 
@@ -125,15 +135,3 @@ def _marker_places(iterations: np.ndarray[Any, np.dtype[np.float64]]) -> list[in
         return []
     wanted = np.linspace(iterations[0], iterations[-1], 7)[1:-1]
     return sorted({int(i) for i in np.searchsorted(iterations, wanted)})
-
-
-def _caption(figure: Figure, runs: Sequence[Run]) -> None:
-    """Write the sizes below, where all runs share them."""
-    captions = {run.sizes for run in runs}
-    if len(captions) != 1:
-        return
-    caption = captions.pop()
-    if all(run.single_lambda for run in runs):
-        caption += r", $\lambda_W = n\lambda$, $\lambda_H = \lambda$"
-    if caption:
-        figure.supxlabel(caption, fontsize=9)

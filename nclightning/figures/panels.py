@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from nclightning.figures.runs import Run
 from nclightning.files import replaced
 
-__all__ = ["MARKERS", "STYLES", "add_legend", "panels", "save"]
+__all__ = ["MARKERS", "STYLES", "add_caption", "add_legend", "panels", "save"]
 
 # Colours that stay apart in the common kinds of colour blindness, from dark to light, and dashes that stay apart in
 # grey.
@@ -35,13 +36,16 @@ _LINE, _MOST_LINES = 0.21, 5  # Inches of a line of the legend, and how many hav
 
 
 @contextmanager
-def panels(count: int, most_columns: int = 2, legend_lines: int = 3) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(
+    count: int, most_columns: int = 2, legend_lines: int = 3, size: tuple[float, float] = _PANEL
+) -> Iterator[tuple[Figure, list[Axes]]]:
     """Lay out panels with log axes, in the style of print.
 
     Args:
         count: How many.
         most_columns: In a row.
         legend_lines: Of the longest legend.
+        size: Of a panel, in inches.
 
     Yields:
         The figure and its panels.
@@ -64,8 +68,8 @@ def panels(count: int, most_columns: int = 2, legend_lines: int = 3) -> Iterator
     with mpl.rc_context(style):
         columns = min(count, most_columns)
         rows = -(-count // columns)
-        height = _PANEL[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # Long legends leave the axes their size.
-        figure = Figure(figsize=(_PANEL[0] * columns, height * rows), layout="constrained")
+        height = size[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # Long legends leave the axes their size.
+        figure = Figure(figsize=(size[0] * columns, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
         for axes in grid:
@@ -81,6 +85,22 @@ def panels(count: int, most_columns: int = 2, legend_lines: int = 3) -> Iterator
 def add_legend(axes: Axes) -> None:
     """Below the panel, where no curve runs."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+
+
+def add_caption(figure: Figure, runs: Sequence[Run], note: str = "") -> None:
+    """Write the sizes below, where all runs share them.
+
+    Args:
+        figure: With its panels.
+        runs: Those drawn.
+        note: What else is to be said.
+    """
+    captions = {run.sizes for run in runs}
+    caption = captions.pop() if len(captions) == 1 else ""
+    if caption and all(run.single_lambda for run in runs):
+        caption += r", $\lambda_W = n\lambda$, $\lambda_H = \lambda$"
+    if text := "; ".join(filter(None, (caption, note))):
+        figure.supxlabel(text, fontsize=9)
 
 
 def save(figure: Figure, path: Path) -> list[Path]:

@@ -13,7 +13,6 @@ __all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_range", "fit_rate", "fit_straigh
 # Below this a curve is not called straight.
 LEAST_R_SQUARED = 0.99
 _LEAST_POINTS = 5
-_MOST_POINTS = 800
 
 
 @dataclass(frozen=True)
@@ -94,24 +93,28 @@ def fit_range(iterations: NDArray[np.float64], values: NDArray[np.float64], firs
 
 
 def fit_straight(
-    iterations: NDArray[np.float64], values: NDArray[np.float64], ending_at_most: float = math.inf
+    iterations: NDArray[np.float64],
+    values: NDArray[np.float64],
+    ending_at_most: float = math.inf,
+    most_points: int = 800,
 ) -> LinearFit | None:
     """Find the longest stretch, in decades, over which a quantity falls along a straight line.
 
-    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``. Of many readings 800 are taken, at even
+    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``. Of many readings some are taken, at even
     distances.
 
     Args:
         iterations: ``(R,)``, increasing.
         values: ``(R,)``; values that are not positive and finite are left out.
         ending_at_most: Only stretches that end at or below this value.
+        most_points: Readings to take at most; time and memory go with the square.
 
     Returns:
         The fit, or None if no five readings in a row fall along a line.
     """
     usable = np.flatnonzero(np.isfinite(values) & (values > 0))
-    if len(usable) > _MOST_POINTS:
-        usable = usable[np.linspace(0, len(usable) - 1, _MOST_POINTS).round().astype(int)]
+    if len(usable) > most_points:
+        usable = usable[np.linspace(0, len(usable) - 1, most_points).round().astype(int)]
     x, y = iterations[usable], np.log10(values[usable])
     if len(x) < _LEAST_POINTS:
         return None

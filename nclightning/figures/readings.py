@@ -58,20 +58,52 @@ def read_readings(run: str | Path) -> Readings:
 
 
 def _read_table(path: Path) -> Readings:
-    text = path.read_text()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # With a byte-order mark, as spreadsheets write it.
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8, so it is no table of readings.") from error
     # A last line without its end is in writing, and its last number may be cut.
-    header, *rows = [*csv.reader(text[: text.rfind("\n") + 1].splitlines())] or [[]]
-    rows = [row for row in rows if len(row) == len(header)]
-    if not rows:
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    if len(lines) < 2:
         raise UserError(f"{path} holds no readings yet.")
+    try:
+        header, *rows = csv.reader(lines)
+    except csv.Error as error:
+        raise UserError(f"{path} is no table of readings: {error}.") from error
+    if len(set(header)) < len(header):
+        raise UserError(f"{path} is no table of readings: a column occurs twice.")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UserError(
+                f"{path} is damaged: line {number} has {len(row)} of {len(header)} cells. Delete the line to go on "
+                "without it."
+            )
     try:
         table = np.array([[float(cell) if cell else np.nan for cell in row] for row in rows])
     except ValueError as error:
         raise UserError(f"{path} is no table of readings: {error}.") from error
-    if "step" not in header:
-        return Readings(table[:, 0], {tag: table[:, i] for i, tag in enumerate(header) if i > 0})
-    at = header.index("step")  # Lightning's tables sort their columns.
-    return _measured(Readings(table[:, at], {tag: table[:, i] for i, tag in enumerate(header) if i != at}))
+    at = header.index("step") if "step" in header else 0  # Lightning's tables sort their columns.
+    iterations, values = table[:, at], {tag: table[:, i] for i, tag in enumerate(header) if i != at}
+    _check_iterations(path, iterations, several="step" in header)
+    readings = Readings(iterations, values)
+    return _measured(readings) if "step" in header else readings
+
+
+def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
+    """Refuse rows that are not those of one run in order; Lightning's tables may have several of a step."""
+    wrong = ~((iterations >= 0) & (iterations < 2**53) & (iterations == np.floor(iterations)))
+    if wrong.any():
+        line = int(wrong.argmax())
+        raise UserError(f"{path} is damaged: line {line + 2} is of iteration {iterations[line]:g}, no whole number.")
+    falls = np.diff(iterations) < (0 if several else 1)
+    if falls.any():
+        line = int(falls.argmax())
+        raise UserError(
+            f"{path} is damaged: line {line + 3} is of iteration {iterations[line + 1]:.0f} after "
+            f"{iterations[line]:.0f}. Sort the rows by iteration, one for each."
+        )
 
 
 def _read_events(folder: Path) -> Readings:

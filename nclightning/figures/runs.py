@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from nclightning.configurations import check_yaml, read_text, yaml_problem
+from nclightning.errors import UserError
 from nclightning.figures.rates import fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.summary import Fit, RunSummary, summarize
@@ -69,6 +72,13 @@ class Run:
         return rf"$\lambda_W = {scientific(lambda_w)},\ \lambda_H = {scientific(lambda_h)}$"
 
     @property
+    def strength(self) -> tuple[float, float]:
+        """Both penalties, to order runs by; infinite where the run does not say."""
+        values = (self._number(name) for name in ("lambda_h", "lambda_w"))
+        lambda_h, lambda_w = (math.inf if math.isnan(value) else value for value in values)
+        return lambda_h, lambda_w
+
+    @property
     def problem(self) -> UFMProblem | None:
         """The unconstrained feature model that was trained; None for anything else."""
         return ufm_problem(self.settings)
@@ -82,7 +92,7 @@ class Run:
     def _number(self, name: str) -> float:
         """A setting; nan where it is none, or no number, as in somebody's own run."""
         value = self.settings.get(name)
-        return float(value) if isinstance(value, int | float) else math.nan
+        return float(value) if isinstance(value, int | float) and abs(value) < sys.float_info.max else math.nan
 
     @property
     def sizes(self) -> str:
@@ -108,7 +118,7 @@ def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
         return None
     try:
         return UFMProblem(*(settings[name] for name in names))
-    except (TypeError, ValueError):  # Settings may hold anything.
+    except (TypeError, ValueError, OverflowError):  # Settings may hold anything.
         return None
 
 
@@ -131,12 +141,31 @@ def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
     return Run(folder, readings, summarize(readings, fit), settings)
 
 
+class _Lenient(yaml.SafeLoader):
+    """Reads plain values, also those in Python's own containers; other objects are left out."""
+
+
+def _left_out(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if suffix == "tuple" and isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return None
+
+
+_Lenient.add_multi_constructor("tag:yaml.org,2002:python/", _left_out)
+_Lenient.add_multi_constructor("!", _left_out)
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
+    text = read_text(path, str(path))
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:  # Somebody's own hyperparameters may be Python objects.
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        check_yaml(text, any_tag=True)
+        settings = yaml.load(text, Loader=_Lenient)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error).rstrip(".")
+        raise UserError(f"{path} is damaged: {problem}. Without the file, the run is drawn unnamed.") from error
+    # Somebody's own hyperparameters may be anything.
+    plain = settings.items() if isinstance(settings, dict) else ()
+    return {name: value for name, value in plain if isinstance(name, str) and value is not None}
 
 
 def scientific(value: float) -> str:

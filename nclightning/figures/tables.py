@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
+
 from rich.markup import escape
 from rich.table import Table
 
+from nclightning.figures.many import Group
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.theory import UFMProblem
 
-__all__ = ["rates_table"]
+__all__ = ["rates_table", "settings_table"]
 
 
 def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None = None) -> Table:
@@ -38,6 +42,37 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None
     if problem is not None:
         table.add_row("  theory", f"{problem.error_bound_constant:.6g}", *_cells(None))
     return table
+
+
+def settings_table(groups: Sequence[Group]) -> Table:
+    """Lay out what many runs reached, one row per setting.
+
+    Args:
+        groups: Of runs.
+
+    Returns:
+        For a rich console.
+    """
+    table = Table(title="Iterations per decade, median of the runs")
+    for name in ("loss", "lambda_h"):
+        table.add_column(name, no_wrap=True)
+    recorded = [tag for tag in QUANTITIES if any(tag in run.summary.last for group in groups for run in group.runs)]
+    for name in ("runs", *(QUANTITIES[tag] for tag in recorded)):
+        table.add_column(name, justify="right")
+    for group in groups:
+        first, last = group.runs[0], group.runs[-1]
+        ends = [f"{run.strength[0]:g}" for run in (first, last)]
+        setting = first.name if "inf" in ends else " to ".join(dict.fromkeys(ends))
+        table.add_row(
+            escape(first.loss), escape(setting), str(len(group.runs)), *(_median(group, tag) for tag in recorded)
+        )
+    return table
+
+
+def _median(group: Group, tag: str) -> str:
+    fits = [run.summary.fits.get(tag) for run in group.runs]
+    counts = [fit.iterations_per_decade for fit in fits if fit is not None]
+    return f"{median(counts):.4g}" if counts else "-"
 
 
 def _cells(fit: LinearFit | None) -> list[str]:

@@ -1,4 +1,11 @@
-"""What is measured: pure functions of tensors, torch only."""
+"""What is measured: pure functions of tensors, torch only.
+
+Values are those of the features as they are given, in float64 to about nine digits, with these limits, in which eps is
+2e-16. Measures that fall linearly with the distance from an ETF or from duality are right to an absolute error of about
+eps: the rows are not known better. Class means that differ by t times as much as others enter with a relative error of
+eps / t. Spread within classes that is O times as large as the class means, in directions orthogonal to them, moves
+their directions by O eps, and with them what is read along them.
+"""
 
 from nclightning.functional.curvature import (
     ExtremeEigenvalues,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional.linear import unit_rows
+from nclightning.functional.linear import norm, power_of_two, product, unit_rows
 from nclightning.functional.statistics import ClassStatistics, GlobalMean
 
 __all__ = ["accuracy", "bias_collapse", "cosine_margin", "ncc_accuracy", "ncc_mismatch", "nearest_class_centre"]
@@ -31,9 +31,10 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
     if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
         raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
     # Around the global mean, so that a common offset of all features does not cost digits.
-    centre, means = stats.global_mean(), stats.centred_means
-    centred = features.detach().to(means) - centre
-    score = centred @ means.T - means.square().sum(dim=1) / 2
+    centre, means = stats.global_mean(), stats.mean_offsets
+    unit, centred = power_of_two(means), features.detach().to(means) - centre
+    means = means / unit
+    score = centred @ means.T - means.square().sum(dim=1) * (unit / 2)
     return decide(torch.where(stats.present, score, -torch.inf))
 
 
@@ -109,7 +110,8 @@ def bias_collapse(
         global_mean: Of all ``"sample"`` (Zhu et al.; the default) or of ``"class"`` means.
 
     Returns:
-        Non-negative scalar in the dtype of the statistics and the unit of the logits; ``nan`` without samples.
+        Non-negative scalar in the dtype of the statistics and the unit of the logits; ``nan`` without samples, ``inf``
+        where the dtype cannot hold it.
 
     Raises:
         ValueError: If the head does not fit the statistics.
@@ -119,10 +121,12 @@ def bias_collapse(
             f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
             f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )
-    logits = weight.detach().to(stats.means) @ stats.global_mean(global_mean)
+    mean = stats.global_mean(global_mean).unsqueeze(0)
+    logits, own, other = product(mean, weight.detach().to(mean))
+    logits = own * logits
     if bias is not None:
-        logits = logits + bias.detach().to(logits)
-    return torch.where(stats.present.any(), torch.linalg.vector_norm(logits), torch.nan)
+        logits = logits + other * bias.detach().to(logits)
+    return torch.where(stats.present.any(), norm(logits.flatten(), dim=0) / other, torch.nan)
 
 
 def cosine_margin(features: Tensor, labels: Tensor, weight: Tensor, centre: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
+from nclightning.functional.linear import power_of_two
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["CollapseDistance", "distance_to_collapse"]
@@ -59,8 +60,10 @@ def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDist
         raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."
         )
-    present, means = stats.present.unsqueeze(1), stats.centred_means
+    present, means = stats.present.unsqueeze(1), stats.mean_offsets
     head = weight.detach().to(means) * present
+    unit, other = power_of_two(means), power_of_two(head)
+    means, head = means / unit, head / other
     direction = head / torch.linalg.matrix_norm(head) + means / torch.linalg.matrix_norm(means)
     direction = (direction - direction.sum(dim=0) / present.sum()) * present
     finite = direction.isfinite().all()
@@ -72,9 +75,10 @@ def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDist
     counts = stats.counts.unsqueeze(1)
     feature_scale = ((counts * means * frame).sum() / (counts * frame.square()).sum()).clamp(min=0)
     head_part = (head - head_scale * frame).square().sum() / head.square().sum()
-    spread = stats.spreads.sum()
+    spread = (stats.norms / unit).square().sum()
     feature_part = (spread + (counts * (means - feature_scale * frame).square()).sum()) / (
         spread + (counts * means.square()).sum()
     )
-    values = (((head_part + feature_part) / 2).sqrt(), head_part.sqrt(), feature_part.sqrt(), head_scale, feature_scale)
+    distances = ((head_part + feature_part) / 2).sqrt(), head_part.sqrt(), feature_part.sqrt()
+    values = *distances, head_scale * other, feature_scale * unit
     return CollapseDistance(*(torch.where(finite, value, torch.nan) for value in values))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.geometry import deviation_from_etf
-from nclightning.functional.linear import unit_rows
+from nclightning.functional.linear import power_of_two, unit_rows
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["class_alignment", "duality_difference", "self_duality", "uniform_duality"]
@@ -29,7 +29,8 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
         centred: Subtract the mean row of the head first (Zhou et al., 2022).
 
     Returns:
-        Scalar in [0, 2] in the dtype of the statistics, dimensionless; ``nan`` for a zero head or coinciding means.
+        Scalar in [0, 2] in the dtype of the statistics, dimensionless; ``nan`` for a zero head, coinciding means, or
+        a head orthogonal to all means up to rounding.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
@@ -37,7 +38,7 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
     weight, present = _fit(stats, weight), stats.present.unsqueeze(1)
     if centred:
         weight = weight - (weight * present).sum(dim=0) / stats.present.sum()
-    return deviation_from_etf(weight * present, stats.centred_means, stats.present)
+    return deviation_from_etf(weight * present, stats.mean_offsets, stats.present)
 
 
 def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = True) -> Tensor:
@@ -59,7 +60,8 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
     """
-    weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.centred_means
+    weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
+    weight, means = weight / power_of_two(weight), means / power_of_two(means)
     difference = weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)
     value: Tensor = difference.square().sum()
     return value if squared else value.sqrt()
@@ -105,7 +107,12 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
     """
-    products = class_alignment(stats, weight) if normalize else (_fit(stats, weight) * stats.centred_means).sum(dim=1)
+    rows = _fit(stats, weight)
+    if normalize:
+        # 1 - cos: near duality the cosines themselves differ by less than their rounding.
+        products = (unit_rows(rows) - unit_rows(stats.centred_means)).square().sum(dim=1) / 2
+    else:
+        products = (rows * stats.mean_offsets).sum(dim=1)
     count = stats.present.sum()
     mean = torch.where(stats.present, products, 0).sum() / count
     value = torch.where(stats.present, (products - mean).square(), 0).sum() / (count - ddof)

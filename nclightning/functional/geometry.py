@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional.linear import apart, cosines
+from nclightning.functional.linear import apart, cosines, power_of_two, triangular_factor
 
 __all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
 
@@ -38,8 +38,9 @@ def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
         ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
     """
     check_rows("weight", weight)
-    value: Tensor = torch.linalg.vector_norm(weight.sum(dim=0))
-    return value / torch.linalg.matrix_norm(weight) if relative else value
+    unit = power_of_two(weight)
+    value: Tensor = torch.linalg.vector_norm((weight / unit).sum(dim=0))
+    return value / torch.linalg.matrix_norm(weight / unit) if relative else value * unit
 
 
 def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None = None) -> Tensor:
@@ -48,7 +49,7 @@ def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None 
     .. math:: \mathrm{NC}_2 = \left\| \frac{W^\top W}{\|W^\top W\|_F}
         - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
 
-    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.centred_means`` and
+    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.mean_offsets`` and
     ``stats.present``. With ``K > d + 1`` no simplex ETF fits and the least value is
     :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}`; the measures of :mod:`nclightning.functional.uniformity` are meant for that.
 
@@ -79,7 +80,7 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
     Papyan, Han and Donoho (2020), Fig. 2, for the head and for the centred class means.
 
     Args:
-        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
+        rows: ``(K, d)``: the head, or ``stats.mean_offsets`` with ``stats.present``.
         present: Rows to compare, bool ``(K,)``; None takes all.
         ddof: The standard deviation divides by ``K - ddof``; 1 as ``torch.std`` does in the published code.
 
@@ -90,7 +91,7 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
         ValueError: If ``rows`` is not ``(K, d)`` with K at least 2.
     """
     present = check_rows("rows", rows, present)
-    norms = torch.linalg.vector_norm(rows, dim=1)
+    norms = torch.linalg.vector_norm(rows / power_of_two(rows), dim=1)
     count = present.sum()
     mean = torch.where(present, norms, 0).sum() / count
     variance = torch.where(present, (norms - mean).square(), 0).sum() / (count - ddof)
@@ -151,7 +152,7 @@ def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
 
     With more than d + 1 classes the ``K x K`` matrix :math:`A = \mathrm{left}\,\mathrm{right}^\top` is not formed:
     both it and E have norm 1, so that the square of the distance is :math:`2 - 2\langle A, E\rangle/\|A\|`, with the
-    product from sums of rows and the norm from ``d x d`` Gram matrices. E has rank ``K - 1`` and A at most d, so that
+    product from sums of rows and the norm from what is ``d x d``. E has rank ``K - 1`` and A at most d, so that
     the square is at least about ``1/(d + 1)``, and the difference loses no more digits than d has. Up to d + 1 classes
     it may be 0, and the difference would lose all of them: there the ``K x K`` matrix is no larger than the rows.
 
@@ -161,7 +162,7 @@ def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
         present: Bool ``(K,)``.
 
     Returns:
-        Scalar in the dtype of the rows.
+        Scalar in the dtype of the rows; ``nan`` for rows that are zero, or orthogonal to each other up to rounding.
     """
     # Products overflow in half precision and underflow in any, and a scale drops out.
     left, right = _each(lambda rows: rows / rows.abs().amax(), left, right)
@@ -173,10 +174,11 @@ def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
     if len(left) > left.shape[1] + 1:
         return _deviation_by_sums(left, right)
     gram = left @ right.T * present.unsqueeze(1)
+    size = _beyond_rounding(*(torch.linalg.matrix_norm(each) for each in (gram, left, right)))
     mask = present.to(gram)
     count = mask.sum()
     target = (torch.diag(mask) - torch.outer(mask, mask) / count) / (count - 1).sqrt()
-    deviation: Tensor = torch.linalg.matrix_norm(gram / torch.linalg.matrix_norm(gram) - target)
+    deviation: Tensor = torch.linalg.matrix_norm(gram / size - target)
     return torch.where(count >= 2, deviation, math.nan)
 
 
@@ -190,16 +192,32 @@ def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
     """Evaluate the distance to an ETF in float64 from what is no larger than ``d x d``, some rows at a time."""
     count, dim = left.shape
     wide = torch.promote_types(left.dtype, torch.float64)
-    grams = left.new_zeros(2, dim, dim, dtype=wide)
-    sums, diagonal = left.new_zeros(2, dim, dtype=wide), left.new_zeros((), dtype=wide)
-    rows_at_a_time = max(_ELEMENTS_AT_A_TIME // dim, 1)
-    for pair in zip(torch.split(left, rows_at_a_time), torch.split(right, rows_at_a_time), strict=True):
-        a, b = (part.to(wide) for part in pair)
-        diagonal += torch.dot(a.reshape(-1), b.reshape(-1))
-        for i, part in enumerate((a,) if left is right else (a, b)):
-            grams[i].addmm_(part.T, part)
-            sums[i] += part.sum(dim=0)
-    other = 0 if left is right else 1
-    product = (diagonal - torch.dot(sums[0], sums[other]) / count) / math.sqrt(count - 1)
-    norm = (grams[0] * grams[other]).sum().sqrt()
+
+    def parts(rows: Tensor) -> Iterator[Tensor]:
+        return (part.to(wide) for part in torch.split(rows, max(_ELEMENTS_AT_A_TIME // dim, 1)))
+
+    sums, squares = left.new_zeros(2, dim, dtype=wide), left.new_zeros(3, dtype=wide)
+    gram, factor = left.new_zeros(dim, dim, dtype=wide), left.new_zeros(0, dim, dtype=wide)
+    for a, b in zip(parts(left), parts(right), strict=True):
+        sums += torch.stack([a.sum(dim=0), b.sum(dim=0)])
+        flat = a.reshape(-1), b.reshape(-1)
+        squares += torch.stack([torch.dot(x, y) for x, y in (flat, flat[:1] * 2, flat[1:] * 2)])
+        if left is right:
+            gram.addmm_(a.T, a)
+        else:
+            factor = triangular_factor([factor, b])
+    product = (squares[0] - torch.dot(sums[0], sums[1]) / count) / math.sqrt(count - 1)
+    if left is right:
+        norm = torch.linalg.matrix_norm(gram)
+    else:
+        # The product of both Gram matrices would cancel where the rows are nearly orthogonal; squares of the rows of
+        # one in the coordinates of a triangular factor of the other do not.
+        norm = torch.stack([(a @ factor.T).square().sum() for a in parts(left)]).sum().sqrt()
+    norm = _beyond_rounding(norm, squares[1].sqrt(), squares[2].sqrt())
     return (2 - 2 * product / norm).clamp(min=0).sqrt().to(left.dtype)
+
+
+def _beyond_rounding(norm: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Norm of inner products of rows of these norms; ``nan`` if they are orthogonal up to rounding."""
+    epsilon = torch.finfo(torch.promote_types(norm.dtype, torch.float32)).eps  # Products of half precision are exact.
+    return torch.where(norm > 4 * epsilon * left * right, norm, torch.nan)

@@ -11,8 +11,10 @@ __all__ = [
     "apart",
     "cosines",
     "distances",
+    "invertible_power_of_two",
     "norm",
     "power_of_two",
+    "product",
     "root_sum_of_squares",
     "singular_vectors",
     "triangular_factor",
@@ -31,6 +33,26 @@ def power_of_two(values: Tensor) -> Tensor:
     # Zero, inf and nan are their own mantissas, and their quotients nan.
     unit: Tensor = largest / (2 * torch.frexp(largest).mantissa)
     return unit.nan_to_num(nan=1.0)
+
+
+def invertible_power_of_two(values: Tensor) -> Tensor:
+    """Power of two as :func:`power_of_two`, whose inverse is finite, too."""
+    return power_of_two(values).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Inner products :math:`A B^\top` that neither over- nor underflow.
+
+    Args:
+        rows: A ``(N, d)``.
+        others: B ``(K, d)``.
+
+    Returns:
+        Products P with B in a unit of its own, and factors a and b, powers of two of at most 1: the inner products plus
+        C are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
+    """
+    unit = invertible_power_of_two(others)
+    return rows @ (others / unit).T, unit.clamp(max=1), (1 / unit).clamp(max=1)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional.linear import triangular_factor
-from nclightning.functional.rounding import noise_of, rounding_along
+from nclightning.functional.linear import norm, product, triangular_factor
+from nclightning.functional.rounding import least_spread, rounding_along
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
@@ -52,7 +52,9 @@ def mse_decomposition(
     :math:`Z = M S^{-1}`, and T the labels, classes weighted by :math:`\sqrt{n_k/N}`, the residual of the
     least-squares head on the class means is :math:`(I + Z Z^\top)^{-1} T` and its part within classes
     :math:`Z^\top (I + Z Z^\top)^{-1} T`. Directions along which means spread but samples do not, such as a bias without
-    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out.
+    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out. Without a bias
+    nothing takes away a common offset of the features: the relative error is about eps times that offset over their
+    spread.
 
     Args:
         stats: Statistics of the features, with scatter.
@@ -62,8 +64,8 @@ def mse_decomposition(
 
     Returns:
         The three parts, non-negative, in the dtype of the statistics; ``nan`` without samples or with features that
-        are not finite. ``perpendicular`` is right to rounding of the residual of ``weight``, an amplitude of about
-        1e-16.
+        are not finite, ``inf`` where the dtype cannot hold it. ``perpendicular`` is right to rounding of the residual
+        of ``weight``, an amplitude of about 1e-16.
 
     Raises:
         ValueError: If the head does not fit the statistics, they have no scatter, or ``weight_decay`` is negative.
@@ -84,13 +86,13 @@ class _Fit:
 
     def __init__(self, stats: ClassStatistics, has_bias: bool, weight_decay: float) -> None:
         total = stats.counts.sum()
-        self.shares = (stats.counts / total).sqrt().unsqueeze(1)
+        self.shares = (stats.counts / total.clamp(min=1)).sqrt().unsqueeze(1)
         # A bias without penalty takes the mean feature, so that features may be counted from there.
         self.free_bias = has_bias and not weight_decay
         self.offset = stats.global_mean("sample") if self.free_bias else stats.means.new_zeros(stats.means.shape[1])
         means = stats.centre_means("sample") if self.free_bias else stats.means
         within = stats.root / total.sqrt()
-        self.finite = within.isfinite().all() & means.isfinite().all()
+        self.finite = within.isfinite().all() & means.isfinite().all()  # Not without samples, either.
         self.means = self.shares * torch.where(self.finite, means, 0)
         self.within = torch.where(self.finite, within, 0)
         self.penalised_bias = has_bias and bool(weight_decay)
@@ -111,11 +113,14 @@ class _Fit:
             assert bias is not None
             head, bias = torch.cat([head, bias.unsqueeze(1)], dim=1), None
         residual, spread = self._least_squares(labels)
-        fitted = self.means @ head.T - labels
+        # Class means, spread and offset at once, so that they have one factor.
+        made, own, factor = product(torch.cat([self.means, self.within, self.offset.unsqueeze(0)]), head)
+        means, within, offset = torch.split(own * made, [len(self.means), len(self.within), 1])
+        fitted = means - factor * labels
         if bias is not None:
-            fitted = fitted + self.shares * (head @ self.offset + bias)
-        away = (fitted + residual).square().sum() + (self.within @ head.T - spread).square().sum()
-        squares = spread.square().sum(), residual.square().sum(), away
+            fitted = fitted + self.shares * (offset + factor * bias)
+        away = norm(torch.cat([fitted + factor * residual, within - factor * spread]).flatten(), dim=0) / factor
+        squares = spread.square().sum(), residual.square().sum(), away.square()
         first, second, third = (torch.where(self.finite, square / 2, torch.nan) for square in squares)
         return first, second, third
 
@@ -125,7 +130,8 @@ class _Fit:
         _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
         least = _rounding(sizes)
         if self._stats is not None:
-            least = torch.maximum(least, noise_of(self._stats, rounding_along(self._stats, right)))
+            largest = torch.linalg.vector_norm(self.within @ right.T, dim=0).amax()
+            least = torch.maximum(least, least_spread(self._stats, rounding_along(self._stats, right), largest))
         counts = sizes > least
         means = self.means @ right.T * counts
         within = self.within @ right.T * counts

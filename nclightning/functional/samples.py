@@ -96,6 +96,7 @@ class Samples:
             tails = tails / divisors
             sums = means + tails
             means, tails = sums, tails - (sums - means)
+        means = torch.where(means.isfinite(), means, torch.nan)
         counts, means, tails = (each.narrow(0, 0, num_classes) for each in (counts, means, tails))
         rounding = rounding_of(self._features, self._labels, num_classes).to(like)
         return Moments(counts, means, tails, torch.zeros_like(counts), like.new_zeros(dim), None, rounding)

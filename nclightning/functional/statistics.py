@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.functional.linear import norm, power_of_two, root_sum_of_squares, triangular_factor
+from nclightning.functional.linear import invertible_power_of_two, norm, root_sum_of_squares, triangular_factor
 from nclightning.functional.moments import Moments
-from nclightning.functional.rounding import mean_rounding
+from nclightning.functional.rounding import beyond_rounding
 from nclightning.functional.samples import Samples, append
 
 __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean", "class_statistics"]
@@ -83,12 +83,15 @@ class ClassStatistics:
     def centred_means(self) -> Tensor:
         """Class means minus their unweighted mean over the classes present.
 
-        Zero rows for absent classes, and for means that are in the centre up to rounding of the features.
+        Zero rows for absent classes, and for means that are in the centre up to rounding of the features, which have no
+        direction. For measures of directions; :attr:`mean_offsets` is for others.
         """
-        centred, rounding = self.centre_means(), mean_rounding(self)
-        of_centre = norm(rounding * self.present, dim=0) / self.present.sum().clamp(min=1)
-        away = norm(centred, dim=1) > root_sum_of_squares(rounding, of_centre.expand_as(rounding))
-        return torch.where((away | centred.isnan().any(dim=1)).unsqueeze(1), centred, 0)
+        return beyond_rounding(self, each=True)
+
+    @property
+    def mean_offsets(self) -> Tensor:
+        """The same with means that are nearly in the centre as they are; all zero if all are up to rounding."""
+        return beyond_rounding(self, each=False)
 
     @property
     def norms(self) -> Tensor:
@@ -168,7 +171,7 @@ class ClassStatistics:
         if self.kept:
             norms, widths = self._second_moments()
             if root is not None:
-                unit = power_of_two(first.means)
+                unit = invertible_power_of_two(first.means)
                 parts = [root / unit, self.folded.moved_to(first) / unit] if len(root) else []
                 for away, _ in self._deviations(unit, 4 * root.shape[1]):
                     parts = [triangular_factor([*parts, away])]
@@ -209,7 +212,7 @@ class ClassStatistics:
             Roots of the spreads of classes and of coordinates, of all samples; along directions, of those kept.
         """
         first, K = self._first_moments(), len(self.folded.counts)
-        unit = power_of_two(first.means)
+        unit = invertible_power_of_two(first.means)
         norms, widths = unit.new_zeros(K + 1), unit.new_zeros(self.folded.means.shape[1])
         along = unit.new_zeros(0 if directions is None else len(directions))
         for away, index in self._deviations(unit):

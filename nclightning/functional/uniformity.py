@@ -81,9 +81,8 @@ def hyperspherical_energy(
         mean = mean + nearest
         return PairEnergy(torch.where(nearest.isposinf(), nearest, mean), variance)
     shift = exponent * nearest
-    if log:
-        return PairEnergy(mean.log() + shift, variance.log() + 2 * shift)
-    return PairEnergy((mean.log() + shift).exp(), (variance.log() + 2 * shift).exp())
+    mean, variance = torch.where(nearest.isposinf(), nearest, mean.log() + shift), variance.log() + 2 * shift
+    return PairEnergy(mean, variance) if log else PairEnergy(mean.exp(), variance.exp())
 
 
 def one_vs_rest_distance(

@@ -7,6 +7,8 @@ from typing import Any
 
 from torchmetrics import Metric
 
+from nclightning.metrics.base import APART
+
 __all__ = ["stand_apart"]
 
 
@@ -24,4 +26,4 @@ def stand_apart(metric: Metric, *parameters: Any) -> None:
             trained.
     """
     key = "_".join(map(str, parameters)) or uuid.uuid4().hex
-    metric.add_state(f"_apart_{key}", default=[], dist_reduce_fx=None)
+    metric.add_state(f"{APART}{key}", default=[], dist_reduce_fx=None)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
 from nclightning.functional.decisions import decide
+from nclightning.functional.linear import product
 from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
 
@@ -20,7 +21,7 @@ __all__ = ["NearestClassCentre"]
 _COUNTS = ("samples", "ncc_right", "right", "mismatched", "num_invalid")
 
 
-class NearestClassCentre(Metric):
+class NearestClassCentre(StreamingMetric):
     """How a network and the nearest class centre decide (NC4), by streaming counts.
 
     ``update`` accepts ``features (B, d)`` and ``labels (B,)`` int64; ``compute`` returns float64 scalars:
@@ -77,6 +78,7 @@ class NearestClassCentre(Metric):
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
 
+    @without_autocast
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
@@ -102,8 +104,8 @@ class NearestClassCentre(Metric):
         self.num_invalid = self.num_invalid + invalid.sum()
         if head is not None:
             rows, known = features.detach().double(), torch.where(valid, labels, 0)
-            bias = None if head.bias is None else head.bias.double()
-            decided = decide(nn.functional.linear(rows, head.weight.double(), bias))
+            logits, own, other = product(rows, head.weight.double())
+            decided = decide(logits if head.bias is None else own * logits + other * head.bias.double())
             margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
             self.right = self.right + per_class((decided == labels).long())
             self.mismatched = self.mismatched + per_class(((decided != nearest) | (nearest < 0)).long())

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from nclightning import functional as F
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
+from nclightning.functional.linear import norm
 from nclightning.functional.moments import Moments
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
@@ -29,7 +30,7 @@ _LARGEST_DEFAULT_DIM = 2**13 * 3 // 2
 _LIGHT_DEFAULT = ("nc1_ratio", "nc1_cdnv", "nc2", "nc3")
 
 
-class NeuralCollapse(Metric):
+class NeuralCollapse(StreamingMetric):
     """Neural collapse of the features seen since the last reset, and of the head on top of them.
 
     ``update`` accepts ``features (B, d)`` of any floating dtype and ``labels (B,)`` int64; ``compute`` returns a dict
@@ -85,6 +86,7 @@ class NeuralCollapse(Metric):
         dtype: torch.dtype = torch.float64,
         **kwargs: Any,
     ) -> None:
+        kwargs.setdefault("compute_with_cache", False)  # The head may change without an update.
         super().__init__(**kwargs)
         if num_classes < 2 or feature_dim < 1:
             raise UserError(
@@ -142,6 +144,7 @@ class NeuralCollapse(Metric):
         """Statistics that share the states, which are replaced and never written to."""
         return _unite({name: getattr(self, name) for name in self._names})
 
+    @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
 
@@ -162,7 +165,7 @@ class NeuralCollapse(Metric):
         super()._sync_dist(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the measures.
+        """Read the measures, of the head as it is now.
 
         Returns:
             Scalars by name, in the dtype of the statistics.
@@ -193,6 +196,7 @@ class NeuralCollapse(Metric):
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
             return self.checked_statistics()
 
+    @without_autocast
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
         """Evaluate the measures on statistics, without a transfer to the host.
 
@@ -205,6 +209,7 @@ class NeuralCollapse(Metric):
         reading = self._reading(stats)
         return {name: MEASURES[name].read(reading) for name in self.measures}
 
+    @without_autocast
     def per_class(self) -> dict[str, Tensor]:
         """Read what can be told class by class of everything seen by this process, or by all while synchronised.
 
@@ -218,12 +223,12 @@ class NeuralCollapse(Metric):
         values = {
             "count": stats.counts,
             "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, torch.linalg.vector_norm(stats.centred_means, dim=1), torch.nan),
+            "mean_norm": torch.where(stats.present, norm(stats.mean_offsets, dim=1), torch.nan),
             "cdnv": F.class_distance_normalized_variance(stats, "none"),
             "equiangularity": F.equiangularity(*reading.means, reduction="none"),
         }
         if reading.weight is not None:
-            values["head_norm"] = torch.linalg.vector_norm(reading.weight, dim=1)
+            values["head_norm"] = norm(reading.weight, dim=1)
             values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
         return values
 

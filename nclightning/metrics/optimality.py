@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
+from nclightning.metrics.base import without_autocast
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.neural_collapse import NeuralCollapse
 from nclightning.theory import UFMProblem
@@ -47,6 +48,7 @@ class Optimality(NeuralCollapse):
         self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         stand_apart(self)
 
+    @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
 
@@ -72,6 +74,7 @@ class Optimality(NeuralCollapse):
         check_counts(stats.counts, self.problem.samples_per_class)
         return self.read(stats)
 
+    @without_autocast
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
         """Evaluate gap and distance.
 

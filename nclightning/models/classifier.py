@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
@@ -20,15 +20,15 @@ from nclightning.features import capture_features
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
-from nclightning.models.resume import warn_of_optimizer_options
+from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
 from nclightning.models.schedules import check_optimization, only_optimizer
 from nclightning.models.sharded import (
     ShardedLine,
     check_sharding,
-    check_strategy,
     keep_optimizers_whole,
     shard_weights,
 )
+from nclightning.models.trainers import check_trainer
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
@@ -100,6 +100,9 @@ class RegularizedClassifier(L.LightningModule):
         self.penalty = penalty
         self._make_optimizer = optimizer
         self._interrupts = HeldInterrupts()
+        self._failure: dict[str, Any] | None = None  # Where and why no further iteration made sense.
+        self._ending: str | None = None  # The same in words, of the checkpoint that a run starts from.
+        self._begins = True  # Whether a fit has made no iteration yet.
         self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,8 +211,10 @@ class RegularizedClassifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""
-        self.check_parameters()
+        if self._ending is None:  # Else they need not be finite, and no iteration follows.
+            self.check_parameters()
         self.check_trainer(self.trainer)
+        self._begins = True
         self._interrupts = HeldInterrupts()
         if self.trainer.world_size > 1:
             self._interrupts.hold()
@@ -235,28 +240,7 @@ class RegularizedClassifier(L.LightningModule):
         Raises:
             ValueError: Naming the option.
         """
-        if trainer.max_steps < 0:
-            raise UserError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
-        if trainer.precision not in ("32-true", "64-true") or self.head.weight.dtype != self._dtype_of_head:
-            raise UserError(
-                f"trainer.precision={trainer.precision!r} does not fit parameters of {self._dtype_of_head}: leave it "
-                "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
-            )
-        strategy = trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            check_strategy(strategy, self)
-        elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
-            raise UserError(
-                f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "
-                "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
-            )
-        for callback in trainer.checkpoint_callbacks:
-            every = getattr(callback, "_every_n_train_steps", 0) or 0
-            if every % self.iterations_per_step:
-                raise UserError(
-                    f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "
-                    f"{self.iterations_per_step}, got {every}: it would never save."
-                )
+        check_trainer(trainer, self, self._dtype_of_head)
 
     def check_parameters(self) -> None:
         """Raise unless all parameters are finite, on all processes alike.
@@ -272,10 +256,19 @@ class RegularizedClassifier(L.LightningModule):
             if count:
                 raise UserError(f"{name} has entries that are not finite before training. Check its initialisation.")
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let a resumed run end again whose search had ended."""
+        if self._begins and self._ending is not None:
+            self.print(self._ending)
+            self.trainer.should_stop = True
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Run iterations up to the next multiple of ``iterations_per_step`` or ``max_steps``."""
         trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, Optimizer)
+        begins, self._begins = self._begins, False
+        if begins and trainer.should_stop:
+            return  # A resumed run that had stopped where it is.
         start = trainer.global_step
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
@@ -298,6 +291,7 @@ class RegularizedClassifier(L.LightningModule):
                         hook(trainer, self, batch, start + done)
                     failure = failure_of(optimizer, value)
                     if failure is not None:
+                        self._failure = {"iteration": start + done, "sentence": failure}
                         self.print(f"Iteration {start + done}: {failure}")
                         trainer.should_stop = True
                     # Processes go in step: one that was interrupted alone waits for the end of this call.
@@ -326,8 +320,9 @@ class RegularizedClassifier(L.LightningModule):
         return count_over_ranks(int(here or self._interrupts.waiting), self.device) > 0
 
     def teardown(self, stage: str) -> None:
-        """Take interrupts as they come again."""
+        """Take interrupts as they come again, and forget how the fit ended."""
         self._interrupts.release()
+        self._failure = self._ending = None
 
     def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
@@ -369,8 +364,12 @@ class RegularizedClassifier(L.LightningModule):
         self.check_checkpoint(checkpoint)
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
+        if self._trainer is not None and world_size() == 1:
+            check_weights(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
+            check_resumable(checkpoint)
             warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
+            self._failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
@@ -381,15 +380,21 @@ class RegularizedClassifier(L.LightningModule):
         Raises:
             ValueError: Naming the hyperparameters that differ.
         """
-        stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        different = {
-            name: (stored[name], self.hparams[name])
-            for name in self._problem_hparams
-            if name in stored and stored[name] != self.hparams[name]
-        }
-        if different:
-            listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
-            raise UserError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+        check_problem(checkpoint, {name: self.hparams[name] for name in self._problem_hparams})
+
+    def ending_of(self, checkpoint: Mapping[str, Any]) -> str | None:
+        """Say why a run cannot go on from a checkpoint: its search ended there, or its objective was not finite.
+
+        Returns:
+            A sentence; None if it can. A resumed run keeps the optimizer's options, so that it would end again.
+        """
+        failure: dict[str, Any] = checkpoint.get("failure") or {}
+        ended = failure.get("iteration") == checkpoint["global_step"]
+        return f"Iteration {failure['iteration']}: {failure['sentence']}" if ended else None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep why no further iteration makes sense."""
+        checkpoint["failure"] = self._failure
 
     _problem_hparams: tuple[str, ...] = ()
     _is_unconstrained = False  # Whether features are free parameters by definition.

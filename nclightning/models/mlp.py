@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import OptimizerCallable
 
-from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.arguments import DtypeName, check_memory, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.models.backbones import ActivationName, InitName, TwoLayerBody, initialize, undefined_linear
 from nclightning.models.classifier import Penalty, RegularizedClassifier
 from nclightning.objective import LossName, Objective
@@ -96,6 +96,8 @@ class TwoLayerMLP(RegularizedClassifier):
         check_scales(first_layer_scale=first_layer_scale, head_scale=head_scale)
         torch_dtype = resolve_dtype(dtype)
         lambda_w, lambda_h = resolve_lambdas(lambda_w, lambda_h, lambda_, samples_per_class)
+        weights = input_dim * hidden_dim + hidden_dim * feature_dim + feature_dim * num_classes
+        check_memory("this network", weights + num_classes * samples_per_class * input_dim, torch_dtype)
         body = TwoLayerBody(input_dim, hidden_dim, feature_dim, activation, feature_activation, torch_dtype)
         head = undefined_linear(feature_dim, num_classes, torch_dtype, bias=loss == "mse")
         super().__init__(

@@ -2,15 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
 from nclightning.optim import ArmijoGD
 
-__all__ = ["warn_of_optimizer_options"]
+__all__ = ["check_problem", "check_resumable", "check_weights", "warn_of_optimizer_options"]
+
+# What a resumed fit takes from Lightning's checkpoint, and of what kind it is.
+_NEEDED = {
+    "global_step": int,
+    "state_dict": Mapping,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks what a fit goes on from, as one saved with ``save_weights_only=True`` does.
+
+    Args:
+        checkpoint: Lightning's.
+
+    Raises:
+        ValueError: Naming what is missing, or that the counts in it disagree.
+    """
+    missing = [name for name, kind in _NEEDED.items() if not isinstance(checkpoint.get(name), kind)]
+    if missing or not checkpoint["optimizer_states"]:
+        raise UserError(
+            f"the checkpoint cannot be resumed, as it has no {', '.join(missing or ['optimizer_states'])}: it was "
+            "saved with save_weights_only=True, or edited. Resume from a whole one, such as the last.ckpt that "
+            "LastCheckpoint saves; the weights alone can be looked at with validate and test."
+        )
+    try:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
+        done = progress["total"]["completed"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint cannot be resumed: its loops have no {error}, so it was edited.") from error
+    if done != checkpoint["global_step"]:
+        raise UserError(
+            f"the checkpoint cannot be resumed: it is at global_step {checkpoint['global_step']} and has done {done} "
+            "iterations, so it was edited, or another loop wrote it."
+        )
+
+
+def check_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint whose weights are not those of a module, by name and shape.
+
+    Args:
+        checkpoint: Lightning's.
+        model: In a single process, so that it has its weights whole.
+
+    Raises:
+        ValueError: Naming one that differs.
+    """
+    stored = checkpoint.get("state_dict")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if not isinstance(stored, Mapping):
+        raise UserError("the checkpoint has no state_dict: there are no weights in it.")
+    there = {name: tuple(getattr(value, "shape", ())) for name, value in stored.items()}
+    different = sorted(name for name in shapes.keys() | there.keys() if shapes.get(name) != there.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"the weights of the checkpoint are not those of this {type(model).__name__}: {name} has shape "
+            f"{there.get(name, 'none')} there and {shapes.get(name, 'none')} here. Take a checkpoint of this model."
+        )
+
+
+def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
+
+    Args:
+        checkpoint: Lightning's.
+        settings: Hyperparameters that say which problem it is, by name.
+
+    Raises:
+        ValueError: Naming the hyperparameters that differ.
+    """
+    stored = checkpoint.get("hyper_parameters", {})
+    different = {
+        name: (stored[name], value) for name, value in settings.items() if name in stored and stored[name] != value
+    }
+    if different:
+        listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
+        raise UserError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
 
 
 def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str, Any]]) -> None:
@@ -24,7 +107,13 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
         ValueError: If the checkpoint is that of another optimizer.
     """
     ignored: list[str] = []
-    for given, stored in zip(optimizer.param_groups, stored_states[0]["param_groups"], strict=False):
+    groups = stored_states[0]["param_groups"]
+    if len(stored_states) != 1 or len(groups) != len(optimizer.param_groups):
+        raise UserError(
+            f"the checkpoint has {len(stored_states)} optimizers, the first with {len(groups)} groups of parameters, "
+            f"and {type(optimizer).__name__} has {len(optimizer.param_groups)}. Resume it with its own optimizer."
+        )
+    for given, stored in zip(optimizer.param_groups, groups, strict=True):
         # What a scheduler or a line search writes is where the run was, and no option of it.
         scheduled = "initial_lr" in stored or isinstance(optimizer, ArmijoGD)
         state = ("lr", "initial_lr") if scheduled else ()

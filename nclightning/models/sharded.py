@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
+from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
 from nclightning.optim.evaluation import parameters_of
@@ -136,6 +137,7 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
         path = Path(strategy.broadcast(checkpoint_path))
         if path.is_dir():
             raise UserError(f"ckpt_path={path} is a folder: resume from a checkpoint that is a single file.")
+        check_checkpoint(path, f"ckpt_path={path}")
         stored = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         check = getattr(strategy.lightning_module, "check_checkpoint", None)
         if check is not None:

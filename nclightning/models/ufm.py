@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from nclightning.arguments import DtypeName, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.arguments import DtypeName, check_memory, check_scales, check_sizes, resolve_dtype, resolve_lambdas
 from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
@@ -78,6 +78,7 @@ class UFM(RegularizedClassifier):
         torch_dtype = resolve_dtype(dtype)
         lambda_w, lambda_h = resolve_lambdas(lambda_w, lambda_h, lambda_, samples_per_class)
         num_samples = num_classes * samples_per_class
+        check_memory("this UFM", (num_samples + num_classes) * feature_dim, torch_dtype)
         super().__init__(
             backbone=FeatureTable(num_samples, feature_dim, torch_dtype),
             head=undefined_linear(feature_dim, num_classes, torch_dtype, bias=loss == "mse"),
@@ -130,6 +131,7 @@ class UFM(RegularizedClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the optimizer keeps of each feature together, as the state of the model does with the features."""
+        super().on_save_checkpoint(checkpoint)
         self._each_row(checkpoint, self.optimizers(use_pl_optimizer=False), FeatureTable.gather)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.files import replaced
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD
@@ -141,12 +142,22 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 
     Returns:
         Its rows.
+
+    Raises:
+        ValueError: If it holds none, or something else.
     """
     convert = {"str": str, "int": int, "float": float}  # Fields carry their types as text.
-    with path.open(newline="") as file:
-        return [
-            kind(*(convert[str(field.type)](row[field.name]) for field in fields(kind))) for row in csv.DictReader(file)
-        ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                kind(*(convert[str(field.type)](row[field.name]) for field in fields(kind)))
+                for row in csv.DictReader(file)
+            ]
+    except (ValueError, TypeError, KeyError, csv.Error):
+        rows = []
+    if not rows:
+        raise UserError(f"{path} is damaged. Delete it to have it made anew.")
+    return rows
 
 
 def study_problem(loss: str, num_classes: int) -> UFMProblem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import yaml
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nclightning.errors import UserError
-from nclightning.files import replaced
+from nclightning.files import FolderLock, delete_folder, is_sound, make_folder, replaced
+from nclightning.interrupts import terminable
 from nclightning.reproduction.experiments import Experiment
 
 __all__ = ["Failure", "run_all", "run_as_child"]
@@ -89,22 +87,20 @@ class Store:
             )
         return finished
 
-    def begin(self, experiment: Experiment) -> list[str] | None:
+    def begin(self, experiment: Experiment) -> list[str]:
         """Record that a run begins, and say how.
 
         Returns:
-            The words to run: from its checkpoint if it has one, else anew. None if the run took all its iterations
-            and was killed before it could say so; it is finished now.
+            The words to run: from its last checkpoint that is not damaged, else anew. A run that was killed at its end,
+            before it could say so, only makes up what is missing.
         """
         folder, words = self.run_folder(experiment), ["fit", *experiment.words]
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        if all(path.is_file() for path in (checkpoint, folder / "config.yaml", folder / "readings.csv")):
-            if _last_iteration(folder / "readings.csv") == _max_steps(folder / "config.yaml"):
-                self._write(experiment, finished=True)
-                return None
+        checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+        checkpoint = next((path for path in checkpoints if is_sound(path)), None)
+        if checkpoint and (folder / "config.yaml").is_file() and (folder / "readings.csv").is_file():
             words += ["--ckpt_path", str(checkpoint)]
         elif folder.exists():
-            shutil.rmtree(folder)  # Killed before its first checkpoint, or damaged.
+            delete_folder(folder)  # Killed before its first checkpoint, or damaged.
         logger = "--trainer.logger.init_args"
         words += [f"{logger}.save_dir", str(self.folder), f"{logger}.name", "runs"]
         self._write(experiment, finished=False)
@@ -116,11 +112,9 @@ class Store:
 
 def write_json(path: Path, content: object) -> None:
     """Write a file that is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as partial, partial.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    make_folder(path.parent)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=1))
 
 
 def run_as_child(main: Callable[[list[str]], None], state_path: str, words: list[str]) -> None:
@@ -158,7 +152,7 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
         ValueError: If the folder cannot be written, is in use, or holds runs of other settings.
     """
     store = Store(folder)
-    with _locked(folder):
+    with _locked(folder), terminable():
         waiting = [each for each in experiments if not store.is_finished(each)]
         if not waiting:
             if experiments:
@@ -191,12 +185,10 @@ def run_all(folder: Path, experiments: Sequence[Experiment], jobs: int, console:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = FolderLock(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is writing {folder}. Wait for it, or choose another --out.") from None
+        make_folder(folder)
+        lock.acquire()
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     try:
@@ -224,8 +216,6 @@ def _run(store: Store, experiment: Experiment, progress: Progress, stopping: thr
         words = store.begin(experiment)
     except OSError as error:
         return error.strerror or str(error)
-    if words is None:
-        return None
     task = progress.add_task(f"  {experiment.name}", total=None, reached="starting")
     command = [sys.executable, "-c", _CHILD, str(store.state_path(experiment)), *words]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -259,14 +249,6 @@ def _follow(
         progress.update(task, reached="starting" if iteration is None else f"iteration {iteration:,}")
     assert child.stdin is not None
     child.stdin.close()
-
-
-def _max_steps(config: Path) -> int:
-    """Iterations that a run was to take at most."""
-    try:
-        return int(yaml.safe_load(config.read_text())["trainer"]["max_steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
-        return -1  # Damaged; the checkpoint knows how far it is.
 
 
 def _last_iteration(readings: Path) -> int | None:

@@ -1,5 +1,6 @@
 """Looking at a model over a data set without a trace."""
 
+from nclightning.sweep.checksums import fingerprint
 from nclightning.sweep.loaders import (
     known_indices,
     limited_batches,
@@ -7,13 +8,16 @@ from nclightning.sweep.loaders import (
     num_planned_batches,
     sequential_loader,
 )
-from nclightning.sweep.traces import compiled_parts, eager, fingerprint, frozen, shared_buffers, untouched
+from nclightning.sweep.snapshot import TraceError, has_lazy_parts
+from nclightning.sweep.traces import compiled_parts, eager, frozen, shared_buffers, untouched
 
 __all__ = [
+    "TraceError",
     "compiled_parts",
     "eager",
     "fingerprint",
     "frozen",
+    "has_lazy_parts",
     "known_indices",
     "limited_batches",
     "num_own_samples",

@@ -1,29 +1,34 @@
-"""Random states, and the states of torchmetrics that a model updates while it runs."""
+"""Random states of Python, numpy and torch."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torch import nn
 
-__all__ = ["metrics_kept", "random_states_kept", "registered_metrics_kept"]
+__all__ = ["cuda_devices", "random_states_kept", "torch_states_kept"]
 
-# A longer list or dictionary holds data, and not metrics: it is not searched.
-_LONGEST_CONTAINER = 10_000
+
+def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
+    """Return the numbers of the CUDA devices on which modules have parameters of their own."""
+    devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
+    return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the random states of Python, numpy and torch on the host back afterwards."""
+def random_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back afterwards.
+
+    Args:
+        devices: CUDA devices; the host always counts.
+    """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch_states_kept(devices):
             yield
     finally:
         random.setstate(states[0])
@@ -31,79 +36,17 @@ def random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def metrics_kept(module: nn.Module) -> Iterator[None]:
-    """Put the states of all metrics of a module back afterwards, bit for bit.
+def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
+    """Put the random states of torch back afterwards.
 
     Args:
-        module: Its metrics are those among its submodules and attributes, also inside lists, tuples and dictionaries.
+        devices: CUDA devices; the host always counts.
     """
-    with _kept(_metrics_of(module)):
-        yield
-
-
-@contextmanager
-def registered_metrics_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back the states of the metrics among modules: with so little to search it costs microseconds."""
-    with _kept([child for child in modules if isinstance(child, Metric | MetricCollection)]):
-        yield
-
-
-@contextmanager
-def _kept(metrics: list[nn.Module]) -> Iterator[None]:
-    restorers = [_keep(vars(metric)) for metric in metrics]
+    # As torch.random.fork_rng does, without looking for devices each time.
+    state, on_devices = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
     try:
         yield
     finally:
-        for restore in restorers:
-            restore()
-
-
-def _metrics_of(module: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-    waiting: list[Any] = [module]
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        if isinstance(value, nn.Module):
-            seen.add(id(value))
-            if isinstance(value, Metric | MetricCollection):
-                found.append(value)
-            waiting.extend(vars(value).values())
-        elif isinstance(value, dict | list | tuple | set) and len(value) <= _LONGEST_CONTAINER:
-            seen.add(id(value))
-            waiting.extend(value.values() if isinstance(value, dict) else value)
-    return found
-
-
-def _keep(value: Any) -> Callable[[], Any]:
-    """Remember what a value holds; the function returned puts it back into the same object, and returns that."""
-    if isinstance(value, Tensor):
-        saved = value.detach().clone()
-
-        def restore() -> Any:
-            if not torch.equal(value, saved):  # Else untouched, as what autograd still needs must be.
-                with torch.inference_mode(value.is_inference()), torch.no_grad():
-                    value.copy_(saved)
-            return value
-    elif isinstance(value, list):
-        items = [_keep(item) for item in value]
-
-        def restore() -> Any:
-            value[:] = [item() for item in items]
-            return value
-    elif isinstance(value, dict):
-        entries = {key: _keep(item) for key, item in value.items()}
-
-        def restore() -> Any:
-            restored = {key: item() for key, item in entries.items()}
-            value.clear()
-            value.update(restored)
-            return value
-    else:
-
-        def restore() -> Any:
-            return value
-
-    return restore
+        torch.set_rng_state(state)
+        for device, each in zip(devices, on_devices, strict=True):
+            torch.cuda.set_rng_state(each, device)

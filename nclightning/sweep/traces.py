@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torchmetrics import Metric, MetricCollection
 
-from nclightning.sharding import own_shard
-from nclightning.sweep.states import metrics_kept, random_states_kept, registered_metrics_kept
+from nclightning.passes import measurement
+from nclightning.sharding import reshard
+from nclightning.sweep.snapshot import remembered
+from nclightning.sweep.states import cuda_devices, random_states_kept, torch_states_kept
 
-__all__ = ["compiled_parts", "eager", "fingerprint", "frozen", "shared_buffers", "untouched"]
-
-# Words of a tensor whose fingerprint is taken at a time: they stay in the cache.
-_WORDS_AT_A_TIME = 2**15
-# Multiplies as random generators do.
-_ODD = -7046029254386353131
+__all__ = ["compiled_parts", "eager", "frozen", "shared_buffers", "untouched"]
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Look at a module without a trace: eval mode, no gradients, and the rest as :func:`untouched`.
+    """Look at a module without a trace: eval mode, no gradients, and everything that it remembers put back.
 
-    The random states of Python and numpy, and torchmetrics in any of its attributes, are put back, too.
+    That is what :func:`nclightning.sweep.snapshot.remembered` reaches, and the random states of Python, numpy and
+    torch.
 
     Args:
         module: Its training flags are restored one by one, so that parts that were frozen stay so.
+
+    Raises:
+        TraceError: If the module changed in a way that cannot be put back.
     """
     modes = [(child, child.training) for child in module.modules()]
+    reshard(module)  # The memory of gathered weights may be given up on the way.
     try:
-        with untouched(module), metrics_kept(module), random_states_kept(), torch.no_grad():
+        with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
             for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
                 child.training = False
             yield
+            reshard(module)  # Else its shards would be put back into the places of whole weights.
     finally:
         for child, training in modes:
             child.training = training
@@ -50,7 +54,12 @@ def untouched(module: nn.Module) -> Iterator[None]:
         module: Its modes stay, so that what is seen is what is trained.
     """
     modules = list(module.modules())
-    with _buffers_kept(modules), registered_metrics_kept(modules), torch.random.fork_rng(devices=_cuda_devices(module)):
+    with ExitStack() as stack:
+        stack.enter_context(torch_states_kept(cuda_devices(modules)))
+        stack.enter_context(_buffers_kept(modules))
+        for child in modules:
+            if isinstance(child, Metric | MetricCollection):
+                stack.enter_context(remembered(child))
         yield
 
 
@@ -59,7 +68,8 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in modules
-        for name, buffer in child.named_buffers(recurse=False)
+        for name, buffer in child._buffers.items()
+        if buffer is not None
     ]
     try:
         yield
@@ -67,12 +77,6 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
         with torch.no_grad():
             for child, name, buffer, value in buffers:
                 child._buffers[name] = buffer.copy_(value)  # Some modules put a new tensor in its place.
-
-
-def _cuda_devices(module: nn.Module) -> list[int]:
-    return sorted(
-        {p.device.index for p in module.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    )
 
 
 @contextmanager
@@ -117,40 +121,3 @@ def compiled_parts(module: nn.Module) -> list[nn.Module]:
         or getattr(child, "_compiled_call_impl", None) is not None
         or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(child).values())
     ]
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Return numbers that tell whether tensors, such as a module's parameters, have been changed, bit for bit.
-
-    Version counters miss writes through ``.data`` and by fused optimizers. The numbers are sums of 64
-    mixed bits per element and place: a change goes unseen with a probability of about :math:`2^{-64}`.
-
-    Args:
-        tensors: Dense ones; of sharded ones the part of this process counts.
-
-    Returns:
-        One number per tensor.
-    """
-    sums = [_checksum(own_shard(tensor.detach())) for tensor in tensors]
-    # One transfer per device.
-    devices = {each.device for each in sums}
-    on_host = {device: iter(torch.stack([s for s in sums if s.device == device]).tolist()) for device in devices}
-    return tuple(next(on_host[each.device]) for each in sums)
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat = flat.contiguous().view(-1).view(torch.uint8)
-    flat = flat.clone() if flat.storage_offset() % 8 else flat  # Words begin at multiples of their size.
-    rest = len(flat) % 8
-    total = _mixed_sum(flat[len(flat) - rest :].long())
-    for part in torch.split(flat[: len(flat) - rest].view(torch.int64), _WORDS_AT_A_TIME):
-        total = total * _ODD + _mixed_sum(part)
-    return total
-
-
-def _mixed_sum(words: Tensor) -> Tensor:
-    """Sum words with a weight by place, mixed so that flipped signs do not cancel."""
-    places = torch.arange(1, len(words) + 1, device=words.device).mul_(_ODD).bitwise_or_(1)
-    mixed = places.mul_(words)
-    return mixed.bitwise_xor_(mixed >> 32).sum()

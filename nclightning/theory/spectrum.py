@@ -127,8 +127,10 @@ def _cross_entropy(problem: UFMConstants) -> Iterator[Eigenvalue]:
 def _pair(problem: UFMConstants, rho: float, multiplicity: int, sector: str) -> Iterator[Eigenvalue]:
     """Both eigenvalues of B(rho); the smaller from the determinant 4 rho Pi, which cancels nothing."""
     lw, lh = problem.lambda_w, problem.lambda_h
-    large = ((1 + rho) * (lw + lh) + math.hypot((1 + rho) * (lw - lh), 2 * math.sqrt(lw * lh) * (1 - rho))) / 2
-    yield Eigenvalue(4 * rho * lw * lh / large, multiplicity, sector)
+    # The product of both penalties, or its quotient by the larger eigenvalue, may be below the range.
+    mixed = 2 * math.sqrt(lw) * math.sqrt(lh) * (1 - rho)
+    large = ((1 + rho) * (lw + lh) + math.hypot((1 + rho) * (lw - lh), mixed)) / 2
+    yield Eigenvalue(4 * rho * max(lw, lh) / large * min(lw, lh), multiplicity, sector)
     yield Eigenvalue(large, multiplicity, sector)
 
 
@@ -152,7 +154,7 @@ def _triple(problem: UFMConstants) -> tuple[float, float, float]:
     inverse = _largest((normals / scale).T * (weights[i] * weights[j]) @ (normals / scale))
     determinant = 4 * rho * (1 + rho + theta * ((K - 2) * (1 + rho) + rho))
     small, large = determinant / inverse, _largest((rows * scale).T * weights @ (rows * scale))
-    return small, lw * lh * (lh / large) * (determinant / small), large
+    return small, max(lw, lh) * (lh / large) * (min(lw, lh) * inverse), large
 
 
 def _largest(matrix: torch.Tensor) -> float:

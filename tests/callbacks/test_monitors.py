@@ -386,7 +386,8 @@ def test_last_checkpoint(cadence, saved, tmp_path):
         ufm(), datamodule=IndexDataModule()
     )
     assert seen == saved
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    kept = {"last.ckpt", "previous.ckpt"} if len(saved) > 1 else {"last.ckpt"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == kept
 
 
 def test_readings_are_on_disk_before_the_checkpoint_is(tmp_path):
@@ -400,9 +401,8 @@ def test_readings_are_on_disk_before_the_checkpoint_is(tmp_path):
 
     options = {"enable_checkpointing": True, "max_steps": 20}
     fit(tmp_path, ufm(), [*monitors(), LastCheckpoint(10), AtSave()], **options)
-    assert seen
-    assert all(step == steps[-1] for step, steps in seen)
-    assert all(steps[0] == 0 for _, steps in seen)
+    # The row of the iterate itself is complete at the end only; a resume reads it again.
+    assert seen == [(10, [0, 5]), (20, [0, 5, 10, 15, 20])]
 
 
 def test_an_interrupt_saves_the_iterate_and_its_readings(tmp_path):

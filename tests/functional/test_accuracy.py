@@ -80,7 +80,7 @@ def test_features_of_narrow_dtypes_cast_to_wide_ones_keep_their_rounding(structu
         (torch.bfloat16, torch.float64),
         (torch.float16, torch.float64),
     ):
-        (features, labels, *_), dims = draw(structure, narrow, counts=counts, noise=0.3)
+        (features, labels, *_), dims = draw(structure, narrow, counts=tuple(8 * n for n in counts), noise=0.3)
         stats = class_statistics(features.to(wide), labels, len(counts))
         assert float(stats.epsilon) == torch.finfo(narrow).eps
         rank = MEASURES["nc1_rank"].read(Reading(stats))

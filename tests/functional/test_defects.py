@@ -174,6 +174,17 @@ def test_energies_keep_their_dtype_and_do_not_underflow():
     assert float((distance**-510).var()) == 0.0  # What the plain form makes of it.
 
 
+@pytest.mark.parametrize("arguments", [("log",), ("riesz",), ("riesz", 3.0, True)])
+def test_two_equal_directions_have_an_infinite_energy(arguments):
+    rows = draw(4, 5)
+    rows[1] = 2 * rows[0]
+    value = hyperspherical_energy(rows, *arguments)
+    assert float(value.mean) == math.inf
+    assert value.variance.isnan()
+    rows[2] = 0
+    assert hyperspherical_energy(rows, *arguments).mean.isnan()
+
+
 @pytest.mark.parametrize("offset", [1.0, 5.0, 1e3])
 def test_an_offset_of_all_features_does_not_matter(offset):
     """Second moments around the origin lose the variance; uncentred means move NC3."""

@@ -22,7 +22,12 @@ def stats_of(means, present=None):
     kept = means * present.unsqueeze(1)
     centred = (kept - kept.sum(dim=0) / present.sum()) * present.unsqueeze(1)
     return SimpleNamespace(
-        means=kept, centred_means=centred, present=present, counts=present.long(), spreads=0 * centred[:, 0]
+        means=kept,
+        centred_means=centred,
+        mean_offsets=centred,
+        present=present,
+        counts=present.long(),
+        norms=0 * centred[:, 0],
     )
 
 

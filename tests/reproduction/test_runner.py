@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from rich.console import Console
 
 from nclightning.figures import read_readings
@@ -36,6 +37,18 @@ class Hold(L.Callback):
             threading.Event().wait()
 
 
+class Await(L.Callback):
+    """Writes a file at iteration 300 and goes on once a signal has come."""
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        if iteration == 300:
+            Path(os.environ["HOLD"]).touch()
+            _wait_for(lambda: trainer.received_sigterm)
+
+
+AWAITED = Experiment(
+    "awaited", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Await")
+)
 LONG = Experiment(
     "long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Hold")
 )
@@ -138,19 +151,38 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     assert not store.is_finished(SHORT)
 
 
-def test_a_run_that_took_all_iterations_is_finished(tmp_path):
-    """Killed between its last checkpoint and its mark."""
+@pytest.mark.slow
+def test_a_run_that_was_killed_at_its_end_makes_up_the_rest(tmp_path, console):
+    """Killed between its last checkpoint and its report, it takes no further iteration."""
+    assert run_all(tmp_path, [SHORT], 1, console) == []
     store = Store(tmp_path)
     folder = store.run_folder(SHORT)
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").touch()
-    (folder / "config.yaml").write_text("trainer:\n  max_steps: 30\n")
-    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n20,0.5\n")
-    assert store.begin(SHORT)[-2:] == ["--trainer.logger.init_args.version", "short"]
-    assert not store.is_finished(SHORT)
-    (folder / "readings.csv").write_text("iteration,loss\n0,1.0\n30,0.5\n")
-    assert store.begin(SHORT) is None
+    before = (folder / "readings.csv").read_bytes(), (folder / "checkpoints" / "last.ckpt").read_bytes()
+    store._write(SHORT, finished=False)
+    for path in (folder / "convergence.png", *folder.glob("*.finished_at_*")):
+        path.unlink()
+    assert run_all(tmp_path, [SHORT], 1, console) == []
     assert store.is_finished(SHORT)
+    assert (folder / "convergence.png").is_file()
+    assert len(list(folder.glob("*.finished_at_30"))) == 1
+    assert ((folder / "readings.csv").read_bytes(), (folder / "checkpoints" / "last.ckpt").read_bytes()) == before
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    store = finish(tmp_path)
+    folder = store.run_folder(SHORT)
+    (folder / "config.yaml").touch()
+    (folder / "readings.csv").touch()
+    checkpoints = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    checkpoints[0].parent.mkdir()
+    for path in checkpoints:
+        torch.save({"a": torch.zeros(9)}, path)
+    for path in checkpoints:
+        words = store.begin(SHORT)
+        assert words[words.index("--ckpt_path") + 1] == str(path)
+        path.write_bytes(path.read_bytes().replace(bytes(36), bytes(35) + b"1"))
+    assert "--ckpt_path" not in store.begin(SHORT)
+    assert not folder.exists()
 
 
 def test_a_full_disk_is_a_failure_with_its_reason(tmp_path, console, monkeypatch):
@@ -185,6 +217,33 @@ def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console, monkeypat
     assert iterations(folder)[-1] == 4000
     # A resumed run repeats one evaluation, which its count leaves out; all else is equal to the last bit.
     assert killed == whole
+
+
+@pytest.mark.slow
+def test_a_terminated_sweep_saves_its_runs_and_says_so(tmp_path):
+    """Ended with its child at rest between two checkpoints, which then saves what it has reached."""
+    code = (
+        "import sys; from unittest.mock import patch; from tests.reproduction.test_runner import AWAITED; "
+        "from nclightning.cli import main; "
+        "patch('nclightning.reproduction.reproduce.experiments', lambda *_: [AWAITED]).start(); "
+        "main(['reproduce', '--figures', '1', '--jobs', '1', '--out', sys.argv[1]])"
+    )
+    held = tmp_path / "held"
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ | {"HOLD": str(held), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _wait_for(held.is_file)
+    sweep.send_signal(signal.SIGTERM)
+    said = sweep.communicate()[1]
+    assert sweep.returncode == 143
+    assert said == "Interrupted. What finished is kept; the same command goes on.\n"
+    checkpoint = torch.load(tmp_path / "out" / "runs" / "awaited" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == iterations(tmp_path / "out" / "runs" / "awaited")[-1] == 300
+    assert not Store(tmp_path / "out").is_finished(AWAITED)
 
 
 def _lives(pid):

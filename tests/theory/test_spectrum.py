@@ -9,6 +9,7 @@ import torch
 from nclightning.theory import UFMProblem
 from tests.cases import EXTREME, SPECTRUM, name_of
 from tests.helpers import Largest, dense_hessian, random_point
+from tests.theory import multiprecision
 from tests.theory.multiprecision import exact_spectrum
 
 EPS = torch.finfo(torch.float64).eps
@@ -53,6 +54,18 @@ def test_spectrum_agrees_with_70_digits(problem):
     for ours, theirs in zip(predicted.tolist(), exact, strict=True):
         # A handful of roundings in products and quotients of positive numbers, at any size; 5e-16 was the worst seen.
         assert abs(ours - theirs) <= (1e-14 * theirs if ours else 1e-60)
+
+
+@pytest.mark.parametrize(
+    ("lambda_w", "lambda_h"), [(1e-170, 1e-170), (1e-200, 1e-150), (1e-10, 1e-300), (1e-300, 1e-10)]
+)
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_penalties_whose_product_is_below_the_range(loss, lambda_w, lambda_h, monkeypatch):
+    problem = UFMProblem(loss, 3, 1, 2, lambda_w, lambda_h)
+    monkeypatch.setattr(multiprecision, "DIGITS", 700)  # Eigenvalues are up to 450 decades apart.
+    # The largest first; the zeros of the exact spectrum are what 700 digits leave of them.
+    for ours, theirs in zip(reversed(expand(problem).tolist()), reversed(exact_spectrum(problem)), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-14, abs=0) or (ours == 0 and abs(theirs) < 1e-310)
 
 
 @pytest.mark.parametrize("problem", [p for p in SPECTRUM if p.collapses][::7], ids=name_of)

@@ -1,0 +1,70 @@
+"""What a trainer must be like for the full-batch loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from nclightning.arguments import check_memory
+from nclightning.errors import UserError
+from nclightning.models.sharded import check_strategy
+
+if TYPE_CHECKING:
+    from nclightning.models.classifier import RegularizedClassifier
+
+__all__ = ["check_trainer"]
+
+
+def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.dtype) -> None:
+    """Raise unless a trainer's options fit the full-batch loop.
+
+    Args:
+        trainer: Before or at the start of a fit.
+        model: The module.
+        made: Type in which its parameters were made.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if trainer.max_steps < 0:
+        raise UserError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
+    _check_loop(trainer, model)
+    if trainer.precision not in ("32-true", "64-true") or model.head.weight.dtype != made:
+        raise UserError(
+            f"trainer.precision={trainer.precision!r} does not fit parameters of {made}: leave it "
+            "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
+        )
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        check_strategy(strategy, model)
+    elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        raise UserError(
+            f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "
+            "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
+        )
+    for callback in trainer.checkpoint_callbacks:
+        every = getattr(callback, "_every_n_train_steps", 0) or 0
+        if every % model.iterations_per_step:
+            raise UserError(
+                f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "
+                f"{model.iterations_per_step}, got {every}: it would never save."
+            )
+
+
+def _check_loop(trainer: L.Trainer, model: RegularizedClassifier) -> None:
+    """Raise unless a trainer leaves the full-batch loop as it is, and the host holds what it works on."""
+    for name, neutral in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
+        if (value := getattr(trainer, name)) not in neutral:
+            raise UserError(
+                f"trainer.{name}={value} does not fit the full-batch loop, which takes whole steps: leave it out."
+            )
+    if trainer.limit_train_batches == 0:
+        raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: leave it out.")
+    if trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu":
+        # Each parameter with its gradient and those of the last accepted iterate.
+        parameters = list(model.parameters())
+        elements = 4 * sum(p.numel() for p in parameters) + model.num_samples * model.head.out_features
+        check_memory("training on this many samples and classes", elements, parameters[0].dtype)

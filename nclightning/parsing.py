@@ -1,0 +1,150 @@
+"""The parser of ``fit``, ``validate`` and ``test``: the paper's lambda, checked YAML, mistakes in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Collection, Sequence
+from itertools import islice
+from pydoc import locate
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, get_loader, set_loader  # type: ignore[attr-defined]
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
+
+from nclightning.arguments import name_lambda
+from nclightning.configurations import check_yaml, find_configuration, read_configuration, shipped_configs
+from nclightning.errors import UserError
+from nclightning.models import RegularizedClassifier
+from nclightning.wording import of_the_parser, place_of
+
+__all__ = ["ConfigFile", "HelpFormatter", "ParserMessage", "RunParser", "in_order", "takes_lambda"]
+
+_OF_LAMBDA = {"lambda_w", "lambda_h", "lambda_", "samples_per_class"}
+
+
+def _load(text: str) -> Any:
+    check_yaml(text)
+    return get_loader("yaml")(text)
+
+
+# A mode of our own: all text that is read as YAML, of files and of the command line, is checked.
+_MODE = "checked_yaml"
+set_loader(_MODE, _load, (yaml.YAMLError,))
+
+
+def takes_lambda(model: Any, arguments: Collection[str]) -> bool:
+    """Say whether the paper's lambda sets both penalties of a model.
+
+    Args:
+        model: A class, or its path.
+        arguments: Names of its arguments.
+
+    Returns:
+        True for the models of this package, and for classes made from them that have the same arguments.
+    """
+    model = locate(model) if isinstance(model, str) else model
+    return inspect.isclass(model) and issubclass(model, RegularizedClassifier) and set(arguments) >= _OF_LAMBDA
+
+
+def in_order(words: Sequence[str]) -> list[str]:
+    """Put configurations before options, which win over them wherever they stand, and spell ``--lambda`` out.
+
+    Args:
+        words: The command line.
+
+    Returns:
+        The words for the parser.
+    """
+    command, first, others = list(words[:1]), list[str](), list[str]()
+    rest = iter(words[1:])
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("-c", "--config"):
+            first += [word] if equals else [word, *islice(rest, 1)]
+        elif name == "--lambda":
+            others += [f"--model.init_args.lambda={value if equals else next(rest, '')}"]
+            if others[-1].endswith("="):
+                raise UserError("--lambda needs a value, such as --lambda 5e-3.")
+        else:
+            others.append(word)
+    return [*command, *first, *others]
+
+
+class ParserMessage(Exception):
+    """What the parser says, of any number of lines, before it is put into one sentence."""
+
+    source = ""  # Option that named the configuration that it is about.
+
+    def sentence(self, words: Sequence[str], options: Sequence[str]) -> UserError:
+        """Word it for the user.
+
+        Args:
+            words: The command line.
+            options: All options, as they are typed.
+
+        Returns:
+            To be raised.
+        """
+        cause = self.__cause__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            return UserError(of_the_parser(str(self), words, options, self.source))
+        place = self.source or place_of(str(self), words)
+        return UserError(f"{place}: {cause}" if place else str(cause))
+
+
+class RunParser(LightningArgumentParser):
+    """Takes ``lambda`` among the arguments of this package's models, and says in one sentence what it cannot take."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.parser_mode = _MODE
+        self._takes_lambda = False
+
+    def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class, and see whether ``lambda`` is one of them."""
+        added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
+        self._takes_lambda = takes_lambda(theclass, added)
+        return added
+
+    def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse the arguments of a class, wherever they come from: a file, a file that it names, the command line."""
+        if self._takes_lambda:
+            name_lambda(obj)
+        return super().parse_object(obj, *args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is worded where the whole command line is known."""
+        if not self.exit_on_error:  # The parser of a class: the one around it has more to say.
+            super().error(message, ex)
+        raise ParserMessage(message) from ex
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the examples."""
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config``: a file, or the name of a shipped configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Resolve the name, check the file, and hand its path over to jsonargparse: other paths are relative to it."""
+        path = find_configuration(values)
+        content = read_configuration(path)
+        for name in parser.groups:
+            if not isinstance(content.get(name, {}), dict | str):
+                found = type(content[name]).__name__
+                raise UserError(f"--config {values}: {name}: expected a mapping of options, got {found}.")
+        if path in shipped_configs().values():
+            rank_zero_only(print)(f"Using the shipped configuration {path}", file=sys.stderr)
+        try:
+            super().__call__(parser, cfg, str(path), option_string)  # type: ignore[no-untyped-call]
+        except (ParserMessage, TypeError, ValueError, KeyError, ArgumentError) as error:
+            message = error if isinstance(error, ParserMessage) else ParserMessage(str(error))
+            message.source = f"--config {values}"
+            raise message from error.__cause__ if message is error else error

@@ -1,0 +1,120 @@
+"""``readings.csv`` as text: its rows, what a checkpoint remembers of them, and whether they are all there."""
+
+from __future__ import annotations
+
+import csv
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nclightning.errors import UserError
+
+__all__ = ["WrittenRows", "check_rows", "read_rows"]
+
+
+@dataclass(frozen=True)
+class WrittenRows:
+    """What tells whether rows of a table are those that were written.
+
+    Attributes:
+        count: Of the rows.
+        last: Iteration of the last one.
+        checksum: Over iterations, tags and values; columns that are empty do not count, since a tag that comes later
+            gives all rows a new one.
+    """
+
+    count: int = 0
+    last: int = -1
+    checksum: int = 0
+
+    def with_row(self, tags: Sequence[str], cells: Sequence[str]) -> WrittenRows:
+        """Return the same with one more row."""
+        text = "\n".join([cells[0], *(f"{tag}={cell}" for tag, cell in zip(tags, cells[1:], strict=False) if cell)])
+        return WrittenRows(self.count + 1, int(cells[0]), zlib.crc32(text.encode(), self.checksum))
+
+
+def read_rows(path: Path) -> tuple[list[str], list[list[str]], int | None]:
+    """Read a table up to its first damage.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tags, the cells of each row with the iteration first, and the number of the first line that is no row; None if
+        there is none. A last line without its end is left out: it was cut in writing.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    header: list[str] = []
+    rows: list[list[str]] = []
+    try:
+        header = next(lines, ["iteration"])
+        if header[:1] != ["iteration"]:
+            return [], [], 1
+        for cells in lines:
+            if not _is_row(cells, len(header), int(rows[-1][0]) if rows else -1):
+                return header[1:], rows, len(rows) + 2
+            rows.append(cells)
+    except csv.Error:
+        return header[1:], rows, len(rows) + 2
+    return header[1:], rows, None
+
+
+def _is_row(cells: Sequence[str], width: int, last: int) -> bool:
+    try:
+        values = [float(cell) for cell in cells[1:] if cell]
+    except ValueError:
+        return False
+    return len(cells) == width and len(values) <= width and cells[0].isdecimal() and int(cells[0]) > last
+
+
+def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) -> int:
+    """Raise unless a table holds the rows that a run had when it came to an iteration.
+
+    Args:
+        path: The file.
+        iteration: Of the checkpoint from which the run is to go on. Rows from there on are taken again, and may be
+            missing or damaged.
+        written: The checkpoint's :class:`WrittenRows` as a mapping; None if it has none.
+
+    Returns:
+        The iteration of the last row, also of one that will be taken again; -1 without any.
+
+    Raises:
+        ValueError: If rows are missing, damaged or others.
+    """
+    repair = "Put back the table that belongs to the checkpoint, or start a new run without --ckpt_path."
+    if not path.is_file():
+        if written is None or not written["count"]:
+            return -1
+        raise UserError(f"{path} is missing, with all rows before the checkpoint at iteration {iteration}. {repair}")
+    tags, rows, damaged = read_rows(path)
+    found, widest, last = WrittenRows(), 0, -1
+    for cells in rows:
+        last, previous = int(cells[0]), last
+        if last < iteration:
+            found = found.with_row(tags, cells)
+            widest = max(widest, last - previous) if previous >= 0 else 0
+    if written is not None:
+        complete = found == WrittenRows(**written)
+        others = found.last >= written["last"]
+    else:  # An earlier version wrote the checkpoint: the widest gap so far tells when the next row was due.
+        complete, others = (
+            last >= iteration or (found.count > 0 and found.last + (widest or iteration) >= iteration),
+            False,
+        )
+    if complete:
+        return last
+    if damaged is not None:
+        raise UserError(
+            f"{path} is damaged in line {damaged}: not all rows before the checkpoint at iteration {iteration} can be "
+            f"read. {repair}"
+        )
+    if others:
+        raise UserError(f"{path} has other rows than when the checkpoint at iteration {iteration} was saved. {repair}")
+    raise UserError(
+        f"{path} ends at iteration {found.last}, and rows up to the checkpoint at iteration {iteration} are missing. "
+        f"{repair}"
+    )

@@ -1,0 +1,392 @@
+"""Mistakes of users in one sentence each, made of what the parser, Lightning, torch and the system say about them."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+
+from nclightning.configurations import find_configuration, read_configuration
+from nclightning.errors import UserError
+
+__all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
+
+# What a message of jsonargparse comes down to. The first kind that occurs in it says most.
+_KINDS = {
+    "unknown": re.compile(r"(?:Option|does not accept option|Key|No action for key) ['\"](?P<name>[^'\"]+)['\"]"),
+    "no file": re.compile(r"Expected a path but (?P<name>\S+\.(?:yaml|yml|json)) either not accessible"),
+    "no text": re.compile(r"(?P<name>codec can't decode)"),
+    "no section": re.compile(r"Unable to load config (?P<name>.*)"),
+    "missing": re.compile(r"the following arguments are required: (?P<name>.+)"),
+    "no class": re.compile(r"Expected a dot import path string: (?P<name>\S+)"),
+    "no name": re.compile(r"module '(?P<module>\S+)' has no attribute '(?P<name>\w+)'"),
+    "no module": re.compile(r"No module named '(?P<name>[^']+)'"),
+    "other class": re.compile(r"does not correspond to a subclass of (?P<name>\w+)"),
+    "no object": re.compile(r"Not a valid subclass of (?P<name>\w+)"),
+    "type": re.compile(
+        r"Expected an? (?!path but)(?P<name>.+?)(?:\. Got value: (?P<value>.*?))?(?:\. Got value: .*)?$"
+    ),
+}
+_SAID = {
+    "unknown": "{owner} has no argument {name!r}.",
+    "no file": "{name}: no such file.",
+    "no text": "the file is no text in UTF-8.",
+    "no section": "expected a mapping of options, or a YAML file that holds one, got {name}.",
+    "missing": "{name} must be given{of_owner}.",
+    "no class": "there is no class {name!r} here.",
+    "no name": "there is no {name!r} in {module}.",
+    "no module": "there is no Python module {name!r}.",
+    "other class": "{value} is no {name}.",
+    "no object": "expected a class_path with its init_args, got {value}.",
+    "type": "expected {expected}, got {value}.",
+}
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_GROUP = re.compile(r"Group '([^']+)' does not accept")
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'|class_path='([^']+)'")
+_GIVEN = re.compile(r"Given value: (?:NestedArg\(key='[^']*', val='?)?(.*?)(?:'?\))?$")
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+    "list": "a list",
+    "Sequence": "a list",
+    "Iterable": "a list",
+    "dict": "a mapping",
+    "Mapping": "a mapping",
+}
+_BASES: dict[str, type] = {
+    "model": LightningModule,
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "optimizer": torch.optim.Optimizer,
+}
+# Functions of this package that hand options to the constructors of others.
+_MAKES_OBJECTS = ("instantiate_classes", "before_fit", "configure_optimizers")
+_LIBRARIES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics")
+# Of the place where a run lives, not of the program.
+_OF_THE_PLACE = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EIO", "ESTALE", "EFBIG")
+# Parts of messages of torch and Lightning, and what they mean.
+_OF_LIBRARIES = (
+    (
+        ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate"),
+        "the memory does not hold this problem: take fewer classes, samples or dimensions, or another device.",
+    ),
+    (
+        ("PytorchStreamWriter failed", "Parent directory", "cannot be opened", "unexpected pos", "Missing folder"),
+        "the run folder cannot be written ({}): a full disk, or a folder that is gone.",
+    ),
+    (("Error(s) in loading state_dict",), "the checkpoint does not fit the model: {}."),
+)
+_TOP_LEVEL = ("nclightning", "torch", "lightning", "torchmetrics")
+_MOST_SHOWN = 60
+
+
+def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], source: str = "") -> str:
+    """Put what a parser says into one sentence.
+
+    Args:
+        message: Of argparse or jsonargparse, of any number of lines.
+        words: The command line.
+        options: All options, as they are typed.
+        source: What named the configuration that the mistake is in, such as ``--config a.yaml``; empty if it is on the
+            command line.
+
+    Returns:
+        The sentence, with the option as it was typed and the nearest name where one is misspelt.
+    """
+    words = list(words)
+    if (found := re.search(r"unrecognized arguments: (\S+)", message)) is not None:
+        name = found[1].partition("=")[0]
+        if name.startswith("-"):
+            return f"{name}: no such option.{_nearest_option(name, options)}"
+        return f"{name!r} belongs to no option, whose names begin with --."
+    if (found := re.search(r"argument (?:-\w/)?(\S+): expected \S+ \S*\s?argument", message)) is not None:
+        alone = [word for word, after in zip(words, [*words[1:], "--"], strict=False) if after.startswith("--")]
+        return f"{next((word for word in alone if word.startswith(found[1])), found[1])} needs a value."
+    lines = message.splitlines()
+    kind, at, found = _reduce(lines)
+    path, owner = _path(lines[: at + 1]), _last(_CLASS, lines[: at + 1])
+    if found is None:
+        said = one_line(_KEY.sub(r"\1", message.removeprefix("argument ")))
+        return f"{source}: {said}" if source else said
+    name = found["name"]
+    option, value = (None, None) if source else _typed([*path, name] if kind == "unknown" else path, words)
+    if option is None and not source:  # Found at the end, when all had been read.
+        source = _holding([*path, name] if kind == "unknown" else path, words)
+    value = value or found.groupdict().get("value") or _last(_GIVEN, lines[at:], first=True) or "nothing"
+    if kind == "unknown" and owner is None:
+        path.append(name)
+        said = "no such option." + _nearest_option(f"--{'.'.join(path)}", options, dashes=not source)
+    else:
+        expected = _expectation(lines, at) if kind == "type" else ""
+        said = _SAID["no object" if expected == "null" else kind].format(
+            name=name,
+            value=_shortened(value),
+            owner=owner,
+            of_owner=f" for {owner}" if owner else "",
+            module=found.groupdict().get("module"),
+            expected=expected,
+        ) + nearest(name, _known(kind, owner, path, found))
+    return ": ".join(filter(None, (source, option or ".init_args.".join(path), said)))
+
+
+def _holding(path: Sequence[str], words: Sequence[str]) -> str:
+    """Name the configuration that an option is in; empty if none is given."""
+    given = [after for word, after in pairwise(words) if word in ("-c", "--config")]
+    for each in reversed(given):
+        content: Any = read_configuration(find_configuration(each))
+        for name in ".".join(path).split("."):
+            content = content.get(name) if isinstance(content, dict) else None
+        if content is not None:
+            return f"--config {each}"
+    return f"--config {given[-1]}" if given else ""
+
+
+def _known(kind: str, owner: str | None, path: Sequence[str], found: re.Match[str]) -> Sequence[str]:
+    """Names among which the one that was meant may be."""
+    if kind == "unknown" and owner is not None:
+        return _arguments(owner)
+    if kind == "no class":
+        return _classes(path)
+    if kind == "no name":
+        return dir(import_module(found["module"]))
+    return _TOP_LEVEL if kind == "no module" else ()
+
+
+def place_of(message: str, words: Sequence[str]) -> str:
+    """Name the option that a message is about, as it was typed; empty if none is.
+
+    Args:
+        message: Of jsonargparse.
+        words: The command line.
+    """
+    return _typed(_path(message.splitlines()), words)[0] or ""
+
+
+def _reduce(lines: Sequence[str]) -> tuple[str, int, re.Match[str] | None]:
+    """Find the line that a message comes down to: its kind, its number and its match."""
+    for kind, pattern in _KINDS.items():
+        for i, line in enumerate(lines):
+            if (found := pattern.search(line)) is not None:
+                return kind, i, found
+    return "", len(lines), None
+
+
+def _path(lines: Sequence[str]) -> list[str]:
+    """Names from the outermost option to the innermost argument, which is indented most."""
+    path: list[tuple[int, str]] = []
+    for line in lines:
+        for pattern in (_KEY, _GROUP):
+            if (found := pattern.search(line)) is not None:
+                indent = len(line) - len(line.lstrip(" -"))
+                path = [*((i, name) for i, name in path if i < indent), (indent, found[1])]
+    return [name for _, name in path]
+
+
+def _last(pattern: re.Pattern[str], lines: Sequence[str], first: bool = False) -> str | None:
+    found = [next(filter(None, match.groups()), "") for line in lines for match in pattern.finditer(line)]
+    return (found[0] if first else found[-1]) if found else None
+
+
+def _expectation(lines: Sequence[str], at: int) -> str:
+    """What would have been right: the alternatives from a line on that are indented as it is."""
+    indent, names = len(lines[at]) - len(lines[at].lstrip()), list[str]()
+    for line in lines[at:]:
+        found = _KINDS["type"].search(line)
+        if found is None or len(line) - len(line.lstrip()) != indent:
+            break
+        literal = re.match(r"typing\.Literal\[(.*)\]", found["name"])
+        names += [found["name"]] if literal is None else literal[1].split(", ")
+    described = list(dict.fromkeys(map(_described, names)))
+    described = [each for each in described if each != "null"] or described
+    return " or ".join(filter(None, (", ".join(described[:-1]), described[-1])))
+
+
+def _described(expected: str) -> str:
+    name = re.sub(r"<class '([^']+)'>", r"\1", expected)
+    if name == expected and "[" not in name and "." not in name:
+        return name  # A value.
+    name = name.partition("[")[0].rpartition(".")[2]
+    return _TYPES.get(name, f"a {name}")
+
+
+def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str | None]:
+    """Find the word that set an option, and the value that it set."""
+    if not path:
+        return None, None
+    wanted = re.sub(r"^model\.lambda$", "model.lambda_", ".".join(path))
+    best: tuple[int, str | None, str | None] = (0, None, None)
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        key = name[2:].replace(".init_args", "").rstrip("+")
+        key = "model.lambda_" if name in ("--lambda", "--model.lambda", "--model.init_args.lambda") else key
+        if name.startswith("--") and (wanted + ".").startswith(key + ".") and len(key) >= best[0]:
+            value = value if equals else words[i + 1] if i + 1 < len(words) else ""
+            best = len(key), name, value if key == wanted else None
+    return best[1:]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask about a misspelt name.
+
+    Args:
+        name: As it was typed.
+        known: What it may be.
+
+    Returns:
+        A question after a space; empty if nothing is near.
+    """
+    close = get_close_matches(name, [each for each in known if each != name], n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> str:
+    if name == "--lambda":
+        return " Did you mean model.init_args.lambda?"
+    options = [*options, "--config", "--lambda"]
+    root, dot, rest = name.partition(".")
+    said = nearest(name.lstrip("-"), [each.lstrip("-") for each in options]).replace("mean ", "mean --")
+    if not said and dot:  # An option of an option: --modle.init_args.loss.
+        said = nearest(root, dict.fromkeys(each.partition(".")[0] for each in options))
+        said = f"{said[:-1]}.{rest}?" if said else ""
+    if not dashes:  # In a configuration.
+        said = said.replace("--", "")
+    return said
+
+
+def _arguments(owner: str) -> list[str]:
+    try:
+        module, _, name = owner.rpartition(".")
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return []
+    return list(parameters)
+
+
+def _classes(path: Sequence[str]) -> list[str]:
+    base = _BASES.get(path[-1].rpartition(".")[2].rstrip("+")) if path else None
+    return [] if base is None else [each.__name__ for each in _subclasses(base)]
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    derived: list[type] = base.__subclasses__()
+    for each in derived:
+        yield each
+        yield from _subclasses(each)
+
+
+def _shortened(value: str) -> str:
+    return repr(value if len(value) <= _MOST_SHOWN else f"{value[: _MOST_SHOWN - 3]}...")
+
+
+def one_line(text: object, most: int = 400) -> str:
+    """Put a text on one line that ends with a full stop.
+
+    Args:
+        text: Of any length.
+        most: Characters to keep.
+
+    Returns:
+        The line.
+    """
+    line = " ".join(str(text).split())
+    line = line if len(line) <= most else f"{line[:most]}..."
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+@contextmanager
+def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
+    """Word the refusal of an option by Lightning or torch, while objects are made from options.
+
+    Args:
+        words: The command line.
+        what: Option that is meant if no word is.
+
+    Raises:
+        UserError: Instead of the library's error. What else is raised may be a fault of this package or of the user's
+            code, and stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        refusal = _refusal(error, words, what)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
+    while (cause := error.__cause__ or error.__context__) is not None:  # Of several types tried, the first said most.
+        error = cause
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError)):
+        return None
+    frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
+    if frames[-1][0].partition(".")[0] not in _LIBRARIES or (ours and ours[-1][1] not in _MAKES_OBJECTS):
+        return None
+    text = one_line(error)
+    options = [word.partition("=") for word in words]
+    given = [
+        (name, value if equals else after)
+        for (name, equals, value), after in zip(options, [*words[1:], ""], strict=True)
+        if name.startswith("--")
+    ]
+    for name, value in reversed(given):  # The last one counts.
+        if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", text):
+            return UserError(f"{name} {value}: {text}")
+    for name, value in reversed(given):
+        if len(value) > 1 and value in text:
+            return UserError(f"{name} {value}: {text}")
+    return UserError(f"{what}: {text}" if what else text)
+
+
+def of_the_user(error: BaseException) -> str | None:
+    """Say in one sentence what ended a command, if it is for the user to mend.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        None if it is a fault of this package or of code that it calls.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return one_line(cause, most=2000)
+        cause = cause.__cause__
+    if isinstance(error, MisconfigurationException):
+        return one_line(error)
+    if isinstance(error, OSError):
+        return _of_the_place(error)
+    if isinstance(error, (MemoryError, RuntimeError)):
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        said = next((said for parts, said in _OF_LIBRARIES if any(part in text for part in parts)), None)
+        return None if said is None else said.format(one_line(text, 200)[:-1])
+    return None
+
+
+def _of_the_place(error: OSError) -> str | None:
+    name = "" if error.filename is None else f"{error.filename}: "
+    if errno.errorcode.get(error.errno or 0) in _OF_THE_PLACE:
+        return f"{name}{error.strerror}."
+    if error.errno == errno.ENOENT and name and not Path(error.filename).parent.exists():
+        return f"{name}its folder is gone. What was saved before is all that is left of the run."
+    return None
