@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nclightning.effects import check_effects, check_functions, words_of_layers
 from nclightning.errors import UserError, UserTypeError
-from nclightning.features import class_last
-from nclightning.found import REPAIRS, Found
+from nclightning.features import Pooling, class_last
+from nclightning.found import POSITIONS, REPAIRS, Found
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
-from nclightning.likeness import follows, follows_from, makes, pattern
+from nclightning.likeness import Like, Link, follows, links, logits_of, makes, pattern
 from nclightning.observation import Observation, Run, observe
 from nclightning.sweep import frozen
 
 __all__ = ["HeadArgument", "find_head"]
 
 HeadArgument = str | nn.Module | Callable[[Any], Any] | None
-_MOST_LISTED = 12
 
 
 def find_head(
@@ -28,14 +28,15 @@ def find_head(
     head: HeadArgument = None,
     labels: Tensor | None = None,
     ignore_index: int | None = None,
-    seen: Observation | None = None,
+    like: Like = "factor",
 ) -> tuple[Found, Observation]:
     """Find the head of a model, and where its features arise, by running it.
 
     Without ``head`` a layer is the head if the run shows it: its output is the output of the model, or a part of it at
     any depth; or the output follows from it by something that keeps the classes (log_softmax, softmax, sigmoid, a
-    temperature, a squeeze, a cast, a mean over positions), also where the output of the layer is replaced. If several
-    layers do so, those that feed others are left out, and those that have too few outputs for the labels.
+    temperature, a squeeze, a cast, a mean over positions, one position of each sample), also where the output of the
+    layer is replaced, and where parameters that may start without effect are. If several layers do so, those that feed
+    others are left out, and those that have too few outputs for the labels.
 
     Args:
         module: The model.
@@ -43,7 +44,8 @@ def find_head(
         head: Dotted name, module, or function ``(model) -> (weight, bias)``; None finds it.
         labels: Of the batch.
         ignore_index: Label that counts for nothing.
-        seen: A run of the model on the batch; None runs it. Where that leaves a doubt the model runs again.
+        like: How closely the output of the model must follow from the logits: of a head that is named, at all only if
+            this is not ``"factor"``.
 
     Returns:
         The head, and what was seen.
@@ -52,24 +54,19 @@ def find_head(
         ValueError: If no layer was seen to be the head, or several were; the message lists those that ran.
         TypeError: If ``head`` is of another type.
     """
-    return _Search(module, call, labels, ignore_index, seen).find(head)
+    return _Search(module, call, labels, ignore_index, like).find(head)
 
 
 class _Search:
     """Looks for the head of one model on one batch."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        call: Callable[[], Any],
-        labels: Tensor | None,
-        ignored: int | None,
-        seen: Observation | None,
+        self, module: nn.Module, call: Callable[[], Any], labels: Tensor | None, ignored: int | None, like: Like
     ) -> None:
-        self._module, self._call, self._labels = module, call, labels
-        self._part: str | None = None
+        self._module, self._call, self._labels, self._like = module, call, labels, like
+        self._explained: set[str] = set()
         self._names = {child: name for name, child in module.named_modules()}
-        self._seen = observe(module, call) if seen is None else seen
+        self._seen = observe(module, call)
         self._most = -1
         if labels is not None and labels.numel() and not labels.is_floating_point():
             counted = labels if ignored is None else labels[labels != ignored]
@@ -79,7 +76,7 @@ class _Search:
         if head is None:
             layer = self._detect()
         elif isinstance(head, str):
-            named = dict(self._module.named_modules()).get(head) if head else None
+            named = dict(self._module.named_modules(remove_duplicate=False)).get(head) if head else None
             if named is None:
                 raise UserError(f"no layer named head={head!r} in {self._title}. {self._layers()}")
             layer = named
@@ -115,9 +112,14 @@ class _Search:
                 "classes: train with an output for each class. " + self._layers()
             )
         reader, margin = self._reader(layer, name, features, output, named)
-        pooled = self._is_pooled(layer, features.shape[:-1], output, named, reader)
-        shape = features.shape[:1] + features.shape[-1:] if pooled else features.shape
-        return Found(reader, name, "input", pooled, shape, None if named else self._part, margin)
+        pooling, link = self._pairing(layer, features.shape[:-1], reader, named, margin)
+        identical = link is not None and self._seen.leaves[link.part] is run.went and not pooling
+        if link is not None and not margin:
+            identical = identical and torch.equal(run.went, run.output)
+            if not named or self._like != "factor":
+                check_effects(self._module, self._call, layer, name, link, identical)
+        shape = features.shape[:1] + features.shape[-1:] if pooling else features.shape
+        return Found(reader, name, "input", pooling, shape, link, identical, self._exit(layer, link), margin)
 
     def _reader(
         self, layer: nn.Module, name: str, features: Tensor, output: Tensor, named: bool
@@ -153,27 +155,52 @@ class _Search:
             f"measured. {self._layers()} {REPAIRS}"
         )
 
-    def _is_pooled(self, layer: nn.Module, rows: torch.Size, output: Tensor, named: bool, reader: HeadReader) -> bool:
-        """Whether features are to be averaged over positions, or are one row per label."""
-        labels = self._labels
-        shape = None if labels is None else labels.shape
-        single = rows[:1].numel() == rows.numel()
-        per_sample = labels is None or shape in (rows[:1], torch.Size([*rows[:1], 1]))
-        if len(rows) == 1 or shape == rows:
-            pooled = False
-        elif single and per_sample:
-            pooled = True
-        elif per_sample and labels is not None and not reader.normalizes:
-            seen = observe(self._module, self._call, {layer: pattern})
-            output = class_last(layer, seen.of(layer)[-1].output)
-            pooled = any(follows(leaf, output, mean=True) for leaf in seen.leaves.values())
-            pooled = pooled or (named and class_last(layer, output.movedim(-1, 1)) is not output)
-        else:
-            pooled = False
-        left = rows[:1] if pooled else rows
-        if shape is not None and shape not in (left, torch.Size([*left, 1])):
-            raise UserError(_unpaired(reader.name, (*left, reader.in_features), shape))
-        return pooled
+    def _pairing(
+        self, layer: nn.Module, rows: torch.Size, reader: HeadReader, named: bool, margin: bool
+    ) -> tuple[Pooling, Link | None]:
+        """Return what becomes of positions, and how the output of the model follows where that must go on to hold."""
+        shape = None if self._labels is None else self._labels.shape
+        per_sample = len(rows) > 1 and shape != rows and self._are_per_sample(rows)
+        link = None if margin else self._link(layer, per_sample, named and not per_sample)
+        pooled: Pooling = ""
+        if per_sample and link is not None and not (reader.normalizes and link.rows == "mean" and rows[1:].numel() > 1):
+            pooled = "one" if link.rows == "one" else "mean"
+        elif per_sample and rows[1:].numel() == 1:  # What comes of it is not seen, and there is nothing to choose from.
+            pooled, link = "mean", None
+        elif shape is not None and shape not in (rows, torch.Size([*rows, 1])):
+            raise UserError(_unpaired(reader.name, (*rows, reader.in_features), shape, per_sample))
+        if self._like != "factor" and not margin:
+            if link is None or link.like not in ("equal", self._like):
+                raise UserError(
+                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, and the optimum is known "
+                    "of a loss of that alone: a temperature, a bias or another term comes after it. Make it a part of "
+                    "the head, as with head= a function (model) -> (weight, bias) of the logits as the loss sees them."
+                )
+        elif named and not pooled:
+            link = None
+        return pooled, None if link is None else link._replace(like=self._like)
+
+    def _are_per_sample(self, rows: torch.Size) -> bool:
+        return self._labels is None or self._labels.shape in (rows[:1], torch.Size([*rows[:1], 1]))
+
+    def _link(self, layer: nn.Module, per_sample: bool, real: bool) -> Link | None:
+        """How the output of the model follows from that of a layer, also where that is replaced unless only as is."""
+        for seen in [self._seen] if real else [observe(self._module, self._call, {layer: pattern}), self._seen]:
+            leaves = {n: leaf for n, leaf in seen.leaves.items() if not self._explained or n in self._explained}
+            own = seen.of(layer)
+            if own and (found := _closest(links(leaves, class_last(layer, own[-1].output), per_sample))) is not None:
+                return found
+            if per_sample:  # Real logits may be alike at several positions.
+                return None
+        return None
+
+    def _exit(self, layer: nn.Module, link: Link | None) -> str | None:
+        """Name the innermost module around a layer that returns the part of the output."""
+        if link is None:
+            return None
+        leaf = self._seen.leaves[link.part]
+        around = [r.layer for r in self._seen.runs if r.went is leaf and layer in set(r.layer.modules()) - {r.layer}]
+        return self._names[around[0]] if around else "" if self._seen.whole else None
 
     # A head that is a function of the model.
 
@@ -185,20 +212,35 @@ class _Search:
         with frozen(self._module):
             weight = read_head(pair_of(pair()))
         sizes = weight.out_features, weight.in_features
+        shape, unpaired = None if self._labels is None else self._labels.shape, None
         for normalizes in (False, True):
             reader = HeadReader(pair, name, "weight", normalizes, *sizes)
             with frozen(self._module):
                 own = reader.read()
             for run in reversed(self._seen.runs):
                 for side, rows in (("output", run.output), ("input", class_last(run.layer, run.inputs))):
-                    if rows.shape[-1] == own.in_features and follows_from(self._seen.leaves, rows, own):
-                        positions = rows.shape[:-1]
-                        if self._labels is not None and self._labels.shape not in (
-                            positions,
-                            torch.Size([*positions, 1]),
-                        ):
-                            raise UserError(_unpaired(name, tuple(rows.shape), self._labels.shape))
-                        return Found(reader, self._names[run.layer], side, False, rows.shape)
+                    if rows.shape[-1] != own.in_features:
+                        continue
+                    places = rows.shape[:-1]
+                    per_sample = len(places) > 1 and shape != places and self._are_per_sample(places)
+                    found = _closest(links(self._seen.leaves, logits_of(own, rows), per_sample))
+                    if found is None or (normalizes and found.rows == "mean"):
+                        if per_sample and any(links(self._seen.leaves, logits_of(own, rows))):
+                            unpaired = places
+                        continue
+                    if shape is not None and not per_sample and shape not in (places, torch.Size([*places, 1])):
+                        unpaired = places
+                        continue
+                    if self._like != "factor" and found.like not in ("equal", self._like):
+                        continue
+                    pooling = found.rows if found.rows != "same" else ""
+                    size = torch.Size([*(places[:1] if pooling else places), sizes[1]])
+                    link, exit_ = found._replace(like=self._like), "" if self._seen.whole else None
+                    return Found(reader, self._names[run.layer], side, pooling, size, link, exit=exit_)
+        if unpaired is not None:
+            assert shape is not None
+            per_sample = len(unpaired) > 1 and self._are_per_sample(unpaired)
+            raise UserError(_unpaired(name, (*unpaired, sizes[1]), shape, per_sample))
         raise UserError(
             f"head= returned a weight of shape {sizes}, and no layer of {self._title} has features h in its input or "
             f"output from which the output of the model follows as W h + b. {self._layers()} Let the features go "
@@ -221,7 +263,8 @@ class _Search:
         if len(matches) == 1:
             layer = next(iter(matches))
             self._check_influence(layer, matches[layer])
-            self._part = min(matches[layer])
+            self._explained = matches[layer]
+            check_functions(self._module, self._seen, layer, self._explained, self._most)
             return layer
         if not matches:
             raise UserError(
@@ -238,11 +281,9 @@ class _Search:
     def _matches(self) -> dict[nn.Module, set[str]]:
         """Layers that make a part of the output, with the names of these parts."""
         leaves = {name: leaf for name, leaf in self._seen.leaves.items() if leaf.ndim > 0}
-        if "logits" in leaves:  # As output objects call what the loss is computed from.
-            leaves = {"logits": leaves["logits"]}
         matches: dict[nn.Module, set[str]] = {}
         for name, leaf in leaves.items():
-            same = [run.layer for run in self._seen.runs if run.output is leaf and self._is_linear(run)]
+            same = [run.layer for run in self._seen.runs if self._is_part(run, leaf) and self._is_linear(run)]
             if not same:
                 same = self._outermost(
                     [
@@ -257,6 +298,9 @@ class _Search:
                 matches.setdefault(layer, set()).add(name)
         return matches
 
+    def _is_part(self, run: Run, leaf: Tensor) -> bool:
+        return run.went is leaf and (run.output is leaf or torch.equal(run.output, leaf))
+
     def _is_linear(self, run: Run) -> bool:
         """Whether a layer has a weight, or wraps one that has and takes the same input."""
         if has_weight(run.layer):
@@ -264,7 +308,7 @@ class _Search:
         inner = set(run.layer.modules()) - {run.layer}
         if not any(
             other.layer in inner
-            and other.inputs is run.inputs
+            and other.came is run.came
             and other.output.shape == run.output.shape
             and has_weight(other.layer)
             for other in self._seen.runs
@@ -279,12 +323,12 @@ class _Search:
 
     def _may_make(self, run: Run, leaf: Tensor) -> bool:
         output = class_last(run.layer, run.output)
-        return output.shape[-1] > 1 and follows(leaf, output, either=True)
+        return follows(leaf, output, either=True)
 
     def _leads_to(self, run: Run, name: str) -> bool:
         """Whether a part of the output also follows from what a layer's output is replaced by."""
         if any(
-            other.inputs is run.output and any(True for _ in (*other.layer.parameters(), *other.layer.buffers()))
+            other.came is run.went and any(True for _ in (*other.layer.parameters(), *other.layer.buffers()))
             for other in self._seen.runs
         ):
             return False  # A norm after the head, say, which need not change anything before training.
@@ -334,25 +378,23 @@ class _Search:
         return type(self._module).__name__
 
     def _layers(self) -> str:
-        """Say which layers ran, and what the model returned."""
-        ran: dict[str, str] = {}
-        for run in self._seen.runs:
-            if has_weight(run.layer):
-                ran[self._names[run.layer]] = f"{self._names[run.layer]!r} with output {tuple(run.output.shape)}"
-        idle = [repr(name) for child, name in self._names.items() if name not in ran and has_weight(child)]
-        listed = list(ran.values())
-        more = f" and {len(listed) - _MOST_LISTED} before" if len(listed) > _MOST_LISTED else ""
-        outputs = ", ".join(f"{name or 'a tensor'} {tuple(t.shape)}" for name, t in self._seen.leaves.items())
-        return (
-            f"Layers with a weight that ran are: {', '.join(listed[-_MOST_LISTED:]) or 'none'}{more}"
-            + (f"; that did not run: {', '.join(idle[-_MOST_LISTED:])}" if idle else "")
-            + f". The model returned {outputs or 'no floating tensor'}."
-        )
+        return words_of_layers(self._module, self._seen)
 
 
-def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size) -> str:
+def _closest(found: Iterable[Link]) -> Link | None:
+    order = ("equal", "shift", "factor")
+    return min(found, key=lambda link: order.index(link.like), default=None)
+
+
+def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool) -> str:
+    more = (
+        " The output of the model is neither the mean of its logits over positions nor those of one position per "
+        f"sample. {POSITIONS}"
+        if per_sample
+        else ""
+    )
     return (
         f"there must be one label per feature row, got features of shape {features} at the head {name!r} and labels of "
         f"shape {tuple(labels)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape {features[:-1]}, "
-        "ignore_index where a position has none."
+        f"ignore_index where a position has none.{more}"
     )

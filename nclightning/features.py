@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.passes import measurements
+from nclightning.hooks import hook_call, hook_result
 
 __all__ = [
     "FeatureSource",
+    "Pooling",
     "Taps",
     "call_model",
     "capture_during",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+Pooling = Literal["", "mean", "one"]
 
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
 _PLAIN_SEQUENCES = (tuple, list)
@@ -98,10 +100,15 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     if isinstance(batch, _PLAIN_SEQUENCES) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     if isinstance(batch, Mapping):
-        for key in _LABEL_KEYS:
-            if key in batch:
-                rest = {name: value for name, value in batch.items() if name != key}
-                return rest, batch[key]
+        keys = [key for key in _LABEL_KEYS if key in batch]
+        if len(keys) == 1:
+            rest = {name: value for name, value in batch.items() if name != keys[0]}
+            return rest, batch[keys[0]]
+        if keys:
+            raise UserError(
+                f"a batch has several keys that labels may have: {', '.join(map(repr, keys))}. Pass batch_fn=(batch) "
+                "-> (inputs, labels) that takes those of the head."
+            )
         raise UserError(
             f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
             "Pass batch_fn=(batch) -> (inputs, labels)."
@@ -166,16 +173,21 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: If labels are not integers.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        hot = labels.ndim > 1 and labels.shape[-1] > 1
+        means = (
+            "one-hot labels by their argmax (soft labels have no class)" if hot else "class numbers by labels.long()"
+        )
         raise UserTypeError(
-            f"labels must be integers, got {labels.dtype}: pass batch_fn=(batch) -> (inputs, labels), which for "
-            "one-hot labels takes their argmax; soft labels have no class."
+            f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}: pass batch_fn=(batch) -> "
+            f"(inputs, labels) that makes integers of {means}."
         )
     if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
         labels = labels.squeeze(1)
     if features.ndim < 2 or labels.shape != features.shape[:-1]:
         raise UserError(
             f"there must be one label per feature row, got features of shape {tuple(features.shape)} and labels of "
-            f"shape {tuple(labels.shape)}."
+            f"shape {tuple(labels.shape)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape "
+            f"{tuple(features.shape[:-1])}."
         )
     return features.reshape(-1, features.shape[-1]), labels.reshape(-1).long()
 
@@ -186,23 +198,29 @@ class FeatureSource(NamedTuple):
     Attributes:
         layer: A layer.
         output: Whether they are what comes out of it, not what enters it.
-        pooled: Whether they are averaged over positions, to one row per sample.
+        pooling: Whether they are averaged over positions (``"mean"``), or those of ``"one"`` position, to one row per
+            sample.
+        position: Which one; None leaves all, to be chosen later.
         normalized: Whether they are divided by their norms, as a cosine head does.
     """
 
     layer: nn.Module
     output: bool = False
-    pooled: bool = False
+    pooling: Pooling = ""
+    position: int | None = None
     normalized: bool = False
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """Copy what was seen at the layer as ``(B, d)``, or ``(B, ..., d)`` with a row per position."""
         rows = tensor if self.output else class_last(self.layer, tensor)
+        several = rows.ndim > 2 and bool(self.pooling)
+        if several and self.pooling == "one" and self.position is not None:
+            rows = rows.flatten(1, -2)[:, self.position]
         if self.normalized:
             rows = normalize(rows, dim=-1)
-        elif not self.pooled or rows.ndim == 2:
+        elif not several or self.pooling != "mean":
             return rows.clone()
-        return rows.flatten(1, -2).mean(dim=1) if self.pooled and rows.ndim > 2 else rows
+        return rows.flatten(1, -2).mean(dim=1) if several and self.pooling == "mean" else rows
 
 
 class Taps:
@@ -215,6 +233,7 @@ class Taps:
         layers: Modules by name; of their outputs the first tensor is kept, one row per sample.
         pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
             ``"flatten"`` takes all entries.
+        wanted: Says of each run whether it is to be kept: then the first of them is. None takes the last of all.
     """
 
     def __init__(
@@ -222,23 +241,27 @@ class Taps:
         source: nn.Module | FeatureSource,
         layers: Mapping[str, nn.Module] | None = None,
         pooling: Literal["mean", "flatten"] = "mean",
+        wanted: Callable[[], bool] | None = None,
     ) -> None:
-        self._kept: dict[str, Tensor] = {}
-        self._runs, self._measurements = 0, measurements()
-        self._pooling = pooling
+        self.kept: dict[str, Tensor] = {}
+        self.runs = 0
+        self._pooling, self._wanted = pooling, wanted
         self._failure: str | None = None
         self._source = FeatureSource(source) if isinstance(source, nn.Module) else source
         self._handles = [
-            self._source.layer.register_forward_hook(self._keep_features)
+            hook_result(self._source.layer, self._keep_features)
             if self._source.output
             else _hook_input(self._source.layer, self._keep)
         ]
         for name, layer in (layers or {}).items():
-            self._handles.append(layer.register_forward_hook(self._keep_output(name)))
+            self._handles.append(hook_result(layer, self._keep_output(name)))
 
-    def _keep_output(self, name: str) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            if measurements() != self._measurements:
+    def _is_wanted(self, name: str) -> bool:
+        return self._wanted is None or (self._wanted() and name not in self.kept)
+
+    def _keep_output(self, name: str) -> Callable[[Any, Any], None]:
+        def keep(args: Any, output: Any) -> None:
+            if not self._is_wanted(name):
                 return
             tensor = first_tensor(output)
             if tensor is None:  # No error here, in the middle of somebody's forward.
@@ -246,35 +269,24 @@ class Taps:
                 return
             tensor = tensor.detach()
             pooled = tensor if self._pooling == "flatten" else _pool(tensor)
-            self._kept[name] = tensor.clone() if pooled is tensor else pooled
+            self.kept[name] = tensor.clone() if pooled is tensor else pooled
 
-        return hook
+        return keep
 
-    def _keep_features(self, _: nn.Module, args: Any, output: Any) -> None:
+    def _keep_features(self, args: Any, output: Any) -> None:
         if (tensor := first_tensor(output)) is not None:
             self._keep(tensor)
 
-    def replay(self, runs: Iterable[tuple[nn.Module, Tensor, Tensor]]) -> None:
-        """Take features from a run that was over before there were hooks.
-
-        Args:
-            runs: Layers, with what went in and came out.
-        """
-        for layer, came, went in runs:
-            if layer is self._source.layer:
-                self._keep(went if self._source.output else came)
-
     def _keep(self, tensor: Tensor) -> None:
-        if measurements() != self._measurements:  # It belongs to another monitor.
-            return
-        self._kept[""] = self._source.copy_of(tensor.detach())
-        self._runs += 1
+        self.runs += 1
+        if self._is_wanted(""):
+            self.kept[""] = self._source.copy_of(tensor.detach())
 
     def take(self, once: bool = False) -> dict[str, Tensor]:
         """Return what was copied since the last call, and forget it.
 
         Args:
-            once: Refuse a head that ran several times; else the last time counts, as in a step with several closures.
+            once: Refuse a head that ran several times.
 
         Returns:
             Features by name; those of layers with one row per sample.
@@ -282,8 +294,8 @@ class Taps:
         Raises:
             ValueError: If the head did not run as it should, or a layer returned no tensor.
         """
-        kept, self._kept = self._kept, {}
-        runs, self._runs = self._runs, 0
+        kept, self.kept = self.kept, {}
+        runs, self.runs = self.runs, 0
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise UserError(failure)
@@ -291,6 +303,12 @@ class Taps:
             raise UserError(
                 f"the head ran {runs} times in one forward, expected once: pass forward_fn=(module, inputs) -> output "
                 "that runs it once, or head= another layer."
+            )
+        if "" not in kept and once:
+            raise UserError(
+                "the head ran on the first batch, and does not on a later one, so that there are no features: pass "
+                "forward_fn=(module, inputs) -> output that runs one head on each batch, or head= a layer that always "
+                "runs."
             )
         if "" not in kept:
             raise UserError(
@@ -304,7 +322,7 @@ class Taps:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._kept = [], {}
+        self._handles, self.kept = [], {}
 
     def __enter__(self) -> Taps:
         return self
@@ -321,11 +339,11 @@ def class_last(layer: nn.Module, tensor: Tensor) -> Tensor:
 def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
     """Hand on what enters a head, by place or by keyword."""
 
-    def hook(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def hand_on(args: Any, kwargs: dict[str, Any]) -> None:
         if (tensor := first_tensor((*args, *kwargs.values()))) is not None:
             keep(tensor)
 
-    return head.register_forward_pre_hook(hook, with_kwargs=True)
+    return hook_call(head, hand_on)
 
 
 def first_tensor(output: Any) -> Tensor | None:

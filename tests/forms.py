@@ -17,7 +17,11 @@ CASES = {}
 
 @dataclasses.dataclass
 class Case:
-    """A model, a batch, the monitor's options, and the pair that is to be measured or the words of the refusal."""
+    """A model, a batch, the monitor's options, and the pair that is to be measured or the words of the refusal.
+
+    Of an online case the forwards of training are read; ``later`` are batches that follow; ``late`` is the number of
+    steps before a refusal.
+    """
 
     model: nn.Module
     batch: object
@@ -26,6 +30,8 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)
     step: object = None
     warns: str = ""
+    later: list = dataclasses.field(default_factory=list)
+    late: int = 0
 
 
 def case(make):
@@ -170,6 +176,45 @@ def relu_in_place_before_the_head():
     return Case(model, vectors(), lambda m, b: (m[0](b[0]).relu(), m[2].weight, b[1]))
 
 
+def functional(finish, **options):
+    """A head without a layer, ``rows``, on top of a linear layer, and what is made of the output of that."""
+
+    def forward(m, x):
+        return F.linear(finish(m, m.linear(x)), m.rows)
+
+    model = Model(forward, linear=nn.Linear(5, D), rows=nn.Parameter(draw(K, D)))
+    return Case(model, vectors(), options={"head": lambda m: (m.net.rows, None)}, **options)
+
+
+CASES["relu_in_place_of_a_function_before_the_head"] = lambda: functional(
+    lambda m, h: F.relu(h, inplace=True), refused="no layer of .* has features h .*nn.Identity"
+)
+CASES["skip_added_in_place_before_the_head"] = lambda: functional(
+    lambda m, h: h.add_(1.0), refused="no layer of .* has features h .*nn.Identity"
+)
+
+
+class WritesToItsInput(nn.Linear):
+    """As with ``inplace=True`` inside a head."""
+
+    def forward(self, h):
+        return super().forward(h.relu_())
+
+
+@case
+def relu_in_place_in_the_head():
+    form = plain(lambda m, h: m.out(h), out=WritesToItsInput(D, K), refused="neither as W h")
+    form.model.body = nn.Linear(5, D)
+    return form
+
+
+@case
+def output_changed_in_place_after_the_head():
+    return plain(
+        lambda m, h: m.out(h).add_(h @ m.more), more=nn.Parameter(draw(D, K)), refused="was seen to be the head"
+    )
+
+
 # Which of several layers.
 
 
@@ -209,6 +254,40 @@ def multi_task():
     return plain(
         lambda m, h: {"shape": m.shape(h), "colour": m.out(h)}, shape=nn.Linear(D, K), refused="cannot tell which"
     )
+
+
+@case
+def logits_of_a_domain_beside_those_of_classes():
+    form = plain(lambda m, h: {"logits": m.domain(h), "class": m.out(h)}, domain=nn.Linear(D, 8))
+    form.step = lambda model, batch: F.cross_entropy(model(batch[0])["class"], batch[1])
+    form.refused = "the outputs of 'net.(domain|out)' and 'net.(domain|out)' are all parts"
+    return form
+
+
+@case
+def domain_with_too_few_outputs_called_logits():
+    form = logits_of_a_domain_beside_those_of_classes()
+    form.model.domain, form.refused = nn.Linear(D, 3), ""
+    return form
+
+
+@case
+def class_head_without_a_layer_beside_a_layer():
+    form = plain(
+        lambda m, h: (F.linear(h, m.rows, m.bias), m.rotation(h)),
+        rotation=nn.Linear(D, 8),
+        rows=nn.Parameter(draw(K, D)),
+        bias=nn.Parameter(draw(K)),
+    )
+    form.refused = "a weight without a layer of its own the part '0'"
+    return form
+
+
+@case
+def name_of_an_alias():
+    form = plain(lambda m, h: m.out(h))
+    form.model.classifier, form.options = form.model.out, {"head": "net.classifier"}
+    return form
 
 
 @case
@@ -271,8 +350,67 @@ def adapter_that_starts_at_zero():
     return plain(
         lambda m, h: m.out(h) + h @ m.more,
         more=nn.Parameter(torch.zeros(D, K)),
-        refused="followed from the head 'net.out' on the first batch and does not any more",
+        refused="only while the parameter 'net.more', which starts without effect.*Pass head='net.out'",
     )
+
+
+@case
+def scale_of_each_class_that_starts_at_one():
+    return plain(
+        lambda m, h: m.out(h) * m.scale, scale=nn.Parameter(torch.ones(K)), refused="'net.scale', which starts"
+    )
+
+
+@case
+def bias_apart_that_starts_at_zero():
+    return plain(
+        lambda m, h: m.out(h) + m.bias,
+        bias=nn.Parameter(torch.zeros(K)),
+        refused="'net.bias', which starts without effect.*Pass head='net.out'",
+    )
+
+
+@case
+def bias_apart_added_in_place():
+    form = bias_apart_that_starts_at_zero()
+    form.model._forward = lambda m, x: m.out(m.body(x)).add_(m.bias)
+    return form
+
+
+@case
+def bias_apart_by_name_of_the_head():
+    form = bias_apart_that_starts_at_zero()
+    form.refused, form.options = "", {"head": "net.out"}
+    return form
+
+
+@case
+def second_head_that_starts_at_zero():
+    form = plain(lambda m, h: m.out(h) + m.second(h), second=nn.Linear(D, K), refused="'net.second.*starts without")
+    nn.init.zeros_(form.model.second.weight)
+    nn.init.zeros_(form.model.second.bias)
+    return form
+
+
+@case
+def clamped_logits():
+    return plain(lambda m, h: m.out(h).clamp(-10, 10), refused="only while logits are small.*Pass head='net.out'")
+
+
+@case
+def rows_of_norm_one_at_the_start():
+    """What a function forgets to divide by is seen once it is not 1 any more."""
+    form = plain(lambda m, h: 30 * F.linear(h, F.normalize(m.rows)), rows=nn.Parameter(F.normalize(draw(K, D))))
+    form.options, form.late = {"head": lambda m: (m.net.rows, None)}, 1
+    form.refused = "followed from the head .* on the first batch and does not any more"
+    return form
+
+
+@case
+def rows_of_norm_one_at_the_start_online():
+    form = rows_of_norm_one_at_the_start()
+    form.options["source"] = "online"
+    return form
 
 
 @case
@@ -545,6 +683,14 @@ def convolution_and_relu_before_pooling():
 def convolution_and_relu_before_pooling_by_name():
     form = squeezing(lambda m, x: m.head(x).relu().mean((2, 3)))
     form.options = {"head": "net.head"}
+    form.refused = "neither the mean of its logits over positions.*forward_fn"
+    return form
+
+
+@case
+def convolution_of_pooled_maps_and_relu_by_name():
+    form = squeezing(lambda m, x: m.head(x.mean((2, 3), True)).relu().flatten(1))
+    form.options = {"head": "net.head"}
     return form
 
 
@@ -655,11 +801,101 @@ def mean_of_the_logits_of_steps():
     )
 
 
-@case
-def logits_of_the_last_step():
+def steps(finish, position=None, *, refused="", **options):
+    """A label per sample, and what is made of the logits ``z`` of steps."""
     form = mean_of_the_logits_of_steps()
-    form.model._forward = lambda m, x: m.out(m.rnn(x)[0])[:, -1]
-    form.refused = "was seen to be the head"
+    form.model._forward = lambda m, x: finish(m.out(m.rnn(x)[0]))
+    form.options, form.refused = options, refused
+    if position is not None:
+        form.pair = lambda m, b: (m.rnn(b[0])[0][:, position], m.out.weight, b[1])
+    return form
+
+
+NAMED = {"head": "net.out"}
+CASES["logits_of_the_last_step"] = lambda: steps(lambda z: z[:, -1], -1)
+CASES["logits_of_the_last_step_by_name"] = lambda: steps(lambda z: z[:, -1], -1, **NAMED)
+CASES["logits_of_the_last_step_online"] = lambda: still(steps(lambda z: z[:, -1], -1, source="online"))
+CASES["log_softmax_of_the_first_step"] = lambda: steps(lambda z: z[:, 0].log_softmax(-1), 0)
+CASES["greatest_logits_of_steps_by_name"] = lambda: steps(
+    lambda z: z.amax(1), refused="neither the mean of its logits over positions.*forward_fn", **NAMED
+)
+CASES["masked_mean_of_steps_by_name"] = lambda: steps(
+    lambda z: z[:, :5].mean(1), refused="neither the mean of its logits over positions.*forward_fn", **NAMED
+)
+CASES["time_first_with_as_many_steps_as_samples"] = lambda: as_many_steps(
+    steps(lambda z: z.mean(0), refused="neither the mean of its logits over positions", **NAMED)
+)
+
+
+def still(form):
+    """Weights that stand still, so that forwards of training are those of its end."""
+    form.model.requires_grad_(False)
+    form.step = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + 0 * model.anchor
+    return form
+
+
+def as_many_steps(form):
+    form.batch = draw(B, B, 5), classes(B)
+    return form
+
+
+@case
+def tagger_with_time_first_and_as_many_steps_as_samples():
+    form = lstm_tagger()
+    form.model = Model(lambda m, x: m.out(m.body(x.transpose(0, 1))), body=body(), out=nn.Linear(D, K))
+    form.batch = draw(B, B, 5), classes(B, B)
+    form.step = lambda model, batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].t().flatten())
+    form.refused = "positions before samples.*transposes the labels"
+    return form
+
+
+@case
+def one_hot_integers_of_as_many_positions():
+    form = steps(lambda z: z.mean(1), refused="are one-hot rows.*argmax")
+    form.batch = draw(B, K, 5), F.one_hot(classes(B), K)
+    form.step = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1].argmax(1))
+    return form
+
+
+def lengths(first, later, source):
+    """A mean over positions of which some are masked."""
+
+    def forward(m, x):
+        z, mask = m.out(m.body(x)), (x[..., 0] > -100).float().unsqueeze(-1)
+        return (z * mask).sum(1) / mask.sum(1)
+
+    def padded(lengths):
+        x = draw(B, 4, 5)
+        x[torch.arange(4) >= lengths.unsqueeze(1)] = -1000.0
+        return x, classes(B)
+
+    form = Case(Model(forward, body=body(), out=nn.Linear(D, K)), padded(first), options={"source": source})
+    form.later, form.late = [padded(later)], 2
+    form.refused = "was the mean over positions of what the head 'net.out' makes on the first batch.*forward_fn"
+    return form
+
+
+WHOLE, SHORTER = torch.full((B,), 4), classes(B) % 3 + 2
+CASES["mask_in_a_later_batch"] = lambda: lengths(WHOLE, SHORTER, "sweep")
+CASES["mask_in_a_later_batch_online"] = lambda: lengths(WHOLE, SHORTER, "online")
+
+
+@case
+def one_step_in_the_first_batch():
+    form = steps(lambda z: z[:, -1], refused="was the mean over positions.*on the first batch, and is not on a later")
+    form.batch, form.later, form.late = (draw(B, 1, 5), classes(B)), [(draw(B, 7, 5), classes(B))], 2
+    return form
+
+
+@case
+def head_chosen_by_the_batch():
+    def forward(m, x):
+        return (m.one if x[0, 0] > 0 else m.other)(m.body(x))
+
+    model = Model(forward, body=body(), one=nn.Linear(D, K), other=nn.Linear(D, K))
+    x, y = vectors()
+    form = Case(model, (x.abs(), y), refused="ran on the first batch, and does not on a later one.*forward_fn")
+    form.later, form.late = [(-x.abs(), y)], 2
     return form
 
 
@@ -715,6 +951,11 @@ CASES["further_keys"] = lambda: odd(
 )
 CASES["no_labels"] = lambda: odd({"x": vectors()[0]}, "has no labels: expected one of .*Pass batch_fn")
 CASES["one_hot"] = lambda: odd((vectors()[0], F.one_hot(vectors()[1], K).float()), "labels must be integers.*batch_fn")
+CASES["float_class_numbers"] = lambda: odd((vectors()[0], vectors()[1].float()), r"batch_fn.*labels\.long\(\)")
+CASES["bool_class_numbers"] = lambda: odd((vectors()[0], vectors()[1] > 1), r"batch_fn.*labels\.long\(\)")
+CASES["two_keys_of_labels"] = lambda: odd(
+    {"x": vectors()[0], "y": vectors()[1], "target": vectors()[1] % 2}, "several keys.*'y', 'target'.*batch_fn"
+)
 CASES["one_hot_integers"] = lambda: odd(
     (vectors()[0], F.one_hot(vectors()[1], K)), "one label per feature row.*batch_fn"
 )
@@ -970,15 +1211,36 @@ def prompt_tokens_before_the_text():
     return form
 
 
-@case
-def sequence_classification_at_the_last_token():
+def at_the_last_token(ids, **options):
     model = tiny("GPT2", **GPT, num_labels=K, pad_token_id=0)("GPT2ForSequenceClassification")
-    return Case(
-        model,
-        {"input_ids": tokens(B, 5) % (K - 1) + 1, "labels": classes(B)},
-        refused="score.*Pass head=",
-        step=own_step,
-    )
+
+    def pair(m, b):
+        last = (b["input_ids"] != 0).sum(1) - 1
+        rows = m.transformer(b["input_ids"]).last_hidden_state
+        return rows[torch.arange(B), last], m.score.weight, b["labels"]
+
+    return Case(model, {"input_ids": ids, "labels": classes(B)}, pair, step=own_step, options=options)
+
+
+def sentences():
+    return tokens(B, 5) % (K - 1) + 1
+
+
+def with_padding():
+    return sentences() * (torch.arange(5) <= classes(B, count=3).unsqueeze(1) + 2)
+
+
+CASES["sequence_classification_at_the_last_token"] = lambda: at_the_last_token(sentences())
+CASES["sequence_classification_by_name"] = lambda: at_the_last_token(sentences(), head="net.score")
+CASES["sequence_classification_with_padding"] = lambda: at_the_last_token(with_padding())
+
+
+@case
+def sequence_classification_with_padding_in_a_later_batch():
+    form = at_the_last_token(sentences())
+    form.later, form.late = [{"input_ids": with_padding(), "labels": classes(B)}], 2
+    form.refused = "at one position per sample on the first batch, and on a later one that cannot be told.*forward_fn"
+    return form
 
 
 class Generator(nn.Module):

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, first_of
+from nclightning.callbacks.first_batch import IGNORED, FirstBatch, Known, check_range, parts_of
 from nclightning.callbacks.first_forward import FirstForward
-from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
+from nclightning.callbacks.modules import check_strategy, layer_named
+from nclightning.callbacks.remainder import check_rest, check_split, labels_of, num_left_over, saying_so
 from nclightning.callbacks.unseen import unseen
 from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
-from nclightning.features import Taps, call_model, describe, split_batch
+from nclightning.features import call_model, describe, split_batch
 from nclightning.heads import Head, HeadReader, weight_shape
-from nclightning.observation import Observation
+from nclightning.likeness import Like
 from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard
 from nclightning.sweep import compiled_parts, has_lazy_parts, sequential_loader, shared_buffers
+from nclightning.watch import FirstStep, Watch
 
-__all__ = ["Attachment", "full_batch", "full_batch_head", "full_batch_method", "name_loaders"]
+__all__ = ["Attachment"]
 
 Add = Callable[[dict[str, Tensor], Tensor], None]
 BatchFn = Callable[[Any], tuple[Any, Tensor]]
 ForwardFn = Callable[[Any, Any], Any]
+Reads = Literal["sweep", "online", ""]
 
 
 class Attachment:
@@ -41,6 +43,7 @@ class Attachment:
         batch_fn: Splits a batch into input and labels; None is :func:`nclightning.features.split_batch`.
         forward_fn: Runs the module on the input of a batch; None is :func:`nclightning.features.call_model`.
         ignore_index: Label of samples to leave out.
+        like: As for :func:`nclightning.detection.find_head`.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class Attachment:
         batch_fn: BatchFn | None = None,
         forward_fn: ForwardFn | None = None,
         ignore_index: int | None = None,
+        like: Like = "factor",
     ) -> None:
+        self.like: Like = like
         self._head, self._layers, self._pooling = head, layers, pooling
         self._batch_fn, self._forward_fn = batch_fn, forward_fn
         self._ignore_index = ignore_index
         self._known: Known | None = None
+        self.first_step: FirstStep | None = None
         self.first: FirstForward | None = None
 
     def forget(self) -> None:
@@ -65,12 +71,13 @@ class Attachment:
 
     def unwatch(self) -> None:
         """Leave no hook behind."""
+        self.end_first_step()
         if self.first is not None:
             self.first.remove()
         self.first = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_known": None, "first": None}  # A weak reference cannot be pickled.
+        return vars(self) | {"_known": None, "first_step": None, "first": None}  # A weak reference cannot be pickled.
 
     def knows(self, pl_module: L.LightningModule) -> bool:
         """Whether the first batch of a module has been seen, and its head has not been replaced since."""
@@ -79,7 +86,7 @@ class Attachment:
         reader = self._known.found.reader
         if reader.layer is None:
             return True
-        same = reader.layer is dict(pl_module.named_modules()).get(reader.name)
+        same = reader.layer is dict(pl_module.named_modules(remove_duplicate=False)).get(reader.name)
         return same and (reader.form != "weight" or weight_shape(reader.layer) == weight_shape(reader))
 
     @property
@@ -116,33 +123,67 @@ class Attachment:
         assert self._known is not None
         return self._known.found.call_again(pl_module, lambda: self.call(pl_module, inputs))
 
-    def check_first(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, ordinary: bool = False) -> None:
+    def check_first(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        read: Literal["sweep", "online", ""] = "sweep",
+    ) -> None:
         """Check the first training batch as :meth:`check_batch` does, on all processes together.
 
         Args:
             trainer: Of the module.
             pl_module: The module.
-            batch: As the step gets it.
-            ordinary: Wait for the forward of its step, if that can be watched: until :meth:`finish_first`.
+            batch: As the step gets it, of all loaders.
+            read: How training is read, if it is.
 
         Raises:
             Exception: On all processes, if one of them fails.
         """
-        plain = self._forward_fn is None and not self._layers
-        plain = plain and (self._head is None or isinstance(self._head, str | nn.Module))
-        if ordinary and plain and not is_sharded(pl_module) and not compiled_parts(pl_module):
-            own = first_of(batch, trainer.train_dataloader)
-            self.first = FirstForward(pl_module, lambda seen: self.check_batch(trainer, pl_module, own, seen=seen))
+        if read == "online" and has_lazy_parts(pl_module):
+            self._wait(trainer, pl_module, batch)
             return
         error: Exception | None = None
         try:
-            self.check_batch(trainer, pl_module, first_of(batch, trainer.train_dataloader))
+            parts = [batch] if read == "online" else list(parts_of(batch, trainer.train_dataloader))
+            check_split(self.split, parts)
+            self.check_batch(trainer, pl_module, parts[0])
+            for other in parts[1:] if read else []:
+                check_range(
+                    labels_of(self.split, other), self.head_of(pl_module), self._ignore_index, self.like == "factor"
+                )
+            if read == "sweep" and (rest := num_left_over(trainer)):
+                check_rest(pl_module, self.split, self.features, parts[0], rest)
+            if read == "online" and not self.knows(pl_module):  # The forward made the head, and it was put back.
+                self._wait(trainer, pl_module, batch)
+            elif read and not compiled_parts(pl_module) and self.knows(pl_module):
+                assert self._known is not None
+                self.first_step = FirstStep(pl_module, self._known.entry, self.layer_of(pl_module))
         except Exception as own:
             error = own
         raise_together(error, pl_module.device)
 
+    def check_sanity(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, labelled: bool) -> None:
+        """Check a batch of Lightning's sanity check as :meth:`check_batch` does, and forget it: training has others.
+
+        Raises:
+            Exception: On all processes, if one of them fails.
+        """
+        error: Exception | None = None
+        try:
+            self.check_batch(trainer, pl_module, batch, labelled=labelled)
+        except Exception as own:
+            error = own
+        self.forget()
+        raise_together(error, pl_module.device)
+
+    def _wait(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Examine the module once its first forward is over, until :meth:`finish_first`."""
+        self.first = FirstForward(pl_module, lambda: self.check_batch(trainer, pl_module, batch))
+
     def finish_first(self) -> None:
-        """End the first step.
+        """End the first step of a module whose first forward makes its head.
 
         Raises:
             Exception: On all processes, if it did not show what :meth:`check_batch` needs.
@@ -151,21 +192,33 @@ class Attachment:
             first, self.first = self.first, None
             first.finish()
 
-    def check_again(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+    def end_first_step(self, pl_module: L.LightningModule | None = None, *, online: bool = False) -> None:
+        """Say where the first step of training did something else than what was examined; without a module, do not.
+
+        Raises:
+            ValueError: If features of the steps themselves are read, and their inputs are other ones.
+        """
+        step, self.first_step = self.first_step, None
+        if step is None:
+            return
+        differs, runs = step.end()
+        if pl_module is None:
+            return
+        said = step.words(type(pl_module).__name__, self.head_of(pl_module).name, differs, runs)
+        if said and differs and online:
+            raise UserError(said)
+        if said:
+            rank_zero_warn(said)
+
+    def check_again(self, trainer: L.Trainer, pl_module: L.LightningModule, inputs: Any) -> None:
         """Run a known module once more without a trace, for :meth:`call_again` alone."""
         with unseen(pl_module), trainer.precision_plugin.forward_context():
-            self.call_again(pl_module, self.split(batch)[0])
+            self.call_again(pl_module, inputs)
         if is_sharded(pl_module):
             reshard(pl_module)
 
     def check_batch(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        *,
-        labelled: bool = True,
-        seen: Observation | None = None,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *, labelled: bool = True
     ) -> None:
         """Find head, features and pairing on the first batch of a module, and check what they need.
 
@@ -176,7 +229,6 @@ class Attachment:
             pl_module: The module.
             batch: As the step gets it.
             labelled: Whether its labels mean anything.
-            seen: An ordinary forward on it, which is enough if it shows everything.
 
         Raises:
             ValueError: With what was seen and the argument that repairs it: if the batch cannot be split, the forward
@@ -194,13 +246,7 @@ class Attachment:
             )
         with unseen(pl_module), trainer.precision_plugin.forward_context():
             try:
-                try:
-                    self._known = self._examine(pl_module, batch, labelled, seen)
-                except UserError:
-                    if seen is None:
-                        raise
-                    # In training mode a model may do what it does not do in eval mode.
-                    self._known = self._examine(pl_module, batch, labelled)
+                self._known = self._examine(pl_module, batch, labelled)
                 if self._known.found.reader.normalizes:
                     rank_zero_warn(
                         f"{self._known.found.reader.name!r} is a cosine head: features and the rows of its weight are "
@@ -210,14 +256,15 @@ class Attachment:
                 if is_sharded(pl_module):
                     reshard(pl_module)
 
-    def _examine(
-        self, pl_module: L.LightningModule, batch: Any, labelled: bool, seen: Observation | None = None
-    ) -> Known:
+    def _examine(self, pl_module: L.LightningModule, batch: Any, labelled: bool) -> Known:
         for name in self._layers:
-            _layer(pl_module, name)
+            layer_named(pl_module, name)
         inputs, labels = self._split(batch)
         first = FirstBatch(pl_module, batch, inputs, labels if labelled else None, self.call)
-        return first.examine(self._head, self._ignore_index, self._batch_fn is None, self._forward_fn is None, seen)
+        plain = self._batch_fn is None, self._forward_fn is None
+        return first.examine(self._head, self._ignore_index, *plain, self.like)
+
+    check = staticmethod(check_strategy)
 
     def head_of(self, pl_module: L.LightningModule) -> HeadReader:
         """Return the head that the first batch showed."""
@@ -230,16 +277,22 @@ class Attachment:
         reshard(pl_module)  # Gathered ones may be of a lower precision.
         return self.head_of(pl_module).read().snapshot()
 
-    def tap(self, pl_module: L.LightningModule) -> Taps:
+    def watch(self, pl_module: L.LightningModule, *, in_steps: bool = False, online: bool = False) -> Watch:
         """Hook the place where features arise, and further layers.
 
+        Args:
+            pl_module: The module.
+            in_steps: Whether steps of the user are watched, and not forwards of our own.
+            online: Whether they are those of training.
+
         Raises:
-            ValueError: If one does not exist.
+            ValueError: If a layer does not exist.
         """
         assert self._known is not None
         assert self.knows(pl_module)
-        layers = {name: _layer(pl_module, name) for name in self._layers}
-        return Taps(self._known.found.source(pl_module), layers, self._pooling)
+        layers = {name: layer_named(pl_module, name) for name in self._layers}
+        entry = self._known.entry.layers if in_steps else None
+        return Watch(self._known.found, pl_module, layers, self._pooling, entry, online)
 
     def layer_of(self, pl_module: L.LightningModule) -> nn.Module:
         """Return the layer at which features are seen; the head, where that is a layer."""
@@ -250,18 +303,19 @@ class Attachment:
     def is_compiled(self, pl_module: L.LightningModule) -> bool:
         """Whether the head or a layer runs inside a compiled graph, where hooks do not fire."""
         parts = compiled_parts(pl_module)
-        watched = [self.layer_of(pl_module), *(_layer(pl_module, name) for name in self._layers)] if parts else []
+        watched = [self.layer_of(pl_module), *(layer_named(pl_module, name) for name in self._layers)] if parts else []
         return any(child is layer for part in parts for child in part.modules() for layer in watched)
 
     def features(self, pl_module: L.LightningModule, inputs: Any) -> dict[str, Tensor]:
         """Run the module once more on a batch, uncompiled and without a trace; return what was captured."""
         with unseen(pl_module), pl_module.trainer.precision_plugin.forward_context():
-            taps = self.tap(pl_module)
+            watch = self.watch(pl_module)
             try:
-                self.call(pl_module, inputs)
-                return taps.take(once=True)
+                kept = watch.take(self.call(pl_module, inputs))
+                watch.verify()
+                return kept
             finally:
-                taps.remove()
+                watch.remove()
 
     def sweep(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add, limit: int | None = None
@@ -290,7 +344,7 @@ class Attachment:
     def _sweep(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, add: Add, limit: int | None
     ) -> None:
-        taps: Taps | None = None
+        watch: Watch | None = None
         again = self.call
         sharded = is_sharded(pl_module)
         try:
@@ -300,28 +354,30 @@ class Attachment:
                 trainer.precision_plugin.forward_context(),
             ):
                 own = sequential_loader(loader, trainer.global_rank, trainer.world_size, limit)
+                own = saying_so(pl_module, loader, own)
                 batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
                 for each, is_new in batches:
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
                     batch = trainer.strategy.batch_to_device(batch)
-                    if taps is None:
+                    if watch is None:
                         self.check_batch(trainer, pl_module, batch)
-                        taps = self.tap(pl_module)
+                        watch = self.watch(pl_module)
                         again = self.call_again
                     inputs, labels = self.split(batch)
-                    again(pl_module, inputs)
+                    kept = watch.take(again(pl_module, inputs))
                     again = self.call
-                    kept = taps.take(once=True)
                     if is_new:
                         add(kept, labels)
-            if taps is None:
+                if watch is not None:
+                    watch.verify()
+            if watch is None:
                 raise UserError(
                     f"the data to sweep is empty for process {trainer.global_rank} of {trainer.world_size}: it must "
                     "have a batch for each, and a loader must begin anew in each pass."
                 )
         finally:
-            if taps is not None:
-                taps.remove()
+            if watch is not None:
+                watch.remove()
             if sharded:
                 reshard(pl_module)
 
@@ -338,41 +394,3 @@ class Attachment:
         except Exception as own:
             error = own
         raise_together(error, pl_module.device)
-
-    @staticmethod
-    def check(trainer: L.Trainer) -> None:
-        """Refuse strategies under which a forward of the module has no weights, or not a batch of its own.
-
-        Raises:
-            ValueError: With the reason.
-        """
-        strategy = trainer.strategy
-        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise UserError(
-                f"{type(strategy).__name__} shards the weights, so that no process can read the head or run a sweep: "
-                "train with ddp or with fully_shard under ModelParallelStrategy, or validate a checkpoint with the "
-                "monitor in one process."
-            )
-        if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
-            raise UserError(
-                "layers that are split over processes need the same batch on each, and a sweep would give them "
-                "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
-            )
-
-
-def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the loaders of a stage in Lightning's order with their names; the name of a single one is empty."""
-    if isinstance(loaders, Mapping):
-        yield from ((str(name), loader) for name, loader in loaders.items())
-    elif isinstance(loaders, list | tuple):
-        yield from ((str(i) if len(loaders) > 1 else "", loader) for i, loader in enumerate(loaders))
-    else:
-        yield "", loaders
-
-
-def _layer(pl_module: L.LightningModule, name: str) -> nn.Module:
-    try:
-        return pl_module.get_submodule(name)
-    except AttributeError:
-        known = ", ".join(path for path, _ in pl_module.named_modules() if path)
-        raise UserError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None

@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 
-from nclightning.callbacks.attach import full_batch, full_batch_head, full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor

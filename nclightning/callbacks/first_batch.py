@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from nclightning.detection import HeadArgument, find_head
 from nclightning.errors import UserError, UserTypeError
-from nclightning.features import call_model, describe, pair_rows
+from nclightning.features import call_model, class_last, describe, pair_rows
 from nclightning.found import Found
 from nclightning.heads import HeadReader
-from nclightning.observation import Observation
+from nclightning.likeness import Like
+from nclightning.observation import Observation, observe
 from nclightning.shift import is_shifted
+from nclightning.watch import Entry, entry_of
 
-__all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "first_of"]
+__all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "parts_of"]
 
 IGNORED = -100  # As for torch's cross_entropy.
 
@@ -32,12 +34,14 @@ class Known(NamedTuple):
         found: Its head.
         with_labels: Whether it is called with the whole mapping, since it does not run without labels.
         shifted: Whether the label at a position belongs to the features one position before.
+        entry: Where the inputs enter it.
     """
 
     module: weakref.ref[nn.Module]
     found: Found
     with_labels: bool
     shifted: bool
+    entry: Entry
 
 
 class _DoesNotRunError(Exception):
@@ -71,7 +75,7 @@ class FirstBatch:
         ignore_index: int | None,
         plain_batch: bool,
         plain_call: bool,
-        seen: Observation | None = None,
+        like: Like = "factor",
     ) -> Known:
         """Find the head, and check what it needs.
 
@@ -80,7 +84,7 @@ class FirstBatch:
             ignore_index: Label of samples to leave out.
             plain_batch: Whether no function of the user splits batches.
             plain_call: Whether no function of the user runs the module.
-            seen: An ordinary forward on the batch; None runs one.
+            like: As for :func:`nclightning.detection.find_head`.
 
         Raises:
             ValueError: With what was seen and the argument that repairs it.
@@ -92,25 +96,57 @@ class FirstBatch:
         whole = isinstance(self._batch, Mapping) and plain_batch
         ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
         try:
-            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, seen)
+            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
         except _DoesNotRunError as failure:
             inputs = self._batch  # As encoder-decoders need labels to run.
             try:
                 if not whole:
                     raise
-                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored)
+                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
             except _DoesNotRunError:
                 raise self._refusal(failure.__cause__) from failure.__cause__
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
-            check_range(labels, found.reader, ignore_index)
+            check_range(labels, found.reader, ignore_index, like == "factor")
+            self._check_positions(found, seen, inputs, labels)
         shifted = False
         if labels is not None and labels.ndim == 2 and labels.shape == found.shape[:-1]:
             calls = [self._labelled] if whole and plain_call else []
             layer = found.reader.layer
             logits = None if layer is None else seen.of(layer)[-1].output
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
-        return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted)
+        entry = entry_of(self._module, seen, inputs)
+        return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+
+    def _check_positions(self, found: Found, seen: Observation, inputs: Any, labels: Tensor) -> None:
+        """Refuse labels of positions that may be something else of the same shape."""
+        if labels.ndim < 2 or labels.shape != found.shape[:-1]:
+            return
+        classes, count = found.reader.out_features, len(labels)
+        if labels.ndim == 2 and labels.shape[1] == classes and _are_one_hot(labels):
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} are one-hot rows for the {classes} outputs of the head "
+                f"{found.reader.name!r}, or labels of as many positions: pass batch_fn=(batch) -> (inputs, labels) "
+                "with their argmax over the last place, or batches of another number of positions."
+            )
+        if labels.shape[1] != count or count < 2:
+            return
+        # As many positions as samples: which place of the features is that of samples shows where one is changed.
+        layer = self._module.get_submodule(found.path)
+        changed = partial(self._run, _with_first_sample_changed(inputs, count))
+        try:
+            again = observe(self._module, changed).of(layer)
+        except _DoesNotRunError:
+            return
+        before, after = seen.of(layer)[-1], again[-1] if again else None
+        if after is not None and before.inputs.shape == after.inputs.shape:
+            moved = (class_last(layer, before.inputs) != class_last(layer, after.inputs)).any(dim=-1)
+            if bool(moved[1:].any()) and not bool(moved[:, 1:].any()):
+                raise UserError(
+                    f"the features at the head {found.reader.name!r} have positions before samples, and labels of "
+                    f"shape {tuple(labels.shape)} samples before positions: pass batch_fn=(batch) -> (inputs, labels) "
+                    "that transposes the labels, as lambda b: (b[0], b[1].transpose(0, 1))."
+                )
 
     def _run(self, inputs: Any) -> Any:
         try:
@@ -119,7 +155,7 @@ class FirstBatch:
             raise _DoesNotRunError from error
 
     def _refusal(self, failure: BaseException | None) -> ValueError:
-        return ValueError(
+        return UserError(
             f"{type(self._module).__name__} could not be run on the inputs of the first batch, "
             f"{describe(self._inputs)}: {type(failure).__name__}: {failure} Pass forward_fn=(module, inputs) -> output "
             "if it is to be called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs are others."
@@ -131,13 +167,31 @@ class FirstBatch:
         return call_model(self._module, {**self._batch, key: labels})
 
 
-def first_of(batch: Any, loaders: Any) -> Any:
-    """Return the batch of the first loader out of one that several loaders made together."""
+def _are_one_hot(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(dim=1) == 1).all())
+
+
+def _with_first_sample_changed(inputs: Any, count: int) -> Any:
+    """Put the second sample in the place of the first one."""
+    if isinstance(inputs, Tensor):
+        if inputs.ndim == 0 or len(inputs) != count:
+            return inputs
+        return torch.cat([inputs[1:2], inputs[1:]])
+    if isinstance(inputs, Mapping):
+        return {key: _with_first_sample_changed(value, count) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(_with_first_sample_changed(value, count) for value in inputs)
+    return inputs
+
+
+def parts_of(batch: Any, loaders: Any) -> Iterator[Any]:
+    """Yield the batches of single loaders out of one that several loaders made together."""
     if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and batch.keys() == loaders.keys():
-        return next(iter(batch.values()))
-    if isinstance(loaders, list | tuple) and isinstance(batch, list | tuple) and len(batch) == len(loaders):
-        return batch[0]
-    return batch
+        yield from (each for each in batch.values() if each is not None)
+    elif isinstance(loaders, list | tuple) and isinstance(batch, list | tuple) and len(batch) == len(loaders):
+        yield from (each for each in batch if each is not None)
+    else:
+        yield batch
 
 
 def _check_labels(labels: Any) -> None:
@@ -150,13 +204,14 @@ def _check_labels(labels: Any) -> None:
         pair_rows(labels, labels)  # Raises.
 
 
-def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None) -> None:
+def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None, can_ignore: bool = True) -> None:
     """Raise unless labels are classes of a head. Transfers to the host.
 
     Args:
         labels: Integers of any shape.
         reader: The head.
         ignore_index: Label to leave out, and with it -100 where labels are those of positions.
+        can_ignore: Whether it is an argument that the user can pass.
 
     Raises:
         ValueError: With the least and the greatest.
@@ -167,9 +222,13 @@ def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None) ->
         if labels.ndim > 1:
             counted = counted[counted != IGNORED]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= reader.out_features):
+        ignored = (
+            "ignore_index if a label marks samples to leave out"
+            if can_ignore
+            else "a loader without the samples whose label marks them to be left out"
+        )
         raise UserError(
             f"labels must be within 0..{reader.out_features - 1}, the outputs of the head {reader.name!r}, got "
             f"{int(counted.min())}..{int(counted.max())}: pass batch_fn=(batch) -> (inputs, labels) with labels of "
-            "this head, ignore_index if a label marks samples to leave out, or head= the layer that the labels belong "
-            "to."
+            f"this head, {ignored}, or head= the layer that the labels belong to."
         )

@@ -1,4 +1,4 @@
-"""The head as the first ordinary forward of training shows it, so that no forward is run to find it."""
+"""The head of a module whose first forward of training makes it."""
 
 from __future__ import annotations
 
@@ -7,49 +7,44 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
 
-from nclightning.observation import Observation, Recorder
-from nclightning.passes import measurements
+from nclightning.hooks import hook_result
 from nclightning.ranks import raise_together
 
 __all__ = ["FirstForward"]
 
 
 class FirstForward:
-    """Watches a module until its first forward is over.
+    """Waits until the first forward of a module is over.
 
     Args:
-        pl_module: The module, in its first step.
-        examine: Finds the head, given what was seen; None if the step did not call the module itself.
+        pl_module: The module, before its first step.
+        examine: Finds the head.
     """
 
-    def __init__(self, pl_module: L.LightningModule, examine: Callable[[Observation | None], None]) -> None:
+    def __init__(self, pl_module: L.LightningModule, examine: Callable[[], None]) -> None:
         self._module, self._examine = pl_module, examine
-        self._then: Callable[[Observation | None], None] | None = None
+        self._then: Callable[[], None] | None = None
         self._failure: Exception | None = None
-        self._recorder: Recorder | None = Recorder(pl_module, ordinary=True)
-        # It comes after those of the user, which may change the output.
-        self._handle = pl_module.register_forward_hook(self._end)
+        self._is_over = False
+        self._handle = hook_result(pl_module, self._end)
 
-    def follow(self, then: Callable[[Observation | None], None]) -> None:
+    def follow(self, then: Callable[[], None]) -> None:
         """Have something called once the head is known."""
         self._then = then
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._recorder is None or measurements():  # A measurement of another monitor, say.
-            return
-        seen = self._recorder.observation(output)
-        self.remove()
-        self._go_on(seen)
-        # Copies of weights in lower precision that were made without gradients are not for training.
-        torch.clear_autocast_cache()
+    def _end(self, args: Any, output: Any) -> None:
+        if not self._is_over:
+            self._go_on()
+            # Copies of weights in lower precision that were made without gradients are not for training.
+            torch.clear_autocast_cache()
 
-    def _go_on(self, seen: Observation | None) -> None:
+    def _go_on(self) -> None:
+        self._is_over = True
         try:
-            self._examine(seen)
+            self._examine()
             if self._then is not None:
-                self._then(seen)
+                self._then()
         except Exception as error:  # Not here, in the middle of somebody's forward.
             self._failure = error
 
@@ -59,14 +54,11 @@ class FirstForward:
         Raises:
             Exception: On all processes, if one of them failed.
         """
-        if self._recorder is not None:
-            self.remove()
-            self._go_on(None)
+        self.remove()
+        if not self._is_over:  # The step runs the model in another way.
+            self._go_on()
         raise_together(self._failure, self._module.device)
 
     def remove(self) -> None:
-        """Remove the hooks."""
-        if self._recorder is not None:
-            self._recorder.remove()
+        """Remove the hook."""
         self._handle.remove()
-        self._recorder = None

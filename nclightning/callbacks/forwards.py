@@ -9,15 +9,16 @@ import lightning as L
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from nclightning.callbacks.attach import Attachment, name_loaders
+from nclightning.callbacks.attach import Attachment
 from nclightning.callbacks.collection import Centres, Collection, Decisions, Measuring, orthogonality
+from nclightning.callbacks.modules import name_loaders
 from nclightning.errors import UserError
-from nclightning.features import Taps
 from nclightning.heads import Head
-from nclightning.observation import Observation
+from nclightning.hooks import hook_call
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
 from nclightning.sweep import fingerprint, num_own_samples
+from nclightning.watch import Watch
 
 __all__ = ["ForwardPass"]
 
@@ -48,7 +49,10 @@ class ForwardPass:
         self._centres: Centres | None = None
         self._head: Head | None = None
         self._weights: dict[str, tuple[int, ...]] = {}
-        self._taps: Taps | None = None
+        self._watch: Watch | None = None
+        self._done: list[Watch] = []
+        # Inputs and labels of the batch that runs, or did last.
+        self._split: tuple[Any, Tensor] | None = None
         self._handle: RemovableHandle | None = None
         self._hooked = False
         self._first: dict[str, Tensor] | None = None
@@ -63,19 +67,24 @@ class ForwardPass:
         return self._hooked or self._failure is not None
 
     def hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
-        """Hook the module before its first batch; sweep the class means of the weights that are to decide.
+        """Hook the module before its first batch, and get ready for each.
+
+        Then the class means of the weights that are to decide are swept, too.
 
         Raises:
             ValueError: If training runs inside a compiled graph, or as :meth:`Attachment.check_batch`.
         """
-        self._hooked = True
+        if self.hooked:
+            self._begin(batch)
+            return
         if (first := self._attachment.first) is not None and self._online:
-            first.follow(lambda seen: self._hook_at_once(pl_module, batch, seen))
+            self._hooked = True
+            first.follow(lambda: self._hook_at_once(pl_module, batch))
             return
         name = list(name_loaders(loaders))[index][0]
         self._attachment.check_batch(trainer, pl_module, batch, labelled=name not in self._ood)
         if not self._online:
-            self._attachment.check_again(trainer, pl_module, batch)
+            self._attachment.check_again(trainer, pl_module, self._attachment.split(batch)[0])
         if self._sweep_centres is not None and self._centres is None:
             # Not before: at the start of the epoch other callbacks may still be about to swap weights.
             self._weights["class means"] = _trained(pl_module)
@@ -86,20 +95,26 @@ class ForwardPass:
                 "source='online' needs the features of training's own forwards, which a compiled model does not show "
                 "to hooks: use source='sweep', which runs it uncompiled."
             )
+        self._hooked = True
         if not compiled:
-            self._taps = self._attachment.tap(pl_module)
+            self._watch = self._attachment.watch(pl_module, in_steps=True, online=self._online)
             if not self._online and not is_sharded(pl_module):
                 # A step may run with other weights than there are before and after it.
                 layer = self._attachment.layer_of(pl_module)
-                self._handle = layer.register_forward_pre_hook(lambda *_: self._take_head(pl_module))
+                self._handle = hook_call(layer, lambda *_: self._take_head(pl_module))
+        self._begin(batch)
 
-    def _hook_at_once(self, pl_module: L.LightningModule, batch: Any, seen: Observation | None) -> None:
-        """Hook the module once its first forward is over; what that showed counts."""
-        if seen is None:  # The step runs the model in another way, and has changed the weights already.
-            self._first = self._attachment.features(pl_module, self._attachment.split(batch)[0])
-        self._taps = self._attachment.tap(pl_module)
-        if seen is not None:
-            self._taps.replay(seen.runs)
+    def _hook_at_once(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Hook the module once its first forward is over, and read that batch by one more."""
+        self._split = self._attachment.split(batch)
+        self._first = self._attachment.features(pl_module, self._split[0])
+        self._watch = self._attachment.watch(pl_module, in_steps=True, online=self._online)
+
+    def _begin(self, batch: Any) -> None:
+        if self._failure is None:
+            self._split = self._attachment.split(batch)
+            if self._watch is not None:
+                self._watch.begin(self._split[0])
 
     def _take_head(self, pl_module: L.LightningModule) -> None:
         """Copy the head as it is now, with which the features of this pass are read."""
@@ -111,11 +126,16 @@ class ForwardPass:
         """Take the features of the batch that just ran."""
         if self._failure is not None:
             return
-        inputs, labels = self._attachment.split(batch)
+        assert self._split is not None
+        inputs, labels = self._split
         if self._first is not None:
             kept, self._first = self._first, None
         else:
-            kept = self._attachment.features(pl_module, inputs) if self._taps is None else self._taps.take()
+            kept = (
+                self._attachment.features(pl_module, inputs) if self._watch is None else self._watch.take(labels=labels)
+            )
+        if not self._collections and self._watch is not None:
+            self._watch.verify()
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -150,6 +170,11 @@ class ForwardPass:
         Raises:
             Exception: On all processes, if one of them failed on the way.
         """
+        if self._failure is None:
+            try:
+                self._verify(pl_module)
+            except Exception as error:
+                self._failure = error
         self.remove()
         raise_together(self._failure, pl_module.device)
         reshard(pl_module)  # The head in its own precision, not in that of the last forward.
@@ -165,6 +190,12 @@ class ForwardPass:
             values |= {f"{name}/{tag}" if name else tag: value for tag, value in read.items()}
         return values
 
+    def _verify(self, pl_module: L.LightningModule) -> None:
+        for watch in self._done if self._watch is None else [*self._done, self._watch]:
+            watch.verify()
+        if self._online and self._split is not None:  # What starts without effect may have one by now.
+            self._attachment.check_again(pl_module.trainer, pl_module, self._split[0])
+
     def fail(self, error: Exception) -> None:
         """Give up; the others hear of it when they read."""
         self.remove()
@@ -172,11 +203,12 @@ class ForwardPass:
 
     def remove(self) -> None:
         """Remove the hooks."""
-        if self._taps is not None:
-            self._taps.remove()
+        if self._watch is not None:
+            self._watch.remove()
+            self._done.append(self._watch)  # It may go on after a validation in the middle of an epoch.
         if self._handle is not None:
             self._handle.remove()
-        self._taps = self._handle = None
+        self._watch = self._handle = None
         self._hooked = False
 
 

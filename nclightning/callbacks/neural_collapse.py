@@ -13,10 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.arguments import check_cadences, check_choices
-from nclightning.callbacks.attach import Attachment, full_batch, full_batch_head, full_batch_method, name_loaders
+from nclightning.callbacks import modules
+from nclightning.callbacks.attach import Attachment, Reads
 from nclightning.callbacks.collection import Measuring, merge_over_ranks
 from nclightning.callbacks.first_batch import check_range
 from nclightning.callbacks.forwards import ForwardPass
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.publishing import Publisher, changed_settings
@@ -134,27 +136,18 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         check_choices("layer_pooling", (layer_pooling,), "mean", "flatten")
         check_choices("on_error", (on_error,), "raise", "warn")
         check_choices("stages", tuple(stages), "train", "val", "test")
-        if source == "online" and (every_n_steps is not None or pictures_every_n_epochs is not None):
-            raise UserError("source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs.")
         self.every_n_epochs = every_n_epochs
         self.every_n_steps = every_n_steps
         self.source = source
         self.stages = tuple(stages)
-        self._reads_online = source == "online" and "train" in self.stages
         self.datasets = dict(datasets or {})
-        if clash := self.datasets.keys() & {"train", "val", "test"}:
-            raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
-        if isinstance(ood, str):
-            raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
+        modules.check_names(self.datasets, ood)
         self.ood, self.layers = tuple(ood), tuple(layers)
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self.on_error = on_error
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
-        if self._reads_online and self._measuring.of_decisions:
-            raise UserError(
-                f"measures {list(self._measuring.of_decisions)} need fixed class means: use source='sweep', or leave "
-                "'train' out of stages."
-            )
+        if source == "online":
+            modules.check_online(self.stages, self._measuring.of_decisions, every_n_steps, pictures_every_n_epochs)
         self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn, forward_fn, ignore_index)
         self._metric: NeuralCollapse | None = None
         self._full_batch = self._checked = False
@@ -207,7 +200,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
-        known = self.datasets.keys() | {name for name, _ in name_loaders(trainer.val_dataloaders)}
+        known = self.datasets.keys() | {name for name, _ in modules.name_loaders(trainer.val_dataloaders)}
         if unknown := [name for name in self.ood if name not in known]:
             rank_zero_warn(
                 f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this "
@@ -221,7 +214,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting the ordinary forwards."""
-        if self._reads_online and self._is_due(trainer):
+        if self.source == "online" and "train" in self.stages and self._is_due(trainer):
             self._pass = ForwardPass(self._attachment, self._measuring, online=True)
 
     def on_train_batch_start(
@@ -231,10 +224,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         if self._full_batch:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             return
-        if not self._checked and (self._reads_online or not has_lazy_parts(pl_module)):
+        if not self._checked and (self._reads_training == "online" or not has_lazy_parts(pl_module)):
             self._checked = True
             with self._guard():
-                self._attachment.check_first(trainer, pl_module, batch, ordinary=self._reads_online)
+                self._attachment.check_first(trainer, pl_module, batch, self._reads_training)
         self._hook(trainer, pl_module, batch, trainer.train_dataloader)
 
     def on_train_batch_end(
@@ -247,6 +240,9 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         with self._guard() if self._attachment.first is not None else nullcontext():
             self._attachment.finish_first()
         self._collect(pl_module, batch, trainer.train_dataloader)
+        if self._attachment.first_step is not None:
+            with self._guard():
+                self._attachment.end_first_step(pl_module, online=self.source == "online")
         if self.every_n_steps is None or not self._has_sets:
             return
         # Crossed, not hit: several optimizers advance the step by more than one.
@@ -266,6 +262,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         return not self._full_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    @property
+    def _reads_training(self) -> Reads:
+        return self.source if "train" in self.stages else ""
 
     @property
     def _sweeps_training(self) -> bool:
@@ -309,7 +309,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hook the head before the first batch."""
-        self._hook(trainer, pl_module, batch, _evaluated(trainer), dataloader_idx)
+        self._hook(trainer, pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -321,7 +321,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         dataloader_idx: int = 0,
     ) -> None:
         """Collect a batch."""
-        self._collect(pl_module, batch, _evaluated(trainer), dataloader_idx)
+        self._collect(pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log ``nc/val/...``, or in a test ``nc/test/...``."""
@@ -341,7 +341,7 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
 
     def _hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
-        if self._pass is not None and not self._pass.hooked:
+        if self._pass is not None:
             try:
                 self._pass.hook(trainer, pl_module, batch, loaders, index)
             except Exception as error:
@@ -353,6 +353,10 @@ class NeuralCollapseMonitor(ReadingsMonitor):
                 self._pass.collect(pl_module, batch, loaders, index)
             except Exception as error:
                 self._fail(error)
+        elif pl_module.trainer.sanity_checking and "val" in self.stages:  # By now weights exist.
+            with self._guard():
+                name = list(modules.name_loaders(loaders))[index][0]
+                self._attachment.check_sanity(pl_module.trainer, pl_module, batch, labelled=name not in self.ood)
 
     def _fail(self, error: Exception) -> None:
         assert self._pass is not None
@@ -394,7 +398,3 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         """Leave no hook behind."""
         self._drop()
         super().teardown(trainer, pl_module, stage)
-
-
-def _evaluated(trainer: L.Trainer) -> Any:
-    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders

@@ -10,13 +10,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from nclightning.callbacks.attach import (
-    Attachment,
-    full_batch,
-    full_batch_head,
-    full_batch_method,
-    name_loaders,
-)
+from nclightning.callbacks.attach import Attachment
+from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
+from nclightning.callbacks.modules import only_loader
 from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
 from nclightning.callbacks.problem import (
     check_balance,
@@ -32,6 +28,7 @@ from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.callbacks.swept_optimality import sweep_optimality
 from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
+from nclightning.likeness import Like
 from nclightning.metrics.optimality import check_linear
 from nclightning.ranks import count_over_ranks
 from nclightning.sweep import has_lazy_parts, limited_batches
@@ -134,7 +131,8 @@ class OptimalityMonitor(ReadingsMonitor):
         self.loss = loss
         self.penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
         self.every_n_epochs = every_n_epochs
-        self._attachment = Attachment(head, batch_fn=batch_fn, forward_fn=forward_fn)
+        like: Like = "equal" if loss == "mse" else "shift"
+        self._attachment = Attachment(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
         self.theory = theory
         self.stop_distance = stop_distance
         self.stop_at_floor = stop_at_floor
@@ -188,6 +186,19 @@ class OptimalityMonitor(ReadingsMonitor):
             self._check_first_batch(trainer, pl_module, batch)
             self._is_checked = True
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Read iterates of full-batch modules; of others, say where the first step is not the forward."""
+        if full_batch(pl_module):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._attachment.end_first_step(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._attachment.unwatch()
+        super().on_exception(trainer, pl_module, exception)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sweep the training set of a module that is not full-batch."""
         if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
@@ -210,7 +221,7 @@ class OptimalityMonitor(ReadingsMonitor):
 
     def _training_set(self, trainer: L.Trainer) -> tuple[Any, int | None]:
         """Return the training loader, and the number of batches to which training is held."""
-        loader = _only_loader(trainer)
+        loader = only_loader(trainer)
         self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
         return loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)
 
@@ -387,13 +398,3 @@ class OptimalityMonitor(ReadingsMonitor):
         own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
         # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
         pl_module.log_dict(own, sync_dist=True, batch_size=1)
-
-
-def _only_loader(trainer: L.Trainer) -> Any:
-    (_, loader), *others = name_loaders(trainer.train_dataloader)
-    if others:
-        raise UserError(
-            f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make them "
-            "one with torch.utils.data.ConcatDataset."
-        )
-    return loader

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, TensorDataset
 
-from nclightning.callbacks.attach import full_batch_method
 from nclightning.callbacks.collection import merge_over_ranks
+from nclightning.callbacks.full_batch import full_batch_method
 from nclightning.errors import UserError
 from nclightning.features import split_batch
 from nclightning.functional import class_statistics

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment, name_loaders
+from nclightning.callbacks.attach import Attachment
 from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
+from nclightning.callbacks.modules import name_loaders
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head

@@ -18,20 +18,23 @@ __all__ = ["unseen"]
 def unseen(pl_module: L.LightningModule) -> Iterator[None]:
     """Run a module frozen and uncompiled, without a trace in it and in what its user logs.
 
-    Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing.
+    Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing. While a trainer trains, it
+    says that it validates: hooks of the user that augment batches look at that, too.
     """
     trainer, names = pl_module.trainer, ("log", "log_dict")
     modules = [vars(child) for child in pl_module.modules() if isinstance(child, L.LightningModule)]
     own = [{name: state[name] for name in names if name in state} for state in modules]
-    loggers = trainer.loggers
+    loggers, stage = trainer.loggers, trainer.state.stage
     try:
+        if trainer.training:
+            trainer.validating = True
         for state in modules:
             state.update(dict.fromkeys(names, _log_nothing))
         trainer.loggers = [DummyLogger() for _ in loggers]
         with frozen(pl_module), eager():
             yield
     finally:
-        trainer.loggers = loggers
+        trainer.loggers, trainer.state.stage = loggers, stage
         for state, before in zip(modules, own, strict=True):
             for name in names:
                 del state[name]

@@ -1,0 +1,113 @@
+"""What monitors ask of the modules and loaders of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from nclightning.errors import UserError
+
+__all__ = [
+    "check_names",
+    "check_online",
+    "check_strategy",
+    "evaluated_loaders",
+    "layer_named",
+    "name_loaders",
+    "only_loader",
+]
+
+
+def check_names(datasets: Iterable[str], ood: Sequence[str]) -> None:
+    """Refuse names of further data sets that are taken, and what is no sequence of names.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if clash := {"train", "val", "test"} & set(datasets):
+        raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
+    if isinstance(ood, str):
+        raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
+
+
+def check_online(
+    stages: Sequence[str], of_decisions: Sequence[str], every_n_steps: int | None, pictures: int | None
+) -> None:
+    """Refuse what cannot be read of the forwards of training.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    if every_n_steps is not None or pictures is not None:
+        raise UserError("source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs.")
+    if "train" in stages and of_decisions:
+        raise UserError(
+            f"measures {list(of_decisions)} need fixed class means: use source='sweep', or leave 'train' out of stages."
+        )
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Refuse strategies under which a forward of the module has no weights, or not a batch of its own.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise UserError(
+            f"{type(strategy).__name__} shards the weights, so that no process can read the head or run a sweep: "
+            "train with ddp or with fully_shard under ModelParallelStrategy, or validate a checkpoint with the "
+            "monitor in one process."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            "layers that are split over processes need the same batch on each, and a sweep would give them "
+            "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."
+        )
+
+
+def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the loaders of a stage in Lightning's order with their names; the name of a single one is empty."""
+    if isinstance(loaders, Mapping):
+        yield from ((str(name), loader) for name, loader in loaders.items())
+    elif isinstance(loaders, list | tuple):
+        yield from ((str(i) if len(loaders) > 1 else "", loader) for i, loader in enumerate(loaders))
+    else:
+        yield "", loaders
+
+
+def layer_named(pl_module: L.LightningModule, name: str) -> nn.Module:
+    """Return a part of a module by its dotted name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return pl_module.get_submodule(name)
+    except AttributeError:
+        known = ", ".join(path for path, _ in pl_module.named_modules() if path)
+        raise UserError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None
+
+
+def only_loader(trainer: L.Trainer) -> Any:
+    """Return the training loader.
+
+    Raises:
+        ValueError: If there are several.
+    """
+    (_, loader), *others = name_loaders(trainer.train_dataloader)
+    if others:
+        raise UserError(
+            f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make them "
+            "one with torch.utils.data.ConcatDataset."
+        )
+    return loader
+
+
+def evaluated_loaders(trainer: L.Trainer) -> Any:
+    """Return the loaders of the validation or test that runs."""
+    return trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
