@@ -192,7 +192,9 @@ def test_one_transfer_per_lightning_step(tmp_path):
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "_local_scalar_dense" in str(func):
+            # Whether numbers are those of a narrower dtype is asked where they are on a CPU, and nowhere else: see the
+            # tests with fake CUDA tensors.
+            if "_local_scalar_dense" in str(func) and args[0].dtype != torch.bool:
                 transfers.append(str(func))
             return func(*args, **(kwargs or {}))
 

@@ -393,6 +393,9 @@ def test_strategies_that_do_not_fit_are_refused_before_processes_start(model, ho
 
 
 def test_other_ways_to_shard_are_refused():
-    trainer = SimpleNamespace(strategy=FSDPStrategy(), max_steps=5, precision="32-true", world_size=2)
+    trainer = SimpleNamespace(
+        strategy=FSDPStrategy(), max_steps=5, precision="32-true", world_size=2,
+        gradient_clip_val=None, accumulate_grad_batches=1, limit_train_batches=1.0,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="FSDPStrategy does not fit the full-batch loop"):
         mlp().check_trainer(trainer)
