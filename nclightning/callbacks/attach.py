@@ -354,9 +354,8 @@ class Attachment:
                 trainer.precision_plugin.forward_context(),
             ):
                 own = sequential_loader(loader, trainer.global_rank, trainer.world_size, limit)
-                own = saying_so(pl_module, loader, own)
                 batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
-                for each, is_new in batches:
+                for each, is_new in saying_so(pl_module, loader, batches):
                     batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
                     batch = trainer.strategy.batch_to_device(batch)
                     if watch is None:
