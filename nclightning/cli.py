@@ -202,9 +202,8 @@ class RunCLI(LightningCLI):
                 if isinstance(callback, OptimalityMonitor):
                     callback.find_problem(self.model)
         self._start = 0
-        self._again: tuple[Path, dict[str, Any], str] | None = (
-            None  # Folder, checkpoint and ending of a run that ended.
-        )
+        # Folder, checkpoint and ending of a run that has ended.
+        self._again: tuple[Path, dict[str, Any], str] | None = None
         path = self.config.fit.ckpt_path
         if path is not None and not self._continue_run(Path(path)):
             return

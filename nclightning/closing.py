@@ -14,7 +14,7 @@ from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import RunSummary
 from nclightning.figures.tables import rates_table
-from nclightning.loggers import RunLogger
+from nclightning.folders import find_run_logger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.schedules import only_optimizer
 from nclightning.summaries import hyperparameters, is_recorded, record_summary
@@ -51,7 +51,8 @@ def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
         seed: Of the run.
     """
     # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
-    folder = next((Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+    logger = find_run_logger(trainer)
+    folder = None if logger is None else Path(logger.log_dir)
     if trainer.is_global_zero and folder is not None and (folder / "readings.csv").is_file():
         values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
         summary = summarize(read_readings(folder))

@@ -39,12 +39,14 @@ class DeferredInterrupt:
         self.waiting = False
 
 
-class HeldInterrupts:
-    """Notes SIGINT instead of delivering it, from :meth:`hold` to :meth:`release`; a second one acts at once.
+class _NotedSignal:
+    """Notes a signal instead of acting on it, from :meth:`hold` to :meth:`release`.
 
     For processes that have to stop together: each asks the others at a point that all of them reach. Outside of the
     main thread it does nothing.
     """
+
+    _number: signal.Signals
 
     def __init__(self) -> None:
         self.waiting = False
@@ -53,47 +55,39 @@ class HeldInterrupts:
     def hold(self) -> None:
         """Begin."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
+            self._previous = signal.signal(self._number, self._note)
 
     def release(self) -> None:
-        """Deliver what comes from here on."""
+        """Let others handle what comes from here on."""
         if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+            signal.signal(self._number, self._previous)
             self._previous = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.waiting = True
+
+
+class HeldInterrupts(_NotedSignal):
+    """Notes SIGINT; a second one acts at once."""
+
+    _number = signal.SIGINT
 
     def _note(self, number: int, frame: Any) -> None:
         previous = self._previous
         if self.waiting and callable(previous):
             self.release()
             previous(number, frame)
-        self.waiting = True
+        super()._note(number, frame)
 
 
-class NotedTermination:
-    """Notes SIGTERM instead of acting on it, from :meth:`hold` to :meth:`release`.
+class NotedTermination(_NotedSignal):
+    """Notes SIGTERM.
 
-    For processes that have to stop together. Lightning's handler talks to the other processes from within the signal,
-    which can meet them in the middle of talking about something else, and then all wait. Outside of the main thread it
-    does nothing.
+    Lightning's handler talks to the other processes from within the signal, which can meet them in the middle of
+    talking about something else, and then all wait.
     """
 
-    def __init__(self) -> None:
-        self.waiting = False
-        self._previous: Any = None
-
-    def hold(self) -> None:
-        """Begin."""
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def release(self) -> None:
-        """Let others handle what comes from here on."""
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.waiting = True
+    _number = signal.SIGTERM
 
 
 @contextmanager

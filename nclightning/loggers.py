@@ -267,6 +267,7 @@ class ReadingsTable:
         self.path = path
         self.replace_from: int | None = None
         self._tags: list[str] | None = None
+        self._is_on_disk = True
         self._written = [WrittenRows()]  # Before the last row, and with it.
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -290,14 +291,16 @@ class ReadingsTable:
         ]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(cells)
+        self._is_on_disk = False
         append(self.path, text.getvalue().encode())
         for row in cells:
             self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
 
     def sync(self) -> None:
-        """Bring the rows to disk."""
-        if self._tags is not None:
+        """Bring the rows to disk; each monitor asks at a checkpoint, and the first does it."""
+        if not self._is_on_disk:
             sync(self.path)
+            self._is_on_disk = True
 
     def written(self, before: int) -> WrittenRows:
         """Return what there is of rows before an iteration, which is at most one row back."""

@@ -85,7 +85,7 @@ def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
 
 
 class Watch:
-    """Copies the features of one forward per batch, and sees on the device that what was found holds.
+    """Copies the features of one forward per batch, and checks on the device that what was found still holds.
 
     In a step of the user the model may run several times, as on unlabelled samples or for a closure. Then the features
     are those of the first run on the inputs of the batch.

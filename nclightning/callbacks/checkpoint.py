@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nclightning.errors import UserError, say_the_same
-from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder, sync
+from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder
 from nclightning.files import save_checkpoint as write_checkpoint
 from nclightning.folders import checkpoint_of, find_run_logger, run_folder
 from nclightning.interrupts import SIGTERM_STATUS, NotedTermination
@@ -177,15 +177,12 @@ class LastCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()  # A run that is killed after the checkpoint has its readings up to it.
         if trainer.is_global_zero:
-            self._secure(self._path)
+            self._keep(self._path)
         trainer.save_checkpoint(self._path, weights_only=False)
         self._saved, self._own = trainer.global_step, True
 
-    def _secure(self, path: Path) -> None:
-        """Bring the readings to the disk itself, and keep the checkpoint that is to be replaced, if it is good."""
-        table = path.parent.parent / "readings.csv"
-        if table.is_file():
-            sync(table)
+    def _keep(self, path: Path) -> None:
+        """Keep the checkpoint that is to be replaced, if it is good."""
         if self.keep_previous and path.is_file() and (self._own or is_sound(path)):
             keep_as(path, path.with_name("previous.ckpt"))
 

@@ -146,7 +146,7 @@ class RunWriter(SummaryWriter):
 
     @property
     def matters(self) -> bool:
-        """Whether there is a value that a new file is to be made for. Nothing is written before; it can be set."""
+        """Whether the event file is to be written: with its first value, or once this is set."""
         matters: bool = self._get_file_writer().event_writer.matters
         return matters
 

@@ -11,6 +11,7 @@ from nclightning.passes import measurements
 from tests.callbacks.stateful import CASES
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, samples
 from tests.callbacks.test_monitor_options import metrics
+from tests.callbacks.test_steps import TwoOptimizers
 from tests.trainers import quiet_trainer
 
 __all__ = ["samples"]
@@ -58,23 +59,6 @@ class Lbfgs(Net):
         return torch.optim.LBFGS(self.parameters(), max_iter=3)
 
 
-class Manual(Net):
-    """Two optimizers."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.step(batch))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.body, self.last)]
-
-
 class Mixed(Net):
     """Adds a loss of other inputs, by a second forward."""
 
@@ -107,10 +91,10 @@ def traces(model, trainer):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("accumulated", [1, 3])
-@pytest.mark.parametrize("kind", [Net, Inner, Lbfgs, Manual, Mixed, TrainsOtherwise])
+@pytest.mark.parametrize("kind", [Net, Inner, Lbfgs, TwoOptimizers, Mixed, TrainsOtherwise])
 @pytest.mark.parametrize("source", ["online", "sweep"])
 def test_training_is_the_same(kind, accumulated, precision, source, samples, tmp_path):
-    if (accumulated > 1 and kind is Manual) or (precision != "32-true" and kind is Lbfgs):
+    if (accumulated > 1 and kind is TwoOptimizers) or (precision != "32-true" and kind is Lbfgs):
         pytest.skip("Lightning has no such training")
     options = {"accumulate_grad_batches": accumulated, "precision": precision, "max_epochs": 1}
     options |= {"limit_train_batches": 4}
@@ -124,7 +108,7 @@ def test_training_is_the_same(kind, accumulated, precision, source, samples, tmp
     assert trainer.callback_metrics["nc/train/nc1"].isfinite()
 
 
-@pytest.mark.parametrize("kind", [Net, Manual, Lbfgs, Inner, TrainsOtherwise], ids=str)
+@pytest.mark.parametrize("kind", [Net, TwoOptimizers, Lbfgs, Inner, TrainsOtherwise], ids=str)
 def test_online_looks_at_the_model_before_training_and_at_the_end_only(kind, samples, tmp_path):
     path = tmp_path / "forwards"
     fit(tmp_path, [NeuralCollapseMonitor(source="online")], loader(samples), counting(kind, path), max_epochs=1)
