@@ -15,15 +15,15 @@ from nclightning.callbacks.first_forward import FirstForward
 from nclightning.callbacks.modules import check_strategy, layer_named
 from nclightning.callbacks.remainder import check_rest, check_split, labels_of, num_left_over, saying_so
 from nclightning.callbacks.unseen import unseen
-from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
-from nclightning.features import call_model, describe, split_batch
 from nclightning.heads import Head, HeadReader, weight_shape
-from nclightning.likeness import Like
+from nclightning.probe.detection import HeadArgument
+from nclightning.probe.features import call_model, describe, split_batch
+from nclightning.probe.likeness import Like
+from nclightning.probe.sweep import compiled_parts, has_lazy_parts, sequential_loader, shared_buffers
+from nclightning.probe.watch import FirstStep, Watch
 from nclightning.ranks import raise_together
 from nclightning.sharding import in_step, is_sharded, reshard
-from nclightning.sweep import compiled_parts, has_lazy_parts, sequential_loader, shared_buffers
-from nclightning.watch import FirstStep, Watch
 
 __all__ = ["Attachment"]
 
@@ -39,11 +39,11 @@ class Attachment:
     Args:
         head: Dotted name of the head, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         layers: Dotted names of further layers.
-        pooling: As for :class:`nclightning.features.Taps`.
-        batch_fn: Splits a batch into input and labels; None is :func:`nclightning.features.split_batch`.
-        forward_fn: Runs the module on the input of a batch; None is :func:`nclightning.features.call_model`.
+        pooling: As for :class:`nclightning.probe.features.Taps`.
+        batch_fn: Splits a batch into input and labels; None is :func:`nclightning.probe.features.split_batch`.
+        forward_fn: Runs the module on the input of a batch; None is :func:`nclightning.probe.features.call_model`.
         ignore_index: Label of samples to leave out.
-        like: As for :func:`nclightning.detection.find_head`.
+        like: As for :func:`nclightning.probe.detection.find_head`.
     """
 
     def __init__(

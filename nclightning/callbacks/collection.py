@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.features import pair_rows
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
+from nclightning.probe.features import pair_rows
 from nclightning.ranks import world_size
 
 __all__ = [

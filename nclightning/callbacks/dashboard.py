@@ -14,7 +14,7 @@ from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.functional import class_statistics
-from nclightning.sweep import frozen
+from nclightning.probe.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]
 

@@ -11,15 +11,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from nclightning.detection import HeadArgument, find_head
 from nclightning.errors import UserError, UserTypeError
-from nclightning.features import call_model, class_last, describe, pair_rows
-from nclightning.found import Found
 from nclightning.heads import HeadReader
-from nclightning.likeness import Like
-from nclightning.observation import Observation, observe
-from nclightning.shift import is_shifted
-from nclightning.watch import Entry, entry_of
+from nclightning.probe.detection import HeadArgument, find_head
+from nclightning.probe.features import call_model, class_last, describe, pair_rows
+from nclightning.probe.found import Found
+from nclightning.probe.likeness import Like
+from nclightning.probe.observation import Observation, observe
+from nclightning.probe.shift import is_shifted
+from nclightning.probe.watch import Entry, entry_of
 
 __all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "parts_of"]
 
@@ -80,11 +80,11 @@ class FirstBatch:
         """Find the head, and check what it needs.
 
         Args:
-            head: As for :func:`nclightning.detection.find_head`.
+            head: As for :func:`nclightning.probe.detection.find_head`.
             ignore_index: Label of samples to leave out.
             plain_batch: Whether no function of the user splits batches.
             plain_call: Whether no function of the user runs the module.
-            like: As for :func:`nclightning.detection.find_head`.
+            like: As for :func:`nclightning.probe.detection.find_head`.
 
         Raises:
             ValueError: With what was seen and the argument that repairs it.

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from nclightning.hooks import hook_result
+from nclightning.probe.hooks import hook_result
 from nclightning.ranks import raise_together
 
 __all__ = ["FirstForward"]

@@ -14,11 +14,11 @@ from nclightning.callbacks.collection import Centres, Collection, Decisions, Mea
 from nclightning.callbacks.modules import name_loaders
 from nclightning.errors import UserError
 from nclightning.heads import Head
-from nclightning.hooks import hook_call
+from nclightning.probe.hooks import hook_call
+from nclightning.probe.sweep import fingerprint, num_own_samples
+from nclightning.probe.watch import Watch
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
-from nclightning.sweep import fingerprint, num_own_samples
-from nclightning.watch import Watch
 
 __all__ = ["ForwardPass"]
 

@@ -13,8 +13,8 @@ from nclightning.callbacks.publishing import Publisher
 from nclightning.callbacks.rows import Readings
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
+from nclightning.probe.sweep import untouched
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import untouched
 
 __all__ = ["Readings", "ReadingsMonitor"]
 

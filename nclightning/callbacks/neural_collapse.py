@@ -23,13 +23,13 @@ from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.sweeps import Sweeps, Swept
-from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics import NeuralCollapse
+from nclightning.probe.detection import HeadArgument
+from nclightning.probe.sweep import TraceError, fingerprint, has_lazy_parts
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import TraceError, fingerprint, has_lazy_parts
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -49,8 +49,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     and test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch),
     without the duplicates that a distributed sampler pads with.
 
-    The pass sees what training can read: of a subset sampler the subset (:func:`nclightning.sweep.sequential_loader`);
-    under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
+    The pass sees what training can read: of a subset sampler the subset
+    (:func:`nclightning.probe.sweep.sequential_loader`); under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
     loader without a length as many batches as its longest epoch read so far. A further set without a length ends at
     ``limit_val_batches``. Features, head and class means of a measurement are of the same weights.
 
@@ -69,8 +69,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)`` that
             returns them as the loss sees them. Convolutions with kernels of size 1 are heads, too; of cosine heads
             features and rows are normalised. None finds the layer whose output is seen to be the model's output, or
-            what that follows from (:func:`nclightning.detection.find_head`). What comes after the layer, such as a
-            temperature, is not part of it.
+            what that follows from (:func:`nclightning.probe.detection.find_head`). What comes after the layer, such as
+            a temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
         every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,

@@ -26,12 +26,12 @@ from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.search import search_readings, step_taken
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.callbacks.swept_optimality import sweep_optimality
-from nclightning.detection import HeadArgument
 from nclightning.errors import UserError
-from nclightning.likeness import Like
 from nclightning.metrics.optimality import check_linear
+from nclightning.probe.detection import HeadArgument
+from nclightning.probe.likeness import Like
+from nclightning.probe.sweep import has_lazy_parts, limited_batches
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import has_lazy_parts, limited_batches
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]

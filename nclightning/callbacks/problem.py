@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from nclightning.callbacks.collection import merge_over_ranks
 from nclightning.callbacks.full_batch import full_batch_method
 from nclightning.errors import UserError
-from nclightning.features import split_batch
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
 from nclightning.metrics.optimality import check_counts
+from nclightning.probe.features import split_batch
+from nclightning.probe.sweep import known_indices
 from nclightning.ranks import sum_over_ranks, world_size
-from nclightning.sweep import known_indices
 from nclightning.theory import UFMProblem
 
 __all__ = ["check_balance", "check_data_set", "check_features", "check_optimizer", "check_value", "gap_and_distance"]

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nclightning.callbacks.first_batch import IGNORED
 from nclightning.errors import UserError
-from nclightning.features import describe, pair_rows
-from nclightning.sweep import TraceError, limited_batches
+from nclightning.probe.features import describe, pair_rows
+from nclightning.probe.sweep import TraceError, limited_batches
 
 __all__ = ["check_rest", "check_split", "labels_of", "num_left_over", "saying_so"]
 

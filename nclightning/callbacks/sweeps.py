@@ -15,7 +15,7 @@ from nclightning.callbacks.modules import name_loaders
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head
-from nclightning.sweep import limited_batches, num_planned_batches
+from nclightning.probe.sweep import limited_batches, num_planned_batches
 
 __all__ = ["Sweeps", "Swept"]
 

@@ -10,10 +10,10 @@ import lightning as L
 from torch import Tensor
 
 from nclightning.callbacks.attach import Attachment
-from nclightning.features import pair_rows
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.metrics.optimality import check_counts
+from nclightning.probe.features import pair_rows
 from nclightning.theory import UFMProblem
 
 __all__ = ["sweep_optimality"]

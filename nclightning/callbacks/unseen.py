@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from nclightning.sweep import eager, frozen
+from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["unseen"]
 

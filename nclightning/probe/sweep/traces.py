@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from nclightning.passes import measurement
+from nclightning.probe.passes import measurement
+from nclightning.probe.sweep.snapshot import remembered
+from nclightning.probe.sweep.states import cuda_devices, random_states_kept, torch_states_kept
 from nclightning.sharding import reshard
-from nclightning.sweep.snapshot import remembered
-from nclightning.sweep.states import cuda_devices, random_states_kept, torch_states_kept
 
 __all__ = ["compiled_parts", "eager", "frozen", "shared_buffers", "untouched"]
 
@@ -22,7 +22,7 @@ __all__ = ["compiled_parts", "eager", "frozen", "shared_buffers", "untouched"]
 def frozen(module: nn.Module) -> Iterator[None]:
     """Look at a module without a trace: eval mode, no gradients, and everything that it remembers put back.
 
-    That is what :func:`nclightning.sweep.snapshot.remembered` reaches, and the random states of Python, numpy and
+    That is what :func:`nclightning.probe.sweep.snapshot.remembered` reaches, and the random states of Python, numpy and
     torch.
 
     Args:

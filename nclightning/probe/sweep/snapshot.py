@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from nclightning.errors import UserError
+from nclightning.probe.sweep.checksums import fingerprint
+from nclightning.probe.sweep.kinds import LEAVES, keep
 from nclightning.sharding import own_shard
-from nclightning.sweep.checksums import fingerprint
-from nclightning.sweep.kinds import LEAVES, keep
 
 __all__ = ["TraceError", "has_lazy_parts", "remembered"]
 

@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 
 from nclightning.errors import UserError
+from nclightning.probe.sweep.states import random_states_kept
 from nclightning.ranks import world_size as running_processes
-from nclightning.sweep.states import random_states_kept
 
 __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_batches", "sequential_loader"]
 

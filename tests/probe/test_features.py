@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.features import Taps, call_model, capture_features, pair_rows, split_batch
+from nclightning.probe.features import Taps, call_model, capture_features, pair_rows, split_batch
 
 
 class Net(nn.Module):

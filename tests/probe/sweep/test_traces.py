@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
-from nclightning.sweep import compiled_parts, fingerprint, frozen, untouched
+from nclightning.probe.sweep import compiled_parts, fingerprint, frozen, untouched
 
 
 def test_frozen_restores_modes_and_random_states():

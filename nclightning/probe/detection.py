@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nclightning.effects import check_effects, check_functions, words_of_layers
 from nclightning.errors import UserError, UserTypeError
-from nclightning.features import Pooling, class_last
-from nclightning.found import POSITIONS, REPAIRS, Found
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
-from nclightning.likeness import Like, Link, follows, links, logits_of, makes, pattern
-from nclightning.observation import Observation, Run, observe
-from nclightning.sweep import frozen
+from nclightning.probe.effects import check_effects, check_functions, words_of_layers
+from nclightning.probe.features import Pooling, class_last
+from nclightning.probe.found import POSITIONS, REPAIRS, Found
+from nclightning.probe.likeness import Like, Link, follows, links, logits_of, makes, pattern
+from nclightning.probe.observation import Observation, Run, observe
+from nclightning.probe.sweep import frozen
 
 __all__ = ["HeadArgument", "find_head"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.errors import UserError
-from nclightning.features import class_last
-from nclightning.found import REPAIRS
 from nclightning.heads import has_weight
-from nclightning.likeness import Link, follows, pattern
-from nclightning.observation import Observation, observe
+from nclightning.probe.features import class_last
+from nclightning.probe.found import REPAIRS
+from nclightning.probe.likeness import Link, follows, pattern
+from nclightning.probe.observation import Observation, observe
 from nclightning.sharding import is_sharded
 
 __all__ = ["check_effects", "check_functions", "words_of_layers"]

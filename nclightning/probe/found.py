@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.errors import UserError
-from nclightning.features import FeatureSource, Pooling, class_last
 from nclightning.heads import HeadReader
-from nclightning.likeness import Link, logits_of, makes
-from nclightning.observation import float_leaves, record
+from nclightning.probe.features import FeatureSource, Pooling, class_last
+from nclightning.probe.likeness import Link, logits_of, makes
+from nclightning.probe.observation import float_leaves, record
 
 __all__ = ["POSITIONS", "REPAIRS", "Found"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from nclightning.passes import measurements
+from nclightning.probe.passes import measurements
 
 __all__ = ["hook_call", "hook_result"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
-from nclightning.features import Taps, first_tensor
-from nclightning.found import Found
-from nclightning.hooks import hook_call, hook_result
-from nclightning.observation import Observation
+from nclightning.probe.features import Taps, first_tensor
+from nclightning.probe.found import Found
+from nclightning.probe.hooks import hook_call, hook_result
+from nclightning.probe.observation import Observation
 
 __all__ = ["Entry", "FirstStep", "Watch", "entry_of"]
 
@@ -94,7 +94,7 @@ class Watch:
         found: The head.
         module: The model.
         layers: Further ones by name.
-        pooling: As for :class:`nclightning.features.Taps`.
+        pooling: As for :class:`nclightning.probe.features.Taps`.
         entry: Names of modules that get the inputs, for steps of the user; None for forwards of our own.
         online: Whether steps are those of training, which may mix samples or change their order: then inputs must be
             those of the batch.

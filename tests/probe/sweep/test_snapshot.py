@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.sweep import TraceError, frozen, snapshot
+from nclightning.probe.sweep import TraceError, frozen, snapshot
 
 
 class Holder(nn.Module):

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from nclightning.errors import UserError
 from nclightning.heads import tolerance
-from nclightning.observation import Observation, float_leaves
-from nclightning.sweep import eager, frozen
+from nclightning.probe.observation import Observation, float_leaves
+from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["is_shifted"]
 

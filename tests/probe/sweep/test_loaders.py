@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from nclightning.sweep import limited_batches, num_own_samples, sequential_loader
+from nclightning.probe.sweep import limited_batches, num_own_samples, sequential_loader
 
 N = 20
 DATA = TensorDataset(torch.arange(N))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nclightning.features import first_tensor
-from nclightning.sweep import eager, frozen
+from nclightning.probe.features import first_tensor
+from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["Observation", "Run", "float_leaves", "observe", "record"]
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.hooks import hook_call, hook_result
+from nclightning.probe.hooks import hook_call, hook_result
 
 __all__ = [
     "FeatureSource",

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nclightning.features import class_last
 from nclightning.heads import Head, fits, tolerance
+from nclightning.probe.features import class_last
 
 __all__ = ["Like", "Link", "follows", "links", "logits_of", "makes", "pattern"]
 
