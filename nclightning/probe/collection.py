@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.errors import UserError
@@ -18,7 +17,7 @@ from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
 from nclightning.probe.features import pair_rows
-from nclightning.ranks import world_size
+from nclightning.ranks import rank_zero_warn, world_size
 
 __all__ = [
     "DECISIONS",
