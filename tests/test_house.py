@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
+    "compat": -3,
     "errors": -2,
     "sharding": -1,
     "objective": 0,

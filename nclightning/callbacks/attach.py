@@ -15,6 +15,7 @@ from nclightning.callbacks.first_forward import FirstForward
 from nclightning.callbacks.modules import check_strategy, layer_named
 from nclightning.callbacks.remainder import check_rest, check_split, labels_of, num_left_over, saying_so
 from nclightning.callbacks.unseen import unseen
+from nclightning.compat.lightning import prepare_batch
 from nclightning.errors import UserError
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.probe.detection import HeadArgument
@@ -356,7 +357,7 @@ class Attachment:
                 own = sequential_loader(loader, trainer.global_rank, trainer.world_size, limit)
                 batches = in_step(own, pl_module.device) if sharded else ((each, True) for each in own)
                 for each, is_new in saying_so(pl_module, loader, batches):
-                    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(each))
+                    batch = prepare_batch(pl_module, trainer.precision_plugin.convert_input(each))
                     batch = trainer.strategy.batch_to_device(batch)
                     if watch is None:
                         self.check_batch(trainer, pl_module, batch)

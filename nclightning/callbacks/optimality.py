@@ -26,6 +26,7 @@ from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.search import search_readings, step_taken
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.callbacks.swept_optimality import sweep_optimality
+from nclightning.compat.lightning import batches_read, trainer_of
 from nclightning.errors import UserError
 from nclightning.metrics.optimality import check_linear
 from nclightning.probe.detection import HeadArgument
@@ -222,7 +223,7 @@ class OptimalityMonitor(ReadingsMonitor):
     def _training_set(self, trainer: L.Trainer) -> tuple[Any, int | None]:
         """Return the training loader, and the number of batches to which training is held."""
         loader = only_loader(trainer)
-        self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
+        self._most_read = max(self._most_read, batches_read(trainer))
         return loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
@@ -233,7 +234,7 @@ class OptimalityMonitor(ReadingsMonitor):
             check_balance(self._problem, batch[1])
             check_features(pl_module, batch[0])
         self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
-        if pl_module._trainer is not None and self._followed == pl_module.trainer.global_step - 1:
+        if trainer_of(pl_module) is not None and self._followed == pl_module.trainer.global_step - 1:
             self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
@@ -394,7 +395,6 @@ class OptimalityMonitor(ReadingsMonitor):
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         # As tensors: of plain numbers Lightning makes float32.
-        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
-        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
+        own = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag[:11] == "optimality/"}
         # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
         pl_module.log_dict(own, sync_dist=True, batch_size=1)

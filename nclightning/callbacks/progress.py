@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+
+from nclightning.compat.lightning import DescribedProgressBar
 
 __all__ = ["IterationProgressBar"]
 
 
-class IterationProgressBar(RichProgressBar):
+class IterationProgressBar(DescribedProgressBar):
     """Rich progress bar that counts gradient-descent iterations up to ``trainer.max_steps``."""
 
     def __init__(self) -> None:
@@ -28,12 +29,13 @@ class IterationProgressBar(RichProgressBar):
         """Length of the bar."""
         return self.trainer.max_steps
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def describe_training(self) -> str:
+        """Say what is counted."""
         return "Iterations"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep one bar over all epochs."""
-        if self.train_progress_bar_id is None:
+        if not self.has_training_bar:
             super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(

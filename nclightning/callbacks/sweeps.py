@@ -12,6 +12,7 @@ from torch import Tensor
 from nclightning.callbacks.attach import Attachment
 from nclightning.callbacks.collection import Centres, Collection, Measuring, orthogonality
 from nclightning.callbacks.modules import name_loaders
+from nclightning.compat.lightning import batches_read
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head
@@ -66,7 +67,7 @@ class Sweeps:
         """Keep hold of a trainer's training loaders, and of how much training has read of them."""
         if trainer.train_dataloader is not None:
             # A loader without a length is read as far as training has come in its longest epoch.
-            self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
+            self._most_read = max(self._most_read, batches_read(trainer))
             self._loaders = {
                 f"train/{name}" if name else "train": (
                     loader,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nclightning.compat.tensorboard import read_scalars
 from nclightning.errors import UserError
 
 __all__ = ["Readings", "read_readings"]
@@ -107,12 +108,7 @@ def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
 
 
 def _read_events(folder: Path) -> Readings:
-    # Slow to import, and seldom needed.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    curves = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in accumulator.Tags()["scalars"]}
+    curves = {tag: dict(events) for tag, events in read_scalars(str(folder)).items()}
     steps = sorted({step for curve in curves.values() for step in curve})
     if not steps:
         raise UserError(f"the TensorBoard events in {folder} hold no readings yet.")

@@ -160,9 +160,9 @@ class NeuralCollapse(StreamingMetric):
         self._fold()  # The states are copied each time.
         return super().forward(*args, **kwargs)
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        self._fold()  # So that the states have the same shapes on all processes.
-        super()._sync_dist(*args, **kwargs)
+    def prepare_sync(self) -> None:
+        """Give the states the same shapes on all processes."""
+        self._fold()
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures, of the head as it is now.
@@ -242,7 +242,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        figure, axis = self._plot(val, ax)
+        figure, axis = self.draw(val, ax)
         for each in np.ravel(np.asarray(axis)):
             each.set_yscale("log")
         return figure, axis
@@ -259,7 +259,7 @@ class NeuralCollapse(StreamingMetric):
         self._fold()
         super().set_dtype(dst_type)
         self.num_invalid = self.num_invalid.long()
-        self._defaults["num_invalid"] = torch.zeros_like(self.num_invalid)
+        self.change_default("num_invalid", torch.zeros_like(self.num_invalid))
         return self
 
     def _fold(self) -> None:
@@ -269,9 +269,9 @@ class NeuralCollapse(StreamingMetric):
         for name, value in _split(stats).items():
             setattr(self, name, value)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(_unite({name: incoming_state[name] for name in self._names}).merge(self._own()))
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        self._set(_unite({name: earlier[name] for name in self._names}).merge(self._own()))
 
 
 def _split(stats: ClassStatistics) -> dict[str, Any]:
