@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 
-from nclightning.compat.lightning import is_refusal
+from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
 from nclightning.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
-from nclightning.compat.lightning import is_strategy
+from nclightning.compat.twins import is_strategy
 from nclightning.errors import UserError
 
 __all__ = [

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import lightning as L
 
-from nclightning.compat.lightning import logging_nothing, shown_as_validating
+from nclightning.compat.lightning import shown_as_validating
+from nclightning.compat.twins import logging_nothing
 from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["unseen"]
