@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from nclightning.compat.lightning import WriterLogger, save_hyperparameters
+from nclightning.compat.lightning import WriterLogger, write_hyperparameters
 from nclightning.compat.tensorboard import Summary
 from nclightning.errors import UserError
 from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
@@ -198,7 +198,7 @@ class RunLogger(WriterLogger):
             hparams = Path(self.log_dir) / self.NAME_HPARAMS_FILE
             if not hparams.exists():
                 with replaced(hparams) as partial:
-                    save_hyperparameters(partial, self.hparams)
+                    write_hyperparameters(partial, self.hparams)
             self._write_held()
             self.experiment.flush()
             self.table.sync()

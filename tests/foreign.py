@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import textwrap
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -194,6 +195,7 @@ def foreign_members(kind, package="nclightning"):
     } - DOCUMENTED
 
 
+@cache
 def _names_of(base):
     names = set(vars(base)) | set(vars(base).get("__annotations__", {}))
     try:

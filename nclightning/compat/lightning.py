@@ -24,14 +24,15 @@ __all__ = [
     "cadence_of",
     "change_checkpointing",
     "count_iterations",
+    "iterations_done",
     "prepare_batch",
     "present",
     "present_logged",
-    "save_hyperparameters",
     "shown_as_validating",
     "splits_layers",
     "state_key_unchecked",
     "trainer_of",
+    "write_hyperparameters",
     "writes_distributed_checkpoints",
 ]
 
@@ -95,6 +96,24 @@ def count_iterations(trainer: Any, done: int, reached: int) -> None:
     loop = trainer.fit_loop.epoch_loop
     loop.manual_optimization.optim_step_progress.increment_by(done)
     loop._batches_that_stepped = reached
+
+
+def iterations_done(checkpoint: Mapping[str, Any]) -> int:
+    """Read from a checkpoint how many iterations were counted by :func:`count_iterations`.
+
+    Non-public: the entry ``["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]`` (lightning
+    2.6). Without it a checkpoint whose counts disagree would be resumed with curves that are shifted.
+
+    Args:
+        checkpoint: Lightning's.
+
+    Raises:
+        KeyError: If there is no such entry.
+        TypeError: If it is of another kind.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
+    done: int = progress["total"]["completed"]
+    return done
 
 
 def present(trainer: Any, values: Mapping[str, Tensor]) -> None:
@@ -211,7 +230,7 @@ def change_checkpointing(
     strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
 
 
-def save_hyperparameters(path: Any, hparams: Any) -> None:
+def write_hyperparameters(path: Any, hparams: Any) -> None:
     """Write ``hparams.yaml`` as Lightning's loggers do.
 
     Non-public: ``lightning.pytorch.core.saving`` (lightning 2.6). Without it run folders would have no

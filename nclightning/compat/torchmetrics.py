@@ -12,7 +12,15 @@ from nclightning.compat.torch import OwnEntries
 
 __all__ = ["OpenMetric"]
 
-_BOOKS = ("_update_count", "_to_sync", "_should_unsync", "_enable_grad", "_is_synced", "compute_on_cpu")
+_BOOKS = (
+    "_update_count",
+    "_to_sync",
+    "_should_unsync",
+    "_enable_grad",
+    "_is_synced",
+    "_forward_cache",
+    "compute_on_cpu",
+)
 
 
 class OpenMetric(OwnEntries, Metric):
@@ -48,15 +56,18 @@ class OpenMetric(OwnEntries, Metric):
         """Put the states and the books of a metric back if the block raises.
 
         Non-public: ``Metric._defaults``, ``_update_count``, ``_to_sync``, ``_should_unsync``, ``_enable_grad``,
-        ``_is_synced``, ``_computed`` (torchmetrics 1.9). ``forward`` changes them for the time in which it reads a
-        batch. Without them a batch that is refused would empty the metric and leave it unable to synchronise.
+        ``_is_synced``, ``_forward_cache``, ``_computed`` (torchmetrics 1.9). ``forward`` changes them for
+        the time in which it reads a batch. Without them a batch that is refused would empty the metric and leave it
+        unable to synchronise.
         """
-        before = {name: getattr(self, name) for name in (*self._defaults, *_BOOKS)}
+        states = {name: getattr(self, name) for name in (*self._defaults, *_BOOKS)}
+        # Lists are emptied in place.
+        before = {name: list(value) if isinstance(value, list) else value for name, value in states.items()}
         try:
             yield
         except BaseException:
             for name, value in before.items():
-                setattr(self, name, list(value) if isinstance(value, list) else value)
+                setattr(self, name, value)
             self._computed = None
             raise
 
