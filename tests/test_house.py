@@ -178,7 +178,8 @@ def test_public_names_exist(init):
 WRITES = {
     "write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rename", "renames", "replace", "rmtree",
     "rmdir", "removedirs", "touch", "symlink_to", "hardlink_to", "link", "symlink", "copyfile", "copy2", "move",
-    "truncate", "fsync", "save", "savefig", "tofile", "savetxt", "save_hparams_to_yaml", "write_hyperparameters", "SummaryWriter", "FileWriter",
+    "truncate", "fsync", "save", "savefig", "tofile", "savetxt", "save_hparams_to_yaml", "write_hyperparameters",
+    "SummaryWriter", "FileWriter",
     "EventFileWriter", "FileLock", "SoftFileLock",
 }  # fmt: skip
 
