@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from nclightning.compat.twins import is_termination, is_torch_checkpoint_io, termination
+from nclightning.compat.twins import is_termination, is_torch_checkpoint_io, run_last, termination
 from nclightning.errors import UserError, say_the_same
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder
 from nclightning.files import save_checkpoint as write_checkpoint
@@ -78,6 +78,7 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
         self._saved = None
+        run_last(trainer, self)
         if is_torch_checkpoint_io(trainer.strategy.checkpoint_io):
             trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 

@@ -7,6 +7,8 @@ from typing import Any
 import lightning as L
 
 from nclightning.compat.lightning import DescribedProgressBar
+from nclightning.compat.twins import is_of_twin
+from nclightning.errors import UserError
 
 __all__ = ["IterationProgressBar"]
 
@@ -16,6 +18,19 @@ class IterationProgressBar(DescribedProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a trainer that does not know the bar.
+
+        Raises:
+            ValueError: If it is of ``pytorch_lightning``.
+        """
+        if is_of_twin(trainer):
+            raise UserError(
+                "IterationProgressBar counts the iterations of full-batch runs, which need lightning.Trainer, got that "
+                "of pytorch_lightning: leave it out, and the trainer takes a bar of its own."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Show the last reading of the distance, or of the objective where there is none: one fits in a line."""

@@ -23,6 +23,7 @@ __all__ = [
     "is_torch_checkpoint_io",
     "lightning_modules",
     "logging_nothing",
+    "run_last",
     "termination",
 ]
 
@@ -111,6 +112,20 @@ def termination(trainer: Any) -> BaseException:
     kinds = _classes("utilities.exceptions", "SIGTERMException")
     made: BaseException = kinds[-1 if is_of_twin(trainer) else 0]()
     return made
+
+
+def run_last(trainer: Any, callback: Any) -> None:
+    """Let a checkpoint callback run after all others, as a trainer does with those of its own package by itself.
+
+    Non-public: that ``Trainer.callbacks`` can be set in the hook ``setup`` (lightning 2.6). Without it a checkpoint
+    would not have what other callbacks measure at its step.
+
+    Args:
+        trainer: Of either package.
+        callback: In its list.
+    """
+    if is_of_twin(trainer):
+        trainer.callbacks = [*(each for each in trainer.callbacks if each is not callback), callback]
 
 
 @contextmanager

@@ -86,19 +86,23 @@ def _read_table(path: Path) -> Readings:
     except ValueError as error:
         raise UserError(f"{path} is no table of readings: {error}.") from error
     at = header.index("step") if "step" in header else 0  # Lightning's tables sort their columns.
+    _check_iterations(path, table[:, at], several="step" in header)
+    table = table[np.argsort(table[:, at], kind="stable")]
     iterations, values = table[:, at], {tag: table[:, i] for i, tag in enumerate(header) if i != at}
-    _check_iterations(path, iterations, several="step" in header)
     readings = Readings(iterations, values)
     return _measured(readings) if "step" in header else readings
 
 
 def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
-    """Refuse rows that are not those of one run in order; Lightning's tables may have several of a step."""
+    """Refuse rows that are not those of one run in order.
+
+    Lightning's tables may have several of a step, and those of an epoch's end come at one step less.
+    """
     wrong = ~((iterations >= 0) & (iterations < 2**53) & (iterations == np.floor(iterations)))
     if wrong.any():
         line = int(wrong.argmax())
         raise UserError(f"{path} is damaged: line {line + 2} is of iteration {iterations[line]:g}, no whole number.")
-    falls = np.diff(iterations) < (0 if several else 1)
+    falls = np.diff(iterations) < (-1 if several else 1)
     if falls.any():
         line = int(falls.argmax())
         raise UserError(
