@@ -198,6 +198,15 @@ def test_loggers_get_the_values(of, tmp_path):
     assert readings.iterations[readings.values["nc/val/nc1"] > 0].tolist() == [3, 6, 9]
 
 
+def test_callbacks_of_theirs_find_the_values(tmp_path):
+    stop = pl.callbacks.EarlyStopping("nc/train/nc1", min_delta=1e9, patience=1)
+    best = pl.callbacks.ModelCheckpoint(tmp_path / "best", monitor="nc/val/nc2", filename="{epoch}")
+    trainer = trainer_of(pl, tmp_path, NeuralCollapseMonitor(), stop, best, enable_checkpointing=True, max_epochs=9)
+    trainer.fit(make(pl), loader(), whole())
+    assert trainer.current_epoch == 2
+    assert best.best_model_score > 0
+
+
 def test_strategies_under_which_no_process_has_the_weights_are_refused(tmp_path, monkeypatch):
     strategies = importlib.import_module("pytorch_lightning.strategies")
     trainer = trainer_of(pl, tmp_path, NeuralCollapseMonitor())
