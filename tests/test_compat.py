@@ -608,6 +608,39 @@ def test_classes_of_both_packages_are_known(package):
     assert type(twins.termination(trainer)) is part(package, "utilities.exceptions", "SIGTERMException")
 
 
+def test_a_callback_runs_last_in_both_packages(package, tmp_path):
+    order = []
+
+    class First(part(package, "callbacks", "Callback")):
+        def setup(self, trainer, *_, **__):
+            twins.run_last(trainer, self)
+            order.append("setup of first")
+
+        def on_fit_start(self, *_):
+            order.append("first")
+
+    class Second(part(package, "callbacks", "Callback")):
+        def setup(self, *_, **__):
+            order.append("setup of second")
+
+        def on_fit_start(self, *_):
+            order.append("second")
+
+    class Module(package.LightningModule):
+        training_step = Net.training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([nn.Parameter(torch.ones(1))])
+
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = package.Trainer(
+        callbacks=[First(), Second()], max_epochs=0, enable_model_summary=False, default_root_dir=tmp_path, **options
+    )
+    trainer.fit(Module(), LOADER)
+    last = ["second", "first"] if twins.is_of_twin(trainer) else ["first", "second"]  # One trainer does it by itself.
+    assert order == ["setup of first", "setup of second", *last]
+
+
 def test_lightning_refuses_by_the_exception_that_is_known(tmp_path):
     with pytest.raises(Exception, match="limit_train_batches") as caught:
         quiet_trainer(tmp_path, limit_train_batches=-1)

@@ -209,10 +209,12 @@ def test_callbacks_of_theirs_find_the_values(tmp_path):
 
 def test_strategies_under_which_no_process_has_the_weights_are_refused(tmp_path, monkeypatch):
     strategies = importlib.import_module("pytorch_lightning.strategies")
-    trainer = trainer_of(pl, tmp_path, NeuralCollapseMonitor())
+    module, monitor = make(pl), NeuralCollapseMonitor()
+    trainer = trainer_of(pl, tmp_path, monitor)
     monkeypatch.setattr(type(trainer), "strategy", strategies.FSDPStrategy())
+    monitor.setup(trainer, module, "fit")
     with pytest.raises(UserError, match="FSDPStrategy shards the weights"):
-        trainer.callbacks[0].on_fit_start(trainer, make(pl))
+        monitor.on_fit_start(trainer, module)
 
 
 def test_the_bar_of_full_batch_runs_is_refused(tmp_path):
