@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +23,8 @@ __all__ = ["TraceError", "has_lazy_parts", "remembered"]
 _MOST_OBJECTS = 100_000
 # Tensors up to so many bytes in all are copied, weights that are trained last; of the others a change is seen.
 _COPIED_BYTES = 2**30
+# Containers that are emptied again if they were empty, as most of the thirteen dictionaries of each torch module are.
+_CLEARED = frozenset({dict, OrderedDict, list, set, deque})
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -73,6 +75,7 @@ class _Snapshot:
         self._origins: list[tuple[int, Any]] = [(-1, "")]
         self._restorers: list[tuple[int, Any]] = []
         self._instead: dict[int, Any] = {}
+        self._empty: list[Any] = []
         tensors = self._search()
         self._tensors = _Tensors([(tensor, self._name(at)) for at, tensor in tensors])
 
@@ -93,6 +96,9 @@ class _Snapshot:
                 if type(child) in LEAVES or id(child) in seen:
                     continue
                 seen.add(id(child))
+                if type(child) in _CLEARED and not child:
+                    self._empty.append(child)
+                    continue
                 waiting.append(len(self._objects))
                 self._objects.append(child)
                 self._origins.append((at, key))
@@ -110,6 +116,9 @@ class _Snapshot:
     def restore(self) -> list[tuple[str, str]]:
         """Put everything back; return names of what could not be, with the reasons."""
         with torch.no_grad():
+            for each in self._empty:
+                if each:
+                    each.clear()
             reasons = [(at, restore(self._instead)) for at, restore in self._restorers]
             return [(self._name(at), why) for at, why in reasons if why is not None] + self._tensors.restore()
 
