@@ -160,9 +160,9 @@ class NeuralCollapse(StreamingMetric):
         self._fold()  # The states are copied each time.
         return super().forward(*args, **kwargs)
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        self._fold()  # So that the states have the same shapes on all processes.
-        super()._sync_dist(*args, **kwargs)
+    def prepare_sync(self) -> None:
+        """Give the states the same shapes on all processes."""
+        self._fold()
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures, of the head as it is now.
@@ -242,7 +242,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        figure, axis = self._plot(val, ax)
+        figure, axis = self.draw(val, ax)
         for each in np.ravel(np.asarray(axis)):
             each.set_yscale("log")
         return figure, axis
@@ -259,7 +259,7 @@ class NeuralCollapse(StreamingMetric):
         self._fold()
         super().set_dtype(dst_type)
         self.num_invalid = self.num_invalid.long()
-        self._defaults["num_invalid"] = torch.zeros_like(self.num_invalid)
+        self.change_default("num_invalid", torch.zeros_like(self.num_invalid))
         return self
 
     def _fold(self) -> None:
@@ -270,10 +270,10 @@ class NeuralCollapse(StreamingMetric):
             if value is not getattr(self, name):  # Of most updates only a few states are new.
                 setattr(self, name, value)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        incoming = _statistics_of({name: incoming_state[name] for name in self._names})
-        self._set(incoming.merge(self.statistics))
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        states = _statistics_of({name: earlier[name] for name in self._names})
+        self._set(states.merge(self.statistics))
 
 
 def _states_of(stats: ClassStatistics) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nclightning.compat.torch import HOLDERS, version_of
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.kinds import LEAVES, keep
@@ -107,7 +108,7 @@ class _Snapshot:
         parts = list[str]()
         while at > 0:
             at, key = self._origins[at]
-            if key not in ("_parameters", "_buffers", "_modules"):
+            if key not in HOLDERS:
                 parts.append(str(key))
         return ".".join(reversed(parts))
 
@@ -185,7 +186,7 @@ class _Tensors:
 
 
 def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    return 0 if tensor is None else version_of(tensor)
 
 
 def _differ(tensors: list[Tensor], copies: list[Tensor]) -> list[bool]:
