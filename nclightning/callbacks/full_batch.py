@@ -17,8 +17,8 @@ class FullBatchModule(Protocol):
     """A module whose training steps run iterations on the whole training set.
 
     :class:`nclightning.models.RegularizedClassifier` is one, and what derives from it. After each iteration it calls
-    ``on_iteration_end(trainer, pl_module, batch, iteration)`` of the trainer's callbacks. With an attribute ``problem``,
-    a :class:`nclightning.theory.UFMProblem`, gap and distance can be measured, too.
+    ``on_iteration_end(trainer, pl_module, batch, iteration)`` of the trainer's callbacks. With an attribute
+    ``problem``, a :class:`nclightning.theory.UFMProblem`, gap and distance can be measured, too.
 
     Attributes:
         iterations_per_step: Iterations of a training step; it tells these modules from others.
