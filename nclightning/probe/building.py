@@ -59,7 +59,7 @@ def build(
     """
     stats = statistics[""]
     rank = None
-    if stats.folded.root is not None:
+    if not stats.is_light:
         rank = values.get("nc1_rank", between_class_rank(stats, *conventions))
     names = list(values)
     scalars = [values[name] for name in names] + ([] if rank is None else [rank])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -299,8 +300,8 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     world = world_size()
     if world == 1:
         return stats
-    stats = stats.fold_()
-    tensors = {name: value for name, value in stats.folded._asdict().items() if value is not None}
+    stats = stats.folded
+    tensors = {name: value for name, value in stats.totals._asdict().items() if value is not None}
     flat = torch.cat([value.reshape(-1).double() for value in [*tensors.values(), stats.num_invalid]])
     everybody = [torch.empty_like(flat) for _ in range(world)]
     dist.all_gather(everybody, flat)
@@ -311,5 +312,5 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
             name: piece.view_as(value).to(value.dtype)
             for (name, value), piece in zip(tensors.items(), pieces, strict=True)
         }
-        parts.append(ClassStatistics(stats.folded._replace(**own), num_invalid.view(()).long()))
+        parts.append(replace(stats, totals=stats.totals._replace(**own), num_invalid=num_invalid.view(()).long()))
     return reduce(ClassStatistics.merge, parts)
