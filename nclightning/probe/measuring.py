@@ -109,6 +109,7 @@ def measure(
             "options, or measure(features=..., labels=..., weight=..., bias=...)."
         )
     start, conventions = time.perf_counter(), Conventions(global_mean, between_weights)
+    measures = measures if measures is None or isinstance(measures, str) else tuple(measures)
     measuring = Measuring(measures, ignore_index, **conventions._asdict())
     if of_arrays:
         given = arrays(features, labels, weight, bias, ignore_index)

@@ -109,6 +109,7 @@ def test_is_what_the_metrics_say():
 def test_names_choose_values_in_their_order():
     names = ("accuracy", "nc3", "nc1_cdnv", "ncc_accuracy")
     assert tuple(measure(**PAIR, measures=names)) == names
+    assert tuple(measure(**PAIR, measures=iter(names))) == names
     assert tuple(measure(**PAIR, measures=["cosine_margin"])) == ("cosine_margin",)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections import UserDict, namedtuple
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -522,7 +523,7 @@ def test_more_outputs_than_classes_are_said_aloud():
 
 
 def on_each(rank, file, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timedelta(minutes=1))
     warnings.simplefilter("ignore")
     options = {"measures": ("all",), "layers": ("body",)}
     loader = DataLoader(SET, batch_size=7, shuffle=True)
