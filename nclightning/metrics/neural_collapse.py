@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nclightning import functional as F
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, StatisticsBuffer
-from nclightning.functional.linear import norm
 from nclightning.functional.moments import Moments
 from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
@@ -22,7 +20,7 @@ from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
+from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, per_class_values, select_measures
 
 __all__ = ["NeuralCollapse"]
 
@@ -218,19 +216,7 @@ class NeuralCollapse(StreamingMetric):
             class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
             classes; with a head ``head_norm`` and ``nc3_cosine``.
         """
-        reading = self._reading(self.checked_statistics())
-        stats = reading.stats
-        values = {
-            "count": stats.counts,
-            "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, norm(stats.mean_offsets, dim=1), torch.nan),
-            "cdnv": F.class_distance_normalized_variance(stats, "none"),
-            "equiangularity": F.equiangularity(*reading.means, reduction="none"),
-        }
-        if reading.weight is not None:
-            values["head_norm"] = norm(reading.weight, dim=1)
-            values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
-        return values
+        return per_class_values(self._reading(self.checked_statistics()))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values on a logarithmic axis.
