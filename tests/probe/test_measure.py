@@ -385,7 +385,9 @@ def fails(model, x):
     return model(x)
 
 
-@pytest.mark.parametrize("options", [{}, {"measures": ("all",), "layers": ("body.0",)}, {"forward_fn": fails}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"measures": ("all",), "layers": ("body.0",)}, {"forward_fn": fails}], ids=["plain", "all", "fails"]
+)
 def test_leaves_no_trace(options):
     model = trained()
     loader = DataLoader(SET, batch_size=7, shuffle=True)
