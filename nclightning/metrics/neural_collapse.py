@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -136,13 +136,18 @@ class NeuralCollapse(StreamingMetric):
         """Statistics of everything seen, over all processes while the states are synchronised."""
         if self.means.ndim == 2:
             return self._own()
-        tensors = {name: getattr(self, name) for name in self._names if name != "kept"}
-        parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(self.means))]
-        return reduce(ClassStatistics.merge, parts)
+        tensors = {name: state for name in self._defaults if isinstance(state := getattr(self, name), Tensor)}
+        parts = [self._unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(self.means))]
+        return reduce(lambda one, other: one.merge(other), parts)
 
     def _own(self) -> ClassStatistics:
         """Statistics that share the states, which are replaced and never written to."""
-        return _unite({name: getattr(self, name) for name in self._names})
+        return self._unite({name: getattr(self, name) for name in self._defaults})
+
+    def _unite(self, states: Mapping[str, Any]) -> ClassStatistics:
+        """Statistics that states are of."""
+        moments: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
+        return ClassStatistics(Moments(**moments), states["num_invalid"], list(states.get("kept", ())))
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
@@ -271,14 +276,9 @@ class NeuralCollapse(StreamingMetric):
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(_unite({name: incoming_state[name] for name in self._names}).merge(self._own()))
+        self._set(self._unite(incoming_state).merge(self._own()))
 
 
 def _split(stats: ClassStatistics) -> dict[str, Any]:
     moments = {name: value for name, value in stats.folded._asdict().items() if value is not None}
     return moments | {"num_invalid": stats.num_invalid, "kept": list(stats.kept)}
-
-
-def _unite(states: dict[str, Any]) -> ClassStatistics:
-    moments: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
-    return ClassStatistics(Moments(**moments), states["num_invalid"], list(states.get("kept", ())))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from nclightning.errors import UserError
-from nclightning.functional import ClassStatistics
+from nclightning.functional import ClassStatistics, ExcessLoss, HeadLoss, distance_to_collapse
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
 from nclightning.metrics.base import without_autocast
 from nclightning.metrics.groups import stand_apart
 from nclightning.metrics.neural_collapse import NeuralCollapse
 from nclightning.theory import UFMProblem
 
-__all__ = ["Optimality"]
+__all__ = ["Optimality", "check_counts", "check_linear", "head_loss", "read_optimality"]
 
+# What is read with fitted penalties.
+_FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
 _AFFINE = tuple(layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
@@ -25,27 +31,44 @@ class Optimality(NeuralCollapse):
 
     ``update`` accepts ``features (B, d)`` and ``labels (B,)``; ``compute`` returns float64 scalars ``gap``, F - F*
     without cancellation, ``distance`` to the optimal set, and ``relative_distance``, that divided by the norm of the
-    optimum. F is Problem (2) on the features seen; for a network, whose features are not free, F* is a lower bound. No
-    feature is kept.
+    optimum. F is Problem (2) on the features seen; for a network, whose features are not free, F* is a lower bound.
+    Nothing that is gathered depends on the penalties, so that they can be fitted to the same features. No feature is
+    kept for long.
 
     Args:
-        problem: Sizes, loss and penalties; every class must come exactly ``samples_per_class`` times.
-        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`, not to change between ``update`` and
-            ``compute``. For CE its bias is taken as free.
+        problem: Sizes, loss and penalties; every class must come exactly ``samples_per_class`` times. Or the loss
+            alone, ``"mse"`` or ``"ce"``, which fits the penalties as :func:`read_optimality` does.
+        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`; read with the first batch after a reset,
+            and not to change before ``compute``. For CE its bias is taken as free.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: If the head does not fit, MSE comes without a bias, or ``d < K - 1``; at ``compute``, if classes
             are not balanced.
+
+    Example:
+        >>> problem = UFMProblem("ce", num_classes=2, samples_per_class=3, feature_dim=4, lambda_w=0.1, lambda_h=0.1)
+        >>> optimum = problem.random_optimum()
+        >>> metric = Optimality(problem, optimum.weight)
+        >>> metric.update(optimum.features, optimum.labels)
+        >>> bool(metric.compute()["relative_distance"] < 1e-14)
+        True
     """
 
-    divergence: Tensor
-
-    def __init__(self, problem: UFMProblem, head: HeadSource, **kwargs: Any) -> None:
-        check_linear(problem.loss, head)
-        super().__init__(problem.num_classes, problem.feature_dim, head, measures=("nc1_ratio",), **kwargs)
-        self.problem = problem
-        self.add_state("divergence", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+    def __init__(self, problem: UFMProblem | Literal["mse", "ce"], head: HeadSource, **kwargs: Any) -> None:
+        loss = problem if isinstance(problem, str) else problem.loss
+        if loss not in ("mse", "ce"):
+            raise UserError(f"problem must be a UFMProblem, 'mse' or 'ce', got {problem!r}.")
+        check_linear(loss, head)
+        num_classes, dim = weight_shape(head)
+        if not isinstance(problem, str):
+            num_classes, dim = problem.num_classes, problem.feature_dim
+        super().__init__(num_classes, dim, head, measures=("nc1_ratio",), **kwargs)
+        self.loss, self.problem = loss, None if isinstance(problem, str) else problem
+        self._snapshot: Head | None = None
+        for name, value in ExcessLoss.empty(num_classes, dim)._asdict().items():
+            # Stacked over processes, then merged: sums around different means cannot be added.
+            self.add_state(f"excess_{name}", default=value.clone(), dist_reduce_fx=None)
         stand_apart(self)
 
     @without_autocast
@@ -57,12 +80,16 @@ class Optimality(NeuralCollapse):
             labels: ``(B,)`` int64.
             copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
         """
+        if self._snapshot is None:
+            # With the first batch and not when samples are folded, which processes do at different times: to read a
+            # head that is spread over them takes all of them.
+            self._snapshot = read_head(self._head.get()).snapshot()
         super().update(features, labels, copy=copy)
-        reading = self._reading(self.statistics)
-        valid = (labels >= 0) & (labels < self.num_classes)
-        logits = nn.functional.linear(features.detach().double(), reading.head, reading.bias)
-        values = self.problem.divergence(logits, torch.where(valid, labels, 0))
-        self.divergence = self.divergence + torch.where(valid, values, 0).sum()
+
+    def reset(self) -> None:
+        """Forget samples and head."""
+        super().reset()
+        self._snapshot = None
 
     def compute(self) -> dict[str, Tensor]:
         """Read gap and distance.
@@ -70,9 +97,7 @@ class Optimality(NeuralCollapse):
         Returns:
             Float64 scalars by name.
         """
-        stats = self.checked_statistics()
-        check_counts(stats.counts, self.problem.samples_per_class)
-        return self.read(stats)
+        return self.read(self.checked_statistics())
 
     @without_autocast
     def read(self, stats: ClassStatistics) -> dict[str, Tensor]:
@@ -84,18 +109,109 @@ class Optimality(NeuralCollapse):
         Returns:
             As :meth:`compute`.
         """
-        reading, spread = self._reading(stats), stats.spreads.sum()
-        distance = self.problem.distance_from_moments(reading.head, stats.means, spread, reading.bias)
-        mean = self.divergence / self.problem.num_samples
-        return {
-            "gap": self.problem.gap_from_moments(reading.head, stats.means, spread, mean),
-            "distance": distance,
-            "relative_distance": distance / self.problem.optimum_norm,
-        }
+        own = stats if isinstance(stats, _Statistics) else self.statistics
+        assert isinstance(own, _Statistics)
+        return read_optimality(stats, own.fold_().excess, self._head_loss(), self.problem)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        super()._reduce_states(incoming_state)
-        self.divergence = self.divergence + incoming_state["divergence"]
+    def _head_loss(self) -> HeadLoss:
+        head = self._snapshot or self._head.get()
+        assert head is not None
+        return head_loss(self.loss, head, self.means.device)
+
+    def _unite(self, states: Mapping[str, Any]) -> ClassStatistics:
+        excess = ExcessLoss(*(states[f"excess_{name}"].double() for name in ExcessLoss._fields))
+        return _Statistics(**_fields_of(super()._unite(states)), excess=excess, head=self._head_loss)
+
+    def _set(self, stats: ClassStatistics) -> None:
+        assert isinstance(stats, _Statistics)
+        super()._set(stats)
+        for name, value in stats.excess._asdict().items():
+            setattr(self, f"excess_{name}", value)
+
+
+@dataclass(kw_only=True)
+class _Statistics(ClassStatistics):
+    """Statistics, with the excess loss of the samples that are folded."""
+
+    excess: ExcessLoss
+    head: Callable[[], HeadLoss]
+
+    def fold_(self) -> _Statistics:
+        for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
+            self.excess = self.excess.add(features, labels, self.head())
+        super().fold_()
+        return self
+
+    def merge(self, other: ClassStatistics) -> _Statistics:
+        assert isinstance(other, _Statistics)
+        mine, theirs = (
+            _Statistics(**_fields_of(each), excess=each.excess, head=each.head).fold_() for each in (self, other)
+        )
+        excess = mine.excess.merge(theirs.excess, self.head())
+        return _Statistics(**_fields_of(ClassStatistics.merge(mine, theirs)), excess=excess, head=self.head)
+
+
+def _fields_of(stats: ClassStatistics) -> dict[str, Any]:
+    return {"folded": stats.folded, "num_invalid": stats.num_invalid, "kept": stats.kept}
+
+
+def head_loss(loss: Literal["mse", "ce"], head: HeadSource, device: torch.device) -> HeadLoss:
+    """Read a head as a loss of features.
+
+    Args:
+        loss: ``"mse"`` or ``"ce"``.
+        head: As for :class:`nclightning.metrics.NeuralCollapse`.
+        device: Of the features.
+
+    Returns:
+        Loss and head, float64.
+    """
+    now = read_head(head)
+    bias = None if now.bias is None else now.bias.detach().to(device, torch.float64)
+    return HeadLoss(loss, now.weight.detach().to(device, torch.float64), bias)
+
+
+def read_optimality(
+    stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss, problem: UFMProblem | None = None
+) -> dict[str, Tensor]:
+    """Evaluate gap and distance of balanced classes. Transfers to the host.
+
+    Args:
+        stats: Statistics of the features.
+        excess: Their loss above that of their class means.
+        head: The head.
+        problem: With the penalties. None takes those at which the scales of the nearest collapsed configuration
+            (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones.
+
+    Returns:
+        ``gap``, ``distance`` and ``relative_distance``; with fitted penalties ``lambda_w`` and ``lambda_h``, too, all
+        ``nan`` where no penalties make the scales optimal. Float64 scalars.
+
+    Raises:
+        ValueError: If classes are not balanced.
+    """
+    K, n = len(stats.counts), int(stats.counts.max()) if problem is None else problem.samples_per_class
+    check_counts(stats.counts, n)
+    assert bool((stats.counts == excess.counts).all()), "statistics and excess loss are of different samples"
+    values = {}
+    if problem is None:
+        fitted = distance_to_collapse(stats, head.weight)
+        scales = float(fitted.head_scale), float(fitted.feature_scale)
+        if not min(scales) > 0 or (head.loss == "mse" and scales[0] * scales[1] >= 1):
+            return {name: stats.spreads.new_tensor(math.nan) for name in _FITTED}
+        problem = UFMProblem.at_scale(head.loss, K, n, head.weight.shape[1], *scales)
+        values = {name: stats.spreads.new_tensor(getattr(problem, name)) for name in ("lambda_w", "lambda_h")}
+    logits = linear(stats.means.double(), head.weight, head.bias)
+    # Around the optimal logits: around those of the class means, and these around the optimal ones.
+    divergence = excess.sums.sum() + n * problem.divergence(logits, torch.arange(K, device=logits.device)).sum()
+    spread = stats.spreads.sum()
+    distance = problem.distance_from_moments(head.weight, stats.means, spread, head.bias)
+    return {
+        "gap": problem.gap_from_moments(head.weight, stats.means, spread, divergence / problem.num_samples),
+        "distance": distance,
+        "relative_distance": distance / problem.optimum_norm,
+        **values,
+    }
 
 
 def check_linear(loss: str, head: HeadSource) -> None:
