@@ -29,8 +29,9 @@ __all__ = ["ExcessLoss", "HeadLoss"]
 # the difference loses at most five bits.
 _SERIES_BELOW = 0.125
 _COEFFICIENTS = (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800)
-# Below this exp(t) is finite, and so is the sum of as many as there are classes.
-_LARGEST_EXPONENT = 680.0
+# Above the first a probability times exp(t) is taken from its logarithm: the probability may be too small for a number.
+# Above the second it is too large for one, and so would be the sum of as many as there are classes.
+_LARGE_EXPONENT, _LARGEST_EXPONENT = 30.0, 680.0
 # So many numbers are taken at once, of more rows than classes: what is done once for each class takes no longer. Of
 # these, so many at a time: what is formed of them stays in the cache of a CPU.
 _ELEMENTS_AT_ONCE, _ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**18, 2**16, 256
@@ -82,20 +83,22 @@ def _cumulant(log_probability: Tensor, change: Tensor) -> Tensor:
     probability = log_probability.exp()
     t = change - (probability * change).sum(dim=1, keepdim=True)
     # The mean of t is zero, so that this is the logarithm of the mean, and every term is non-negative.
-    near = torch.log1p((probability * _exponential_excess(t)).sum(dim=1))
-    if t.device.type == "cpu" and not bool((t > _LARGEST_EXPONENT).any()):  # To ask another device takes longer.
-        return near
-    far = torch.logsumexp(log_probability + t, dim=1).clamp(min=0)
-    return torch.where((t > _LARGEST_EXPONENT).any(dim=1), far, near)
+    terms = probability * _exponential_excess(t)
+    if t.device.type == "cpu" and not bool((t > _LARGE_EXPONENT).any()):  # To ask another device takes longer.
+        return torch.log1p(terms.sum(dim=1))
+    grown = log_probability + t
+    terms = torch.where(t > _LARGE_EXPONENT, grown.clamp(max=_LARGEST_EXPONENT).exp() - probability * (1 + t), terms)
+    overflows = (grown > _LARGEST_EXPONENT).any(dim=1)
+    return torch.where(overflows, torch.logsumexp(grown, dim=1), torch.log1p(terms.sum(dim=1)))
 
 
 def _exponential_excess(t: Tensor) -> Tensor:
-    """``exp(t) - 1 - t`` to full relative accuracy, of t up to the largest exponent."""
+    """``exp(t) - 1 - t`` to full relative accuracy, of t that is not large."""
     series = torch.full_like(t, _COEFFICIENTS[-1])
     for coefficient in reversed(_COEFFICIENTS[:-1]):
         series.mul_(t).add_(coefficient)
     series.mul_(t).mul_(t)
-    return torch.where(t.abs() <= _SERIES_BELOW, series, torch.expm1(t.clamp(max=_LARGEST_EXPONENT)) - t)
+    return torch.where(t.abs() <= _SERIES_BELOW, series, torch.expm1(t.clamp(max=_LARGE_EXPONENT)) - t)
 
 
 class ExcessLoss(NamedTuple):
