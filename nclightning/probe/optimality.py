@@ -70,13 +70,15 @@ class OptimalityCollector:
             self._flush()
 
     def _flush(self) -> None:
-        if self._waiting:
+        if not self._waiting:
+            return
+        # Autocast would multiply in half precision, and does not put some dtypes together.
+        with torch.autocast(self._waiting[0][0].device.type, enabled=False):
             features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting, self._num_rows = [], 0
             if self._metric is not None:
                 self._metric.update(features, labels, copy=False)
-            with torch.autocast(features.device.type, enabled=False):
-                self._excess = self._excess.add(features, labels, self._head)
+            self._excess = self._excess.add(features, labels, self._head)
 
     def read(self, stats: ClassStatistics | None = None) -> dict[str, Tensor]:
         """Evaluate gap and distance over all processes, which must all come here.
@@ -94,7 +96,7 @@ class OptimalityCollector:
         if stats is None:
             assert self._metric is not None, "made without statistics of its own"
             stats = self._metric.gathered()
-        with torch.no_grad(), torch.autocast(stats.means.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self._head.weight.device.type, enabled=False):
             parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]
             excess = reduce(lambda one, other: one.merge(other, self._head), parts)
             return read_optimality(stats, excess, self._head, self._problem(stats))
