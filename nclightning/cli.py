@@ -23,6 +23,7 @@ from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
+from nclightning.compat.lightning import GivenConfigurationCLI
 from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
@@ -118,7 +119,7 @@ class SaveRunConfig(SaveConfigCallback):
             self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
-class RunCLI(LightningCLI):
+class RunCLI(GivenConfigurationCLI):
     """LightningCLI with our defaults, run folders and closing report."""
 
     @staticmethod
@@ -161,9 +162,6 @@ class RunCLI(LightningCLI):
         """Make the objects; a value that Lightning or torch refuses is the user's."""
         with refusals_worded(self._words):
             super().instantiate_classes()
-
-    def _parse_ckpt_path(self) -> None:
-        """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
 
     def before_instantiate_classes(self) -> None:
         """Resolve what the configuration leaves to a rule, so that the saved one states it."""

@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from nclightning.compat.twins import is_termination, is_torch_checkpoint_io, run_last, termination
 from nclightning.errors import UserError, say_the_same
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder
 from nclightning.files import save_checkpoint as write_checkpoint
@@ -78,7 +78,8 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
         self._saved = None
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        run_last(trainer, self)
+        if is_torch_checkpoint_io(trainer.strategy.checkpoint_io):
             trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -131,7 +132,7 @@ class LastCheckpoint(Checkpoint):
         Processes that train together end together here if one of them is asked to.
         """
         if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
-            raise SIGTERMException
+            raise termination(trainer)
         assert self._saved is not None
         due = trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
         if due and not _is_ending(trainer):
@@ -145,7 +146,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
-        asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        asked = isinstance(exception, KeyboardInterrupt) or is_termination(exception)
         # Saving takes all processes; what asks a run to stop reaches them together.
         if trainer.training and (asked or trainer.world_size == 1):
             try:
@@ -156,7 +157,8 @@ class LastCheckpoint(Checkpoint):
         if asked and self._path is not None and self._saved is not None:
             signal = "SIGINT" if isinstance(exception, KeyboardInterrupt) else "SIGTERM"
             rank_zero_info(f"{signal}: the run is saved at iteration {self._saved}. It goes on from {self._path}.")
-        if isinstance(exception, SIGTERMException) and trainer.is_global_zero:
+        if is_termination(exception) and trainer.is_global_zero:
+            assert isinstance(exception, SystemExit)
             # Lightning's has the status of success. Of other ranks one that is not makes Lightning kill the first.
             exception.code = SIGTERM_STATUS
         self._release()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set
 from copy import deepcopy
-from functools import wraps
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from nclightning.compat.lightning import present, present_logged, state_key_unchecked
 from nclightning.errors import UserError
 
 __all__ = ["Publisher", "as_metrics", "changed_settings"]
@@ -50,7 +49,7 @@ class Publisher(L.Callback):
             ValueError: If there is one.
         """
         if stage == "fit":
-            self._last = {}  # Those of a checkpoint are loaded after this.
+            self.forget_values()  # Those of a checkpoint are loaded after this.
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks:
             if (
@@ -65,35 +64,43 @@ class Publisher(L.Callback):
                     "not overlap."
                 )
 
+    def forget_values(self) -> None:
+        """Forget the values of an earlier fit."""
+        self._last = {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last values of the checkpoint to other callbacks."""
-        trainer.callback_metrics.update(as_metrics(self._last))
+        present(trainer, as_metrics(self._last))
 
-    def _publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iteration: int) -> None:
+        """Called after each iteration of a full-batch module."""
+
+    def publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
         """Log values of the end of an epoch."""
         trainer, arrived = pl_module.trainer, self._remember(values)
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == "fit"
         if fitting:
             self._send(trainer, arrived)
-        self._publish_to_callbacks(pl_module, values, logger=False if fitting else None)
+        self.publish_to_callbacks(pl_module, values, logger=False if fitting else None)
 
     @staticmethod
-    def _publish_to_callbacks(
+    def publish_to_callbacks(
         pl_module: L.LightningModule, values: dict[str, Tensor], logger: bool | None = False
     ) -> None:
+        """Show values to other callbacks, and to Lightning's own loggers if they are asked for."""
         # The metrics have merged all processes; averaging equal values is what keeps Lightning from warning.
         pl_module.log_dict(values, sync_dist=True, logger=logger)
 
-    def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
+    def publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
         """Log values in the middle of an epoch."""
         arrived = self._remember(values)
-        trainer.callback_metrics.update(as_metrics(arrived))
+        present(trainer, as_metrics(arrived))
         self._send(trainer, arrived)
 
     @staticmethod
     def _send(trainer: L.Trainer, values: dict[str, float]) -> None:
         if values:
-            trainer.logged_metrics.update(as_metrics(values))
+            present_logged(trainer, as_metrics(values))
             for logger in trainer.loggers:
                 logger.log_metrics(values | {"epoch": trainer.current_epoch}, trainer.global_step)
 
@@ -106,10 +113,9 @@ class Publisher(L.Callback):
         """Return what checkpoints hold: the last values."""
         return {"last": dict(self._last)}
 
-    # Lightning's check that state keys are unique, whose message knows no repair, looks through what is wrapped. The
-    # check of setup() stands in for it.
-    @wraps(L.Callback.state_dict)
-    def state_dict(self: Publisher) -> dict[str, Any]:  # type: ignore[override]  # noqa: D102
+    @state_key_unchecked  # By Lightning; setup() does it.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what checkpoints hold."""
         return self.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import lightning as L
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment
-from nclightning.probe.features import pair_rows
-from nclightning.probe.optimality import OptimalityCollector
+from nclightning.probe.host import Host
+from nclightning.probe.optimality import OptimalityGatherer
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sets import DataSet, Gather, gather_alone
 
 __all__ = ["sweep_optimality"]
 
 
 def sweep_optimality(
-    trainer: L.Trainer,
-    pl_module: L.LightningModule,
-    attachment: Attachment,
-    training_set: tuple[Any, int | None],
+    host: Host,
+    reader: PairReader,
+    data: DataSet,
     loss: Literal["mse", "ce"],
     penalties: tuple[float, float] | None,
+    gather: Gather = gather_alone,
 ) -> dict[str, Tensor]:
     """Sweep the training set once.
 
     Args:
-        trainer: Of the module.
-        pl_module: The module.
-        attachment: That found its head.
-        training_set: The loader, and the number of batches to which training is held.
+        host: Of the module.
+        reader: That found its head.
+        data: The training set.
         loss: Of the problem.
         penalties: On head and features; None fits both.
+        gather: Makes the pass, which others may share.
 
     Returns:
         Values by tag; nan where no penalties make the scales of the features optimal.
     """
-    collectors: list[OptimalityCollector] = []  # Of one: the head is known from the first batch on.
-
-    def add(kept: dict[str, Tensor], labels: Tensor) -> None:
-        if not collectors:
-            collectors.append(OptimalityCollector(loss, attachment.whole_head_of(pl_module), penalties))
-        collectors[0].update(*pair_rows(kept[""], labels), copy=False)
-
-    loader, limit = training_set
-    attachment.sweep(trainer, pl_module, loader, add, limit)
-    return {f"optimality/{name}": value for name, value in collectors[0].read().items()}
+    values = gather(host, data, lambda: OptimalityGatherer(reader, loss, penalties)).collector.read()
+    return {f"optimality/{name}": value for name, value in values.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nclightning import functional as F
 from nclightning.errors import UserError
-from nclightning.functional import ClassStatistics
-from nclightning.functional.linear import norm
+from nclightning.functional import ClassStatistics, StatisticsBuffer
 from nclightning.functional.moments import Moments
+from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
+from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, per_class_values, select_measures
 
 __all__ = ["NeuralCollapse"]
 
@@ -105,7 +104,7 @@ class NeuralCollapse(StreamingMetric):
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
         empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
-        states = _split(empty)
+        states = _states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
@@ -134,20 +133,12 @@ class NeuralCollapse(StreamingMetric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
+        states = {name: getattr(self, name) for name in self._names}
         if self.means.ndim == 2:
-            return self._own()
-        tensors = {name: state for name in self._defaults if isinstance(state := getattr(self, name), Tensor)}
-        parts = [self._unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(self.means))]
-        return reduce(lambda one, other: one.merge(other), parts)
-
-    def _own(self) -> ClassStatistics:
-        """Statistics that share the states, which are replaced and never written to."""
-        return self._unite({name: getattr(self, name) for name in self._defaults})
-
-    def _unite(self, states: Mapping[str, Any]) -> ClassStatistics:
-        """Statistics that states are of."""
-        moments: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
-        return ClassStatistics(Moments(**moments), states["num_invalid"], list(states.get("kept", ())))
+            return _statistics_of(states)
+        ranks = range(len(self.means))
+        parts = ({name: state[rank] for name, state in states.items() if name != "kept"} for rank in ranks)
+        return reduce(ClassStatistics.merge, map(_statistics_of, parts))
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
@@ -156,18 +147,20 @@ class NeuralCollapse(StreamingMetric):
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
-            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
+            copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
-        self._set(self._own().add_(features, labels, self.ignore_index, copy=copy))
+        buffer = StatisticsBuffer(self.statistics)
+        buffer.add(features, labels, self.ignore_index, copy=copy)
+        self._set(buffer.statistics)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and read it alone; see :meth:`update`."""
         self._fold()  # The states are copied each time.
         return super().forward(*args, **kwargs)
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        self._fold()  # So that the states have the same shapes on all processes.
-        super()._sync_dist(*args, **kwargs)
+    def prepare_sync(self) -> None:
+        """Give the states the same shapes on all processes."""
+        self._fold()
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures, of the head as it is now.
@@ -223,19 +216,7 @@ class NeuralCollapse(StreamingMetric):
             class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
             classes; with a head ``head_norm`` and ``nc3_cosine``.
         """
-        reading = self._reading(self.checked_statistics())
-        stats = reading.stats
-        values = {
-            "count": stats.counts,
-            "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, norm(stats.mean_offsets, dim=1), torch.nan),
-            "cdnv": F.class_distance_normalized_variance(stats, "none"),
-            "equiangularity": F.equiangularity(*reading.means, reduction="none"),
-        }
-        if reading.weight is not None:
-            values["head_norm"] = norm(reading.weight, dim=1)
-            values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
-        return values
+        return per_class_values(self._reading(self.checked_statistics()))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values on a logarithmic axis.
@@ -247,7 +228,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        figure, axis = self._plot(val, ax)
+        figure, axis = self.draw(val, ax)
         for each in np.ravel(np.asarray(axis)):
             each.set_yscale("log")
         return figure, axis
@@ -255,30 +236,41 @@ class NeuralCollapse(StreamingMetric):
     def _reading(self, stats: ClassStatistics) -> Reading:
         if self._head.get() is None:
             return Reading(stats, None, None, self.global_mean, self.between_weights)
-        head = read_head(self._head.get())
-        bias = None if head.bias is None else head.bias.to(stats.means)
-        return Reading(stats, head.weight.to(stats.means), bias, self.global_mean, self.between_weights)
+        head, like = read_head(self._head.get()), stats.totals.means
+        bias = None if head.bias is None else head.bias.to(like)
+        return Reading(stats, head.weight.to(like), bias, self.global_mean, self.between_weights)
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""
         self._fold()
         super().set_dtype(dst_type)
         self.num_invalid = self.num_invalid.long()
-        self._defaults["num_invalid"] = torch.zeros_like(self.num_invalid)
+        self.change_default("num_invalid", torch.zeros_like(self.num_invalid))
         return self
 
     def _fold(self) -> None:
-        self._set(self._own().fold_())
+        self._set(self.statistics.folded)
 
     def _set(self, stats: ClassStatistics) -> None:
-        for name, value in _split(stats).items():
-            setattr(self, name, value)
+        for name, value in _states_of(stats).items():
+            if value is not getattr(self, name):  # Of most updates only a few states are new.
+                setattr(self, name, value)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(self._unite(incoming_state).merge(self._own()))
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        states = _statistics_of({name: earlier[name] for name in self._names})
+        self._set(states.merge(self.statistics))
 
 
-def _split(stats: ClassStatistics) -> dict[str, Any]:
-    moments = {name: value for name, value in stats.folded._asdict().items() if value is not None}
-    return moments | {"num_invalid": stats.num_invalid, "kept": list(stats.kept)}
+def _states_of(stats: ClassStatistics) -> dict[str, Any]:
+    """States of the metric; samples that are kept are features and labels in turn."""
+    totals = {name: value for name, value in stats.totals._asdict().items() if value is not None}
+    kept = [each for piece in zip(stats.kept.features, stats.kept.labels, strict=True) for each in piece]
+    return totals | {"num_invalid": stats.num_invalid, "kept": kept}
+
+
+def _statistics_of(states: dict[str, Any]) -> ClassStatistics:
+    """Statistics that share the states, which are replaced and never written to."""
+    totals: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
+    kept = states.get("kept", ())
+    return ClassStatistics(Moments(**totals), states["num_invalid"], Samples(tuple(kept[::2]), tuple(kept[1::2])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nclightning.errors import UserError
-from nclightning.functional import ClassStatistics, ExcessLoss, HeadLoss, distance_to_collapse
+from nclightning.functional import ClassStatistics, ExcessLoss, HeadLoss, StatisticsBuffer, distance_to_collapse
+from nclightning.functional.samples import Samples
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
 from nclightning.metrics.base import without_autocast
 from nclightning.metrics.groups import stand_apart
@@ -78,13 +79,16 @@ class Optimality(NeuralCollapse):
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
-            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
+            copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
         if self._snapshot is None:
             # With the first batch and not when samples are folded, which processes do at different times: to read a
             # head that is spread over them takes all of them.
             self._snapshot = read_head(self._head.get()).snapshot()
-        super().update(features, labels, copy=copy)
+        buffer = _Buffer(self.statistics, self._folded_excess, self._head_loss)
+        buffer.add(features, labels, self.ignore_index, copy=copy)
+        self._set(buffer.statistics)
+        self._set_excess(buffer.excess)
 
     def reset(self) -> None:
         """Forget samples and head."""
@@ -104,55 +108,70 @@ class Optimality(NeuralCollapse):
         """Evaluate gap and distance.
 
         Args:
-            stats: Statistics of all features seen.
+            stats: Statistics of all features seen; of several processes only while the states are synchronised.
 
         Returns:
             As :meth:`compute`.
         """
-        own = stats if isinstance(stats, _Statistics) else self.statistics
-        assert isinstance(own, _Statistics)
-        return read_optimality(stats, own.fold_().excess, self._head_loss(), self.problem)
+        return read_optimality(stats, self._excess, self._head_loss(), self.problem)
 
     def _head_loss(self) -> HeadLoss:
         head = self._snapshot or self._head.get()
         assert head is not None
         return head_loss(self.loss, head, self.means.device)
 
-    def _unite(self, states: Mapping[str, Any]) -> ClassStatistics:
-        excess = ExcessLoss(*(states[f"excess_{name}"].double() for name in ExcessLoss._fields))
-        return _Statistics(**_fields_of(super()._unite(states)), excess=excess, head=self._head_loss)
+    @property
+    def _folded_excess(self) -> ExcessLoss:
+        """Excess loss of the samples that are not kept."""
+        return _excess_in(vars(self))
 
-    def _set(self, stats: ClassStatistics) -> None:
-        assert isinstance(stats, _Statistics)
-        super()._set(stats)
-        for name, value in stats.excess._asdict().items():
+    @property
+    def _excess(self) -> ExcessLoss:
+        """Excess loss of everything seen, over all processes while the states are synchronised."""
+        excess, head = self._folded_excess, self._head_loss()
+        if excess.anchors.ndim == 2:
+            return _with_kept(excess, self.statistics.kept, head)
+        return reduce(lambda one, other: one.merge(other, head), map(ExcessLoss._make, zip(*excess, strict=True)))
+
+    def _set_excess(self, excess: ExcessLoss) -> None:
+        for name, value in excess._asdict().items():
             setattr(self, f"excess_{name}", value)
 
+    def _fold(self) -> None:
+        excess = self._excess
+        super()._fold()
+        self._set_excess(excess)
 
-@dataclass(kw_only=True)
-class _Statistics(ClassStatistics):
-    """Statistics, with the excess loss of the samples that are folded."""
-
-    excess: ExcessLoss
-    head: Callable[[], HeadLoss]
-
-    def fold_(self) -> _Statistics:
-        for features, labels in zip(self.kept[::2], self.kept[1::2], strict=True):
-            self.excess = self.excess.add(features, labels, self.head())
-        super().fold_()
-        return self
-
-    def merge(self, other: ClassStatistics) -> _Statistics:
-        assert isinstance(other, _Statistics)
-        mine, theirs = (
-            _Statistics(**_fields_of(each), excess=each.excess, head=each.head).fold_() for each in (self, other)
-        )
-        excess = mine.excess.merge(theirs.excess, self.head())
-        return _Statistics(**_fields_of(ClassStatistics.merge(mine, theirs)), excess=excess, head=self.head)
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        head, kept = self._head_loss(), earlier["kept"]
+        excess = _with_kept(_excess_in(earlier), Samples(tuple(kept[::2]), tuple(kept[1::2])), head)
+        excess = excess.merge(self._excess, head)
+        super().merge_states(earlier)
+        super()._fold()  # They may be folded already.
+        self._set_excess(excess)
 
 
-def _fields_of(stats: ClassStatistics) -> dict[str, Any]:
-    return {"folded": stats.folded, "num_invalid": stats.num_invalid, "kept": stats.kept}
+class _Buffer(StatisticsBuffer):
+    """Adds up the excess loss of the samples that are folded."""
+
+    def __init__(self, statistics: ClassStatistics, excess: ExcessLoss, head: Callable[[], HeadLoss]) -> None:
+        super().__init__(statistics)
+        self.excess, self._head = excess, head
+
+    def fold(self) -> None:
+        self.excess = _with_kept(self.excess, self.kept, self._head())
+        super().fold()
+
+
+def _excess_in(states: Mapping[str, Any]) -> ExcessLoss:
+    return ExcessLoss(*(states[f"excess_{name}"].double() for name in ExcessLoss._fields))
+
+
+def _with_kept(excess: ExcessLoss, kept: Samples, head: HeadLoss) -> ExcessLoss:
+    for features, labels in zip(kept.features, kept.labels, strict=True):
+        excess = excess.add(features, labels, head)
+    return excess
 
 
 def head_loss(loss: Literal["mse", "ce"], head: HeadSource, device: torch.device) -> HeadLoss:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from nclightning.compat.lightning import count_iterations, trainer_of
 from nclightning.errors import UserError
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
@@ -158,7 +159,7 @@ class RegularizedClassifier(L.LightningModule):
             Two numbers of the whole objective: those of the last step where they are still good, else scalars on the
             device.
         """
-        fitting = self._trainer is not None and self.trainer.training
+        fitting = trainer_of(self) is not None and self.trainer.training
         optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
         reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
@@ -202,7 +203,7 @@ class RegularizedClassifier(L.LightningModule):
 
     def configure_model(self) -> None:
         """Share the weights out under ``ModelParallelStrategy``."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if trainer_of(self) is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard_weights(self, self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
@@ -299,11 +300,7 @@ class RegularizedClassifier(L.LightningModule):
                         break
                 interrupted = self._any_interrupt(interrupt.waiting)
             finally:
-                # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
-                # second line is the x-axis of whatever else is logged through the module.
-                loop = trainer.fit_loop.epoch_loop
-                loop.manual_optimization.optim_step_progress.increment_by(done)
-                loop._batches_that_stepped = start + done
+                count_iterations(trainer, done, start + done)
         if interrupted:
             self._interrupts.release()
             raise KeyboardInterrupt
@@ -364,9 +361,9 @@ class RegularizedClassifier(L.LightningModule):
         self.check_checkpoint(checkpoint)
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
-        if self._trainer is not None and world_size() == 1:
+        if trainer_of(self) is not None and world_size() == 1:
             check_weights(checkpoint, self)
-        if self._trainer is not None and self.trainer.training:
+        if trainer_of(self) is not None and self.trainer.training:
             check_resumable(checkpoint, weights_in_place=is_sharded(self))
             warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
             self._failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)

@@ -12,10 +12,13 @@ from nclightning.functional import ClassStatistics, ExcessLoss
 from nclightning.heads import Head
 from nclightning.metrics import NeuralCollapse
 from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
+from nclightning.probe.features import pair_rows
+from nclightning.probe.host import Host
+from nclightning.probe.reader import PairReader
 from nclightning.ranks import gather_tensors
 from nclightning.theory import UFMProblem
 
-__all__ = ["OptimalityCollector"]
+__all__ = ["OptimalityCollector", "OptimalityGatherer"]
 
 # What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
 _ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**17
@@ -108,3 +111,32 @@ class OptimalityCollector:
         check_counts(stats.counts, num_samples)
         weight = self._head.weight
         return UFMProblem(self._head.loss, weight.shape[0], num_samples, weight.shape[1], *self._penalties)
+
+
+class OptimalityGatherer:
+    """Gathers what gap and distance need in an evaluation pass.
+
+    Args:
+        reader: Of features and labels.
+        loss: As for :class:`OptimalityCollector`.
+        penalties: The same.
+    """
+
+    def __init__(
+        self, reader: PairReader, loss: Literal["mse", "ce"], penalties: tuple[float, float] | None = None
+    ) -> None:
+        self.reader, self._loss, self._penalties = reader, loss, penalties
+        self._collector: OptimalityCollector | None = None  # The head is known from the first batch on.
+
+    @property
+    def collector(self) -> OptimalityCollector:
+        """What was gathered."""
+        assert self._collector is not None
+        return self._collector
+
+    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch."""
+        if self._collector is None:
+            head = self.reader.whole_head_of(host.module)
+            self._collector = OptimalityCollector(self._loss, head, self._penalties)
+        self._collector.update(*pair_rows(features[""], labels), copy=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.functional import ClassStatistics, class_statistics, distance_to_collapse
+from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics, distance_to_collapse
 from nclightning.heads import read_head
 from nclightning.metrics import Optimality
 from nclightning.objective import Objective
@@ -44,12 +44,12 @@ def collect(problem, point, size=8):
     if isinstance(problem, UFMProblem):
         loss, penalties = problem.loss, (problem.lambda_w, problem.lambda_h)
     collector = OptimalityCollector(loss, read_head(head_of(point)), penalties, own_statistics=False)
-    stats = ClassStatistics.empty(*point.weight.shape)
+    buffer = StatisticsBuffer(ClassStatistics.empty(*point.weight.shape))
     for h, y in zip(point.features.split(size), point.labels.split(size), strict=True):
-        stats.add_(h, y)
+        buffer.add(h, y)
         collector.update(h, y)
         collector._flush()
-    return {name: float(value) for name, value in collector.read(stats).items()}
+    return {name: float(value) for name, value in collector.read(buffer.statistics).items()}
 
 
 @pytest.mark.parametrize("problem", FULL_RANK, ids=name_of)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.functional import ClassStatistics, class_statistics
+from nclightning.functional import class_statistics
 from nclightning.heads import read_head
 from nclightning.metrics import Optimality
 from nclightning.probe.optimality import OptimalityCollector
@@ -97,6 +97,6 @@ def test_says_what_is_wrong(head, samples):
             collector.read()
     collector = OptimalityCollector("ce", read_head(head), PENALTIES, own_statistics=False)
     collector.update(*samples)
-    stats = ClassStatistics.empty(K, D).add_(samples[0][:400], torch.arange(400) % K)
+    stats = class_statistics(samples[0][:400], torch.arange(400) % K, K)
     with pytest.raises(AssertionError, match="of different samples"):
         collector.read(stats)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.callbacks.collection import Measuring
 from nclightning.functional import class_statistics
+from nclightning.probe.collection import Measuring
 
 K, D = 3, 5
 

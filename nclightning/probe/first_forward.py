@@ -1,12 +1,12 @@
-"""The head of a module whose first forward of training makes it."""
+"""The head of a model whose first forward of training makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
+from torch import nn
 
 from nclightning.probe.hooks import hook_result
 from nclightning.ranks import raise_together
@@ -15,19 +15,20 @@ __all__ = ["FirstForward"]
 
 
 class FirstForward:
-    """Waits until the first forward of a module is over.
+    """Waits until the first forward of a model is over.
 
     Args:
-        pl_module: The module, before its first step.
+        module: The model, before its first step.
+        device: On which processes talk to each other.
         examine: Finds the head.
     """
 
-    def __init__(self, pl_module: L.LightningModule, examine: Callable[[], None]) -> None:
-        self._module, self._examine = pl_module, examine
+    def __init__(self, module: nn.Module, device: torch.device, examine: Callable[[], None]) -> None:
+        self._device, self._examine = device, examine
         self._then: Callable[[], None] | None = None
         self._failure: Exception | None = None
         self._is_over = False
-        self._handle = hook_result(pl_module, self._end)
+        self._handle = hook_result(module, self._end)
 
     def follow(self, then: Callable[[], None]) -> None:
         """Have something called once the head is known."""
@@ -57,7 +58,7 @@ class FirstForward:
         self.remove()
         if not self._is_over:  # The step runs the model in another way.
             self._go_on()
-        raise_together(self._failure, self._module.device)
+        raise_together(self._failure, self._device)
 
     def remove(self) -> None:
         """Remove the hook."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
 from nclightning.probe.watch import Entry, entry_of
 
-__all__ = ["IGNORED", "FirstBatch", "Known", "check_range", "parts_of"]
+__all__ = ["IGNORED", "FirstBatch", "Known", "check_range"]
 
 IGNORED = -100  # As for torch's cross_entropy.
 
@@ -52,7 +51,7 @@ class FirstBatch:
     """Examines a module by a batch, with forwards that leave no trace.
 
     Args:
-        pl_module: The module.
+        module: The module.
         batch: The batch as its step gets it.
         inputs: What of the batch the module is called with.
         labels: None if they mean nothing.
@@ -61,13 +60,13 @@ class FirstBatch:
 
     def __init__(
         self,
-        pl_module: L.LightningModule,
+        module: nn.Module,
         batch: Any,
         inputs: Any,
         labels: Any,
-        call: Callable[[L.LightningModule, Any], Any],
+        call: Callable[[nn.Module, Any], Any],
     ) -> None:
-        self._module, self._batch, self._inputs, self._labels, self._call = pl_module, batch, inputs, labels, call
+        self._module, self._batch, self._inputs, self._labels, self._call = module, batch, inputs, labels, call
 
     def examine(
         self,
@@ -182,16 +181,6 @@ def _with_first_sample_changed(inputs: Any, count: int) -> Any:
     if type(inputs) in (tuple, list):
         return type(inputs)(_with_first_sample_changed(value, count) for value in inputs)
     return inputs
-
-
-def parts_of(batch: Any, loaders: Any) -> Iterator[Any]:
-    """Yield the batches of single loaders out of one that several loaders made together."""
-    if isinstance(loaders, Mapping) and isinstance(batch, Mapping) and batch.keys() == loaders.keys():
-        yield from (each for each in batch.values() if each is not None)
-    elif isinstance(loaders, list | tuple) and isinstance(batch, list | tuple) and len(batch) == len(loaders):
-        yield from (each for each in batch if each is not None)
-    else:
-        yield batch
 
 
 def _check_labels(labels: Any) -> None:

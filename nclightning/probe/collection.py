@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.errors import UserError
@@ -17,7 +17,7 @@ from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
 from nclightning.probe.features import pair_rows
-from nclightning.ranks import world_size
+from nclightning.ranks import rank_zero_warn, world_size
 
 __all__ = [
     "DECISIONS",
@@ -265,6 +265,15 @@ class Decisions(_Stream):
                 values |= {measure: computed[measure] for measure in self._measures}
         return values
 
+    def per_class(self) -> dict[str, dict[str, Tensor]]:
+        """Read the measures class by class over all processes, after :meth:`read`."""
+        shares = {}
+        for name, metric in self._metrics.items():
+            with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
+                of_classes = metric.per_class()
+            shares[name] = {measure: of_classes[measure] for measure in (("ncc_accuracy",) if name else self._measures)}
+        return shares
+
 
 def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair rows where they are not paired already."""
@@ -291,8 +300,8 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     world = world_size()
     if world == 1:
         return stats
-    stats = stats.fold_()
-    tensors = {name: value for name, value in stats.folded._asdict().items() if value is not None}
+    stats = stats.folded
+    tensors = {name: value for name, value in stats.totals._asdict().items() if value is not None}
     flat = torch.cat([value.reshape(-1).double() for value in [*tensors.values(), stats.num_invalid]])
     everybody = [torch.empty_like(flat) for _ in range(world)]
     dist.all_gather(everybody, flat)
@@ -303,5 +312,5 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
             name: piece.view_as(value).to(value.dtype)
             for (name, value), piece in zip(tensors.items(), pieces, strict=True)
         }
-        parts.append(ClassStatistics(stats.folded._replace(**own), num_invalid.view(()).long()))
+        parts.append(replace(stats, totals=stats.totals._replace(**own), num_invalid=num_invalid.view(()).long()))
     return reduce(ClassStatistics.merge, parts)
