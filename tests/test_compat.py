@@ -82,6 +82,14 @@ def test_compiled_parts_are_known(how):
     assert not names.is_compiled(parent.child)
 
 
+def test_what_is_compiled_is_had_back():
+    module = nn.Sequential(nn.Linear(1, 1))
+    compiled = torch.compile(module, backend="eager")
+    assert names.uncompiled(compiled) is module
+    assert names.uncompiled(module) is None
+    assert f"{names.COMPILED_PREFIX}0" in dict(compiled.named_modules())
+
+
 HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
+    "COMPILED_PREFIX",
     "HOLDERS",
     "OwnEntries",
     "buffers_of",
@@ -16,6 +17,7 @@ __all__ = [
     "leave_out_of_ddp",
     "parameters_of",
     "sees_gradients",
+    "uncompiled",
     "version_of",
 ]
 
@@ -63,6 +65,24 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
         module: Any module.
     """
     return module._buffers
+
+
+COMPILED_PREFIX = "_orig_mod."
+"""What ``torch.compile(module)`` puts before the names of parts.
+
+Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it ``head="fc"`` could not be written as the names of
+``named_modules()`` are.
+"""
+
+
+def uncompiled(module: nn.Module) -> nn.Module | None:
+    """Return the module inside what ``torch.compile(module)`` returned; None of any other.
+
+    Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it a compiled model could not be measured, as its
+    graphs show nothing to hooks.
+    """
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from nclightning.compat.torch import COMPILED_PREFIX, uncompiled
 from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.features import describe
 from nclightning.ranks import rank_zero_warn
 
 __all__ = ["check_samples", "checked_model", "names_of", "plain_name", "readable", "unwrapped"]
 
-_WRAPPED = ("module.", "_orig_mod.")
+_WRAPPED = ("module.", COMPILED_PREFIX)
 
 
 def unwrapped(model: nn.Module, head: Any = None) -> nn.Module:
@@ -37,7 +38,7 @@ def unwrapped(model: nn.Module, head: Any = None) -> nn.Module:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        elif (inner := uncompiled(model)) is not None:
             model = inner
         else:
             break
