@@ -10,12 +10,12 @@ from nclightning.callbacks.first_step import FirstTrainingStep
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import check_strategy, only_loader
 from nclightning.callbacks.problem import check_data_set
-from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.swept_optimality import sweep_optimality
+from nclightning.callbacks.shared import SharingMonitor
 from nclightning.callbacks.training_data import TrainingSets
 from nclightning.errors import UserError
 from nclightning.metrics.optimality import check_linear
 from nclightning.probe.evaluation import check_loader
+from nclightning.probe.optimality import OptimalityGatherer
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet
 from nclightning.probe.sweep import has_lazy_parts
@@ -24,7 +24,7 @@ from nclightning.theory import UFMProblem
 __all__ = ["OptimalityAtEpochs"]
 
 
-class OptimalityAtEpochs(Publisher):
+class OptimalityAtEpochs(SharingMonitor):
     """Measures the training set at ends of epochs.
 
     Args:
@@ -95,10 +95,22 @@ class OptimalityAtEpochs(Publisher):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the training set."""
-        if (trainer.current_epoch + 1) % self._every_n_epochs == 0:
-            assert self._loss is not None
+        if self._ends_epoch(trainer):
             data, host = self._training_set(trainer), LightningHost(pl_module)
-            self.publish(pl_module, sweep_optimality(host, self._reader, data, self._loss, self._penalties))
+            gathered = self.gather_shared(trainer, host, data, self.gatherer)
+            self.publish(pl_module, {f"optimality/{tag}": value for tag, value in gathered.collector.read().items()})
+
+    def _ends_epoch(self, trainer: L.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self._every_n_epochs == 0
+
+    def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
+        """Whether it is about to measure a training set at the end of this epoch."""
+        return self._ends_epoch(trainer) and data.is_same(self._training_set(trainer))
+
+    def gatherer(self) -> OptimalityGatherer:
+        """Start gathering what gap and distance need."""
+        assert self._loss is not None
+        return OptimalityGatherer(self._reader, self._loss, self._penalties)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -107,3 +119,4 @@ class OptimalityAtEpochs(Publisher):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._first.remove()
+        super().teardown(trainer, pl_module, stage)
