@@ -44,13 +44,15 @@ def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int 
     Raises:
         Exception: On all processes, if one of them fails or has no batch.
     """
-    waiting, error = list(gatherers), None
-    try:
-        while waiting:
+    waiting = list(gatherers)
+    while waiting:
+        error: Exception | None = None
+        try:
             waiting = _run(host, loader, waiting, limit)
-    except Exception as own:
-        error = own
-    raise_together(error, host.device)
+        except Exception as own:
+            error = own
+        # Before the next pass: processes without an error would wait in it for the one that has ended.
+        raise_together(error, host.device)
 
 
 def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) -> list[Gatherer]:

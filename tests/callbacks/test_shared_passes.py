@@ -1,9 +1,12 @@
 """Monitors of one trainer that share evaluation passes, and what must keep them from it."""
 
+from datetime import timedelta
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, Timer, TQDMProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
@@ -48,12 +51,14 @@ def duality(**options):
     return NeuralCollapseMonitor(measures=("nc3",), stages=("train",), **options)
 
 
-def run(folder, callbacks, epochs=2, bar=False, **options):
+def run(folder, callbacks, epochs=2, bar=False, strategy=None, **options):
     generator = torch.Generator().manual_seed(0)
     data = Counting(torch.randn(N, 5, generator=generator), torch.arange(N) % K)
     loader = DataLoader(data, **({"batch_size": 8, "shuffle": True} | options))
     torch.manual_seed(0)
-    model, trainer = fit(folder, list(callbacks), loader, Scaled(), max_epochs=epochs, enable_progress_bar=bar)
+    processes = {} if strategy is None else {"strategy": strategy, "devices": 2}
+    chosen = {"max_epochs": epochs, "enable_progress_bar": bar} | processes
+    model, trainer = fit(folder, list(callbacks), loader, Scaled(), **chosen)
     values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("nc/", "optimality/"))}
     return values, data.num_read // N - epochs, model
 
@@ -165,6 +170,52 @@ def test_an_error_of_one_leaves_the_other_its_values(order, tmp_path):
     values = run(tmp_path, monitors, epochs=3)[0]
     assert len(calls) > 3
     assert values == run(tmp_path, [duality()], epochs=3)[0]
+
+
+class FailsOnOne:
+    """A ``batch_fn`` that fails on the second of two processes, but for the first batches."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls > 3 and torch.distributed.get_rank() == 1:
+            raise ValueError("only the first batches")
+        return batch
+
+
+class KeepValues(L.Callback):
+    """Keeps what the first process has read: values of the parent process come after all of them."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def on_train_end(self, trainer, pl_module):
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.is_global_zero:
+            torch.save(values, self.file)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_error_on_one_process_before_the_pass_of_another_monitor(order, tmp_path):
+    """They see different batches: each has a pass of its own, which no process may begin alone."""
+
+    def values(*monitors):
+        # Processes that wait for each other in vain end with an error.
+        strategy = DDPStrategy(
+            start_method="fork",
+            find_unused_parameters=True,
+            timeout=timedelta(seconds=30),
+            process_group_backend="gloo",
+        )
+        callbacks = [*monitors, KeepValues(tmp_path / "values.pt")]
+        run(tmp_path, callbacks, strategy=strategy)
+        return torch.load(tmp_path / "values.pt")
+
+    alone = values(duality())
+    monitors = [collapse(batch_fn=FailsOnOne(), on_error="warn"), duality()][::order]
+    assert values(*monitors) == alone
 
 
 def test_a_stream_is_read_once(tmp_path):
