@@ -170,6 +170,27 @@ CASES["clone_with_an_unused_layer"] = lambda: plain(lambda m, h: m.out(h).clone(
 CASES["in_place_temperature"] = lambda: plain(lambda m, h: m.out(h).div_(0.1))
 
 
+def sorted_by_size(finish, refused="gets the samples in another order than the output.*forward_fn", **options):
+    """Rows are sorted before the head, and what is made of its logits is brought back into their order."""
+
+    def forward(m, h):
+        order = h.norm(dim=1).argsort()
+        return finish(m.out(h[order]))[order.argsort()]
+
+    form = plain(forward, refused=refused)
+    form.options = {"head": "net.out"} | options
+    return form
+
+
+CASES["sorted_samples"] = lambda: sorted_by_size(lambda z: z)
+CASES["sorted_samples_and_log_softmax"] = lambda: sorted_by_size(lambda z: z.log_softmax(-1))
+CASES["sorted_samples_and_softmax"] = lambda: sorted_by_size(lambda z: z.softmax(-1))
+CASES["sorted_samples_without_a_name"] = lambda: sorted_by_size(lambda z: z, "was seen to be the head", head=None)
+CASES["sorted_samples_by_forward_fn"] = lambda: sorted_by_size(
+    lambda z: z, "", forward_fn=lambda m, x: m.net.out(m.net.body(x))
+)
+
+
 @case
 def relu_in_place_before_the_head():
     model = nn.Sequential(nn.Linear(5, D), nn.ReLU(inplace=True), nn.Linear(D, K))

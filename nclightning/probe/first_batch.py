@@ -15,7 +15,7 @@ from nclightning.heads import HeadReader
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
 from nclightning.probe.found import Found
-from nclightning.probe.likeness import Like
+from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
 from nclightning.probe.watch import Entry, entry_of
@@ -107,6 +107,7 @@ class FirstBatch:
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
             check_range(labels, found.reader, ignore_index, like == "factor")
+            self._check_order(found, seen)
             self._check_positions(found, seen, inputs, labels)
         shifted = False
         if labels is not None and labels.ndim == 2 and labels.shape == found.shape[:-1]:
@@ -116,6 +117,23 @@ class FirstBatch:
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
         entry = entry_of(self._module, seen, inputs)
         return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+
+    def _check_order(self, found: Found, seen: Observation) -> None:
+        """Refuse a layer that gets samples in another order than the output of the model has, as when they are sorted.
+
+        Where the output is seen to follow from the layer place by place, it has that order.
+        """
+        layer = found.reader.layer
+        if layer is None or found.link is not None:
+            return
+        logits = class_last(layer, seen.of(layer)[-1].output)
+        if any(in_another_order(leaf, logits) for leaf in seen.leaves.values()):
+            raise UserError(
+                f"the head {found.reader.name!r} of {type(self._module).__name__} gets the samples in another order "
+                "than the output of the model has, as where they are sorted by length: features cannot be paired with "
+                "labels. Pass forward_fn=(module, inputs) -> output that gives the head the samples in the order of "
+                "the labels, or batch_fn=(batch) -> (inputs, labels) with inputs and labels in the order of the head."
+            )
 
     def _check_positions(self, found: Found, seen: Observation, inputs: Any, labels: Tensor) -> None:
         """Refuse labels of positions that may be something else of the same shape."""

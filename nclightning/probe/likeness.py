@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from nclightning.heads import Head, fits, tolerance
 from nclightning.probe.features import class_last
 
-__all__ = ["Like", "Link", "follows", "links", "logits_of", "makes", "pattern"]
+__all__ = ["Like", "Link", "follows", "in_another_order", "links", "logits_of", "makes", "pattern"]
 
 Like = Literal["equal", "shift", "factor"]
+
+_MOST_COMPARED = 2048
 
 
 def makes(layer: nn.Module, head: Head, features: Tensor, output: Tensor) -> bool:
@@ -154,6 +156,27 @@ def follows(output: Tensor, logits: Tensor, *, either: bool = False) -> bool:
         As :func:`links`. Transfers to the host.
     """
     return any(either or link.rows == "same" for link in links({"": output}, logits))
+
+
+def in_another_order(output: Tensor, logits: Tensor) -> bool:
+    """Whether an output has the rows of logits, up to a shift of each or after a softmax, in another order.
+
+    Args:
+        output: Of the model.
+        logits: ``(..., K)``. Of very many rows nothing is said: each is compared with each.
+
+    Returns:
+        False also if each row is in its place. Transfers to the host.
+    """
+    if output.shape != logits.shape or logits.ndim < 2 or logits[..., 0].numel() > _MOST_COMPARED:
+        return False
+    rows, made = (each.detach().reshape(-1, each.shape[-1]).double() for each in (output, logits))
+    if bool(((rows > 0) & (rows < 1)).all()):
+        rows = _undone(rows, "softmax")
+    rows, made = _centred(rows), _centred(made)
+    apart = torch.cdist(rows, made, compute_mode="donot_use_mm_for_euclid_dist")
+    same = apart <= tolerance(output, logits) * torch.linalg.vector_norm(made) / len(made) ** 0.5
+    return not bool(same.diagonal().all()) and bool(same.any(dim=1).all() & same.any(dim=0).all())
 
 
 def _rows(output: Tensor, classes: int, second: bool) -> Tensor:
