@@ -216,6 +216,7 @@ class CollapseAtEpochs(Publisher):
 
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather statistics of a training set at the end of this epoch."""
+        self._training.remember(trainer)
         due = self._when.sweeps and self._needs_centres and self._ends_epoch(trainer)
         # At steps it may have measured already.
         return due and self._when.every_n_steps is None and any(map(data.is_same, self._training.sets.values()))
