@@ -10,7 +10,7 @@ from nclightning.callbacks.full_batch import as_full_batch, head_reader
 from nclightning.callbacks.monitor import Batch, ReadingsMonitor
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
-from nclightning.probe.collection import Measuring, merge_over_ranks
+from nclightning.probe.collectors import Measuring, merge_over_ranks
 from nclightning.probe.first_batch import check_range
 
 __all__ = ["CollapseAtIterates"]

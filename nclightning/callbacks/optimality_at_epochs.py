@@ -19,7 +19,6 @@ from nclightning.probe.evaluation import check_loader
 from nclightning.probe.optimality import OptimalityGatherer
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet
-from nclightning.probe.sweep import has_lazy_parts
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityAtEpochs"]
@@ -44,9 +43,7 @@ class OptimalityAtEpochs(Publisher):
     ) -> None:
         super().__init__()
         self._loss, self._penalties, self._every_n_epochs, self._reader = loss, penalties, every_n_epochs, reader
-        self._first, self._is_checked = FirstTrainingStep(reader), False
-        self._training = TrainingSets()
-        self._shared = SharedPasses(self)
+        self._first, self._training, self._shared = FirstTrainingStep(reader), TrainingSets(), SharedPasses(self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier fit has shown, and refuse what cannot be measured."""
@@ -56,9 +53,7 @@ class OptimalityAtEpochs(Publisher):
                 f"{type(pl_module).__name__}. Of other modules NeuralCollapseMonitor reads NC1-NC3, and "
                 "OptimalityMonitor(loss=...) gap and distance."
             )
-        self._reader.forget()
-        self._first.remove()
-        self._is_checked = False
+        self._first.restart()
         super().on_fit_start(trainer, pl_module)
         check_strategy(trainer)
 
@@ -77,9 +72,8 @@ class OptimalityAtEpochs(Publisher):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Refuse a first batch, a head, penalties or labels that have no known optimum."""
-        if self._is_checked or has_lazy_parts(pl_module):  # Then with the second batch.
+        if not self._first.is_due(pl_module, "sweep"):
             return
-        self._is_checked = True
         loader, limit = self._training_set(trainer)
         self._first.begin(trainer, pl_module, batch, "sweep")
         head = self._reader.head_of(pl_module)

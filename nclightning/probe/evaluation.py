@@ -1,4 +1,4 @@
-"""Evaluation passes: a model runs over a data set without a trace, and those who look at it get its features."""
+"""Evaluation passes: a frozen model runs over a data set, and gatherers get its features batch by batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nclightning.errors import UserError
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import sequential_loader, shared_buffers
-from nclightning.ranks import raise_together
+from nclightning.ranks import failing_together
 from nclightning.sharding import in_step, is_sharded, reshard
 
 __all__ = ["Gatherer", "check_loader", "evaluate", "left_over"]
@@ -44,13 +44,10 @@ def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int 
     Raises:
         Exception: On all processes, if one of them fails or has no batch.
     """
-    waiting, error = list(gatherers), None
-    try:
+    waiting = list(gatherers)
+    with failing_together(host.device):
         while waiting:
             waiting = _run(host, loader, waiting, limit)
-    except Exception as own:
-        error = own
-    raise_together(error, host.device)
 
 
 def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) -> list[Gatherer]:
@@ -97,12 +94,8 @@ def check_loader(host: Host, loader: Any, limit: int | None = None) -> None:
     Raises:
         ValueError: With the reason.
     """
-    error: Exception | None = None
-    try:
+    with failing_together(host.device):
         sequential_loader(loader, host.rank, host.world_size, limit)
-    except Exception as own:
-        error = own
-    raise_together(error, host.device)
 
 
 def _saying_so(module: nn.Module, loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
