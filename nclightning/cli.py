@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pydoc import locate
@@ -273,6 +273,7 @@ class RunCLI(LightningCLI):
         if self._again is not None:
             folder, checkpoint, ending = self._again
             rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
+            _check_failure(checkpoint.get("failure"))
             return
         try:
             with ends_with_launcher():
@@ -283,6 +284,14 @@ class RunCLI(LightningCLI):
                     close_run(self.trainer, seed)
             raise
         close_run(self.trainer, seed)
+        _check_failure(getattr(model, "failure", None))
+
+
+@rank_zero_only  # The launcher kills the first of several processes when another one fails.
+def _check_failure(failure: Mapping[str, Any] | None) -> None:
+    """Raise if training ended because something is wrong, after all has been reported."""
+    if failure is not None and failure.get("is_error", False):
+        raise UserError(f"training failed at iteration {failure['iteration']}: {failure['sentence']}")
 
 
 def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:

@@ -10,6 +10,7 @@ import lightning as L
 from rich.console import Console
 
 from nclightning.callbacks import OptimalityMonitor
+from nclightning.callbacks.stops import may_end, standing_stop
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import RunSummary
@@ -37,10 +38,15 @@ def ending_of(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.Lightn
     if trainer.max_steps == checkpoint["global_step"]:
         return f"It has done all of its trainer.max_steps={trainer.max_steps} iterations."
     if not isinstance(model, RegularizedClassifier):
-        return None
+        return _stopped(checkpoint, trainer, model)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     endings = [each.ending_of(checkpoint, model) for each in callbacks if isinstance(each, OptimalityMonitor)]
-    return next((each for each in (model.ending_of(checkpoint), *endings) if each is not None), None)
+    endings = [model.ending_of(checkpoint), *endings, _stopped(checkpoint, trainer, model)]
+    return next((each for each in endings if each is not None), None)
+
+
+def _stopped(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.LightningModule) -> str | None:
+    return standing_stop(checkpoint, trainer, model) if may_end(trainer, checkpoint) else None
 
 
 def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:

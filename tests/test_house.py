@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "errors": -2,
+    "overrides": -2,
     "sharding": -1,
     "objective": 0,
     "heads": 0,
