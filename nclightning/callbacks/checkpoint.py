@@ -137,6 +137,10 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         checkpoint["stop"] = None if stop is None else stop | {"complete": self._has_ended}
         if self._is_between:  # Lightning adds one in a resume, as is right for checkpoints of a batch's end.
             checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+        if self._has_ended and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # Else Lightning counts the batches of this epoch among those of the next, which then ends too early.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            progress["current"] = dict.fromkeys(progress["current"], 0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the run folder, and count from the iterate that the run starts from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from types import CodeType, FunctionType
 from typing import Any
 
 import lightning as L
@@ -18,8 +19,7 @@ _EARLY_STOPPING = (
     *("monitor", "mode", "min_delta", "patience"),
     *("check_finite", "stopping_threshold", "divergence_threshold"),
 )
-_OUR_OWN = "nclightning."
-_OF_LIGHTNING = ("lightning.", "pytorch_lightning.")
+_NOT_OF_OTHERS = ("nclightning.", "lightning.", "pytorch_lightning.")
 
 
 class Stops:
@@ -54,8 +54,7 @@ class Stops:
             elif isinstance(each, Timer) and (left := each.time_remaining()) is not None and left <= 0:
                 by.append({"kind": "timer", "name": type(each).__name__})
         if not by and not _is_ours(trainer, pl_module):
-            others = {type(each).__qualname__: self._unchanged(each) for each in _of_others(trainer)}
-            by.append({"kind": "other", "callbacks": others, "module": _plain_items(pl_module.hparams.items())})
+            by.append(self._of_others(pl_module))
         return {"iteration": trainer.global_step, "by": by} if by else None
 
     def take_over(self, stop: Mapping[str, Any]) -> None:
@@ -72,6 +71,19 @@ class Stops:
         said = re.sub(r"\s*Signaling Trainer to stop\.?", "", callback.stopping_reason_message or "").strip()
         name = type(callback).__name__
         return {"kind": "early stopping", "name": name, "settings": settings, "waited": waited, "said": said}
+
+    def _of_others(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Those whose code has the word, or all if none has: a function elsewhere may have set it."""
+        candidates = [each for each in (*_callbacks(self._trainer), pl_module) if _is_of_others(each)]
+        found = [each for each in candidates if _says_should_stop(each)] or [*candidates, pl_module]
+        callbacks = {_name(each): self._unchanged(each) for each in found if isinstance(each, L.Callback)}
+        of_module = pl_module in found
+        return {
+            "kind": "other",
+            "names": list(dict.fromkeys(map(_name, found))),
+            "callbacks": callbacks,
+            "module": _plain_items(pl_module.hparams.items()) if of_module else None,
+        }
 
     def _unchanged(self, callback: L.Callback) -> dict[str, str]:
         """Attributes that the run has left as they were: the settings, and no counters."""
@@ -157,16 +169,15 @@ def _timer_stands(
 def _other_stands(
     stop: Mapping[str, Any], checkpoint: Any, trainer: L.Trainer, pl_module: L.LightningModule, now: Any
 ) -> tuple[str, str, str] | None:
-    present = {type(each).__qualname__: now[id(each)] for each in _of_others(trainer)}
+    present = {_name(each): now[id(each)] for each in _callbacks(trainer)}
     for name, wanted in stop["callbacks"].items():
         found = present.get(name)
         if found is None or any(found.get(key) != value for key, value in wanted.items()):
             return None
-    if _plain_items(pl_module.hparams.items()) != stop["module"]:
+    if stop["module"] is not None and _plain_items(pl_module.hparams.items()) != stop["module"]:
         return None
-    names = [*stop["callbacks"], type(pl_module).__name__]
-    said = " or ".join(names)
-    return f"trainer.should_stop, set by {said},", "", f"change the settings of {said}"
+    said = " or ".join(stop["names"])
+    return f"trainer.should_stop, set by {said},", "", f"change the settings of {said} or leave it out"
 
 
 _STANDS = {"early stopping": _early_stopping_stands, "timer": _timer_stands, "other": _other_stands}
@@ -177,9 +188,24 @@ def _callbacks(trainer: L.Trainer) -> Sequence[L.Callback]:
     return callbacks
 
 
-def _of_others(trainer: L.Trainer) -> list[L.Callback]:
-    """Callbacks that are neither Lightning's nor ours."""
-    return [each for each in _callbacks(trainer) if not type(each).__module__.startswith((_OUR_OWN, *_OF_LIGHTNING))]
+def _is_of_others(each: object) -> bool:
+    """Whether a class is neither Lightning's nor ours."""
+    return not type(each).__module__.startswith(_NOT_OF_OTHERS)
+
+
+def _says_should_stop(each: object) -> bool:
+    classes = [cls for cls in type(each).__mro__ if not cls.__module__.startswith(_NOT_OF_OTHERS)]
+    codes = [value.__code__ for cls in classes for value in vars(cls).values() if isinstance(value, FunctionType)]
+    while codes:
+        code = codes.pop()
+        if "should_stop" in (*code.co_names, *code.co_consts):  # An attribute, or a text for setattr.
+            return True
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return False
+
+
+def _name(each: object) -> str:
+    return type(each).__qualname__.rpartition("<locals>.")[2]
 
 
 def _is_ours(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
