@@ -7,9 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from pydoc import locate
+from types import TracebackType
 from typing import Any
 
 import lightning as L
@@ -223,7 +224,7 @@ class RunCLI(LightningCLI):
         """Read a checkpoint of this problem."""
         if not path.is_file():
             raise UserError(f"--ckpt_path {path}: no such file.")
-        check_checkpoint(path, f"--ckpt_path {path}")
+        check_checkpoint(path, f"--ckpt_path {path}", hand_over=True)
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"]
@@ -275,15 +276,17 @@ class RunCLI(LightningCLI):
             rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
             _check_failure(checkpoint.get("failure"))
             return
-        try:
-            with ends_with_launcher():
-                self.trainer.fit(model, **kwargs)
-        except BaseException:
-            if self.trainer.global_step > self._start:
-                with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
-                    close_run(self.trainer, seed)
-            raise
-        close_run(self.trainer, seed)
+        logger = find_run_logger(self.trainer)
+        with nullcontext() if logger is None else logger.locked():
+            try:
+                with ends_with_launcher():
+                    self.trainer.fit(model, **kwargs)
+            except BaseException:
+                if self.trainer.global_step > self._start:
+                    with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
+                        close_run(self.trainer, seed)
+                raise
+            close_run(self.trainer, seed)
         _check_failure(getattr(model, "failure", None))
 
 
@@ -322,10 +325,24 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         sentence = of_the_user(error)
         if sentence is None:
-            if hasattr(error, "add_note"):
-                error.add_note(_BUG)
+            _ask_for_report(error)
             raise
         sys.exit(f"error: {sentence}")
+
+
+def _ask_for_report(error: Exception) -> None:
+    """Have the request to report a fault stand below its traceback."""
+    if hasattr(error, "add_note"):
+        error.add_note(_BUG)
+        return
+    print_traceback = sys.excepthook  # Python 3.10 has no notes.
+
+    def print_both(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        print_traceback(kind, value, traceback)
+        if value is error:
+            print(_BUG, file=sys.stderr)
+
+    sys.excepthook = print_both
 
 
 def _run_cli(args: list[str] | None) -> None:

@@ -15,6 +15,7 @@ from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import RunSummary
 from nclightning.figures.tables import rates_table
+from nclightning.files import FolderLock
 from nclightning.folders import find_run_logger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.schedules import only_optimizer
@@ -83,11 +84,22 @@ def close_again(
     if not (folder / "readings.csv").is_file():
         return
     summary = summarize(read_readings(folder))
-    if not (is_recorded(folder, summary.iteration) and (folder / "convergence.png").is_file()):
-        optimizer = only_optimizer(model.configure_optimizers())
-        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-        record_summary(folder, summary, hyperparameters(model, optimizer, seed), draw_convergence(folder))
+    if not _is_complete(folder, summary):
+        lock = FolderLock(folder)
+        lock.acquire()
+        try:
+            if not _is_complete(folder, summary):  # Else another process has done it in the meantime.
+                optimizer = only_optimizer(model.configure_optimizers())
+                optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+                record_summary(folder, summary, hyperparameters(model, optimizer, seed), draw_convergence(folder))
+        finally:
+            lock.release()
     _print(folder, summary, model)
+
+
+def _is_complete(folder: Path, summary: RunSummary) -> bool:
+    """Whether the report of a run that ended is there."""
+    return is_recorded(folder, summary.iteration) and (folder / "convergence.png").is_file()
 
 
 def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:

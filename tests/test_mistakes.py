@@ -279,6 +279,28 @@ def test_a_fault_of_our_own_keeps_its_traceback_and_asks_for_a_report(monkeypatc
         assert "Please report it" in caught.value.__notes__[0]
 
 
+class WithoutNotes(ValueError):
+    """An error as those of Python 3.10 are."""
+
+    add_note = property()
+
+
+def test_the_request_for_a_report_needs_no_notes(monkeypatch, capsys):
+    def fails(words):
+        raise WithoutNotes("inside")
+
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setitem(sys.modules["nclightning.cli"].COMMANDS, "plot", fails)
+    with pytest.raises(WithoutNotes) as caught:
+        main(["plot"])
+    sys.excepthook(*caught._excinfo)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2].endswith("WithoutNotes: inside")
+    assert "Please report it" in lines[-1]
+    sys.excepthook(KeyError, KeyError("another"), None)
+    assert "Please report it" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
