@@ -17,23 +17,27 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks.full_batch import check_used
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
 from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
-from nclightning.files import check_checkpoint, make_folder, replaced
-from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
+from nclightning.files import check_checkpoint
+from nclightning.folders import find_run_logger, folder_of_checkpoint
 from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
 from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
+from nclightning.resuming import continue_elsewhere
+from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
 from nclightning.wording import nearest, of_the_user, refusals_worded
 
@@ -78,45 +82,6 @@ _BUG = (
     "This is no mistake of yours but a fault of nclightning or of code that it calls. "
     "Please report it with the command and all lines above."
 )
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it.
-
-    That is when training has begun: a run that is refused leaves no file.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write nothing yet."""
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Write the configuration of a new run."""
-        if trainer.ckpt_path is None:
-            self._write(trainer)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write that of a resumed run, whose checkpoint is accepted only now."""
-        self._write(trainer)
-
-    def _write(self, trainer: L.Trainer) -> None:
-        """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        self.already_saved = True
-        folder = run_folder(trainer)
-        if folder is None or not (trainer.loggers or trainer.checkpoint_callbacks):
-            return  # A run that leaves nothing else.
-        path, count = folder / "config.yaml", 0
-        while path.exists():
-            count += 1
-            path = folder / f"config_resumed_{count}.yaml"
-        make_folder(folder)
-        with replaced(path) as partial:
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class RunCLI(LightningCLI):
@@ -194,6 +159,7 @@ class RunCLI(LightningCLI):
         """Find everything wrong that can be found before a run folder is made."""
         if isinstance(self.datamodule, FullBatchDataModule):
             self.datamodule.adopt(self.model)
+        self._check_monitors()
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
@@ -211,6 +177,21 @@ class RunCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.claim()
+
+    def _check_monitors(self) -> None:
+        """Refuse arguments of monitors that do nothing here."""
+        config = self.config.fit
+        full = isinstance(self.datamodule, FullBatchDataModule)
+        validates = not full and any(
+            is_overridden("val_dataloader", each) for each in (self.model, self.datamodule) if each
+        )
+        for name, kind in (("neural_collapse", NeuralCollapseMonitor), ("optimality", OptimalityMonitor)):
+            check_used(kind, vars(config[name]), self.model, validates, f"--{name}.")
+        for callback in config.trainer.callbacks or []:
+            made = locate(callback.class_path)
+            if isinstance(made, type):
+                given = callback.get("init_args")
+                check_used(made, {} if given is None else vars(given), self.model, validates, f"{made.__name__}: ")
 
     def before_validate(self) -> None:
         """Find out whether the checkpoint can be looked at."""
@@ -260,13 +241,21 @@ class RunCLI(LightningCLI):
                 f"--ckpt_path {path} is at trainer.max_steps={self._start}, and {table} ends at iteration {last}. "
                 "Continue from an earlier checkpoint, or raise --trainer.max_steps."
             )
-        if logger is not None and table.is_file():
+        if logger is None:
+            continue_elsewhere(self.trainer, folder, self._start, self._logger_options())
+        elif table.is_file():
             logger.continue_run(folder, self._start)
-        elif logger is not None:
+        else:
             rank_zero_info(
                 f"{folder} is no run folder, as it has no readings.csv: the run goes on in {logger.log_dir}."
             )
         return True
+
+    def _logger_options(self) -> list[Any]:
+        """Arguments of the loggers of the configuration, in order."""
+        given = self.config.fit.trainer.logger
+        loggers = given if isinstance(given, list) else [given]
+        return [each.get("init_args") if isinstance(each, Namespace) else None for each in loggers]
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
         """Fit, and report on the run folder even after an interrupt; of a run that has ended only report."""

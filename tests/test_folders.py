@@ -351,3 +351,39 @@ def test_nobody_else_writes_until_the_report_is_written(monkeypatch):
     lock = FolderLock(RUN)
     lock.acquire()
     lock.release()
+
+
+CSV = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv", "--trainer.logger.prefix", "a"]
+CSV_RUN = Path("csv/lightning_logs/version_0")
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_run_with_a_csv_logger_alone_goes_on_in_its_table(stale, tmp_path, monkeypatch):
+    last = CSV_RUN / "checkpoints" / "last.ckpt"
+    fit(*CSV, steps=40)
+    whole = (CSV_RUN / "metrics.csv").read_text()
+    other = tmp_path.parent / f"{tmp_path.name}_resumed"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    fit(*CSV, steps=20)
+    first = last.read_bytes()
+    if stale:  # As after a kill: the table is ahead of the checkpoint.
+        resume(last, *CSV, steps=30)
+        last.write_bytes(first)
+    before = (CSV_RUN / "metrics.csv").read_text()
+    resume(last, *CSV)
+    assert (CSV_RUN / "metrics.csv").read_text() == whole
+    assert step_of(last) == 40
+    assert [path.name for path in CSV_RUN.parent.iterdir()] == ["version_0"]
+    assert (CSV_RUN / "metrics_before_resume.csv").read_text() == before
+
+
+def test_a_run_with_another_logger_does_not_go_on_elsewhere():
+    options = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."]
+    fit(*options)
+    before = tree()
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint lies in the run folder .*version_0, and with Tensor"):
+        resume(LAST, *options)
+    assert tree() == before
+    resume(LAST, *options, "--trainer.logger.version", "0")
+    assert step_of(LAST) == 40

@@ -42,6 +42,8 @@ FLOORS = {
     "data": 2,
     "loggers": 2,
     "folders": 3,
+    "resuming": 4,
+    "saved_config": 4,
     "callbacks": 6,
     "figures": 7,
     "reproduction": 8,
