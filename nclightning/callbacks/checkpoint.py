@@ -140,7 +140,7 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         if self._has_ended and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             # Else Lightning counts the batches of this epoch among those of the next, which then ends too early.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            progress["current"] = dict.fromkeys(progress["current"], 0)
+            progress |= {"current": dict.fromkeys(progress["current"], 0), "is_last_batch": False}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the run folder, and count from the iterate that the run starts from."""
