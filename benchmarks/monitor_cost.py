@@ -23,6 +23,8 @@ from cnn import CNN
 from digits import load
 
 from nclightning.callbacks import NeuralCollapseMonitor
+from nclightning.callbacks.host import LightningHost
+from nclightning.probe.sets import DataSet
 
 ROUNDS, STEPS, RUNS = 60, 512, 15
 
@@ -42,9 +44,8 @@ class Bench(L.Callback):
                 times.append(time.perf_counter() - start)
 
     def read(self, trainer, pl_module, loader):
-        sweeps = self.monitor._sweeps
-        stats = sweeps.statistics(trainer, pl_module, loader)
-        sweeps._reader.read(stats)
+        sets = self.monitor.at_epochs()._sets
+        sets.read(LightningHost(pl_module), {"train": DataSet(loader)}, {}, (), True)
 
     @staticmethod
     def look(trainer, pl_module, loader):
@@ -83,7 +84,7 @@ def online(train):
             times.append(time.perf_counter() - start)
     start = time.perf_counter()
     model, monitor, *_ = sides["online"]
-    monitor._pass.read(model)
+    monitor.at_epochs()._online.read(model)
     sides["online"][-1].append(time.perf_counter() - start)
     # A sum, not a median: the updates come once in many steps.
     return sum(sides["online"][-1]) / sum(sides["bare"][-1])

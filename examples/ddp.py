@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from transformer import VisionTransformer
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.features import capture_features
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
+from nclightning.probe.features import capture_features
 
 
 def main(arguments: list[str] | None = None) -> float:

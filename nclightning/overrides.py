@@ -33,8 +33,7 @@ class KeptHooks:
         super().__init_subclass__(**options)
         for base in cls.__mro__[1:]:
             for name, hook in vars(base).items():
-                override = getattr(cls, name)
-                if getattr(hook, "_is_kept", False) and not hasattr(override, "_is_kept"):
+                if getattr(hook, "_is_kept", False) and not hasattr(override := getattr(cls, name), "_is_kept"):
                     setattr(cls, name, _with(override, hook, name))
 
     def _hooks_run(self) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ __all__ = [
     "gather_rows",
     "own_rows",
     "raise_together",
+    "rank",
+    "rank_zero_warn",
     "sum_all_over_ranks",
     "sum_over_ranks",
     "world_size",
@@ -24,6 +27,17 @@ __all__ = [
 def world_size() -> int:
     """Count the processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def rank_zero_warn(message: str) -> None:
+    """Warn on the first process, on behalf of all."""
+    if rank() == 0:
+        warnings.warn(message, stacklevel=3)
 
 
 def own_rows(num_rows: int, rank: int, world: int) -> tuple[int, int]:
@@ -95,10 +109,10 @@ def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
     Returns:
         All rows on the first process; on others their own.
     """
-    world, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    world = world_size()
     if world == 1:
         return rows
-    if rank > 0:
+    if rank() > 0:
         dist.send(rows.contiguous(), dst=0)
         return rows
     gathered = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype)

@@ -7,14 +7,14 @@ from typing import Any
 
 import lightning as L
 
-from nclightning.callbacks.collection import merge_over_ranks
-from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
+from nclightning.callbacks.full_batch import as_full_batch, full_batch, head_reader
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.functional import class_statistics
-from nclightning.sweep import frozen
+from nclightning.probe.collection import merge_over_ranks
+from nclightning.probe.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]
 
@@ -74,12 +74,12 @@ class TensorBoardDashboard(L.Callback):
         self._batch, self._drawn_at = batch, iteration
         inputs, labels = batch
         with frozen(pl_module):
-            features = full_batch_method(pl_module, "features_of")(inputs)
-            head = full_batch_head(pl_module).read()
+            features = as_full_batch(pl_module).features_of(inputs)
+            head = head_reader(as_full_batch(pl_module)).read()
             stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False))
         if not trainer.is_global_zero:
             return
-        if int(stats.counts.sum()) == getattr(pl_module, "num_samples", None):  # The means of a part are other means.
+        if int(stats.counts.sum()) == as_full_batch(pl_module).num_samples:  # The means of a part are other means.
             draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, iteration)
 
 

@@ -1,109 +1,76 @@
-"""Modules that run full-batch iterations, and how monitors read them."""
+"""Modules that run full-batch iterations, and what monitors ask of them."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Protocol, cast
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 
 from nclightning.errors import UserError
 from nclightning.heads import HeadReader
 
-__all__ = ["check_used", "full_batch", "full_batch_head", "full_batch_method"]
+__all__ = ["FullBatchModule", "as_full_batch", "full_batch", "head_reader"]
 
 
-def full_batch(pl_module: L.LightningModule) -> bool:
-    """Whether a module runs our full-batch iterations."""
+class FullBatchModule(Protocol):
+    """A module whose training steps run iterations on the whole training set.
+
+    :class:`nclightning.models.RegularizedClassifier` is one, and what derives from it. After each iteration it calls
+    ``on_iteration_end(trainer, pl_module, batch, iteration)`` of the trainer's callbacks. With an attribute
+    ``problem``, a :class:`nclightning.theory.UFMProblem`, gap and distance can be measured, too.
+
+    Attributes:
+        iterations_per_step: Iterations of a training step; it tells these modules from others.
+        num_samples: N, the size of the training set.
+        head: The last layer.
+        features_are_free: Whether the features are parameters, each row one of its own.
+    """
+
+    iterations_per_step: int
+    num_samples: int
+    head: nn.Linear
+
+    @property
+    def features_are_free(self) -> bool: ...  # noqa: D102
+
+    def features_of(self, x: Tensor) -> Tensor:
+        """Return what enters the head, ``(B, d)``."""
+
+    def value_and_grad_norm(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor | float, Tensor | float]:
+        """Return the objective and the norm of its gradient at the parameters as they are."""
+
+    def count_free_parameters(self) -> int:
+        """Count what is trained."""
+
+
+_MEMBERS = ("num_samples", "head", "features_are_free", "features_of", "value_and_grad_norm", "count_free_parameters")
+
+
+def full_batch(pl_module: nn.Module) -> bool:
+    """Whether a module runs full-batch iterations."""
     return hasattr(pl_module, "iterations_per_step")
 
 
-def full_batch_method(pl_module: L.LightningModule, name: str) -> Callable[..., Any]:
-    """Return a method by which full-batch modules are read.
+def as_full_batch(pl_module: L.LightningModule) -> FullBatchModule:
+    """Check that a module is what it seems to be.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If something is missing.
     """
-    method: Callable[..., Any] | None = getattr(pl_module, name, None)
-    if method is None:
+    # Asked of the class first: a property may be costly, or have an error of its own.
+    missing = [name for name in _MEMBERS if not (hasattr(type(pl_module), name) or hasattr(pl_module, name))]
+    if not missing and not isinstance(pl_module.head, nn.Linear):
+        missing = ["head as an nn.Linear"]
+    if missing or not full_batch(pl_module):
         raise UserError(
-            f"a full-batch module is read by its method {name}, which {type(pl_module).__name__} does not have: derive "
-            "it from nclightning.models.RegularizedClassifier."
+            f"{type(pl_module).__name__} has iterations_per_step, as full-batch modules have, and no "
+            f"{', '.join(missing)}: derive it from nclightning.models.RegularizedClassifier, or rename "
+            "iterations_per_step if its batches are not the whole training set."
         )
-    return method
+    return cast(FullBatchModule, pl_module)
 
 
-def full_batch_head(pl_module: L.LightningModule) -> HeadReader:
-    """Return the head of a full-batch module, its attribute ``head``.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    head = getattr(pl_module, "head", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"a full-batch module is read by its attribute head, an nn.Linear; that of {type(pl_module).__name__} is "
-            f"{type(head).__name__}: derive it from nclightning.models.RegularizedClassifier."
-        )
-    return HeadReader(head, "head", "weight", False, head.out_features, head.in_features)
-
-
-# Arguments by which monitors read other modules, and no full-batch run.
-_OF_OTHERS = {
-    "NeuralCollapseMonitor": ("every_n_epochs", "every_n_steps", "source", "pictures_every_n_epochs", "datasets"),
-    "OptimalityMonitor": ("loss", "lambda_w", "lambda_h", "every_n_epochs", "head", "batch_fn", "forward_fn"),
-}
-# Those by which a validation or test reads full-batch modules, too.
-_OF_PASSES = {
-    "NeuralCollapseMonitor": (
-        "head",
-        "layers",
-        "layer_pooling",
-        "batch_fn",
-        "forward_fn",
-        "ood",
-        "ignore_index",
-        "on_error",
-    )
-}
-
-
-def check_used(
-    monitor: type, given: Mapping[str, Any], pl_module: L.LightningModule, validates: bool, prefix: str = ""
-) -> None:
-    """Raise if a monitor is given an argument that does nothing in the fit of a full-batch module.
-
-    Args:
-        monitor: Class of the monitor, or of one made from it.
-        given: Its arguments by name; those at their defaults are not meant.
-        pl_module: The module; others are let be.
-        validates: Whether the fit has validation loaders.
-        prefix: What comes before the names of arguments where the user types them.
-
-    Raises:
-        ValueError: Naming the first one.
-    """
-    if not full_batch(pl_module):
-        return
-    for base in monitor.__mro__:
-        names = (*_OF_OTHERS.get(base.__name__, ()), *(() if validates else _OF_PASSES.get(base.__name__, ())))
-        defaults = inspect.signature(base.__init__).parameters if names else {}  # type: ignore[misc]
-        for name in names:
-            if name in given and _differs(given[name], defaults[name].default):
-                raise UserError(
-                    f"{prefix}{name} does nothing in a fit of {type(pl_module).__name__}, which runs full-batch "
-                    f"iterations and is read at iterates: leave it out, got {given[name]!r}."
-                )
-    if "train" not in (given.get("stages") or ("train",)):
-        raise UserError(
-            f"{prefix}stages={list(given['stages'])} leaves out 'train', and a fit of {type(pl_module).__name__} reads "
-            "its training set at iterates: add it, or leave the monitor out."
-        )
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if isinstance(default, tuple) or default is None:
-        value, default = value or None, default or None
-    return bool(value != default)
+def head_reader(module: FullBatchModule) -> HeadReader:
+    """Return the head of a full-batch module."""
+    return HeadReader(module.head, "head", "weight", False, module.head.out_features, module.head.in_features)

@@ -7,18 +7,18 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
 
 from nclightning.errors import UserError
+from nclightning.ranks import rank_zero_warn
 
 __all__ = [
     "check_names",
     "check_online",
     "check_strategy",
     "evaluated_loaders",
-    "layer_named",
     "name_loaders",
     "only_loader",
+    "tell_unknown_ood",
 ]
 
 
@@ -32,6 +32,16 @@ def check_names(datasets: Iterable[str], ood: Sequence[str]) -> None:
         raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
     if isinstance(ood, str):
         raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
+
+
+def tell_unknown_ood(ood: Sequence[str], datasets: Iterable[str], val_loaders: Any) -> None:
+    """Say which out-of-distribution sets a fit does not have."""
+    known = {*datasets, *(name for name, _ in name_loaders(val_loaders))}
+    if unknown := [name for name in ood if name not in known]:
+        rank_zero_warn(
+            f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this fit "
+            "has no nc5 of them."
+        )
 
 
 def check_online(
@@ -78,19 +88,6 @@ def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(i) if len(loaders) > 1 else "", loader) for i, loader in enumerate(loaders))
     else:
         yield "", loaders
-
-
-def layer_named(pl_module: L.LightningModule, name: str) -> nn.Module:
-    """Return a part of a module by its dotted name.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    try:
-        return pl_module.get_submodule(name)
-    except AttributeError:
-        known = ", ".join(path for path, _ in pl_module.named_modules() if path)
-        raise UserError(f"layer {name!r} does not exist in {type(pl_module).__name__}; it has: {known}.") from None
 
 
 def only_loader(trainer: L.Trainer) -> Any:

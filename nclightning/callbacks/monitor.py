@@ -9,13 +9,14 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from nclightning.callbacks.full_batch import as_full_batch, full_batch
 from nclightning.callbacks.publishing import Publisher
 from nclightning.callbacks.rows import Readings
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
 from nclightning.overrides import KeptHooks, kept
+from nclightning.probe.sweep import untouched
 from nclightning.ranks import count_over_ranks
-from nclightning.sweep import untouched
 
 __all__ = ["Readings", "ReadingsMonitor"]
 
@@ -68,12 +69,13 @@ class ReadingsMonitor(KeptHooks, Publisher):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse modules whose batches are not the training set."""
-        if not hasattr(pl_module, "iterations_per_step"):
+        if not full_batch(pl_module):
             raise UserError(
                 f"{type(self).__name__} reads full-batch runs of nclightning.models.RegularizedClassifier, got "
                 f"{type(pl_module).__name__}. Of other modules NeuralCollapseMonitor reads NC1-NC3, and "
                 "OptimalityMonitor(loss=...) gap and distance."
             )
+        as_full_batch(pl_module)
         self._batch, self._last_iteration = None, -1
         self._readings, self._own_tags = Readings.of(trainer), set()
         self._readings.begin(self)
@@ -84,7 +86,7 @@ class ReadingsMonitor(KeptHooks, Publisher):
     ) -> None:
         """Read the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
-            num_samples = getattr(pl_module, "num_samples", None)
+            num_samples = as_full_batch(pl_module).num_samples
             count = count_over_ranks(len(batch[1]), batch[1].device)
             if count != num_samples:
                 raise UserError(

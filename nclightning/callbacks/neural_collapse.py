@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from nclightning.arguments import check_cadences, check_choices
-from nclightning.callbacks import modules
-from nclightning.callbacks.attach import Attachment, Reads
-from nclightning.callbacks.collection import Measuring, merge_over_ranks
-from nclightning.callbacks.first_batch import check_range
-from nclightning.callbacks.forwards import ForwardPass
-from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
-from nclightning.callbacks.monitor import Batch, ReadingsMonitor
-from nclightning.callbacks.pictures import draw_angles
+from nclightning.callbacks.collapse_at_epochs import CollapseAtEpochs, EpochSettings
+from nclightning.callbacks.collapse_at_iterates import CollapseAtIterates
+from nclightning.callbacks.either import EitherMonitor
+from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.modules import check_names, check_online
+from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.publishing import Publisher, changed_settings
-from nclightning.callbacks.sweeps import Sweeps, Swept
-from nclightning.detection import HeadArgument
+from nclightning.callbacks.steps import CollapseInEvaluation, OnError
+from nclightning.callbacks.training_data import TrainingSets
 from nclightning.errors import UserError
-from nclightning.functional import class_statistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
-from nclightning.metrics import NeuralCollapse
-from nclightning.ranks import count_over_ranks
-from nclightning.sweep import TraceError, fingerprint, has_lazy_parts
+from nclightning.probe.collection import Measuring
+from nclightning.probe.detection import HeadArgument
+from nclightning.probe.reader import PairReader
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -39,7 +32,7 @@ _CADENCES = {"every_n_iterations", "every_n_epochs", "every_n_steps", "pictures_
 _OTHER_ARGUMENTS = frozenset(_CADENCES | {"batch_fn", "forward_fn", "on_error"})
 
 
-class NeuralCollapseMonitor(ReadingsMonitor):
+class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs]):
     """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
 
     On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
@@ -49,10 +42,11 @@ class NeuralCollapseMonitor(ReadingsMonitor):
     and test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch),
     without the duplicates that a distributed sampler pads with.
 
-    The pass sees what training can read: of a subset sampler the subset (:func:`nclightning.sweep.sequential_loader`);
-    under ``limit_train_batches`` or ``overfit_batches`` the first batches of an order that does not change; of a
-    loader without a length as many batches as its longest epoch read so far. A further set without a length ends at
-    ``limit_val_batches``. Features, head and class means of a measurement are of the same weights.
+    The pass sees what training can read: of a subset sampler the subset
+    (:func:`nclightning.probe.sweep.sequential_loader`); under ``limit_train_batches`` or ``overfit_batches`` the first
+    batches of an order that does not change; of a loader without a length as many batches as its longest epoch read so
+    far. A further set without a length ends at ``limit_val_batches``. Features, head and class means of a measurement
+    are of the same weights. Monitors of one trainer that look at the same loader at the same weights share one pass.
 
     Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, after a resume
     from the start. Two monitors in one trainer must log different tags.
@@ -69,8 +63,8 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)`` that
             returns them as the loss sees them. Convolutions with kernels of size 1 are heads, too; of cosine heads
             features and rows are normalised. None finds the layer whose output is seen to be the model's output, or
-            what that follows from (:func:`nclightning.detection.find_head`). What comes after the layer, such as a
-            temperature, is not part of it.
+            what that follows from (:func:`nclightning.probe.detection.find_head`). What comes after the layer, such as
+            a temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
         every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
@@ -103,8 +97,6 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         ValueError: If an argument is out of range, the head or a layer cannot be found, or labels do not fit the head.
     """
 
-    log10_tags = frozenset(f"nc/train/nc{i}" for i in (1, 2, 3))
-
     def __init__(
         self,
         every_n_iterations: int = 10,
@@ -127,274 +119,71 @@ class NeuralCollapseMonitor(ReadingsMonitor):
         on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         given = dict(locals())
-        super().__init__(every_n_iterations)
+        super().__init__()
         self._settings = changed_settings(NeuralCollapseMonitor.__init__, given, _OTHER_ARGUMENTS)
         check_cadences(
-            every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, pictures_every_n_epochs=pictures_every_n_epochs
+            every_n_iterations=every_n_iterations,
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            pictures_every_n_epochs=pictures_every_n_epochs,
         )
         check_choices("source", (source,), "sweep", "online")
         check_choices("layer_pooling", (layer_pooling,), "mean", "flatten")
         check_choices("on_error", (on_error,), "raise", "warn")
         check_choices("stages", tuple(stages), "train", "val", "test")
-        self.every_n_epochs = every_n_epochs
-        self.every_n_steps = every_n_steps
-        self.source = source
-        self.stages = tuple(stages)
-        self.datasets = dict(datasets or {})
-        modules.check_names(self.datasets, ood)
-        self.ood, self.layers = tuple(ood), tuple(layers)
-        self.pictures_every_n_epochs = pictures_every_n_epochs
-        self.on_error = on_error
+        check_names(datasets or {}, ood)
+        self._every_n_iterations, self._layers = every_n_iterations, tuple(layers)
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
         if source == "online":
-            modules.check_online(self.stages, self._measuring.of_decisions, every_n_steps, pictures_every_n_epochs)
-        self._attachment = Attachment(head, self.layers, layer_pooling, batch_fn, forward_fn, ignore_index)
-        self._metric: NeuralCollapse | None = None
-        self._full_batch = self._checked = False
-        self._pass: ForwardPass | None = None
-        self._waiting: ForwardPass | None = None
-        self._sweeps = Sweeps(self._attachment, self._measuring, self.datasets, self.ood)
-        self._step = 0
-        # The last sweep at a step: the step, the weights, and what was read.
-        self._at_step: tuple[int, tuple[int, ...], Swept] | None = None
+            check_online(stages, self._measuring.of_decisions, every_n_steps, pictures_every_n_epochs)
+        self._reader = PairReader(head, self._layers, layer_pooling, batch_fn, forward_fn, ignore_index)
+        self._at_epochs = EpochSettings(
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            source=source,
+            stages=tuple(stages),
+            datasets=dict(datasets or {}),
+            ood=tuple(ood),
+            pictures_every_n_epochs=pictures_every_n_epochs,
+        )
+        self._training, self._on_error = TrainingSets(), OnError(on_error)
+        self._evaluation = CollapseInEvaluation(
+            tuple(stages), tuple(ood), self._reader, self._measuring, self._training, self._on_error
+        )
+
+    def make_at_iterates(self) -> CollapseAtIterates:
+        """Make the callback for full-batch modules."""
+        return CollapseAtIterates(self._every_n_iterations, self._measuring)
+
+    def make_at_epochs(self) -> CollapseAtEpochs:
+        """Make the callback for other modules."""
+        return CollapseAtEpochs(self._at_epochs, self._reader, self._measuring, self._training, self._on_error)
+
+    def always(self) -> list[Publisher]:
+        """Return the callback for validation and test."""
+        return [self._evaluation]
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged, but for the names of the trainer's loaders in them."""
-        sets = {*self.stages, *self.datasets, *(("train",) if full_batch(pl_module) else ())} - set(self.ood)
-        tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self.layers)}
-        tags |= {f"{name}/nc5" for name in self.ood} | ({"train/angles"} if self.pictures_every_n_epochs else set())
+        chosen = self._at_epochs
+        sets = {*chosen.stages, *chosen.datasets, *(("train",) if full_batch(pl_module) else ())} - set(chosen.ood)
+        tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self._layers)}
+        tags |= {f"{name}/nc5" for name in chosen.ood} | ({"train/angles"} if chosen.pictures_every_n_epochs else set())
         return {f"nc/{tag}" for tag in tags}
 
-    # Full-batch modules: readings at iterates.
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell full-batch modules from others."""
-        self._attachment.forget()
-        self._checked, self._full_batch = False, full_batch(pl_module)
-        if self._full_batch:
-            if self.datasets:
-                raise UserError(
-                    f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
-                    "iterations: leave them out, and pass a validation loader."
-                )
-            super().on_fit_start(trainer, pl_module)
-            return
-        self._attachment.check(trainer)
-        Publisher.on_fit_start(self, trainer, pl_module)
+        """Refuse arguments that mean nothing for a full-batch module."""
+        if full_batch(pl_module) and self._at_epochs.datasets:
+            raise UserError(
+                f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
+                "iterations: leave them out, and pass a validation loader."
+            )
+        super().on_fit_start(trainer, pl_module)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        """Find the head and check the labels once."""
-        head = full_batch_head(pl_module)
-        check_range(batch[1], head, None)
-        self._metric = self._measuring.metric(head)
+        """Check head and labels of a full-batch module."""
+        self.at_iterates().prepare(pl_module, batch)
 
-    @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
-        """Measure the training set at an iterate."""
-        assert self._metric is not None
-        features, metric = full_batch_method(pl_module, "features_of")(batch[0]), self._metric
-        stats = class_statistics(features, batch[1], metric.num_classes, scatter=metric.keeps_scatter, copy=False)
-        return {f"nc/train/{name}": value for name, value in metric.read(merge_over_ranks(stats)).items()}
-
-    # Training of other modules: a sweep, or the ordinary forwards.
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
-        known = self.datasets.keys() | {name for name, _ in modules.name_loaders(trainer.val_dataloaders)}
-        if unknown := [name for name in self.ood if name not in known]:
-            rank_zero_warn(
-                f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this "
-                "fit has no nc5 of them."
-            )
-        self._step, self._at_step = trainer.global_step, None
-        if not self._full_batch:
-            self._sweeps.forget()
-            with self._guard():
-                self._sweeps.check(trainer, pl_module, self._sweeps_training)
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start collecting the ordinary forwards."""
-        if self.source == "online" and "train" in self.stages and self._is_due(trainer):
-            self._pass = ForwardPass(self._attachment, self._measuring, online=True)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Read the first iterate of a full-batch run; of another, check the first batch, and hook the head."""
-        if self._full_batch:
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            return
-        if not self._checked and (self._reads_training == "online" or not has_lazy_parts(pl_module)):
-            self._checked = True
-            with self._guard():
-                self._attachment.check_first(trainer, pl_module, batch, self._reads_training)
-        self._hook(trainer, pl_module, batch, trainer.train_dataloader)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Collect a batch, or sweep at the cadence in steps."""
-        if self._full_batch:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            return
-        with self._guard() if self._attachment.first is not None else nullcontext():
-            self._attachment.finish_first()
-        self._collect(pl_module, batch, trainer.train_dataloader)
-        if self._attachment.first_step is not None:
-            with self._guard():
-                self._attachment.end_first_step(pl_module, online=self.source == "online")
-        if self.every_n_steps is None or not self._has_sets:
-            return
-        # Crossed, not hit: several optimizers advance the step by more than one.
-        before, self._step = self._step, trainer.global_step
-        if self._step // self.every_n_steps > before // self.every_n_steps:
-            with self._guard():
-                self._sweep(trainer, pl_module, at_step=True)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the training set and the further ones, if the module is not full-batch."""
-        self._sweeps.remember(trainer)
-        if self.source == "online":
-            self._end(trainer, pl_module, "train")
-        if self._has_sets and self._is_due(trainer):
-            with self._guard():
-                self._sweep(trainer, pl_module)
-
-    def _is_due(self, trainer: L.Trainer) -> bool:
-        return not self._full_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
-    @property
-    def _reads_training(self) -> Reads:
-        return self.source if "train" in self.stages else ""
-
-    @property
-    def _sweeps_training(self) -> bool:
-        return self.source == "sweep" and "train" in self.stages
-
-    @property
-    def _has_sets(self) -> bool:
-        return self._sweeps_training or bool(self.datasets)
-
-    def _sweep(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
-        step, last = trainer.global_step, self._at_step
-        weights: tuple[int, ...] = ()
-        if self.every_n_steps is not None:
-            weights = fingerprint((*pl_module.parameters(), *pl_module.buffers()))
-        other = last is None or last[:2] != (step, weights)
-        if count_over_ranks(int(other), pl_module.device):
-            last = step, weights, self._sweeps.read(trainer, pl_module, self._sweeps_training)
-        assert last is not None
-        swept, values = last[2], {f"nc/{tag}": value for tag, value in last[2].values.items()}
-        if at_step:
-            self._at_step = last
-            self._publish_at_step(trainer, values)
-            return
-        if last is self._at_step:  # The loggers have them at this step.
-            self._publish_to_callbacks(pl_module, values)
-        else:
-            self._publish(pl_module, values)
-        self._at_step = None
-        every = self.pictures_every_n_epochs
-        due = every is not None and self._sweeps_training and (trainer.current_epoch + 1) % every == 0
-        if due and swept.centres is not None and trainer.is_global_zero:
-            draw_angles(trainer.loggers, "nc/train/angles", swept.centres[""], swept.head.weight, step)
-
-    # Validation and test: the ordinary forwards.
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start collecting."""
-        self._start(trainer, pl_module, "test" if trainer.testing else "val")
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Hook the head before the first batch."""
-        self._hook(trainer, pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Collect a batch."""
-        self._collect(pl_module, batch, modules.evaluated_loaders(trainer), dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log ``nc/val/...``, or in a test ``nc/test/...``."""
-        self._end(trainer, pl_module, "test" if trainer.testing else "val")
-
-    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
-    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
-
-    def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
-        self._waiting, self._pass = self._pass, None  # An online pass goes on after a validation in its middle.
-        if self._waiting is not None:
-            self._waiting.remove()
-        if stage in self.stages and not trainer.sanity_checking:
-            with self._guard():
-                needed = self._measuring.of_decisions or self.ood
-                centres = partial(self._sweeps.centres, trainer, pl_module) if needed else None
-                self._pass = ForwardPass(self._attachment, self._measuring, self.ood, centres)
-
-    def _hook(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
-        if self._pass is not None:
-            try:
-                self._pass.hook(trainer, pl_module, batch, loaders, index)
-            except Exception as error:
-                self._fail(error)
-
-    def _collect(self, pl_module: L.LightningModule, batch: Any, loaders: Any, index: int = 0) -> None:
-        if self._pass is not None:
-            try:  # Not the guard itself, which costs as much as the rest.
-                self._pass.collect(pl_module, batch, loaders, index)
-            except Exception as error:
-                self._fail(error)
-        elif pl_module.trainer.sanity_checking and "val" in self.stages:  # By now weights exist.
-            with self._guard():
-                name = list(modules.name_loaders(loaders))[index][0]
-                self._attachment.check_sanity(pl_module.trainer, pl_module, batch, labelled=name not in self.ood)
-
-    def _fail(self, error: Exception) -> None:
-        assert self._pass is not None
-        if self.on_error == "raise" or isinstance(error, TraceError):
-            self._drop()
-            raise error
-        self._pass.fail(error)
-
-    def _end(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: Stage) -> None:
-        if self._pass is not None:
-            with self._guard():
-                self._publish(pl_module, {f"nc/{stage}/{tag}": v for tag, v in self._pass.read(pl_module).items()})
-        self._pass, self._waiting = self._waiting, None
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Turn errors of a reading into a warning where the user asked for that."""
-        try:
-            yield
-        except Exception as error:
-            self._drop()
-            if self.on_error == "raise" or isinstance(error, TraceError):
-                raise
-            rank_zero_warn(f"no reading of neural collapse: {error}")
-
-    def _drop(self) -> None:
-        self._attachment.unwatch()
-        for each in (self._pass, self._waiting):
-            if each is not None:
-                each.remove()
-        self._pass = self._waiting = None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self._drop()
-        super().on_exception(trainer, pl_module, exception)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        self._drop()
-        super().teardown(trainer, pl_module, stage)
+        """Measure a full-batch module at its parameters."""
+        return self.at_iterates().read(pl_module, batch)

@@ -7,31 +7,20 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment
-from nclightning.callbacks.full_batch import full_batch, full_batch_head, full_batch_method
-from nclightning.callbacks.modules import only_loader
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
-from nclightning.callbacks.problem import (
-    check_balance,
-    check_data_set,
-    check_features,
-    check_optimizer,
-    check_value,
-    gap_and_distance,
-)
-from nclightning.callbacks.publishing import Publisher, changed_settings
-from nclightning.callbacks.search import search_readings, step_taken
-from nclightning.callbacks.stopping import StopRule, goes_on
-from nclightning.callbacks.swept_optimality import sweep_optimality
-from nclightning.detection import HeadArgument
+from nclightning.arguments import check_cadences
+from nclightning.callbacks.either import EitherMonitor
+from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.monitor import Batch
+from nclightning.callbacks.optimality_at_epochs import OptimalityAtEpochs
+from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates, predicts
+from nclightning.callbacks.problem import find_problem
+from nclightning.callbacks.publishing import changed_settings
+from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
-from nclightning.likeness import Like
-from nclightning.metrics.optimality import check_linear
-from nclightning.ranks import count_over_ranks
-from nclightning.sweep import has_lazy_parts, limited_batches
+from nclightning.probe.detection import HeadArgument
+from nclightning.probe.reader import PairReader
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
@@ -42,7 +31,7 @@ _OTHER_ARGUMENTS = frozenset(
 )
 
 
-class OptimalityMonitor(ReadingsMonitor):
+class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs]):
     r"""Logs objective, optimality gap, distance to the optimal set, gradient norm and the cost of the line search.
 
     | tag | value at the iterate |
@@ -95,10 +84,6 @@ class OptimalityMonitor(ReadingsMonitor):
             module trains; at the latest with its first batch, before anything is logged.
     """
 
-    log10_tags = frozenset(
-        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/predicted_decay"}
-    )
-
     def __init__(
         self,
         every_n_iterations: int = 10,
@@ -114,8 +99,9 @@ class OptimalityMonitor(ReadingsMonitor):
         forward_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         given = dict(locals())
-        super().__init__(every_n_iterations)
+        super().__init__()
         self._settings = changed_settings(OptimalityMonitor.__init__, given, _OTHER_ARGUMENTS)
+        check_cadences(every_n_iterations=every_n_iterations)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
             raise UserError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
@@ -128,21 +114,25 @@ class OptimalityMonitor(ReadingsMonitor):
                 "loss must be 'mse' or 'ce', lambda_w and lambda_h come both or not at all, and every_n_epochs must be "
                 f"at least 1, got {loss!r}, {lambda_w}, {lambda_h} and {every_n_epochs}."
             )
-        self.loss = loss
-        self.penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
-        self.every_n_epochs = every_n_epochs
-        like: Like = "equal" if loss == "mse" else "shift"
-        self._attachment = Attachment(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
-        self.theory = theory
-        self.stop_distance = stop_distance
-        self.stop_at_floor = stop_at_floor
-        self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
-        self._problem: UFMProblem | None = None
-        self._mu: float | None = None
-        self._decay = 1.0
-        self._followed = 0  # The last iterate whose step is in the decay.
-        self._is_checked = False  # Whether what is trained has been compared with the problem.
-        self._most_read = 0
+        self._theory, self._loss = theory, loss
+        self._at_iterates = every_n_iterations, theory, stop_distance, stop_at_floor
+        self._penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
+        self._every_n_epochs = every_n_epochs
+        self._reader = PairReader(
+            head, batch_fn=batch_fn, forward_fn=forward_fn, like="equal" if loss == "mse" else "shift"
+        )
+
+    def make_at_iterates(self) -> OptimalityAtIterates:
+        """Make the callback for full-batch modules."""
+        return OptimalityAtIterates(*self._at_iterates)
+
+    def make_at_epochs(self) -> OptimalityAtEpochs:
+        """Make the callback for other modules."""
+        return OptimalityAtEpochs(self._loss, self._penalties, self._every_n_epochs, self._reader)
+
+    def tags(self, pl_module: L.LightningModule) -> set[str]:
+        """Return tags that each of these monitors logs."""
+        return {"loss", "optimality/grad_norm"} if full_batch(pl_module) else {"optimality/gap", "optimality/distance"}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a full-batch fit whose optimum is not known, before anything is written."""
@@ -150,194 +140,16 @@ class OptimalityMonitor(ReadingsMonitor):
         if stage == "fit" and full_batch(pl_module):
             self.find_problem(pl_module)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell full-batch modules from others, and refuse what can be read in neither way."""
-        self._attachment.forget()
-        self._is_checked, self._most_read = False, 0
-        if self.theory and full_batch(pl_module):
-            check_optimizer(pl_module)
-        if full_batch(pl_module) or self.loss is None:
-            super().on_fit_start(trainer, pl_module)
-        else:
-            Publisher.on_fit_start(self, trainer, pl_module)
-        self._attachment.check(trainer)
-
-    def tags(self, pl_module: L.LightningModule) -> set[str]:
-        """Return tags that each of these monitors logs."""
-        return {"loss", "optimality/grad_norm"} if full_batch(pl_module) else {"optimality/gap", "optimality/distance"}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse loaders that cannot be swept."""
-        if not full_batch(pl_module):
-            self._attachment.check_loader(trainer, pl_module, *self._training_set(trainer))
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Read the first iterate of a full-batch run; of other modules, check what their first batch shows."""
-        if full_batch(pl_module):
-            begins = self._batch is None
-            if trainer.global_step == 0:
-                self._decay, self._followed = 1.0, 0
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            if begins and trainer.global_step > 0:
-                self._go_on(trainer)
-        elif not self._is_checked and not has_lazy_parts(pl_module):  # Else with the second batch.
-            self._check_first_batch(trainer, pl_module, batch)
-            self._is_checked = True
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        """Read iterates of full-batch modules; of others, say where the first step is not the forward."""
-        if full_batch(pl_module):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._attachment.end_first_step(pl_module)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self._attachment.unwatch()
-        super().on_exception(trainer, pl_module, exception)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sweep the training set of a module that is not full-batch."""
-        if not full_batch(pl_module) and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            assert self.loss is not None
-            training_set = self._training_set(trainer)
-            values = sweep_optimality(trainer, pl_module, self._attachment, training_set, self.loss, self.penalties)
-            self._publish(pl_module, values)
-
-    def _check_first_batch(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Refuse a batch, a head, penalties or labels that have no known optimum."""
-        loader, limit = self._training_set(trainer)
-        self._attachment.check_first(trainer, pl_module, batch)
-        head = self._attachment.head_of(pl_module)
-        assert self.loss is not None
-        check_linear(self.loss, head)
-        if self.penalties is not None:
-            UFMProblem(self.loss, head.out_features, 1, head.in_features, *self.penalties)
-        if self._attachment.splits_plainly:
-            check_data_set(loader, head.out_features, limit)
-
-    def _training_set(self, trainer: L.Trainer) -> tuple[Any, int | None]:
-        """Return the training loader, and the number of batches to which training is held."""
-        loader = only_loader(trainer)
-        self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
-        return loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)
-
-    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        """Find the problem and check that the labels are balanced."""
-        self._problem = self.find_problem(pl_module)
-        self._is_checked = False
-        if self._problem is not None:
-            check_balance(self._problem, batch[1])
-            check_features(pl_module, batch[0])
-        self._mu = self._problem.mu if self._problem is not None and self.predicts(pl_module) else None
-        if pl_module._trainer is not None and self._followed == pl_module.trainer.global_step - 1:
-            self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
+    def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
+        """Take the UFM of a full-batch module, None with ``theory=False``; see :func:`find_problem`."""
+        return find_problem(pl_module, self._theory)
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
-        """Say whether the decay of a run can be predicted.
-
-        Args:
-            pl_module: A full-batch module in a fit.
-
-        Returns:
-            Whether its parameters are those of the unconstrained feature model and its steps are known.
-        """
-        problem = self.find_problem(pl_module)
-        if problem is None or step_taken(pl_module) is None or not getattr(pl_module, "features_are_free", False):
-            return False
-        free = full_batch_method(pl_module, "count_free_parameters")()
-        return bool(free == sum(entry.multiplicity for entry in problem.spectrum()))
-
-    def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
-        """Take the module's UFM, or None with ``theory=False``.
-
-        Args:
-            pl_module: A module with an attribute ``problem``.
-
-        Returns:
-            Its closed forms.
-
-        Raises:
-            ValueError: If there are none.
-        """
-        if not self.theory:
-            return None
-        try:
-            problem = getattr(pl_module, "problem", None)
-            if not isinstance(problem, UFMProblem):
-                raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
-        except UserError as error:
-            raise UserError(
-                f"OptimalityMonitor knows no optimum for this run: {error} To train without gap and distance, set "
-                "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
-                "--optimality.stop_distance null --optimality.stop_at_floor false."
-            ) from error
-        return problem
-
-    @torch.no_grad()
-    def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
-        """Measure at the current parameters."""
-        value, grad_norm = full_batch_method(pl_module, "value_and_grad_norm")(batch)
-        readings: dict[str, Tensor | float] = {"loss": value}
-        if self._problem is not None:
-            features = full_batch_method(pl_module, "features_of")(batch[0])
-            head = full_batch_head(pl_module).read()
-            gap, distance = gap_and_distance(self._problem, head, features, batch[1])
-            if not self._is_checked:
-                check_value(self._problem, value, gap, head.weight.dtype)
-                self._is_checked = True
-            readings |= {"optimality/gap": gap, "optimality/distance": distance}
-        readings["optimality/grad_norm"] = grad_norm
-        if self._problem is not None:
-            readings["optimality/error_bound_ratio"] = distance / grad_norm
-        if self._mu is not None:
-            readings["optimality/predicted_decay"] = self._decay
-        return readings | search_readings(pl_module)
-
-    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
-        """Read at the cadence, and stop once close enough."""
-        self._follow(pl_module)
-        super().on_iteration_end(trainer, pl_module, batch, iteration)
-        if self._last_iteration == iteration and self._rule.is_on:
-            self._stop(trainer, self._decide(trainer))
-
-    def _follow(self, pl_module: L.LightningModule) -> None:
-        self._followed += 1
-        if self._mu is not None:
-            step = step_taken(pl_module)
-            assert step is not None
-            self._decay *= (1 - step * self._mu) ** 2
-
-    def _decide(self, trainer: L.Trainer) -> str | None:
-        """Say why the run is to stop at the last reading, if it is."""
-        assert self._problem is not None
-        distance = float(Readings.of(trainer).value(self._last_iteration, "optimality/distance"))
-        return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
-
-    @staticmethod
-    def _stop(trainer: L.Trainer, sentence: str | None) -> None:
-        if sentence is not None:
-            trainer.should_stop = True
-            trainer.print(f"{sentence} Stopping.")
-
-    def _go_on(self, trainer: L.Trainer) -> None:
-        """Stop a resumed run again that had been stopped, unless the settings that did it have changed."""
-        iteration, sentence = trainer.global_step, None
-        had_stopped = self._rule.stopped_at == iteration
-        if self._problem is not None and self._rule.is_on:
-            if self._last_iteration == iteration:
-                sentence = self._decide(trainer)
-            elif had_stopped:  # By another cadence.
-                sentence = self._rule.stands(self._problem.optimum_norm)
-        self._stop(trainer, sentence)
-        if had_stopped and sentence is None:
-            trainer.print(goes_on(iteration))
+        """Say whether the decay of a full-batch run can be predicted."""
+        return predicts(pl_module, self.find_problem(pl_module))
 
     def ending_of(self, checkpoint: Mapping[str, Any], pl_module: L.LightningModule) -> str | None:
-        """Say why the run of a checkpoint is stopped, also by the present settings.
+        """Say why the full-batch run of a checkpoint is stopped, also by the present settings.
 
         Args:
             checkpoint: Lightning's.
@@ -346,11 +158,7 @@ class OptimalityMonitor(ReadingsMonitor):
         Returns:
             A sentence; None if the run goes on.
         """
-        state, problem = checkpoint["callbacks"].get(self.state_key), self.find_problem(pl_module)
-        if state is None or problem is None:
-            return None
-        rule = StopRule(self.stop_distance, self.stop_at_floor, self.every_n_iterations, state)
-        return rule.stands(problem.optimum_norm) if rule.stopped_at == checkpoint["global_step"] else None
+        return self.at_iterates().ending_of(checkpoint, checkpoint["callbacks"].get(self.state_key), pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say that a run goes on which was stopped by a monitor with other options, such as one with the theory."""
@@ -360,41 +168,10 @@ class OptimalityMonitor(ReadingsMonitor):
         if trainer.training and any(states[key].get("stopped_at") == iteration for key in others):
             trainer.print(goes_on(iteration))
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: last values, distances so far, whether they stop it, the decay."""
-        return super().state() | self._rule.state_dict() | {"decay": self._decay, "followed": self._followed}
+    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Find the problem of a full-batch module and check that the labels are balanced."""
+        self.at_iterates().prepare(pl_module, batch)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        super().load_state_dict(state_dict)
-        self._rule.load_state_dict(state_dict)
-        self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
-        self._followed = state_dict.get("followed", 0)
-
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        """Log the readings of a full-batch validation."""
-        self._log_pass(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        """Log the readings of a full-batch test."""
-        self._log_pass(pl_module, batch)
-
-    def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        if not full_batch(pl_module):
-            return
-        if count_over_ranks(len(batch[1]), batch[1].device) != getattr(pl_module, "num_samples", None):
-            return  # A part of the data has no optimality gap.
-        self._problem, self._mu, self._is_checked = self.find_problem(pl_module), None, False
-        if self._problem is not None:
-            check_balance(self._problem, batch[1])
-        with torch.inference_mode(False):
-            readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
-        # As tensors: of plain numbers Lightning makes float32.
-        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
-        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
-        # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
-        pl_module.log_dict(own, sync_dist=True, batch_size=1)
+    def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
+        """Measure a full-batch module at its parameters."""
+        return self.at_iterates().read(pl_module, batch)

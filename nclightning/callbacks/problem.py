@@ -12,22 +12,58 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.data import DataLoader, TensorDataset
 
-from nclightning.callbacks.collection import merge_over_ranks
-from nclightning.callbacks.full_batch import full_batch_method
+from nclightning.callbacks.full_batch import as_full_batch
 from nclightning.errors import UserError
-from nclightning.features import split_batch
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
 from nclightning.metrics.optimality import check_counts
+from nclightning.probe.collection import merge_over_ranks
+from nclightning.probe.features import split_batch
+from nclightning.probe.sweep import known_indices
 from nclightning.ranks import sum_over_ranks, world_size
-from nclightning.sweep import known_indices
 from nclightning.theory import UFMProblem
 
-__all__ = ["check_balance", "check_data_set", "check_features", "check_optimizer", "check_value", "gap_and_distance"]
+__all__ = [
+    "check_balance",
+    "check_data_set",
+    "check_features",
+    "check_optimizer",
+    "check_value",
+    "find_problem",
+    "gap_and_distance",
+]
 
 # Elements of the features whose logits are formed at a time.
 _ELEMENTS_AT_A_TIME = 2**17
 _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimality.theory false"
+
+
+def find_problem(pl_module: L.LightningModule, theory: bool = True) -> UFMProblem | None:
+    """Take a module's UFM.
+
+    Args:
+        pl_module: A module with an attribute ``problem``.
+        theory: False asks for none.
+
+    Returns:
+        Its closed forms.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not theory:
+        return None
+    try:
+        problem = getattr(pl_module, "problem", None)
+        if not isinstance(problem, UFMProblem):
+            raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
+    except UserError as error:
+        raise UserError(
+            f"OptimalityMonitor knows no optimum for this run: {error} To train without gap and distance, set "
+            "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
+            "--optimality.stop_distance null --optimality.stop_at_floor false."
+        ) from error
+    return problem
 
 
 def check_optimizer(pl_module: L.LightningModule) -> None:
@@ -39,7 +75,7 @@ def check_optimizer(pl_module: L.LightningModule) -> None:
     Raises:
         ValueError: Naming the option.
     """
-    if not getattr(pl_module, "features_are_free", False):
+    if not as_full_batch(pl_module).features_are_free:
         return  # The minimum is a lower bound of whatever a network can reach.
     optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
     moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -67,10 +103,10 @@ def check_features(pl_module: L.LightningModule, inputs: Tensor) -> None:
     Raises:
         ValueError: If its features are free, and other ones enter the head.
     """
-    if not getattr(pl_module, "features_are_free", False):
+    if not as_full_batch(pl_module).features_are_free:
         return
     with torch.no_grad():
-        features: Tensor = full_batch_method(pl_module, "features_of")(inputs)
+        features = as_full_batch(pl_module).features_of(inputs)
     norms = [
         torch.linalg.vector_norm(p, dtype=torch.float64) for p in pl_module.parameters() if p.shape == features.shape
     ]

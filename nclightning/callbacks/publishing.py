@@ -50,7 +50,7 @@ class Publisher(L.Callback):
             ValueError: If there is one.
         """
         if stage == "fit":
-            self._last = {}  # Those of a checkpoint are loaded after this.
+            self.forget_values()  # Those of a checkpoint are loaded after this.
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for other in callbacks:
             if (
@@ -65,26 +65,34 @@ class Publisher(L.Callback):
                     "not overlap."
                 )
 
+    def forget_values(self) -> None:
+        """Forget the values of an earlier fit."""
+        self._last = {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last values of the checkpoint to other callbacks."""
         trainer.callback_metrics.update(as_metrics(self._last))
 
-    def _publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iteration: int) -> None:
+        """Called after each iteration of a full-batch module."""
+
+    def publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
         """Log values of the end of an epoch."""
         trainer, arrived = pl_module.trainer, self._remember(values)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self._send(trainer, arrived)
-        self._publish_to_callbacks(pl_module, values, logger=False if fitting else None)
+        self.publish_to_callbacks(pl_module, values, logger=False if fitting else None)
 
     @staticmethod
-    def _publish_to_callbacks(
+    def publish_to_callbacks(
         pl_module: L.LightningModule, values: dict[str, Tensor], logger: bool | None = False
     ) -> None:
+        """Show values to other callbacks, and to Lightning's own loggers if they are asked for."""
         # The metrics have merged all processes; averaging equal values is what keeps Lightning from warning.
         pl_module.log_dict(values, sync_dist=True, logger=logger)
 
-    def _publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
+    def publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
         """Log values in the middle of an epoch."""
         arrived = self._remember(values)
         trainer.callback_metrics.update(as_metrics(arrived))

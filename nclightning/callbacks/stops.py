@@ -210,7 +210,7 @@ def _name(each: object) -> str:
 
 def _is_ours(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
     """Whether a decision of ours ends training, which has a record of its own."""
-    stopped = [each.state()["stopped_at"] for each in _callbacks(trainer) if isinstance(each, OptimalityMonitor)]
+    stopped = [each.state().get("stopped_at") for each in _callbacks(trainer) if isinstance(each, OptimalityMonitor)]
     return getattr(pl_module, "failure", None) is not None or any(each is not None for each in stopped)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import lightning as L
 from torch import Tensor
 
-from nclightning.callbacks.attach import Attachment
-from nclightning.features import pair_rows
 from nclightning.functional import distance_to_collapse
 from nclightning.metrics import NeuralCollapse, Optimality
 from nclightning.metrics.optimality import check_counts
+from nclightning.probe.features import pair_rows
+from nclightning.probe.host import Host
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sets import DataSet, gather_alone
 from nclightning.theory import UFMProblem
 
 __all__ = ["sweep_optimality"]
@@ -22,45 +23,54 @@ __all__ = ["sweep_optimality"]
 _FITTED = ("gap", "distance", "relative_distance", "lambda_w", "lambda_h")
 
 
+class _Gatherer:
+    """Updates a metric."""
+
+    def __init__(self, reader: PairReader, make: Callable[[], NeuralCollapse]) -> None:
+        self.reader, self._make = reader, make
+        self._metric: NeuralCollapse | None = None  # The head is known from the first batch on.
+
+    @property
+    def metric(self) -> NeuralCollapse:
+        """The metric after the pass."""
+        assert self._metric is not None
+        return self._metric
+
+    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch."""
+        if self._metric is None:
+            self._metric = self._make().to(host.device)
+        self._metric.update(*pair_rows(features[""], labels))
+
+
 def sweep_optimality(
-    trainer: L.Trainer,
-    pl_module: L.LightningModule,
-    attachment: Attachment,
-    training_set: tuple[Any, int | None],
+    host: Host,
+    reader: PairReader,
+    data: DataSet,
     loss: Literal["mse", "ce"],
     penalties: tuple[float, float] | None,
 ) -> dict[str, Tensor]:
     """Sweep the training set for its class means, and again for the distance to the optimum.
 
     Args:
-        trainer: Of the module.
-        pl_module: The module.
-        attachment: That found its head.
-        training_set: The loader, and the number of batches to which training is held.
+        host: Of the module.
+        reader: That found its head.
+        data: The training set.
         loss: Of the problem.
         penalties: On head and features; None fits both.
 
     Returns:
         Values by tag; nan where no penalties make the scales of the features optimal.
     """
-    loader, limit = training_set
 
     def run(make: Callable[[], NeuralCollapse]) -> NeuralCollapse:
-        metrics: list[NeuralCollapse] = []  # Of one: the head is known from the first batch on.
-
-        def add(kept: dict[str, Tensor], labels: Tensor) -> None:
-            if not metrics:
-                metrics.append(make().to(pl_module.device))
-            metrics[0].update(*pair_rows(kept[""], labels))
-
-        attachment.sweep(trainer, pl_module, loader, add, limit)
-        return metrics[0]
+        return gather_alone(host, data, lambda: _Gatherer(reader, make)).metric
 
     def light() -> NeuralCollapse:
-        head = attachment.head_of(pl_module)
+        head = reader.head_of(host.module)
         return NeuralCollapse(head.out_features, head.in_features, head, measures=("nc1_ratio",))
 
-    stats, head = run(light).gathered(), attachment.whole_head_of(pl_module)
+    stats, head = run(light).gathered(), reader.whole_head_of(host.module)
     check_counts(stats.counts, int(stats.counts.max()))
     sizes = loss, head.out_features, int(stats.counts.max()), head.in_features
     if penalties is None:

@@ -7,6 +7,7 @@ eps / t. Spread within classes that is O times as large as the class means, in d
 their directions by O eps, and with them what is read along them.
 """
 
+from nclightning.functional.buffer import StatisticsBuffer, class_statistics
 from nclightning.functional.curvature import (
     ExtremeEigenvalues,
     dense_hessian,
@@ -27,7 +28,7 @@ from nclightning.functional.duality import class_alignment, duality_difference, 
 from nclightning.functional.geometry import equiangularity, equinorm, etf_deviation, head_sum
 from nclightning.functional.mse import MSEDecomposition, mse_decomposition
 from nclightning.functional.ood import ood_orthogonality
-from nclightning.functional.statistics import ClassStatistics, class_statistics
+from nclightning.functional.statistics import ClassStatistics
 from nclightning.functional.uniformity import PairEnergy, hyperspherical_energy, one_vs_rest_distance
 from nclightning.functional.variability import (
     between_class_rank,
@@ -43,6 +44,7 @@ __all__ = [
     "ExtremeEigenvalues",
     "MSEDecomposition",
     "PairEnergy",
+    "StatisticsBuffer",
     "accuracy",
     "between_class_rank",
     "bias_collapse",

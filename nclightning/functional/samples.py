@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nclightning.functional.moments import Moments
+from nclightning.functional.linear import invertible_power_of_two
+from nclightning.functional.moments import Means
 from nclightning.functional.rounding import rounding_of
 
-__all__ = ["Samples", "append"]
+__all__ = ["Samples"]
 
 # Rows are taken at a time: what is formed of them stays in the cache of a CPU.
 _ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**16, 256
@@ -24,60 +26,73 @@ _FEW_BYTES, _WORTH_KEEPING, _KEPT_PER_DIM, _KEPT_BYTES = 2**25, 4, 128, 2**28
 _LIGHT_BYTES = 2**22
 
 
-def append(kept: Sequence[Tensor], features: Tensor, labels: Tensor) -> list[Tensor]:
-    """Append a piece to features and labels in turn.
-
-    A small piece is put together with the last ones while these are no larger, so that there are few pieces however
-    small they come, and each number is copied few times: as often as twice its number of pieces has bits.
-
-    Args:
-        kept: Features and labels in turn.
-        features: ``(N, d)``.
-        labels: ``(N,)``.
-
-    Returns:
-        A new list.
-    """
-    pieces, last = list(kept), [features, labels]
-    while pieces and len(pieces[-1]) <= len(last[0]) and last[0].numel() < _LARGE_PIECE:
-        last = [torch.cat([pieces[-2], last[0]]), torch.cat([pieces[-1], last[1]])]
-        del pieces[-2:]
-    return [*pieces, *last]
-
-
+@dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples that are kept as they came.
+    """Samples that are kept as they came: a value, of which nothing is changed.
 
-    Args:
-        kept: Features ``(N, d)`` and labels ``(N,)`` in turn, K for the label of samples that are left out.
+    Attributes:
+        features: Pieces ``(N, d)``.
+        labels: Of each piece, ``(N,)``; K for samples that are left out.
     """
 
-    def __init__(self, kept: Sequence[Tensor]) -> None:
-        self._features, self._labels = kept[::2], kept[1::2]
+    features: tuple[Tensor, ...] = ()
+    labels: tuple[Tensor, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return not self.features
+
+    def join(self, other: Samples) -> Samples:
+        """Both, piece after piece."""
+        return Samples(self.features + other.features, self.labels + other.labels)
+
+    def append(self, features: Tensor, labels: Tensor) -> Samples:
+        """Append a piece.
+
+        A small piece is put together with the last ones while these are no larger, so that there are few pieces however
+        small they come, and each number is copied few times: as often as twice its number of pieces has bits.
+
+        Args:
+            features: ``(N, d)``.
+            labels: ``(N,)``.
+
+        Returns:
+            All.
+        """
+        before = len(self.features)
+        while before and self.labels[before - 1].numel() <= labels.numel() and features.numel() < _LARGE_PIECE:
+            before -= 1
+            features = torch.cat([self.features[before], features])
+            labels = torch.cat([self.labels[before], labels])
+        return Samples((*self.features[:before], features), (*self.labels[:before], labels))
+
+    def are_few(self, num_classes: int, light: bool) -> bool:
+        """Whether they are worth keeping."""
+        if self.is_empty:
+            return True
+        bytes_ = sum(each.nbytes for each in self.features)
+        if light:
+            return bytes_ <= _LIGHT_BYTES
+        if bytes_ <= _FEW_BYTES:
+            return True
+        rows, dim = sum(each.numel() for each in self.labels), self.features[0].shape[1]
+        return dim >= _WORTH_KEEPING * num_classes and bytes_ <= _KEPT_BYTES and rows <= _KEPT_PER_DIM * dim
 
     def rows(self, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield features in a dtype, with their labels, as many at a time as is fastest, but at least so many."""
-        for features, labels in zip(self._features, self._labels, strict=True):
+        for features, labels in zip(self.features, self.labels, strict=True):
             size = max(_ELEMENTS_AT_A_TIME // features.shape[1], _LEAST_ROWS, least)
             for rows, index in zip(torch.split(features, size), torch.split(labels, size), strict=True):
                 yield rows.to(dtype), index
 
     def sums_are_exact(self, dtype: torch.dtype) -> bool:
         """Whether so few equal numbers, so many bits shorter than their sum in a dtype, add up without a rounding."""
-        epsilons = {torch.finfo(each.dtype).eps for each in self._features}
-        return len(epsilons) == 1 and sum(map(len, self._features)) <= min(epsilons) / torch.finfo(dtype).eps
+        epsilons = {torch.finfo(each.dtype).eps for each in self.features}
+        return len(epsilons) == 1 and sum(map(len, self.features)) <= min(epsilons) / torch.finfo(dtype).eps
 
-    def are_few(self, num_classes: int, light: bool) -> bool:
-        """Whether they are worth keeping."""
-        rows, dim = sum(map(len, self._features)), self._features[0].shape[1]
-        bytes_ = sum(each.numel() * each.element_size() for each in self._features)
-        if light:
-            return bytes_ <= _LIGHT_BYTES
-        many = dim >= _WORTH_KEEPING * num_classes and bytes_ <= _KEPT_BYTES
-        return bytes_ <= _FEW_BYTES or (many and rows <= _KEPT_PER_DIM * dim)
-
-    def moments(self, like: Tensor) -> Moments:
-        """Counts, class means and rounding; without second moments.
+    def means(self, like: Tensor) -> Means:
+        """Counts, class means and rounding.
 
         Args:
             like: Class means ``(K, d)`` of other samples, for sizes, dtype and device.
@@ -98,25 +113,47 @@ class Samples:
             means, tails = sums, tails - (sums - means)
         means = torch.where(means.isfinite(), means, torch.nan)
         counts, means, tails = (each.narrow(0, 0, num_classes) for each in (counts, means, tails))
-        rounding = rounding_of(self._features, self._labels, num_classes).to(like)
-        return Moments(counts, means, tails, torch.zeros_like(counts), like.new_zeros(dim), None, rounding)
+        return Means(counts, means, tails, rounding_of(self.features, self.labels, num_classes).to(like))
 
-    def deviations(
-        self, means: Tensor, tails: Tensor | None, inverse: Tensor, least: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield deviations from class means, in a unit, with their labels.
+    def spread(self, around: Means, exact: bool, *directions: Tensor) -> tuple[Tensor, ...]:
+        """Spread around class means, in one pass.
 
         Args:
-            means: Class means ``(K, d)`` in that unit.
-            tails: What rounding left of them, None for nothing.
-            inverse: Of the unit, a power of two: as exact as the difference itself.
+            around: The class means.
+            exact: As for :meth:`deviations`.
+            *directions: Vectors ``(r, d)``.
+
+        Returns:
+            Roots of the sums of squares of deviations: of each class ``(K,)``, of each coordinate ``(d,)``, and along
+            directions ``(r,)`` for each of ``directions``.
+        """
+        num_classes, dim = around.means.shape
+        unit = invertible_power_of_two(around.means)
+        norms, widths = unit.new_zeros(num_classes + 1), unit.new_zeros(dim)
+        along = [unit.new_zeros(len(each)) for each in directions]
+        for away, index in self.deviations(around, unit, exact):
+            norms.index_add_(0, index, torch.linalg.vector_norm(away, dim=1).square_())
+            widths += torch.linalg.vector_norm(away, dim=0).square_()
+            for i, each in enumerate(directions):
+                along[i] += (each @ away.T).square_().sum(dim=1)  # Twice as fast as the other way round.
+        return tuple(unit * squares.sqrt() for squares in (norms.narrow(0, 0, num_classes), widths, *along))
+
+    def deviations(self, around: Means, unit: Tensor, exact: bool, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield deviations from class means, with their labels.
+
+        Args:
+            around: The class means.
+            unit: Of the deviations, a power of two: division by it is exact.
+            exact: Whether rounding left nothing of the class means, so that there are no tails to subtract.
             least: As for :meth:`rows`.
 
         Yields:
             ``(B, d)``, zero for samples that are left out, and labels ``(B,)``.
         """
-        num_classes, zero = len(means), means.new_zeros(1, means.shape[1])
-        means, tails = torch.cat([means, zero]), None if tails is None else torch.cat([tails, zero])
+        num_classes, dim = around.means.shape
+        inverse, zero = 1 / unit, unit.new_zeros(1, dim)
+        means = torch.cat([around.means / unit, zero])
+        tails = None if exact else torch.cat([around.tails / unit, zero])
         for rows, index in self.rows(means.dtype, least):
             away = means.index_select(0, index).addcmul_(rows, inverse, value=-1)
             if tails is not None:

@@ -223,6 +223,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     Raises:
         ValueError: If the statistics have no scatter.
     """
+    stats = stats.folded  # The scatter is needed as a whole, and tells the spread along the means, too.
     root, num_present = stats.root, stats.present.sum()
     singular, _, counts, _ = _between_directions(stats, "class", "uniform")
     _, span = singular_vectors(stats.between_root(), full=True)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nclightning import functional as F
 from nclightning.errors import UserError
-from nclightning.functional import ClassStatistics
+from nclightning.functional import ClassStatistics, StatisticsBuffer
 from nclightning.functional.linear import norm
 from nclightning.functional.moments import Moments
+from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
@@ -105,7 +106,7 @@ class NeuralCollapse(StreamingMetric):
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
         empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
-        states = _split(empty)
+        states = _states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
@@ -134,15 +135,12 @@ class NeuralCollapse(StreamingMetric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
+        states = {name: getattr(self, name) for name in self._names}
         if self.means.ndim == 2:
-            return self._own()
-        tensors = {name: getattr(self, name) for name in self._names if name != "kept"}
-        parts = [_unite({name: state[rank] for name, state in tensors.items()}) for rank in range(len(self.means))]
-        return reduce(ClassStatistics.merge, parts)
-
-    def _own(self) -> ClassStatistics:
-        """Statistics that share the states, which are replaced and never written to."""
-        return _unite({name: getattr(self, name) for name in self._names})
+            return _statistics_of(states)
+        ranks = range(len(self.means))
+        parts = ({name: state[rank] for name, state in states.items() if name != "kept"} for rank in ranks)
+        return reduce(ClassStatistics.merge, map(_statistics_of, parts))
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
@@ -151,9 +149,11 @@ class NeuralCollapse(StreamingMetric):
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
-            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
+            copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
-        self._set(self._own().add_(features, labels, self.ignore_index, copy=copy))
+        buffer = StatisticsBuffer(self.statistics)
+        buffer.add(features, labels, self.ignore_index, copy=copy)
+        self._set(buffer.statistics)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and read it alone; see :meth:`update`."""
@@ -250,9 +250,9 @@ class NeuralCollapse(StreamingMetric):
     def _reading(self, stats: ClassStatistics) -> Reading:
         if self._head.get() is None:
             return Reading(stats, None, None, self.global_mean, self.between_weights)
-        head = read_head(self._head.get())
-        bias = None if head.bias is None else head.bias.to(stats.means)
-        return Reading(stats, head.weight.to(stats.means), bias, self.global_mean, self.between_weights)
+        head, like = read_head(self._head.get()), stats.totals.means
+        bias = None if head.bias is None else head.bias.to(like)
+        return Reading(stats, head.weight.to(like), bias, self.global_mean, self.between_weights)
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""
@@ -263,22 +263,28 @@ class NeuralCollapse(StreamingMetric):
         return self
 
     def _fold(self) -> None:
-        self._set(self._own().fold_())
+        self._set(self.statistics.folded)
 
     def _set(self, stats: ClassStatistics) -> None:
-        for name, value in _split(stats).items():
-            setattr(self, name, value)
+        for name, value in _states_of(stats).items():
+            if value is not getattr(self, name):  # Of most updates only a few states are new.
+                setattr(self, name, value)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        self._set(_unite({name: incoming_state[name] for name in self._names}).merge(self._own()))
+        incoming = _statistics_of({name: incoming_state[name] for name in self._names})
+        self._set(incoming.merge(self.statistics))
 
 
-def _split(stats: ClassStatistics) -> dict[str, Any]:
-    moments = {name: value for name, value in stats.folded._asdict().items() if value is not None}
-    return moments | {"num_invalid": stats.num_invalid, "kept": list(stats.kept)}
+def _states_of(stats: ClassStatistics) -> dict[str, Any]:
+    """States of the metric; samples that are kept are features and labels in turn."""
+    totals = {name: value for name, value in stats.totals._asdict().items() if value is not None}
+    kept = [each for piece in zip(stats.kept.features, stats.kept.labels, strict=True) for each in piece]
+    return totals | {"num_invalid": stats.num_invalid, "kept": kept}
 
 
-def _unite(states: dict[str, Any]) -> ClassStatistics:
-    moments: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
-    return ClassStatistics(Moments(**moments), states["num_invalid"], list(states.get("kept", ())))
+def _statistics_of(states: dict[str, Any]) -> ClassStatistics:
+    """Statistics that share the states, which are replaced and never written to."""
+    totals: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
+    kept = states.get("kept", ())
+    return ClassStatistics(Moments(**totals), states["num_invalid"], Samples(tuple(kept[::2]), tuple(kept[1::2])))

@@ -55,7 +55,7 @@ class Optimality(NeuralCollapse):
         Args:
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
-            copy: As for :meth:`nclightning.functional.ClassStatistics.add_`.
+            copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
         super().update(features, labels, copy=copy)
         reading = self._reading(self.statistics)

@@ -17,7 +17,6 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
-from nclightning.features import capture_features
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
@@ -34,6 +33,7 @@ from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
 from nclightning.optim.outcome import failure_of
+from nclightning.probe.features import capture_features
 from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
 from nclightning.sharding import is_sharded, own_shard, reshard
 from nclightning.theory import UFMProblem

@@ -145,11 +145,12 @@ class TestSweep:
     def test_cadence_in_epochs(self, tmp_path, samples):
         logged = []
 
-        class Watch(NeuralCollapseMonitor):
-            def _publish(self, pl_module, values):
-                logged.append((pl_module.current_epoch, min(values)))
+        def note(pl_module, values):
+            logged.append((pl_module.current_epoch, min(values)))
 
-        fit(tmp_path, [Watch(every_n_epochs=2)], loader(samples), max_epochs=5)
+        watch = NeuralCollapseMonitor(every_n_epochs=2)
+        watch.at_epochs().publish = note
+        fit(tmp_path, [watch], loader(samples), max_epochs=5)
         assert logged == [(1, "nc/train/nc1"), (3, "nc/train/nc1")]
 
     def test_model_checkpoint_can_monitor_it(self, tmp_path, samples):

@@ -100,13 +100,20 @@ class Reading:
 def test_a_sweep_reads_what_one_process_reads_and_leaves_no_trace(nested, tmp_path):
     measures = ("nc1", "nc2", "nc3", "accuracy", "ncc_mismatch")
 
-    class Watch(NeuralCollapseMonitor):
-        def _publish_at_step(self, trainer, values):
-            assert all(hasattr(parameter, "full_tensor") for parameter in trainer.lightning_module.parameters())
-            super()._publish_at_step(trainer, values)
-
     def job(folder):
-        return fit(folder, [], nested=nested), fit(folder, [Watch(measures=measures, every_n_steps=2)], nested=nested)
+        monitor = NeuralCollapseMonitor(measures=measures, every_n_steps=2)
+        part = monitor.at_epochs()
+        publish, steps = part.publish_at_step, []
+
+        def note(trainer, values):
+            assert all(hasattr(parameter, "full_tensor") for parameter in trainer.lightning_module.parameters())
+            steps.append(trainer.global_step)
+            publish(trainer, values)
+
+        part.publish_at_step = note
+        results = fit(folder, [], nested=nested), fit(folder, [monitor], nested=nested)
+        assert steps
+        return results
 
     first, second = on_two(tmp_path, job)
     (_, bare, bare_random), (metrics, weights, random) = first

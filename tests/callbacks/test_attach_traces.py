@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.callbacks.collection import Collection
 from nclightning.metrics import NeuralCollapse
+from nclightning.probe.collection import Collection
 from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -70,7 +70,7 @@ def test_a_head_found_in_one_model_is_not_looked_for_in_the_next(samples, tmp_pa
     quiet_trainer(tmp_path, callbacks=[monitor], inference_mode=False).validate(
         model, loader(samples, shuffle=False), verbose=False
     )
-    assert monitor._attachment.head_of(model).layer is model.auxiliary
+    assert monitor._reader.head_of(model).layer is model.auxiliary
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])

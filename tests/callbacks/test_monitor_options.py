@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.callbacks.attach import Attachment
-from nclightning.callbacks.collection import DECISIONS, Collection
+from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
+from nclightning.probe.collection import DECISIONS, Collection
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -215,14 +215,15 @@ def test_weight_averaging(averaging, tmp_path, samples):
     """Training weights in training; the averaged ones where validation runs on them."""
     swept = []
 
-    class Watch(NeuralCollapseMonitor):
-        def _publish(self, pl_module, values):
-            expected = measure(copy.deepcopy(pl_module), samples)
-            swept.append((float(values["nc/train/nc1"]), expected["nc1"]))
+    def note(pl_module, values):
+        expected = measure(copy.deepcopy(pl_module), samples)
+        swept.append((float(values["nc/train/nc1"]), expected["nc1"]))
 
+    watch = NeuralCollapseMonitor(stages=("train",))
+    watch.at_epochs().publish = note
     model = Net()
     model.body[1] = nn.Identity()  # Batch norm is updated by these callbacks in a pass of its own.
-    fit(tmp_path, [averaging(), Watch(stages=("train",))], loader(samples), model, max_epochs=3)
+    fit(tmp_path, [averaging(), watch], loader(samples), model, max_epochs=3)
     assert len(swept) == 3
     for value, expected in swept:
         assert value == pytest.approx(expected, rel=1e-5)
@@ -368,7 +369,7 @@ class TestErrors:
             strategy = FSDPStrategy()
 
         with pytest.raises(ValueError, match="FSDPStrategy shards the weights"):
-            Attachment.check(Stub())
+            check_strategy(Stub())
 
 
 def test_the_path_of_a_batch_makes_no_host_transfer():

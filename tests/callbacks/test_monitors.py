@@ -228,8 +228,8 @@ def test_readings_make_no_host_sync(loss):
     with FakeTensorMode():
         index, labels = fake_twin(model, "cuda")
         model._all_rows = index, index._version  # As after the first reading, which looks at them.
-        collapse._metric._head = Borrowed(model.head)
-        optimality._is_checked = True
+        collapse.at_iterates()._metric._head = Borrowed(model.head)
+        optimality.at_iterates()._is_checked = True
         for monitor, count in ((optimality, 5), (collapse, 3)):
             values = list(monitor.read(model, (index, labels)).values())
             assert len(values) == count

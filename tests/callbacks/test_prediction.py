@@ -76,7 +76,7 @@ def test_a_second_fit_starts_over(tmp_path):
 
 
 def test_a_checkpoint_without_a_decay_leaves_it_open():
-    monitor = OptimalityMonitor()
+    monitor = OptimalityMonitor().at_iterates()
     monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3})
     assert math.isnan(monitor.state_dict()["decay"])
 

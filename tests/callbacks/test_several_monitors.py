@@ -122,7 +122,7 @@ def test_a_checkpoint_of_before_is_loaded(options, samples, tmp_path):
 
 
 def test_an_old_state_of_a_full_batch_run_is_loaded():
-    monitor = OptimalityMonitor()
+    monitor = OptimalityMonitor().at_iterates()
     monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3, "decay": 0.5})
     later = {"followed": 0, "stopped_at": None, "distance": math.nan}
     assert monitor.state_dict() == {"last": {}, "smallest": 1.0, "smallest_at": 3, "decay": 0.5} | later

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.errors import UserError
-from nclightning.sweep import TraceError
+from nclightning.probe.sweep import TraceError
 from tests.callbacks import stateful
 from tests.callbacks.stateful import CASES, REFUSED, D, K
 from tests.trainers import quiet_trainer

@@ -36,15 +36,16 @@ class Counting(NeuralCollapseMonitor):
     def __init__(self, samples, **options):
         super().__init__(**options)
         self.samples, self.steps, self.expected = tuple(part[:32] for part in samples), [], []
-        read = self._sweeps.read
+        sets = self.at_epochs()._sets
+        read = sets.read
 
-        def counted(trainer, pl_module, training):
-            self.steps.append(trainer.global_step)
-            self.expected.append(measure(pl_module, self.samples)["nc1"])
-            pl_module.train()
-            return read(trainer, pl_module, training)
+        def counted(host, *args):
+            self.steps.append(host.module.trainer.global_step)
+            self.expected.append(measure(host.module, self.samples)["nc1"])
+            host.module.train()
+            return read(host, *args)
 
-        self._sweeps.read = counted
+        sets.read = counted
 
 
 @pytest.mark.parametrize(

@@ -134,15 +134,15 @@ def test_an_endless_stream_is_read_as_far_as_training_reads_it(make, options, ro
 def test_an_endless_stream_is_read_in_the_middle_of_an_epoch(samples, tmp_path):
     seen = []
 
-    class Watch(NeuralCollapseMonitor):
-        def _publish_at_step(self, trainer, values):
-            rows = 10 * trainer.global_step
-            expected = measure(trainer.lightning_module, tuple(part[:rows] for part in samples))
-            trainer.lightning_module.train()
-            seen.append((float(values["nc/train/nc1"]), expected["nc1"]))
+    def note(trainer, values):
+        rows = 10 * trainer.global_step
+        expected = measure(trainer.lightning_module, tuple(part[:rows] for part in samples))
+        trainer.lightning_module.train()
+        seen.append((float(values["nc/train/nc1"]), expected["nc1"]))
 
-    data = DataLoader(Endless(samples), batch_size=10)
-    fit(tmp_path, [Watch(every_n_steps=2)], data, max_steps=4, max_epochs=-1)
+    data, watch = DataLoader(Endless(samples), batch_size=10), NeuralCollapseMonitor(every_n_steps=2)
+    watch.at_epochs().publish_at_step = note
+    fit(tmp_path, [watch], data, max_steps=4, max_epochs=-1)
     assert len(seen) == 2
     for value, expected in seen:
         assert value == pytest.approx(expected, rel=1e-5)

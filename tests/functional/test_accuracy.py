@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nclightning.functional import class_statistics, statistics, within_class_variability
+from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics, within_class_variability
 from nclightning.metrics.measures import MEASURES, Reading
 from tests.functional import multiprecision, oracle
 
@@ -59,7 +59,7 @@ def test_every_measure_to_nine_digits(folded):
         features, *rest = data
         expected = multiprecision.evaluate_all(NAMES, features.double(), *rest, dims=dims)
         stats = class_statistics(features, data[1], len(case["counts"]))
-        reading = Reading(stats.fold_() if folded else stats, *rest[1:])
+        reading = Reading(stats.folded if folded else stats, *rest[1:])
         for name, right in expected.items():
             value = float(MEASURES[name].read(reading))
             # The printed VCI takes the rounding of confined features for spread; that squared is how far it is off.
@@ -120,7 +120,7 @@ def test_nc1_behind_a_layer_norm(dtype, before, generator):
     right = (
         float((covariance.within * torch.linalg.pinv(torch.tensor(covariance.between()), rtol=1e-9).numpy()).sum()) / K
     )
-    for stats in (class_statistics(features, labels, K), class_statistics(features, labels, K).fold_()):
+    for stats in (class_statistics(features, labels, K), class_statistics(features, labels, K).folded):
         assert float(within_class_variability(stats)) == pytest.approx(right, rel=1e-6)
         assert int(MEASURES["nc1_rank"].read(Reading(stats))) == d - 1
 
@@ -149,25 +149,23 @@ def spread_elsewhere(ratio, N=60, K=3, d=5, seed=0, along=1e-6):
 
 WAYS = {
     "kept": lambda x, y: class_statistics(x, y, 3),
-    "folded": lambda x, y: class_statistics(x, y, 3).fold_(),
+    "folded": lambda x, y: class_statistics(x, y, 3).folded,
     "many folded batches": lambda x, y: _stream(x, y, fold=True),
     "many kept batches": lambda x, y: _stream(x, y, fold=False),
-    "two processes": lambda x, y: (
-        class_statistics(x[:41], y[:41], 3).fold_().merge(class_statistics(x[41:], y[41:], 3))
-    ),
+    "two processes": lambda x, y: class_statistics(x[:41], y[:41], 3).folded.merge(class_statistics(x[41:], y[41:], 3)),
     "a tree of merges": lambda x, y: _tree(
-        [class_statistics(h, z, 3).fold_() for h, z in zip(x.split(7), y.split(7), strict=True)]
+        [class_statistics(h, z, 3).folded for h, z in zip(x.split(7), y.split(7), strict=True)]
     ),
 }
 
 
 def _stream(x, y, fold):
-    stats = statistics.ClassStatistics.empty(3, x.shape[1])
+    buffer = StatisticsBuffer(ClassStatistics.empty(3, x.shape[1]))
     for h, z in zip(x.split(4), y.split(4), strict=True):
-        stats.add_(h, z)
+        buffer.add(h, z)
         if fold:
-            stats.fold_()
-    return stats
+            buffer.fold()
+    return buffer.statistics
 
 
 def _tree(parts):
@@ -195,7 +193,7 @@ def test_four_samples_whose_scatter_cancels():
     labels = torch.tensor([0, 0, 1, 1])
     right = multiprecision.evaluate("nc1", features, labels, torch.ones(2, 2), torch.ones(2))
     assert right == pytest.approx(5e-23, rel=1e-3)
-    for stats in (class_statistics(features, labels, 2), class_statistics(features, labels, 2).fold_()):
+    for stats in (class_statistics(features, labels, 2), class_statistics(features, labels, 2).folded):
         assert float(within_class_variability(stats)) == pytest.approx(right, rel=1e-6)
 
 

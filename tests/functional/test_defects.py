@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nclightning.functional import (
+    StatisticsBuffer,
     class_distance_normalized_variance,
     class_statistics,
     duality_difference,
@@ -213,9 +214,10 @@ def test_deep_collapse_over_batches(sigma):
     labels, noise = torch.arange(300) % 3, draw(300, 4)
     means = 3 * draw(3, 4, seed=1)
     features = means[labels] + sigma * noise
-    stats = class_statistics(features[:0], labels[:0], 3)
+    buffer = StatisticsBuffer(class_statistics(features[:0], labels[:0], 3))
     for part in torch.randperm(300, generator=torch.Generator().manual_seed(2)).split(7):
-        stats.add_(features[part], labels[part])
+        buffer.add(features[part], labels[part])
+    stats = buffer.statistics
     exact = sum((g - g.mean(0)).square().sum() for g in (noise[labels == k] for k in range(3))) * sigma**2
     # Rounding of the features, 3 eps, in units of the noise.
     assert float(stats.spreads.sum()) == pytest.approx(float(exact), rel=1e-12 + 2e-15 / sigma)

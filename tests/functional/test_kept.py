@@ -1,13 +1,21 @@
 """Statistics that keep their samples instead of forming the scatter: never another value, never another's data."""
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nclightning.functional import ClassStatistics, class_statistics, samples, statistics, within_class_variability
+from nclightning.functional import (
+    ClassStatistics,
+    StatisticsBuffer,
+    class_statistics,
+    samples,
+    statistics,
+    variability_collapse_index,
+    within_class_variability,
+)
 from nclightning.metrics import NeuralCollapse
 
 K, D = 4, 40
@@ -18,6 +26,13 @@ def data(generator, N=90, spread=1.0, dtype=torch.float64):
     centres = 10 * torch.randn(K, D, dtype=torch.float64, generator=generator)
     noise = spread * torch.randn(N, D, dtype=torch.float64, generator=generator)
     return (centres[labels] + noise).to(dtype), labels
+
+
+def collect(batches, dtype=torch.float64):
+    buffer = StatisticsBuffer(ClassStatistics.empty(K, D, dtype))
+    for features, labels in batches:
+        buffer.add(features, labels)
+    return buffer.statistics
 
 
 def by_loop(features, labels, direction):
@@ -34,14 +49,14 @@ def test_spread_along_is_that_of_a_loop(spread, dtype, generator):
     features, labels = data(generator, spread=spread, dtype=dtype)
     directions = torch.randn(3, D, dtype=torch.float64, generator=generator)
     stats = class_statistics(features, labels, K)
-    assert stats.kept
-    assert stats.folded.root.shape == (0, D)
+    assert not stats.kept.is_empty
+    assert stats.totals.root.shape == (0, D)
     expected = torch.tensor([by_loop(features, labels, v) for v in directions], dtype=torch.float64)
     # The loop's means are rounded at 1e-15 of features of size 10, against deviations of 1e-6.
     torch.testing.assert_close(stats.spread_along(directions), expected, rtol=1e-8, atol=0)
-    torch.testing.assert_close(stats.fold_().spread_along(directions), expected, rtol=1e-8, atol=0)
-    assert not stats.kept
-    assert stats.folded.root.shape == (D, D)
+    torch.testing.assert_close(stats.folded.spread_along(directions), expected, rtol=1e-8, atol=0)
+    assert stats.folded.kept.is_empty
+    assert stats.folded.totals.root.shape == (D, D)
 
 
 @pytest.mark.parametrize("most", [0, 1, 128])
@@ -50,23 +65,19 @@ def test_the_limit_on_samples_changes_no_value(most, generator, monkeypatch):
     expected = within_class_variability(class_statistics(features, labels, K))
     monkeypatch.setattr(samples, "_KEPT_PER_DIM", most)
     monkeypatch.setattr(samples, "_FEW_BYTES", 0)
-    stats = ClassStatistics.empty(K, D)
-    for h, y in zip(features.split(30), labels.split(30), strict=True):
-        stats.add_(h, y)
-    assert bool(stats.kept) == (most > 0)
+    stats = collect(zip(features.split(30), labels.split(30), strict=True))
+    assert stats.kept.is_empty == (most == 0)
     torch.testing.assert_close(within_class_variability(stats), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("folded", [(), (0,), (1,), (0, 1)])
-def test_merging_leaves_both_as_they_are(folded, generator):
+def test_merging_is_of_all_samples_kept_or_folded(folded, generator):
     features, labels = data(generator)
     parts = [class_statistics(features[:50], labels[:50], K), class_statistics(features[50:], labels[50:], K)]
     for part in folded:
-        parts[part].fold_()
-    sizes = [len(part.kept) for part in parts]
+        parts[part] = parts[part].folded
     merged = parts[0].merge(parts[1])
-    assert [len(part.kept) for part in parts] == sizes
-    assert bool(merged.kept) == (len(folded) < 2)
+    assert merged.kept.is_empty == (len(folded) == 2)
     whole = class_statistics(features, labels, K)
     torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-12, atol=1e-11)
     torch.testing.assert_close(within_class_variability(merged), within_class_variability(whole), rtol=1e-12, atol=0)
@@ -75,10 +86,8 @@ def test_merging_leaves_both_as_they_are(folded, generator):
 def test_exact_collapse_is_zero(generator):
     centres = torch.randn(K, D, dtype=torch.float64, generator=generator) + 1e3
     labels = torch.arange(21) % K
-    stats = ClassStatistics.empty(K, D)
-    for part in labels.split(7):
-        stats.add_(centres[part], part)
-    assert stats.kept
+    stats = collect((centres[part], part) for part in labels.split(7))
+    assert not stats.kept.is_empty
     assert within_class_variability(stats) == 0
     assert stats.scatter.abs().max() == 0
 
@@ -118,12 +127,15 @@ def test_statistics_outlive_a_reset(generator):
 def test_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
     with FakeTensorMode():
-        stats = ClassStatistics.empty(K, D, device="cuda")
+        buffer = StatisticsBuffer(ClassStatistics.empty(K, D, device="cuda"))
         for _ in range(2):
-            stats.add_(torch.empty(8, D, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda"))
-        assert stats.kept
+            buffer.add(torch.empty(8, D, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda"))
+        stats = buffer.statistics
+        assert not stats.kept.is_empty
         assert within_class_variability(stats).device.type == "cuda"
-        assert stats.fold_().scatter.device.type == "cuda"
+        assert stats.scatter.device.type == "cuda"
+        buffer.fold()
+        assert buffer.statistics.scatter.device.type == "cuda"
 
 
 def test_compute_reads_the_samples_themselves(generator, monkeypatch):
@@ -138,10 +150,62 @@ def test_compute_reads_the_samples_themselves(generator, monkeypatch):
 def test_folding_one_does_not_empty_another(generator):
     """Metrics of a collection share states, and each is folded for itself."""
     stats = class_statistics(*data(generator), K)
-    twin = replace(stats)
-    stats.fold_()
-    assert twin.kept
-    assert torch.equal(twin.scatter, stats.scatter)
+    buffer, twin = StatisticsBuffer(stats), StatisticsBuffer(stats)
+    buffer.fold()
+    assert not twin.kept.is_empty
+    assert torch.equal(twin.statistics.scatter, buffer.statistics.scatter)
+
+
+READINGS = {
+    "counts": lambda s: s.counts,
+    "means": lambda s: s.means,
+    "norms": lambda s: s.norms,
+    "widths": lambda s: s.widths,
+    "root": lambda s: s.root,
+    "centred_means": lambda s: s.centred_means,
+    "along": lambda s: s.norms_along(torch.eye(D, dtype=torch.float64)),
+    "nc1": within_class_variability,
+    "vci": variability_collapse_index,
+}
+
+
+@pytest.mark.parametrize("first", READINGS)
+def test_what_is_read_first_changes_nothing(first, generator):
+    """Reading the scatter once made later readings come from it, with other roundings."""
+    stats = class_statistics(*data(generator), K)
+    READINGS[first](stats)
+    for name, read in READINGS.items():
+        assert torch.equal(read(stats), read(replace(stats))), name
+
+
+def test_statistics_are_a_value(generator):
+    stats = class_statistics(*data(generator), K)
+    with pytest.raises(FrozenInstanceError):
+        stats.num_invalid = torch.zeros(())
+    with pytest.raises(FrozenInstanceError):
+        stats.kept.features = ()
+    before = {name: read(stats).clone() for name, read in READINGS.items()}
+    buffer = StatisticsBuffer(stats)
+    buffer.add(*data(generator))
+    buffer.fold()
+    buffer.add(*data(generator))
+    stats.merge(buffer.statistics)
+    for name, read in READINGS.items():
+        assert torch.equal(read(stats), before[name]), name
+        assert torch.equal(read(replace(stats)), before[name]), name
+
+
+@pytest.mark.parametrize("light", [False, True])
+def test_a_pass_over_the_samples_is_made_once(light, generator, monkeypatch):
+    """Those of all measures: the means, and the spread that comes with the spread along their directions."""
+    passes, own = [], samples.Samples.rows
+    monkeypatch.setattr(samples.Samples, "rows", lambda *args: passes.append(1) or own(*args))
+    stats = class_statistics(*data(generator, dtype=torch.float32), K, scatter=not light)
+    if not light:
+        within_class_variability(stats)
+    for name in ("norms", "widths", "counts", "means", "centred_means", "mean_offsets"):
+        getattr(stats, name)
+    assert len(passes) == 2
 
 
 def test_the_scatter_is_formed_once(generator, monkeypatch):
@@ -166,10 +230,8 @@ def test_few_bytes_are_kept_however_many_rows(generator, monkeypatch):
     expected = within_class_variability(class_statistics(features, labels, K))
     monkeypatch.setattr(samples, "_KEPT_PER_DIM", 0)
     for kept in (True, False):
-        stats = ClassStatistics.empty(K, D)
-        for h, y in zip(features.split(45), labels.split(45), strict=True):
-            stats.add_(h, y)
-        assert bool(stats.kept) == kept
+        stats = collect(zip(features.split(45), labels.split(45), strict=True))
+        assert stats.kept.is_empty != kept
         torch.testing.assert_close(within_class_variability(stats), expected, rtol=1e-12, atol=0)
         monkeypatch.setattr(samples, "_FEW_BYTES", 0)
 
@@ -178,13 +240,13 @@ def test_few_bytes_are_kept_however_many_rows(generator, monkeypatch):
 def test_small_pieces_are_put_together(sizes, generator):
     """So many pieces would make each update cost more than the last."""
     features, labels = data(generator, sum(sizes))
-    stats, most = ClassStatistics.empty(K, D), 0
+    buffer, most = StatisticsBuffer(ClassStatistics.empty(K, D)), 0
     for h, y in zip(features.split(sizes), labels.split(sizes), strict=True):
-        stats.add_(h, y)
-        most = max(most, len(stats.kept) // 2)
+        buffer.add(h, y)
+        most = max(most, len(buffer.kept.features))
     assert most <= 2 + math.log2(sum(sizes))
-    assert torch.equal(torch.cat(stats.kept[::2]), features)
-    assert torch.equal(torch.cat(stats.kept[1::2]), labels)
+    assert torch.equal(torch.cat(buffer.kept.features), features)
+    assert torch.equal(torch.cat(buffer.kept.labels), labels)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +260,8 @@ def test_exact_collapse_has_no_spread_in_any_dtype(features_dtype, dtype, genera
     """The mean of equal numbers must be that number, whether or not their sum is rounded."""
     centres = (100 * torch.randn(K, D, generator=generator, dtype=torch.float64)).to(features_dtype)
     labels = torch.randint(K, (20_000,), generator=generator)
-    stats = ClassStatistics.empty(K, D, dtype)
-    for part in (labels[:7], labels[7:]):
-        stats.add_(centres[part], part)
-    assert stats.kept
+    stats = collect(((centres[part], part) for part in (labels[:7], labels[7:])), dtype)
+    assert not stats.kept.is_empty
     assert torch.equal(stats.means, centres.to(dtype))
     assert not stats.spreads.any()
     assert not stats.spread_along(torch.eye(D, dtype=dtype)).any()

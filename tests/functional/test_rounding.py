@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
-from nclightning.functional import ClassStatistics, class_statistics
+from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics
 from nclightning.metrics.measures import MEASURES, Reading
 from tests.functional import multiprecision, oracle
 
@@ -143,11 +143,11 @@ def test_rows_of_both_dtypes_show_the_finer_one_in_any_order(which, pieces):
         "every other": index % 2 == 0,
         "all but the last": index < 1152,
     }[which]
-    stats = ClassStatistics.empty(3, 6)
+    buffer = StatisticsBuffer(ClassStatistics.empty(3, 6))
     for rows, labels in zip(half_exact(1280, chosen).chunk(pieces), (index % 3).chunk(pieces), strict=True):
-        stats.add_(rows, labels)
-    assert float(stats.epsilon) == EPS[torch.float32]
-    assert float(stats.fold_().epsilon) == EPS[torch.float32]
+        buffer.add(rows, labels)
+    assert float(buffer.statistics.epsilon) == EPS[torch.float32]
+    assert float(buffer.statistics.folded.epsilon) == EPS[torch.float32]
 
 
 def test_a_few_short_numbers_show_nothing():

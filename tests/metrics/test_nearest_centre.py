@@ -119,10 +119,10 @@ def test_plots(head, data):
 
 
 def test_update_makes_no_host_transfer(head, data):
-    metric = NearestClassCentre(class_statistics(*data, K).fold_(), head)
+    metric = NearestClassCentre(class_statistics(*data, K).folded, head)
     with FakeTensorMode():
         fake = lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda")  # noqa: E731
-        moments = metric.reference.folded
+        moments = metric.reference.totals
         metric.reference = ClassStatistics(type(moments)(*map(fake, moments)), fake(metric.reference.num_invalid))
         for name in ("samples", "ncc_right", "right", "mismatched", "margin", "num_invalid"):
             setattr(metric, name, fake(getattr(metric, name)))

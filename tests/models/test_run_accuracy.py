@@ -34,7 +34,7 @@ def test_nc1_of_ufm_mse_from_the_start_to_1e_28(tmp_path):
     ones, right = (torch.ones(10, 20), torch.ones(10)), {}
     for iteration, (features, labels) in snapshots.features.items():
         right[iteration] = multiprecision.evaluate("nc1", features, labels, *ones)
-        for stats in (class_statistics(features, labels, 10), class_statistics(features, labels, 10).fold_()):
+        for stats in (class_statistics(features, labels, 10), class_statistics(features, labels, 10).folded):
             value = float(within_class_variability(stats))
             if right[iteration] > 1e-28:
                 assert value == pytest.approx(right[iteration], rel=1e-6), iteration

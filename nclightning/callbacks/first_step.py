@@ -1,0 +1,135 @@
+"""What the first step of training shows, and what a monitor refuses because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+
+from nclightning.callbacks.host import LightningHost
+from nclightning.callbacks.training_data import check_rest, check_split, labels_of, num_left_over, parts_of
+from nclightning.errors import UserError
+from nclightning.probe.first_batch import check_range
+from nclightning.probe.first_forward import FirstForward
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sweep import has_lazy_parts
+from nclightning.probe.watch import FirstStep
+from nclightning.ranks import raise_together, rank_zero_warn
+
+__all__ = ["FirstTrainingStep", "Reads"]
+
+Reads = Literal["sweep", "online", ""]
+
+
+class FirstTrainingStep:
+    """Checks a module by the first batch of training, on all processes together, and by what its step does with it.
+
+    Args:
+        reader: Of features and labels.
+    """
+
+    def __init__(self, reader: PairReader) -> None:
+        self._reader = reader
+        self._step: FirstStep | None = None
+        self.forward: FirstForward | None = None  # Of a module whose first forward makes its head.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_step": None, "forward": None}  # Hooks cannot be pickled.
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the step that runs, or did last, is the first one."""
+        return self._step is not None or self.forward is not None
+
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, reads: Reads) -> None:
+        """Check the first training batch, and hook the module for its step.
+
+        Args:
+            trainer: Of the module.
+            pl_module: The module.
+            batch: As the step gets it, of all loaders.
+            reads: How training is read, if it is.
+
+        Raises:
+            Exception: On all processes, if one of them fails.
+        """
+        if reads == "online" and has_lazy_parts(pl_module):
+            self._wait(pl_module, batch)
+            return
+        self._together(pl_module, lambda: self._check(trainer, pl_module, batch, reads))
+
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, reads: Reads) -> None:
+        reader, host = self._reader, LightningHost(pl_module)
+        parts = [batch] if reads == "online" else list(parts_of(batch, trainer.train_dataloader))
+        check_split(reader.split, parts)
+        reader.check_batch(host, parts[0])
+        for other in parts[1:] if reads else []:
+            labels = labels_of(reader.split, other)
+            check_range(labels, reader.head_of(pl_module), reader.ignore_index, reader.like == "factor")
+        if reads == "sweep" and (rest := num_left_over(trainer)):
+            check_rest(reader, host, parts[0], rest)
+        if reads == "online" and not reader.knows(pl_module):  # The forward made the head, and it was put back.
+            self._wait(pl_module, batch)
+        elif reads:
+            self._step = reader.watch_first_step(pl_module)
+
+    def _wait(self, pl_module: L.LightningModule, batch: Any) -> None:
+        """Examine the module once its first forward is over, until :meth:`end`."""
+        host = LightningHost(pl_module)
+        self.forward = FirstForward(pl_module, host.device, lambda: self._reader.check_batch(host, batch))
+
+    def end_forward(self) -> None:
+        """End the forward of a module whose first one makes its head.
+
+        Raises:
+            Exception: On all processes, if it did not show what :meth:`PairReader.check_batch` needs.
+        """
+        if self.forward is not None:
+            forward, self.forward = self.forward, None
+            forward.finish()
+
+    def end(self, pl_module: L.LightningModule, *, online: bool = False) -> None:
+        """Say where the first step did something else than what was examined.
+
+        Raises:
+            ValueError: If features of the steps themselves are read, and their inputs are other ones.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        differs, runs = step.end()
+        said = step.words(type(pl_module).__name__, self._reader.head_of(pl_module).name, differs, runs)
+        if said and differs and online:
+            raise UserError(said)
+        if said:
+            rank_zero_warn(said)
+
+    def remove(self) -> None:
+        """Leave no hook behind."""
+        for each in (self._step, self.forward):
+            if each is not None:
+                each.remove()
+        self._step = self.forward = None
+
+    def check_sanity(self, pl_module: L.LightningModule, batch: Any, labelled: bool) -> None:
+        """Check a batch of Lightning's sanity check, and forget it: training has others.
+
+        Raises:
+            Exception: On all processes, if one of them fails.
+        """
+        try:
+            self._together(
+                pl_module, lambda: self._reader.check_batch(LightningHost(pl_module), batch, labelled=labelled)
+            )
+        finally:
+            self._reader.forget()
+
+    @staticmethod
+    def _together(pl_module: L.LightningModule, check: Callable[[], None]) -> None:
+        error: Exception | None = None
+        try:
+            check()
+        except Exception as own:
+            error = own
+        raise_together(error, pl_module.device)

@@ -1,0 +1,213 @@
+"""Gap and distance at iterates of full-batch modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from nclightning.callbacks.full_batch import as_full_batch, head_reader
+from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
+from nclightning.callbacks.problem import (
+    check_balance,
+    check_features,
+    check_optimizer,
+    check_value,
+    find_problem,
+    gap_and_distance,
+)
+from nclightning.callbacks.search import search_readings, step_taken
+from nclightning.callbacks.stopping import StopRule, goes_on
+from nclightning.ranks import count_over_ranks
+from nclightning.theory import UFMProblem
+
+__all__ = ["OptimalityAtIterates", "predicts"]
+
+
+class OptimalityAtIterates(ReadingsMonitor):
+    """Measures the training set at iterates, stops the run, and follows the predicted decay.
+
+    Args:
+        every_n_iterations: Cadence.
+        theory: Whether gap and distance are measured.
+        stop_distance: As for :class:`nclightning.callbacks.stopping.StopRule`.
+        stop_at_floor: The same.
+    """
+
+    log10_tags = frozenset(
+        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/predicted_decay"}
+    )
+
+    def __init__(self, every_n_iterations: int, theory: bool, stop_distance: float | None, stop_at_floor: bool) -> None:
+        super().__init__(every_n_iterations)
+        self._theory = theory
+        self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
+        self._problem: UFMProblem | None = None
+        self._mu: float | None = None
+        self._decay = 1.0
+        self._followed = 0  # The last iterate whose step is in the decay.
+        self._is_checked = False  # Whether what is trained has been compared with the problem.
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an optimizer whose optimum is another."""
+        self._is_checked = False
+        if self._theory:
+            check_optimizer(pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Read the first iterate."""
+        begins = self._batch is None
+        if trainer.global_step == 0:
+            self._decay, self._followed = 1.0, 0
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if begins and trainer.global_step > 0:
+            self._go_on(trainer)
+
+    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Find the problem and check that the labels are balanced."""
+        self._problem = find_problem(pl_module, self._theory)
+        self._is_checked = False
+        if self._problem is not None:
+            check_balance(self._problem, batch[1])
+            check_features(pl_module, batch[0])
+        self._mu = self._problem.mu if self._problem is not None and predicts(pl_module, self._problem) else None
+        if pl_module._trainer is not None and self._followed == pl_module.trainer.global_step - 1:
+            self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
+
+    @torch.no_grad()
+    def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
+        """Measure at the current parameters."""
+        value, grad_norm = as_full_batch(pl_module).value_and_grad_norm(batch)
+        readings: dict[str, Tensor | float] = {"loss": value}
+        if self._problem is not None:
+            features = as_full_batch(pl_module).features_of(batch[0])
+            head = head_reader(as_full_batch(pl_module)).read()
+            gap, distance = gap_and_distance(self._problem, head, features, batch[1])
+            if not self._is_checked:
+                check_value(self._problem, value, gap, head.weight.dtype)
+                self._is_checked = True
+            readings |= {"optimality/gap": gap, "optimality/distance": distance}
+        readings["optimality/grad_norm"] = grad_norm
+        if self._problem is not None:
+            readings["optimality/error_bound_ratio"] = distance / grad_norm
+        if self._mu is not None:
+            readings["optimality/predicted_decay"] = self._decay
+        return readings | search_readings(pl_module)
+
+    def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+        """Read at the cadence, and stop once close enough."""
+        self._follow(pl_module)
+        super().on_iteration_end(trainer, pl_module, batch, iteration)
+        if self._last_iteration == iteration and self._rule.is_on:
+            self._stop(trainer, self._decide(trainer))
+
+    def _follow(self, pl_module: L.LightningModule) -> None:
+        self._followed += 1
+        if self._mu is not None:
+            step = step_taken(pl_module)
+            assert step is not None
+            self._decay *= (1 - step * self._mu) ** 2
+
+    def _decide(self, trainer: L.Trainer) -> str | None:
+        """Say why the run is to stop at the last reading, if it is."""
+        assert self._problem is not None
+        distance = float(Readings.of(trainer).value(self._last_iteration, "optimality/distance"))
+        return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
+
+    @staticmethod
+    def _stop(trainer: L.Trainer, sentence: str | None) -> None:
+        if sentence is not None:
+            trainer.should_stop = True
+            trainer.print(f"{sentence} Stopping.")
+
+    def _go_on(self, trainer: L.Trainer) -> None:
+        """Stop a resumed run again that had been stopped, unless the settings that did it have changed."""
+        iteration, sentence = trainer.global_step, None
+        had_stopped = self._rule.stopped_at == iteration
+        if self._problem is not None and self._rule.is_on:
+            if self._last_iteration == iteration:
+                sentence = self._decide(trainer)
+            elif had_stopped:  # By another cadence.
+                sentence = self._rule.stands(self._problem.optimum_norm)
+        self._stop(trainer, sentence)
+        if had_stopped and sentence is None:
+            trainer.print(goes_on(iteration))
+
+    def ending_of(
+        self, checkpoint: Mapping[str, Any], state: dict[str, Any] | None, pl_module: L.LightningModule
+    ) -> str | None:
+        """Say why the run of a checkpoint is stopped, also by the present settings.
+
+        Args:
+            checkpoint: Lightning's.
+            state: In it, of this callback.
+            pl_module: The module.
+
+        Returns:
+            A sentence; None if the run goes on.
+        """
+        problem = find_problem(pl_module, self._theory)
+        if state is None or problem is None:
+            return None
+        rule = StopRule(self._rule.stop_distance, self._rule.stop_at_floor, self.every_n_iterations, state)
+        return rule.stands(problem.optimum_norm) if rule.stopped_at == checkpoint["global_step"] else None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from: last values, distances so far, whether they stop it, the decay."""
+        return super().state() | self._rule.state_dict() | {"decay": self._decay, "followed": self._followed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        super().load_state_dict(state_dict)
+        self._rule.load_state_dict(state_dict)
+        self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
+        self._followed = state_dict.get("followed", 0)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Log the readings of a full-batch validation."""
+        self._log_pass(pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Log the readings of a full-batch test."""
+        self._log_pass(pl_module, batch)
+
+    def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        if count_over_ranks(len(batch[1]), batch[1].device) != as_full_batch(pl_module).num_samples:
+            return  # A part of the data has no optimality gap.
+        self._problem, self._mu, self._is_checked = find_problem(pl_module, self._theory), None, False
+        if self._problem is not None:
+            check_balance(self._problem, batch[1])
+        with torch.inference_mode(False):
+            readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
+        # As tensors: of plain numbers Lightning makes float32.
+        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
+        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
+        # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
+        pl_module.log_dict(own, sync_dist=True, batch_size=1)
+
+
+def predicts(pl_module: L.LightningModule, problem: UFMProblem | None) -> bool:
+    """Say whether the decay of a run can be predicted.
+
+    Args:
+        pl_module: A full-batch module in a fit.
+        problem: Its problem, None if that is not known.
+
+    Returns:
+        Whether its parameters are those of the unconstrained feature model and its steps are known.
+    """
+    module = as_full_batch(pl_module)
+    if problem is None or step_taken(pl_module) is None or not module.features_are_free:
+        return False
+    return bool(module.count_free_parameters() == sum(entry.multiplicity for entry in problem.spectrum()))

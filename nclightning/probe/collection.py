@@ -1,0 +1,307 @@
+"""From captured features to named readings of one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nclightning.errors import UserError
+from nclightning.functional import ClassStatistics, ood_orthogonality
+from nclightning.heads import Head, HeadReader, device_of, weight_shape
+from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
+from nclightning.metrics.measures import Reading, select_measures
+from nclightning.probe.features import pair_rows
+from nclightning.ranks import rank_zero_warn, world_size
+
+__all__ = [
+    "DECISIONS",
+    "Centres",
+    "Collection",
+    "Decisions",
+    "Measuring",
+    "merge_over_ranks",
+    "orthogonality",
+]
+
+DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
+_OF_A_LAYER = ("nc1", "nc1_cdnv")
+# What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
+_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
+
+Centres = Mapping[str, ClassStatistics]
+
+
+class Measuring:
+    """What a user chose to read, by who computes it.
+
+    Args:
+        measures: Names out of ``MEASURES`` and ``DECISIONS``; None leaves the choice to the metric, ``("all",)`` takes
+            all.
+        ignore_index: Label of samples to leave out.
+        conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
+
+    Raises:
+        ValueError: If a name does not exist or stands twice.
+    """
+
+    def __init__(
+        self, measures: Sequence[str] | None = None, ignore_index: int | None = None, **conventions: Any
+    ) -> None:
+        self._ignore_index, self._conventions = ignore_index, conventions
+        self._told: set[str] = set()
+        self.of_statistics: tuple[str, ...] | None = None
+        self.of_decisions: tuple[str, ...] = ()
+        if measures is None:
+            return
+        if not isinstance(measures, str):
+            measures = (*MEASURES, *DECISIONS) if tuple(measures) == ("all",) else tuple(measures)
+            self.of_decisions = tuple(name for name in DECISIONS if name in measures)
+            if len(set(measures)) == len(measures) == len(self.of_decisions) > 0:
+                self.of_statistics = ()
+                return
+            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
+        try:
+            self.of_statistics = select_measures(measures)
+        except UserError as error:
+            raise UserError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
+
+    def tags(self, layers: Iterable[str]) -> set[str]:
+        """Return names of what is read of a data set, and one of each further layer."""
+        of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
+        return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
+
+    def metric(self, head: Head | HeadReader) -> NeuralCollapse:
+        """Make the metric of the head and its input."""
+        return NeuralCollapse(
+            head.out_features,
+            head.in_features,
+            head,
+            # The lightest measure where only statistics are wanted.
+            ("nc1_ratio",) if self.of_statistics == () else self.of_statistics,
+            ignore_index=self._ignore_index,
+            **self._conventions,
+        ).to(device_of(head))
+
+    def collection(self, head: Head | HeadReader, last: Collection | None = None) -> Collection:
+        """Start reading a data set; a last collection that is done with is taken again where it can be."""
+        if last is not None and last.restart(head):
+            return last
+        return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index, self.tell_absent)
+
+    def tell_absent(self, head: Head | HeadReader, stats: ClassStatistics) -> None:
+        """Say once for each head that it has more outputs than classes were seen. Transfers to the host."""
+        present, ignored = int(stats.present.sum()), self._ignore_index
+        expected = head.out_features - (ignored is not None and 0 <= ignored < head.out_features)
+        if present < expected and head.name not in self._told:
+            self._told.add(head.name)
+            rank_zero_warn(
+                f"the head {head.name!r} has {head.out_features} outputs, and the labels hold {present} classes: the "
+                "others have no class mean, and measures of class means leave them out. If this layer is not the one "
+                "that the labels belong to, pass head=."
+            )
+
+    def unlabelled(self, captured: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Head input of samples whose labels mean nothing here, all in one class that is not left out."""
+        features = captured[""]
+        label = int(self._ignore_index == 0)
+        return {"": features}, torch.full(features.shape[:-1], label, dtype=torch.int64, device=features.device)
+
+    def decisions(self, head: Head | HeadReader, centres: Centres) -> Decisions:
+        """Start reading decisions about a data set."""
+        return Decisions(head, self.of_decisions, centres, self._ignore_index)
+
+    def decides(self, centres: Centres) -> bool:
+        """Whether decisions are read: when chosen, and for further layers always."""
+        return bool(self.of_decisions) or len(centres) > 1
+
+
+class _Stream:
+    """Gathers batches of features by name and hands them on in larger ones."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._num_rows = self._num_elements = 0
+        self._named = False
+        self.seen = 0
+
+    def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
+        """Take a batch, whose features nobody writes to any more; of the places behind ``num_own`` nothing."""
+        rows = labels.shape[0]
+        if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
+            rows = max(min(rows, num_own - self.seen), 0)
+            labels = labels.narrow(0, 0, rows)
+            captured = {name: tensor.narrow(0, 0, rows) for name, tensor in captured.items()}
+        if rows == 0 and self._named:  # The first batch, empty or not, makes the same metrics on all processes.
+            return
+        self._named = True
+        self.seen += rows
+        # A loader may fill the same memory with the next batch.
+        self._waiting.append((captured, labels.clone()))
+        for tensor in captured.values():
+            self._num_elements += tensor.numel()
+        self._num_rows += rows
+        if self._num_rows >= _ROWS_AT_A_TIME and self._num_elements >= _ELEMENTS_AT_A_TIME:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what waits."""
+        waiting, self._waiting = self._waiting, []
+        self._num_rows = self._num_elements = 0
+        if waiting:
+            for name in waiting[0][0]:
+                batches = [_rows(captured[name], labels) for captured, labels in waiting]
+                self.update(name, torch.cat([h for h, _ in batches]), torch.cat([y for _, y in batches]))
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Collection(_Stream):
+    """Statistics of the head's input, and of further layers.
+
+    Args:
+        head: The head.
+        metric: Of its input.
+        reads: Whether its measures are wanted, or only its statistics.
+        ignore_index: Label of samples to leave out.
+        tell: Is told head and statistics before measures are read.
+    """
+
+    def __init__(
+        self,
+        head: Head | HeadReader,
+        metric: NeuralCollapse,
+        reads: bool,
+        ignore_index: int | None,
+        tell: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._head, self._metrics, self._tell = head, {"": metric}, tell
+        self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        """Take rows."""
+        if name not in self._metrics:
+            metric = NeuralCollapse(
+                self._num_classes, features.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
+            )
+            self._metrics[name] = metric.to(features.device)
+        self._metrics[name].update(features, labels, copy=False)  # They are the stream's own already.
+
+    def restart(self, head: Head | HeadReader) -> bool:
+        """Begin anew if this is of the head as it is now, at a tenth of what another collection costs; say whether."""
+        metric = self._metrics[""]
+        shape = (metric.num_classes, metric.feature_dim)
+        if head is not self._head or weight_shape(head) != shape or device_of(head) != metric.means.device:
+            return False
+        self.clear()
+        metric.reset()
+        self._metrics = {"": metric}  # Further layers may have other sizes on another data set.
+        return True
+
+    def statistics(self) -> dict[str, ClassStatistics]:
+        """Statistics by name, over all processes.
+
+        Raises:
+            ValueError: If there were no samples, or labels do not fit the head.
+        """
+        self.flush()
+        return {name: metric.gathered() for name, metric in self._metrics.items()}
+
+    def read(self, statistics: Centres) -> dict[str, Tensor]:
+        """Evaluate the measures."""
+        if self._tell is not None:
+            self._tell(self._head, statistics[""])
+        values = self._metrics[""].read(statistics[""]) if self._reads else {}
+        for name, stats in statistics.items():
+            if name:
+                values |= {f"{name}/{measure}": MEASURES[measure].read(Reading(stats)) for measure in _OF_A_LAYER}
+        return values
+
+
+class Decisions(_Stream):
+    """Decisions of the head and of the nearest centre; for further layers of the latter.
+
+    Args:
+        head: The head.
+        measures: Of the head's decisions.
+        centres: Statistics of the training set by name.
+        ignore_index: Label of samples to leave out.
+    """
+
+    def __init__(
+        self, head: Head | HeadReader, measures: Sequence[str], centres: Centres, ignore_index: int | None
+    ) -> None:
+        super().__init__()
+        self._measures = measures
+        self._metrics = {
+            name: NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
+            for name, stats in centres.items()
+        }
+
+    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
+        """Take rows."""
+        self._metrics[name].update(features, labels)
+
+    def read(self) -> dict[str, Tensor]:
+        """Evaluate the measures over all processes."""
+        self.flush()
+        values: dict[str, Tensor] = {}
+        for name, metric in self._metrics.items():
+            computed = metric.compute()
+            if name:
+                values[f"{name}/ncc_accuracy"] = computed["ncc_accuracy"]
+            else:
+                values |= {measure: computed[measure] for measure in self._measures}
+        return values
+
+
+def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pair rows where they are not paired already."""
+    if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
+        return features, labels
+    return pair_rows(features, labels)
+
+
+def orthogonality(centres: ClassStatistics, others: ClassStatistics) -> Tensor:
+    """NC5 of the samples of another set, whatever their classes."""
+    weights = others.counts / others.counts.sum()
+    return ood_orthogonality(centres, (weights.unsqueeze(1) * others.means).sum(dim=0))
+
+
+def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
+    """Merge the statistics of all processes, in the same order on each. All must come here.
+
+    Args:
+        stats: Of the samples of this process.
+
+    Returns:
+        Of all samples.
+    """
+    world = world_size()
+    if world == 1:
+        return stats
+    stats = stats.folded
+    tensors = {name: value for name, value in stats.totals._asdict().items() if value is not None}
+    flat = torch.cat([value.reshape(-1).double() for value in [*tensors.values(), stats.num_invalid]])
+    everybody = [torch.empty_like(flat) for _ in range(world)]
+    dist.all_gather(everybody, flat)
+    parts = []
+    for each in everybody:
+        *pieces, num_invalid = torch.split(each, [*(value.numel() for value in tensors.values()), 1])
+        own = {
+            name: piece.view_as(value).to(value.dtype)
+            for (name, value), piece in zip(tensors.items(), pieces, strict=True)
+        }
+        parts.append(replace(stats, totals=stats.totals._replace(**own), num_invalid=num_invalid.view(()).long()))
+    return reduce(ClassStatistics.merge, parts)

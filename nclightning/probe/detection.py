@@ -1,0 +1,400 @@
+"""Which layer of a model is its head, as one run of the model shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nclightning.errors import UserError, UserTypeError
+from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
+from nclightning.probe.effects import check_effects, check_functions, words_of_layers
+from nclightning.probe.features import Pooling, class_last
+from nclightning.probe.found import POSITIONS, REPAIRS, Found
+from nclightning.probe.likeness import Like, Link, follows, links, logits_of, makes, pattern
+from nclightning.probe.observation import Observation, Run, observe
+from nclightning.probe.sweep import frozen
+
+__all__ = ["HeadArgument", "find_head"]
+
+HeadArgument = str | nn.Module | Callable[[Any], Any] | None
+
+
+def find_head(
+    module: nn.Module,
+    call: Callable[[], Any],
+    head: HeadArgument = None,
+    labels: Tensor | None = None,
+    ignore_index: int | None = None,
+    like: Like = "factor",
+) -> tuple[Found, Observation]:
+    """Find the head of a model, and where its features arise, by running it.
+
+    Without ``head`` a layer is the head if the run shows it: its output is the output of the model, or a part of it at
+    any depth; or the output follows from it by something that keeps the classes (log_softmax, softmax, sigmoid, a
+    temperature, a squeeze, a cast, a mean over positions, one position of each sample), also where the output of the
+    layer is replaced, and where parameters that may start without effect are. If several layers do so, those that feed
+    others are left out, and those that have too few outputs for the labels.
+
+    Args:
+        module: The model.
+        call: Runs it on a batch.
+        head: Dotted name, module, or function ``(model) -> (weight, bias)``; None finds it.
+        labels: Of the batch.
+        ignore_index: Label that counts for nothing.
+        like: How closely the output of the model must follow from the logits: of a head that is named, at all only if
+            this is not ``"factor"``.
+
+    Returns:
+        The head, and what was seen.
+
+    Raises:
+        ValueError: If no layer was seen to be the head, or several were; the message lists those that ran.
+        TypeError: If ``head`` is of another type.
+    """
+    return _Search(module, call, labels, ignore_index, like).find(head)
+
+
+class _Search:
+    """Looks for the head of one model on one batch."""
+
+    def __init__(
+        self, module: nn.Module, call: Callable[[], Any], labels: Tensor | None, ignored: int | None, like: Like
+    ) -> None:
+        self._module, self._call, self._labels, self._like = module, call, labels, like
+        self._explained: set[str] = set()
+        self._names = {child: name for name, child in module.named_modules()}
+        self._seen = observe(module, call)
+        self._most = -1
+        if labels is not None and labels.numel() and not labels.is_floating_point():
+            counted = labels if ignored is None else labels[labels != ignored]
+            self._most = int(counted.max()) if counted.numel() else -1
+
+    def find(self, head: HeadArgument) -> tuple[Found, Observation]:
+        if head is None:
+            layer = self._detect()
+        elif isinstance(head, str):
+            named = dict(self._module.named_modules(remove_duplicate=False)).get(head) if head else None
+            if named is None:
+                raise UserError(f"no layer named head={head!r} in {self._title}. {self._layers()}")
+            layer = named
+        elif isinstance(head, nn.Module):
+            if head is self._module or head not in self._names:
+                raise UserError(f"head= is a {type(head).__name__} that is no part of {self._title}. {self._layers()}")
+            layer = head
+        elif callable(head):
+            return self._found_by_values(head), self._seen
+        else:
+            raise UserTypeError(
+                "head must be a dotted name, a module, a function (model) -> (weight, bias) or None, got "
+                f"{type(head).__name__}."
+            )
+        return self._found(layer, named=head is not None), self._seen
+
+    # A layer that is known to be the head.
+
+    def _found(self, layer: nn.Module, named: bool) -> Found:
+        name, runs = self._names[layer], self._seen.of(layer)
+        if len(runs) != 1:
+            what = "did not run" if not runs else f"ran {len(runs)} times"
+            raise UserError(
+                f"the head {name!r} of {self._title} {what} in one forward, expected once: features and logits would "
+                f"not be one of the other. {self._layers()} Pass forward_fn=(module, inputs) -> output that runs the "
+                "head once, or head= another layer."
+            )
+        run = runs[0]
+        features, output = class_last(layer, run.inputs), class_last(layer, run.output)
+        if output.shape[-1] < 2:
+            raise UserError(
+                f"the head {name!r} of {self._title} has one output, and neural collapse is about at least two "
+                "classes: train with an output for each class. " + self._layers()
+            )
+        reader, margin = self._reader(layer, name, features, output, named)
+        pooling, link = self._pairing(layer, features.shape[:-1], reader, named, margin)
+        identical = link is not None and self._seen.leaves[link.part] is run.went and not pooling
+        if link is not None and not margin:
+            identical = identical and torch.equal(run.went, run.output)
+            if not named or self._like != "factor":
+                check_effects(self._module, self._call, layer, name, link, identical)
+        shape = features.shape[:1] + features.shape[-1:] if pooling else features.shape
+        return Found(reader, name, "input", pooling, shape, link, identical, self._exit(layer, link), margin)
+
+    def _reader(
+        self, layer: nn.Module, name: str, features: Tensor, output: Tensor, named: bool
+    ) -> tuple[HeadReader, bool]:
+        readable, more = has_weight(layer), has_more_than_a_weight(layer)
+        plain = [("weight", False), ("transposed", False)] if readable and not more else []
+        if more or named:
+            plain.append(("probed", False))
+        cosine = [("weight", True), ("transposed", True)] if readable else []
+        sizes = output.shape[-1], features.shape[-1]
+        margins = self._labels if self._labels is not None and self._labels.shape == output.shape[:-1] else None
+        for form, normalizes in plain + cosine:
+            reader = HeadReader(layer, name, form, normalizes, *sizes)  # type: ignore[arg-type]
+            try:
+                with frozen(self._module):
+                    head = reader.read()
+            except (ValueError, TypeError, RuntimeError):
+                continue
+            with frozen(self._module):
+                plain_fit = makes(layer, head, features, output)
+            if not plain_fit and not (normalizes and margins is not None and fits(head, features, output, margins)):
+                continue
+            if normalizes and not named:
+                raise UserError(
+                    f"the layer {name!r}, whose output is the output of {self._title}, is a cosine head: it divides "
+                    f"features and the rows of its weight by their norms. Pass head={name!r} to measure normalised "
+                    "features and rows."
+                )
+            return reader, not plain_fit
+        raise UserError(
+            f"the layer {name!r} of {self._title} maps {tuple(features.shape)} to {tuple(output.shape)}, but neither "
+            "as W h + b nor as a cosine of h with the rows of its weight, so that it has no weight that could be "
+            f"measured. {self._layers()} {REPAIRS}"
+        )
+
+    def _pairing(
+        self, layer: nn.Module, rows: torch.Size, reader: HeadReader, named: bool, margin: bool
+    ) -> tuple[Pooling, Link | None]:
+        """Return what becomes of positions, and how the output of the model follows where that must go on to hold."""
+        shape = None if self._labels is None else self._labels.shape
+        per_sample = len(rows) > 1 and shape != rows and self._are_per_sample(rows)
+        link = None if margin else self._link(layer, per_sample, named and not per_sample)
+        pooled: Pooling = ""
+        if per_sample and link is not None and not (reader.normalizes and link.rows == "mean" and rows[1:].numel() > 1):
+            pooled = "one" if link.rows == "one" else "mean"
+        elif per_sample and rows[1:].numel() == 1:  # What comes of it is not seen, and there is nothing to choose from.
+            pooled, link = "mean", None
+        elif shape is not None and shape not in (rows, torch.Size([*rows, 1])):
+            raise UserError(_unpaired(reader.name, (*rows, reader.in_features), shape, per_sample))
+        if self._like != "factor" and not margin:
+            if link is None or link.like not in ("equal", self._like):
+                raise UserError(
+                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, and the optimum is known "
+                    "of a loss of that alone: a temperature, a bias or another term comes after it. Make it a part of "
+                    "the head, as with head= a function (model) -> (weight, bias) of the logits as the loss sees them."
+                )
+        elif named and not pooled:
+            link = None
+        return pooled, None if link is None else link._replace(like=self._like)
+
+    def _are_per_sample(self, rows: torch.Size) -> bool:
+        return self._labels is None or self._labels.shape in (rows[:1], torch.Size([*rows[:1], 1]))
+
+    def _link(self, layer: nn.Module, per_sample: bool, real: bool) -> Link | None:
+        """How the output of the model follows from that of a layer, also where that is replaced unless only as is."""
+        for seen in [self._seen] if real else [observe(self._module, self._call, {layer: pattern}), self._seen]:
+            leaves = {n: leaf for n, leaf in seen.leaves.items() if not self._explained or n in self._explained}
+            own = seen.of(layer)
+            if own and (found := _closest(links(leaves, class_last(layer, own[-1].output), per_sample))) is not None:
+                return found
+            if per_sample:  # Real logits may be alike at several positions.
+                return None
+        return None
+
+    def _exit(self, layer: nn.Module, link: Link | None) -> str | None:
+        """Name the innermost module around a layer that returns the part of the output."""
+        if link is None:
+            return None
+        leaf = self._seen.leaves[link.part]
+        around = [r.layer for r in self._seen.runs if r.went is leaf and layer in set(r.layer.modules()) - {r.layer}]
+        return self._names[around[0]] if around else "" if self._seen.whole else None
+
+    # A head that is a function of the model.
+
+    def _found_by_values(self, head: Callable[[Any], Any]) -> Found:
+        def pair() -> Any:
+            return head(self._module)
+
+        name = getattr(head, "__name__", "head")
+        with frozen(self._module):
+            weight = read_head(pair_of(pair()))
+        sizes = weight.out_features, weight.in_features
+        shape, unpaired = None if self._labels is None else self._labels.shape, None
+        for normalizes in (False, True):
+            reader = HeadReader(pair, name, "weight", normalizes, *sizes)
+            with frozen(self._module):
+                own = reader.read()
+            for run in reversed(self._seen.runs):
+                for side, rows in (("output", run.output), ("input", class_last(run.layer, run.inputs))):
+                    if rows.shape[-1] != own.in_features:
+                        continue
+                    places = rows.shape[:-1]
+                    per_sample = len(places) > 1 and shape != places and self._are_per_sample(places)
+                    found = _closest(links(self._seen.leaves, logits_of(own, rows), per_sample))
+                    if found is None or (normalizes and found.rows == "mean"):
+                        if per_sample and any(links(self._seen.leaves, logits_of(own, rows))):
+                            unpaired = places
+                        continue
+                    if shape is not None and not per_sample and shape not in (places, torch.Size([*places, 1])):
+                        unpaired = places
+                        continue
+                    if self._like != "factor" and found.like not in ("equal", self._like):
+                        continue
+                    pooling = found.rows if found.rows != "same" else ""
+                    size = torch.Size([*(places[:1] if pooling else places), sizes[1]])
+                    link, exit_ = found._replace(like=self._like), "" if self._seen.whole else None
+                    return Found(reader, self._names[run.layer], side, pooling, size, link, exit=exit_)
+        if unpaired is not None:
+            assert shape is not None
+            per_sample = len(unpaired) > 1 and self._are_per_sample(unpaired)
+            raise UserError(_unpaired(name, (*unpaired, sizes[1]), shape, per_sample))
+        raise UserError(
+            f"head= returned a weight of shape {sizes}, and no layer of {self._title} has features h in its input or "
+            f"output from which the output of the model follows as W h + b. {self._layers()} Let the features go "
+            "through a module of their own, such as nn.Identity(), right before the head is applied."
+        )
+
+    # A head that is to be found.
+
+    def _detect(self) -> nn.Module:
+        matches = self._matches()
+        if len(matches) > 1:
+            fed = {a for a in matches for b in matches if a is not b and self._feeds(a, b)}
+            matches = {layer: names for layer, names in matches.items() if layer not in fed}
+        if len(matches) > 1:
+            fitting = {layer: names for layer, names in matches.items() if self._has_place_for_labels(layer)}
+            matches = fitting or matches
+        if len(matches) > 1:
+            named = {get() for child in self._names if callable(get := getattr(child, "get_classifier", None))}
+            matches = {layer: at for layer, at in matches.items() if layer in named} or matches
+        if len(matches) == 1:
+            layer = next(iter(matches))
+            self._check_influence(layer, matches[layer])
+            self._explained = matches[layer]
+            check_functions(self._module, self._seen, layer, self._explained, self._most)
+            return layer
+        if not matches:
+            raise UserError(
+                f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
+                f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
+                f"cast. {self._layers()} {REPAIRS}"
+            )
+        raise UserError(
+            f"cannot tell which layer of {self._title} is the head: the outputs of "
+            f"{' and '.join(repr(self._names[layer]) for layer in matches)} are all parts of the output of the model. "
+            f"{self._layers()} {REPAIRS}"
+        )
+
+    def _matches(self) -> dict[nn.Module, set[str]]:
+        """Layers that make a part of the output, with the names of these parts."""
+        leaves = {name: leaf for name, leaf in self._seen.leaves.items() if leaf.ndim > 0}
+        matches: dict[nn.Module, set[str]] = {}
+        for name, leaf in leaves.items():
+            same = [run.layer for run in self._seen.runs if self._is_part(run, leaf) and self._is_linear(run)]
+            if not same:
+                same = self._outermost(
+                    [
+                        run.layer
+                        for run in self._seen.runs
+                        if self._may_make(run, leaf) and self._is_linear(run) and self._leads_to(run, name)
+                    ]
+                )
+            else:
+                same = self._innermost(same)
+            for layer in same:
+                matches.setdefault(layer, set()).add(name)
+        return matches
+
+    def _is_part(self, run: Run, leaf: Tensor) -> bool:
+        return run.went is leaf and (run.output is leaf or torch.equal(run.output, leaf))
+
+    def _is_linear(self, run: Run) -> bool:
+        """Whether a layer has a weight, or wraps one that has and takes the same input."""
+        if has_weight(run.layer):
+            return True
+        inner = set(run.layer.modules()) - {run.layer}
+        if not any(
+            other.layer in inner
+            and other.came is run.came
+            and other.output.shape == run.output.shape
+            and has_weight(other.layer)
+            for other in self._seen.runs
+        ):
+            return False
+        reader = HeadReader(run.layer, "", "probed", False, run.output.shape[-1], run.inputs.shape[-1])
+        try:
+            with frozen(self._module):
+                return fits(reader.read(), run.inputs, run.output)
+        except (ValueError, TypeError, RuntimeError):
+            return False
+
+    def _may_make(self, run: Run, leaf: Tensor) -> bool:
+        output = class_last(run.layer, run.output)
+        return follows(leaf, output, either=True)
+
+    def _leads_to(self, run: Run, name: str) -> bool:
+        """Whether a part of the output also follows from what a layer's output is replaced by."""
+        if any(
+            other.came is run.went and any(True for _ in (*other.layer.parameters(), *other.layer.buffers()))
+            for other in self._seen.runs
+        ):
+            return False  # A norm after the head, say, which need not change anything before training.
+        seen = observe(self._module, self._call, {run.layer: pattern})
+        own, leaf = seen.of(run.layer), seen.leaves.get(name)
+        return bool(own) and leaf is not None and follows(leaf, class_last(run.layer, own[-1].output), either=True)
+
+    def _outermost(self, layers: list[nn.Module]) -> list[nn.Module]:
+        return [layer for layer in layers if not any(layer in set(o.modules()) for o in layers if o is not layer)]
+
+    def _innermost(self, layers: list[nn.Module]) -> list[nn.Module]:
+        return [layer for layer in layers if not any(o in set(layer.modules()) for o in layers if o is not layer)]
+
+    def _feeds(self, layer: nn.Module, other: nn.Module) -> bool:
+        seen = observe(self._module, self._call, {layer: pattern})
+        before, after = self._seen.of(other), seen.of(other)
+        return len(before) != len(after) or any(
+            not torch.equal(a.inputs, b.inputs) for a, b in zip(before, after, strict=True)
+        )
+
+    def _has_place_for_labels(self, layer: nn.Module) -> bool:
+        output = class_last(layer, self._seen.of(layer)[-1].output)
+        rows, labels = output.shape[:-1], self._labels
+        fits_shape = labels is None or labels.shape in (rows, rows[:1], torch.Size([*rows[:1], 1]))
+        return fits_shape and output.shape[-1] > max(self._most, 1)
+
+    def _check_influence(self, layer: nn.Module, explained: set[str]) -> None:
+        """Refuse a layer that other parts of the output are made from in another way: the head comes after it."""
+        others = {n: leaf for n, leaf in self._seen.leaves.items() if leaf.ndim > 1 and n not in explained}
+        if not others:
+            return
+        seen = observe(self._module, self._call, {layer: pattern})
+        output = class_last(layer, seen.of(layer)[-1].output)
+        for name, leaf in others.items():
+            new = seen.leaves.get(name)
+            if new is not None and not torch.equal(new, leaf) and not follows(new, output, either=True):
+                raise UserError(
+                    f"cannot tell which layer of {self._title} is the head: the output of {self._names[layer]!r} is a "
+                    f"part of the output of the model, and the part {name!r} is made from it in a further way. "
+                    f"{self._layers()} {REPAIRS}"
+                )
+
+    # Words.
+
+    @property
+    def _title(self) -> str:
+        return type(self._module).__name__
+
+    def _layers(self) -> str:
+        return words_of_layers(self._module, self._seen)
+
+
+def _closest(found: Iterable[Link]) -> Link | None:
+    order = ("equal", "shift", "factor")
+    return min(found, key=lambda link: order.index(link.like), default=None)
+
+
+def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool) -> str:
+    more = (
+        " The output of the model is neither the mean of its logits over positions nor those of one position per "
+        f"sample. {POSITIONS}"
+        if per_sample
+        else ""
+    )
+    return (
+        f"there must be one label per feature row, got features of shape {features} at the head {name!r} and labels of "
+        f"shape {tuple(labels)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape {features[:-1]}, "
+        f"ignore_index where a position has none.{more}"
+    )

@@ -1,0 +1,133 @@
+"""Evaluation passes: a model runs over a data set without a trace, and those who look at it get its features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from nclightning.errors import UserError
+from nclightning.probe.host import Host
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sweep import sequential_loader, shared_buffers
+from nclightning.ranks import raise_together
+from nclightning.sharding import in_step, is_sharded, reshard
+
+__all__ = ["Gatherer", "check_loader", "evaluate", "left_over"]
+
+
+class Gatherer(Protocol):
+    """Takes the features of an evaluation pass.
+
+    Attributes:
+        reader: Of the features that it takes.
+    """
+
+    reader: PairReader
+
+    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch: features by name, those of the head under the empty one, and labels."""
+
+
+def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int | None = None) -> None:
+    """Run a model over a data set, once for all gatherers that see the same features in it, and again for others.
+
+    Where weights are sharded each forward is one of all processes, so that those with fewer batches repeat one.
+
+    Args:
+        host: Of the model.
+        loader: Of the data set.
+        gatherers: Get features and labels batch by batch.
+        limit: Number of batches to which training is held; None if to none.
+
+    Raises:
+        Exception: On all processes, if one of them fails or has no batch.
+    """
+    waiting, error = list(gatherers), None
+    try:
+        while waiting:
+            waiting = _run(host, loader, waiting, limit)
+    except Exception as own:
+        error = own
+    raise_together(error, host.device)
+
+
+def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) -> list[Gatherer]:
+    """Make one pass; return the gatherers that need another one."""
+    module, sharded = host.module, is_sharded(host.module)
+    watch, served, waiting = None, gatherers, list[Gatherer]()
+    try:
+        with host.unseen(), shared_buffers(module, host.world_size), host.precision():
+            own = sequential_loader(loader, host.rank, host.world_size, limit)
+            batches = in_step(own, host.device) if sharded else ((each, True) for each in own)
+            for each, is_new in _saying_so(module, loader, batches):
+                batch = host.on_device(each)
+                is_first = watch is None
+                if watch is None:
+                    for gatherer in gatherers:
+                        gatherer.reader.check_batch(host, batch)
+                    served = [each for each in gatherers if each.reader.sees_as(gatherers[0].reader)]
+                    waiting = [each for each in gatherers if each not in served]
+                    reader = served[0].reader.together_with([each.reader for each in served[1:]])
+                    watch = reader.watch(module)
+                inputs, labels = reader.split(batch)
+                kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
+                if is_new:
+                    for gatherer in served:
+                        gatherer.add(host, kept, labels)
+            if watch is not None:
+                watch.verify()
+        if watch is None:
+            raise UserError(
+                f"the data to sweep is empty for process {host.rank} of {host.world_size}: it must have a batch for "
+                "each, and a loader must begin anew in each pass."
+            )
+    finally:
+        if watch is not None:
+            watch.remove()
+        if sharded:
+            reshard(module)
+    return waiting
+
+
+def check_loader(host: Host, loader: Any, limit: int | None = None) -> None:
+    """Refuse a loader that cannot be swept, before anything runs. All processes must come here.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    error: Exception | None = None
+    try:
+        sequential_loader(loader, host.rank, host.world_size, limit)
+    except Exception as own:
+        error = own
+    raise_together(error, host.device)
+
+
+def _saying_so(module: nn.Module, loader: Any, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches; if that fails where the last ones are never seen in training, say so."""
+    try:
+        yield from batches
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(loader, "drop_last", False):
+            raise left_over(module, error) from error
+        raise
+
+
+def left_over(module: nn.Module, error: Exception, rest: int | None = None) -> UserError:
+    """Say why a batch of the samples that training drops could not be read.
+
+    Args:
+        module: The model.
+        error: What happened.
+        rest: How many samples, if that is known.
+    """
+    many = "the last samples" if rest is None else f"a batch of the {rest} samples"
+    return UserError(
+        f"{type(module).__name__} could not be measured on {many} that drop_last=True leaves out of training, and an "
+        f"evaluation pass over the training set reads: {type(error).__name__}: {error} Use source='online', or let "
+        "forward and collate_fn take batches of any size."
+    )

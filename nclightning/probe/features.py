@@ -1,0 +1,360 @@
+"""Features where they arise in a model, and the labels that belong to them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.hooks import RemovableHandle
+
+from nclightning.errors import UserError, UserTypeError
+from nclightning.probe.hooks import hook_call, hook_result
+
+__all__ = [
+    "FeatureSource",
+    "Pooling",
+    "Taps",
+    "call_model",
+    "capture_during",
+    "capture_features",
+    "class_last",
+    "describe",
+    "first_tensor",
+    "pair_rows",
+    "split_batch",
+]
+
+Result = TypeVar("Result")
+Pooling = Literal["", "mean", "one"]
+
+_LABEL_KEYS = ("labels", "label", "y", "target", "targets")
+_PLAIN_SEQUENCES = (tuple, list)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
+    """Run a module and return what entered its head, with its graph if gradients are enabled.
+
+    Args:
+        module: Called once: with ``inputs``, or by keyword if that is a mapping whose names its ``forward`` has.
+        head: A part of ``module``; its own hooks fire as usual.
+        inputs: Model input.
+
+    Returns:
+        Features ``(N, d)``.
+
+    Raises:
+        ValueError: If the head was not called exactly once, or not with a matrix.
+    """
+    return capture_during(lambda: call_model(module, inputs), module, head)[1]
+
+
+def capture_during(call: Callable[[], Result], module: nn.Module, head: nn.Linear) -> tuple[Result, Tensor]:
+    """Call something that runs a module once, and return also what entered its head.
+
+    Args:
+        call: Without arguments.
+        module: The module, for messages.
+        head: A part of it; its own hooks fire as usual.
+
+    Returns:
+        Result of the call, and features ``(N, d)`` with their graph if gradients are enabled.
+
+    Raises:
+        ValueError: If the head was not called exactly once, or not with a matrix.
+    """
+    captured: list[Tensor] = []
+    handle = _hook_input(head, captured.append)
+    try:
+        result = call()
+    finally:
+        handle.remove()
+    if len(captured) != 1:
+        raise UserError(f"the head of {type(module).__name__} ran {len(captured)} times in one forward, expected once.")
+    if captured[0].ndim != 2:
+        raise UserError(
+            f"the head of {type(module).__name__} must get one feature row per sample, got shape "
+            f"{tuple(captured[0].shape)}."
+        )
+    return result, captured[0]
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Split a batch into model input and labels.
+
+    Args:
+        batch: A pair ``(x, y)``, or a mapping with the labels under ``labels``, ``label``, ``y``, ``target`` or
+            ``targets``; the rest of a mapping is the input.
+
+    Returns:
+        Input and labels.
+
+    Raises:
+        ValueError: If the batch has another form.
+    """
+    # Plain sequences first and without an abstract base class: this is asked in every training step.
+    if isinstance(batch, _PLAIN_SEQUENCES) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping):
+        keys = [key for key in _LABEL_KEYS if key in batch]
+        if len(keys) == 1:
+            rest = {name: value for name, value in batch.items() if name != keys[0]}
+            return rest, batch[keys[0]]
+        if keys:
+            raise UserError(
+                f"a batch has several keys that labels may have: {', '.join(map(repr, keys))}. Pass batch_fn=(batch) "
+                "-> (inputs, labels) that takes those of the head."
+            )
+        raise UserError(
+            f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
+            "Pass batch_fn=(batch) -> (inputs, labels)."
+        )
+    if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    raise UserError(
+        f"expected batches (x, y) with a tensor of labels, or mappings with labels, got {describe(batch)}. Pass "
+        "batch_fn=(batch) -> (inputs, labels), such as lambda b: (b[0], b[1])."
+    )
+
+
+def describe(value: Any, depth: int = 2) -> str:
+    """Say in words of what form a value is, such as ``"a tuple of (8, 3) float32, (8,) int64"``."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, str | bytes) or depth == 0:
+        return f"a {type(value).__name__}"
+    if isinstance(value, Mapping):
+        inside = [f"{key}: {describe(each, depth - 1)}" for key, each in list(value.items())[:8]]
+    elif isinstance(value, Sequence):
+        inside = [describe(each, depth - 1) for each in list(value)[:8]]
+    else:
+        return f"a {type(value).__name__}"
+    return f"a {type(value).__name__} of {', '.join(inside) or 'nothing'}"
+
+
+def call_model(module: nn.Module, inputs: Any) -> Any:
+    """Call a module with the input of a batch.
+
+    Args:
+        module: Any module.
+        inputs: Passed as they are; a mapping by keyword if its names are those of ``forward``, and as a whole to a
+            ``forward`` that takes one argument of another name, or its only value.
+
+    Returns:
+        The module's output.
+    """
+    if not isinstance(inputs, Mapping):
+        return module(inputs)
+    accepted = inspect.signature(module.forward).parameters
+    if all(name in accepted for name in inputs) or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return module(**inputs)
+    if len(inputs) == 1:
+        return module(*inputs.values())
+    # A forward that takes one thing takes the mapping; with several, the error of the call says what does not fit.
+    return module(inputs) if len(accepted) == 1 and not accepted.keys() & inputs.keys() else module(**inputs)
+
+
+def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring features to one row per label.
+
+    Args:
+        features: ``(B, d)`` with labels ``(B,)``; or ``(B, T, d)`` with a label per position ``(B, T)``.
+        labels: Integers of any type.
+
+    Returns:
+        Features ``(N, d)`` and labels ``(N,)`` int64.
+
+    Raises:
+        ValueError: If there is not one label per row.
+        TypeError: If labels are not integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        hot = labels.ndim > 1 and labels.shape[-1] > 1
+        means = (
+            "one-hot labels by their argmax (soft labels have no class)" if hot else "class numbers by labels.long()"
+        )
+        raise UserTypeError(
+            f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}: pass batch_fn=(batch) -> "
+            f"(inputs, labels) that makes integers of {means}."
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
+        labels = labels.squeeze(1)
+    if features.ndim < 2 or labels.shape != features.shape[:-1]:
+        raise UserError(
+            f"there must be one label per feature row, got features of shape {tuple(features.shape)} and labels of "
+            f"shape {tuple(labels.shape)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape "
+            f"{tuple(features.shape[:-1])}."
+        )
+    return features.reshape(-1, features.shape[-1]), labels.reshape(-1).long()
+
+
+class FeatureSource(NamedTuple):
+    """Where the features of a model arise.
+
+    Attributes:
+        layer: A layer.
+        output: Whether they are what comes out of it, not what enters it.
+        pooling: Whether they are averaged over positions (``"mean"``), or those of ``"one"`` position, to one row per
+            sample.
+        position: Which one; None leaves all, to be chosen later.
+        normalized: Whether they are divided by their norms, as a cosine head does.
+    """
+
+    layer: nn.Module
+    output: bool = False
+    pooling: Pooling = ""
+    position: int | None = None
+    normalized: bool = False
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """Copy what was seen at the layer as ``(B, d)``, or ``(B, ..., d)`` with a row per position."""
+        rows = tensor if self.output else class_last(self.layer, tensor)
+        several = rows.ndim > 2 and bool(self.pooling)
+        if several and self.pooling == "one" and self.position is not None:
+            rows = rows.flatten(1, -2)[:, self.position]
+        if self.normalized:
+            rows = normalize(rows, dim=-1)
+        elif not several or self.pooling != "mean":
+            return rows.clone()
+        return rows.flatten(1, -2).mean(dim=1) if several and self.pooling == "mean" else rows
+
+
+class Taps:
+    """Hooks that copy what the features last were, and what came out of further layers.
+
+    At once, while it is in the cache, and whatever is written to the same memory later.
+
+    Args:
+        source: Where features arise; a module stands for what enters it. They are kept under the name ``""``.
+        layers: Modules by name; of their outputs the first tensor is kept, one row per sample.
+        pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
+            ``"flatten"`` takes all entries.
+        wanted: Says of each run whether it is to be kept: then the first of them is. None takes the last of all.
+    """
+
+    def __init__(
+        self,
+        source: nn.Module | FeatureSource,
+        layers: Mapping[str, nn.Module] | None = None,
+        pooling: Literal["mean", "flatten"] = "mean",
+        wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.runs = 0
+        self._pooling, self._wanted = pooling, wanted
+        self._failure: str | None = None
+        self._source = FeatureSource(source) if isinstance(source, nn.Module) else source
+        self._handles = [
+            hook_result(self._source.layer, self._keep_features)
+            if self._source.output
+            else _hook_input(self._source.layer, self._keep)
+        ]
+        for name, layer in (layers or {}).items():
+            self._handles.append(hook_result(layer, self._keep_output(name)))
+
+    def _is_wanted(self, name: str) -> bool:
+        return self._wanted is None or (self._wanted() and name not in self.kept)
+
+    def _keep_output(self, name: str) -> Callable[[Any, Any], None]:
+        def keep(args: Any, output: Any) -> None:
+            if not self._is_wanted(name):
+                return
+            tensor = first_tensor(output)
+            if tensor is None:  # No error here, in the middle of somebody's forward.
+                self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
+                return
+            tensor = tensor.detach()
+            pooled = tensor if self._pooling == "flatten" else _pool(tensor)
+            self.kept[name] = tensor.clone() if pooled is tensor else pooled
+
+        return keep
+
+    def _keep_features(self, args: Any, output: Any) -> None:
+        if (tensor := first_tensor(output)) is not None:
+            self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> None:
+        self.runs += 1
+        if self._is_wanted(""):
+            self.kept[""] = self._source.copy_of(tensor.detach())
+
+    def take(self, once: bool = False) -> dict[str, Tensor]:
+        """Return what was copied since the last call, and forget it.
+
+        Args:
+            once: Refuse a head that ran several times.
+
+        Returns:
+            Features by name; those of layers with one row per sample.
+
+        Raises:
+            ValueError: If the head did not run as it should, or a layer returned no tensor.
+        """
+        kept, self.kept = self.kept, {}
+        runs, self.runs = self.runs, 0
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise UserError(failure)
+        if once and runs > 1:
+            raise UserError(
+                f"the head ran {runs} times in one forward, expected once: pass forward_fn=(module, inputs) -> output "
+                "that runs it once, or head= another layer."
+            )
+        if "" not in kept and once:
+            raise UserError(
+                "the head ran on the first batch, and does not on a later one, so that there are no features: pass "
+                "forward_fn=(module, inputs) -> output that runs one head on each batch, or head= a layer that always "
+                "runs."
+            )
+        if "" not in kept:
+            raise UserError(
+                "the head did not run here, so there are no features. If the step makes its logits in another way "
+                "than forward does, pass head= the layer that it runs; if the model is compiled, hooks are not seen: "
+                "use source='sweep' and stages=('train',)."
+            )
+        return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.kept = [], {}
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def class_last(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Bring channels to the last place, in which linear layers have them, if the layer is a convolution."""
+    return tensor.movedim(1, -1) if isinstance(layer, _CONVOLUTIONS) and tensor.ndim > 2 else tensor
+
+
+def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hand on what enters a head, by place or by keyword."""
+
+    def hand_on(args: Any, kwargs: dict[str, Any]) -> None:
+        if (tensor := first_tensor((*args, *kwargs.values()))) is not None:
+            keep(tensor)
+
+    return hook_call(head, hand_on)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return a tensor, or the first one in a mapping or sequence; None if there is none."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, Iterable) else ()
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _pool(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 3:
+        return tensor.mean(dim=1)
+    return tensor.flatten(2).mean(dim=2) if tensor.ndim > 3 else tensor

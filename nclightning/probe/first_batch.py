@@ -1,0 +1,223 @@
+"""What the first batch of a module shows: whether it runs, its head, and which labels belong to which features."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nclightning.errors import UserError, UserTypeError
+from nclightning.heads import HeadReader
+from nclightning.probe.detection import HeadArgument, find_head
+from nclightning.probe.features import call_model, class_last, describe, pair_rows
+from nclightning.probe.found import Found
+from nclightning.probe.likeness import Like
+from nclightning.probe.observation import Observation, observe
+from nclightning.probe.shift import is_shifted
+from nclightning.probe.watch import Entry, entry_of
+
+__all__ = ["IGNORED", "FirstBatch", "Known", "check_range"]
+
+IGNORED = -100  # As for torch's cross_entropy.
+
+
+class Known(NamedTuple):
+    """What was seen of a module.
+
+    Attributes:
+        module: The module.
+        found: Its head.
+        with_labels: Whether it is called with the whole mapping, since it does not run without labels.
+        shifted: Whether the label at a position belongs to the features one position before.
+        entry: Where the inputs enter it.
+    """
+
+    module: weakref.ref[nn.Module]
+    found: Found
+    with_labels: bool
+    shifted: bool
+    entry: Entry
+
+
+class _DoesNotRunError(Exception):
+    """The module failed on inputs, for the reason that is its cause."""
+
+
+class FirstBatch:
+    """Examines a module by a batch, with forwards that leave no trace.
+
+    Args:
+        module: The module.
+        batch: The batch as its step gets it.
+        inputs: What of the batch the module is called with.
+        labels: None if they mean nothing.
+        call: Runs the module on inputs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Any,
+        inputs: Any,
+        labels: Any,
+        call: Callable[[nn.Module, Any], Any],
+    ) -> None:
+        self._module, self._batch, self._inputs, self._labels, self._call = module, batch, inputs, labels, call
+
+    def examine(
+        self,
+        head: HeadArgument,
+        ignore_index: int | None,
+        plain_batch: bool,
+        plain_call: bool,
+        like: Like = "factor",
+    ) -> Known:
+        """Find the head, and check what it needs.
+
+        Args:
+            head: As for :func:`nclightning.probe.detection.find_head`.
+            ignore_index: Label of samples to leave out.
+            plain_batch: Whether no function of the user splits batches.
+            plain_call: Whether no function of the user runs the module.
+            like: As for :func:`nclightning.probe.detection.find_head`.
+
+        Raises:
+            ValueError: With what was seen and the argument that repairs it.
+            TypeError: If labels are no integers.
+        """
+        labels = self._labels
+        if labels is not None:
+            _check_labels(labels)
+        whole = isinstance(self._batch, Mapping) and plain_batch
+        ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
+        try:
+            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
+        except _DoesNotRunError as failure:
+            inputs = self._batch  # As encoder-decoders need labels to run.
+            try:
+                if not whole:
+                    raise
+                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
+            except _DoesNotRunError:
+                raise self._refusal(failure.__cause__) from failure.__cause__
+        if labels is not None:
+            pair_rows(torch.empty(found.shape, device="meta"), labels)
+            check_range(labels, found.reader, ignore_index, like == "factor")
+            self._check_positions(found, seen, inputs, labels)
+        shifted = False
+        if labels is not None and labels.ndim == 2 and labels.shape == found.shape[:-1]:
+            calls = [self._labelled] if whole and plain_call else []
+            layer = found.reader.layer
+            logits = None if layer is None else seen.of(layer)[-1].output
+            shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
+        entry = entry_of(self._module, seen, inputs)
+        return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+
+    def _check_positions(self, found: Found, seen: Observation, inputs: Any, labels: Tensor) -> None:
+        """Refuse labels of positions that may be something else of the same shape."""
+        if labels.ndim < 2 or labels.shape != found.shape[:-1]:
+            return
+        classes, count = found.reader.out_features, len(labels)
+        if labels.ndim == 2 and labels.shape[1] == classes and _are_one_hot(labels):
+            raise UserError(
+                f"labels of shape {tuple(labels.shape)} are one-hot rows for the {classes} outputs of the head "
+                f"{found.reader.name!r}, or labels of as many positions: pass batch_fn=(batch) -> (inputs, labels) "
+                "with their argmax over the last place, or batches of another number of positions."
+            )
+        if labels.shape[1] != count or count < 2:
+            return
+        # As many positions as samples: which place of the features is that of samples shows where one is changed.
+        layer = self._module.get_submodule(found.path)
+        changed = partial(self._run, _with_first_sample_changed(inputs, count))
+        try:
+            again = observe(self._module, changed).of(layer)
+        except _DoesNotRunError:
+            return
+        before, after = seen.of(layer)[-1], again[-1] if again else None
+        if after is not None and before.inputs.shape == after.inputs.shape:
+            moved = (class_last(layer, before.inputs) != class_last(layer, after.inputs)).any(dim=-1)
+            if bool(moved[1:].any()) and not bool(moved[:, 1:].any()):
+                raise UserError(
+                    f"the features at the head {found.reader.name!r} have positions before samples, and labels of "
+                    f"shape {tuple(labels.shape)} samples before positions: pass batch_fn=(batch) -> (inputs, labels) "
+                    "that transposes the labels, as lambda b: (b[0], b[1].transpose(0, 1))."
+                )
+
+    def _run(self, inputs: Any) -> Any:
+        try:
+            return self._call(self._module, inputs)
+        except Exception as error:
+            raise _DoesNotRunError from error
+
+    def _refusal(self, failure: BaseException | None) -> ValueError:
+        return UserError(
+            f"{type(self._module).__name__} could not be run on the inputs of the first batch, "
+            f"{describe(self._inputs)}: {type(failure).__name__}: {failure} Pass forward_fn=(module, inputs) -> output "
+            "if it is to be called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs are others."
+        )
+
+    def _labelled(self, labels: Tensor) -> Any:
+        """Run the module on the whole mapping with other labels."""
+        key = next(name for name in self._batch if name not in self._inputs)
+        return call_model(self._module, {**self._batch, key: labels})
+
+
+def _are_one_hot(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(dim=1) == 1).all())
+
+
+def _with_first_sample_changed(inputs: Any, count: int) -> Any:
+    """Put the second sample in the place of the first one."""
+    if isinstance(inputs, Tensor):
+        if inputs.ndim == 0 or len(inputs) != count:
+            return inputs
+        return torch.cat([inputs[1:2], inputs[1:]])
+    if isinstance(inputs, Mapping):
+        return {key: _with_first_sample_changed(value, count) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(_with_first_sample_changed(value, count) for value in inputs)
+    return inputs
+
+
+def _check_labels(labels: Any) -> None:
+    if not isinstance(labels, Tensor):
+        raise UserTypeError(
+            f"labels must be a tensor of integers, got {describe(labels)}: pass batch_fn=(batch) -> (inputs, labels) "
+            "with the labels of one head."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        pair_rows(labels, labels)  # Raises.
+
+
+def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None, can_ignore: bool = True) -> None:
+    """Raise unless labels are classes of a head. Transfers to the host.
+
+    Args:
+        labels: Integers of any shape.
+        reader: The head.
+        ignore_index: Label to leave out, and with it -100 where labels are those of positions.
+        can_ignore: Whether it is an argument that the user can pass.
+
+    Raises:
+        ValueError: With the least and the greatest.
+    """
+    counted = labels.flatten()
+    if ignore_index is not None:
+        counted = counted[counted != ignore_index]
+        if labels.ndim > 1:
+            counted = counted[counted != IGNORED]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= reader.out_features):
+        ignored = (
+            "ignore_index if a label marks samples to leave out"
+            if can_ignore
+            else "a loader without the samples whose label marks them to be left out"
+        )
+        raise UserError(
+            f"labels must be within 0..{reader.out_features - 1}, the outputs of the head {reader.name!r}, got "
+            f"{int(counted.min())}..{int(counted.max())}: pass batch_fn=(batch) -> (inputs, labels) with labels of "
+            f"this head, {ignored}, or head= the layer that the labels belong to."
+        )

@@ -1,0 +1,92 @@
+"""What measuring asks of the program in which a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nclightning.probe.sweep import eager, frozen
+from nclightning.ranks import rank, world_size
+
+__all__ = ["Host", "PlainHost", "moved"]
+
+
+class Host(Protocol):
+    """One model in the program that runs it: a Lightning trainer, another one, or a loop of the user's own."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go, and where processes talk to each other."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share the data."""
+
+    def unseen(self) -> AbstractContextManager[None]:
+        """Run the model frozen and uncompiled, without a trace in it and in what its user logs."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Run forwards in the precision of the user's steps."""
+
+    def on_device(self, batch: Any) -> Any:
+        """Bring a batch of a loader into the form in which the user's steps get it."""
+
+
+class PlainHost:
+    """A model without a trainer.
+
+    Args:
+        module: The model.
+        device: Where batches go. None takes the device of its first parameter or buffer, the CPU if it has none.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device | str | None = None) -> None:
+        self.module, self.rank, self.world_size = module, rank(), world_size()
+        first = next(chain(module.parameters(), module.buffers()), None)
+        own = torch.device("cpu") if first is None else first.device
+        self.device = own if device is None else torch.device(device)
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Freeze the model."""
+        with frozen(self.module), eager():
+            yield
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Leave what surrounds the call as it is, such as the user's ``torch.autocast``."""
+        return nullcontext()
+
+    def on_device(self, batch: Any) -> Any:
+        """Move the tensors in a batch."""
+        return moved(batch, self.device)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Move the tensors in a batch, however they are nested.
+
+    Args:
+        batch: A tensor, an object with a method ``to``, or sequences and mappings of such; anything else stays.
+        device: Where to.
+    """
+    if isinstance(batch, Tensor) or (hasattr(batch, "to") and callable(batch.to)):
+        return batch.to(device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(moved(each, device) for each in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(moved(each, device) for each in batch)
+    if isinstance(batch, Mapping):
+        return {key: moved(each, device) for key, each in batch.items()}
+    return batch

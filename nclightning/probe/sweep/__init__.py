@@ -1,0 +1,28 @@
+"""Looking at a model over a data set without a trace."""
+
+from nclightning.probe.sweep.checksums import fingerprint
+from nclightning.probe.sweep.loaders import (
+    known_indices,
+    limited_batches,
+    num_own_samples,
+    num_planned_batches,
+    sequential_loader,
+)
+from nclightning.probe.sweep.snapshot import TraceError, has_lazy_parts
+from nclightning.probe.sweep.traces import compiled_parts, eager, frozen, shared_buffers, untouched
+
+__all__ = [
+    "TraceError",
+    "compiled_parts",
+    "eager",
+    "fingerprint",
+    "frozen",
+    "has_lazy_parts",
+    "known_indices",
+    "limited_batches",
+    "num_own_samples",
+    "num_planned_batches",
+    "sequential_loader",
+    "shared_buffers",
+    "untouched",
+]

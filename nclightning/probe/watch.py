@@ -1,0 +1,331 @@
+"""Hooks that copy features and see that they belong to the labels and to the output of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nclightning.errors import UserError
+from nclightning.probe.features import Taps, first_tensor
+from nclightning.probe.found import Found
+from nclightning.probe.hooks import hook_call, hook_result
+from nclightning.probe.observation import Observation
+
+__all__ = ["Entry", "FirstStep", "Watch", "entry_of"]
+
+
+class Entry(NamedTuple):
+    """Where inputs enter a model.
+
+    Attributes:
+        layers: Names of the modules that get a tensor of the batch as it is.
+        start: Names of modules that run first, with what they got.
+    """
+
+    layers: tuple[str, ...]
+    start: Mapping[str, Tensor]
+
+
+def entry_of(module: nn.Module, seen: Observation, inputs: Any) -> Entry:
+    """Find where the inputs of a batch enter a model, deep inside where that can be told.
+
+    Args:
+        module: The model.
+        seen: A run of it on the inputs.
+        inputs: Of the batch.
+    """
+    names, leaves = {child: name for name, child in module.named_modules()}, list(tensors_of(inputs))
+    alike = {layer: True for layer, _, _ in seen.calls}
+    for layer, came, _ in seen.calls:
+        alike[layer] = alike[layer] and any(_is_same(came, leaf) for leaf in leaves)
+    # A module inside one that got the same tensor runs also where a step leaves the outer one out.
+    chain = [layer for layer, same in alike.items() if same]
+    inner = [layer for i, layer in enumerate(chain) if not set(chain[i + 1 : i + 2]) & set(layer.modules())]
+    first = next((layer for layer, _, _ in seen.calls if not list(layer.children())), None)
+    watched = {*inner, *([first] if first is not None else [])}
+    start: dict[str, Tensor] = {}
+    for layer, _, value in seen.calls:
+        if layer in watched:
+            start.setdefault(names[layer], value.detach().clone())
+    return Entry(tuple(names[layer] for layer in inner), start)
+
+
+def tensors_of(inputs: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Yield the tensors in the inputs of a batch."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif depth and not isinstance(inputs, str | bytes | nn.Module):
+        items: Any = (
+            inputs.values()
+            if isinstance(inputs, Mapping)
+            else inputs
+            if isinstance(inputs, Sequence)
+            else getattr(inputs, "__dict__", {}).values()
+        )
+        for each in items:
+            yield from tensors_of(each, depth - 1)
+
+
+def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor is another one, or a view of all of it in the same order."""
+    if tensor is leaf:
+        return True
+    return (
+        tensor.dtype == leaf.dtype
+        and tensor.numel() == leaf.numel() > 0
+        and tensor.layout == leaf.layout == torch.strided
+        and tensor.is_contiguous()
+        and leaf.is_contiguous()
+        and tensor.data_ptr() == leaf.data_ptr()
+    )
+
+
+class Watch:
+    """Copies the features of one forward per batch, and checks on the device that what was found still holds.
+
+    In a step of the user the model may run several times, as on unlabelled samples or for a closure. Then the features
+    are those of the first run on the inputs of the batch.
+
+    Args:
+        found: The head.
+        module: The model.
+        layers: Further ones by name.
+        pooling: As for :class:`nclightning.probe.features.Taps`.
+        entry: Names of modules that get the inputs, for steps of the user; None for forwards of our own.
+        online: Whether steps are those of training, which may mix samples or change their order: then inputs must be
+            those of the batch.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        module: nn.Module,
+        layers: Mapping[str, nn.Module],
+        pooling: Literal["mean", "flatten"],
+        entry: Sequence[str] | None = None,
+        online: bool = False,
+    ) -> None:
+        self._found, self._module, self._online, self._in_steps = found, module, online, entry is not None
+        self._leaves: list[Tensor] = []
+        self._matches: Literal["yes", "maybe", "no", "unseen"] = "unseen"
+        self._kept_of: str | None = None
+        self._other: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._settled = False
+        self._misses: Tensor | None = None
+        self._differs: Tensor | None = None
+        self._taps = Taps(found.source(module), layers, pooling, self._wants if self._in_steps else None)
+        self._handles: list[RemovableHandle] = []
+        # A step may get more than logits from its forward, or others while it trains: only positions need it there.
+        self._checks = found.is_checked and (entry is None or bool(found.pooling))
+        if self._checks and found.reader.layer is not None:
+            self._handles.append(hook_result(module.get_submodule(found.path), self._keep_logits))
+        if entry is not None:
+            self._handles += [hook_call(module.get_submodule(name), self._enter) for name in entry]
+            if self._checks and found.exit is not None:
+                self._handles.append(hook_result(module.get_submodule(found.exit), self._leave))
+
+    def begin(self, inputs: Any) -> None:
+        """Get ready for the step of a batch."""
+        self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
+        self._taps.kept, self._taps.runs, self._matches = {}, 0, "unseen"
+        if self._kept_of is not None:  # The last step failed.
+            self._forget()
+
+    def _forget(self) -> None:
+        self._kept_of, self._other, self._logits, self._settled = None, None, None, False
+
+    def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
+        tensor = args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
+        if tensor is None:
+            return
+        leaves = self._leaves
+        if (leaves and tensor is leaves[0]) or any(_is_same(tensor, leaf) for leaf in leaves):
+            if self._kept_of not in (None, "yes"):  # What was kept is of a run on something else.
+                self._taps.kept.clear()
+                self._forget()
+            self._matches = "yes"
+        elif self._kept_of is None:
+            alike = [leaf for leaf in self._leaves if leaf.shape == tensor.shape and leaf.device == tensor.device]
+            self._matches = "maybe" if alike else "no"
+            if alike and self._online:
+                self._other = torch.stack([(tensor.detach() != leaf).any() for leaf in alike]).all()
+        else:
+            self._matches = "no"
+
+    def _wants(self) -> bool:
+        """Whether what runs now is to be kept, if nothing is yet."""
+        if self._kept_of is None:
+            self._kept_of = self._matches
+        return self._kept_of == self._matches
+
+    def _keep_logits(self, args: Any, output: Any) -> None:
+        if (
+            (not self._in_steps or self._wants())
+            and self._logits is None
+            and (went := first_tensor(output)) is not None
+        ):
+            self._logits = went.detach().clone()
+
+    def _leave(self, args: Any, output: Any) -> None:
+        if "" in self._taps.kept and not self._settled:
+            self._settle(output, exit_only=True)
+
+    def _settle(self, output: Any, exit_only: bool) -> None:
+        """Compare the output with what the head made, and choose the features of its positions."""
+        found, rows = self._found, self._taps.kept[""]
+        made, part = found.logits(self._module, rows, self._logits), found.part_of(output, exit_only)
+        if part is None and exit_only:
+            return  # In training it may return other things.
+        self._settled = True
+        if made is None or part is None:
+            misses = torch.ones((), dtype=torch.bool, device=rows.device)
+        else:
+            link = found.link_of(rows)
+            misses = link.misses(part, made) & made.isfinite().all(dim=-1).any()
+            if found.varies and rows.ndim > 2 and len(part) == len(rows):
+                chosen = link.chosen(part, made)
+                self._taps.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
+        self._misses = misses if self._misses is None else self._misses | misses
+
+    def take(self, output: Any = None, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the features of a batch by name.
+
+        Args:
+            output: Of a forward of our own.
+            labels: Of the batch, for features of a step.
+
+        Raises:
+            ValueError: If they are not known, or of another number of samples.
+        """
+        runs = self._taps.runs
+        if not self._in_steps:
+            if self._checks and "" in self._taps.kept and runs == 1:
+                self._settle(output, exit_only=False)
+            kept = self._taps.take(once=True)
+            self._forget()
+            return kept
+        if runs and (self._is_unsure(runs) or (self._found.varies and not self._settled)):
+            raise self._refusal()
+        if self._other is not None:
+            self._differs = self._other if self._differs is None else self._differs | self._other
+        kept = self._taps.take()
+        self._forget()
+        if labels is not None and labels.ndim and len(labels) != len(kept[""]):
+            raise self._refusal()
+        return kept
+
+    def _is_unsure(self, runs: int) -> bool:
+        if self._kept_of == "yes":
+            return False
+        return runs > 1 or (self._online and self._kept_of == "no")
+
+    def verify(self) -> None:
+        """Raise if a batch was not as it was found to be. Transfers to the host.
+
+        Raises:
+            ValueError: With the repair.
+        """
+        misses, differs, self._misses, self._differs = self._misses, self._differs, None, None
+        if misses is not None and bool(misses):
+            raise self._found.refusal(self._module)
+        if differs is not None and bool(differs):
+            raise self._refusal()
+
+    def _refusal(self) -> UserError:
+        name, title = self._found.reader.name, type(self._module).__name__
+        if self._online:
+            return UserError(
+                f"source='online' pairs features with labels by their places in the batch, and the training step runs "
+                f"{title} on something else than the inputs of the batch, which may be mixed, in another order or of "
+                f"other samples. Use source='sweep'; or change batches in on_after_batch_transfer and not in the step; "
+                "or pass batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
+            )
+        return UserError(
+            f"the head {name!r} of {title} ran in a validation or test step on other samples than those of the batch, "
+            "or several times of which none is seen to be on them: features cannot be paired with labels. Leave the "
+            "stage out of stages=, and pass its loader as datasets={'name': loader}, which is swept; or pass "
+            "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step gives them to the model."
+        )
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        self._taps.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._leaves = [], []
+        self._forget()
+
+
+class FirstStep:
+    """Sees whether the first step of training runs the model on what it was examined with, and its head.
+
+    Args:
+        module: The model.
+        entry: Where inputs enter.
+        layer: At which features are seen.
+    """
+
+    def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module) -> None:
+        self._runs = 0
+        self._same: list[Tensor] = []
+        self._handles = [hook_call(layer, self._count)]
+        for name, value in entry.start.items():
+            self._handles.append(hook_call(module.get_submodule(name), self._compare_with(value)))
+
+    def _count(self, args: Any, kwargs: dict[str, Any]) -> None:
+        self._runs += 1
+
+    def _compare_with(self, value: Tensor) -> Any:
+        def compare(args: Any, kwargs: dict[str, Any]) -> None:
+            tensor = first_tensor((*args, *kwargs.values()))
+            if tensor is not None and tensor.device == value.device:
+                # A part of the batch, or more than that, may go through together.
+                count = min(tensor.numel(), value.numel())
+                own, given = tensor.detach().reshape(-1)[:count].to(value.dtype), value.reshape(-1)[:count]
+                self._same.append(torch.isclose(own, given, equal_nan=True).all())
+
+        return compare
+
+    def end(self) -> tuple[bool, bool]:
+        """Remove all hooks; return whether inputs were other ones, and whether the head ran. Transfers to the host."""
+        self.remove()
+        differs = bool(self._same) and not any(bool(same) for same in self._same)
+        self._same = []
+        return differs, self._runs > 0
+
+    @staticmethod
+    def words(title: str, head: str, differs: bool, runs: bool) -> str:
+        """Say what the step did otherwise, and how to measure that; nothing where it did nothing.
+
+        Args:
+            title: Of the module.
+            head: Its name.
+            differs: Whether inputs were other ones.
+            runs: Whether the head ran.
+        """
+        if not runs:
+            return (
+                f"the head {head!r}, which makes the output of the forward of {title}, did not run in the first "
+                "training step: if the loss is of another layer, pass head= that one, and forward_fn=(module, inputs) "
+                "-> output that runs it."
+            )
+        if differs:
+            return (
+                f"the first training step ran {title} on other inputs than those of the batch. With source='sweep', "
+                "which gives it those, pass forward_fn=(module, inputs) -> output that prepares inputs as the step "
+                "does; if the step augments them, the measurement is of samples without that. source='online' pairs "
+                "features with labels by place and needs batch_fn=(batch) -> (inputs, labels) with inputs as the step "
+                "makes them."
+            )
+        return ""
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
