@@ -2,6 +2,7 @@
 
 Where to find what:
 
+- :func:`nclightning.measure`: neural collapse of any network, or of arrays of features, in one call.
 - :mod:`nclightning.objective`: the training objective, Problem (2).
 - :mod:`nclightning.theory`: closed forms of the unconstrained feature model.
 - :mod:`nclightning.functional` and :mod:`nclightning.metrics`: NC1-NC3 as functions and as torchmetrics.
@@ -9,7 +10,31 @@ Where to find what:
 - :mod:`nclightning.models`, :mod:`nclightning.data`, :mod:`nclightning.callbacks`: the Lightning side.
 - :mod:`nclightning.figures`: pictures and rates from recorded runs.
 
-Nothing is imported here, so that the tensor parts load without Lightning.
+Nothing is imported here before it is asked for, so that the tensor parts load without Lightning.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nclightning.probe.measuring import measure
+    from nclightning.probe.results import Measurement
+
+__all__ = ["Measurement", "measure"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public here when it is first asked for."""
+    if name == "measure":
+        from nclightning.probe.measuring import measure  # noqa: PLC0415
+
+        return measure
+    if name == "Measurement":
+        from nclightning.probe.results import Measurement  # noqa: PLC0415
+
+        return Measurement
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

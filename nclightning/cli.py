@@ -19,13 +19,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.callbacks.used import check_used
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
+from nclightning.compat.lightning import GivenConfigurationCLI
 from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
@@ -84,7 +84,7 @@ _BUG = (
 )
 
 
-class RunCLI(LightningCLI):
+class RunCLI(GivenConfigurationCLI):
     """LightningCLI with our defaults, run folders and closing report."""
 
     @staticmethod
@@ -127,9 +127,6 @@ class RunCLI(LightningCLI):
         """Make the objects; a value that Lightning or torch refuses is the user's."""
         with refusals_worded(self._words):
             super().instantiate_classes()
-
-    def _parse_ckpt_path(self) -> None:
-        """Keep the given configuration: Lightning would let the checkpoint's hyperparameters win in silence."""
 
     def before_instantiate_classes(self) -> None:
         """Resolve what the configuration leaves to a rule, so that the saved one states it."""
@@ -182,9 +179,7 @@ class RunCLI(LightningCLI):
         """Refuse arguments of monitors that do nothing here."""
         config = self.config.fit
         full = isinstance(self.datamodule, FullBatchDataModule)
-        validates = not full and any(
-            is_overridden("val_dataloader", each) for each in (self.model, self.datamodule) if each
-        )
+        validates = not full and any(map(_validates, (self.model, self.datamodule)))
         for name, kind in (("neural_collapse", NeuralCollapseMonitor), ("optimality", OptimalityMonitor)):
             check_used(kind, vars(config[name]), self.model, validates, f"--{name}.")
         for callback in config.trainer.callbacks or []:
@@ -284,6 +279,12 @@ def _check_failure(failure: Mapping[str, Any] | None) -> None:
     """Raise if training ended because something is wrong, after all has been reported."""
     if failure is not None and failure.get("is_error", False):
         raise UserError(f"training failed at iteration {failure['iteration']}: {failure['sentence']}")
+
+
+def _validates(each: L.LightningModule | L.LightningDataModule | None) -> bool:
+    """Whether a module or data module has a loader of validation data."""
+    hook = getattr(type(each), "val_dataloader", None)
+    return hook is not None and not hook.__module__.startswith("lightning.")
 
 
 def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nclightning.arguments import resolve_lambdas
+from nclightning.compat.parsers import options_of
 from nclightning.configurations import find_configuration, model_arguments
 from nclightning.errors import UserError
 from nclightning.figures import (
@@ -173,8 +174,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""
-        options = [option for action in self._actions for option in action.option_strings]
-        raise UserError(of_the_parser(message, (), options))
+        raise UserError(of_the_parser(message, (), options_of(self)))
 
 
 def _parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from nclightning.arguments import check_sizes
@@ -143,7 +142,7 @@ class FullBatchDataModule(L.LightningDataModule):
     def val_dataloader(self) -> FullBatchLoader | list[Any]:
         """Return the full batch once; nothing during a fit, where the readings cover it already."""
         assert self.trainer is not None
-        return [] if self.trainer.state.fn == TrainerFn.FITTING else self._loader(1)
+        return [] if self.trainer.state.fn == "fit" else self._loader(1)
 
     def test_dataloader(self) -> FullBatchLoader:
         """Return the full batch once."""

@@ -12,12 +12,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.compat.proto.summary_pb2 import Summary
 
+from nclightning.compat.lightning import WriterLogger, write_hyperparameters
+from nclightning.compat.tensorboard import Summary
 from nclightning.errors import UserError
 from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
 from nclightning.files.events import RunWriter
@@ -29,7 +27,7 @@ __all__ = ["ReadingsTable", "RunLogger"]
 Row = tuple[int, Mapping[str, float]]
 
 
-class RunLogger(TensorBoardLogger):
+class RunLogger(WriterLogger):
     """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
 
     No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit, or
@@ -67,7 +65,6 @@ class RunLogger(TensorBoardLogger):
             max_queue=1000,
             flush_secs=10,
         )
-        self._experiment: Any = None
         self._counts_versions = version is None
         self._claimed = self._keeps_lock = False
         self._last_iteration = self._last_held = self._last_in_events = -1
@@ -102,7 +99,7 @@ class RunLogger(TensorBoardLogger):
         """
         self._take(Path(folder))
         self._continued = Path(folder)
-        self._kwargs["purge_step"] = iteration
+        self.set_writer_option("purge_step", iteration)
         self.table.replace_from = iteration
 
     @rank_zero_only
@@ -123,7 +120,7 @@ class RunLogger(TensorBoardLogger):
                         f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
                         f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
                     )
-                self._version = int(self.version) + 1  # Another run took the number in the meantime.
+                self.count_version_up()  # Another run took the number in the meantime.
                 folder = Path(self.log_dir)
             probe = folder / ".writable"
             create(probe, b"")
@@ -158,14 +155,10 @@ class RunLogger(TensorBoardLogger):
             self._lock.release()
             self._lock = None
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """TensorBoard's writer; the first access makes the run folder."""
-        if self._experiment is None:
-            self.claim()
-            self._experiment = RunWriter(self.log_dir, **self._kwargs)
-        return self._experiment
+    def make_writer(self, options: dict[str, Any]) -> RunWriter:
+        """Make TensorBoard's writer and the run folder."""
+        self.claim()
+        return RunWriter(self.log_dir, **options)
 
     @rank_zero_only
     def log_rows(self, rows: Sequence[Row]) -> None:
@@ -186,7 +179,7 @@ class RunLogger(TensorBoardLogger):
                 "a RunLogger. Give each fit one of its own."
             )
         # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
-        writer = self.experiment._get_file_writer()
+        writer = self.experiment.event_file
         for iteration, values in rows:
             if iteration > self._last_in_events:
                 self._last_in_events = iteration
@@ -217,13 +210,13 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Bring events and readings to disk, once there are values; a run that is refused before leaves no file."""
-        if self._experiment is None or not self._experiment.matters:
+        if not (self.has_writer and self.experiment.matters):
             return
         with deferred_interrupt():
             hparams = Path(self.log_dir) / self.NAME_HPARAMS_FILE
             if not hparams.exists():
                 with replaced(hparams) as partial:
-                    save_hparams_to_yaml(partial, self.hparams)
+                    write_hyperparameters(partial, self.hparams)
             self._write_held()
             self.experiment.flush()
             self.table.sync()
@@ -238,7 +231,7 @@ class RunLogger(TensorBoardLogger):
             with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
                 if status == "success" and self._held and self._held[-1][0] > self.table.last:
                     self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
-                begun = self._experiment is None or self._experiment.matters
+                begun = not self.has_writer or self.experiment.matters
                 if not begun and (status != "success" or self._continued is not None):
                     self._leave_nothing()
                 elif not begun:

@@ -16,10 +16,10 @@ def kept(hook: Hook) -> Hook:
 
     @wraps(hook)
     def run(self: KeptHooks, *args: Any, **options: Any) -> Any:
-        self._hooks_run().add(hook.__name__)
+        self.hooks_run().add(hook.__name__)
         return hook(self, *args, **options)
 
-    run._is_kept = True  # type: ignore[attr-defined]
+    run.is_kept = True  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 
@@ -33,11 +33,12 @@ class KeptHooks:
         super().__init_subclass__(**options)
         for base in cls.__mro__[1:]:
             for name, hook in vars(base).items():
-                if getattr(hook, "_is_kept", False) and not hasattr(override := getattr(cls, name), "_is_kept"):
+                if getattr(hook, "is_kept", False) and not hasattr(override := getattr(cls, name), "is_kept"):
                     setattr(cls, name, _with(override, hook, name))
 
-    def _hooks_run(self) -> set[str]:
-        names: set[str] = vars(self).setdefault("_names_of_hooks_run", set())
+    def hooks_run(self) -> set[str]:
+        """Return the names of kept hooks that have run since their overrides began."""
+        names: set[str] = vars(self).setdefault("names_of_hooks_run", set())
         return names
 
 
@@ -46,11 +47,11 @@ def _with(override: Callable[..., Any], hook: Callable[..., Any], name: str) -> 
 
     @wraps(override)
     def run(self: KeptHooks, *args: Any, **options: Any) -> Any:
-        self._hooks_run().discard(name)
+        self.hooks_run().discard(name)
         result = override(self, *args, **options)
-        if name not in self._hooks_run():
+        if name not in self.hooks_run():
             hook(self, *args, **options)
         return result
 
-    run._is_kept = True  # type: ignore[attr-defined]
+    run.is_kept = True  # type: ignore[attr-defined]
     return run

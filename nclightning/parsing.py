@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 from nclightning.arguments import name_lambda
+from nclightning.compat.parsers import groups_of
 from nclightning.configurations import check_yaml, find_configuration, read_configuration, shipped_configs
 from nclightning.errors import UserError
 from nclightning.models import RegularizedClassifier
@@ -136,7 +137,7 @@ class ConfigFile(ActionConfigFile):
         """Resolve the name, check the file, and hand its path over to jsonargparse: other paths are relative to it."""
         path = find_configuration(values)
         content = read_configuration(path)
-        for name in parser.groups:
+        for name in groups_of(parser):
             if not isinstance(content.get(name, {}), dict | str):
                 found = type(content[name]).__name__
                 raise UserError(f"--config {values}: {name}: expected a mapping of options, got {found}.")

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.api_pb2 import (
+from torch.optim import Optimizer
+
+from nclightning.compat.hparams import (
     DATA_TYPE_FLOAT64,
     DATA_TYPE_STRING,
     STATUS_SUCCESS,
     Experiment,
     HParamInfo,
+    HParamsPluginData,
     MetricInfo,
     MetricName,
+    SessionEndInfo,
+    SessionStartInfo,
+    metadata,
 )
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
-from torch.optim import Optimizer
-
+from nclightning.compat.tensorboard import Event, Summary
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.files import delete
 from nclightning.files.events import write_events

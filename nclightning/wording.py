@@ -15,10 +15,10 @@ from traceback import walk_tb
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 
+from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
 from nclightning.errors import UserError
 
@@ -336,7 +336,7 @@ def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError
         error = cause
     if isinstance(error, UserError):
         return error
-    if not isinstance(error, (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError)):
+    if not (isinstance(error, (ValueError, TypeError, ModuleNotFoundError)) or is_refusal(error)):
         return None
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
@@ -372,7 +372,7 @@ def of_the_user(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return one_line(cause, most=2000)
         cause = cause.__cause__
-    if isinstance(error, MisconfigurationException):
+    if is_refusal(error):
         return one_line(error)
     if isinstance(error, OSError):
         return _of_the_place(error)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.foreign import foreign_members, foreign_uses, members
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
+    "compat": -3,
     "errors": -2,
     "overrides": -2,
     "sharding": -1,
@@ -101,7 +104,7 @@ def test_files_fit_in_one_sitting(path):
 
 @pytest.mark.parametrize(
     "unit",
-    ["objective", "theory", "functional", "optim", "metrics", "probe", "files", "interrupts", "figures"],
+    ["objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"],
 )
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
@@ -111,6 +114,11 @@ def test_lower_floors_do_not_load_lightning(unit):
         "    importlib.import_module(each.name)\n"
         "sys.exit(any(name.split('.')[0] == 'lightning' for name in sys.modules))"
     )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_the_package_itself_loads_nothing():
+    code = "import sys, nclightning; sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'nclightning.errors')))"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
@@ -199,7 +207,8 @@ def test_public_names_exist(init):
 WRITES = {
     "write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rename", "renames", "replace", "rmtree",
     "rmdir", "removedirs", "touch", "symlink_to", "hardlink_to", "link", "symlink", "copyfile", "copy2", "move",
-    "truncate", "fsync", "save", "savefig", "tofile", "savetxt", "save_hparams_to_yaml", "SummaryWriter", "FileWriter",
+    "truncate", "fsync", "save", "savefig", "tofile", "savetxt", "save_hparams_to_yaml", "write_hyperparameters",
+    "SummaryWriter", "FileWriter",
     "EventFileWriter", "FileLock", "SoftFileLock",
 }  # fmt: skip
 
@@ -247,7 +256,7 @@ def test_only_the_file_layer_changes_files():
     found = {
         str(path.relative_to(PACKAGE)): calls
         for path in FILES
-        if unit_of(path) != "files" and (calls := list(writes_to_files(path.read_text())))
+        if unit_of(path) not in ("files", "compat") and (calls := list(writes_to_files(path.read_text())))
     }
     assert found == {}
 
@@ -287,3 +296,159 @@ def test_each_way_to_change_a_file_is_seen(line):
 )
 def test_what_changes_no_file_is_let_be(line):
     assert not list(writes_to_files(line))
+
+
+COMPAT = sorted((PACKAGE / "compat").glob("*.py"))
+OTHERS = [path for path in FILES if path not in COMPAT]
+# Texts of our own that look like names of others: a state of metrics, a subparser.
+OWN_TEXTS = {"_apart_"}
+OWN = {name for path in FILES for name in members(ast.parse(path.read_text()))} | OWN_TEXTS
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_compat_uses_what_other_libraries_do_not_promise(path):
+    """The rule is that of ``foreign_uses``."""
+    assert list(foreign_uses(path.read_text(), OWN)) == []
+
+
+def classes_of(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    written = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)}
+    return [getattr(importlib.import_module(name), each) for each in sorted(written)]
+
+
+def test_only_compat_touches_what_it_inherits_from_other_libraries():
+    """The rule is that of ``foreign_members``."""
+    kinds = [kind for path in OTHERS if path.stem != "__main__" for kind in classes_of(path)]
+    assert len(kinds) > 50
+    touched = {kind.__qualname__: foreign_members(kind) for kind in kinds}
+    assert {name: names for name, names in touched.items() if names} == {}
+
+
+@pytest.mark.parametrize("path", COMPAT, ids=lambda p: p.stem)
+def test_compat_says_what_it_stands_on(path):
+    """Each name, the versions that have it, what breaks without it; and each entry has a test."""
+    tree = ast.parse(path.read_text())
+    documented = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    texts = [" ".join(node.value.split()) for node in documented if "Non-public:" in node.value]
+    for text in texts:
+        assert re.search(r"\((torch|torchmetrics|lightning|tensorboard|jsonargparse|Python) \d+\.\d+", text), text
+        assert re.search(r"[Ww]ithout|ten times slower|would put|would", text), text
+    said = " ".join(text.partition("Non-public:")[2] for text in texts)
+    own = members(tree)
+    used = {name.rstrip("{") for _, name in foreign_uses(path.read_text(), own - {"_get_train_description"})}
+    inherited = {name for kind in classes_of(path) for name in foreign_members(kind)}
+    unsaid = {name for name in used | inherited if name not in said}
+    assert unsaid <= {"_global"}  # A beginning of the names that are listed.
+    tests = (ROOT / "tests" / "test_compat.py").read_text()
+    untested = [name for name in vars(importlib.import_module(f"nclightning.compat.{path.stem}")).get("__all__", [])
+                if path.stem not in ("__init__", "hparams") and not re.search(rf"\b{name}\b", tests)]  # fmt: skip
+    assert untested == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = tensor._version",
+        "module._buffers[name] = x",
+        "pl_module._trainer = None",
+        "del optimizer._hook",
+        "self._kwargs['a'] = 1",
+        "cls._abc_impl",
+        "super()._load_from_state_dict(state)",
+        "optimizer.param._version",
+        "self.experiment._get_file_writer()",
+        "trainer.fit_loop.epoch_loop",
+        "loop.batch_progress",
+        "getattr(child, '_orig_mod')",
+        "getattr(loop, 'fit_loop')",
+        "hasattr(child, '_orig_mod')",
+        "setattr(child, '_orig_mod', 1)",
+        "operator.attrgetter('_orig_mod')",
+        "operator.attrgetter('module._orig_mod')",
+        "vars(child)['_orig_mod']",
+        "child.__dict__['_orig_mod']",
+        "for name in ('_forward_hooks',): pass",
+        "getattr(module, f'_forward{name}')",
+        "getattr(module, '_forward' + name)",
+        "getattr(module, '_{}_hooks'.format(name))",
+        "import torch._dynamo",
+        "from torch import _dynamo",
+        "from torch._dynamo import config",
+        "import torch.nn.modules.module as m",
+        "from torch.nn.modules import module",
+        "from torch.nn import modules",
+        "import torch\ntorch.nn.modules.module",
+        "from torch import nn\nnn.modules.module",
+        "import torch as t\nt._dynamo",
+        "import lightning.fabric.utilities.exceptions",
+        "from lightning.fabric.loggers.logger import rank_zero_experiment",
+        "from lightning.pytorch.trainer.connectors.data_connector import x",
+        "from lightning.pytorch import loops",
+        "import lightning as L\nL.pytorch.loops",
+        "from pytorch_lightning import Trainer",
+        "from lightning_fabric.utilities import exceptions",
+        "from tensorboard.compat.proto.event_pb2 import Event",
+        "import_module('torch._dynamo')",
+        "importlib.import_module('lightning.pytorch.loops')",
+        "__import__('lightning.pytorch.loops')",
+        "sys.modules['torch._dynamo']",
+        "from numpy import _core",
+        "from yaml._yaml import x",
+        "parser._actions",
+        "if True:\n    from torch.nn.modules import module",
+        "def f():\n    def g(x=tensor._version): pass",
+    ],
+)
+def test_each_way_to_use_what_is_not_promised_is_seen(line):
+    assert list(foreign_uses(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "class A:\n    _x = 1\n    def f(self, other): return other._x",
+        "class A:\n    def f(self): self._x = 1; return self._x",
+        "class A:\n    def f(self, other): other._f(); super()._f()\n    def _f(self): pass",
+        "class A(NamedTuple):\n    _x: int",
+        "named._replace(a=1)._asdict()",
+        "os._exit(1)",
+        "x.__class__.__name__",
+        "getattr(x, 'name')",
+        "getattr(x, '__name__')",
+        "getattr(x, f'on_{name}_end')",
+        "text.replace('_', ' ')",
+        "_private_function(x)",
+        "'a sentence about _names'",
+        "from nclightning.theory import _anything",
+        "from torch import nn\nnn.functional.linear",
+        "import torch\ntorch.nn.Linear(1, 1).weight",
+        "import lightning as L\nL.pytorch.callbacks",
+        "from lightning.pytorch.callbacks import Checkpoint",
+        "import numpy.typing",
+    ],
+)
+def test_what_is_promised_or_our_own_is_let_be(line):
+    assert not list(foreign_uses(line, members(ast.parse(line))))
+
+
+@pytest.mark.parametrize(
+    ("base", "body", "name"),
+    [
+        ("torch.nn.Module", "def f(self): return self._buffers", "_buffers"),
+        ("torch.nn.Module", "def f(self): self._buffers = {}", "_buffers"),
+        ("torch.nn.Module", "_version = 2", "_version"),
+        ("torch.nn.Module", "def _call_impl(self): pass", "_call_impl"),
+        ("torch.nn.Module", "def f(self): return super()._call_impl()", "_call_impl"),
+        ("torchmetrics.Metric", "def f(self): self._computed = 1", "_computed"),
+        ("lightning.LightningModule", "@property\n    def f(self): return self._trainer", "_trainer"),
+        ("lightning.pytorch.callbacks.RichProgressBar", "def f(self): self.train_progress_bar_id", "train_progress_"),
+    ],
+)
+def test_each_way_to_touch_what_is_inherited_is_seen(base, body, name, tmp_path, monkeypatch):
+    (tmp_path / "made_from.py").write_text(f"import {base.rpartition('.')[0]}\nclass Made({base}):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_from", raising=False)
+    (found,) = foreign_members(importlib.import_module("made_from").Made, "made_from")
+    assert found.startswith(name)
+    sys.modules.pop("made_from")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.stopping import goes_on
 from nclightning.callbacks.stops import Stops, may_end
+from nclightning.compat.progress import count_as_before_batch, count_as_new_epoch, is_before_more, is_last_batch
+from nclightning.compat.twins import is_termination, is_torch_checkpoint_io, run_last, termination
 from nclightning.errors import UserError, say_the_same
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder
 from nclightning.files import save_checkpoint as write_checkpoint
@@ -94,14 +93,15 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
         self._saved, self._stops = None, Stops(trainer)
         self._has_ended = self._stops_at_first = False
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        run_last(trainer, self)
+        if is_torch_checkpoint_io(trainer.strategy.checkpoint_io):
             trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 
     @kept
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run that had been stopped end again, unless the settings that did it have changed."""
         stop = checkpoint.get("stop")
-        if not stop or self._stops is None or trainer.state.fn != TrainerFn.FITTING:
+        if not stop or self._stops is None or trainer.state.fn != "fit":
             return
         # Those of one process decide for all: attributes of others may differ.
         ending = trainer.strategy.broadcast(self._stops.standing(checkpoint, pl_module))
@@ -135,12 +135,10 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         """Keep who stopped training."""
         stop = None if self._stops is None else self._stops.record(pl_module)
         checkpoint["stop"] = None if stop is None else stop | {"complete": self._has_ended}
-        if self._is_between:  # Lightning adds one in a resume, as is right for checkpoints of a batch's end.
-            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        if self._has_ended and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # Else Lightning counts the batches of this epoch among those of the next, which then ends too early.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            progress |= {"current": dict.fromkeys(progress["current"], 0), "is_last_batch": False}
+        if self._is_between:
+            count_as_before_batch(checkpoint)
+        if self._has_ended and is_last_batch(trainer):
+            count_as_new_epoch(checkpoint)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the run folder, and count from the iterate that the run starts from."""
@@ -194,8 +192,8 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         Processes that train together end together here if one of them is asked to.
         """
         if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
-            raise SIGTERMException
-        if self._is_due(trainer) and not _is_ending(trainer) and not _is_before_more(trainer, batch_idx):
+            raise termination(trainer)
+        if self._is_due(trainer) and not _is_ending(trainer) and not is_before_more(trainer, batch_idx):
             self._save(trainer)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -211,7 +209,7 @@ class LastCheckpoint(KeptHooks, Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
-        asked = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        asked = isinstance(exception, KeyboardInterrupt) or is_termination(exception)
         # Saving takes all processes; what asks a run to stop reaches them together.
         if trainer.training and (asked or trainer.world_size == 1):
             try:
@@ -222,7 +220,8 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         if asked and self._path is not None and self._saved is not None:
             signal = "SIGINT" if isinstance(exception, KeyboardInterrupt) else "SIGTERM"
             rank_zero_info(f"{signal}: the run is saved at iteration {self._saved}. It goes on from {self._path}.")
-        if isinstance(exception, SIGTERMException) and trainer.is_global_zero:
+        if is_termination(exception) and trainer.is_global_zero:
+            assert isinstance(exception, SystemExit)
             # Lightning's has the status of success. Of other ranks one that is not makes Lightning kill the first.
             exception.code = SIGTERM_STATUS
         self._release()
@@ -251,17 +250,6 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         """Keep the checkpoint that is to be replaced, if it is good."""
         if self.keep_previous and path.is_file() and (self._own or is_sound(path)):
             keep_as(path, path.with_name("previous.ckpt"))
-
-
-def _is_before_more(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether an epoch or a validation ends after a batch.
-
-    What callbacks do then, such as a decision to stop, is not made up for in a resume from before.
-    """
-    epoch = trainer.fit_loop.epoch_loop
-    every = trainer.val_check_batch
-    count = (epoch.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx) + 1
-    return epoch.batch_progress.is_last_batch or (every is not None and math.isfinite(every) and count % every == 0)
 
 
 def _is_ending(trainer: L.Trainer) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 
+from nclightning.compat.lightning import prepare_batch, shown_as_validating
+from nclightning.compat.twins import logging_nothing
 from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["LightningHost"]
@@ -46,7 +47,7 @@ class LightningHost:
 
     def on_device(self, batch: Any) -> Any:
         """Take a batch through the hooks and the device transfer that those of a step go through."""
-        batch = self.module._on_before_batch_transfer(self._trainer.precision_plugin.convert_input(batch))
+        batch = prepare_batch(self.module, self._trainer.precision_plugin.convert_input(batch))
         return self._trainer.strategy.batch_to_device(batch)
 
     @contextmanager
@@ -56,25 +57,6 @@ class LightningHost:
         Calls of ``log``, ``log_dict`` and of the trainer's loggers in the forward do nothing. While a trainer trains,
         it says that it validates: hooks of the user that augment batches look at that, too.
         """
-        trainer, names = self._trainer, ("log", "log_dict")
-        modules = [vars(child) for child in self.module.modules() if isinstance(child, L.LightningModule)]
-        own = [{name: state[name] for name in names if name in state} for state in modules]
-        loggers, stage = trainer.loggers, trainer.state.stage
-        try:
-            if trainer.training:
-                trainer.validating = True
-            for state in modules:
-                state.update(dict.fromkeys(names, _log_nothing))
-            trainer.loggers = [DummyLogger() for _ in loggers]
-            with frozen(self.module), eager():
-                yield
-        finally:
-            trainer.loggers, trainer.state.stage = loggers, stage
-            for state, before in zip(modules, own, strict=True):
-                for name in names:
-                    del state[name]
-                state.update(before)
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``LightningModule.log``."""
+        trainer, module = self._trainer, self.module
+        with shown_as_validating(trainer), logging_nothing(trainer, module), frozen(module), eager():
+            yield

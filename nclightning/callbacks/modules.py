@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from nclightning.compat.twins import is_strategy
 from nclightning.errors import UserError
 from nclightning.ranks import rank_zero_warn
 
@@ -66,14 +66,14 @@ def check_strategy(trainer: L.Trainer) -> None:
     Raises:
         ValueError: With the reason.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+    strategy: Any = trainer.strategy
+    if is_strategy(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise UserError(
             f"{type(strategy).__name__} shards the weights, so that no process can read the head or run a sweep: "
             "train with ddp or with fully_shard under ModelParallelStrategy, or validate a checkpoint with the "
             "monitor in one process."
         )
-    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+    if is_strategy(strategy, "ModelParallelStrategy") and strategy.device_mesh["tensor_parallel"].size() > 1:
         raise UserError(
             "layers that are split over processes need the same batch on each, and a sweep would give them "
             "different ones: set ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)."

@@ -22,6 +22,7 @@ from nclightning.callbacks.problem import (
 )
 from nclightning.callbacks.search import search_readings, step_taken
 from nclightning.callbacks.stopping import StopRule, goes_on
+from nclightning.compat.lightning import trainer_of
 from nclightning.ranks import count_over_ranks
 from nclightning.theory import UFMProblem
 
@@ -78,7 +79,7 @@ class OptimalityAtIterates(ReadingsMonitor):
             check_balance(self._problem, batch[1])
             check_features(pl_module, batch[0])
         self._mu = self._problem.mu if self._problem is not None and predicts(pl_module, self._problem) else None
-        if pl_module._trainer is not None and self._followed == pl_module.trainer.global_step - 1:
+        if trainer_of(pl_module) is not None and self._followed == pl_module.trainer.global_step - 1:
             self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
 
     @torch.no_grad()

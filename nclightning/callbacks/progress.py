@@ -5,16 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+
+from nclightning.compat.lightning import DescribedProgressBar
+from nclightning.compat.twins import is_of_twin
+from nclightning.errors import UserError
 
 __all__ = ["IterationProgressBar"]
 
 
-class IterationProgressBar(RichProgressBar):
+class IterationProgressBar(DescribedProgressBar):
     """Rich progress bar that counts gradient-descent iterations up to ``trainer.max_steps``."""
 
     def __init__(self) -> None:
         super().__init__()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a trainer that does not know the bar.
+
+        Raises:
+            ValueError: If it is of ``pytorch_lightning``.
+        """
+        if is_of_twin(trainer):
+            raise UserError(
+                "IterationProgressBar counts the iterations of full-batch runs, which need lightning.Trainer, got that "
+                "of pytorch_lightning: leave it out, and the trainer takes a bar of its own."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Show the last reading of the distance, or of the objective where there is none: one fits in a line."""
@@ -28,12 +44,13 @@ class IterationProgressBar(RichProgressBar):
         """Length of the bar."""
         return self.trainer.max_steps
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def describe_training(self) -> str:
+        """Say what is counted."""
         return "Iterations"
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep one bar over all epochs."""
-        if self.train_progress_bar_id is None:
+        if not self.has_training_bar:
             super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set
 from copy import deepcopy
-from functools import wraps
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from nclightning.compat.lightning import present, present_logged, state_key_unchecked
 from nclightning.errors import UserError
 
 __all__ = ["Publisher", "as_metrics", "changed_settings"]
@@ -71,7 +70,7 @@ class Publisher(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last values of the checkpoint to other callbacks."""
-        trainer.callback_metrics.update(as_metrics(self._last))
+        present(trainer, as_metrics(self._last))
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, iteration: int) -> None:
         """Called after each iteration of a full-batch module."""
@@ -79,7 +78,7 @@ class Publisher(L.Callback):
     def publish(self, pl_module: L.LightningModule, values: dict[str, Tensor]) -> None:
         """Log values of the end of an epoch."""
         trainer, arrived = pl_module.trainer, self._remember(values)
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == "fit"
         if fitting:
             self._send(trainer, arrived)
         self.publish_to_callbacks(pl_module, values, logger=False if fitting else None)
@@ -95,13 +94,13 @@ class Publisher(L.Callback):
     def publish_at_step(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
         """Log values in the middle of an epoch."""
         arrived = self._remember(values)
-        trainer.callback_metrics.update(as_metrics(arrived))
+        present(trainer, as_metrics(arrived))
         self._send(trainer, arrived)
 
     @staticmethod
     def _send(trainer: L.Trainer, values: dict[str, float]) -> None:
         if values:
-            trainer.logged_metrics.update(as_metrics(values))
+            present_logged(trainer, as_metrics(values))
             for logger in trainer.loggers:
                 logger.log_metrics(values | {"epoch": trainer.current_epoch}, trainer.global_step)
 
@@ -114,10 +113,9 @@ class Publisher(L.Callback):
         """Return what checkpoints hold: the last values."""
         return {"last": dict(self._last)}
 
-    # Lightning's check that state keys are unique, whose message knows no repair, looks through what is wrapped. The
-    # check of setup() stands in for it.
-    @wraps(L.Callback.state_dict)
-    def state_dict(self: Publisher) -> dict[str, Any]:  # type: ignore[override]  # noqa: D102
+    @state_key_unchecked  # By Lightning; setup() does it.
+    def state_dict(self) -> dict[str, Any]:
+        """Return what checkpoints hold."""
         return self.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,12 +9,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from nclightning.compat.lightning import trainer_of
+
 __all__ = ["search_readings", "step_taken"]
 
 
 def search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
     """Return step size and evaluations of a line search; nothing outside a fit, and for other optimizers."""
-    if pl_module._trainer is None or not pl_module.trainer.training:
+    if trainer_of(pl_module) is None or not pl_module.trainer.training:
         return {}
     optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
     if not hasattr(optimizer, "outcome"):
@@ -28,7 +30,7 @@ def search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
 
 def step_taken(pl_module: L.LightningModule) -> float | None:
     """Return the step to the iterate; None outside a fit, and for an optimizer that is not gradient descent."""
-    if pl_module._trainer is None or not pl_module.trainer.training:
+    if trainer_of(pl_module) is None or not pl_module.trainer.training:
         return None
     optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
     if hasattr(optimizer, "outcome"):

@@ -9,9 +9,10 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from nclightning.callbacks.optimality import OptimalityMonitor
+from nclightning.compat.progress import epochs_done
+from nclightning.compat.twins import is_callback
 
 __all__ = ["Stops", "may_end", "standing_stop"]
 
@@ -32,8 +33,8 @@ class Stops:
     def __init__(self, trainer: L.Trainer) -> None:
         self._trainer = trainer
         self._settings = {id(each): _settings(each) for each in _callbacks(trainer)}
-        self._patience = {each: each.patience for each in _callbacks(trainer) if isinstance(each, EarlyStopping)}
-        self._earlier: dict[EarlyStopping, Any] = {}
+        self._patience = {each: each.patience for each in _callbacks(trainer) if is_callback(each, "EarlyStopping")}
+        self._earlier: dict[Any, Any] = {}
         self._restored: list[dict[str, Any]] = []
 
     def begin(self) -> None:
@@ -49,9 +50,9 @@ class Stops:
             return None
         by = [*self._restored]
         for each in _callbacks(trainer):
-            if isinstance(each, EarlyStopping) and _decision(each) != self._earlier.get(each):
+            if is_callback(each, "EarlyStopping") and _decision(each) != self._earlier.get(each):
                 by.append(self._of_early_stopping(each))
-            elif isinstance(each, Timer) and (left := each.time_remaining()) is not None and left <= 0:
+            elif is_callback(each, "Timer") and (left := each.time_remaining()) is not None and left <= 0:
                 by.append({"kind": "timer", "name": type(each).__name__})
         if not by and not _is_ours(trainer, pl_module):
             by.append(self._of_others(pl_module))
@@ -65,7 +66,7 @@ class Stops:
         """Say what :func:`standing_stop` says, by the settings as they were before the checkpoint was loaded."""
         return standing_stop(checkpoint, self._trainer, pl_module, self._settings)
 
-    def _of_early_stopping(self, callback: EarlyStopping) -> dict[str, Any]:
+    def _of_early_stopping(self, callback: Any) -> dict[str, Any]:
         settings = _early_stopping(callback) | {"patience": repr(self._patience[callback])}
         waited = callback.wait_count if callback.wait_count >= callback.patience else None
         said = re.sub(r"\s*Signaling Trainer to stop\.?", "", callback.stopping_reason_message or "").strip()
@@ -76,7 +77,7 @@ class Stops:
         """Those whose code has the word, or all if none has: a function elsewhere may have set it."""
         candidates = [each for each in (*_callbacks(self._trainer), pl_module) if _is_of_others(each)]
         found = [each for each in candidates if _says_should_stop(each)] or [*candidates, pl_module]
-        callbacks = {_name(each): self._unchanged(each) for each in found if isinstance(each, L.Callback)}
+        callbacks = {_name(each): self._unchanged(each) for each in found if each is not pl_module}
         of_module = pl_module in found
         return {
             "kind": "other",
@@ -126,12 +127,8 @@ def may_end(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> bool:
         trainer: With the settings that hold now.
         checkpoint: Lightning's.
     """
-    try:
-        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    except (KeyError, TypeError):
-        epochs = checkpoint["epoch"]
     steps: int = checkpoint["global_step"]
-    return steps >= (trainer.min_steps or 0) and bool(epochs >= (trainer.min_epochs or 0))
+    return steps >= (trainer.min_steps or 0) and bool(epochs_done(checkpoint) >= (trainer.min_epochs or 0))
 
 
 def _early_stopping_stands(
@@ -139,7 +136,7 @@ def _early_stopping_stands(
 ) -> tuple[str, str, str] | None:
     wanted = stop["settings"]
     for each in _callbacks(trainer):
-        if not isinstance(each, EarlyStopping):
+        if not is_callback(each, "EarlyStopping"):
             continue
         found = {name: value for name, value in now[id(each)].items() if name in _EARLY_STOPPING}
         different = {name for name in wanted if found.get(name) != wanted[name]}
@@ -156,8 +153,8 @@ def _timer_stands(
     stop: Mapping[str, Any], checkpoint: Mapping[str, Any], trainer: L.Trainer, pl_module: Any, now: Any
 ) -> tuple[str, str, str] | None:
     for each in _callbacks(trainer):
-        remaining = each.time_remaining() if isinstance(each, Timer) else None
-        if not isinstance(each, Timer) or remaining is None:
+        remaining = each.time_remaining() if is_callback(each, "Timer") else None
+        if not is_callback(each, "Timer") or remaining is None:
             continue
         duration = remaining + each.time_elapsed()
         elapsed = checkpoint["callbacks"].get(each.state_key, {}).get("time_elapsed", {}).get("train", 0)
@@ -183,8 +180,8 @@ def _other_stands(
 _STANDS = {"early stopping": _early_stopping_stands, "timer": _timer_stands, "other": _other_stands}
 
 
-def _callbacks(trainer: L.Trainer) -> Sequence[L.Callback]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+def _callbacks(trainer: L.Trainer) -> Sequence[Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
 
 
@@ -214,11 +211,11 @@ def _is_ours(trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
     return getattr(pl_module, "failure", None) is not None or any(each is not None for each in stopped)
 
 
-def _decision(callback: EarlyStopping) -> tuple[Any, ...]:
+def _decision(callback: Any) -> tuple[Any, ...]:
     return callback.stopped_epoch, callback.stopping_reason, callback.stopping_reason_message
 
 
-def _early_stopping(callback: EarlyStopping) -> dict[str, str]:
+def _early_stopping(callback: Any) -> dict[str, str]:
     return {name: repr(getattr(callback, name)) for name in _EARLY_STOPPING}
 
 

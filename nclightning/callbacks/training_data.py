@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from nclightning.callbacks.modules import name_loaders
+from nclightning.compat.lightning import batches_read
 from nclightning.errors import UserError
 from nclightning.probe.evaluation import left_over
 from nclightning.probe.features import describe, pair_rows
@@ -47,7 +48,7 @@ class TrainingSets:
         if trainer.train_dataloader is None:
             return
         # A loader without a length is read as far as training has come in its longest epoch.
-        self._most_read = max(self._most_read, trainer.fit_loop.epoch_loop.batch_idx + 1)
+        self._most_read = max(self._most_read, batches_read(trainer))
         self.sets = {
             f"train/{name}" if name else "train": DataSet(
                 loader, limited_batches(loader, trainer.limit_train_batches, self._most_read)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nclightning.compat.tensorboard import read_scalars
 from nclightning.errors import UserError
 
 __all__ = ["Readings", "read_readings"]
@@ -85,19 +86,23 @@ def _read_table(path: Path) -> Readings:
     except ValueError as error:
         raise UserError(f"{path} is no table of readings: {error}.") from error
     at = header.index("step") if "step" in header else 0  # Lightning's tables sort their columns.
+    _check_iterations(path, table[:, at], several="step" in header)
+    table = table[np.argsort(table[:, at], kind="stable")]
     iterations, values = table[:, at], {tag: table[:, i] for i, tag in enumerate(header) if i != at}
-    _check_iterations(path, iterations, several="step" in header)
     readings = Readings(iterations, values)
     return _measured(readings) if "step" in header else readings
 
 
 def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
-    """Refuse rows that are not those of one run in order; Lightning's tables may have several of a step."""
+    """Refuse rows that are not those of one run in order.
+
+    Lightning's tables may have several of a step, and those of an epoch's end come at one step less.
+    """
     wrong = ~((iterations >= 0) & (iterations < 2**53) & (iterations == np.floor(iterations)))
     if wrong.any():
         line = int(wrong.argmax())
         raise UserError(f"{path} is damaged: line {line + 2} is of iteration {iterations[line]:g}, no whole number.")
-    falls = np.diff(iterations) < (0 if several else 1)
+    falls = np.diff(iterations) < (-1 if several else 1)
     if falls.any():
         line = int(falls.argmax())
         raise UserError(
@@ -107,12 +112,7 @@ def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
 
 
 def _read_events(folder: Path) -> Readings:
-    # Slow to import, and seldom needed.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    curves = {tag: {e.step: e.value for e in accumulator.Scalars(tag)} for tag in accumulator.Tags()["scalars"]}
+    curves = {tag: dict(events) for tag, events in read_scalars(str(folder)).items()}
     steps = sorted({step for curve in curves.values() for step in curve})
     if not steps:
         raise UserError(f"the TensorBoard events in {folder} hold no readings yet.")

@@ -9,12 +9,8 @@ import time
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
-
+from nclightning.compat.tensorboard import Event, EventFile, OwnFileWriter, RecordWriter
 from nclightning.files.operations import append, create, make_folder, replaced
 
 __all__ = ["EventWriter", "RunWriter", "write_events"]
@@ -116,7 +112,7 @@ def write_events(folder: Path, events: Iterable[Event], suffix: str) -> None:
         partial.write_bytes(records)
 
 
-class EventWriter(FileWriter):
+class EventWriter(EventFile):
     """Writes summaries to an event file in a folder.
 
     Args:
@@ -127,33 +123,26 @@ class EventWriter(FileWriter):
     """
 
     def __init__(self, folder: Path, max_queue: int = 10, flush_secs: float = 120, start: int | None = None) -> None:
-        self.event_writer = _EventFile(folder, max_queue, flush_secs, start)
+        super().__init__(_EventFile(folder, max_queue, flush_secs, start))
 
 
-class RunWriter(SummaryWriter):
+class RunWriter(OwnFileWriter):
     """TensorBoard's writer for a run folder, which makes its file with the first value."""
 
-    def _get_file_writer(self: Any) -> Any:
-        """Make the writer, as torch's own method does."""
-        if self.file_writer is None:
-            start, self.purge_step = self.purge_step, None
-            self.file_writer = EventWriter(Path(self.log_dir), self.max_queue, self.flush_secs, start)
-            self.all_writers = {self.log_dir: self.file_writer}
-            if start is not None:
-                replace = SessionLog(status=SessionLog.START)
-                self.file_writer.add_event(Event(step=start, session_log=replace))
-        return self.file_writer
+    def make_event_file(self, max_queue: int, flush_secs: float, start: int | None) -> EventFile:
+        """Make what summaries are written to; see :class:`EventWriter`."""
+        return EventWriter(Path(self.log_dir), max_queue, flush_secs, start)
 
     @property
     def matters(self) -> bool:
         """Whether the event file is to be written: with its first value, or once this is set."""
-        matters: bool = self._get_file_writer().event_writer.matters
+        matters: bool = self.event_file.event_writer.matters
         return matters
 
     @matters.setter
     def matters(self, matters: bool) -> None:
-        self._get_file_writer().event_writer.matters = matters
+        self.event_file.event_writer.matters = matters
 
     def discard(self) -> None:
         """Forget what was not written."""
-        self._get_file_writer().event_writer.discard()
+        self.event_file.event_writer.discard()

@@ -95,7 +95,7 @@ def beyond_rounding(stats: ClassStatistics, each: bool) -> Tensor:
     Returns:
         ``(K, d)``; zero where they do not, and for absent classes.
     """
-    centred, rounding = stats.centre_means(), mean_rounding(stats) * stats.present
+    centred, rounding = stats.centre_means(), stats.mean_rounding * stats.present
     sizes, total = norm(centred, dim=1), norm(rounding, dim=0)
     if each:
         of_centre = total / stats.present.sum().clamp(min=1)

@@ -1,4 +1,8 @@
-"""Counts, class means and within-class spread: the sufficient statistic of labelled features."""
+"""Counts, class means and within-class spread: the sufficient statistic of labelled features.
+
+Samples that are kept are read in two passes: class means first, deviations from them second. Samples that are not kept
+any more are in the totals, which are moved to the class means of all samples as Chan, Golub and LeVeque (1983) do.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from nclightning.errors import UserError
 from nclightning.functional.linear import invertible_power_of_two, norm, root_sum_of_squares, triangular_factor
 from nclightning.functional.moments import Means, Moments
-from nclightning.functional.rounding import beyond_rounding
+from nclightning.functional.rounding import beyond_rounding, mean_rounding
 from nclightning.functional.samples import Samples
 
 __all__ = ["BetweenWeights", "ClassStatistics", "GlobalMean"]
@@ -25,10 +29,10 @@ BetweenWeights = Literal["uniform", "count"]
 class ClassStatistics:
     r"""First and second moments of labelled features: a value, which no method changes.
 
-    The last samples are kept as they came, and of those before there are totals. From samples, spread is read in two
-    passes, which is more accurate than any total, and along few directions costs less than the ``(d, d)`` scatter. What
-    is read is computed when it is read first, and once. :class:`nclightning.functional.StatisticsBuffer` makes
-    statistics batch by batch, :func:`nclightning.functional.class_statistics` of all samples at once.
+    The last samples are kept as they came; of those before there are totals. Along few directions the spread of samples
+    costs less than their ``(d, d)`` scatter, which is formed only when it is read or when samples become many. What is
+    read is computed at its first reading, once. :func:`nclightning.functional.class_statistics` makes the statistics of
+    samples that are there at once, :class:`nclightning.functional.StatisticsBuffer` those of batch after batch.
 
     Attributes:
         totals: Moments of the samples that are not kept.
@@ -112,10 +116,23 @@ class ClassStatistics:
         return self.counts > 0
 
     @cached_property
+    def _first(self) -> Means:
+        """Counts, class means and rounding of all samples."""
+        if self.kept.is_empty:
+            return self.totals.first
+        kept = self.kept.means(self.totals.means)
+        return kept if self.totals.is_empty else self.totals.first.merge(kept)[0]
+
+    @cached_property
     def epsilon(self) -> Tensor:
         """Machine epsilon to which the features were rounded: that of their dtype, or of a narrower one they show."""
         shown, of_dtype = self._first.rounding.unbind()
         return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
+
+    @cached_property
+    def mean_rounding(self) -> Tensor:
+        """What rounding of the features explains of the mean of each class ``(K,)``."""
+        return mean_rounding(self)
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
         """Mean of the class means, or of all samples.
@@ -145,6 +162,17 @@ class ClassStatistics:
         return self._around_class_mean if global_mean == "class" else self._around(global_mean)
 
     @cached_property
+    def _around_class_mean(self) -> Tensor:
+        return self._around("class")
+
+    def _around(self, global_mean: GlobalMean) -> Tensor:
+        # In two steps: the mean of the differences takes away what rounding left of a large common offset.
+        first, present = self._first, self.present.unsqueeze(1)
+        centred = ((first.means - self.global_mean(global_mean)) + first.tails) * present
+        weights = self._class_weights("uniform" if global_mean == "class" else "count")
+        return (centred - (weights.unsqueeze(1) * centred).sum(dim=0)) * present
+
+    @cached_property
     def centred_means(self) -> Tensor:
         """Class means minus their unweighted mean over the classes present.
 
@@ -171,6 +199,18 @@ class ClassStatistics:
             since the global mean lies in the affine hull of the class means.
         """
         return self._class_weights(between_weights).sqrt().unsqueeze(1) * self.centre_means(global_mean)
+
+    def _class_weights(self, convention: str) -> Tensor:
+        if convention not in ("uniform", "count"):
+            raise UserError(
+                f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
+            )
+        return self._equal_weights if convention == "uniform" else self.counts / self.counts.sum().clamp(min=1)
+
+    @cached_property
+    def _equal_weights(self) -> Tensor:
+        present = self.present.to(self.counts)
+        return present / present.sum().clamp(min=1)
 
     @property
     def norms(self) -> Tensor:
@@ -211,6 +251,33 @@ class ClassStatistics:
         vars(self).setdefault("_spread", tuple(spread))
         return along
 
+    @cached_property
+    def _spread(self) -> tuple[Tensor, ...]:
+        """Roots of the spread of classes and of coordinates."""
+        return self._spread_with()
+
+    def _spread_with(self, *directions: Tensor) -> tuple[Tensor, ...]:
+        """The same and, for each set of directions, roots of the spread along them.
+
+        Around the class means of all samples, spread is a sum of three: that of the totals around their own class
+        means, what moving it to the others adds, and that of the samples that are kept.
+        """
+        first, totals = self._first, self.totals
+        kept = () if self.kept.is_empty else self.kept.spread(first, self._sums_are_exact, *directions)
+        if kept and totals.is_empty:
+            return kept
+        own = totals.norms, totals.widths, *(norm(each @ self._root_of_totals().T, dim=1) for each in directions)
+        if not kept:
+            return own
+        rows = totals.first.moved_to(first)
+        moved = norm(rows, dim=1), norm(rows, dim=0), *(norm(each @ rows.T, dim=1) for each in directions)
+        return tuple(root_sum_of_squares(*parts) for parts in zip(own, moved, kept, strict=True))
+
+    @property
+    def _sums_are_exact(self) -> bool:
+        """Whether rounding left nothing of the class means."""
+        return self.totals.is_empty and self.kept.sums_are_exact(self.totals.means.dtype)
+
     @property
     def root(self) -> Tensor:
         r"""Square root R of the within-class scatter, ``(d, d)`` upper triangular with :math:`R^\top R` = scatter.
@@ -229,79 +296,29 @@ class ClassStatistics:
         root = self.root
         return root.T @ root
 
-    @cached_property
-    def folded(self) -> ClassStatistics:
-        """The same statistics with all samples in the totals and none kept: of one size whatever the samples are."""
-        totals, root = self.totals, self.totals.root
-        if not self.kept.is_empty:
-            first, (norms, widths) = self._first, self._spread
-            if root is not None:
-                unit = invertible_power_of_two(first.means)
-                rows = [] if totals.is_empty else [root / unit, totals.first.moved_to(first) / unit]
-                for away, _ in self.kept.deviations(first, unit, self._sums_are_exact, 4 * root.shape[1]):
-                    rows = [triangular_factor([*rows, away])]
-                root = rows[0] * unit
-            totals = Moments(**first._asdict(), norms=norms, widths=widths, root=root)
-        if root is not None and len(root) < root.shape[1]:  # Before there is one, or of fewer samples than dimensions.
-            root = torch.cat([root, root.new_zeros(root.shape[1] - len(root), root.shape[1])])
-            totals = totals._replace(root=root)
-        return self if totals is self.totals else ClassStatistics(totals, self.num_invalid)
-
-    @cached_property
-    def _first(self) -> Means:
-        """Counts, class means and rounding of all samples."""
-        if self.kept.is_empty:
-            return self.totals.first
-        kept = self.kept.means(self.totals.means)
-        return kept if self.totals.is_empty else self.totals.first.merge(kept)[0]
-
-    @cached_property
-    def _spread(self) -> tuple[Tensor, ...]:
-        """Roots of the spread of classes and of coordinates."""
-        return self._spread_with()
-
-    def _spread_with(self, *directions: Tensor) -> tuple[Tensor, ...]:
-        """The same and, of directions, of the spread along them.
-
-        The spread around the means of all samples is that of the totals around their own means, what it grows by when
-        it is moved to the others, and that of the samples that are kept.
-        """
-        first, totals = self._first, self.totals
-        kept = () if self.kept.is_empty else self.kept.spread(first, self._sums_are_exact, *directions)
-        if kept and totals.is_empty:
-            return kept
-        own = totals.norms, totals.widths, *(norm(each @ self._root_of_totals().T, dim=1) for each in directions)
-        if not kept:
-            return own
-        rows = totals.first.moved_to(first)
-        moved = norm(rows, dim=1), norm(rows, dim=0), *(norm(each @ rows.T, dim=1) for each in directions)
-        return tuple(root_sum_of_squares(*parts) for parts in zip(own, moved, kept, strict=True))
-
-    @property
-    def _sums_are_exact(self) -> bool:
-        """Whether rounding left nothing of the class means."""
-        return self.totals.is_empty and self.kept.sums_are_exact(self.totals.means.dtype)
-
-    @cached_property
-    def _around_class_mean(self) -> Tensor:
-        return self._around("class")
-
-    def _around(self, global_mean: GlobalMean) -> Tensor:
-        # In two steps: the mean of the differences takes away what rounding left of a large common offset.
-        first, present = self._first, self.present.unsqueeze(1)
-        centred = ((first.means - self.global_mean(global_mean)) + first.tails) * present
-        weights = self._class_weights("uniform" if global_mean == "class" else "count")
-        return (centred - (weights.unsqueeze(1) * centred).sum(dim=0)) * present
-
-    def _class_weights(self, convention: str) -> Tensor:
-        if convention not in ("uniform", "count"):
-            raise UserError(
-                f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
-            )
-        weights = self.present.to(self.counts) if convention == "uniform" else self.counts
-        return weights / weights.sum().clamp(min=1)
-
     def _root_of_totals(self) -> Tensor:
         if self.totals.root is None:
             raise UserError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
         return self.totals.root
+
+    @property
+    def folded(self) -> ClassStatistics:
+        """The same statistics with all samples in the totals and none kept: of one size whatever the samples are."""
+        root = self.totals.root
+        return self if self.kept.is_empty and (root is None or len(root) == root.shape[1]) else self._folded
+
+    @cached_property
+    def _folded(self) -> ClassStatistics:
+        root, (norms, widths) = None if self.is_light else self._form_root(), self._spread
+        return ClassStatistics(
+            Moments(**self._first._asdict(), norms=norms, widths=widths, root=root), self.num_invalid
+        )
+
+    def _form_root(self) -> Tensor:
+        """Triangular factor of all rows whose squares add up to the scatter, filled up with zeros to d rows."""
+        first, totals, own = self._first, self.totals.first, self._root_of_totals()
+        unit = invertible_power_of_two(first.means)
+        rows = [own / unit] if self.totals.is_empty else [own / unit, totals.moved_to(first) / unit]
+        for away, _ in self.kept.deviations(first, unit, self._sums_are_exact, least=4 * own.shape[1]):
+            rows = [triangular_factor([*rows, away])]
+        return torch.nn.functional.pad(rows[0] * unit, (0, 0, 0, own.shape[1] - len(rows[0])))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import apart, distances, norm, power_of_two, singular_vectors
-from nclightning.functional.rounding import FINE, averaged, least_spread, mean_rounding, noise_of, rounding_along
+from nclightning.functional.rounding import FINE, averaged, least_spread, noise_of, rounding_along
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
 __all__ = [
@@ -148,7 +148,7 @@ def within_between_ratio(
     """
     root = stats.between_root(global_mean, between_weights)
     weights = norm(root, dim=1) / norm(stats.centre_means(global_mean), dim=1)
-    between, rounding = norm(root.flatten(), dim=0), norm(weights.nan_to_num(0) * mean_rounding(stats), dim=0)
+    between, rounding = norm(root.flatten(), dim=0), norm(weights.nan_to_num(0) * stats.mean_rounding, dim=0)
     between = torch.where(between <= rounding, 0, between)
     value = (norm(stats.norms, dim=0) / stats.counts.sum().sqrt() / between).square()
     return torch.where(stats.present.sum() >= 2, value, torch.nan)
@@ -183,7 +183,7 @@ def class_distance_normalized_variance(
     present, means = stats.present, stats.mean_offsets
     unit = power_of_two(means)
     variances = (stats.norms / unit).square() / stats.counts.clamp(min=1)
-    rounding, sums, largest = mean_rounding(stats) / unit, [], []
+    rounding, sums, largest = stats.mean_rounding / unit, [], []
     for rows, distance in distances(means / unit):
         pair = apart(rows, present)
         least = torch.hypot(rounding.narrow(0, rows.start, len(rows)).unsqueeze(1), rounding)

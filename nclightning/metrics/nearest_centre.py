@@ -140,11 +140,12 @@ class NearestClassCentre(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        return self._plot(val, ax)
+        return self.draw(val, ax)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Add what was counted."""
         for name in (*_COUNTS, "margin"):
-            setattr(self, name, getattr(self, name) + incoming_state[name])
+            setattr(self, name, getattr(self, name) + earlier[name])
 
     def _totals(self) -> dict[str, Tensor]:
         totals = {"ncc_accuracy": self.ncc_right.double()}

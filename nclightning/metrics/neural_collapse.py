@@ -11,10 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nclightning import functional as F
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, StatisticsBuffer
-from nclightning.functional.linear import norm
 from nclightning.functional.moments import Moments
 from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
@@ -22,7 +20,7 @@ from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, select_measures
+from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, per_class_values, select_measures
 
 __all__ = ["NeuralCollapse"]
 
@@ -160,9 +158,9 @@ class NeuralCollapse(StreamingMetric):
         self._fold()  # The states are copied each time.
         return super().forward(*args, **kwargs)
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        self._fold()  # So that the states have the same shapes on all processes.
-        super()._sync_dist(*args, **kwargs)
+    def prepare_sync(self) -> None:
+        """Give the states the same shapes on all processes."""
+        self._fold()
 
     def compute(self) -> dict[str, Tensor]:
         """Read the measures, of the head as it is now.
@@ -218,19 +216,7 @@ class NeuralCollapse(StreamingMetric):
             class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
             classes; with a head ``head_norm`` and ``nc3_cosine``.
         """
-        reading = self._reading(self.checked_statistics())
-        stats = reading.stats
-        values = {
-            "count": stats.counts,
-            "variance": stats.spreads / stats.counts,
-            "mean_norm": torch.where(stats.present, norm(stats.mean_offsets, dim=1), torch.nan),
-            "cdnv": F.class_distance_normalized_variance(stats, "none"),
-            "equiangularity": F.equiangularity(*reading.means, reduction="none"),
-        }
-        if reading.weight is not None:
-            values["head_norm"] = norm(reading.weight, dim=1)
-            values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
-        return values
+        return per_class_values(self._reading(self.checked_statistics()))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values on a logarithmic axis.
@@ -242,7 +228,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        figure, axis = self._plot(val, ax)
+        figure, axis = self.draw(val, ax)
         for each in np.ravel(np.asarray(axis)):
             each.set_yscale("log")
         return figure, axis
@@ -259,7 +245,7 @@ class NeuralCollapse(StreamingMetric):
         self._fold()
         super().set_dtype(dst_type)
         self.num_invalid = self.num_invalid.long()
-        self._defaults["num_invalid"] = torch.zeros_like(self.num_invalid)
+        self.change_default("num_invalid", torch.zeros_like(self.num_invalid))
         return self
 
     def _fold(self) -> None:
@@ -270,10 +256,10 @@ class NeuralCollapse(StreamingMetric):
             if value is not getattr(self, name):  # Of most updates only a few states are new.
                 setattr(self, name, value)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        """Merge states exactly where torchmetrics would stack them (``forward`` and ``merge_state``)."""
-        incoming = _statistics_of({name: incoming_state[name] for name in self._names})
-        self._set(incoming.merge(self.statistics))
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        states = _statistics_of({name: earlier[name] for name in self._names})
+        self._set(states.merge(self.statistics))
 
 
 def _states_of(stats: ClassStatistics) -> dict[str, Any]:

@@ -93,9 +93,10 @@ class Optimality(NeuralCollapse):
             "relative_distance": distance / self.problem.optimum_norm,
         }
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        super()._reduce_states(incoming_state)
-        self.divergence = self.divergence + incoming_state["divergence"]
+    def merge_states(self, earlier: dict[str, Any]) -> None:
+        """Merge states exactly, where torchmetrics would stack them."""
+        super().merge_states(earlier)
+        self.divergence = self.divergence + earlier["divergence"]
 
 
 def check_linear(loss: str, head: HeadSource) -> None:

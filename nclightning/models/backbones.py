@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from nclightning.compat.torch import OwnEntries
 from nclightning.errors import UserError
 from nclightning.ranks import gather_rows
 
@@ -26,7 +27,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
-class FeatureTable(nn.Module):
+class FeatureTable(OwnEntries):
     """Free features, one row per sample, looked up by sample index: the backbone of the UFM.
 
     Processes can share the table, each with rows of its own. Its entry in a ``state_dict`` is the whole table, which
@@ -86,16 +87,16 @@ class FeatureTable(nn.Module):
         """Put rows of all processes together; see :func:`nclightning.ranks.gather_rows`."""
         return gather_rows(rows, self.num_samples) if self.is_shared else rows
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if prefix + "features" in destination:  # Not so if it is parametrised.
-            destination[prefix + "features"] = self.gather(destination[prefix + "features"])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def change_saved(self, entries: dict[str, Any], prefix: str) -> None:
+        """Save the rows of all processes; see :class:`nclightning.compat.torch.OwnEntries`."""
         key = prefix + "features"
-        if key in state_dict:
-            state_dict = state_dict | {key: self.narrow(state_dict[key])}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if key in entries:  # Not so if it is parametrised.
+            entries[key] = self.gather(entries[key])
+
+    def change_loaded(self, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Load the rows of this process."""
+        key = prefix + "features"
+        return entries | {key: self.narrow(entries[key])} if key in entries else entries
 
 
 class TwoLayerBody(nn.Sequential):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.optim import Optimizer
 
+from nclightning.compat.lightning import count_iterations, trainer_of
 from nclightning.errors import UserError
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
@@ -157,7 +158,7 @@ class RegularizedClassifier(ResumableModule):
             Two numbers of the whole objective: those of the last step where they are still good, else scalars on the
             device.
         """
-        fitting = self._trainer is not None and self.trainer.training
+        fitting = trainer_of(self) is not None and self.trainer.training
         optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
         reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
@@ -201,7 +202,7 @@ class RegularizedClassifier(ResumableModule):
 
     def configure_model(self) -> None:
         """Share the weights out under ``ModelParallelStrategy``."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if trainer_of(self) is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard_weights(self, self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
@@ -298,11 +299,7 @@ class RegularizedClassifier(ResumableModule):
                         break
                 interrupted = self._any_interrupt(interrupt.waiting)
             finally:
-                # Lightning counts one step per call of a wrapped optimizer; this loop steps the optimizer itself. The
-                # second line is the x-axis of whatever else is logged through the module.
-                loop = trainer.fit_loop.epoch_loop
-                loop.manual_optimization.optim_step_progress.increment_by(done)
-                loop._batches_that_stepped = start + done
+                count_iterations(trainer, done, start + done)
         if interrupted:
             self._interrupts.release()
             raise KeyboardInterrupt

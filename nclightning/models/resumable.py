@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from nclightning.compat.lightning import trainer_of
 from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
 from nclightning.models.schedules import only_optimizer
 from nclightning.overrides import KeptHooks, kept
@@ -41,9 +42,9 @@ class ResumableModule(KeptHooks, L.LightningModule):
         self.check_checkpoint(checkpoint)
         if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
             self.check_parameters()
-        if self._trainer is not None and world_size() == 1:
+        if trainer_of(self) is not None and world_size() == 1:
             check_weights(checkpoint, self)
-        if self._trainer is not None and self.trainer.training:
+        if trainer_of(self) is not None and self.trainer.training:
             check_resumable(checkpoint, weights_in_place=is_sharded(self))
             warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
             self.failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)

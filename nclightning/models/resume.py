@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from nclightning.compat.lightning import iterations_done
 from nclightning.errors import UserError
 from nclightning.optim import ArmijoGD
 
@@ -44,8 +45,7 @@ def check_resumable(checkpoint: Mapping[str, Any], weights_in_place: bool = Fals
             "LastCheckpoint saves; the weights alone can be looked at with validate and test."
         )
     try:
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
-        done = progress["total"]["completed"]
+        done = iterations_done(checkpoint)
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint cannot be resumed: its loops have no {error}, so it was edited.") from error
     if done != checkpoint["global_step"]:

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nclightning.compat.lightning import change_checkpointing, splits_layers, writes_distributed_checkpoints
 from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
@@ -66,7 +67,7 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
     """
     _refuse_free_features(module)
     mesh = strategy.device_mesh
-    _refuse_split_layers(mesh["tensor_parallel"].size(), mesh.size())
+    _refuse_split_layers(mesh["tensor_parallel"].size() > 1, mesh.size())
     if _is_group(module):
         return
     from torch.distributed import fsdp  # noqa: PLC0415 - not part of all builds of torch
@@ -88,9 +89,8 @@ def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
         ValueError: With the reason.
     """
     _refuse_free_features(module)
-    size, world = strategy._tensor_parallel_size, strategy.num_nodes * strategy.num_processes
-    _refuse_split_layers(strategy.num_processes if size == "auto" else size, world)
-    if strategy._save_distributed_checkpoint:
+    _refuse_split_layers(splits_layers(strategy), strategy.num_nodes * strategy.num_processes)
+    if writes_distributed_checkpoints(strategy):
         raise UserError(
             "ModelParallelStrategy would write checkpoints that a single process cannot read: set its "
             "save_distributed_checkpoint=False."
@@ -130,7 +130,8 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
     """
 
     def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
-        state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = plain.state_dict()
         return _each_tensor(state, lambda _, value: gathered(value).cpu())
 
     def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -152,8 +153,7 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
             optimizer.load_state_dict(_each_tensor(state, lambda i, value: _shard_like(value, params[i])))  # noqa: B023
         return checkpoint
 
-    strategy.optimizer_state = optimizer_state  # type: ignore[method-assign]
-    strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
+    change_checkpointing(strategy, optimizer_state, load_checkpoint)
 
 
 def _each_tensor(state: Mapping[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def _refuse_free_features(module: nn.Module) -> None:
         )
 
 
-def _refuse_split_layers(size: int, world: int) -> None:
-    if size > 1:
+def _refuse_split_layers(split: bool, world: int) -> None:
+    if split:
         raise UserError(
             "ModelParallelStrategy would split layers, of which the full-batch loop needs each as a whole: set its "
             f"data_parallel_size={world}, tensor_parallel_size=1 and save_distributed_checkpoint=False."

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from nclightning.arguments import check_memory
+from nclightning.compat.lightning import cadence_of
 from nclightning.errors import UserError
 from nclightning.models.sharded import check_strategy
 
@@ -46,7 +47,7 @@ def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.
             "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
         )
     for callback in trainer.checkpoint_callbacks:
-        every = getattr(callback, "_every_n_train_steps", 0) or 0
+        every = cadence_of(callback)
         if every % model.iterations_per_step:
             raise UserError(
                 f"every_n_train_steps of {type(callback).__name__} must be a multiple of iterations_per_step = "

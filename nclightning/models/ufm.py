@@ -10,6 +10,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from nclightning.arguments import DtypeName, check_memory, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.compat.lightning import trainer_of
+from nclightning.compat.torch import has_hooks, leave_out_of_ddp, sees_gradients, version_of
 from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
@@ -87,6 +89,7 @@ class UFM(RegularizedClassifier):
             optimizer=optimizer,
             iterations_per_step=iterations_per_step,
         )
+        leave_out_of_ddp(self, ["backbone.features"])  # Each process has rows of its own.
         self._all_rows: tuple[Tensor, int] | None = None  # Indices that were seen to be those of all rows, and version.
         lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
         self.save_hyperparameters(ignore=["optimizer"])
@@ -106,15 +109,10 @@ class UFM(RegularizedClassifier):
         if self.head.bias is not None:
             self.head.bias.zero_()
 
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Each process has rows of its own: DistributedDataParallel must not make them equal."""
-        return ["backbone.features"]
-
     def configure_model(self) -> None:
         """Keep the rows of this process."""
         super().configure_model()
-        if self._trainer is None or self.trainer.world_size == 1:
+        if trainer_of(self) is None or self.trainer.world_size == 1:
             return
         if not self._is_shared and isinstance(self.backbone, FeatureTable):
             self._table.keep_rows(*own_rows(self.num_samples, self.trainer.global_rank, self.trainer.world_size))
@@ -192,7 +190,7 @@ class UFM(RegularizedClassifier):
         if not self._is_all_rows(index):
             if not self._table.holds(index):
                 return None
-            self._all_rows = index, index._version
+            self._all_rows = index, version_of(index)
         return UFMLine(self.objective, features, head, labels, params, self.num_samples, self._is_shared)
 
     def features_of(self, x: Tensor) -> Tensor:
@@ -209,7 +207,7 @@ class UFM(RegularizedClassifier):
 
     def _is_all_rows(self, index: Tensor) -> bool:
         """Whether indices were seen to be those of all rows, and have not been written to since."""
-        return self._all_rows is not None and self._all_rows[0] is index and self._all_rows[1] == index._version
+        return self._all_rows is not None and self._all_rows[0] is index and self._all_rows[1] == version_of(index)
 
     def _is_plain(self) -> bool:
         """Whether what autograd would differentiate is Problem (2) as it stands."""
@@ -225,11 +223,7 @@ class UFM(RegularizedClassifier):
 
     def _is_hooked(self) -> bool:
         """Whether somebody is to see each call of head or backbone, or each gradient."""
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        modules = any(getattr(m, name) for m in (self, self.head, self.backbone) for name in hooks)
-        everywhere = any(getattr(nn.modules.module, f"_global{name}") for name in hooks)
-        tensors = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters())
-        return modules or everywhere or tensors
+        return has_hooks((self, self.head, self.backbone)) or any(sees_gradients(p) for p in self.parameters())
 
     @property
     def _is_shared(self) -> bool:

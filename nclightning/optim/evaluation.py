@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nclightning.compat.torch import version_of
 from nclightning.optim.iterate import Iterate
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.sharding import own_shard
@@ -112,9 +113,9 @@ def _version(tensor: Tensor | None) -> _Version:
     if tensor is None:
         return None
     if type(tensor) in (Tensor, nn.Parameter):
-        return tensor._version, tensor.data_ptr()
+        return version_of(tensor), tensor.data_ptr()
     shard = own_shard(tensor)
-    return tensor._version, shard._version, shard.data_ptr()
+    return version_of(tensor), version_of(shard), shard.data_ptr()
 
 
 def inner_product(left: list[Tensor | None], right: list[Tensor | None]) -> float:

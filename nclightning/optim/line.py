@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
 from nclightning.optim.iterate import Iterate, IterateCopy, remember
@@ -200,10 +201,10 @@ class ClosureLine(LineObjective):
         # Own the gradients: a closure that zeroes in place must not reach those of the start.
         for p in self._params:
             p.grad = None
-        versions = [p._version for p in self._params]
+        versions = [version_of(p) for p in self._params]
         with torch.enable_grad():
             result: Any = self.closure()
-        if any(own_shard(p) is p and p._version != v for p, v in zip(self._params, versions, strict=True)):
+        if any(own_shard(p) is p and version_of(p) != v for p, v in zip(self._params, versions, strict=True)):
             raise UserError(
                 "the closure of ArmijoGD.step changed a parameter: it may only evaluate the objective where the "
                 "parameters are. Clamp or normalise them between steps."

@@ -265,6 +265,15 @@ class Decisions(_Stream):
                 values |= {measure: computed[measure] for measure in self._measures}
         return values
 
+    def per_class(self) -> dict[str, dict[str, Tensor]]:
+        """Read the measures class by class over all processes, after :meth:`read`."""
+        shares = {}
+        for name, metric in self._metrics.items():
+            with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
+                of_classes = metric.per_class()
+            shares[name] = {measure: of_classes[measure] for measure in (("ncc_accuracy",) if name else self._measures)}
+        return shares
+
 
 def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Pair rows where they are not paired already."""

@@ -115,9 +115,17 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
         )
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
+    repair = "lambda b: (b[0], b[1])"
+    if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[1], int):
+        raise UserError(
+            f"expected batches (x, y) with a tensor of labels, got {describe(batch)}, which seems to be one sample. "
+            "Pass a DataLoader, which makes batches."
+        )
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        repair = "lambda b: (torch.as_tensor(b[0]), torch.as_tensor(b[1]))"
     raise UserError(
         f"expected batches (x, y) with a tensor of labels, or mappings with labels, got {describe(batch)}. Pass "
-        "batch_fn=(batch) -> (inputs, labels), such as lambda b: (b[0], b[1])."
+        f"batch_fn=(batch) -> (inputs, labels), such as {repair}."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nclightning.compat.torch import version_of
 from nclightning.probe.features import first_tensor
 from nclightning.probe.sweep import eager, frozen
 
@@ -126,7 +127,7 @@ class _Recorder:
                 stack.callback(child.register_forward_pre_hook(self._before, with_kwargs=True).remove)
                 stack.callback(child.register_forward_hook(self._after, with_kwargs=True).remove)
             output = call()
-        written = frozenset(i for i, (tensor, version) in enumerate(self._met) if version != _version(tensor))
+        written = frozenset(i for i, (tensor, version) in enumerate(self._met) if version != version_of(tensor))
         whole, leaves = output is self._returned, dict(float_leaves(output))
         seen = Observation(output, leaves, self._runs, self._calls, whole, self._with_labels)
         return seen, frozenset() if self._copied is None else written - self._copied
@@ -134,7 +135,7 @@ class _Recorder:
     def _value(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        number, version = len(self._met), _version(tensor)
+        number, version = len(self._met), version_of(tensor)
         self._met.append((tensor, version))
         return tensor.clone() if version < 0 or self._copied is None or number in self._copied else tensor
 
@@ -162,11 +163,6 @@ class _Recorder:
         if _takes_labels(layer):
             self._with_labels.append((layer, args, kwargs))
         return changed
-
-
-def _version(tensor: Tensor) -> int:
-    """Count the writes to a tensor; -1 where nobody counts them."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _takes_labels(layer: nn.Module) -> bool:

@@ -16,7 +16,16 @@ from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 
-__all__ = ["DataSet", "Gather", "Measured", "SetReader", "StatisticsGatherer", "gather_alone", "together"]
+__all__ = [
+    "DataSet",
+    "DecisionsGatherer",
+    "Gather",
+    "Measured",
+    "SetReader",
+    "StatisticsGatherer",
+    "gather_alone",
+    "together",
+]
 
 AnyGatherer = TypeVar("AnyGatherer", bound=Gatherer)
 
@@ -97,7 +106,7 @@ class StatisticsGatherer:
         self._collection.add(*((own, labels) if self._labelled else self._measuring.unlabelled(own)))
 
 
-class _DecisionsGatherer:
+class DecisionsGatherer:
     """Gathers decisions about a data set."""
 
     def __init__(self, reader: PairReader, decisions: Decisions) -> None:
@@ -175,7 +184,7 @@ class SetReader:
 
     def _decide(self, host: Host, data: DataSet, head: Head, centres: Centres) -> dict[str, Tensor]:
         decisions = self._measuring.decisions(head, centres)
-        gather_alone(host, data, lambda: _DecisionsGatherer(self._reader, decisions))
+        gather_alone(host, data, lambda: DecisionsGatherer(self._reader, decisions))
         return decisions.read()
 
 

@@ -156,6 +156,7 @@ def test_folders_of_lightnings_own_loggers_are_read(make, tmp_path):
     for step in range(0, 50, 10):
         logger.log_metrics({"nc/train/nc1": 2.0**-step}, step)
         logger.log_metrics({"loss": 3.0}, step)
+        logger.log_metrics({"loss_epoch": 3.0}, max(step - 1, 0))  # As Lightning does with means over an epoch.
     logger.log_metrics({"val": 0.25}, 45)
     logger.save()
     read = read_readings(logger.log_dir)

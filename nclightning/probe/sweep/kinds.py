@@ -56,12 +56,14 @@ def keep(value: Any) -> Kept:
     Args:
         value: Anything but a tensor.
     """
-    if hasattr(type(value), "cache_clear") and hasattr(value, "cache_info"):
-        return _cache(value)
-    for kinds, how in _HOW:
-        if isinstance(value, kinds):
-            return how(value)
-    return _object(value)
+    return _how(type(value))(value)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4096)
+def _how(kind: type) -> Callable[[Any], Kept]:
+    if hasattr(kind, "cache_clear") and hasattr(kind, "cache_info"):
+        return _cache
+    return next((how for kinds, how in _HOW if issubclass(kind, kinds)), _object)
 
 
 def _numbered(values: Iterable[Any]) -> Children:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from nclightning.compat.torch import HOLDERS, version_of
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.kinds import LEAVES, keep
@@ -75,8 +76,7 @@ class _Snapshot:
         self._restorers: list[tuple[int, Any]] = []
         self._instead: dict[int, Any] = {}
         self._empty: list[Any] = []
-        tensors = self._search()
-        self._tensors = _Tensors([(tensor, self._name(at)) for at, tensor in tensors])
+        self._tensors = _Tensors(self._search())
 
     def _search(self) -> list[tuple[int, Tensor]]:
         tensors, seen, waiting = list[tuple[int, Tensor]](), {id(self._objects[0])}, deque([0])
@@ -108,7 +108,7 @@ class _Snapshot:
         parts = list[str]()
         while at > 0:
             at, key = self._origins[at]
-            if key not in ("_parameters", "_buffers", "_modules"):
+            if key not in HOLDERS:
                 parts.append(str(key))
         return ".".join(reversed(parts))
 
@@ -119,56 +119,57 @@ class _Snapshot:
                 if each:
                     each.clear()
             reasons = [(at, restore(self._instead)) for at, restore in self._restorers]
-            return [(self._name(at), why) for at, why in reasons if why is not None] + self._tensors.restore()
+            reasons += self._tensors.restore()
+        return [(self._name(at), why) for at, why in reasons if why is not None]
 
 
 class _Tensors:
-    """Contents of tensors."""
+    """Contents of tensors, with their places among the objects."""
 
-    def __init__(self, named: list[tuple[Tensor, str]]) -> None:
+    def __init__(self, placed: list[tuple[int, Tensor]]) -> None:
         self._grads = [
-            (value, name, value.requires_grad, value.grad, _version(value.grad))
-            for value, name in named
+            (value, at, value.requires_grad, value.grad, _version(value.grad))
+            for at, value in placed
             if value.is_leaf and isinstance(value, nn.Parameter)
         ]
-        named = [(value, name) for value, name in named if not (is_lazy(value) or value.is_meta)]
-        named.sort(key=lambda each: isinstance(each[0], nn.Parameter) and each[0].requires_grad)
+        placed = [(at, value) for at, value in placed if not (is_lazy(value) or value.is_meta)]
+        placed.sort(key=lambda each: isinstance(each[1], nn.Parameter) and each[1].requires_grad)
         self._copied: list[tuple[Tensor, Tensor, Tensor]] = []
-        watched, room = list[tuple[Tensor, str]](), _COPIED_BYTES
-        for value, name in named:
+        watched, room = list[tuple[int, Tensor]](), _COPIED_BYTES
+        for at, value in placed:
             # Its own view of the same memory, which it may be pointed away from by way of .data.
             view = value.detach()
             shard = own_shard(view)
             strided = shard.layout == torch.strided
             size = shard.numel() * shard.element_size() if strided else 0
             if size > room:
-                watched.append((value, name))
+                watched.append((at, value))
                 continue
             room -= size
             self._copied.append((value, view, shard.clone()))
         self._watched = watched
-        self._before = fingerprint([value for value, _ in watched])
+        self._before = fingerprint([value for _, value in watched])
 
-    def restore(self) -> list[tuple[str, str]]:
+    def restore(self) -> list[tuple[int, str | None]]:
         shards = [self._redirected(value, view) for value, view, _ in self._copied]
         copies = [copy for _, _, copy in self._copied]
         for changed, shard, copy in zip(_differ(shards, copies), shards, copies, strict=True):
             if changed:  # Else untouched, as what autograd still needs must be.
                 with torch.inference_mode(shard.is_inference()), torch.no_grad():
                     shard.copy_(copy)
-        after = fingerprint([value for value, _ in self._watched])
-        reasons = [
-            (name, f"with more than {_COPIED_BYTES / 2**30:g} GiB of tensors the model is too large to be copied")
-            for (_, name), one, other in zip(self._watched, self._before, after, strict=True)
+        after = fingerprint([value for _, value in self._watched])
+        reasons: list[tuple[int, str | None]] = [
+            (at, f"with more than {_COPIED_BYTES / 2**30:g} GiB of tensors the model is too large to be copied")
+            for (at, _), one, other in zip(self._watched, self._before, after, strict=True)
             if one != other
         ]
-        for value, name, requires_grad, grad, version in self._grads:
+        for value, at, requires_grad, grad, version in self._grads:
             if value.requires_grad != requires_grad:
                 value.requires_grad_(requires_grad)
             if value.grad is not grad:
                 value.grad = grad
             if _version(grad) != version:
-                reasons.append((name, "its gradient was added to"))
+                reasons.append((at, "its gradient was added to"))
         return reasons
 
     @staticmethod
@@ -185,7 +186,7 @@ class _Tensors:
 
 
 def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    return 0 if tensor is None else version_of(tensor)
 
 
 def _differ(tensors: list[Tensor], copies: list[Tensor]) -> list[bool]:

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from nclightning.compat.torch import parameters_of
+
 __all__ = ["cuda_devices", "random_states_kept", "torch_states_kept"]
 
 
 def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
     """Return the numbers of the CUDA devices on which modules have parameters of their own."""
-    devices = {p.device for module in modules for p in module._parameters.values() if p is not None}
+    devices = {p.device for module in modules for p in parameters_of(module).values() if p is not None}
     return sorted({d.index for d in devices if d.type == "cuda" and d.index is not None})
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from nclightning.compat.torch import buffers_of, is_compiled
 from nclightning.probe.passes import measurement
 from nclightning.probe.sweep.snapshot import remembered
 from nclightning.probe.sweep.states import cuda_devices, random_states_kept, torch_states_kept
@@ -68,7 +69,7 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in modules
-        for name, buffer in child._buffers.items()
+        for name, buffer in buffers_of(child).items()
         if buffer is not None
     ]
     try:
@@ -76,7 +77,7 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for child, name, buffer, value in buffers:
-                child._buffers[name] = buffer.copy_(value)  # Some modules put a new tensor in its place.
+                buffers_of(child)[name] = buffer.copy_(value)  # Some modules put a new tensor in its place.
 
 
 @contextmanager
@@ -114,10 +115,4 @@ def compiled_parts(module: nn.Module) -> list[nn.Module]:
     Returns:
         Compiled submodules, and those that have a compiled function, such as a compiled ``validation_step``.
     """
-    return [
-        child
-        for child in module.modules()
-        if hasattr(child, "_orig_mod")
-        or getattr(child, "_compiled_call_impl", None) is not None
-        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(child).values())
-    ]
+    return [child for child in module.modules() if is_compiled(child)]

@@ -1,0 +1,113 @@
+"""From statistics and decisions to the measurement that a user gets."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nclightning.functional import ClassStatistics, between_class_rank
+from nclightning.functional.linear import unit_rows
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.heads import Head
+from nclightning.metrics.measures import Reading, per_class_values
+from nclightning.probe.results import Measurement
+
+__all__ = ["Conventions", "build"]
+
+# Up to so many classes all pairs of them are looked at without being asked for: of 50000 words that takes an hour.
+_MOST_PAIRED = 2048
+_OF_PAIRS = {"nc1_cdnv", "nc1_cdnv_worst", "nc2_equiangularity_means", "nc2_equiangularity_worst"}
+_MOST_DRAWN = 1024  # Classes of which cosines are kept for the picture: 4 MiB.
+
+
+class Conventions(NamedTuple):
+    """Of NC1 on unbalanced data; see :func:`nclightning.functional.within_class_variability`."""
+
+    global_mean: GlobalMean
+    between_weights: BetweenWeights
+
+
+def build(
+    statistics: Mapping[str, ClassStatistics],
+    values: Mapping[str, Tensor],
+    of_classes: Mapping[str, Mapping[str, Tensor]],
+    head: Head | None,
+    conventions: Conventions,
+    start: float,
+    left_out: tuple[str, ...] = (),
+) -> Measurement:
+    """Bring what was measured to the host, and put it together.
+
+    Args:
+        statistics: Of the input of the head under ``""``, and of further layers.
+        values: Scalars by name.
+        of_classes: Decisions class by class, for the same names as ``statistics``.
+        head: The head, or None.
+        conventions: Of NC1.
+        start: When measuring began, by ``time.perf_counter``.
+        left_out: Measures that were left out since there was no head.
+
+    Returns:
+        The measurement.
+    """
+    stats = statistics[""]
+    rank = None
+    if not stats.is_light:
+        rank = values.get("nc1_rank", between_class_rank(stats, *conventions))
+    names = list(values)
+    scalars = [values[name] for name in names] + ([] if rank is None else [rank])
+    numbers = torch.stack([each.double() for each in scalars]).tolist() if scalars else []
+    last = None if rank is None else numbers.pop()
+    pairs = len(stats.counts) <= _MOST_PAIRED or not _OF_PAIRS.isdisjoint(values)
+    classes = _spread_out(len(stats.counts))
+    return Measurement(
+        dict(zip(names, numbers, strict=True)),
+        {
+            layer: _table(own, None if layer else head, conventions, of_classes.get(layer, {}), pairs)
+            for layer, own in statistics.items()
+        },
+        num_samples=int(stats.counts.sum()),
+        feature_dim=stats.means.shape[1],
+        cosines=_cosines(stats, classes),
+        cosine_classes=classes,
+        head=None if head is None else head.name,
+        normalizes=head is not None and head.normalizes,
+        rank=None if last is None or math.isnan(last) else int(last),
+        left_out=left_out,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _table(
+    stats: ClassStatistics,
+    head: Head | None,
+    conventions: Conventions,
+    decisions: Mapping[str, Tensor],
+    pairs: bool,
+) -> dict[str, NDArray[Any]]:
+    weight = None if head is None else head.weight.to(stats.means)
+    columns = per_class_values(Reading(stats, weight, None, *conventions), pairs) | dict(decisions)
+    names = list(columns)
+    values = torch.stack([columns[name].double() for name in names]).cpu().numpy()
+    table: dict[str, NDArray[Any]] = dict(zip(names, values, strict=True))
+    return {"class": np.arange(len(stats.counts)), **table, "count": table["count"].astype(np.int64)}
+
+
+def _spread_out(num_classes: int) -> NDArray[np.int64]:
+    step = -(-num_classes // _MOST_DRAWN)
+    return np.arange(0, num_classes, step, dtype=np.int64)
+
+
+def _cosines(stats: ClassStatistics, classes: NDArray[np.int64]) -> NDArray[np.float32]:
+    index = torch.from_numpy(classes).to(stats.means.device)
+    rows = unit_rows(stats.centred_means.index_select(0, index))
+    rows = torch.where(stats.present.index_select(0, index).unsqueeze(1), rows, torch.nan)
+    cosines: NDArray[np.float32] = (rows @ rows.T).clamp(-1, 1).float().cpu().numpy()
+    return cosines

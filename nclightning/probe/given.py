@@ -1,0 +1,200 @@
+"""What a user gives to be measured: checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from nclightning.compat.torch import COMPILED_PREFIX, uncompiled
+from nclightning.errors import UserError, UserTypeError
+from nclightning.probe.features import describe
+from nclightning.ranks import rank_zero_warn
+
+__all__ = ["check_samples", "checked_model", "names_of", "plain_name", "readable", "unwrapped"]
+
+_WRAPPED = ("module.", COMPILED_PREFIX)
+
+
+def unwrapped(model: nn.Module, head: Any = None) -> nn.Module:
+    """Return the model inside of wrappers for training, whose forward is the same.
+
+    ``DistributedDataParallel`` would have all processes wait for each other in each forward, ``DataParallel`` runs
+    copies that hooks of the model do not see, and compiled graphs see no hooks, either.
+
+    Args:
+        model: Any.
+        head: The head that the user named.
+
+    Returns:
+        The model. A single layer, such as a linear probe, comes as a part of a ``Sequential``: a head is sought among
+        parts.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif (inner := uncompiled(model)) is not None:
+            model = inner
+        else:
+            break
+    alone = next(model.children(), None) is None and (head is None or head is model)
+    return nn.Sequential(model) if alone else model
+
+
+def plain_name(name: Any, model: nn.Module) -> Any:
+    """Return the name of a part as it is without the wrappers; anything else as it is.
+
+    Args:
+        name: As the user gave it.
+        model: Unwrapped.
+    """
+    plain = name
+    while isinstance(plain, str) and (prefix := next((each for each in _WRAPPED if plain.startswith(each)), "")):
+        plain = plain.removeprefix(prefix)
+        if plain in (parts := dict(model.named_modules())) and name not in parts:
+            return plain
+    return name
+
+
+def checked_model(model: Any, device: torch.device | str | None) -> nn.Module:
+    """Return a model that can be measured where it is.
+
+    Args:
+        model: Any.
+        device: Where its batches are to go; None if where it is.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If it is on another device, or has no weights yet.
+    """
+    if not isinstance(model, nn.Module):
+        if isinstance(model, Tensor | np.ndarray):
+            raise UserTypeError(
+                f"model must be a torch.nn.Module, got {describe(model)}: pass features by name, as "
+                "measure(features=..., labels=..., weight=...)."
+            )
+        raise UserTypeError(
+            f"model must be a torch.nn.Module, got a {type(model).__name__}: pass measure(model, data), or "
+            "measure(features=..., labels=...)."
+        )
+    if any(type(child).__name__ == "FullyShardedDataParallel" for child in model.modules()):
+        raise UserError(
+            "FullyShardedDataParallel shards the weights, so that no process can read the head: shard with "
+            "torch.distributed.fsdp.fully_shard, or load a checkpoint into the plain model."
+        )
+    first = next(chain(model.parameters(), model.buffers()), None)
+    if first is not None and first.is_meta:
+        raise UserError(
+            f"{type(model).__name__} is on the device 'meta', where weights have no values: load them first."
+        )
+    if device is None or first is None:
+        return model
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}.") from error
+    if wanted.type != first.device.type or wanted.index not in (None, first.device.index):
+        raise UserError(
+            f"{type(model).__name__} is on {str(first.device)!r}, and measure does not move it: pass "
+            f"model.to({str(wanted)!r}), or leave device out."
+        )
+    return model
+
+
+def names_of(layers: Any) -> tuple[str, ...]:
+    """Return names of layers.
+
+    Raises:
+        TypeError: If they are none.
+    """
+    if isinstance(layers, str):
+        raise UserTypeError(f"layers must be a sequence of names: write ({layers!r},).")
+    names = tuple(layers)
+    if unnamed := [each for each in names if not isinstance(each, str)]:
+        raise UserTypeError(
+            f"layers must be dotted names, got a {type(unnamed[0]).__name__}: see model.named_modules()."
+        )
+    if len(set(names)) < len(names) or "" in names:
+        raise UserError(f"layers must be different names of parts of the model, got {list(names)}.")
+    return names
+
+
+def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
+    """Return an iterable of batches that an evaluation pass can read.
+
+    Args:
+        data: Any.
+        once_more: What needs a second pass over it.
+
+    Raises:
+        TypeError: If it is no iterable of batches.
+        ValueError: If it can be read once, and is to be read twice.
+    """
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise UserTypeError(
+            f"data must be an iterable of batches, got the data set {type(data).__name__}: pass "
+            "torch.utils.data.DataLoader(data, batch_size=256)."
+        )
+    if isinstance(data, Tensor | np.ndarray | str | bytes) or not hasattr(data, "__iter__"):
+        raise UserTypeError(
+            f"data must be an iterable of batches, such as a DataLoader or [(x, y)], got {describe(data)}."
+        )
+    if isinstance(data, Mapping) or _is_pair(data):
+        raise UserTypeError(
+            f"data must be an iterable of batches, got what seems to be one batch, {describe(data)}: pass [batch]."
+        )
+    if isinstance(data, Iterator):
+        if once_more:
+            raise UserError(
+                f"{', '.join(once_more)} need a second pass over data, and a {type(data).__name__} can be read once: "
+                "pass a DataLoader, a list, or another iterable that begins anew."
+            )
+        return _AsItIs(data)
+    if isinstance(data, DataLoader) and type(data).__iter__ is not DataLoader.__iter__:
+        return _AsItIs(data)  # What it yields cannot be had from its data set.
+    batches: Iterable[Any] = data
+    return batches
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether it is inputs and labels. Batches are no tensors: they have labels, too."""
+    return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+class _AsItIs:
+    """Hides what kind of iterable it is, so that it is iterated and nothing else."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._data)
+
+
+def check_samples(counts: Tensor, means: Tensor, head: str) -> None:
+    """Refuse data without two classes, and say aloud that features are not finite. Transfers to the host.
+
+    Args:
+        counts: Samples of each class.
+        means: Class means.
+        head: Name of the head.
+
+    Raises:
+        ValueError: If there are fewer than two classes.
+    """
+    present, finite = torch.stack([(counts > 0).sum(), means.isfinite().all()]).tolist()
+    if present < 2:
+        raise UserError(
+            f"neural collapse compares classes, and the labels of data hold {['none', 'only one'][present]}: pass "
+            "samples of two classes at least, or another ignore_index if that leaves them out."
+        )
+    if not finite:
+        rank_zero_warn(
+            f"features at the head {head!r} have numbers that are not finite, so that what is measured of them is nan: "
+            "measure weights of before training diverged, or inputs without nan."
+        )

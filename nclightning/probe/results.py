@@ -1,0 +1,248 @@
+"""What a measurement found: values by name, class by class, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nclightning.errors import UserError
+from nclightning.probe.tables import Row, as_html, as_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Measurement"]
+
+Table = Mapping[str, NDArray[Any]]
+
+
+class Measurement(Mapping[str, float]):
+    """Neural collapse of one model on one data set, as :func:`nclightning.measure` returns it.
+
+    An immutable mapping from names to floats: ``nc1``, ``nc2``, ... of the input of the head, and ``<layer>/nc1``, ...
+    of further layers. ``print`` shows it as a table with what each value means and what it is at collapse; so does a
+    notebook. Equal are measurements with the same values and tables, whatever time they took; ``nan`` equals ``nan``.
+
+    Args:
+        values: By name.
+        tables: Values class by class: of the input of the head under ``""``, of further layers under their names.
+        num_samples: Number of samples measured, without those left out by ``ignore_index``.
+        feature_dim: Size d of the input of the head.
+        rank: ``nc1_rank``, the number of directions along which class means spread; None if it was not measured.
+        cosines: Cosines of the centred class means, ``(K, K)``, or of evenly spaced classes where K is large.
+        cosine_classes: Which classes these are.
+        head: Name of the head; None if there was none.
+        normalizes: Whether it is a cosine head, so that features and rows were divided by their norms.
+        left_out: Names of measures that were left out since there was no head.
+        seconds: Time that measuring took.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, float],
+        tables: Mapping[str, Table],
+        *,
+        num_samples: int,
+        feature_dim: int,
+        rank: int | None = None,
+        cosines: NDArray[np.float32] | None = None,
+        cosine_classes: NDArray[np.int64] | None = None,
+        head: str | None = None,
+        normalizes: bool = False,
+        left_out: tuple[str, ...] = (),
+        seconds: float = math.nan,
+    ) -> None:
+        self._values = {str(name): float(value) for name, value in values.items()}
+        self._tables = {name: dict(table) for name, table in tables.items()}
+        self._cosines, self._cosine_classes = cosines, cosine_classes
+        self.num_samples, self.feature_dim, self.rank = num_samples, feature_dim, rank
+        self.head, self.normalizes, self.left_out = head, normalizes, tuple(left_out)
+        self.seconds = float(seconds)
+        self._closed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_closed" in vars(self):
+            raise AttributeError(f"a Measurement cannot be changed; dict(measurement) can. Got {name} = {value!r}.")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Measurement cannot be changed; dict(measurement) can. Got del {name}.")
+
+    # The mapping.
+
+    def __getitem__(self, name: str) -> float:
+        try:
+            return self._values[name]
+        except KeyError:
+            raise KeyError(f"{name!r} was not measured; there are {', '.join(self._values)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Measurement):
+            return self._values == other if isinstance(other, Mapping) else NotImplemented
+        return _are_equal(self._content(), other._content())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # What is known beside the values.
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Number of samples of each class, ``(K,)``."""
+        counts: NDArray[np.int64] = self._tables[""]["count"].copy()
+        return counts
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K, with those that had no samples."""
+        return len(self._tables[""]["count"])
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the further layers measured."""
+        return tuple(name for name in self._tables if name)
+
+    def per_class(self, layer: str = "") -> dict[str, NDArray[Any]]:
+        """Return what can be told class by class: columns of a table with a row for each class.
+
+        ``pandas.DataFrame(measurement.per_class())`` makes a data frame of it. With more than 2048 classes ``cdnv`` and
+        ``equiangularity`` are there only if a measure of all pairs of classes, such as ``nc1_cdnv``, was asked for.
+
+        | column | value |
+        |---|---|
+        | ``class``, ``count`` | number of the class, and of its samples |
+        | ``variance`` | mean squared distance from the class mean |
+        | ``mean_norm`` | norm of the class mean minus the mean of all class means |
+        | ``cdnv`` | as ``nc1_cdnv``: variance over squared distance, mean over the other classes |
+        | ``equiangularity`` | how far cosines with the other class means are from -1/(K-1), mean |
+        | ``head_norm``, ``nc3_cosine`` | norm of the row of the head, and its cosine with the class mean |
+        | ``ncc_accuracy``, ... | decisions on the samples of the class, where they were measured |
+
+        Args:
+            layer: Name of a further layer; the input of the head if empty.
+
+        Returns:
+            Arrays ``(K,)`` by column, ``nan`` where a class has no samples.
+
+        Raises:
+            ValueError: If the layer was not measured.
+        """
+        if layer not in self._tables:
+            raise UserError(
+                f"layer={layer!r} was not measured: pass it in layers=(...) to measure. "
+                f"There are {', '.join(map(repr, self._tables))}."
+            )
+        return {name: column.copy() for name, column in self._tables[layer].items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in plain Python objects; ``dict(measurement)`` has the values alone."""
+        tables = {
+            layer: {name: column.tolist() for name, column in table.items()} for layer, table in self._tables.items()
+        }
+        return {
+            "measures": dict(self._values),
+            "num_samples": self.num_samples,
+            "num_classes": self.num_classes,
+            "feature_dim": self.feature_dim,
+            "rank": self.rank,
+            "head": self.head,
+            "normalizes": self.normalizes,
+            "left_out": list(self.left_out),
+            "seconds": self.seconds,
+            "per_class": tables.pop(""),
+            "layers": tables,
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return :meth:`to_dict` as JSON with all digits.
+
+        JSON has no ``nan`` and no infinity. They are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which
+        ``float`` reads.
+
+        Args:
+            indent: As for :func:`json.dumps`.
+        """
+        return json.dumps(_without_nonfinite(self.to_dict()), indent=indent, allow_nan=False)
+
+    def plot(self) -> Figure:
+        """Draw how far each value is from that at collapse, on a logarithmic axis, and the angles of the class means.
+
+        Returns:
+            A matplotlib figure. It is not pyplot's: ``figure.savefig(path)`` writes it, and a notebook shows it.
+        """
+        from nclightning.probe.drawing import draw  # noqa: PLC0415 - matplotlib takes half a second
+
+        return draw(self.rows(), self._headline(), self._cosines, self._cosine_classes, self._num_present)
+
+    # Tables.
+
+    def rows(self) -> list[Row]:
+        """Return the values as rows of a table, those of the head first."""
+        sizes = self._num_present, self.feature_dim
+        return [Row.of(name, value, *sizes, self.layers) for name, value in self._values.items()]
+
+    @property
+    def _num_present(self) -> int:
+        return int((self._tables[""]["count"] > 0).sum())
+
+    def _headline(self) -> str:
+        head = "no head" if self.head is None else f"{'cosine head' if self.normalizes else 'head'} {self.head!r}"
+        size = f"{self.num_samples} samples, {self.num_classes} classes, {self.feature_dim} features, {head}"
+        return size if math.isnan(self.seconds) else f"{size}, {self.seconds:.3g} s"
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if absent := self.num_classes - self._num_present:
+            notes.append(
+                f"{absent} of {self.num_classes} classes have no samples; measures of class means leave them out."
+            )
+        if self.rank is not None:
+            most = min(self._num_present - 1, self.feature_dim)
+            notes.append(f"Class means spread along {self.rank} of at most {most} directions.")
+        if self.left_out:
+            notes.append(f"Left out, since they read the head: {', '.join(self.left_out)}.")
+        return notes
+
+    def __repr__(self) -> str:
+        return as_text(f"Measurement of {self._headline()}", self.rows(), self._notes())
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Measurement of {self._headline()}", self.rows(), self._notes())
+
+    def _content(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("seconds", "_closed")}
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return (
+            isinstance(one, np.ndarray)
+            and isinstance(other, np.ndarray)
+            and one.dtype == other.dtype
+            and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+        )
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(_are_equal(value, other[name]) for name, value in one.items())
+    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one) and math.isnan(other)
+    return bool(both_nan or one == other)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nonfinite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nonfinite(each) for each in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value

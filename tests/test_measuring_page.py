@@ -1,0 +1,74 @@
+"""What docs/measuring.md shows, runs and prints what it says."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import nclightning
+from nclightning.metrics import MEASURES
+from nclightning.metrics.measures import meaning_of
+from nclightning.probe.collection import DECISIONS
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "measuring.md").read_text()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+def test_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 3
+    inputs = torch.randn(3, 5)[labels] + 0.2 * torch.randn(60, 5)
+    model = Net()
+    scope = {
+        "model": model,
+        "loader": DataLoader(TensorDataset(inputs, labels), batch_size=16, shuffle=True),
+        "features": model.body(inputs),
+        "labels": labels,
+        "weight": model.fc.weight,
+        "bias": model.fc.bias,
+    }
+    monkeypatch.chdir(tmp_path)
+    results = []
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(block, scope)
+        results.append(scope["found"])
+    printed = re.sub(r", [\d.e+-]+ s\n", "\n", capsys.readouterr().out)
+    assert printed == "".join(re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL))
+    assert len(results) == 3
+    assert (tmp_path / "collapse.png").exists()
+    assert json.loads(scope["text"])["measures"]["nc1"] == results[2]["nc1"]
+    assert 0 <= scope["worst"] < 3
+
+
+def test_options_of_the_page_exist():
+    page = PAGE.split("## Measures")[0]
+    options = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ", page, re.MULTILINE)
+    names = {name for cell in options for name in re.findall(r"`(\w+)`", cell)}
+    assert names <= set(nclightning.measure.__annotations__)
+    assert {"measures", "device", "batch_fn"} <= names
+
+
+def test_the_table_of_measures_is_that_of_the_package():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", PAGE.split("## Measures")[1], re.MULTILINE)
+    assert [name for name, *_ in rows] == [*MEASURES, *DECISIONS]
+    sizes = {"K": 4, "d": 8, "log": math.log, "min": min}
+    for name, text, collapsed in rows:
+        meaning = meaning_of(name)
+        assert text == meaning.text, name
+        formula = collapsed.replace("2K", "2*K").removesuffix(" *")
+        value = eval(formula, sizes) if formula else None
+        assert value == pytest.approx(meaning.at_collapse(4, 8)), name
+        assert collapsed.endswith("*") == (meaning.at_collapse(9, 3) is None and meaning.at_collapse(4, 8) is not None)
