@@ -14,6 +14,7 @@ from nclightning.errors import UserError
 __all__ = [
     "count_over_ranks",
     "gather_rows",
+    "gather_tensors",
     "own_rows",
     "raise_together",
     "rank",
@@ -124,3 +125,24 @@ def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
             dist.recv(part, src=source)
         gathered.narrow(0, first, count).copy_(part)
     return gathered
+
+
+def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Exchange tensors of equal shapes and dtypes with all processes, with one message. All must come here.
+
+    Args:
+        tensors: Those of this process.
+
+    Returns:
+        Those of each process, in the same order on each.
+    """
+    if world_size() == 1:
+        return [list(tensors)]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    everybody = [torch.empty_like(flat) for _ in range(world_size())]
+    dist.all_gather(everybody, flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    return [
+        [part.view_as(tensor) for part, tensor in zip(torch.split(each, sizes), tensors, strict=True)]
+        for each in everybody
+    ]

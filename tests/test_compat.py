@@ -355,6 +355,22 @@ def test_a_batch_is_prepared_by_the_hook_of_module_or_data_module(of, tmp_path):
     assert seen == [0.5] * 3
 
 
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
+@pytest.mark.parametrize("of", ["nobody", "module", "data module", "instance"])
+def test_batches_are_moved_plainly_where_no_hook_of_the_user_sees_them(hook, of):
+    def own(self, batch, *_):
+        return batch
+
+    module = type("Module", (Net,), {hook: own} if of == "module" else {})()
+    data = type("Data", (L.LightningDataModule,), {hook: own} if of == "data module" else {})()
+    if of == "instance":
+        setattr(module, hook, own.__get__(module))
+    trainer = SimpleNamespace(datamodule=data)
+    assert pl_names.moves_plainly(trainer, module) is (of == "nobody")
+    trainer.datamodule = None
+    assert pl_names.moves_plainly(trainer, module) is (of in ("nobody", "data module"))
+
+
 def test_batches_read_are_those_of_the_epoch(tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):

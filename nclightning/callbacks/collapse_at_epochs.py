@@ -24,7 +24,7 @@ from nclightning.probe.evaluation import check_loader
 from nclightning.probe.forwards import ForwardPass
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, Measured, SetReader, StatisticsGatherer, gather_alone
-from nclightning.probe.sweep import fingerprint, has_lazy_parts
+from nclightning.probe.sweep import fingerprint_together, has_lazy_parts
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["CollapseAtEpochs", "EpochSettings"]
@@ -197,7 +197,7 @@ class CollapseAtEpochs(Publisher):
         step, last = trainer.global_step, self._at_step
         weights: tuple[int, ...] = ()
         if self._when.every_n_steps is not None:
-            weights = fingerprint((*pl_module.parameters(), *pl_module.buffers()))
+            weights = fingerprint_together((*pl_module.parameters(), *pl_module.buffers()))
         other = last is None or last[:2] != (step, weights)
         is_new = bool(count_over_ranks(int(other), pl_module.device))
         if is_new:
@@ -216,6 +216,7 @@ class CollapseAtEpochs(Publisher):
 
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather statistics of a training set at the end of this epoch."""
+        self._training.remember(trainer)
         due = self._when.sweeps and self._needs_centres and self._ends_epoch(trainer)
         # At steps it may have measured already.
         return due and self._when.every_n_steps is None and any(map(data.is_same, self._training.sets.values()))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
 
-from nclightning.compat.lightning import prepare_batch, shown_as_validating
+from nclightning.compat.lightning import moves_plainly, prepare_batch, shown_as_validating
 from nclightning.compat.twins import logging_nothing
 from nclightning.probe.sweep import eager, frozen
 
@@ -47,8 +49,15 @@ class LightningHost:
 
     def on_device(self, batch: Any) -> Any:
         """Take a batch through the hooks and the device transfer that those of a step go through."""
-        batch = prepare_batch(self.module, self._trainer.precision_plugin.convert_input(batch))
-        return self._trainer.strategy.batch_to_device(batch)
+        batch = self._trainer.precision_plugin.convert_input(batch)
+        if type(batch) in (tuple, list) and self._moves_plainly and all(isinstance(each, Tensor) for each in batch):
+            device = self._trainer.strategy.root_device
+            return type(batch)(each.to(device, non_blocking=device.type == "cuda") for each in batch)
+        return self._trainer.strategy.batch_to_device(prepare_batch(self.module, batch))
+
+    @cached_property
+    def _moves_plainly(self) -> bool:
+        return moves_plainly(self._trainer, self.module)
 
     @contextmanager
     def unseen(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
     slowest mode is what is left. There is no free parameter.
 
-    On any other module, with ``loss`` given, it sweeps the training set twice at ends of epochs, without a trace, and
+    On any other module, with ``loss`` given, it sweeps the training set once at ends of epochs, without a trace, and
     logs of the features before the head ``optimality/gap``, ``optimality/distance`` and
     ``optimality/relative_distance``, that divided by the norm of the optimum. Without penalties given, those are
     taken at which the scales of the nearest collapsed configuration

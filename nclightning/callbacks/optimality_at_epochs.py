@@ -11,11 +11,12 @@ from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import check_strategy, only_loader
 from nclightning.callbacks.problem import check_data_set
 from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.swept_optimality import sweep_optimality
+from nclightning.callbacks.shared import SharedPasses
 from nclightning.callbacks.training_data import TrainingSets
 from nclightning.errors import UserError
 from nclightning.metrics.optimality import check_linear
 from nclightning.probe.evaluation import check_loader
+from nclightning.probe.optimality import OptimalityGatherer
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet
 from nclightning.probe.sweep import has_lazy_parts
@@ -45,6 +46,7 @@ class OptimalityAtEpochs(Publisher):
         self._loss, self._penalties, self._every_n_epochs, self._reader = loss, penalties, every_n_epochs, reader
         self._first, self._is_checked = FirstTrainingStep(reader), False
         self._training = TrainingSets()
+        self._shared = SharedPasses(self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier fit has shown, and refuse what cannot be measured."""
@@ -63,6 +65,7 @@ class OptimalityAtEpochs(Publisher):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse loaders that cannot be swept."""
         self._training.forget()
+        self._shared.join(trainer)
         check_loader(LightningHost(pl_module), *self._training_set(trainer))
 
     def _training_set(self, trainer: L.Trainer) -> DataSet:
@@ -94,16 +97,31 @@ class OptimalityAtEpochs(Publisher):
         self._first.end(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the training set."""
-        if (trainer.current_epoch + 1) % self._every_n_epochs == 0:
-            assert self._loss is not None
+        """Measure the training set, by one pass over it, which other monitors may share."""
+        if self._ends_epoch(trainer):
             data, host = self._training_set(trainer), LightningHost(pl_module)
-            self.publish(pl_module, sweep_optimality(host, self._reader, data, self._loss, self._penalties))
+            values = self._shared.gather(host, data, self.gatherer).read()
+            self.publish(pl_module, {f"optimality/{name}": value for name, value in values.items()})
+
+    def _ends_epoch(self, trainer: L.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self._every_n_epochs == 0
+
+    def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
+        """Whether it is about to gather something of a training set at the end of this epoch."""
+        self._training.remember(trainer)
+        return self._ends_epoch(trainer) and any(map(data.is_same, self._training.sets.values()))
+
+    def gatherer(self) -> OptimalityGatherer:
+        """Start gathering it."""
+        assert self._loss is not None
+        return OptimalityGatherer(self._reader, self._loss, self._penalties)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self._first.remove()
+        self._shared.leave()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._first.remove()
+        self._shared.leave()

@@ -25,6 +25,7 @@ from nclightning.functional.decisions import (
 )
 from nclightning.functional.distance import CollapseDistance, distance_to_collapse
 from nclightning.functional.duality import class_alignment, duality_difference, self_duality, uniform_duality
+from nclightning.functional.excess import ExcessLoss, HeadLoss
 from nclightning.functional.geometry import equiangularity, equinorm, etf_deviation, head_sum
 from nclightning.functional.mse import MSEDecomposition, mse_decomposition
 from nclightning.functional.ood import ood_orthogonality
@@ -41,7 +42,9 @@ from nclightning.functional.variability import (
 __all__ = [
     "ClassStatistics",
     "CollapseDistance",
+    "ExcessLoss",
     "ExtremeEigenvalues",
+    "HeadLoss",
     "MSEDecomposition",
     "PairEnergy",
     "StatisticsBuffer",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Names
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -87,8 +87,8 @@ class StatisticsGatherer:
     def __init__(
         self, reader: PairReader, measuring: Measuring, labelled: bool = True, last: Collection | None = None
     ) -> None:
-        self.reader, self._measuring, self._labelled, self._last = reader, measuring, labelled, last
-        self._collection: Collection | None = None  # The head is known from the first batch on.
+        self.reader, self.labelled, self._measuring, self._last = reader, labelled, measuring, last
+        self._collection: Collection | None = None
 
     @property
     def collection(self) -> Collection:
@@ -96,14 +96,21 @@ class StatisticsGatherer:
         assert self._collection is not None
         return self._collection
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    @cached_property
+    def statistics(self) -> Centres:
+        """Statistics by name, over all processes, which must all ask."""
+        return self.collection.statistics()
+
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Make the collection for the head."""
+        self._collection = self._measuring.collection(self.reader.head_of(host.module), self._last)
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
-        if self._collection is None:
-            self._collection = self._measuring.collection(self.reader.head_of(host.module), self._last)
         own = features
         if len(features) > 1 + len(self.reader.layers):  # The others are those of other gatherers.
             own = {name: features[name] for name in ("", *self.reader.layers)}
-        self._collection.add(*((own, labels) if self._labelled else self._measuring.unlabelled(own)))
+        self.collection.add(*((own, labels) if self.labelled else self._measuring.unlabelled(own)))
 
 
 class DecisionsGatherer:
@@ -112,7 +119,10 @@ class DecisionsGatherer:
     def __init__(self, reader: PairReader, decisions: Decisions) -> None:
         self.reader, self._decisions = reader, decisions
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Nothing is to be made."""
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
         self._decisions.add(features, labels)
 
@@ -143,7 +153,7 @@ class SetReader:
 
     def _statistics(self, gatherer: StatisticsGatherer) -> Centres:
         self._last = gatherer.collection
-        return self._last.statistics()
+        return gatherer.statistics
 
     def read(
         self,

@@ -63,6 +63,20 @@ def test_with_the_penalties_fitted_to_the_scales(tmp_path, samples):
     assert problem.feature_scale == pytest.approx(float(fitted.feature_scale), rel=1e-5)
 
 
+@pytest.mark.parametrize("penalties", [{}, {"lambda_w": 1e-2, "lambda_h": 1e-3}], ids=["fitted", "given"])
+def test_one_pass_over_the_training_set(penalties, tmp_path, samples):
+    seen = []  # Of the data: what a forward counts is put back after an evaluation pass.
+
+    class Counting(TensorDataset):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    monitor = OptimalityMonitor(loss="ce", **penalties)
+    fit(tmp_path, [monitor], DataLoader(Counting(*samples), batch_size=8), max_epochs=2, num_sanity_val_steps=0)
+    assert len(seen) == 2 * 2 * len(samples[0])  # In each epoch to train and to measure.
+
+
 class Watched(Net):
     """Counts its training steps: a refusal must come before the first."""
 

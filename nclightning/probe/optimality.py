@@ -1,0 +1,161 @@
+"""Gap and distance to the optimum of an unconstrained feature model, from one pass that others may share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nclightning.errors import UserError
+from nclightning.functional import ClassStatistics, ExcessLoss
+from nclightning.heads import Head
+from nclightning.metrics import NeuralCollapse
+from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
+from nclightning.probe.evaluation import Gatherer
+from nclightning.probe.features import pair_rows
+from nclightning.probe.host import Host
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sets import StatisticsGatherer
+from nclightning.ranks import count_over_ranks, gather_tensors
+from nclightning.theory import UFMProblem
+
+__all__ = ["OptimalityCollector", "OptimalityGatherer"]
+
+# What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
+_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**17
+
+
+class OptimalityCollector:
+    """Gathers what gap and distance need of the features of a training set, in one pass over it.
+
+    Nothing that is gathered depends on the penalties: they can be fitted to the same features at the end. Between calls
+    of :meth:`update` the last few thousand rows are kept.
+
+    Args:
+        loss: ``"mse"`` or ``"ce"``.
+        head: Weight and bias as they are during the pass.
+        penalties: On head and features; None fits both.
+        own_statistics: Whether it gathers the statistics of the features, too. False where another collector of the
+            same pass does, whose statistics :meth:`read` is given.
+
+    Raises:
+        ValueError: If the head does not fit, MSE comes without a bias, or ``d < K - 1``.
+    """
+
+    def __init__(
+        self,
+        loss: Literal["mse", "ce"],
+        head: Head,
+        penalties: tuple[float, float] | None = None,
+        *,
+        own_statistics: bool = True,
+    ) -> None:
+        check_linear(loss, head)
+        self._head, self._penalties = head_loss(loss, head, head.device), penalties
+        sizes = head.out_features, head.in_features
+        self._excess = ExcessLoss.empty(*sizes, head.device)
+        # Of the lightest measure: only its statistics are wanted.
+        self._metric = NeuralCollapse(*sizes, measures=("nc1_ratio",)).to(head.device) if own_statistics else None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._num_rows = self._num_seen = 0
+
+    def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
+        """Add a batch.
+
+        Args:
+            features: ``(B, d)``.
+            labels: ``(B,)`` int64. Those outside ``0..K-1`` are left out, and refused by the statistics.
+            copy: False keeps features as they are, which must then not change before the last reading.
+        """
+        features = features.detach().clone() if copy else features.detach()
+        self._waiting.append((features, labels.clone()))  # A loader may fill the same memory with the next batch.
+        self._num_rows += len(labels)
+        self._num_seen += len(labels)
+        if self._num_rows >= max(_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME // features.shape[1]):
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        # Autocast would multiply in half precision, and does not put some dtypes together.
+        with torch.autocast(self._waiting[0][0].device.type, enabled=False):
+            features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting, self._num_rows = [], 0
+            if self._metric is not None:
+                self._metric.update(features, labels, copy=False)
+            self._excess = self._excess.add(features, labels, self._head)
+
+    def read(self, stats: ClassStatistics | None = None) -> dict[str, Tensor]:
+        """Evaluate gap and distance over all processes, which must all come here.
+
+        Args:
+            stats: Statistics of the same features, over all processes; None takes its own.
+
+        Returns:
+            As :func:`nclightning.metrics.optimality.read_optimality`.
+
+        Raises:
+            ValueError: If a label was outside ``0..K-1``, or classes are not balanced.
+        """
+        self._flush()
+        if stats is None:
+            assert self._metric is not None, "made without statistics of its own"
+            stats = self._metric.gathered()
+        elif left_out := count_over_ranks(self._num_seen, self._head.weight.device) - int(stats.counts.sum()):
+            raise UserError(
+                f"{left_out} labels were outside 0..{len(stats.counts) - 1}: map labels to these classes in batch_fn, "
+                "or leave such samples out of the loader."
+            )
+        with torch.no_grad(), torch.autocast(self._head.weight.device.type, enabled=False):
+            parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]
+            excess = reduce(lambda one, other: one.merge(other, self._head), parts)
+            return read_optimality(stats, excess, self._head, self._problem(stats))
+
+    def _problem(self, stats: ClassStatistics) -> UFMProblem | None:
+        if self._penalties is None:
+            return None
+        num_samples = int(stats.counts.max())
+        check_counts(stats.counts, num_samples)
+        weight = self._head.weight
+        return UFMProblem(self._head.loss, weight.shape[0], num_samples, weight.shape[1], *self._penalties)
+
+
+class OptimalityGatherer:
+    """Gathers what gap and distance need in an evaluation pass.
+
+    Args:
+        reader: Of features and labels.
+        loss: As for :class:`OptimalityCollector`.
+        penalties: The same.
+    """
+
+    def __init__(
+        self, reader: PairReader, loss: Literal["mse", "ce"], penalties: tuple[float, float] | None = None
+    ) -> None:
+        self.reader, self._loss, self._penalties = reader, loss, penalties
+        self._collector: OptimalityCollector | None = None
+        self._statistics: StatisticsGatherer | None = None  # Of the same pass.
+
+    @property
+    def collector(self) -> OptimalityCollector:
+        """What was gathered."""
+        assert self._collector is not None
+        return self._collector
+
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Make the collector for the head, which leaves statistics to another that gathers them."""
+        statistics = [each for each in others if isinstance(each, StatisticsGatherer) and each.labelled]
+        self._statistics = statistics[0] if statistics else None
+        head = self.reader.whole_head_of(host.module)
+        self._collector = OptimalityCollector(self._loss, head, self._penalties, own_statistics=not statistics)
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch."""
+        self.collector.update(*pair_rows(features[""], labels), copy=False)
+
+    def read(self) -> dict[str, Tensor]:
+        """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""
+        return self.collector.read(None if self._statistics is None else self._statistics.statistics[""])
