@@ -383,10 +383,14 @@ def walk(kind: Kind, *others: L.Callback) -> Trail:
     return trail
 
 
-def walks() -> dict[str, Trail]:
-    """Return the walks that are drawn, by title."""
+def walk_of_a_pass() -> dict[str, Trail]:
+    """Return the walk of an evaluation pass, by its title."""
+    return {"An evaluation pass at the end of an epoch: NeuralCollapseMonitor()": walk("sweep")}
+
+
+def walks_of_steps() -> dict[str, Trail]:
+    """Return the walks in the user's own steps, by their titles."""
     return {
-        "An evaluation pass at the end of an epoch: NeuralCollapseMonitor()": walk("sweep"),
         "In the steps of training: NeuralCollapseMonitor(source='online')": walk("online"),
         "In the steps of validation and test": walk("validation"),
     }
@@ -511,7 +515,7 @@ def picture_of_files() -> ImportPicture:
 
 
 IMPORT_PICTURES = {"architecture_layers.png": picture_of_layers, "architecture_files.png": picture_of_files}
-WALK_PICTURE = "architecture_walk.png"
+WALK_PICTURES = {"architecture_pass.png": walk_of_a_pass, "architecture_steps.png": walks_of_steps}
 
 
 def draw_imports(file: Path, picture: ImportPicture) -> None:
@@ -558,7 +562,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> MplPath:
     return MplPath(vertices, codes)
 
 
-def draw_walk(file: Path, trails: Mapping[str, Trail]) -> None:
+def draw_walks(file: Path, trails: Mapping[str, Trail]) -> None:
     """Draw the walks of batches as rows, one panel for each, with time downward.
 
     Args:
@@ -588,13 +592,15 @@ def draw_walk(file: Path, trails: Mapping[str, Trail]) -> None:
         axes.set(xlim=(0, 11.5), ylim=(len(visits) - 0.4, -1.6))
         axes.set_title(title, fontsize=10, loc="left")
         axes.axis("off")
-    save(figure, file, {title: walk_data(trail) for title, trail in trails.items()})
+    save(figure, file, walk_data(trails))
 
 
-def walk_data(trail: Trail) -> dict[str, Any]:
-    """Return what is drawn of a walk, and how it came to the first batch."""
-    rows = [[each.depth, each.place, each.path, each.got, each.gave] for each in steady(trail.visits)]
-    return {"around": trail.around, "rows": rows}
+def walk_data(trails: Mapping[str, Trail]) -> dict[str, Any]:
+    """Return what is drawn of walks: depth, place, file, data got and given."""
+    return {
+        title: [[each.depth, each.place, each.path, each.got, each.gave] for each in steady(trail.visits)]
+        for title, trail in trails.items()
+    }
 
 
 def save(figure: Any, file: Path, data: Any) -> None:
@@ -613,7 +619,8 @@ def main() -> None:
     """Draw all."""
     for name, picture in IMPORT_PICTURES.items():
         draw_imports(IMAGES / name, picture())
-    draw_walk(IMAGES / WALK_PICTURE, walks())
+    for name, trails in WALK_PICTURES.items():
+        draw_walks(IMAGES / name, trails())
 
 
 if __name__ == "__main__":

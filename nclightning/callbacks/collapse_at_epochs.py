@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -166,14 +165,17 @@ class CollapseAtEpochs(Publisher):
         return (trainer.current_epoch + 1) % self._when.every_n_epochs == 0
 
     def _measure_between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measure = partial(self._measure, trainer, pl_module, gather_alone)
-        measured, _ = self._steps.measured(pl_module, measure, keep=True)
+        measured = self._steps.known(pl_module)
+        if measured is None:
+            measured = self._measure(trainer, pl_module, gather_alone)
+        self._steps.keep(measured)
         self.publish_at_step(trainer, _tagged(measured))
 
     def _measure_at_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measure = partial(self._measure, trainer, pl_module, self._shared.gather)
-        measured, is_new = self._steps.measured(pl_module, measure, keep=False)
-        if is_new:
+        measured = self._steps.known(pl_module)
+        self._steps.keep(None)
+        if measured is None:
+            measured = self._measure(trainer, pl_module, self._shared.gather)
             self.publish(pl_module, _tagged(measured))
         else:  # The loggers have them at this step.
             self.publish_to_callbacks(pl_module, _tagged(measured))

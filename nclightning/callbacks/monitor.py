@@ -14,6 +14,7 @@ from nclightning.callbacks.publishing import Publisher
 from nclightning.callbacks.rows import Readings
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
+from nclightning.overrides import KeptHooks, kept
 from nclightning.probe.sweep import untouched
 from nclightning.ranks import count_over_ranks
 
@@ -22,7 +23,7 @@ __all__ = ["Readings", "ReadingsMonitor"]
 Batch = tuple[Tensor, Tensor]
 
 
-class ReadingsMonitor(Publisher):
+class ReadingsMonitor(KeptHooks, Publisher):
     """Base of the monitors: takes readings at stated iterates of a full-batch run.
 
     A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
@@ -128,6 +129,7 @@ class ReadingsMonitor(Publisher):
         if self._readings is not None:
             self._readings.rescue(trainer, exception)
 
+    @kept
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
         if self._readings is not None:

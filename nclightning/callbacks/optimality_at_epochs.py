@@ -94,7 +94,7 @@ class OptimalityAtEpochs(Publisher):
         """Measure the training set, by one pass over it, which other monitors may share."""
         if self._ends_epoch(trainer):
             data, host = self._training_set(trainer), LightningHost(pl_module)
-            values = self._shared.gather(host, data, self.gatherer).collector.read()
+            values = self._shared.gather(host, data, self.gatherer).read()
             self.publish(pl_module, {f"optimality/{name}": value for name, value in values.items()})
 
     def _ends_epoch(self, trainer: L.Trainer) -> bool:

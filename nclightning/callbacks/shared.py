@@ -11,7 +11,7 @@ import lightning as L
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.sets import DataSet, gather_alone
-from nclightning.probe.sweep import TraceError, fingerprint
+from nclightning.probe.sweep import TraceError, fingerprint_together
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["SharedPasses", "Sharer"]
@@ -101,4 +101,4 @@ class SharedPasses:
 
     @staticmethod
     def _weights(host: Host) -> tuple[int, ...]:
-        return fingerprint((*host.module.parameters(), *host.module.buffers()))
+        return fingerprint_together((*host.module.parameters(), *host.module.buffers()))

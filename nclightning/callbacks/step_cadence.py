@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import lightning as L
 
 from nclightning.probe.sets import Measured
-from nclightning.probe.sweep import fingerprint
+from nclightning.probe.sweep import fingerprint_together
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["StepCadence"]
@@ -24,8 +22,8 @@ class StepCadence:
 
     def __init__(self, every_n_steps: int | None) -> None:
         self._every_n_steps, self._step = every_n_steps, 0
-        # The last measurement between steps: the step, the weights, and what was measured.
-        self._last: tuple[int, tuple[int, ...], Measured] | None = None
+        self._now: tuple[int, tuple[int, ...]] = 0, ()  # Step and weights of the last question.
+        self._last: tuple[tuple[int, tuple[int, ...]], Measured] | None = None  # What was measured where.
 
     def restart(self, step: int) -> None:
         """Begin a fit at a step."""
@@ -43,27 +41,18 @@ class StepCadence:
         before, self._step = self._step, step
         return step // self._every_n_steps > before // self._every_n_steps
 
-    def measured(
-        self, pl_module: L.LightningModule, measure: Callable[[], Measured], *, keep: bool
-    ) -> tuple[Measured, bool]:
-        """Measure, unless that was done at this step with these weights.
-
-        Args:
-            pl_module: The module.
-            measure: Measures it.
-            keep: Whether the end of the epoch may take the result.
-
-        Returns:
-            What was measured, and whether that was now.
-        """
-        step, weights = pl_module.trainer.global_step, tuple[int, ...]()
+    def known(self, pl_module: L.LightningModule) -> Measured | None:
+        """Return what was measured at this step with these weights, if anything was. All processes must ask."""
+        weights = tuple[int, ...]()
         if self.is_on:
-            weights = fingerprint((*pl_module.parameters(), *pl_module.buffers()))
-        last = self._last
-        differs = last is None or last[:2] != (step, weights)
-        is_new = bool(count_over_ranks(int(differs), pl_module.device))
-        if is_new:
-            last = step, weights, measure()
-        assert last is not None
-        self._last = last if keep else None
-        return last[2], is_new
+            weights = fingerprint_together((*pl_module.parameters(), *pl_module.buffers()))
+        self._now = pl_module.trainer.global_step, weights
+        differs = self._last is None or self._last[0] != self._now
+        if count_over_ranks(int(differs), pl_module.device):
+            return None
+        assert self._last is not None
+        return self._last[1]
+
+    def keep(self, measured: Measured | None) -> None:
+        """Keep what was measured after :meth:`known`, for the end of an epoch; None forgets what was kept."""
+        self._last = None if measured is None else (self._now, measured)

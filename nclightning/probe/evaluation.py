@@ -26,8 +26,21 @@ class Gatherer(Protocol):
 
     reader: PairReader
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch: features by name, those of the head under the empty one, and labels."""
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Get ready for a pass, once its first batch has shown the head.
+
+        Args:
+            host: Of the model.
+            others: Those that take the features of the same pass.
+        """
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch.
+
+        Args:
+            features: By name, those of the head under the empty one. Nobody writes to them any more.
+            labels: Whose memory the loader may fill again.
+        """
 
 
 def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int | None = None) -> None:
@@ -68,11 +81,13 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                     waiting = [each for each in gatherers if each not in served]
                     reader = served[0].reader.together_with([each.reader for each in served[1:]])
                     watch = reader.watch(module)
+                    for gatherer in served:
+                        gatherer.begin(host, [each for each in served if each is not gatherer])
                 inputs, labels = reader.split(batch)
                 kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
                 if is_new:
                     for gatherer in served:
-                        gatherer.add(host, kept, labels)
+                        gatherer.add(kept, labels)
             if watch is not None:
                 watch.verify()
         if watch is None:

@@ -171,7 +171,7 @@ def _measure_model(
     start: float,
 ) -> Measurement:
     gatherer = gather_alone(host, DataSet(data), lambda: StatisticsGatherer(reader, measuring))
-    statistics = gatherer.collector.statistics()
+    statistics = gatherer.statistics
     check_samples(statistics[""].counts, statistics[""].means, reader.head_of(host.module).name)
     head, values = reader.whole_head_of(host.module), gatherer.collector.read(statistics)
     of_classes: Mapping[str, Mapping[str, Tensor]] = {}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Names
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -93,8 +93,8 @@ class StatisticsGatherer:
     def __init__(
         self, reader: PairReader, measuring: Measuring, labelled: bool = True, last: StatisticsCollector | None = None
     ) -> None:
-        self.reader, self._measuring, self._labelled, self._last = reader, measuring, labelled, last
-        self._collector: StatisticsCollector | None = None  # The head is known from the first batch on.
+        self.reader, self.labelled, self._measuring, self._last = reader, labelled, measuring, last
+        self._collector: StatisticsCollector | None = None
 
     @property
     def collector(self) -> StatisticsCollector:
@@ -102,14 +102,21 @@ class StatisticsGatherer:
         assert self._collector is not None
         return self._collector
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    @cached_property
+    def statistics(self) -> LayerStatistics:
+        """Statistics by name, over all processes, which must all ask."""
+        return self.collector.statistics()
+
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Make the collector for the head."""
+        self._collector = self._measuring.statistics_collector(self.reader.head_of(host.module), self._last)
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
-        if self._collector is None:
-            self._collector = self._measuring.statistics_collector(self.reader.head_of(host.module), self._last)
         own = features
         if len(features) > 1 + len(self.reader.layers):  # The others are those of other gatherers.
             own = {name: features[name] for name in ("", *self.reader.layers)}
-        self._collector.add(*((own, labels) if self._labelled else self._measuring.unlabelled(own)))
+        self.collector.add(*((own, labels) if self.labelled else self._measuring.unlabelled(own)))
 
 
 class DecisionsGatherer:
@@ -123,7 +130,10 @@ class DecisionsGatherer:
     def __init__(self, reader: PairReader, collector: DecisionsCollector) -> None:
         self.reader, self._collector = reader, collector
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Nothing is to be made."""
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
         self._collector.add(features, labels)
 
@@ -154,7 +164,7 @@ class SetReader:
 
     def _statistics_of(self, gatherer: StatisticsGatherer) -> LayerStatistics:
         self._last = gatherer.collector
-        return self._last.statistics()
+        return gatherer.statistics
 
     def read(
         self,

@@ -22,7 +22,7 @@ from nclightning.probe.first_forward import FirstForward
 from nclightning.probe.hooks import hook_call
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
-from nclightning.probe.sweep import fingerprint, num_own_samples
+from nclightning.probe.sweep import fingerprint_together, num_own_samples
 from nclightning.probe.watch import Watch
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
@@ -248,4 +248,4 @@ class StepMeasurement:
 
 def _trained(module: nn.Module) -> tuple[int, ...]:
     """Tell weights from others; a forward may change those that are not trained, such as a momentum encoder's."""
-    return fingerprint(parameter for parameter in module.parameters() if parameter.requires_grad)
+    return fingerprint_together(parameter for parameter in module.parameters() if parameter.requires_grad)

@@ -115,8 +115,18 @@ def test_what_one_monitor_cannot_read_leaves_the_other_its_values(tmp_path, samp
             values.update(trainer.callback_metrics)
 
     with pytest.raises(ValueError, match="every class must come exactly"):
-        run(tmp_path, (inputs, late), collapse(), optimality(batch_fn=split), Keep())
+        run(tmp_path, (inputs, late), collapse(batch_fn=split), optimality(batch_fn=split), Keep())
     assert "nc/train/nc1" in values
+
+
+def test_ignored_labels_are_for_one_monitor_alone(tmp_path, samples):
+    """What neural collapse leaves out has no gap, whoever gathers the class means."""
+    inputs, labels = samples
+    late = torch.cat([labels[:-1], labels.new_tensor([-100])])
+    with pytest.raises(ValueError, match=r"1 labels were outside 0\.\.2"):
+        run(tmp_path / "both", (inputs, late), collapse(batch_fn=split), optimality(batch_fn=split))
+    with pytest.raises(ValueError, match=r"1 labels were outside 0\.\.2"):
+        run(tmp_path / "alone", (inputs, late), optimality(batch_fn=split))
 
 
 def split(batch):
