@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -15,8 +16,7 @@ from nclightning.callbacks import modules
 from nclightning.callbacks.first_step import FirstTrainingStep, Reads
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.shared import SharedPasses
+from nclightning.callbacks.shared import SharingMonitor
 from nclightning.callbacks.steps import OnError, StepForwards
 from nclightning.callbacks.training_data import TrainingSets, evaluation_set
 from nclightning.probe.collection import Measuring
@@ -53,7 +53,7 @@ class EpochSettings:
         return self.reads_training == "sweep" or bool(self.datasets)
 
 
-class CollapseAtEpochs(Publisher):
+class CollapseAtEpochs(SharingMonitor):
     """Measures at ends of epochs, and at steps: by evaluation passes, or online.
 
     Args:
@@ -76,7 +76,6 @@ class CollapseAtEpochs(Publisher):
         self._when, self._reader, self._measuring = settings, reader, measuring
         self._first, self._checked = FirstTrainingStep(reader), False
         self._training, self._on_error = training, on_error
-        self._shared = SharedPasses(self)
         self._sets = SetReader(reader, measuring)
         self._online: StepForwards | None = None
         self._step = 0
@@ -99,7 +98,6 @@ class CollapseAtEpochs(Publisher):
         self._step, self._at_step = trainer.global_step, None
         self._training.forget()
         self._training.remember(trainer)
-        self._shared.join(trainer)
         with self._on_error.guard(self):
             sets = self._training.sets.values() if self._needs_centres else ()
             for data in (*sets, *self._other_sets(trainer).values()):
@@ -205,7 +203,7 @@ class CollapseAtEpochs(Publisher):
             training = self._when.reads_training == "sweep"
             trained = self._training.needed() if self._needs_centres else {}
             others = self._other_sets(trainer)
-            host, gather = LightningHost(pl_module), gather_alone if at_step else self._shared.gather
+            host, gather = LightningHost(pl_module), gather_alone if at_step else partial(self.gather_shared, trainer)
             measured = self._sets.read(host, trained, others, self._when.ood, training, gather)
             last = step, weights, measured
         assert last is not None
@@ -218,8 +216,10 @@ class CollapseAtEpochs(Publisher):
         """Whether it is about to gather statistics of a training set at the end of this epoch."""
         self._training.remember(trainer)
         due = self._when.sweeps and self._needs_centres and self._ends_epoch(trainer)
-        # At steps it may have measured already.
-        return due and self._when.every_n_steps is None and any(map(data.is_same, self._training.sets.values()))
+        if not due or self._when.every_n_steps is not None:  # At steps it may have measured already.
+            return False
+        self._training.remember(trainer)
+        return any(map(data.is_same, self._training.sets.values()))
 
     def gatherer(self) -> StatisticsGatherer:
         """Start gathering them."""
@@ -237,9 +237,8 @@ class CollapseAtEpochs(Publisher):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self.remove_hooks()
-        self._shared.leave()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self.remove_hooks()
-        self._shared.leave()
+        super().teardown(trainer, pl_module, stage)
