@@ -13,6 +13,7 @@ milliseconds, weighs less on a larger network.
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,8 +74,8 @@ class Bench(L.Callback):
 
     def both(self, trainer, pl_module):
         host, data = LightningHost(pl_module), DataSet(trainer.train_dataloader)
-        self.collapse._sets.read(host, {"train": data}, {}, (), True, self.collapse._shared.gather)
-        self.optimality._shared.gather(host, data, self.optimality.gatherer).read()
+        self.collapse._sets.read(host, {"train": data}, {}, (), True, partial(self.collapse.gather_shared, trainer))
+        self.optimality.gather_shared(trainer, host, data, self.optimality.gatherer).read()
 
     @staticmethod
     def bare(trainer, pl_module):

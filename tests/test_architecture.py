@@ -93,9 +93,12 @@ def test_monitors_beside_each_other_share_the_batches():
 
 def test_the_page_names_what_exists():
     page = (DOCS / "architecture.md").read_text()
-    sources = "\n".join(path.read_text() for path in (*PACKAGE.rglob("*.py"), DOCS / "architecture.py"))
+    files = *PACKAGE.rglob("*.py"), DOCS / "architecture.py", DOCS.parent / "tests" / "test_house.py"
+    sources = "\n".join(path.read_text() for path in files)
     for name in set(re.findall(r"`([A-Z]\w+)[.`(]", page)):
         assert re.search(rf"\b{name}\b", sources), name
+    for member in set(re.findall(r"`[A-Z]\w+\.(\w+)", page)):
+        assert re.search(rf"def {member}\b", sources), member
     for path in set(re.findall(r"`((?:\w+/)+\w+\.py)`", page)):
         assert (PACKAGE / path).exists() or (DOCS.parent / path).exists(), path
     pictures = set(re.findall(r"\(images/(\w+\.png)\)", page))

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat import hparams, parsers, progress, tensorboard, torchmetrics, twins
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
@@ -687,6 +688,24 @@ def test_classes_of_both_packages_are_known(package):
     trainer = package.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert twins.is_of_twin(trainer) is (package.__name__ == "pytorch_lightning")
     assert type(twins.termination(trainer)) is part(package, "utilities.exceptions", "SIGTERMException")
+
+
+def test_callbacks_that_only_look_in_both_packages(package):
+    callbacks = importlib.import_module(f"{package.__name__}.callbacks")
+    plain = callbacks.Callback(), callbacks.Timer(), callbacks.TQDMProgressBar(), callbacks.EarlyStopping("loss")
+    for looks in (*plain, NeuralCollapseMonitor()):
+        assert twins.only_looks(looks, "on_train_epoch_end")
+    own = callbacks.Callback()
+    own.on_train_epoch_end = lambda *_: None
+    for changes in (
+        callbacks.StochasticWeightAveraging(1e-2),
+        callbacks.ModelPruning("random_unstructured"),
+        callbacks.LambdaCallback(on_train_epoch_end=print),
+        type("Own", (callbacks.Timer,), {"on_train_epoch_end": lambda *_: None})(),
+        type("Own", (NeuralCollapseMonitor,), {"on_train_epoch_end": lambda *_: None})(),
+        own,
+    ):
+        assert not twins.only_looks(changes, "on_train_epoch_end")
 
 
 def test_a_callback_runs_last_in_both_packages(package, tmp_path):

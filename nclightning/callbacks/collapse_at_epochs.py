@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -16,8 +17,7 @@ from nclightning.callbacks import modules
 from nclightning.callbacks.first_step import FirstTrainingStep, Reads
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.pictures import draw_angles
-from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.shared import SharedPasses
+from nclightning.callbacks.shared import SharingMonitor
 from nclightning.callbacks.step_cadence import StepCadence
 from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets, evaluation_set
@@ -53,7 +53,7 @@ class EpochSettings:
         return self.reads_training == "sweep" or bool(self.datasets)
 
 
-class CollapseAtEpochs(Publisher):
+class CollapseAtEpochs(SharingMonitor):
     """Measures at ends of epochs, and at steps: by evaluation passes, or online.
 
     Args:
@@ -76,7 +76,7 @@ class CollapseAtEpochs(Publisher):
         self._when, self._reader, self._measuring = settings, reader, measuring
         self._training, self._on_error = training, on_error
         self._first, self._steps = FirstTrainingStep(reader), StepCadence(settings.every_n_steps)
-        self._sets, self._shared = SetReader(reader, measuring), SharedPasses(self)
+        self._sets = SetReader(reader, measuring)
         self._online: TrainerSteps | None = None  # Those of the epoch that runs, if they are measured.
 
     # The start of a fit.
@@ -93,7 +93,6 @@ class CollapseAtEpochs(Publisher):
         self._steps.restart(trainer.global_step)
         self._training.forget()
         self._training.remember(trainer)
-        self._shared.join(trainer)
         with self._on_error.guard(self):
             sets = self._training.sets.values() if self._needs_class_means else ()
             for data in (*sets, *self._other_sets(trainer).values()):
@@ -175,7 +174,7 @@ class CollapseAtEpochs(Publisher):
         measured = self._steps.known(pl_module)
         self._steps.keep(None)
         if measured is None:
-            measured = self._measure(trainer, pl_module, self._shared.gather)
+            measured = self._measure(trainer, pl_module, partial(self.gather_shared, trainer))
             self.publish(pl_module, _tagged(measured))
         else:  # The loggers have them at this step.
             self.publish_to_callbacks(pl_module, _tagged(measured))
@@ -196,10 +195,11 @@ class CollapseAtEpochs(Publisher):
 
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather statistics of a training set at the end of this epoch."""
-        self._training.remember(trainer)
         due = self._when.sweeps and self._needs_class_means and self._ends_epoch(trainer)
-        # Between steps it may have measured already.
-        return due and not self._steps.is_on and any(map(data.is_same, self._training.sets.values()))
+        if not due or self._steps.is_on:  # Between steps it may have measured already.
+            return False
+        self._training.remember(trainer)
+        return any(map(data.is_same, self._training.sets.values()))
 
     def gatherer(self) -> StatisticsGatherer:
         """Start gathering them."""
@@ -217,12 +217,11 @@ class CollapseAtEpochs(Publisher):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self.remove_hooks()
-        self._shared.leave()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self.remove_hooks()
-        self._shared.leave()
+        super().teardown(trainer, pl_module, stage)
 
 
 def _tagged(measured: Measured) -> dict[str, Tensor]:

@@ -38,6 +38,11 @@ class EitherMonitor(KeptHooks, Publisher, Generic[AtIterates, AtEpochs]):
     def make_at_epochs(self) -> AtEpochs:
         """Make the callback for other modules."""
 
+    @property
+    def parts(self) -> list[Publisher]:
+        """Callbacks to which hooks are handed on."""
+        return self._parts
+
     def always(self) -> list[Publisher]:
         """Return callbacks for modules of both kinds."""
         return []

@@ -54,10 +54,10 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
     slowest mode is what is left. There is no free parameter.
 
-    On any other module, with ``loss`` given, it sweeps the training set once at ends of epochs, without a trace, and
-    logs of the features before the head ``optimality/gap``, ``optimality/distance`` and
-    ``optimality/relative_distance``, that divided by the norm of the optimum. Without penalties given, those are
-    taken at which the scales of the nearest collapsed configuration
+    On any other module, with ``loss`` given, it makes one pass over the training set at ends of epochs, without a
+    trace and together with monitors next to it. It logs of the features before the head ``optimality/gap``,
+    ``optimality/distance`` and ``optimality/relative_distance``, that divided by the norm of the optimum. Without
+    penalties given, those are taken at which the scales of the nearest collapsed configuration
     (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones, and logged as ``optimality/lambda_w``
     and ``optimality/lambda_h``. All are ``nan`` at scales that no penalties make optimal: zero, as far from collapse,
     and for MSE logits that are too large.

@@ -10,8 +10,7 @@ from nclightning.callbacks.first_step import FirstTrainingStep
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import check_strategy, only_loader
 from nclightning.callbacks.problem import check_data_set
-from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.shared import SharedPasses
+from nclightning.callbacks.shared import SharingMonitor
 from nclightning.callbacks.training_data import TrainingSets
 from nclightning.errors import UserError
 from nclightning.metrics.optimality import check_linear
@@ -24,7 +23,7 @@ from nclightning.theory import UFMProblem
 __all__ = ["OptimalityAtEpochs"]
 
 
-class OptimalityAtEpochs(Publisher):
+class OptimalityAtEpochs(SharingMonitor):
     """Measures the training set at ends of epochs.
 
     Args:
@@ -43,7 +42,7 @@ class OptimalityAtEpochs(Publisher):
     ) -> None:
         super().__init__()
         self._loss, self._penalties, self._every_n_epochs, self._reader = loss, penalties, every_n_epochs, reader
-        self._first, self._training, self._shared = FirstTrainingStep(reader), TrainingSets(), SharedPasses(self)
+        self._first, self._training = FirstTrainingStep(reader), TrainingSets()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier fit has shown, and refuse what cannot be measured."""
@@ -60,7 +59,6 @@ class OptimalityAtEpochs(Publisher):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse loaders that cannot be swept."""
         self._training.forget()
-        self._shared.join(trainer)
         check_loader(LightningHost(pl_module), *self._training_set(trainer))
 
     def _training_set(self, trainer: L.Trainer) -> DataSet:
@@ -91,31 +89,29 @@ class OptimalityAtEpochs(Publisher):
         self._first.end(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the training set, by one pass over it, which other monitors may share."""
+        """Measure the training set."""
         if self._ends_epoch(trainer):
             data, host = self._training_set(trainer), LightningHost(pl_module)
-            values = self._shared.gather(host, data, self.gatherer).read()
-            self.publish(pl_module, {f"optimality/{name}": value for name, value in values.items()})
+            gathered = self.gather_shared(trainer, host, data, self.gatherer)
+            self.publish(pl_module, {f"optimality/{tag}": value for tag, value in gathered.read().items()})
 
     def _ends_epoch(self, trainer: L.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
-        """Whether it is about to gather something of a training set at the end of this epoch."""
-        self._training.remember(trainer)
-        return self._ends_epoch(trainer) and any(map(data.is_same, self._training.sets.values()))
+        """Whether it is about to measure a training set at the end of this epoch."""
+        return self._ends_epoch(trainer) and data.is_same(self._training_set(trainer))
 
     def gatherer(self) -> OptimalityGatherer:
-        """Start gathering it."""
+        """Start gathering what gap and distance need."""
         assert self._loss is not None
         return OptimalityGatherer(self._reader, self._loss, self._penalties)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
         self._first.remove()
-        self._shared.leave()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self._first.remove()
-        self._shared.leave()
+        super().teardown(trainer, pl_module, stage)

@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
-from weakref import WeakKeyDictionary
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import dropwhile
+from typing import Any, TypeVar
 
 import lightning as L
 
+from nclightning.callbacks.either import EitherMonitor
+from nclightning.callbacks.publishing import Publisher
+from nclightning.compat.twins import only_looks
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.sets import DataSet, gather_alone
-from nclightning.probe.sweep import TraceError, fingerprint_together
-from nclightning.ranks import count_over_ranks
+from nclightning.probe.sweep import TraceError
 
-__all__ = ["SharedPasses", "Sharer"]
+__all__ = ["SharingMonitor"]
 
 AnyGatherer = TypeVar("AnyGatherer", bound=Gatherer)
 
 
-class Sharer(Protocol):
-    """A monitor that makes evaluation passes over training sets."""
+class SharingMonitor(Publisher):
+    """Base of monitors that make passes over training sets at ends of epochs.
 
+    A pass is made for all of them whose turns follow each other. A callback of the user's that has its turn between two
+    of them ends that: it may change weights, data, or anything else that the module and its data set consist of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gathered: list[tuple[tuple[int, int], DataSet, Gatherer]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_gathered": []}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what was gathered in a fit that an error ended."""
+        self._gathered = []
+        super().on_fit_start(trainer, pl_module)
+
+    @abstractmethod
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather something of a training set at the end of this epoch."""
 
+    @abstractmethod
     def gatherer(self) -> Gatherer:
         """Start gathering it."""
 
-
-class SharedPasses:
-    """Makes the passes of one monitor, and lets those of its trainer whose turn comes later take part.
-
-    What a pass has gathered for another monitor counts only if no weight and no buffer has changed when its turn comes.
-
-    Args:
-        owner: The monitor.
-    """
-
-    _by_trainer: ClassVar[WeakKeyDictionary[L.Trainer, list[SharedPasses]]] = WeakKeyDictionary()
-
-    def __init__(self, owner: Sharer) -> None:
-        self._owner = owner
-        self._trainer: L.Trainer | None = None
-        self._gathered: list[tuple[DataSet, tuple[int, ...], Gatherer]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_trainer": None, "_gathered": []}
-
-    def join(self, trainer: L.Trainer) -> None:
-        """Take part in the passes of a trainer."""
-        self.leave()
-        self._trainer = trainer
-        self._by_trainer.setdefault(trainer, []).append(self)
-
-    def leave(self) -> None:
-        """Do so no more."""
-        if self._trainer is not None:
-            self._by_trainer[self._trainer].remove(self)
-        self._trainer, self._gathered = None, []
-
-    def gather(self, host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> AnyGatherer:
+    def gather_shared(
+        self, trainer: L.Trainer, host: Host, data: DataSet, make: Callable[[], AnyGatherer]
+    ) -> AnyGatherer:
         """Make a pass over a data set at the end of an epoch, unless another monitor has just made it.
 
         Args:
+            trainer: Of the epoch.
             host: Of the module.
             data: Of the pass.
             make: Makes what gathers.
@@ -71,16 +63,16 @@ class SharedPasses:
         Returns:
             What has gathered.
         """
-        gathered, self._gathered = self._gathered, []
-        of_this = [each for each in gathered if each[0].is_same(data)]
-        others = self._others(data)
-        weights = self._weights(host) if of_this or others else ()
-        if of_this and not count_over_ranks(int(of_this[0][1] != weights), host.device):
-            self._gathered = [each for each in gathered if each is not of_this[0]]
-            return of_this[0][2]  # type: ignore[return-value]
+        now = trainer.current_epoch, trainer.global_step
+        waiting = [each for each in self._gathered if each[0] == now]
+        of_this = next((each for each in waiting if each[1].is_same(data)), None)
+        self._gathered = [each for each in waiting if each is not of_this]
+        if of_this is not None:
+            return of_this[2]  # type: ignore[return-value]
+        others = list(self._next(trainer, data))
         if not others:
             return gather_alone(host, data, make)
-        made, theirs = make(), [each._owner.gatherer() for each in others]
+        made, theirs = make(), [each.gatherer() for each in others]
         try:
             evaluate(host, data.loader, [made, *theirs], data.limit)
         except TraceError:
@@ -88,17 +80,29 @@ class SharedPasses:
         except Exception:  # Perhaps of another monitor, which is to say so itself.
             return gather_alone(host, data, make)
         for other, gatherer in zip(others, theirs, strict=True):
-            other._gathered.append((data, weights, gatherer))
+            other._gathered.append((now, data, gatherer))
         return made
 
-    def _others(self, data: DataSet) -> list[SharedPasses]:
-        """Return the monitors whose turn comes later in the hook that runs, and who want the same data."""
-        trainer = self._trainer
-        if trainer is None:
-            return []
-        joined = self._by_trainer[trainer]
-        return [each for each in joined[joined.index(self) + 1 :] if each._owner.gathers(trainer, data)]
+    def _next(self, trainer: L.Trainer, data: DataSet) -> Iterator[SharingMonitor]:
+        """Yield the monitors that want the same data and have their turns next in the hook that runs."""
+        turns = dropwhile(lambda callback: callback is not self, _turns(trainer))
+        next(turns, None)
+        for callback in turns:
+            if not only_looks(callback, "on_train_epoch_end"):
+                return
+            if isinstance(callback, SharingMonitor) and callback.gathers(trainer, data):
+                yield callback
 
-    @staticmethod
-    def _weights(host: Host) -> tuple[int, ...]:
-        return fingerprint_together((*host.module.parameters(), *host.module.buffers()))
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget what was gathered."""
+        self._gathered = []
+
+
+def _turns(trainer: L.Trainer) -> Iterator[L.Callback]:
+    """Yield callbacks in the order in which their ``on_train_epoch_end`` run."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, EitherMonitor) and only_looks(callback, "on_train_epoch_end"):
+            yield from callback.parts
+        else:
+            yield callback

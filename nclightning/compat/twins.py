@@ -24,11 +24,15 @@ __all__ = [
     "is_torch_checkpoint_io",
     "lightning_modules",
     "logging_nothing",
+    "only_looks",
     "run_last",
     "termination",
 ]
 
 _TWIN = "pytorch_lightning"
+_PACKAGES = ("lightning.pytorch", _TWIN)
+# Where callbacks are defined that do nothing at the end of an epoch of training, or show what they see.
+_LOOKING = ("callback", "early_stopping", "progress", "timer")
 
 
 def _classes(module: str, name: str) -> tuple[type, ...]:
@@ -123,6 +127,20 @@ def termination(trainer: Any) -> BaseException:
     kinds = _classes("utilities.exceptions", "SIGTERMException")
     made: BaseException = kinds[-1 if is_of_twin(trainer) else 0]()
     return made
+
+
+def only_looks(callback: Any, hook: str) -> bool:
+    """Whether a hook of a callback is one of this package, or of those of Lightning that change neither model nor data.
+
+    Args:
+        callback: Any; the hook may have been set on the object alone.
+        hook: Its name.
+    """
+    function = getattr(callback, hook)
+    module = getattr(getattr(function, "__func__", function), "__module__", None) or ""
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    return any(module.startswith(f"{package}.callbacks.{name}") for package in _PACKAGES for name in _LOOKING)
 
 
 def run_last(trainer: Any, callback: Any) -> None:
