@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nclightning.callbacks.decay import PredictedDecay
 from nclightning.callbacks.full_batch import as_full_batch, head_reader
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
+from nclightning.callbacks.monitor import Batch, MonitorAtIterates
 from nclightning.callbacks.problem import (
     check_balance,
     check_features,
@@ -20,6 +20,7 @@ from nclightning.callbacks.problem import (
     find_problem,
     gap_and_distance,
 )
+from nclightning.callbacks.rows import Rows
 from nclightning.callbacks.search import search_readings
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.compat.lightning import trainer_of
@@ -29,7 +30,7 @@ from nclightning.theory import UFMProblem
 __all__ = ["OptimalityAtIterates"]
 
 
-class OptimalityAtIterates(ReadingsMonitor):
+class OptimalityAtIterates(MonitorAtIterates):
     """Measures the training set at iterates, stops the run, and follows the predicted decay.
 
     Args:
@@ -110,7 +111,7 @@ class OptimalityAtIterates(ReadingsMonitor):
     def _reason_to_stop(self, trainer: L.Trainer) -> str | None:
         """Say why the run is to stop at the last reading, if it is."""
         assert self._problem is not None
-        distance = float(Readings.of(trainer).value(self._last_iteration, "optimality/distance"))
+        distance = float(Rows.of(trainer).value(self._last_iteration, "optimality/distance"))
         return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
 
     @staticmethod
