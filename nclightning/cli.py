@@ -6,34 +6,38 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from pydoc import locate
+from types import TracebackType
 from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from nclightning.arguments import resolve_lambdas
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks.used import check_used
 from nclightning.closing import close_again, close_run, ending_of
 from nclightning.commands import COMMANDS
 from nclightning.compat.lightning import GivenConfigurationCLI
 from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
-from nclightning.files import check_checkpoint, make_folder, replaced
-from nclightning.folders import find_run_logger, folder_of_checkpoint, run_folder
+from nclightning.files import check_checkpoint
+from nclightning.folders import find_run_logger, folder_of_checkpoint
 from nclightning.interrupts import ends_with_launcher, status_of
 from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
 from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
+from nclightning.resuming import continue_elsewhere
+from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
 from nclightning.wording import nearest, of_the_user, refusals_worded
 
@@ -78,45 +82,6 @@ _BUG = (
     "This is no mistake of yours but a fault of nclightning or of code that it calls. "
     "Please report it with the command and all lines above."
 )
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it.
-
-    That is when training has begun: a run that is refused leaves no file.
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write nothing yet."""
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Write the configuration of a new run."""
-        if trainer.ckpt_path is None:
-            self._write(trainer)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write that of a resumed run, whose checkpoint is accepted only now."""
-        self._write(trainer)
-
-    def _write(self, trainer: L.Trainer) -> None:
-        """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
-        if self.already_saved or not trainer.is_global_zero:
-            return
-        self.already_saved = True
-        folder = run_folder(trainer)
-        if folder is None or not (trainer.loggers or trainer.checkpoint_callbacks):
-            return  # A run that leaves nothing else.
-        path, count = folder / "config.yaml", 0
-        while path.exists():
-            count += 1
-            path = folder / f"config_resumed_{count}.yaml"
-        make_folder(folder)
-        with replaced(path) as partial:
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class RunCLI(GivenConfigurationCLI):
@@ -191,6 +156,7 @@ class RunCLI(GivenConfigurationCLI):
         """Find everything wrong that can be found before a run folder is made."""
         if isinstance(self.datamodule, FullBatchDataModule):
             self.datamodule.adopt(self.model)
+        self._check_monitors()
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
@@ -209,6 +175,19 @@ class RunCLI(GivenConfigurationCLI):
             if isinstance(logger, RunLogger):
                 logger.claim()
 
+    def _check_monitors(self) -> None:
+        """Refuse arguments of monitors that do nothing here."""
+        config = self.config.fit
+        full = isinstance(self.datamodule, FullBatchDataModule)
+        validates = not full and any(map(_validates, (self.model, self.datamodule)))
+        for name, kind in (("neural_collapse", NeuralCollapseMonitor), ("optimality", OptimalityMonitor)):
+            check_used(kind, vars(config[name]), self.model, validates, f"--{name}.")
+        for callback in config.trainer.callbacks or []:
+            made = locate(callback.class_path)
+            if isinstance(made, type):
+                given = callback.get("init_args")
+                check_used(made, {} if given is None else vars(given), self.model, validates, f"{made.__name__}: ")
+
     def before_validate(self) -> None:
         """Find out whether the checkpoint can be looked at."""
         path = self.config[self.subcommand].ckpt_path
@@ -221,7 +200,7 @@ class RunCLI(GivenConfigurationCLI):
         """Read a checkpoint of this problem."""
         if not path.is_file():
             raise UserError(f"--ckpt_path {path}: no such file.")
-        check_checkpoint(path, f"--ckpt_path {path}")
+        check_checkpoint(path, f"--ckpt_path {path}", hand_over=True)
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"]
@@ -257,13 +236,21 @@ class RunCLI(GivenConfigurationCLI):
                 f"--ckpt_path {path} is at trainer.max_steps={self._start}, and {table} ends at iteration {last}. "
                 "Continue from an earlier checkpoint, or raise --trainer.max_steps."
             )
-        if logger is not None and table.is_file():
+        if logger is None:
+            continue_elsewhere(self.trainer, folder, self._start, self._logger_options())
+        elif table.is_file():
             logger.continue_run(folder, self._start)
-        elif logger is not None:
+        else:
             rank_zero_info(
                 f"{folder} is no run folder, as it has no readings.csv: the run goes on in {logger.log_dir}."
             )
         return True
+
+    def _logger_options(self) -> list[Any]:
+        """Arguments of the loggers of the configuration, in order."""
+        given = self.config.fit.trainer.logger
+        loggers = given if isinstance(given, list) else [given]
+        return [each.get("init_args") if isinstance(each, Namespace) else None for each in loggers]
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
         """Fit, and report on the run folder even after an interrupt; of a run that has ended only report."""
@@ -271,16 +258,33 @@ class RunCLI(GivenConfigurationCLI):
         if self._again is not None:
             folder, checkpoint, ending = self._again
             rank_zero_only(close_again)(folder, checkpoint, model, seed, ending)
+            _check_failure(checkpoint.get("failure"))
             return
-        try:
-            with ends_with_launcher():
-                self.trainer.fit(model, **kwargs)
-        except BaseException:
-            if self.trainer.global_step > self._start:
-                with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
-                    close_run(self.trainer, seed)
-            raise
-        close_run(self.trainer, seed)
+        logger = find_run_logger(self.trainer)
+        with nullcontext() if logger is None else logger.locked():
+            try:
+                with ends_with_launcher():
+                    self.trainer.fit(model, **kwargs)
+            except BaseException:
+                if self.trainer.global_step > self._start:
+                    with suppress(UserError, OSError):  # What ended the fit is what the user has to hear.
+                        close_run(self.trainer, seed)
+                raise
+            close_run(self.trainer, seed)
+        _check_failure(getattr(model, "failure", None))
+
+
+@rank_zero_only  # The launcher kills the first of several processes when another one fails.
+def _check_failure(failure: Mapping[str, Any] | None) -> None:
+    """Raise if training ended because something is wrong, after all has been reported."""
+    if failure is not None and failure.get("is_error", False):
+        raise UserError(f"training failed at iteration {failure['iteration']}: {failure['sentence']}")
+
+
+def _validates(each: L.LightningModule | L.LightningDataModule | None) -> bool:
+    """Whether a module or data module has a loader of validation data."""
+    hook = getattr(type(each), "val_dataloader", None)
+    return hook is not None and not hook.__module__.startswith("lightning.")
 
 
 def _makes(class_path: str, kinds: tuple[type, ...]) -> bool:
@@ -311,10 +315,24 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         sentence = of_the_user(error)
         if sentence is None:
-            if hasattr(error, "add_note"):
-                error.add_note(_BUG)
+            _ask_for_report(error)
             raise
         sys.exit(f"error: {sentence}")
+
+
+def _ask_for_report(error: Exception) -> None:
+    """Have the request to report a fault stand below its traceback."""
+    if hasattr(error, "add_note"):
+        error.add_note(_BUG)
+        return
+    print_traceback = sys.excepthook  # Python 3.10 has no notes.
+
+    def print_both(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        print_traceback(kind, value, traceback)
+        if value is error:
+            print(_BUG, file=sys.stderr)
+
+    sys.excepthook = print_both
 
 
 def _run_cli(args: list[str] | None) -> None:

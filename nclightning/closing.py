@@ -10,10 +10,12 @@ import lightning as L
 from rich.console import Console
 
 from nclightning.callbacks import OptimalityMonitor
+from nclightning.callbacks.stops import may_end, standing_stop
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
 from nclightning.figures.summary import RunSummary
 from nclightning.figures.tables import rates_table
+from nclightning.files import FolderLock
 from nclightning.folders import find_run_logger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.schedules import only_optimizer
@@ -37,10 +39,15 @@ def ending_of(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.Lightn
     if trainer.max_steps == checkpoint["global_step"]:
         return f"It has done all of its trainer.max_steps={trainer.max_steps} iterations."
     if not isinstance(model, RegularizedClassifier):
-        return None
+        return _stopped(checkpoint, trainer, model)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     endings = [each.ending_of(checkpoint, model) for each in callbacks if isinstance(each, OptimalityMonitor)]
-    return next((each for each in (model.ending_of(checkpoint), *endings) if each is not None), None)
+    endings = [model.ending_of(checkpoint), *endings, _stopped(checkpoint, trainer, model)]
+    return next((each for each in endings if each is not None), None)
+
+
+def _stopped(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.LightningModule) -> str | None:
+    return standing_stop(checkpoint, trainer, model) if may_end(trainer, checkpoint) else None
 
 
 def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
@@ -77,11 +84,22 @@ def close_again(
     if not (folder / "readings.csv").is_file():
         return
     summary = summarize(read_readings(folder))
-    if not (is_recorded(folder, summary.iteration) and (folder / "convergence.png").is_file()):
-        optimizer = only_optimizer(model.configure_optimizers())
-        optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-        record_summary(folder, summary, hyperparameters(model, optimizer, seed), draw_convergence(folder))
+    if not _is_complete(folder, summary):
+        lock = FolderLock(folder)
+        lock.acquire()
+        try:
+            if not _is_complete(folder, summary):  # Else another process has done it in the meantime.
+                optimizer = only_optimizer(model.configure_optimizers())
+                optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+                record_summary(folder, summary, hyperparameters(model, optimizer, seed), draw_convergence(folder))
+        finally:
+            lock.release()
     _print(folder, summary, model)
+
+
+def _is_complete(folder: Path, summary: RunSummary) -> bool:
+    """Whether the report of a run that ended is there."""
+    return is_recorded(folder, summary.iteration) and (folder / "convergence.png").is_file()
 
 
 def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:

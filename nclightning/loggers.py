@@ -7,8 +7,8 @@ import errno
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ Row = tuple[int, Mapping[str, float]]
 class RunLogger(WriterLogger):
     """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
 
-    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit.
+    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit, or
+    of :meth:`locked`.
     Of a fit that is refused before its first value, or continues nothing, nothing stays.
 
     Args:
@@ -41,7 +42,8 @@ class RunLogger(WriterLogger):
             run is written over.
 
     Raises:
-        ValueError: If ``save_dir`` is a URL. When writing starts, if the run folder exists or cannot be written.
+        ValueError: If ``save_dir`` is a URL, or name or version lead out of it. When writing starts, if the run folder
+            exists or cannot be written.
     """
 
     def __init__(
@@ -49,6 +51,12 @@ class RunLogger(WriterLogger):
     ) -> None:
         if save_dir is not None and "://" in str(save_dir):
             raise UserError(f"save_dir={save_dir} is a URL, and runs are written to local folders only: give a path.")
+        for argument, value in (("name", name), ("version", version)):
+            path = Path(str(value))
+            if ".." in path.parts or path.is_absolute():
+                raise UserError(
+                    f"{argument}={value!r} leads out of save_dir: give a plain name there, and save_dir apart."
+                )
         super().__init__(
             "." if save_dir is None else save_dir,
             name=name,
@@ -58,7 +66,7 @@ class RunLogger(WriterLogger):
             flush_secs=10,
         )
         self._counts_versions = version is None
-        self._claimed = False
+        self._claimed = self._keeps_lock = False
         self._last_iteration = self._last_held = self._last_in_events = -1
         self._continued: Path | None = None
         self._lock: FolderLock | None = None
@@ -131,6 +139,16 @@ class RunLogger(WriterLogger):
         lock = FolderLock(folder)
         lock.acquire()
         self._lock = lock
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the lock of the run folder until the block ends, past the end of a fit in it."""
+        self._keeps_lock = True
+        try:
+            yield
+        finally:
+            self._keeps_lock = False
+            self._release()
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -220,7 +238,8 @@ class RunLogger(WriterLogger):
                     self.experiment.matters = True
                 super().finalize(status)
         finally:
-            self._release()
+            if not self._keeps_lock:
+                self._release()
 
     def _leave_nothing(self) -> None:
         """Undo what a fit has written that was refused at its start."""

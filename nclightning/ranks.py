@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from nclightning.errors import UserError
 
 __all__ = [
     "count_over_ranks",
+    "failing_together",
     "gather_rows",
     "gather_tensors",
     "own_rows",
@@ -96,6 +98,17 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         raise error
     if failed:
         raise UserError(f"{failed} of {world_size()} processes failed, which say why.")
+
+
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """Raise on all processes if what runs inside failed on one of them; see :func:`raise_together`."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    raise_together(error, device)
 
 
 def gather_rows(rows: Tensor, num_rows: int) -> Tensor:

@@ -3,8 +3,10 @@
 import gc
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -95,13 +97,21 @@ ENDINGS = {
 }
 
 
+def fails(ending):
+    """What goes wrong has another status than success, so that a command after it is not run."""
+    message = r"^error: training failed at iteration \d+: The objective is not finite any more"
+    return pytest.raises(SystemExit, match=message) if ending == "divergence" else nullcontext()
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_finished_run_that_is_resumed_ends_again(ending, capsys):
     args, options, sentence = ENDINGS[ending]
-    fit(*args, **options)
+    with fails(ending):
+        fit(*args, **options)
     assert "share a RunLogger" not in "".join(capsys.readouterr())
     before = content(WHOLE)
-    fit(*args, "--ckpt_path", last(WHOLE), **options)
+    with fails(ending):
+        fit(*args, "--ckpt_path", last(WHOLE), **options)
     output = capsys.readouterr().out
     assert sentence in output
     assert f"tensorboard --logdir {WHOLE}" in output
@@ -123,6 +133,60 @@ def test_a_run_that_was_killed_in_its_report_makes_it_up_once(where, take, monke
     take("stopped", OTHER)
     assert_alike(WHOLE, OTHER)
     assert len(list(OTHER.glob("events*"))) == len(list(WHOLE.glob("events*"))) == 2
+
+
+class StopAfter(L.Callback):
+    """Somebody's own callback."""
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+
+    def on_iteration_end(self, trainer, pl_module, batch, iteration):
+        if iteration >= self.iterations:
+            trainer.should_stop = True
+
+
+def stop_after(iterations):
+    return ["--trainer.callbacks+", f"{__name__}.StopAfter", "--trainer.callbacks.iterations", str(iterations)]
+
+
+def early_stopping(patience):
+    callback = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "loss"]
+    options = ["--trainer.callbacks.patience", str(patience), "--trainer.callbacks.min_delta", "1000"]
+    return [*callback, *options, "--data.steps_per_epoch", "1", "--model.iterations_per_step", "10"]
+
+
+FOREIGN = {
+    "callback": (stop_after(33), "set by StopAfter, ended it at iteration 33", stop_after(44)),
+    "patience": (early_stopping(3), r"EarlyStopping\(monitor='loss'\) ended it at iteration 40", early_stopping(4)),
+    "gone": (early_stopping(3), r"EarlyStopping\(monitor='loss'\) ended it at iteration 40", early_stopping(3)[8:]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_run_that_a_callback_stopped_ends_again_until_its_settings_change(name, capsys, monkeypatch):
+    def kill(_):
+        raise Killed
+
+    args, sentence, changed = FOREIGN[name]
+    with monkeypatch.context() as patch:
+        patch.setattr("nclightning.closing.draw_convergence", kill)
+        with pytest.raises(Killed):
+            fit(*args, steps=70)
+    before = content(WHOLE)
+    capsys.readouterr()
+    fit(*args, "--ckpt_path", last(WHOLE), steps=70)
+    assert re.search(rf"The run is finished\. .*{sentence}", capsys.readouterr().out)
+    completed = content(WHOLE)
+    assert {name: data for name, data in completed.items() if name in before} == before
+    assert (WHOLE / "convergence.png").is_file()
+    fit(*args, "--ckpt_path", last(WHOLE), steps=70)
+    assert content(WHOLE) == completed
+    fit(*changed, "--ckpt_path", last(WHOLE), steps=70)
+    assert "had been stopped at iteration" in capsys.readouterr().out
+    fit(*changed, steps=70)
+    assert_alike(WHOLE, OTHER)
 
 
 def test_a_stale_checkpoint_replaces_rows_by_equal_ones(take):

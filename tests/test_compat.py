@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.compat import hparams, parsers, tensorboard, torchmetrics, twins
+from nclightning.compat import hparams, parsers, progress, tensorboard, torchmetrics, twins
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
 from tests.trainers import quiet_trainer
@@ -385,6 +385,60 @@ def test_batches_read_are_those_of_the_epoch(tmp_path):
     assert pl_names.batches_read(trainer) == 3
 
 
+def test_ends_of_epochs_and_validations_are_known_at_their_last_batch(tmp_path):
+    def at_ends(**options):
+        seen = []
+        names = progress.is_last_batch, progress.is_before_more
+
+        class Look(L.Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                seen.append((names[0](trainer), names[1](trainer, batch_idx)))
+
+        fitted(tmp_path, Look(), **options)
+        return seen
+
+    assert at_ends(max_epochs=2) == [(False, False), (False, False), (True, True)] * 2
+    every = at_ends(module=Validating(), max_epochs=2, val_check_interval=2, check_val_every_n_epoch=None)
+    assert every == [(False, False), (False, True), (True, True), (False, True), (False, False), (True, True)]
+
+
+class Validating(Net):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        return LOADER
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_end"])
+def test_a_checkpoint_between_epochs_is_resumed_with_all_batches_at_their_steps(hook, tmp_path):
+    """Without the two changes the first epoch after a resume would be short, or steps would be shifted."""
+    saved, steps = tmp_path / "a.ckpt", []
+
+    def save(trainer, _):
+        if trainer.global_step == 3 and trainer.training:
+            trainer.save_checkpoint(saved)
+
+    class Saving(At):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            change = progress.count_as_before_batch if hook == "on_train_batch_start" else progress.count_as_new_epoch
+            change(checkpoint)
+
+    fitted(tmp_path, Saving(hook, save), max_epochs=-1, max_steps=4 if hook == "on_train_batch_start" else 3)
+    assert progress.epochs_done(torch.load(saved, weights_only=False)) == 1
+    ends = At("on_train_epoch_end", lambda t, _: steps.append(t.global_step))
+    trainer = quiet_trainer(tmp_path, callbacks=[ends], max_epochs=-1, max_steps=9, logger=(logger := Steps()))
+    trainer.fit(Logging(), LOADER, ckpt_path=saved)
+    assert steps == [6, 9]
+    assert logger.steps == [3, 4, 5, 6, 7, 8]  # Lightning logs the step before.
+
+
+class Logging(Net):
+    def training_step(self, batch, batch_idx):
+        self.log("here", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
 class Counting(Net):
     """Makes ten iterations in each Lightning step, by an optimizer that Lightning does not see."""
 
@@ -621,6 +675,9 @@ def test_classes_of_both_packages_are_known(package):
     strategies = importlib.import_module(f"{package.__name__}.strategies")
     assert twins.is_strategy(strategies.FSDPStrategy(), "DeepSpeedStrategy", "FSDPStrategy")
     assert not twins.is_strategy(strategies.DDPStrategy(), "DeepSpeedStrategy", "FSDPStrategy")
+    callbacks = importlib.import_module(f"{package.__name__}.callbacks")
+    assert twins.is_callback(callbacks.EarlyStopping("loss"), "EarlyStopping")
+    assert not twins.is_callback(callbacks.Timer(), "EarlyStopping")
     plugin = part(package, "plugins.io", "TorchCheckpointIO")
     assert twins.is_torch_checkpoint_io(plugin())
     assert not twins.is_torch_checkpoint_io(type("Own", (plugin,), {})())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import lightning as L
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from nclightning.callbacks import LastCheckpoint
 from nclightning.cli import main
 from nclightning.data import IndexDataModule
+from nclightning.figures import draw_convergence
 from nclightning.files import FolderLock, check_checkpoint
 from nclightning.folders import run_folder
 from nclightning.loggers import RunLogger
@@ -296,3 +298,92 @@ def test_a_logger_without_folder(tmp_path):
     assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 5
     with pytest.raises(ValueError, match="is the checkpoint of another run"):
         run()
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_checkpoint_is_checked_once(stage, monkeypatch):
+    fit()
+    monkeypatch.setattr(LastCheckpoint, "_keep", lambda *_: None)  # Which looks at what it keeps, much later.
+    checked, check = [], ZipFile.testzip
+    monkeypatch.setattr(ZipFile, "testzip", lambda archive: checked.append(archive.filename) or check(archive))
+    steps = ["--trainer.max_steps", "40"] if stage == "fit" else []
+    main([stage, "--config", "ufm_mse", *steps, "--trainer.enable_progress_bar", "false", "--ckpt_path", str(LAST)])
+    assert checked == [str(LAST)]
+
+
+def test_a_checkpoint_that_changes_after_its_check_is_checked_again(tmp_path):
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.ones(100)}, path)
+    check_checkpoint(path, hand_over=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    other = tmp_path / "b.ckpt"
+    other.write_bytes(content)
+    other.replace(path)
+    with pytest.raises(ValueError, match="damaged"):
+        check_checkpoint(path)
+
+
+@pytest.mark.parametrize("argument", ["name", "version"])
+@pytest.mark.parametrize("value", ["1/2/../..", "..", "/abs"])
+def test_a_run_that_leads_out_of_its_folder_is_refused(argument, value):
+    with pytest.raises(SystemExit, match=rf"^error: .*{argument}='{value}' leads out of save_dir"):
+        fit(f"--trainer.logger.init_args.{argument}", value)
+    assert not list(Path().iterdir())
+
+
+def test_nobody_else_writes_until_the_report_is_written(monkeypatch):
+    seen = []
+
+    def draw(folder):
+        with pytest.raises(ValueError, match="another process is writing"):
+            FolderLock(folder).acquire()
+        seen.append(folder)
+        return draw_convergence(folder)
+
+    monkeypatch.setattr("nclightning.closing.draw_convergence", draw)
+    fit()
+    with pytest.raises(SystemExit):
+        fit("--ckpt_path", LAST, *at(25, "SIGTERM"), steps=100)
+    (RUN / "convergence.png").unlink()
+    resume(steps=100)  # Which has nothing else to do.
+    assert len(seen) == 3
+    lock = FolderLock(RUN)
+    lock.acquire()
+    lock.release()
+
+
+CSV = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv", "--trainer.logger.prefix", "a"]
+CSV_RUN = Path("csv/lightning_logs/version_0")
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_run_with_a_csv_logger_alone_goes_on_in_its_table(stale, tmp_path, monkeypatch):
+    last = CSV_RUN / "checkpoints" / "last.ckpt"
+    fit(*CSV, steps=40)
+    whole = (CSV_RUN / "metrics.csv").read_text()
+    other = tmp_path.parent / f"{tmp_path.name}_resumed"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    fit(*CSV, steps=20)
+    first = last.read_bytes()
+    if stale:  # As after a kill: the table is ahead of the checkpoint.
+        resume(last, *CSV, steps=30)
+        last.write_bytes(first)
+    before = (CSV_RUN / "metrics.csv").read_text()
+    resume(last, *CSV)
+    assert (CSV_RUN / "metrics.csv").read_text() == whole
+    assert step_of(last) == 40
+    assert [path.name for path in CSV_RUN.parent.iterdir()] == ["version_0"]
+    assert (CSV_RUN / "metrics_before_resume.csv").read_text() == before
+
+
+def test_a_run_with_another_logger_does_not_go_on_elsewhere():
+    options = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."]
+    fit(*options)
+    before = tree()
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint lies in the run folder .*version_0, and with Tensor"):
+        resume(LAST, *options)
+    assert tree() == before
+    resume(LAST, *options, "--trainer.logger.version", "0")
+    assert step_of(LAST) == 40

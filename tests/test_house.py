@@ -16,6 +16,7 @@ PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "compat": -3,
     "errors": -2,
+    "overrides": -2,
     "sharding": -1,
     "objective": 0,
     "heads": 0,
@@ -34,6 +35,8 @@ FLOORS = {
     "data": 4,
     "loggers": 4,
     "folders": 5,
+    "resuming": 6,
+    "saved_config": 6,
     "callbacks": 6,
     "figures": 7,
     "reproduction": 8,

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import nclightning
 from nclightning.metrics import MEASURES
 from nclightning.metrics.measures import meaning_of
-from nclightning.probe.collection import DECISIONS
+from nclightning.probe.collectors import DECISIONS
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "measuring.md").read_text()
 

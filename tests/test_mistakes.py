@@ -52,6 +52,18 @@ FIT = [
     ("--trainer.callbacks+=EarlyStoping", "there is no class 'EarlyStoping' here. Did you mean EarlyStopping?"),
     ("--trainer.callbacks+=EarlyStopping", "monitor must be given for lightning.pytorch.callbacks.EarlyStopping"),
     ("--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_top_k -7", "--trainer.callbacks.save_top_k -7: "),
+    ("--neural_collapse.head foo", "--neural_collapse.head does nothing in a fit of UFM, .* got 'foo'"),
+    ("--neural_collapse.layers [a]", "--neural_collapse.layers does nothing in a fit of UFM"),
+    ("--neural_collapse.source online", "--neural_collapse.source does nothing"),
+    ("--neural_collapse.every_n_epochs 2", "--neural_collapse.every_n_epochs does nothing"),
+    ("--neural_collapse.on_error warn", "--neural_collapse.on_error does nothing"),
+    ("--neural_collapse.stages [val]", "--neural_collapse.stages=.'val'. leaves out 'train'"),
+    ("--optimality.loss ce", "--optimality.loss does nothing in a fit of UFM"),
+    ("--optimality.head foo", "--optimality.head does nothing in a fit of UFM"),
+    (
+        "--trainer.callbacks+=nclightning.callbacks.NeuralCollapseMonitor --trainer.callbacks.layers [a]",
+        "NeuralCollapseMonitor: layers does nothing in a fit of UFM",
+    ),
     ("--seed_everything x", "--seed_everything: expected true or false or an integer, got 'x'"),
     ("--seed_everything -1", "--seed_everything must be between 0 and 2..32 - 1, got -1"),
     ("--seed_everything 5000000000", "--seed_everything must be between"),
@@ -277,6 +289,28 @@ def test_a_fault_of_our_own_keeps_its_traceback_and_asks_for_a_report(monkeypatc
         main(["plot"])
     if sys.version_info >= (3, 11):
         assert "Please report it" in caught.value.__notes__[0]
+
+
+class WithoutNotes(ValueError):
+    """An error as those of Python 3.10 are."""
+
+    add_note = property()
+
+
+def test_the_request_for_a_report_needs_no_notes(monkeypatch, capsys):
+    def fails(words):
+        raise WithoutNotes("inside")
+
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setitem(sys.modules["nclightning.cli"].COMMANDS, "plot", fails)
+    with pytest.raises(WithoutNotes) as caught:
+        main(["plot"])
+    sys.excepthook(*caught._excinfo)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2].endswith("WithoutNotes: inside")
+    assert "Please report it" in lines[-1]
+    sys.excepthook(KeyError, KeyError("another"), None)
+    assert "Please report it" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

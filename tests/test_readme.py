@@ -27,13 +27,16 @@ def test_python_blocks_run(tmp_path, monkeypatch):
             super().__init__()
             self.body, self.fc = nn.Linear(7, 512), nn.Linear(512, 10)
 
+        def forward(self, x):
+            return self.fc(self.body(x))
+
     class Module(L.LightningModule):
         def __init__(self, net):
             super().__init__()
             self.net = net
 
         def forward(self, x):
-            return self.net.fc(self.net.body(x))
+            return self.net(x)
 
         def training_step(self, batch, batch_idx):
             return nn.functional.cross_entropy(self(batch[0]), batch[1])
@@ -56,6 +59,10 @@ def test_python_blocks_run(tmp_path, monkeypatch):
         "model": model,
         "module": Module(copy.deepcopy(model)),
         "loader": loader,
+        "features": model.body(x).detach(),
+        "labels": y,
+        "weight": model.fc.weight.detach(),
+        "bias": model.fc.bias.detach(),
         "backbone": model.body,
         "closure": closure,
     }
@@ -63,6 +70,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     for block in blocks("python"):
         exec(block, scope)
     assert set(scope["trainer"].callback_metrics) == {f"nc/train/nc{i}" for i in (1, 2, 3)}
+    assert set(scope["result"]) == {"nc1", "nc2", "nc3"}
     assert scope["problem"].collapses
     assert float(scope["problem"].distance(*scope["optimum"])) < 1e-13
     assert scope["optimizer"].outcome.accepted

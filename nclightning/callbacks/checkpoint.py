@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.stopping import goes_on
+from nclightning.callbacks.stops import Stops, may_end
+from nclightning.compat.progress import count_as_before_batch, count_as_new_epoch, is_before_more, is_last_batch
 from nclightning.compat.twins import is_termination, is_torch_checkpoint_io, run_last, termination
 from nclightning.errors import UserError, say_the_same
 from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, make_folder
 from nclightning.files import save_checkpoint as write_checkpoint
 from nclightning.folders import checkpoint_of, find_run_logger, run_folder
 from nclightning.interrupts import SIGTERM_STATUS, NotedTermination
+from nclightning.overrides import KeptHooks, kept
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["LastCheckpoint"]
@@ -42,7 +48,7 @@ class _CheckedCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **options)
 
 
-class LastCheckpoint(Checkpoint):
+class LastCheckpoint(KeptHooks, Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` of the run folder: at a cadence, at the end, and on an interrupt or error.
 
     Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is no multiple of its cadence.
@@ -54,6 +60,10 @@ class LastCheckpoint(Checkpoint):
     ``default_root_dir``. A folder that holds the checkpoint of another run is refused, and so is one that another
     process is writing. With ``fast_dev_run`` nothing is saved. A checkpoint that a trainer with this callback reads is
     checked first: a damaged one is refused.
+
+    Each checkpoint of a trainer with this callback holds whether training had been stopped, as ``EarlyStopping``,
+    ``Timer`` and whatever else sets ``trainer.should_stop`` do, and by whom. A fit from it ends at once and says so,
+    unless the settings that stopped it have changed.
 
     Args:
         every_n_iterations: Cadence. It acts at ends of Lightning steps, at the first one past each multiple.
@@ -74,16 +84,66 @@ class LastCheckpoint(Checkpoint):
         self._own = False  # Whether this callback wrote the file that is there.
         self._lock: FolderLock | None = None
         self._termination = NotedTermination()
+        self._stops: Stops | None = None
+        self._has_ended = False  # Whether a checkpoint comes after all that a fit does.
+        self._is_between = False  # Whether a checkpoint comes before a batch instead of after one.
+        self._stops_at_first = False  # Whether a resumed fit is to end with its first Lightning step.
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
-        self._saved = None
+        self._saved, self._stops = None, Stops(trainer)
+        self._has_ended = self._stops_at_first = False
         run_last(trainer, self)
         if is_torch_checkpoint_io(trainer.strategy.checkpoint_io):
             trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 
+    @kept
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a run that had been stopped end again, unless the settings that did it have changed."""
+        stop = checkpoint.get("stop")
+        if not stop or self._stops is None or trainer.state.fn != "fit":
+            return
+        # Those of one process decide for all: attributes of others may differ.
+        ending = trainer.strategy.broadcast(self._stops.standing(checkpoint, pl_module))
+        if ending is None:
+            trainer.print(goes_on(stop["iteration"]))
+            return
+        self._stops.take_over(stop)
+        if not may_end(trainer, checkpoint):
+            trainer.should_stop = True
+            trainer.print(f"{ending} By min_steps or min_epochs training goes on up to there.")
+            return
+        trainer.print(f"The run is finished. {ending}")
+        self._stops_at_first = full_batch(pl_module) and _lacks_last_row(trainer, stop)
+        trainer.should_stop = not self._stops_at_first
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where an epoch or a validation has ended, and let a run end again whose last row is to be made up."""
+        if self._is_due(trainer):
+            self._is_between = True
+            try:
+                self._save(trainer)
+            finally:
+                self._is_between = False
+        if self._stops_at_first:
+            self._stops_at_first, trainer.should_stop = False, True
+
+    @kept
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep who stopped training."""
+        stop = None if self._stops is None else self._stops.record(pl_module)
+        checkpoint["stop"] = None if stop is None else stop | {"complete": self._has_ended}
+        if self._is_between:
+            count_as_before_batch(checkpoint)
+        if self._has_ended and is_last_batch(trainer):
+            count_as_new_epoch(checkpoint)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the run folder, and count from the iterate that the run starts from."""
+        if self._stops is not None:
+            self._stops.begin()
         before, refusal = self._path, None
         try:
             self._take(trainer)
@@ -133,15 +193,18 @@ class LastCheckpoint(Checkpoint):
         """
         if trainer.world_size > 1 and count_over_ranks(int(self._termination.waiting), trainer.strategy.root_device):
             raise termination(trainer)
-        assert self._saved is not None
-        due = trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
-        if due and not _is_ending(trainer):
+        if self._is_due(trainer) and not _is_ending(trainer) and not is_before_more(trainer, batch_idx):
             self._save(trainer)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        assert self._saved is not None
+        return trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last iterate, with all that was read there."""
         if self._saved == trainer.global_step != self._first:
             self._saved = self._first  # What ended the run came after the checkpoint of this iterate.
+        self._has_ended = True
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -194,3 +257,11 @@ def _is_ending(trainer: L.Trainer) -> bool:
     steps, epochs = trainer.global_step, trainer.current_epoch + 1
     stops = trainer.should_stop and steps >= (trainer.min_steps or 0) and epochs >= (trainer.min_epochs or 0)
     return stops or 0 <= trainer.max_steps <= steps
+
+
+def _lacks_last_row(trainer: L.Trainer, stop: Mapping[str, Any]) -> bool:
+    """Whether the row of the iterate at which a run was stopped may be missing."""
+    logger = find_run_logger(trainer)
+    if logger is None or not logger.table.path.exists():
+        return not stop["complete"]
+    return logger.table.last < int(stop["iteration"])

@@ -1,4 +1,4 @@
-"""Neural collapse of the training set and further ones, of modules that know nothing of it.
+"""Neural collapse of the training set and further ones at ends of epochs, of any module.
 
 The hooks say when; what is done then is in :mod:`nclightning.probe`.
 """
@@ -11,21 +11,21 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+from torch import Tensor
 
 from nclightning.callbacks import modules
 from nclightning.callbacks.first_step import FirstTrainingStep, Reads
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.callbacks.shared import SharingMonitor
-from nclightning.callbacks.steps import OnError, StepForwards
+from nclightning.callbacks.step_cadence import StepCadence
+from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets, evaluation_set
-from nclightning.probe.collection import Measuring
+from nclightning.probe.collectors import Measuring
 from nclightning.probe.evaluation import check_loader
-from nclightning.probe.forwards import ForwardPass
 from nclightning.probe.reader import PairReader
-from nclightning.probe.sets import DataSet, Measured, SetReader, StatisticsGatherer, gather_alone
-from nclightning.probe.sweep import fingerprint, has_lazy_parts
-from nclightning.ranks import count_over_ranks
+from nclightning.probe.sets import DataSet, Gather, Measured, SetReader, StatisticsGatherer, gather_alone
+from nclightning.probe.step_measurement import StepMeasurement
 
 __all__ = ["CollapseAtEpochs", "EpochSettings"]
 
@@ -74,37 +74,32 @@ class CollapseAtEpochs(SharingMonitor):
     ) -> None:
         super().__init__()
         self._when, self._reader, self._measuring = settings, reader, measuring
-        self._first, self._checked = FirstTrainingStep(reader), False
         self._training, self._on_error = training, on_error
+        self._first, self._steps = FirstTrainingStep(reader), StepCadence(settings.every_n_steps)
         self._sets = SetReader(reader, measuring)
-        self._online: StepForwards | None = None
-        self._step = 0
-        # The last measurement at a step: the step, the weights, and what was measured.
-        self._at_step: tuple[int, tuple[int, ...], Measured] | None = None
+        self._online: TrainerSteps | None = None  # Those of the epoch that runs, if they are measured.
 
     # The start of a fit.
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier fit has shown, and refuse strategies under which nothing can be measured."""
-        self._reader.forget()
-        self._first.remove()
-        self._checked = False
+        self._first.restart()
         modules.check_strategy(trainer)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
         modules.tell_unknown_ood(self._when.ood, self._when.datasets, trainer.val_dataloaders)
-        self._step, self._at_step = trainer.global_step, None
+        self._steps.restart(trainer.global_step)
         self._training.forget()
         self._training.remember(trainer)
         with self._on_error.guard(self):
-            sets = self._training.sets.values() if self._needs_centres else ()
+            sets = self._training.sets.values() if self._needs_class_means else ()
             for data in (*sets, *self._other_sets(trainer).values()):
                 check_loader(LightningHost(pl_module), *data)
 
     @property
-    def _needs_centres(self) -> bool:
+    def _needs_class_means(self) -> bool:
         chosen = self._when
         return chosen.reads_training == "sweep" or bool(
             set(chosen.ood) & chosen.datasets.keys() or self._measuring.of_decisions
@@ -116,17 +111,16 @@ class CollapseAtEpochs(SharingMonitor):
     # Training.
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start collecting the ordinary forwards."""
+        """Start measuring the steps of the epoch, if they are measured."""
         if self._when.reads_training == "online" and self._ends_epoch(trainer):
-            self._online = StepForwards(ForwardPass(self._reader, self._measuring, online=True), self._on_error)
+            self._online = TrainerSteps(StepMeasurement(self._reader, self._measuring, online=True), self._on_error)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check the first batch, and hook the module."""
         reads = self._when.reads_training
-        if not self._checked and (reads == "online" or not has_lazy_parts(pl_module)):
-            self._checked = True
+        if self._first.is_due(pl_module, reads):
             with self._on_error.guard(self):
                 self._first.begin(trainer, pl_module, batch, reads)
         if self._online is not None:
@@ -145,13 +139,9 @@ class CollapseAtEpochs(SharingMonitor):
         if is_first:
             with self._on_error.guard(self):
                 self._first.end(pl_module, online=self._when.source == "online")
-        every = self._when.every_n_steps
-        if every is not None and self._when.sweeps:
-            # Crossed, not hit: several optimizers advance the step by more than one.
-            before, self._step = self._step, trainer.global_step
-            if self._step // every > before // every:
-                with self._on_error.guard(self):
-                    self._measure(trainer, pl_module, at_step=True)
+        if self._when.sweeps and self._steps.is_due(trainer.global_step):
+            with self._on_error.guard(self):
+                self._measure_between_steps(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation in the middle of an epoch be: its forwards are not those of training."""
@@ -168,54 +158,45 @@ class CollapseAtEpochs(SharingMonitor):
             self._online = None
         if self._when.sweeps and self._ends_epoch(trainer):
             with self._on_error.guard(self):
-                self._measure(trainer, pl_module)
+                self._measure_at_end(trainer, pl_module)
 
     def _ends_epoch(self, trainer: L.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._when.every_n_epochs == 0
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool = False) -> None:
-        measured, is_new = self._measured(trainer, pl_module, at_step)
-        values = {f"nc/{tag}": value for tag, value in measured.values.items()}
-        if at_step:
-            self.publish_at_step(trainer, values)
-            return
-        if is_new:
-            self.publish(pl_module, values)
+    def _measure_between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measured = self._steps.known(pl_module)
+        if measured is None:
+            measured = self._measure(trainer, pl_module, gather_alone)
+        self._steps.keep(measured)
+        self.publish_at_step(trainer, _tagged(measured))
+
+    def _measure_at_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        measured = self._steps.known(pl_module)
+        self._steps.keep(None)
+        if measured is None:
+            measured = self._measure(trainer, pl_module, partial(self.gather_shared, trainer))
+            self.publish(pl_module, _tagged(measured))
         else:  # The loggers have them at this step.
-            self.publish_to_callbacks(pl_module, values)
+            self.publish_to_callbacks(pl_module, _tagged(measured))
         every = self._when.pictures_every_n_epochs
         due = every is not None and (trainer.current_epoch + 1) % every == 0
         if due and self._when.reads_training == "sweep" and trainer.is_global_zero:
-            assert measured.centres is not None
-            means, weight = measured.centres[""], measured.head.weight
+            assert measured.class_means is not None
+            means, weight = measured.class_means[""], measured.head.weight
             draw_angles(trainer.loggers, "nc/train/angles", means, weight, trainer.global_step)
 
-    def _measured(self, trainer: L.Trainer, pl_module: L.LightningModule, at_step: bool) -> tuple[Measured, bool]:
-        """Measure, unless that was done at this step with these weights; say whether it was done anew."""
-        step, last = trainer.global_step, self._at_step
-        weights: tuple[int, ...] = ()
-        if self._when.every_n_steps is not None:
-            weights = fingerprint((*pl_module.parameters(), *pl_module.buffers()))
-        other = last is None or last[:2] != (step, weights)
-        is_new = bool(count_over_ranks(int(other), pl_module.device))
-        if is_new:
-            self._training.remember(trainer)
-            training = self._when.reads_training == "sweep"
-            trained = self._training.needed() if self._needs_centres else {}
-            others = self._other_sets(trainer)
-            host, gather = LightningHost(pl_module), gather_alone if at_step else partial(self.gather_shared, trainer)
-            measured = self._sets.read(host, trained, others, self._when.ood, training, gather)
-            last = step, weights, measured
-        assert last is not None
-        self._at_step = last if at_step else None
-        return last[2], is_new
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, gather: Gather) -> Measured:
+        self._training.remember(trainer)
+        trained = self._training.needed() if self._needs_class_means else {}
+        others, training = self._other_sets(trainer), self._when.reads_training == "sweep"
+        return self._sets.read(LightningHost(pl_module), trained, others, self._when.ood, training, gather)
 
     # Passes that other monitors of the trainer share.
 
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather statistics of a training set at the end of this epoch."""
-        due = self._when.sweeps and self._needs_centres and self._ends_epoch(trainer)
-        if not due or self._when.every_n_steps is not None:  # At steps it may have measured already.
+        due = self._when.sweeps and self._needs_class_means and self._ends_epoch(trainer)
+        if not due or self._steps.is_on:  # Between steps it may have measured already.
             return False
         self._training.remember(trainer)
         return any(map(data.is_same, self._training.sets.values()))
@@ -241,3 +222,7 @@ class CollapseAtEpochs(SharingMonitor):
         """Leave no hook behind."""
         self.remove_hooks()
         super().teardown(trainer, pl_module, stage)
+
+
+def _tagged(measured: Measured) -> dict[str, Tensor]:
+    return {f"nc/{tag}": value for tag, value in measured.values.items()}

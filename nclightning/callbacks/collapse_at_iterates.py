@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from nclightning.callbacks.full_batch import as_full_batch, head_reader
-from nclightning.callbacks.monitor import Batch, ReadingsMonitor
+from nclightning.callbacks.monitor import Batch, MonitorAtIterates
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
-from nclightning.probe.collection import Measuring, merge_over_ranks
+from nclightning.probe.collectors import Measuring, merge_over_ranks
 from nclightning.probe.first_batch import check_range
 
 __all__ = ["CollapseAtIterates"]
 
 
-class CollapseAtIterates(ReadingsMonitor):
+class CollapseAtIterates(MonitorAtIterates):
     """Measures the training set at iterates.
 
     Args:

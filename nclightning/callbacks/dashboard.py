@@ -13,7 +13,7 @@ from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
 from nclightning.functional import class_statistics
-from nclightning.probe.collection import merge_over_ranks
+from nclightning.probe.collectors import merge_over_ranks
 from nclightning.probe.sweep import frozen
 
 __all__ = ["TensorBoardDashboard"]

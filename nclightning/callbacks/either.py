@@ -10,6 +10,7 @@ import lightning as L
 
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.publishing import Publisher
+from nclightning.overrides import KeptHooks, kept
 
 __all__ = ["EitherMonitor"]
 
@@ -17,7 +18,7 @@ AtIterates = TypeVar("AtIterates", bound=Publisher)
 AtEpochs = TypeVar("AtEpochs", bound=Publisher)
 
 
-class EitherMonitor(Publisher, Generic[AtIterates, AtEpochs]):
+class EitherMonitor(KeptHooks, Publisher, Generic[AtIterates, AtEpochs]):
     """Hands the hooks of a trainer on to callbacks: one at iterates of full-batch modules, or one at epochs of others.
 
     Both are made when they are first needed, and kept: a test after a fit knows what the fit has seen.
@@ -113,5 +114,6 @@ def _handed_on(name: str) -> Callable[..., None]:
 for _stage in ("train", "validation", "test"):
     for _hook in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end"):
         setattr(EitherMonitor, f"on_{_stage}_{_hook}", _handed_on(f"on_{_stage}_{_hook}"))
-for _hook in ("on_iteration_end", "on_save_checkpoint", "on_exception", "teardown"):
+for _hook in ("on_iteration_end", "on_exception", "teardown"):
     setattr(EitherMonitor, _hook, _handed_on(_hook))
+EitherMonitor.on_save_checkpoint = kept(_handed_on("on_save_checkpoint"))  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -14,8 +13,8 @@ from nclightning.probe.first_batch import check_range
 from nclightning.probe.first_forward import FirstForward
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import has_lazy_parts
-from nclightning.probe.watch import FirstStep
-from nclightning.ranks import raise_together, rank_zero_warn
+from nclightning.probe.watch import FirstStepHooks
+from nclightning.ranks import failing_together, rank_zero_warn
 
 __all__ = ["FirstTrainingStep", "Reads"]
 
@@ -27,12 +26,15 @@ class FirstTrainingStep:
 
     Args:
         reader: Of features and labels.
+
+    Attributes:
+        forward: Waits for the first forward of a module, where that makes its head.
     """
 
     def __init__(self, reader: PairReader) -> None:
-        self._reader = reader
-        self._step: FirstStep | None = None
-        self.forward: FirstForward | None = None  # Of a module whose first forward makes its head.
+        self._reader, self._is_over = reader, False
+        self._step: FirstStepHooks | None = None
+        self.forward: FirstForward | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_step": None, "forward": None}  # Hooks cannot be pickled.
@@ -41,6 +43,19 @@ class FirstTrainingStep:
     def is_watched(self) -> bool:
         """Whether the step that runs, or did last, is the first one."""
         return self._step is not None or self.forward is not None
+
+    def restart(self) -> None:
+        """Forget what an earlier fit has shown."""
+        self._reader.forget()
+        self.remove()
+        self._is_over = False
+
+    def is_due(self, pl_module: L.LightningModule, reads: Reads) -> bool:
+        """Whether the batch that comes is the first of a module that can be examined, for :meth:`begin`.
+
+        A module with lazy layers is examined with its second batch: its first forward makes their weights.
+        """
+        return not self._is_over and (reads == "online" or not has_lazy_parts(pl_module))
 
     def begin(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, reads: Reads) -> None:
         """Check the first training batch, and hook the module for its step.
@@ -54,10 +69,12 @@ class FirstTrainingStep:
         Raises:
             Exception: On all processes, if one of them fails.
         """
+        self._is_over = True
         if reads == "online" and has_lazy_parts(pl_module):
             self._wait(pl_module, batch)
             return
-        self._together(pl_module, lambda: self._check(trainer, pl_module, batch, reads))
+        with failing_together(pl_module.device):
+            self._check(trainer, pl_module, batch, reads)
 
     def _check(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, reads: Reads) -> None:
         reader, host = self._reader, LightningHost(pl_module)
@@ -119,17 +136,7 @@ class FirstTrainingStep:
             Exception: On all processes, if one of them fails.
         """
         try:
-            self._together(
-                pl_module, lambda: self._reader.check_batch(LightningHost(pl_module), batch, labelled=labelled)
-            )
+            with failing_together(pl_module.device):
+                self._reader.check_batch(LightningHost(pl_module), batch, labelled=labelled)
         finally:
             self._reader.forget()
-
-    @staticmethod
-    def _together(pl_module: L.LightningModule, check: Callable[[], None]) -> None:
-        error: Exception | None = None
-        try:
-            check()
-        except Exception as own:
-            error = own
-        raise_together(error, pl_module.device)

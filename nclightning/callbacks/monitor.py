@@ -1,4 +1,4 @@
-"""When to read, and what becomes of it."""
+"""Measurements at iterates of a full-batch run: when they are taken, and how they come to the loggers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from nclightning.callbacks.full_batch import as_full_batch, full_batch
 from nclightning.callbacks.publishing import Publisher
-from nclightning.callbacks.rows import Readings
+from nclightning.callbacks.rows import Rows
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
+from nclightning.overrides import KeptHooks, kept
 from nclightning.probe.sweep import untouched
 from nclightning.ranks import count_over_ranks
 
-__all__ = ["Readings", "ReadingsMonitor"]
+__all__ = ["MonitorAtIterates"]
 
 Batch = tuple[Tensor, Tensor]
 
 
-class ReadingsMonitor(Publisher):
-    """Base of the monitors: takes readings at stated iterates of a full-batch run.
+class MonitorAtIterates(KeptHooks, Publisher):
+    """Base of the callbacks that measure at stated iterates of a full-batch run.
 
     A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
     ``every_n_iterations``-th and the last are read. Values stay on the device and come to the host in one transfer per
@@ -48,7 +49,7 @@ class ReadingsMonitor(Publisher):
         self.every_n_iterations = every_n_iterations
         self._batch: Batch | None = None
         self._last_iteration = -1
-        self._readings: Readings | None = None
+        self._rows: Rows | None = None
         self._own_tags: set[str] = set()
 
     @abstractmethod
@@ -76,8 +77,8 @@ class ReadingsMonitor(Publisher):
             )
         as_full_batch(pl_module)
         self._batch, self._last_iteration = None, -1
-        self._readings, self._own_tags = Readings.of(trainer), set()
-        self._readings.begin(self)
+        self._rows, self._own_tags = Rows.of(trainer), set()
+        self._rows.begin(self)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(
@@ -106,7 +107,7 @@ class ReadingsMonitor(Publisher):
         assert self._batch is not None
         with untouched(pl_module):
             values = self.read(pl_module, self._batch)
-        Readings.of(trainer).add(iteration, values, self.log10_tags)
+        Rows.of(trainer).add(iteration, values, self.log10_tags)
         self._own_tags |= values.keys() | {f"log10/{tag}" for tag in self.log10_tags & values.keys()}
         self._last_iteration = iteration
 
@@ -114,39 +115,40 @@ class ReadingsMonitor(Publisher):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Bring the readings of this step to the loggers."""
-        Readings.of(trainer).flush(trainer)
+        Rows.of(trainer).flush(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the last iterate, if the cadence missed it."""
         if self._batch is not None and self._last_iteration != trainer.global_step:
             self._record(trainer, pl_module, trainer.global_step)
-        if self._readings is not None:
-            self._readings.end(self)
+        if self._rows is not None:
+            self._rows.end(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lose no reading to an interrupt or error."""
-        if self._readings is not None:
-            self._readings.rescue(trainer, exception)
+        if self._rows is not None:
+            self._rows.rescue(trainer, exception)
 
+    @kept
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
-        if self._readings is not None:
-            self._readings.flush(trainer)
+        if self._rows is not None:
+            self._rows.flush(trainer)
             written = [each.written(trainer.global_step) for each in trainer.loggers if isinstance(each, RunLogger)]
             checkpoint["readings"] = asdict(written[0]) if written and written[0] is not None else None
-            self._readings.save(trainer)
+            self._rows.save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Bring the last readings to the loggers and drop the batch."""
-        if self._readings is not None:
-            self._readings.end(self)
-            self._readings.save(trainer)
+        if self._rows is not None:
+            self._rows.end(self)
+            self._rows.save(trainer)
         self._keep_last()
-        self._batch = self._readings = None
+        self._batch = self._rows = None
 
     def _keep_last(self) -> None:
-        if self._readings is not None:
-            self._last |= self._readings.latest(self._own_tags)
+        if self._rows is not None:
+            self._last |= self._rows.latest(self._own_tags)
 
     def state(self) -> dict[str, Any]:
         """Return what checkpoints hold: the last values."""

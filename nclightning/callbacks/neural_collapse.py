@@ -11,16 +11,17 @@ from torch import Tensor
 from nclightning.arguments import check_cadences, check_choices
 from nclightning.callbacks.collapse_at_epochs import CollapseAtEpochs, EpochSettings
 from nclightning.callbacks.collapse_at_iterates import CollapseAtIterates
+from nclightning.callbacks.collapse_in_evaluation import CollapseInEvaluation
 from nclightning.callbacks.either import EitherMonitor
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.modules import check_names, check_online
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.publishing import Publisher, changed_settings
-from nclightning.callbacks.steps import CollapseInEvaluation, OnError
+from nclightning.callbacks.steps import OnError
 from nclightning.callbacks.training_data import TrainingSets
 from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
-from nclightning.probe.collection import Measuring
+from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
 

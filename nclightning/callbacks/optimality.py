@@ -10,11 +10,12 @@ import lightning as L
 from torch import Tensor
 
 from nclightning.arguments import check_cadences
+from nclightning.callbacks.decay import predicts
 from nclightning.callbacks.either import EitherMonitor
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.optimality_at_epochs import OptimalityAtEpochs
-from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates, predicts
+from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates
 from nclightning.callbacks.problem import find_problem
 from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on

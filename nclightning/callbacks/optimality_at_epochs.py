@@ -18,7 +18,6 @@ from nclightning.probe.evaluation import check_loader
 from nclightning.probe.optimality import OptimalityGatherer
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet
-from nclightning.probe.sweep import has_lazy_parts
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityAtEpochs"]
@@ -43,8 +42,7 @@ class OptimalityAtEpochs(SharingMonitor):
     ) -> None:
         super().__init__()
         self._loss, self._penalties, self._every_n_epochs, self._reader = loss, penalties, every_n_epochs, reader
-        self._first, self._is_checked = FirstTrainingStep(reader), False
-        self._training = TrainingSets()
+        self._first, self._training = FirstTrainingStep(reader), TrainingSets()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what an earlier fit has shown, and refuse what cannot be measured."""
@@ -54,9 +52,7 @@ class OptimalityAtEpochs(SharingMonitor):
                 f"{type(pl_module).__name__}. Of other modules NeuralCollapseMonitor reads NC1-NC3, and "
                 "OptimalityMonitor(loss=...) gap and distance."
             )
-        self._reader.forget()
-        self._first.remove()
-        self._is_checked = False
+        self._first.restart()
         super().on_fit_start(trainer, pl_module)
         check_strategy(trainer)
 
@@ -74,9 +70,8 @@ class OptimalityAtEpochs(SharingMonitor):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Refuse a first batch, a head, penalties or labels that have no known optimum."""
-        if self._is_checked or has_lazy_parts(pl_module):  # Then with the second batch.
+        if not self._first.is_due(pl_module, "sweep"):
             return
-        self._is_checked = True
         loader, limit = self._training_set(trainer)
         self._first.begin(trainer, pl_module, batch, "sweep")
         head = self._reader.head_of(pl_module)
@@ -98,7 +93,7 @@ class OptimalityAtEpochs(SharingMonitor):
         if self._ends_epoch(trainer):
             data, host = self._training_set(trainer), LightningHost(pl_module)
             gathered = self.gather_shared(trainer, host, data, self.gatherer)
-            self.publish(pl_module, {f"optimality/{tag}": value for tag, value in gathered.collector.read().items()})
+            self.publish(pl_module, {f"optimality/{tag}": value for tag, value in gathered.read().items()})
 
     def _ends_epoch(self, trainer: L.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from nclightning.callbacks.decay import PredictedDecay
 from nclightning.callbacks.full_batch import as_full_batch, head_reader
-from nclightning.callbacks.monitor import Batch, Readings, ReadingsMonitor
+from nclightning.callbacks.monitor import Batch, MonitorAtIterates
 from nclightning.callbacks.problem import (
     check_balance,
     check_features,
@@ -20,16 +20,17 @@ from nclightning.callbacks.problem import (
     find_problem,
     gap_and_distance,
 )
-from nclightning.callbacks.search import search_readings, step_taken
+from nclightning.callbacks.rows import Rows
+from nclightning.callbacks.search import search_readings
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.compat.lightning import trainer_of
 from nclightning.ranks import count_over_ranks
 from nclightning.theory import UFMProblem
 
-__all__ = ["OptimalityAtIterates", "predicts"]
+__all__ = ["OptimalityAtIterates"]
 
 
-class OptimalityAtIterates(ReadingsMonitor):
+class OptimalityAtIterates(MonitorAtIterates):
     """Measures the training set at iterates, stops the run, and follows the predicted decay.
 
     Args:
@@ -48,9 +49,7 @@ class OptimalityAtIterates(ReadingsMonitor):
         self._theory = theory
         self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
         self._problem: UFMProblem | None = None
-        self._mu: float | None = None
-        self._decay = 1.0
-        self._followed = 0  # The last iterate whose step is in the decay.
+        self._decay = PredictedDecay()
         self._is_checked = False  # Whether what is trained has been compared with the problem.
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,10 +65,10 @@ class OptimalityAtIterates(ReadingsMonitor):
         """Read the first iterate."""
         begins = self._batch is None
         if trainer.global_step == 0:
-            self._decay, self._followed = 1.0, 0
+            self._decay.restart()
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if begins and trainer.global_step > 0:
-            self._go_on(trainer)
+            self._stop_again(trainer)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find the problem and check that the labels are balanced."""
@@ -78,9 +77,9 @@ class OptimalityAtIterates(ReadingsMonitor):
         if self._problem is not None:
             check_balance(self._problem, batch[1])
             check_features(pl_module, batch[0])
-        self._mu = self._problem.mu if self._problem is not None and predicts(pl_module, self._problem) else None
-        if trainer_of(pl_module) is not None and self._followed == pl_module.trainer.global_step - 1:
-            self._follow(pl_module)  # An error in a callback had ended the run within this iteration.
+        self._decay.prepare(pl_module, self._problem)
+        if trainer_of(pl_module) is not None and self._decay.iteration == pl_module.trainer.global_step - 1:
+            self._decay.follow(pl_module)  # An error in a callback had ended the run within this iteration.
 
     @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
@@ -98,28 +97,21 @@ class OptimalityAtIterates(ReadingsMonitor):
         readings["optimality/grad_norm"] = grad_norm
         if self._problem is not None:
             readings["optimality/error_bound_ratio"] = distance / grad_norm
-        if self._mu is not None:
-            readings["optimality/predicted_decay"] = self._decay
+        if self._decay.mu is not None:
+            readings["optimality/predicted_decay"] = self._decay.value
         return readings | search_readings(pl_module)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence, and stop once close enough."""
-        self._follow(pl_module)
+        self._decay.follow(pl_module)
         super().on_iteration_end(trainer, pl_module, batch, iteration)
         if self._last_iteration == iteration and self._rule.is_on:
-            self._stop(trainer, self._decide(trainer))
+            self._stop(trainer, self._reason_to_stop(trainer))
 
-    def _follow(self, pl_module: L.LightningModule) -> None:
-        self._followed += 1
-        if self._mu is not None:
-            step = step_taken(pl_module)
-            assert step is not None
-            self._decay *= (1 - step * self._mu) ** 2
-
-    def _decide(self, trainer: L.Trainer) -> str | None:
+    def _reason_to_stop(self, trainer: L.Trainer) -> str | None:
         """Say why the run is to stop at the last reading, if it is."""
         assert self._problem is not None
-        distance = float(Readings.of(trainer).value(self._last_iteration, "optimality/distance"))
+        distance = float(Rows.of(trainer).value(self._last_iteration, "optimality/distance"))
         return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
 
     @staticmethod
@@ -128,13 +120,13 @@ class OptimalityAtIterates(ReadingsMonitor):
             trainer.should_stop = True
             trainer.print(f"{sentence} Stopping.")
 
-    def _go_on(self, trainer: L.Trainer) -> None:
+    def _stop_again(self, trainer: L.Trainer) -> None:
         """Stop a resumed run again that had been stopped, unless the settings that did it have changed."""
         iteration, sentence = trainer.global_step, None
         had_stopped = self._rule.stopped_at == iteration
         if self._problem is not None and self._rule.is_on:
             if self._last_iteration == iteration:
-                sentence = self._decide(trainer)
+                sentence = self._reason_to_stop(trainer)
             elif had_stopped:  # By another cadence.
                 sentence = self._rule.stands(self._problem.optimum_norm)
         self._stop(trainer, sentence)
@@ -162,14 +154,13 @@ class OptimalityAtIterates(ReadingsMonitor):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from: last values, distances so far, whether they stop it, the decay."""
-        return super().state() | self._rule.state_dict() | {"decay": self._decay, "followed": self._followed}
+        return super().state() | self._rule.state_dict() | self._decay.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         super().load_state_dict(state_dict)
         self._rule.load_state_dict(state_dict)
-        self._decay = state_dict.get("decay", math.nan)  # Checkpoints of before it was logged have none.
-        self._followed = state_dict.get("followed", 0)
+        self._decay.load_state_dict(state_dict)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -186,7 +177,7 @@ class OptimalityAtIterates(ReadingsMonitor):
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
         if count_over_ranks(len(batch[1]), batch[1].device) != as_full_batch(pl_module).num_samples:
             return  # A part of the data has no optimality gap.
-        self._problem, self._mu, self._is_checked = find_problem(pl_module, self._theory), None, False
+        self._problem, self._decay.mu, self._is_checked = find_problem(pl_module, self._theory), None, False
         if self._problem is not None:
             check_balance(self._problem, batch[1])
         with torch.inference_mode(False):
@@ -196,19 +187,3 @@ class OptimalityAtIterates(ReadingsMonitor):
         own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
         # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
         pl_module.log_dict(own, sync_dist=True, batch_size=1)
-
-
-def predicts(pl_module: L.LightningModule, problem: UFMProblem | None) -> bool:
-    """Say whether the decay of a run can be predicted.
-
-    Args:
-        pl_module: A full-batch module in a fit.
-        problem: Its problem, None if that is not known.
-
-    Returns:
-        Whether its parameters are those of the unconstrained feature model and its steps are known.
-    """
-    module = as_full_batch(pl_module)
-    if problem is None or step_taken(pl_module) is None or not module.features_are_free:
-        return False
-    return bool(module.count_free_parameters() == sum(entry.multiplicity for entry in problem.spectrum()))

@@ -17,7 +17,7 @@ from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
 from nclightning.metrics.optimality import check_counts
-from nclightning.probe.collection import merge_over_ranks
+from nclightning.probe.collectors import merge_over_ranks
 from nclightning.probe.features import split_batch
 from nclightning.probe.sweep import known_indices
 from nclightning.ranks import sum_over_ranks, world_size

@@ -18,17 +18,17 @@ from nclightning.errors import UserError, say_the_same
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
 
-__all__ = ["Readings"]
+__all__ = ["Rows"]
 
 
-class Readings:
-    """The rows of one trainer, one per iterate, with the values of all its monitors.
+class Rows:
+    """The rows of one trainer's table: one for each iterate, with the values of all its monitors.
 
     A row is complete, and goes to the loggers, once nothing reads at its iterate any more: when the next iteration is
     done, or training has ended for all readers. It is kept until every logger has taken it.
     """
 
-    _by_trainer: ClassVar[WeakKeyDictionary[L.Trainer, Readings]] = WeakKeyDictionary()
+    _by_trainer: ClassVar[WeakKeyDictionary[L.Trainer, Rows]] = WeakKeyDictionary()
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, Tensor | float]] = {}
@@ -39,7 +39,7 @@ class Readings:
         self._readers: set[Any] = set()  # Those that may still read at the last iterate.
 
     @classmethod
-    def of(cls, trainer: L.Trainer) -> Readings:
+    def of(cls, trainer: L.Trainer) -> Rows:
         """Return the trainer's rows."""
         return cls._by_trainer.setdefault(trainer, cls())
 

@@ -36,6 +36,11 @@ class SharingMonitor(Publisher):
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_gathered": []}
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what was gathered in a fit that an error ended."""
+        self._gathered = []
+        super().on_fit_start(trainer, pl_module)
+
     @abstractmethod
     def gathers(self, trainer: L.Trainer, data: DataSet) -> bool:
         """Whether it is about to gather something of a training set at the end of this epoch."""

@@ -1,4 +1,7 @@
-"""What an evaluation pass over training loaders meets, and no step: each alone, and samples that they drop."""
+"""The training loaders as an evaluation pass reads them: each by itself, and to its last sample.
+
+A step may get batches of several loaders together, and never sees the samples that ``drop_last`` drops.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ Split = Callable[[Any], tuple[Any, Tensor]]
 
 
 class TrainingSets:
-    """The training loaders of the last fit: a validation or test after it needs class means, too.
+    """The training loaders of the last fit. They are kept: a validation or test after it may need class means.
 
     Attributes:
         sets: By tag: ``train``, several loaders ``train/<loader>``; held to as many batches as training.

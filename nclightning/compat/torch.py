@@ -88,17 +88,14 @@ def uncompiled(module: nn.Module) -> nn.Module | None:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` runs a module or a function in its attributes as a graph, in which no new hook fires.
 
-    Non-public: ``OptimizedModule._orig_mod``, ``Module._compiled_call_impl`` and ``_torchdynamo_orig_callable`` of a
-    compiled function (torch 2.13). Without them a compiled model would be measured with hooks that never fire.
+    Non-public: ``_torchdynamo_orig_callable`` of a compiled function (torch 2.13). Without it a compiled model would be
+    measured with hooks that never fire.
 
     Args:
         module: Any module; its submodules do not count.
     """
-    return (
-        hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
-    )
+    # What torch.compile(module) and module.compile() make has a compiled function among its attributes, too.
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:

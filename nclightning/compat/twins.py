@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 __all__ = [
+    "is_callback",
     "is_of_twin",
     "is_refusal",
     "is_strategy",
@@ -59,6 +60,16 @@ def lightning_modules(module: nn.Module) -> Iterator[nn.Module]:
     """
     kinds = _classes("core", "LightningModule")
     return (child for child in module.modules() if isinstance(child, kinds))
+
+
+def is_callback(callback: Any, name: str) -> bool:
+    """Whether a callback is of one of Lightning's classes, of either package.
+
+    Args:
+        callback: Of a trainer.
+        name: Of the class in ``lightning.pytorch.callbacks``.
+    """
+    return isinstance(callback, _classes("callbacks", name))
 
 
 def is_strategy(strategy: Any, *names: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -20,8 +21,8 @@ from nclightning.errors import UserError
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
 from nclightning.models.graph import GraphLine
 from nclightning.models.known import check_known, features_are_free
-from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
-from nclightning.models.schedules import check_optimization, only_optimizer
+from nclightning.models.resumable import ResumableModule
+from nclightning.models.schedules import check_optimization
 from nclightning.models.sharded import (
     ShardedLine,
     check_sharding,
@@ -44,7 +45,7 @@ Batch = tuple[Tensor, Tensor]
 Penalty = Literal["features", "weights"]
 
 
-class RegularizedClassifier(L.LightningModule):
+class RegularizedClassifier(ResumableModule):
     """A backbone and a linear head, trained on Problem (2) by full-batch iterations.
 
     One ``training_step`` runs many optimizer iterations on the batch, so that Lightning's cost per step is paid once
@@ -101,8 +102,6 @@ class RegularizedClassifier(L.LightningModule):
         self.penalty = penalty
         self._make_optimizer = optimizer
         self._interrupts = HeldInterrupts()
-        self._failure: dict[str, Any] | None = None  # Where and why no further iteration made sense.
-        self._ending: str | None = None  # The same in words, of the checkpoint that a run starts from.
         self._begins = True  # Whether a fit has made no iteration yet.
         self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
@@ -292,8 +291,8 @@ class RegularizedClassifier(L.LightningModule):
                         hook(trainer, self, batch, start + done)
                     failure = failure_of(optimizer, value)
                     if failure is not None:
-                        self._failure = {"iteration": start + done, "sentence": failure}
-                        self.print(f"Iteration {start + done}: {failure}")
+                        self.failure = {"iteration": start + done} | asdict(failure)
+                        self.print(f"Iteration {start + done}: {failure.sentence}")
                         trainer.should_stop = True
                     # Processes go in step: one that was interrupted alone waits for the end of this call.
                     if trainer.should_stop or (interrupt.waiting and trainer.world_size == 1):
@@ -317,9 +316,9 @@ class RegularizedClassifier(L.LightningModule):
         return count_over_ranks(int(here or self._interrupts.waiting), self.device) > 0
 
     def teardown(self, stage: str) -> None:
-        """Take interrupts as they come again, and forget how the fit ended."""
+        """Take interrupts as they come again."""
         self._interrupts.release()
-        self._failure = self._ending = None
+        self._ending = None
 
     def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
@@ -356,42 +355,4 @@ class RegularizedClassifier(L.LightningModule):
         # Lightning takes the mean over samples, but rounds the mean number of a process's down.
         self.log("loss", value, sync_dist=True, batch_size=len(batch[1]) * self.trainer.world_size)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check it, and say what a resume ignores."""
-        self.check_checkpoint(checkpoint)
-        if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
-            self.check_parameters()
-        if trainer_of(self) is not None and world_size() == 1:
-            check_weights(checkpoint, self)
-        if trainer_of(self) is not None and self.trainer.training:
-            check_resumable(checkpoint, weights_in_place=is_sharded(self))
-            warn_of_optimizer_options(only_optimizer(self.configure_optimizers()), checkpoint["optimizer_states"])
-            self._failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)
-
-    def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
-
-        Args:
-            checkpoint: Lightning's.
-
-        Raises:
-            ValueError: Naming the hyperparameters that differ.
-        """
-        check_problem(checkpoint, {name: self.hparams[name] for name in self._problem_hparams})
-
-    def ending_of(self, checkpoint: Mapping[str, Any]) -> str | None:
-        """Say why a run cannot go on from a checkpoint: its search ended there, or its objective was not finite.
-
-        Returns:
-            A sentence; None if it can. A resumed run keeps the optimizer's options, so that it would end again.
-        """
-        failure: dict[str, Any] = checkpoint.get("failure") or {}
-        ended = failure.get("iteration") == checkpoint["global_step"]
-        return f"Iteration {failure['iteration']}: {failure['sentence']}" if ended else None
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep why no further iteration makes sense."""
-        checkpoint["failure"] = self._failure
-
-    _problem_hparams: tuple[str, ...] = ()
     _is_unconstrained = False  # Whether features are free parameters by definition.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["SearchOutcome", "SearchStatus", "failure_of"]
+__all__ = ["Failure", "SearchOutcome", "SearchStatus", "failure_of"]
 
 
 class SearchStatus(str, Enum):
@@ -84,11 +84,25 @@ class SearchOutcome:
         return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)
 
 
-def failure_of(optimizer: Optimizer, value: Any) -> str | None:
+@dataclass(frozen=True)
+class Failure:
+    """Why no further iteration makes sense.
+
+    Attributes:
+        sentence: The reason.
+        is_error: False if nothing is wrong: the gradient is zero, or descent has come to the round-off.
+    """
+
+    sentence: str
+    is_error: bool
+
+
+def failure_of(optimizer: Optimizer, value: Any) -> Failure | None:
     """Say why no further iteration makes sense; None if one does."""
     outcome = getattr(optimizer, "outcome", None)
     if outcome is not None:
-        return None if outcome.accepted else str(outcome.status.sentence)
+        ended_well = outcome.status in (SearchStatus.STATIONARY, SearchStatus.STALLED)
+        return None if outcome.accepted else Failure(str(outcome.status.sentence), not ended_well)
     if math.isfinite(float(value)):
         return None
-    return "The objective is not finite any more: the step is too large. Lower the optimizer's lr."
+    return Failure("The objective is not finite any more: the step is too large. Lower the optimizer's lr.", True)

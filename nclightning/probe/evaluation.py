@@ -1,4 +1,4 @@
-"""Evaluation passes: a model runs over a data set without a trace, and those who look at it get its features."""
+"""Evaluation passes: a frozen model runs over a data set, and gatherers get its features batch by batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nclightning.errors import UserError
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import sequential_loader, shared_buffers
-from nclightning.ranks import raise_together
+from nclightning.ranks import failing_together
 from nclightning.sharding import in_step, is_sharded, reshard
 
 __all__ = ["Gatherer", "check_loader", "evaluate", "left_over"]
@@ -26,8 +26,21 @@ class Gatherer(Protocol):
 
     reader: PairReader
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch: features by name, those of the head under the empty one, and labels."""
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Get ready for a pass, once its first batch has shown the head.
+
+        Args:
+            host: Of the model.
+            others: Those that take the features of the same pass.
+        """
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
+        """Take a batch.
+
+        Args:
+            features: By name, those of the head under the empty one. Nobody writes to them any more.
+            labels: Whose memory the loader may fill again.
+        """
 
 
 def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int | None = None) -> None:
@@ -46,13 +59,8 @@ def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int 
     """
     waiting = list(gatherers)
     while waiting:
-        error: Exception | None = None
-        try:
+        with failing_together(host.device):  # Each pass: who had no error would wait in the next one for who had.
             waiting = _run(host, loader, waiting, limit)
-        except Exception as own:
-            error = own
-        # Before the next pass: processes without an error would wait in it for the one that has ended.
-        raise_together(error, host.device)
 
 
 def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) -> list[Gatherer]:
@@ -73,11 +81,13 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                     waiting = [each for each in gatherers if each not in served]
                     reader = served[0].reader.together_with([each.reader for each in served[1:]])
                     watch = reader.watch(module)
+                    for gatherer in served:
+                        gatherer.begin(host, [each for each in served if each is not gatherer])
                 inputs, labels = reader.split(batch)
                 kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
                 if is_new:
                     for gatherer in served:
-                        gatherer.add(host, kept, labels)
+                        gatherer.add(kept, labels)
             if watch is not None:
                 watch.verify()
         if watch is None:
@@ -99,12 +109,8 @@ def check_loader(host: Host, loader: Any, limit: int | None = None) -> None:
     Raises:
         ValueError: With the reason.
     """
-    error: Exception | None = None
-    try:
+    with failing_together(host.device):
         sequential_loader(loader, host.rank, host.world_size, limit)
-    except Exception as own:
-        error = own
-    raise_together(error, host.device)
 
 
 def _saying_so(module: nn.Module, loader: Any, batches: Iterable[Any]) -> Iterator[Any]:

@@ -15,9 +15,9 @@ from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.hooks import hook_call, hook_result
 
 __all__ = [
+    "FeatureHooks",
     "FeatureSource",
     "Pooling",
-    "Taps",
     "call_model",
     "capture_during",
     "capture_features",
@@ -231,7 +231,7 @@ class FeatureSource(NamedTuple):
         return rows.flatten(1, -2).mean(dim=1) if several and self.pooling == "mean" else rows
 
 
-class Taps:
+class FeatureHooks:
     """Hooks that copy what the features last were, and what came out of further layers.
 
     At once, while it is in the cache, and whatever is written to the same memory later.
@@ -332,7 +332,7 @@ class Taps:
             handle.remove()
         self._handles, self.kept = [], {}
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> FeatureHooks:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from nclightning.probe.passes import measurements
+from nclightning.probe.nesting import measurements
 
 __all__ = ["hook_call", "hook_result"]
 

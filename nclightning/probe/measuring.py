@@ -16,7 +16,7 @@ from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import DEFAULT_MEASURES
 from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
-from nclightning.probe.collection import Measuring
+from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.given import check_samples, checked_model, names_of, plain_name, readable, unwrapped
 from nclightning.probe.host import PlainHost
@@ -171,12 +171,12 @@ def _measure_model(
     start: float,
 ) -> Measurement:
     gatherer = gather_alone(host, DataSet(data), lambda: StatisticsGatherer(reader, measuring))
-    statistics = gatherer.collection.statistics()
+    statistics = gatherer.statistics
     check_samples(statistics[""].counts, statistics[""].means, reader.head_of(host.module).name)
-    head, values = reader.whole_head_of(host.module), gatherer.collection.read(statistics)
+    head, values = reader.whole_head_of(host.module), gatherer.collector.read(statistics)
     of_classes: Mapping[str, Mapping[str, Tensor]] = {}
     if measuring.decides(statistics):
-        decisions = measuring.decisions(head, statistics)
+        decisions = measuring.decisions_collector(head, statistics)
         gather_alone(host, DataSet(data), lambda: DecisionsGatherer(reader, decisions))
         values |= decisions.read()
         of_classes = decisions.per_class()

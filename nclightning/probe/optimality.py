@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ExcessLoss
 from nclightning.heads import Head
 from nclightning.metrics import NeuralCollapse
 from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
+from nclightning.probe.evaluation import Gatherer
 from nclightning.probe.features import pair_rows
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
-from nclightning.ranks import gather_tensors
+from nclightning.probe.sets import StatisticsGatherer
+from nclightning.ranks import count_over_ranks, gather_tensors
 from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityCollector", "OptimalityGatherer"]
@@ -56,7 +60,7 @@ class OptimalityCollector:
         # Of the lightest measure: only its statistics are wanted.
         self._metric = NeuralCollapse(*sizes, measures=("nc1_ratio",)).to(head.device) if own_statistics else None
         self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._num_rows = 0
+        self._num_rows = self._num_seen = 0
 
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
         """Add a batch.
@@ -69,6 +73,7 @@ class OptimalityCollector:
         features = features.detach().clone() if copy else features.detach()
         self._waiting.append((features, labels.clone()))  # A loader may fill the same memory with the next batch.
         self._num_rows += len(labels)
+        self._num_seen += len(labels)
         if self._num_rows >= max(_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME // features.shape[1]):
             self._flush()
 
@@ -99,6 +104,11 @@ class OptimalityCollector:
         if stats is None:
             assert self._metric is not None, "made without statistics of its own"
             stats = self._metric.gathered()
+        elif left_out := count_over_ranks(self._num_seen, self._head.weight.device) - int(stats.counts.sum()):
+            raise UserError(
+                f"{left_out} labels were outside 0..{len(stats.counts) - 1}: map labels to these classes in batch_fn, "
+                "or leave such samples out of the loader."
+            )
         with torch.no_grad(), torch.autocast(self._head.weight.device.type, enabled=False):
             parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]
             excess = reduce(lambda one, other: one.merge(other, self._head), parts)
@@ -126,7 +136,8 @@ class OptimalityGatherer:
         self, reader: PairReader, loss: Literal["mse", "ce"], penalties: tuple[float, float] | None = None
     ) -> None:
         self.reader, self._loss, self._penalties = reader, loss, penalties
-        self._collector: OptimalityCollector | None = None  # The head is known from the first batch on.
+        self._collector: OptimalityCollector | None = None
+        self._statistics: StatisticsGatherer | None = None  # Of the same pass.
 
     @property
     def collector(self) -> OptimalityCollector:
@@ -134,9 +145,17 @@ class OptimalityGatherer:
         assert self._collector is not None
         return self._collector
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Make the collector for the head, which leaves statistics to another that gathers them."""
+        statistics = [each for each in others if isinstance(each, StatisticsGatherer) and each.labelled]
+        self._statistics = statistics[0] if statistics else None
+        head = self.reader.whole_head_of(host.module)
+        self._collector = OptimalityCollector(self._loss, head, self._penalties, own_statistics=not statistics)
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
-        if self._collector is None:
-            head = self.reader.whole_head_of(host.module)
-            self._collector = OptimalityCollector(self._loss, head, self._penalties)
-        self._collector.update(*pair_rows(features[""], labels), copy=False)
+        self.collector.update(*pair_rows(features[""], labels), copy=False)
+
+    def read(self) -> dict[str, Tensor]:
+        """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""
+        return self.collector.read(None if self._statistics is None else self._statistics.statistics[""])

@@ -16,7 +16,7 @@ from nclightning.probe.first_batch import IGNORED, FirstBatch, Known
 from nclightning.probe.host import Host
 from nclightning.probe.likeness import Like
 from nclightning.probe.sweep import compiled_parts, has_lazy_parts
-from nclightning.probe.watch import FirstStep, Watch
+from nclightning.probe.watch import FirstStepHooks, Watch
 from nclightning.ranks import rank_zero_warn
 from nclightning.sharding import is_sharded, reshard
 
@@ -32,7 +32,7 @@ class PairReader:
     Args:
         head: Dotted name of the head, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         layers: Dotted names of further layers.
-        pooling: As for :class:`nclightning.probe.features.Taps`.
+        pooling: As for :class:`nclightning.probe.features.FeatureHooks`.
         batch_fn: Splits a batch into input and labels; None is :func:`nclightning.probe.features.split_batch`.
         forward_fn: Runs the model on the input of a batch; None is :func:`nclightning.probe.features.call_model`.
         ignore_index: Label of samples to leave out.
@@ -207,11 +207,11 @@ class PairReader:
         entry = self.known.entry.layers if in_steps else None
         return Watch(self.known.found, module, layers, self._pooling, entry, online)
 
-    def watch_first_step(self, module: nn.Module) -> FirstStep | None:
+    def watch_first_step(self, module: nn.Module) -> FirstStepHooks | None:
         """See what the first step of training does otherwise; nothing where a compiled graph hides it."""
         if compiled_parts(module) or not self.knows(module):
             return None
-        return FirstStep(module, self.known.entry, self.layer_of(module))
+        return FirstStepHooks(module, self.known.entry, self.layer_of(module))
 
     def layer_of(self, module: nn.Module) -> nn.Module:
         """Return the layer at which features are seen; the head, where that is a layer."""

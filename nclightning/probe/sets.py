@@ -1,17 +1,23 @@
-"""Measurements of data sets by evaluation passes over them."""
+"""Measurements of data sets, each by an evaluation pass or two: first statistics, then decisions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Collection as Names
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from nclightning.functional import ClassStatistics
 from nclightning.heads import Head
-from nclightning.probe.collection import Centres, Collection, Decisions, Measuring, orthogonality
+from nclightning.probe.collectors import (
+    DecisionsCollector,
+    LayerStatistics,
+    Measuring,
+    StatisticsCollector,
+    orthogonality,
+)
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
@@ -24,7 +30,7 @@ __all__ = [
     "SetReader",
     "StatisticsGatherer",
     "gather_alone",
-    "together",
+    "merged",
 ]
 
 AnyGatherer = TypeVar("AnyGatherer", bound=Gatherer)
@@ -47,14 +53,14 @@ class DataSet(NamedTuple):
 
 
 class Gather(Protocol):
-    """Makes an evaluation pass over a data set."""
+    """Makes an evaluation pass over a data set: :func:`gather_alone`, or one that others share."""
 
     def __call__(self, host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> AnyGatherer:
         """Make a gatherer and return it when it has seen the data."""
 
 
 def gather_alone(host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> AnyGatherer:
-    """Make a pass for one gatherer."""
+    """Make an evaluation pass for one gatherer."""
     gatherer = make()
     evaluate(host, data.loader, [gatherer], data.limit)
     return gatherer
@@ -65,60 +71,75 @@ class Measured(NamedTuple):
 
     Attributes:
         values: By ``<set>/<measure>``; the training set is ``train``, several loaders of it ``train/<loader>``.
-        centres: Statistics of all training loaders together; None if nothing needed them.
+        class_means: Statistics of all training loaders together; None if nothing needed them.
         head: The head then.
     """
 
     values: dict[str, Tensor]
-    centres: Centres | None
+    class_means: LayerStatistics | None
     head: Head
 
 
 class StatisticsGatherer:
-    """Gathers statistics of a data set.
+    """Gathers statistics of a data set in an evaluation pass.
 
     Args:
         reader: Of features and labels.
         measuring: What is wanted.
         labelled: Whether labels mean anything.
-        last: A collection that is done with, taken again where it can be.
+        last: A collector that is done with, taken again where it can be.
     """
 
     def __init__(
-        self, reader: PairReader, measuring: Measuring, labelled: bool = True, last: Collection | None = None
+        self, reader: PairReader, measuring: Measuring, labelled: bool = True, last: StatisticsCollector | None = None
     ) -> None:
-        self.reader, self._measuring, self._labelled, self._last = reader, measuring, labelled, last
-        self._collection: Collection | None = None  # The head is known from the first batch on.
+        self.reader, self.labelled, self._measuring, self._last = reader, labelled, measuring, last
+        self._collector: StatisticsCollector | None = None
 
     @property
-    def collection(self) -> Collection:
+    def collector(self) -> StatisticsCollector:
         """What was gathered."""
-        assert self._collection is not None
-        return self._collection
+        assert self._collector is not None
+        return self._collector
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    @cached_property
+    def statistics(self) -> LayerStatistics:
+        """Statistics by name, over all processes, which must all ask."""
+        return self.collector.statistics()
+
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Make the collector for the head."""
+        self._collector = self._measuring.statistics_collector(self.reader.head_of(host.module), self._last)
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
-        if self._collection is None:
-            self._collection = self._measuring.collection(self.reader.head_of(host.module), self._last)
         own = features
         if len(features) > 1 + len(self.reader.layers):  # The others are those of other gatherers.
             own = {name: features[name] for name in ("", *self.reader.layers)}
-        self._collection.add(*((own, labels) if self._labelled else self._measuring.unlabelled(own)))
+        self.collector.add(*((own, labels) if self.labelled else self._measuring.unlabelled(own)))
 
 
 class DecisionsGatherer:
-    """Gathers decisions about a data set."""
+    """Gathers decisions about a data set in an evaluation pass.
 
-    def __init__(self, reader: PairReader, decisions: Decisions) -> None:
-        self.reader, self._decisions = reader, decisions
+    Args:
+        reader: Of features and labels.
+        collector: Takes them.
+    """
 
-    def add(self, host: Host, features: dict[str, Tensor], labels: Tensor) -> None:
+    def __init__(self, reader: PairReader, collector: DecisionsCollector) -> None:
+        self.reader, self._collector = reader, collector
+
+    def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
+        """Nothing is to be made."""
+
+    def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
-        self._decisions.add(features, labels)
+        self._collector.add(features, labels)
 
 
 class SetReader:
-    """Measures data sets at the weights of the moment. No value is kept from one measurement to the next.
+    """Measures data sets at the weights as they are. No value is kept from one measurement to the next.
 
     Args:
         reader: Of features and labels.
@@ -127,7 +148,7 @@ class SetReader:
 
     def __init__(self, reader: PairReader, measuring: Measuring) -> None:
         self._reader, self._measuring = reader, measuring
-        self._last: Collection | None = None  # Of the last pass.
+        self._last: StatisticsCollector | None = None  # Of the last pass.
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_last": None}
@@ -137,13 +158,13 @@ class SetReader:
         last, self._last = self._last, None
         return StatisticsGatherer(self._reader, self._measuring, labelled, last)
 
-    def trained(self, host: Host, data: DataSet, gather: Gather = gather_alone) -> Centres:
+    def statistics(self, host: Host, data: DataSet, gather: Gather = gather_alone) -> LayerStatistics:
         """Gather the statistics of a training set."""
-        return self._statistics(gather(host, data, self.gatherer))
+        return self._statistics_of(gather(host, data, self.gatherer))
 
-    def _statistics(self, gatherer: StatisticsGatherer) -> Centres:
-        self._last = gatherer.collection
-        return self._last.statistics()
+    def _statistics_of(self, gatherer: StatisticsGatherer) -> LayerStatistics:
+        self._last = gatherer.collector
+        return gatherer.statistics
 
     def read(
         self,
@@ -164,31 +185,31 @@ class SetReader:
             training: Whether the training set is measured, and not only its class means where others need them.
             gather: Makes the passes over training sets, which others may share.
         """
-        means = {name: self.trained(host, data, gather) for name, data in trained.items()}
-        centres = together(means) if means else None
-        sets = {name: (trained[name], stats) for name, stats in means.items()} if training else {}
+        of_training = {name: self.statistics(host, data, gather) for name, data in trained.items()}
+        class_means = merged(of_training) if of_training else None
+        sets = {name: (trained[name], stats) for name, stats in of_training.items()} if training else {}
         for name, data in others.items():
-            sets[name] = data, self._statistics(gather_alone(host, data, partial(self.gatherer, name not in ood)))
+            sets[name] = data, self._statistics_of(gather_alone(host, data, partial(self.gatherer, name not in ood)))
         head, values = self._reader.whole_head_of(host.module), {}
         for name, (data, stats) in sets.items():
             if name in ood:
-                assert centres is not None
-                values[f"{name}/nc5"] = orthogonality(centres[""], stats[""])
+                assert class_means is not None
+                values[f"{name}/nc5"] = orthogonality(class_means[""], stats[""])
                 continue
             assert self._last is not None
             read = self._last.read(stats)
-            if centres is not None and self._measuring.decides(centres):
-                read |= self._decide(host, data, head, centres)
+            if class_means is not None and self._measuring.decides(class_means):
+                read |= self._decide(host, data, head, class_means)
             values |= {f"{name}/{tag}": value for tag, value in read.items()}
-        return Measured(values, centres, head)
+        return Measured(values, class_means, head)
 
-    def _decide(self, host: Host, data: DataSet, head: Head, centres: Centres) -> dict[str, Tensor]:
-        decisions = self._measuring.decisions(head, centres)
-        gather_alone(host, data, lambda: DecisionsGatherer(self._reader, decisions))
-        return decisions.read()
+    def _decide(self, host: Host, data: DataSet, head: Head, class_means: LayerStatistics) -> dict[str, Tensor]:
+        collector = self._measuring.decisions_collector(head, class_means)
+        gather_alone(host, data, lambda: DecisionsGatherer(self._reader, collector))
+        return collector.read()
 
 
-def together(parts: Mapping[str, Centres]) -> Centres:
+def merged(parts: Mapping[str, LayerStatistics]) -> LayerStatistics:
     """Merge the statistics of several sets."""
     first = next(iter(parts.values()))
     return {name: reduce(ClassStatistics.merge, (stats[name] for stats in parts.values())) for name in first}

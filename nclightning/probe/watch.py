@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
-from nclightning.probe.features import Taps, first_tensor
+from nclightning.probe.features import FeatureHooks, first_tensor
 from nclightning.probe.found import Found
 from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.observation import Observation
 
-__all__ = ["Entry", "FirstStep", "Watch", "entry_of"]
+__all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of"]
 
 
 class Entry(NamedTuple):
@@ -94,7 +94,7 @@ class Watch:
         found: The head.
         module: The model.
         layers: Further ones by name.
-        pooling: As for :class:`nclightning.probe.features.Taps`.
+        pooling: As for :class:`nclightning.probe.features.FeatureHooks`.
         entry: Names of modules that get the inputs, for steps of the user; None for forwards of our own.
         online: Whether steps are those of training, which may mix samples or change their order: then inputs must be
             those of the batch.
@@ -118,7 +118,7 @@ class Watch:
         self._settled = False
         self._misses: Tensor | None = None
         self._differs: Tensor | None = None
-        self._taps = Taps(found.source(module), layers, pooling, self._wants if self._in_steps else None)
+        self._hooks = FeatureHooks(found.source(module), layers, pooling, self._wants if self._in_steps else None)
         self._handles: list[RemovableHandle] = []
         # A step may get more than logits from its forward, or others while it trains: only positions need it there.
         self._checks = found.is_checked and (entry is None or bool(found.pooling))
@@ -132,7 +132,7 @@ class Watch:
     def begin(self, inputs: Any) -> None:
         """Get ready for the step of a batch."""
         self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
-        self._taps.kept, self._taps.runs, self._matches = {}, 0, "unseen"
+        self._hooks.kept, self._hooks.runs, self._matches = {}, 0, "unseen"
         if self._kept_of is not None:  # The last step failed.
             self._forget()
 
@@ -146,7 +146,7 @@ class Watch:
         leaves = self._leaves
         if (leaves and tensor is leaves[0]) or any(_is_same(tensor, leaf) for leaf in leaves):
             if self._kept_of not in (None, "yes"):  # What was kept is of a run on something else.
-                self._taps.kept.clear()
+                self._hooks.kept.clear()
                 self._forget()
             self._matches = "yes"
         elif self._kept_of is None:
@@ -172,12 +172,12 @@ class Watch:
             self._logits = went.detach().clone()
 
     def _leave(self, args: Any, output: Any) -> None:
-        if "" in self._taps.kept and not self._settled:
+        if "" in self._hooks.kept and not self._settled:
             self._settle(output, exit_only=True)
 
     def _settle(self, output: Any, exit_only: bool) -> None:
         """Compare the output with what the head made, and choose the features of its positions."""
-        found, rows = self._found, self._taps.kept[""]
+        found, rows = self._found, self._hooks.kept[""]
         made, part = found.logits(self._module, rows, self._logits), found.part_of(output, exit_only)
         if part is None and exit_only:
             return  # In training it may return other things.
@@ -189,7 +189,7 @@ class Watch:
             misses = link.misses(part, made) & made.isfinite().all(dim=-1).any()
             if found.varies and rows.ndim > 2 and len(part) == len(rows):
                 chosen = link.chosen(part, made)
-                self._taps.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
+                self._hooks.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
         self._misses = misses if self._misses is None else self._misses | misses
 
     def take(self, output: Any = None, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -202,18 +202,18 @@ class Watch:
         Raises:
             ValueError: If they are not known, or of another number of samples.
         """
-        runs = self._taps.runs
+        runs = self._hooks.runs
         if not self._in_steps:
-            if self._checks and "" in self._taps.kept and runs == 1:
+            if self._checks and "" in self._hooks.kept and runs == 1:
                 self._settle(output, exit_only=False)
-            kept = self._taps.take(once=True)
+            kept = self._hooks.take(once=True)
             self._forget()
             return kept
         if runs and (self._is_unsure(runs) or (self._found.varies and not self._settled)):
             raise self._refusal()
         if self._other is not None:
             self._differs = self._other if self._differs is None else self._differs | self._other
-        kept = self._taps.take()
+        kept = self._hooks.take()
         self._forget()
         if labels is not None and labels.ndim and len(labels) != len(kept[""]):
             raise self._refusal()
@@ -254,14 +254,14 @@ class Watch:
 
     def remove(self) -> None:
         """Remove all hooks."""
-        self._taps.remove()
+        self._hooks.remove()
         for handle in self._handles:
             handle.remove()
         self._handles, self._leaves = [], []
         self._forget()
 
 
-class FirstStep:
+class FirstStepHooks:
     """Sees whether the first step of training runs the model on what it was examined with, and its head.
 
     Args:

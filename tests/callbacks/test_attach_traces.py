@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, T
 
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.metrics import NeuralCollapse
-from nclightning.probe.collection import Collection
+from nclightning.probe.collectors import StatisticsCollector
 from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -259,7 +259,7 @@ def test_a_loader_that_iterates_in_its_own_way_is_read_online_only(samples, tmp_
 
 
 def test_empty_batches_do_not_wait(samples):
-    collection = Collection(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
+    collection = StatisticsCollector(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
     for _ in range(50):
         collection.add({"": torch.zeros(0, 5)}, torch.zeros(0, dtype=torch.int64))
     assert len(collection._waiting) == 1  # One, so that all processes know the names.
@@ -270,7 +270,7 @@ def test_empty_batches_do_not_wait(samples):
 
 def test_odd_batches_among_others_are_paired_for_themselves(samples):
     """A label too many here and one too few there do not make a pair."""
-    collection = Collection(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
+    collection = StatisticsCollector(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
     collection.add({"": samples[0][:4]}, samples[1][:4].unsqueeze(1))
     collection.add({"": samples[0][4:8]}, samples[1][4:8].int())
     collection.flush()

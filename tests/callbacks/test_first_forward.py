@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.probe.passes import measurements
+from nclightning.probe.nesting import measurements
 from tests.callbacks.stateful import CASES
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, samples
 from tests.callbacks.test_monitor_options import metrics

@@ -18,7 +18,7 @@ from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
-from nclightning.probe.collection import DECISIONS, Collection
+from nclightning.probe.collectors import DECISIONS, StatisticsCollector
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -375,7 +375,7 @@ class TestErrors:
 def test_the_path_of_a_batch_makes_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
     head = nn.Linear(6, 4)
-    collection = Collection(head, NeuralCollapse(4, 6, head), True, -100)
+    collection = StatisticsCollector(head, NeuralCollapse(4, 6, head), True, -100)
     with FakeTensorMode():
         for metric in collection._metrics.values():
             for name in set(metric._names) - {"kept"}:

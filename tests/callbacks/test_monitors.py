@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.callbacks.monitor import ReadingsMonitor
+from nclightning.callbacks.monitor import MonitorAtIterates
 from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.functional import class_statistics, etf_deviation, self_duality, within_class_variability
 from nclightning.loggers import RunLogger
@@ -370,7 +370,7 @@ def test_validation_reads_the_same_values(stage, tmp_path):
 
 
 def test_the_base_is_abstract():
-    assert ReadingsMonitor.read.__isabstractmethod__
+    assert MonitorAtIterates.read.__isabstractmethod__
 
 
 @pytest.mark.parametrize(("cadence", "saved"), [(10, [10, 20, 23]), (15, [20, 23]), (1000, [23])])

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.callbacks.monitor import ReadingsMonitor
-from nclightning.callbacks.rows import Readings
+from nclightning.callbacks.monitor import MonitorAtIterates
+from nclightning.callbacks.rows import Rows
 from nclightning.data import IndexDataModule
 from nclightning.errors import UserError
 from nclightning.files import observers
@@ -100,7 +100,7 @@ def test_the_last_value_of_each_tag_is_in_callback_metrics(tmp_path):
     assert seen[10]["loss"] == float(rows[10]["loss"])
 
 
-class WeightNorm(ReadingsMonitor):
+class WeightNorm(MonitorAtIterates):
     """Somebody's own monitor."""
 
     def read(self, pl_module, batch):
@@ -111,7 +111,7 @@ class AtTheEnd(L.Callback):
     """Somebody's own value of the last iterate; listed after the monitors or before them."""
 
     def on_train_end(self, trainer, pl_module):
-        Readings.of(trainer).add(trainer.global_step, {"mine": 1.5})
+        Rows.of(trainer).add(trainer.global_step, {"mine": 1.5})
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -135,7 +135,7 @@ def test_values_that_come_too_late_are_refused(tmp_path):
     class Late(L.Callback):
         def on_iteration_end(self, trainer, pl_module, batch, iteration):
             if iteration == 12:
-                Readings.of(trainer).add(3, {"mine": 1.0})
+                Rows.of(trainer).add(3, {"mine": 1.0})
 
     with pytest.raises(ValueError, match=r"values of iteration 3 \(mine\) came after its row was complete"):
         fit(tmp_path, [OptimalityMonitor(5), Late()])

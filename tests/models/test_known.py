@@ -271,12 +271,16 @@ HOOKS = {
 def test_a_hook_that_changes_what_is_trained_is_refused_at_the_first_iterate(hook, loss, tmp_path):
     model, seen = ufm(loss), []
 
-    class Stated(OptimalityMonitor):
-        def read(self, pl_module, batch):
-            values = super().read(pl_module, batch)
-            seen.append(values)
-            return values
+    monitor = OptimalityMonitor(1)
+    part = monitor.at_iterates()
+    read = part.read
 
+    def noted(pl_module, batch):
+        values = read(pl_module, batch)
+        seen.append(values)
+        return values
+
+    part.read = noted
     HOOKS[hook](model)
     looks = hook == "that only looks"
     context = (
@@ -287,7 +291,7 @@ def test_a_hook_that_changes_what_is_trained_is_refused_at_the_first_iterate(hoo
         )
     )
     with context:
-        quiet_trainer(tmp_path, max_steps=5, callbacks=[Stated(1)]).fit(model, datamodule=IndexDataModule())
+        quiet_trainer(tmp_path, max_steps=5, callbacks=[monitor]).fit(model, datamodule=IndexDataModule())
     assert bool(seen) == looks
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from nclightning.callbacks.monitor import Readings
+from nclightning.callbacks.rows import Rows
 from nclightning.data import GaussianDataModule
 from nclightning.models import TwoLayerBody, TwoLayerMLP
 from tests.trainers import quiet_trainer
@@ -146,4 +146,4 @@ def test_a_step_that_is_too_large_ends_the_run_with_a_word(tmp_path, capsys):
     assert trainer.global_step < 100
     assert "Lower the optimizer's lr" in capsys.readouterr().out
     assert math.isnan(float(trainer.callback_metrics["optimality/distance"]))
-    assert not Readings.of(trainer).flush(trainer)
+    assert not Rows.of(trainer).flush(trainer)

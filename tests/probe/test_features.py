@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.probe.features import Taps, call_model, capture_features, pair_rows, split_batch
+from nclightning.probe.features import FeatureHooks, call_model, capture_features, pair_rows, split_batch
 
 
 class Net(nn.Module):
@@ -64,7 +64,7 @@ def test_split_batch():
 @pytest.mark.parametrize("inference", [False, True])
 def test_taps_copy_what_a_model_goes_on_writing_to(inference):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
-    with Taps(model[2], {"first": model[0]}) as taps, torch.inference_mode(inference), torch.no_grad():
+    with FeatureHooks(model[2], {"first": model[0]}) as taps, torch.inference_mode(inference), torch.no_grad():
         hidden = model[0](torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
         before, used = hidden.clone(), model[1](hidden).clone()
         model[2](hidden)
@@ -85,7 +85,7 @@ def test_layers_without_a_tensor_are_refused():
 
     model = nn.Sequential(nn.Linear(3, 2))
     odd = Odd()
-    with Taps(model[0], {"odd": odd}) as taps:
+    with FeatureHooks(model[0], {"odd": odd}) as taps:
         odd(torch.ones(1))  # The forward itself is the user's and goes on.
         with pytest.raises(ValueError, match="layer 'odd' returns no tensor"):
             taps.take()

@@ -96,7 +96,7 @@ def test_says_what_is_wrong(head, samples):
         with pytest.raises(ValueError, match=message):
             collector.read()
     collector = OptimalityCollector("ce", read_head(head), PENALTIES, own_statistics=False)
-    collector.update(*samples)
-    stats = class_statistics(samples[0][:400], torch.arange(400) % K, K)
+    collector.update(samples[0], torch.cat([samples[1][1:], samples[1][:1] + 1]))
+    stats = class_statistics(*samples, K)
     with pytest.raises(AssertionError, match="of different samples"):
         collector.read(stats)

@@ -1,6 +1,6 @@
 """Looking at a model over a data set without a trace."""
 
-from nclightning.probe.sweep.checksums import fingerprint
+from nclightning.probe.sweep.checksums import fingerprint, fingerprint_together
 from nclightning.probe.sweep.loaders import (
     known_indices,
     limited_batches,
@@ -16,6 +16,7 @@ __all__ = [
     "compiled_parts",
     "eager",
     "fingerprint",
+    "fingerprint_together",
     "frozen",
     "has_lazy_parts",
     "known_indices",

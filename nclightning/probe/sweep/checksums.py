@@ -9,10 +9,12 @@ from torch import Tensor
 
 from nclightning.sharding import own_shard
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "fingerprint_together"]
 
 # Words of a tensor whose fingerprint is taken at a time: they stay in the cache.
 _WORDS_AT_A_TIME = 2**15
+# Tensors of so many numbers are put together with others.
+_SMALL = 2**14
 # Multiplies as random generators do.
 _ODD = -7046029254386353131
 
@@ -34,6 +36,22 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     devices = {each.device for each in sums}
     on_host = {device: iter(torch.stack([s for s in sums if s.device == device]).tolist()) for device in devices}
     return tuple(next(on_host[each.device]) for each in sums)
+
+
+def fingerprint_together(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Do as :func:`fingerprint` does, with one number for many small tensors.
+
+    Args:
+        tensors: As there; which of them there are is a part of what the numbers tell.
+    """
+    large, small = list[Tensor](), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
+    for tensor in tensors:
+        own = own_shard(tensor.detach())
+        if own.layout != torch.strided or own.numel() > _SMALL:
+            large.append(own)
+        else:
+            small.setdefault((own.device, own.dtype), []).append(own.reshape(-1))
+    return fingerprint([*large, *(torch.cat(each) for each in small.values())])
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from nclightning.compat.torch import buffers_of, is_compiled
-from nclightning.probe.passes import measurement
+from nclightning.probe.nesting import measurement
 from nclightning.probe.sweep.snapshot import remembered
 from nclightning.probe.sweep.states import cuda_devices, random_states_kept, torch_states_kept
 from nclightning.sharding import reshard

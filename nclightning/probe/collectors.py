@@ -1,4 +1,4 @@
-"""From captured features to named readings of one data set."""
+"""From the features of one data set to its measures: collectors of statistics, and of decisions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nclightning.errors import UserError
@@ -17,14 +16,14 @@ from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
 from nclightning.probe.features import pair_rows
-from nclightning.ranks import rank_zero_warn, world_size
+from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
     "DECISIONS",
-    "Centres",
-    "Collection",
-    "Decisions",
+    "DecisionsCollector",
+    "LayerStatistics",
     "Measuring",
+    "StatisticsCollector",
     "merge_over_ranks",
     "orthogonality",
 ]
@@ -34,11 +33,12 @@ _OF_A_LAYER = ("nc1", "nc1_cdnv")
 # What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
 _ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
 
-Centres = Mapping[str, ClassStatistics]
+# Statistics of the input of the head, under the empty name, and of further layers.
+LayerStatistics = Mapping[str, ClassStatistics]
 
 
 class Measuring:
-    """What a user chose to read, by who computes it.
+    """The measures that a user chose: those of statistics, and those of decisions, which need the class means first.
 
     Args:
         measures: Names out of ``MEASURES`` and ``DECISIONS``; None leaves the choice to the metric, ``("all",)`` takes
@@ -72,7 +72,7 @@ class Measuring:
             raise UserError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
 
     def tags(self, layers: Iterable[str]) -> set[str]:
-        """Return names of what is read of a data set, and one of each further layer."""
+        """Return the names of the measures of a data set, and one name for each further layer."""
         of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
         return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
@@ -88,11 +88,14 @@ class Measuring:
             **self._conventions,
         ).to(device_of(head))
 
-    def collection(self, head: Head | HeadReader, last: Collection | None = None) -> Collection:
-        """Start reading a data set; a last collection that is done with is taken again where it can be."""
+    def statistics_collector(
+        self, head: Head | HeadReader, last: StatisticsCollector | None = None
+    ) -> StatisticsCollector:
+        """Make a collector for a data set; a last one that is done with is taken again where it can be."""
         if last is not None and last.restart(head):
             return last
-        return Collection(head, self.metric(head), self.of_statistics != (), self._ignore_index, self.tell_absent)
+        reads = self.of_statistics != ()
+        return StatisticsCollector(head, self.metric(head), reads, self._ignore_index, self.tell_absent)
 
     def tell_absent(self, head: Head | HeadReader, stats: ClassStatistics) -> None:
         """Say once for each head that it has more outputs than classes were seen. Transfers to the host."""
@@ -112,17 +115,17 @@ class Measuring:
         label = int(self._ignore_index == 0)
         return {"": features}, torch.full(features.shape[:-1], label, dtype=torch.int64, device=features.device)
 
-    def decisions(self, head: Head | HeadReader, centres: Centres) -> Decisions:
-        """Start reading decisions about a data set."""
-        return Decisions(head, self.of_decisions, centres, self._ignore_index)
+    def decisions_collector(self, head: Head | HeadReader, class_means: LayerStatistics) -> DecisionsCollector:
+        """Make a collector of the decisions about a data set."""
+        return DecisionsCollector(head, self.of_decisions, class_means, self._ignore_index)
 
-    def decides(self, centres: Centres) -> bool:
-        """Whether decisions are read: when chosen, and for further layers always."""
-        return bool(self.of_decisions) or len(centres) > 1
+    def decides(self, class_means: LayerStatistics) -> bool:
+        """Whether decisions are measured: when chosen, and for further layers always."""
+        return bool(self.of_decisions) or len(class_means) > 1
 
 
-class _Stream:
-    """Gathers batches of features by name and hands them on in larger ones."""
+class _Batches:
+    """Keeps small batches of features by name, and hands them on together as larger ones."""
 
     def __init__(self) -> None:
         self.clear()
@@ -166,8 +169,8 @@ class _Stream:
         raise NotImplementedError
 
 
-class Collection(_Stream):
-    """Statistics of the head's input, and of further layers.
+class StatisticsCollector(_Batches):
+    """Collects the statistics of the head's input, and of further layers.
 
     Args:
         head: The head.
@@ -196,10 +199,10 @@ class Collection(_Stream):
                 self._num_classes, features.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
             )
             self._metrics[name] = metric.to(features.device)
-        self._metrics[name].update(features, labels, copy=False)  # They are the stream's own already.
+        self._metrics[name].update(features, labels, copy=False)  # They are copies already.
 
     def restart(self, head: Head | HeadReader) -> bool:
-        """Begin anew if this is of the head as it is now, at a tenth of what another collection costs; say whether."""
+        """Begin anew if this is of the head as it is now, at a tenth of what another collector costs; say whether."""
         metric = self._metrics[""]
         shape = (metric.num_classes, metric.feature_dim)
         if head is not self._head or weight_shape(head) != shape or device_of(head) != metric.means.device:
@@ -218,7 +221,7 @@ class Collection(_Stream):
         self.flush()
         return {name: metric.gathered() for name, metric in self._metrics.items()}
 
-    def read(self, statistics: Centres) -> dict[str, Tensor]:
+    def read(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Evaluate the measures."""
         if self._tell is not None:
             self._tell(self._head, statistics[""])
@@ -229,24 +232,24 @@ class Collection(_Stream):
         return values
 
 
-class Decisions(_Stream):
-    """Decisions of the head and of the nearest centre; for further layers of the latter.
+class DecisionsCollector(_Batches):
+    """Collects decisions of the head and of the nearest class mean; for further layers of the latter.
 
     Args:
         head: The head.
         measures: Of the head's decisions.
-        centres: Statistics of the training set by name.
+        class_means: Statistics of the training set by name.
         ignore_index: Label of samples to leave out.
     """
 
     def __init__(
-        self, head: Head | HeadReader, measures: Sequence[str], centres: Centres, ignore_index: int | None
+        self, head: Head | HeadReader, measures: Sequence[str], class_means: LayerStatistics, ignore_index: int | None
     ) -> None:
         super().__init__()
         self._measures = measures
         self._metrics = {
             name: NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
-            for name, stats in centres.items()
+            for name, stats in class_means.items()
         }
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:
@@ -282,10 +285,10 @@ def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return pair_rows(features, labels)
 
 
-def orthogonality(centres: ClassStatistics, others: ClassStatistics) -> Tensor:
+def orthogonality(class_means: ClassStatistics, others: ClassStatistics) -> Tensor:
     """NC5 of the samples of another set, whatever their classes."""
     weights = others.counts / others.counts.sum()
-    return ood_orthogonality(centres, (weights.unsqueeze(1) * others.means).sum(dim=0))
+    return ood_orthogonality(class_means, (weights.unsqueeze(1) * others.means).sum(dim=0))
 
 
 def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
@@ -297,20 +300,12 @@ def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
     Returns:
         Of all samples.
     """
-    world = world_size()
-    if world == 1:
+    if world_size() == 1:
         return stats
     stats = stats.folded
-    tensors = {name: value for name, value in stats.totals._asdict().items() if value is not None}
-    flat = torch.cat([value.reshape(-1).double() for value in [*tensors.values(), stats.num_invalid]])
-    everybody = [torch.empty_like(flat) for _ in range(world)]
-    dist.all_gather(everybody, flat)
+    own = {name: value for name, value in stats.totals._asdict().items() if value is not None}
     parts = []
-    for each in everybody:
-        *pieces, num_invalid = torch.split(each, [*(value.numel() for value in tensors.values()), 1])
-        own = {
-            name: piece.view_as(value).to(value.dtype)
-            for (name, value), piece in zip(tensors.items(), pieces, strict=True)
-        }
-        parts.append(replace(stats, totals=stats.totals._replace(**own), num_invalid=num_invalid.view(()).long()))
+    for *tensors, num_invalid in gather_tensors([value.double() for value in (*own.values(), stats.num_invalid)]):
+        totals = {name: tensor.to(own[name].dtype) for name, tensor in zip(own, tensors, strict=True)}
+        parts.append(replace(stats, totals=stats.totals._replace(**totals), num_invalid=num_invalid.long()))
     return reduce(ClassStatistics.merge, parts)

@@ -1,38 +1,60 @@
-"""Measurements of the ordinary forwards of the user's steps."""
+"""Measurements of the user's own steps: hooks see the features in forwards that run anyway."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Collection as Names
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
 from nclightning.heads import Head
-from nclightning.probe.collection import Centres, Collection, Decisions, Measuring, orthogonality
+from nclightning.probe.collectors import (
+    DecisionsCollector,
+    LayerStatistics,
+    Measuring,
+    StatisticsCollector,
+    orthogonality,
+)
 from nclightning.probe.first_forward import FirstForward
 from nclightning.probe.hooks import hook_call
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
-from nclightning.probe.sweep import fingerprint, num_own_samples
+from nclightning.probe.sweep import fingerprint_together, num_own_samples
 from nclightning.probe.watch import Watch
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
 
-__all__ = ["ForwardPass"]
+__all__ = ["StepMeasurement"]
 
 
-class ForwardPass:
-    """Collects the features of the user's steps over one or several loaders.
+class _OfLoader(NamedTuple):
+    """What is collected of a loader.
+
+    Attributes:
+        statistics: Of its features.
+        decisions: About them, if they are measured.
+        num_own: How many samples of this process are not repeated ones; None if all.
+    """
+
+    statistics: StatisticsCollector
+    decisions: DecisionsCollector | None
+    num_own: int | None
+
+
+class StepMeasurement:
+    """Measures the features of the user's steps over one or several loaders.
+
+    Before each step comes :meth:`hook`, after it :meth:`collect`, after all of them :meth:`read`.
 
     Args:
         reader: Of features and labels.
         measuring: What to measure.
         ood: Names of loaders that are out of distribution.
-        centres: Makes the statistics of the training set for decisions by nearest centre and NC5, at the weights of the
-            moment; None leaves both out.
+        training_statistics: Makes the statistics of the training set at the weights as they are, whose class means
+            decisions and NC5 need; None leaves both out.
         online: Whether this is a pass of training, whose weights change on the way: its features are read with the
             head as it is at the end. Else features and head are of the same weights.
     """
@@ -42,25 +64,25 @@ class ForwardPass:
         reader: PairReader,
         measuring: Measuring,
         ood: Names[str] = (),
-        centres: Callable[[], Centres] | None = None,
+        training_statistics: Callable[[], LayerStatistics] | None = None,
         online: bool = False,
     ) -> None:
         self._reader, self._measuring = reader, measuring
-        self._ood, self._sweep_centres, self._online = ood, centres, online
-        self._centres: Centres | None = None
+        self._ood, self._training_statistics, self._online = ood, training_statistics, online
+        self._loaders: dict[str, _OfLoader] = {}
+        self._failure: Exception | None = None
+        # What decides: class means and head, and fingerprints of the weights that they are of.
+        self._class_means: LayerStatistics | None = None
         self._head: Head | None = None
         self._weights: dict[str, tuple[int, ...]] = {}
+        # Hooks: those that see features, those of before a pause, and the one that copies the head.
+        self._hooked = False
         self._watch: Watch | None = None
         self._done: list[Watch] = []
-        # Inputs and labels of the batch that runs, or did last.
-        self._split: tuple[Any, Tensor] | None = None
         self._handle: RemovableHandle | None = None
-        self._hooked = False
+        # Inputs and labels of the batch that runs, or did last; its features, if it made the head.
+        self._split: tuple[Any, Tensor] | None = None
         self._first: dict[str, Tensor] | None = None
-        self._failure: Exception | None = None
-        self._collections: dict[str, Collection] = {}
-        self._decisions: dict[str, Decisions] = {}
-        self._num_own: dict[str, int | None] = {}
 
     @property
     def hooked(self) -> bool:
@@ -70,7 +92,7 @@ class ForwardPass:
     def hook(self, host: Host, batch: Any, name: str = "", first: FirstForward | None = None) -> None:
         """Hook the model before its first batch, and get ready for each.
 
-        Then the class means of the weights that are to decide are swept, too.
+        Before the first batch the class means of the training set are measured, too, if decisions need them.
 
         Args:
             host: Of the model.
@@ -92,10 +114,10 @@ class ForwardPass:
         self._reader.check_batch(host, batch, labelled=name not in self._ood)
         if not self._online:
             self._reader.check_again(host, self._reader.split(batch)[0])
-        if self._sweep_centres is not None and self._centres is None:
+        if self._training_statistics is not None and self._class_means is None:
             # Not before: at the start of the epoch other callbacks may still be about to swap weights.
             self._weights["class means"] = _trained(module)
-            self._centres = self._sweep_centres()
+            self._class_means = self._training_statistics()
         compiled = self._reader.is_compiled(module)
         if compiled and self._online:
             raise UserError(
@@ -125,7 +147,7 @@ class ForwardPass:
     def _take_head(self, module: nn.Module) -> None:
         """Copy the head as it is now, with which the features of this pass are read."""
         self._head = self._reader.whole_head_of(module)
-        if self._sweep_centres is not None:
+        if self._training_statistics is not None:
             self._weights["validation or test step"] = _trained(module)
 
     def collect(self, host: Host, name: str = "", loader: Any = None) -> None:
@@ -146,7 +168,7 @@ class ForwardPass:
             kept = self._reader.features(host, inputs)
         else:
             kept = self._watch.take(labels=labels)
-        if not self._collections and self._watch is not None:
+        if not self._loaders and self._watch is not None:
             self._watch.verify()
         if self._handle is not None:
             self._handle.remove()
@@ -159,21 +181,22 @@ class ForwardPass:
                 "weights inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave "
                 "these measures out."
             )
-        if name not in self._collections:
-            self._open(host.module, name, loader)
+        if name not in self._loaders:
+            self._loaders[name] = self._open(host.module, name, loader)
         if name in self._ood:
             kept, labels = self._measuring.unlabelled(kept)
-        self._collections[name].add(kept, labels, self._num_own[name])
-        if name in self._decisions:
-            self._decisions[name].add(kept, labels, self._num_own[name])
+        statistics, decisions, num_own = self._loaders[name]
+        statistics.add(kept, labels, num_own)
+        if decisions is not None:
+            decisions.add(kept, labels, num_own)
 
-    def _open(self, module: nn.Module, name: str, loader: Any) -> None:
-        """Start reading a loader."""
+    def _open(self, module: nn.Module, name: str, loader: Any) -> _OfLoader:
+        """Make what collects the features of a loader."""
         head = self._reader.head_of(module) if self._head is None else self._head
-        self._collections[name] = self._measuring.collection(head)
-        if self._centres is not None and self._measuring.decides(self._centres) and name not in self._ood:
-            self._decisions[name] = self._measuring.decisions(head, self._centres)
-        self._num_own[name] = num_own_samples(loader)
+        decisions = None
+        if self._class_means is not None and self._measuring.decides(self._class_means) and name not in self._ood:
+            decisions = self._measuring.decisions_collector(head, self._class_means)
+        return _OfLoader(self._measuring.statistics_collector(head), decisions, num_own_samples(loader))
 
     def read(self, host: Host) -> dict[str, Tensor]:
         """Evaluate all measures, with the name of the loader in the tag where there are several.
@@ -190,14 +213,14 @@ class ForwardPass:
         raise_together(self._failure, host.device)
         reshard(host.module)  # The head in its own precision, not in that of the last forward.
         values: dict[str, Tensor] = {}
-        for name, collection in self._collections.items():
-            stats = collection.statistics()
+        for name, (statistics, decisions, _) in self._loaders.items():
+            stats = statistics.statistics()
             if name in self._ood:
-                read = {} if self._centres is None else {"nc5": orthogonality(self._centres[""], stats[""])}
+                read = {} if self._class_means is None else {"nc5": orthogonality(self._class_means[""], stats[""])}
             else:
-                read = collection.read(stats)
-            if name in self._decisions:
-                read |= self._decisions[name].read()
+                read = statistics.read(stats)
+            if decisions is not None:
+                read |= decisions.read()
             values |= {f"{name}/{tag}" if name else tag: value for tag, value in read.items()}
         return values
 
@@ -225,4 +248,4 @@ class ForwardPass:
 
 def _trained(module: nn.Module) -> tuple[int, ...]:
     """Tell weights from others; a forward may change those that are not trained, such as a momentum encoder's."""
-    return fingerprint(parameter for parameter in module.parameters() if parameter.requires_grad)
+    return fingerprint_together(parameter for parameter in module.parameters() if parameter.requires_grad)

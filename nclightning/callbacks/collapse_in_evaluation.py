@@ -1,0 +1,116 @@
+"""Neural collapse in the steps of validation and test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from nclightning.callbacks.first_step import FirstTrainingStep
+from nclightning.callbacks.host import LightningHost
+from nclightning.callbacks.modules import evaluated_loaders, name_loaders
+from nclightning.callbacks.publishing import Publisher
+from nclightning.callbacks.steps import OnError, TrainerSteps
+from nclightning.callbacks.training_data import TrainingSets
+from nclightning.probe.collectors import LayerStatistics, Measuring
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sets import SetReader, merged
+from nclightning.probe.step_measurement import StepMeasurement
+
+__all__ = ["CollapseInEvaluation"]
+
+
+class CollapseInEvaluation(Publisher):
+    """Measures the forwards that validation and test run anyway.
+
+    Args:
+        stages: Those that are read.
+        ood: Names of loaders that are out of distribution.
+        reader: Of features and labels.
+        measuring: Which measures.
+        training: Knows the training loaders, whose class means decisions and NC5 need.
+        on_error: What becomes of errors.
+    """
+
+    def __init__(
+        self,
+        stages: tuple[str, ...],
+        ood: tuple[str, ...],
+        reader: PairReader,
+        measuring: Measuring,
+        training: TrainingSets,
+        on_error: OnError,
+    ) -> None:
+        super().__init__()
+        self._stages, self._ood, self._reader, self._measuring = stages, ood, reader, measuring
+        self._training, self._on_error, self._sets = training, on_error, SetReader(reader, measuring)
+        self._steps: TrainerSteps | None = None  # Those of the epoch that runs, if they are measured.
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start collecting."""
+        self._steps = None
+        if _stage(trainer) not in self._stages or trainer.sanity_checking:
+            return
+
+        def of_training() -> LayerStatistics:
+            self._training.remember(trainer)
+            host, sets = LightningHost(pl_module), self._training.needed()
+            return merged({name: self._sets.statistics(host, data) for name, data in sets.items()})
+
+        needed = bool(self._measuring.of_decisions or self._ood)
+        measurement = StepMeasurement(self._reader, self._measuring, self._ood, of_training if needed else None)
+        self._steps = TrainerSteps(measurement, self._on_error)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Hook the module before the first batch."""
+        if self._steps is not None:
+            self._steps.hook(pl_module, batch, evaluated_loaders(trainer), dataloader_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect a batch; in Lightning's sanity check, see whether it can be read."""
+        loaders = evaluated_loaders(trainer)
+        if self._steps is not None:
+            self._steps.collect(pl_module, loaders, dataloader_idx)
+        elif trainer.sanity_checking and "val" in self._stages:  # By now weights exist.
+            name = list(name_loaders(loaders))[dataloader_idx][0]
+            with self._on_error.guard(self):
+                FirstTrainingStep(self._reader).check_sanity(pl_module, batch, labelled=name not in self._ood)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log ``nc/val/...``, or in a test ``nc/test/...``."""
+        if self._steps is not None:
+            with self._on_error.guard(self):
+                values = self._steps.read(pl_module)
+                self.publish(pl_module, {f"nc/{_stage(trainer)}/{tag}": value for tag, value in values.items()})
+        self._steps = None
+
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
+    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
+
+    def remove_hooks(self) -> None:
+        """Leave no hook behind."""
+        if self._steps is not None:
+            self._steps.remove()
+        self._steps = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self.remove_hooks()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self.remove_hooks()
+
+
+def _stage(trainer: L.Trainer) -> str:
+    return "test" if trainer.testing else "val"
