@@ -157,12 +157,21 @@ class _Batches:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what waits."""
+        """Hand on what waits.
+
+        Raises:
+            ValueError: If features of a layer are of different sizes in different batches.
+        """
         waiting, self._waiting = self._waiting, []
         self._num_rows = self._num_elements = 0
         if waiting:
             for name in waiting[0][0]:
                 batches = [_rows(captured[name], labels) for captured, labels in waiting]
+                if len(sizes := {h.shape[1] for h, _ in batches}) > 1:
+                    raise UserError(
+                        f"features of the layer {name!r} have {min(sizes)} numbers in one batch and {max(sizes)} in "
+                        "another: leave it out of layers, or pass layer_pooling='mean' if they differ in positions."
+                    )
                 self.update(name, torch.cat([h for h, _ in batches]), torch.cat([y for _, y in batches]))
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:

@@ -42,6 +42,9 @@ class Gatherer(Protocol):
             labels: Whose memory the loader may fill again.
         """
 
+    def end(self) -> None:
+        """Take in what waits. An error here is one of the pass, of which all processes and all who share it hear."""
+
 
 def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int | None = None) -> None:
     """Run a model over a data set, once for all gatherers that see the same features in it, and again for others.
@@ -95,6 +98,8 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                 f"the data to sweep is empty for process {host.rank} of {host.world_size}: it must have a batch for "
                 "each, and a loader must begin anew in each pass."
             )
+        for gatherer in served:
+            gatherer.end()
     finally:
         if watch is not None:
             watch.remove()

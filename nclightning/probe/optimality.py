@@ -75,9 +75,10 @@ class OptimalityCollector:
         self._num_rows += len(labels)
         self._num_seen += len(labels)
         if self._num_rows >= max(_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME // features.shape[1]):
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Take in what waits."""
         if not self._waiting:
             return
         # Autocast would multiply in half precision, and does not put some dtypes together.
@@ -100,7 +101,7 @@ class OptimalityCollector:
         Raises:
             ValueError: If a label was outside ``0..K-1``, or classes are not balanced.
         """
-        self._flush()
+        self.flush()
         if stats is None:
             assert self._metric is not None, "made without statistics of its own"
             stats = self._metric.gathered()
@@ -155,6 +156,10 @@ class OptimalityGatherer:
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
         self.collector.update(*pair_rows(features[""], labels), copy=False)
+
+    def end(self) -> None:
+        """Take in what waits."""
+        self.collector.flush()
 
     def read(self) -> dict[str, Tensor]:
         """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""

@@ -118,6 +118,10 @@ class StatisticsGatherer:
             own = {name: features[name] for name in ("", *self.reader.layers)}
         self.collector.add(*((own, labels) if self.labelled else self._measuring.unlabelled(own)))
 
+    def end(self) -> None:
+        """Take in what waits."""
+        self.collector.flush()
+
 
 class DecisionsGatherer:
     """Gathers decisions about a data set in an evaluation pass.
@@ -136,6 +140,10 @@ class DecisionsGatherer:
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take a batch."""
         self._collector.add(features, labels)
+
+    def end(self) -> None:
+        """Take in what waits."""
+        self._collector.flush()
 
 
 class SetReader:

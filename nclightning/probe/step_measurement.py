@@ -207,6 +207,10 @@ class StepMeasurement:
         if self._failure is None:
             try:
                 self._verify(host)
+                for statistics, decisions, _ in self._loaders.values():
+                    statistics.flush()
+                    if decisions is not None:
+                        decisions.flush()
             except Exception as error:
                 self._failure = error
         self.remove()

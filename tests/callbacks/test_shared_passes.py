@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:no reading of neural collapse"),
 ]
 N = 48
+LAST = 2.0
 
 
 class Counting(TensorDataset):
@@ -51,14 +52,27 @@ def duality(**options):
     return NeuralCollapseMonitor(measures=("nc3",), stages=("train",), **options)
 
 
-def run(folder, callbacks, epochs=2, bar=False, strategy=None, **options):
+class Narrow(Scaled):
+    """Has a layer with fewer features on the batch of the last sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.aside = nn.Identity()
+
+    def forward(self, x):
+        self.aside(x[:, : 4 - int((x[:, 0] == LAST).any())])
+        return super().forward(x)
+
+
+def run(folder, callbacks, epochs=2, bar=False, strategy=None, kind=Scaled, **options):
     generator = torch.Generator().manual_seed(0)
     data = Counting(torch.randn(N, 5, generator=generator), torch.arange(N) % K)
+    data.tensors[0][-1, 0] = LAST
     loader = DataLoader(data, **({"batch_size": 8, "shuffle": True} | options))
     torch.manual_seed(0)
     processes = {} if strategy is None else {"strategy": strategy, "devices": 2}
     chosen = {"max_epochs": epochs, "enable_progress_bar": bar} | processes
-    model, trainer = fit(folder, list(callbacks), loader, Scaled(), **chosen)
+    model, trainer = fit(folder, list(callbacks), loader, kind(), **chosen)
     values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("nc/", "optimality/"))}
     return values, data.num_read // N - epochs, model
 
@@ -172,6 +186,19 @@ def test_an_error_of_one_leaves_the_other_its_values(order, tmp_path):
     assert values == run(tmp_path, [duality()], epochs=3)[0]
 
 
+def aside(**options):
+    return collapse(layers=("aside",), on_error="warn", **options)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_error_at_the_end_of_a_pass_leaves_the_other_its_values(order, tmp_path):
+    alone = run(tmp_path, [OptimalityMonitor(loss="ce")], kind=Narrow)[0]
+    with pytest.warns(
+        UserWarning, match="'aside' have 3 numbers in one batch and 4 in another.*leave it out of layers"
+    ):
+        assert run(tmp_path, [OptimalityMonitor(loss="ce"), aside()][::order], kind=Narrow)[0] == alone
+
+
 class FailsOnOne:
     """A ``batch_fn`` that fails on the second of two processes, but for the first batches."""
 
@@ -197,25 +224,27 @@ class KeepValues(L.Callback):
             torch.save(values, self.file)
 
 
+def on_two(folder, *monitors, **options):
+    """Values of two processes; those that wait for each other in vain end with an error."""
+    strategy = DDPStrategy(
+        start_method="fork", find_unused_parameters=True, timeout=timedelta(seconds=30), process_group_backend="gloo"
+    )
+    run(folder, [*monitors, KeepValues(folder / "values.pt")], strategy=strategy, **options)
+    return torch.load(folder / "values.pt")
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_error_on_one_process_before_the_pass_of_another_monitor(order, tmp_path):
     """They see different batches: each has a pass of its own, which no process may begin alone."""
-
-    def values(*monitors):
-        # Processes that wait for each other in vain end with an error.
-        strategy = DDPStrategy(
-            start_method="fork",
-            find_unused_parameters=True,
-            timeout=timedelta(seconds=30),
-            process_group_backend="gloo",
-        )
-        callbacks = [*monitors, KeepValues(tmp_path / "values.pt")]
-        run(tmp_path, callbacks, strategy=strategy)
-        return torch.load(tmp_path / "values.pt")
-
-    alone = values(duality())
+    alone = on_two(tmp_path, duality())
     monitors = [collapse(batch_fn=FailsOnOne(), on_error="warn"), duality()][::order]
-    assert values(*monitors) == alone
+    assert on_two(tmp_path, *monitors) == alone
+
+
+@pytest.mark.parametrize("source", ["sweep", "online"])
+def test_an_error_on_one_process_at_the_end(source, tmp_path):
+    values = on_two(tmp_path, aside(source=source), OptimalityMonitor(loss="ce"), kind=Narrow)
+    assert values == on_two(tmp_path, OptimalityMonitor(loss="ce"), kind=Narrow)
 
 
 def test_a_stream_is_read_once(tmp_path):
