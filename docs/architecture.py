@@ -187,12 +187,13 @@ class Trail(TorchFunctionMode):
     @contextmanager
     def followed(self) -> Iterator[None]:
         """Follow what happens inside."""
+        before = sys.getprofile()
         with self:
             sys.setprofile(self._profile)
             try:
                 yield
             finally:
-                sys.setprofile(None)
+                sys.setprofile(before)
         kept = set[int]()  # Those with data, and those that led to them.
         for each in reversed(self.visits):
             if each.batch and (each.got or each.gave or id(each) in kept):
@@ -216,7 +217,9 @@ class Trail(TorchFunctionMode):
         if place and (around is None or place.split(".")[0] != around.place.split(".")[0]):
             got = ", ".join(filter(None, (self._words(v) for name, v in frame.f_locals.items() if name != "self")))
             path = Path(frame.f_code.co_filename)
-            visit = self._note(place, str(path.relative_to(PACKAGE)) if PACKAGE in path.parents else "your module", got)
+            visit = self._note(
+                place, path.relative_to(PACKAGE).as_posix() if PACKAGE in path.parents else "your module", got
+            )
         self._call = Call(frame, visit, self._call)
 
     def _note(self, place: str, path: str, got: str, gave: str = "") -> Visit:

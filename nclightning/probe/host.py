@@ -36,7 +36,7 @@ class Host(Protocol):
         """Number of processes that share the data."""
 
     def unseen(self) -> AbstractContextManager[None]:
-        """Run the model frozen and uncompiled, without a trace in it and in what its user logs."""
+        """Run the model frozen and uncompiled, so that nothing in it and in what its user logs is changed by that."""
 
     def precision(self) -> AbstractContextManager[Any]:
         """Run forwards in the precision of the user's steps."""

@@ -64,17 +64,17 @@ def test_split_batch():
 @pytest.mark.parametrize("inference", [False, True])
 def test_taps_copy_what_a_model_goes_on_writing_to(inference):
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
-    with FeatureHooks(model[2], {"first": model[0]}) as taps, torch.inference_mode(inference), torch.no_grad():
+    with FeatureHooks(model[2], {"first": model[0]}) as hooks, torch.inference_mode(inference), torch.no_grad():
         hidden = model[0](torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
         before, used = hidden.clone(), model[1](hidden).clone()
         model[2](hidden)
         hidden.data.zero_()
-        kept = taps.take()
+        kept = hooks.take()
         assert torch.equal(kept["first"], before)
         assert torch.equal(kept[""], used)
         assert not torch.equal(before, used)
         with pytest.raises(ValueError, match="the head did not run here"):
-            taps.take()
+            hooks.take()
     assert not model[2]._forward_pre_hooks
 
 
@@ -85,10 +85,10 @@ def test_layers_without_a_tensor_are_refused():
 
     model = nn.Sequential(nn.Linear(3, 2))
     odd = Odd()
-    with FeatureHooks(model[0], {"odd": odd}) as taps:
+    with FeatureHooks(model[0], {"odd": odd}) as hooks:
         odd(torch.ones(1))  # The forward itself is the user's and goes on.
         with pytest.raises(ValueError, match="layer 'odd' returns no tensor"):
-            taps.take()
+            hooks.take()
 
 
 @pytest.mark.parametrize(
