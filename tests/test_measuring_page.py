@@ -47,7 +47,7 @@ def test_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
         results.append(scope["found"])
     printed = re.sub(r", [\d.e+-]+ s\n", "\n", capsys.readouterr().out)
     assert printed == "".join(re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL))
-    assert len(results) == 3
+    assert len(results) == 4
     assert (tmp_path / "collapse.png").exists()
     assert json.loads(scope["text"])["measures"]["nc1"] == results[2]["nc1"]
     assert 0 <= scope["worst"] < 3

@@ -94,9 +94,9 @@ def measure(
         TypeError: The same for objects of the wrong kind.
 
     Example:
-        >>> found = measure(features=[[2.0, 0.1], [2.0, -0.1], [-2.0, 0.0]], labels=[0, 0, 1])
+        >>> found = measure(features=[[2.1, 0.0], [1.9, 0.0], [-2.0, 0.0]], labels=[0, 0, 1])
         >>> round(found["nc1"], 6)
-        0.000208
+        0.000833
     """
     of_arrays = [
         name for name, value in zip(_OF_ARRAYS, (features, labels, weight, bias), strict=True) if value is not None
