@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "apart",
+    "autocast_off",
     "cosines",
     "distances",
     "invertible_power_of_two",
@@ -23,6 +26,19 @@ __all__ = [
 
 # Entries of a tile of the matrix of all pairs of classes: 64 MB in float64.
 _TILE = 2**23
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in the dtype of the tensors.
+
+    Autocast multiplies float32 in half precision, and on a CPU ``torch.cat`` raises for float16 under it.
+
+    Args:
+        device: Of the tensors.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()  # To switch off what is off takes a quarter of an update's time.
+    return torch.autocast(device.type, enabled=False)
 
 
 def power_of_two(values: Tensor) -> Tensor:

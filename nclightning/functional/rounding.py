@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nclightning.functional.linear import norm, root_sum_of_squares
+from nclightning.functional.linear import autocast_off, norm, root_sum_of_squares
 
 if TYPE_CHECKING:
     from nclightning.functional.statistics import ClassStatistics
@@ -175,7 +175,8 @@ def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classe
             some = torch.arange(most, device=each.device) * 2_654_435_761 % len(each)
             each, index = each.index_select(0, some), index.index_select(0, some)  # noqa: PLW2901
         rows.append(each.masked_fill((index == num_classes).unsqueeze(1), 0))
-    shown = _shown(torch.cat(rows))
+    with autocast_off(rows[0].device):
+        shown = _shown(torch.cat(rows))
     return torch.stack([shown, torch.full_like(shown, min(torch.finfo(each.dtype).eps for each in features))])
 
 

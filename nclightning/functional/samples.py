@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nclightning.functional.linear import invertible_power_of_two
+from nclightning.functional.linear import autocast_off, invertible_power_of_two
 from nclightning.functional.moments import Means
 from nclightning.functional.rounding import rounding_of
 
@@ -63,7 +63,8 @@ class Samples:
         before = len(self.features)
         while before and self.labels[before - 1].numel() <= labels.numel() and features.numel() < _LARGE_PIECE:
             before -= 1
-            features = torch.cat([self.features[before], features])
+            with autocast_off(features.device):
+                features = torch.cat([self.features[before], features])
             labels = torch.cat([self.labels[before], labels])
         return Samples((*self.features[:before], features), (*self.labels[:before], labels))
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
-import torch
 from torchmetrics import Metric
 
 from nclightning.compat.torchmetrics import OpenMetric
+from nclightning.functional.linear import autocast_off
 
 __all__ = ["StreamingMetric", "without_autocast"]
 
@@ -21,7 +21,7 @@ APART = "_apart_"
 
 
 def without_autocast(method: Method) -> Method:
-    """Let a method of a metric compute in the dtype of its states: autocast would multiply float32 in half precision.
+    """Let a method of a metric compute in the dtype of its states, as :func:`autocast_off` does.
 
     Args:
         method: A method of a :class:`torchmetrics.Metric`.
@@ -32,9 +32,7 @@ def without_autocast(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(self: Metric, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(self.device.type):
-            return method(self, *args, **kwargs)  # To switch off what is off takes a quarter of an update's time.
-        with torch.autocast(self.device.type, enabled=False):
+        with autocast_off(self.device):
             return method(self, *args, **kwargs)
 
     return cast(Method, run)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ood_orthogonality
+from nclightning.functional.linear import autocast_off
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
@@ -172,7 +173,9 @@ class _Batches:
                         f"features of the layer {name!r} have {min(sizes)} numbers in one batch and {max(sizes)} in "
                         "another: leave it out of layers, or pass layer_pooling='mean' if they differ in positions."
                     )
-                self.update(name, torch.cat([h for h, _ in batches]), torch.cat([y for _, y in batches]))
+                with autocast_off(batches[0][0].device):
+                    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+                self.update(name, features, labels)
 
     def update(self, name: str, features: Tensor, labels: Tensor) -> None:
         raise NotImplementedError

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ExcessLoss
+from nclightning.functional.linear import autocast_off
 from nclightning.heads import Head
 from nclightning.metrics import NeuralCollapse
 from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
@@ -81,8 +82,7 @@ class OptimalityCollector:
         """Take in what waits."""
         if not self._waiting:
             return
-        # Autocast would multiply in half precision, and does not put some dtypes together.
-        with torch.autocast(self._waiting[0][0].device.type, enabled=False):
+        with autocast_off(self._waiting[0][0].device):
             features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._waiting, self._num_rows = [], 0
             if self._metric is not None:
@@ -110,7 +110,7 @@ class OptimalityCollector:
                 f"{left_out} labels were outside 0..{len(stats.counts) - 1}: map labels to these classes in batch_fn, "
                 "or leave such samples out of the loader."
             )
-        with torch.no_grad(), torch.autocast(self._head.weight.device.type, enabled=False):
+        with torch.no_grad(), autocast_off(self._head.weight.device):
             parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]
             excess = reduce(lambda one, other: one.merge(other, self._head), parts)
             return read_optimality(stats, excess, self._head, self._problem(stats))

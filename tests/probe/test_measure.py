@@ -379,6 +379,21 @@ def trained():
     return model
 
 
+def test_features_of_another_half_precision_than_that_of_autocast(generator):
+    """Under autocast torch joins no float16 with bfloat16 on: features are joined outside of it."""
+    model = Net().eval()
+    inputs, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % K
+    batches = [(inputs[i : i + 16], labels[i : i + 16]) for i in range(0, 60, 16)]
+    model.body.register_forward_hook(lambda layer, args, output: output.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, batches, measures=("nc1", "nc2_means"))
+        features = model.body(inputs)
+    assert features.dtype == torch.float16
+    expected = measure(features=features, labels=labels, measures=("nc1", "nc2_means"))
+    # Batches of another size are rounded otherwise, by eight bits.
+    assert dict(found) == pytest.approx(dict(expected), rel=1e-2)
+
+
 def fails(model, x):
     if len(x) < 7:
         raise RuntimeError("in the last batch")
