@@ -8,6 +8,14 @@ from nclightning.objective import Objective
 from nclightning.theory import Solution
 
 
+def linear_head(num_classes, dim, generator):
+    """A linear layer whose weight is drawn from a generator."""
+    layer = torch.nn.Linear(dim, num_classes)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(num_classes, dim, generator=generator))
+    return layer
+
+
 def objective_of(problem):
     return Objective(problem.loss, problem.lambda_w, problem.lambda_h)
 

@@ -214,15 +214,6 @@ class CollapseAtEpochs(SharingMonitor):
             self._online.remove()
         self._online = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self.remove_hooks()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        self.remove_hooks()
-        super().teardown(trainer, pl_module, stage)
-
 
 def _tagged(measured: Measured) -> dict[str, Tensor]:
     return {f"nc/{tag}": value for tag, value in measured.values.items()}

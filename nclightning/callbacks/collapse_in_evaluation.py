@@ -9,7 +9,7 @@ import lightning as L
 from nclightning.callbacks.first_step import FirstTrainingStep
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import evaluated_loaders, name_loaders
-from nclightning.callbacks.publishing import Publisher
+from nclightning.callbacks.publishing import HookingMonitor
 from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets
 from nclightning.probe.collectors import LayerStatistics, Measuring
@@ -20,7 +20,7 @@ from nclightning.probe.step_measurement import StepMeasurement
 __all__ = ["CollapseInEvaluation"]
 
 
-class CollapseInEvaluation(Publisher):
+class CollapseInEvaluation(HookingMonitor):
     """Measures the forwards that validation and test run anyway.
 
     Args:
@@ -102,14 +102,6 @@ class CollapseInEvaluation(Publisher):
         if self._steps is not None:
             self._steps.remove()
         self._steps = None
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        self.remove_hooks()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        self.remove_hooks()
 
 
 def _stage(trainer: L.Trainer) -> str:

@@ -107,11 +107,6 @@ class OptimalityAtEpochs(SharingMonitor):
         assert self._loss is not None
         return OptimalityGatherer(self._reader, self._loss, self._penalties)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def remove_hooks(self) -> None:
         """Leave no hook behind."""
         self._first.remove()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        self._first.remove()
-        super().teardown(trainer, pl_module, stage)

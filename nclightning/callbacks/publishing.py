@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Set
 from copy import deepcopy
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from nclightning.compat.lightning import present, present_logged, state_key_unchecked
 from nclightning.errors import UserError
 
-__all__ = ["Publisher", "as_metrics", "changed_settings"]
+__all__ = ["HookingMonitor", "Publisher", "as_metrics", "changed_settings"]
 
 
 class Publisher(L.Callback):
@@ -127,6 +128,22 @@ class Publisher(L.Callback):
         states, name = checkpoint.get("callbacks", {}), type(self).__qualname__
         if self.state_key not in states and name in states:
             self.load_state_dict(deepcopy(states[name]))
+
+
+class HookingMonitor(Publisher):
+    """Base of monitors that hook modules: no hook stays behind when a fit, a validation or a test ends."""
+
+    @abstractmethod
+    def remove_hooks(self) -> None:
+        """Leave no hook behind."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self.remove_hooks()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self.remove_hooks()
 
 
 def changed_settings(init: Callable[..., None], given: Mapping[str, Any], leave_out: Set[str]) -> dict[str, Any]:

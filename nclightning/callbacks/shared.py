@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import lightning as L
 
 from nclightning.callbacks.either import EitherMonitor
-from nclightning.callbacks.publishing import Publisher
+from nclightning.callbacks.publishing import HookingMonitor
 from nclightning.compat.twins import only_looks
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
@@ -22,7 +22,7 @@ __all__ = ["SharingMonitor"]
 AnyGatherer = TypeVar("AnyGatherer", bound=Gatherer)
 
 
-class SharingMonitor(Publisher):
+class SharingMonitor(HookingMonitor):
     """Base of monitors that make passes over training sets at ends of epochs.
 
     A pass is made for all of them whose turns follow each other. A callback of the user's that has its turn between two
@@ -94,7 +94,8 @@ class SharingMonitor(Publisher):
                 yield callback
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget what was gathered."""
+        """Leave no hook behind, and forget what was gathered."""
+        super().teardown(trainer, pl_module, stage)
         self._gathered = []
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import name_loaders
+from nclightning.callbacks.publishing import HookingMonitor
 from nclightning.probe.first_forward import FirstForward
 from nclightning.probe.step_measurement import StepMeasurement
 from nclightning.probe.sweep import TraceError
@@ -34,12 +35,12 @@ class OnError:
         return self._choice == "raise" or isinstance(error, TraceError)
 
     @contextmanager
-    def guard(self, callback: L.Callback) -> Iterator[None]:
+    def guard(self, callback: HookingMonitor) -> Iterator[None]:
         """Turn errors inside into a warning where the user asked for that, and leave no hook of the callback behind."""
         try:
             yield
         except Exception as error:
-            callback.remove_hooks()  # type: ignore[attr-defined]
+            callback.remove_hooks()
             if self.raises(error):
                 raise
             rank_zero_warn(f"no reading of neural collapse: {error}")

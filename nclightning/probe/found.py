@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -148,8 +148,3 @@ class Found:
             "and does not any more: something that starts without effect, such as an adapter of zeros, comes "
             f"between. {repairs}"
         )
-
-    def with_like(self, like: str) -> Found:
-        """Ask for a closer link."""
-        assert self.link is not None
-        return replace(self, link=self.link._replace(like=like))  # type: ignore[arg-type]

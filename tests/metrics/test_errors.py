@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from nclightning.functional import class_statistics
 from nclightning.metrics import NearestClassCentre, NeuralCollapse, Optimality
 from nclightning.theory import UFMProblem
+from tests.helpers import linear_head
 
 K, D = 3, 4
 # Two processes with the same states, as torchmetrics sees them.
@@ -24,10 +24,7 @@ def batch(generator):
 
 @pytest.fixture
 def head(generator):
-    layer = nn.Linear(D, K)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(K, D, generator=generator))
-    return layer
+    return linear_head(K, D, generator)
 
 
 def metrics(batch, head, **kwargs):

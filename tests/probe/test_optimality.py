@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
 from nclightning.functional import class_statistics
 from nclightning.heads import read_head
 from nclightning.metrics import Optimality
 from nclightning.probe.optimality import OptimalityCollector
 from nclightning.theory import UFMProblem
+from tests.helpers import linear_head
 
 K, N, D = 4, 1500, 6
 PENALTIES = 1e-3, 1e-4
@@ -16,10 +16,7 @@ PENALTIES = 1e-3, 1e-4
 
 @pytest.fixture
 def head(generator):
-    layer = nn.Linear(D, K)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(K, D, generator=generator))
-    return layer
+    return linear_head(K, D, generator)
 
 
 @pytest.fixture
