@@ -22,6 +22,7 @@ FLOORS = {
     "heads": 0,
     "ranks": 0,
     "theory": 0,
+    "problems": 0,
     "functional": 0,
     "optim": 1,
     "metrics": 1,
@@ -51,6 +52,7 @@ FLOORS = {
 # Pairs that share no code although their floors would allow it.
 STRANGERS = {
     ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
+    ("problems", "functional"), ("functional", "problems"), ("problems", "objective"),
     ("callbacks", "models"), ("callbacks", "data"),
 }  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -104,7 +106,18 @@ def test_files_fit_in_one_sitting(path):
 
 @pytest.mark.parametrize(
     "unit",
-    ["objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"],
+    [
+        "objective",
+        "theory",
+        "problems",
+        "functional",
+        "optim",
+        "metrics",
+        "probe.measuring",
+        "files",
+        "interrupts",
+        "figures",
+    ],
 )
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
@@ -153,7 +166,7 @@ def test_only_the_objective_scales_a_penalty():
     found = {
         str(path.relative_to(PACKAGE)): len(set(scaled_penalties(path.read_text())))
         for path in FILES
-        if unit_of(path) not in ("objective", "theory")
+        if unit_of(path) not in ("objective", "theory", "problems")
     }
     assert {path: count for path, count in found.items() if count} == dict([SINGLE_LAMBDA])
 

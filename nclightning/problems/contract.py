@@ -11,6 +11,8 @@ from torch import Tensor
 from nclightning.problems.optimal_set import Solution
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nclightning.problems.problem import Problem
 
 __all__ = ["assert_problem_contract"]
@@ -45,8 +47,9 @@ def assert_problem_contract(problem: Problem, *, starts: int = 3, seed: int = 0)
         _check_descent(view)
     for _ in range(_POINTS):
         _check_gap(view)
-        _check_distance(view)
         _check_bound(view)
+    for _ in range(2):
+        _check_distance(view)
     modes = _check_spectrum(view)
     _check_near(view, modes)
     _check_contraction(view, modes)
@@ -67,7 +70,9 @@ class _View:
         self.problem, self.generator = problem, generator
         self.labels = problem.labels()
         self.optimum = problem.random_optimum(generator)
-        self.parts = [part for part in (self.optimum.weight, self.optimum.features, self.optimum.bias) if part is not None]
+        self.parts = [
+            part for part in (self.optimum.weight, self.optimum.features, self.optimum.bias) if part is not None
+        ]
         self.size = sum(part.numel() for part in self.parts)
         self.minimum = problem.optimal_value
 
@@ -126,7 +131,7 @@ def _check_descent(view: _View) -> None:
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call, arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
     excess = float(view.value(x.detach())) - view.minimum
     assert excess <= 1e-10, f"a descent ended {excess:.3g} above optimal_value"
     assert excess >= -1e-13 * max(1.0, view.minimum), f"a descent went {-excess:.3g} below optimal_value"
@@ -151,38 +156,47 @@ def _check_distance(view: _View) -> None:
     if not problem.optimal_set.optimum.rank:
         return
     best = math.inf
-    for flip in (1, -1, 1, -1):
-        size = problem.feature_dim, problem.optimal_set.optimum.rank
-        x = torch.randn(size, dtype=torch.float64, generator=view.generator)
-        if size[0] == size[1]:  # One start for each determinant.
-            x[0] *= flip * torch.linalg.det(x).sign()
-        x.requires_grad_()
-        optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    for start in _frames(problem.feature_dim, problem.optimal_set.optimum.rank, view.generator):
+        turns = max(start.shape)
+        x = torch.zeros(turns, turns, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_change=1e-13, line_search_fn="strong_wolfe")
 
-        def closure(x: Tensor = x, optimizer: torch.optim.LBFGS = optimizer) -> Tensor:
+        def squared_at(x: Tensor, start: Tensor = start) -> Tensor:
+            turn = torch.linalg.matrix_exp(x - x.T)
+            return _squared_distance(view, point, turn @ start if len(start) == len(turn) else start @ turn)
+
+        def closure(
+            x: Tensor = x, optimizer: torch.optim.LBFGS = optimizer, squared_at: Callable[[Tensor], Tensor] = squared_at
+        ) -> Tensor:
             optimizer.zero_grad()
-            squared = _squared_distance(view, point, x)
+            squared = squared_at(x)
             squared.backward()  # type: ignore[no-untyped-call]
             return squared
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call, arg-type]
-        best = min(best, math.sqrt(float(_squared_distance(view, point, x.detach()))))
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        best = min(best, math.sqrt(float(squared_at(x.detach()))))
     off = abs(best - distance)
     assert off <= 1e-7 * distance, f"the distance is {distance!r}, a search over rotations found {best!r}"
 
 
-def _squared_distance(view: _View, point: Solution, frame: Tensor) -> Tensor:
-    """That to the member of a frame, made orthonormal by QR, whose sizes come from the optimum by definition."""
+def _frames(feature_dim: int, rank: int, generator: torch.Generator) -> list[Tensor]:
+    """Random matrices ``(d, r)`` with orthonormal columns, or rows; square ones of either determinant."""
+    found = []
+    for flip in (1, -1):
+        q = torch.linalg.qr(torch.randn([max(feature_dim, rank)] * 2, dtype=torch.float64, generator=generator))[0]
+        q[0] *= flip * torch.linalg.det(q).sign()
+        found.append(q[:feature_dim, :rank])
+    return found
+
+
+def _squared_distance(view: _View, point: Solution, rotation: Tensor) -> Tensor:
+    """That to the member of a frame, by definition."""
     optimal = view.problem.optimal_set
-    tall = frame if frame.shape[0] >= frame.shape[1] else frame.T
-    q, triangle = torch.linalg.qr(tall)
-    rotation = q * triangle.diagonal().sign()
-    rotation = rotation if frame.shape[0] >= frame.shape[1] else rotation.T
     weight = optimal.weight_factor @ rotation.T
     present = view.problem.present
-    means = point.features.new_zeros(view.problem.num_groups, len(frame))
+    means = point.features.new_zeros(view.problem.num_groups, len(rotation))
     means[present] = optimal.feature_factor @ rotation.T
-    squared = (point.weight - weight).square().sum() + (point.features - means[view.labels]).square().sum()
+    squared: Tensor = (point.weight - weight).square().sum() + (point.features - means[view.labels]).square().sum()
     best = optimal.optimum.factors.bias
     if best is not None and point.bias is not None:
         off = point.bias - best
@@ -210,7 +224,9 @@ def _check_spectrum(view: _View) -> _Modes:
     hessian = torch.func.hessian(view.value)(flat)
     values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
     smoothness = float(values[-1])
-    assert float(values[0]) >= -1e-10 * smoothness, f"the Hessian at an optimum has the eigenvalue {float(values[0]):.3g}"
+    assert float(values[0]) >= -1e-10 * smoothness, (
+        f"the Hessian at an optimum has the eigenvalue {float(values[0]):.3g}"
+    )
     predicted = [each.value for each in problem.spectrum() for _ in range(each.multiplicity)]
     assert len(predicted) == view.size, f"the spectrum has {len(predicted)} eigenvalues for {view.size} variables"
     off = float((values - values.new_tensor(sorted(predicted))).abs().max())

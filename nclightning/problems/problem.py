@@ -76,8 +76,6 @@ class Problem:
         object.__setattr__(self, "counts", counts)
         check_arguments(self)
 
-    # Sizes.
-
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
@@ -117,8 +115,6 @@ class Problem:
         """Labels ``(N,)`` of the training set, group after group."""
         counts = torch.as_tensor(self.counts).to(device)
         return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
-
-    # The objective and its optimum.
 
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F in the dtype of the inputs; differentiable.
@@ -198,8 +194,6 @@ class Problem:
         """
         return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
 
-    # How far a point is from the optimum.
-
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
     ) -> Tensor:
@@ -271,8 +265,6 @@ class Problem:
         noise = torch.randn(size, dtype=torch.float64, device=device, generator=generator)
         return self._solution(*self.optimal_set.member(noise), self.labels(device))
 
-    # The same from moments.
-
     def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Bregman divergence of each sample's loss from the optimal logits of its group.
 
@@ -281,10 +273,7 @@ class Problem:
             labels: ``(B,)``.
 
         Returns:
-            Non-negative ``(B,)``; 0 at the optimal logits.
-
-        Raises:
-            NoAnswer: If the optimum is not known, or not unique because ``d < r``.
+            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
         """
         if self._is_cut:
             raise NoAnswer("divergence", f"with feature_dim={self.feature_dim} the optimal logits are not unique.")
@@ -319,8 +308,6 @@ class Problem:
     ) -> Tensor:
         """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap."""
         return self.optimal_set.distance(self._present_only(admit_moments(self, weight, means, spread, bias)))
-
-    # The landscape around the optimum.
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set.
@@ -357,13 +344,10 @@ class Problem:
     def answers(self) -> dict[str, str | NoAnswer]:
         """List how each question is answered.
 
-        Returns:
-            By question ``"closed form"``, ``"numerical"`` (to round-off, with a certificate), ``"bound"``, or the
-            :class:`NoAnswer` that asking raises.
+        By question it is ``"closed form"``, ``"numerical"`` (to round-off, with a certificate), ``"bound"``, or the
+        :class:`NoAnswer` that asking raises.
         """
         return answers(self)
-
-    # Inside.
 
     @cached_property
     def present(self) -> Tensor:
@@ -373,7 +357,13 @@ class Problem:
     @cached_property
     def _groups(self) -> Groups:
         present = self.present
-        return Groups(self.loss, torch.as_tensor(self.targets)[present], torch.as_tensor(self.counts)[present].double(), self.strength, self.lambda_b)
+        return Groups(
+            self.loss,
+            torch.as_tensor(self.targets)[present],
+            torch.as_tensor(self.counts)[present].double(),
+            self.strength,
+            self.lambda_b,
+        )
 
     @property
     def _is_cut(self) -> bool:

@@ -42,9 +42,9 @@ def mse_with_penalized_bias(
     r"""Squared error on one-hot targets with a penalized bias.
 
     For balanced classes the optimal logits of class k are :math:`s (e_k - 1/K) + t/K + \beta` with
-    :math:`q = \sqrt{n\lambda_W\lambda_H}`, :math:`s = (1 - Kq)_+`, :math:`t = (1 - Kq (1 + 1/\lambda_b))_+` and the bias
-    :math:`\beta = q/\lambda_b` if t is positive, else :math:`1/(K(1 + \lambda_b))`: between the simplex ETF of a free
-    bias and the orthogonal frame without one. Source: 2606.00344. Other counts have no formula.
+    :math:`q = \sqrt{n\lambda_W\lambda_H}`, :math:`s = (1 - Kq)_+`, :math:`t = (1 - Kq (1 + 1/\lambda_b))_+`, and the
+    bias :math:`\beta = q/\lambda_b` if t is positive, else :math:`1/(K(1 + \lambda_b))`: between the simplex ETF of a
+    free bias and the orthogonal frame without one. Source: 2606.00344. Other counts have no formula.
 
     Args:
         counts: Samples of each class.
