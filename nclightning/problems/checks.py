@@ -25,7 +25,8 @@ def table(
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
-    rows = torch.as_tensor(targets).detach().to("cpu", torch.float64)
+    # Numbers of Python are read in full, which torch's default dtype would not do.
+    rows = torch.as_tensor(targets, dtype=torch.float64).detach().cpu()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
     numbers = torch.as_tensor(counts).detach().cpu()

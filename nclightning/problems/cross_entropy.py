@@ -47,6 +47,13 @@ class CrossEntropy(Loss):
     class_weights: Sequence[float] | Tensor | None = None
     shift_invariant = True
 
+    def __post_init__(self) -> None:
+        for name in ("offset", "class_weights"):
+            given = getattr(self, name)
+            if given is not None:
+                # Numbers of Python are read in full, which torch's default dtype would not do.
+                object.__setattr__(self, name, torch.as_tensor(given, dtype=torch.float64))
+
     def check_targets(self, targets: Tensor) -> None:
         """Rows must be distributions, and there must be as many classes as offsets and weights."""
         off = (targets.sum(dim=1) - 1).abs()
@@ -67,9 +74,16 @@ class CrossEntropy(Loss):
         return -(self._weighted(targets) * torch.log_softmax(self._adjusted(logits), dim=1)).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target, for each class with its weight."""
+        """Return the probabilities minus the target, for each class with its weight.
+
+        Rows sum to zero. Of the class with the largest target the sum of the others is taken: where its probability is
+        close to 1, the difference would keep few digits.
+        """
         weighted = self._weighted(targets)
-        return weighted.sum(dim=1, keepdim=True) * torch.softmax(self._adjusted(logits), dim=1) - weighted
+        rest = weighted.sum(dim=1, keepdim=True) * torch.softmax(self._adjusted(logits), dim=1) - weighted
+        index = targets.argmax(dim=1, keepdim=True)
+        rest = rest.scatter(1, index, 0.0)
+        return rest.scatter(1, index, -rest.sum(dim=1, keepdim=True))
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p) - p p^T``."""

@@ -29,7 +29,9 @@ __all__ = ["solve"]
 _RANK = 1e-10
 # Multipliers may exceed the strength by this part before the rank is raised.
 _EXCESS = 1e-9
-_HISTORY, _LBFGS_STEPS, _NEWTON_STEPS, _CG_STEPS = 20, 3000, 30, 3000
+_HISTORY, _LBFGS_STEPS, _NEWTON_STEPS, _CG_STEPS = 20, 3000, 60, 3000
+# Newton steps without a gradient below half of the least.
+_PATIENCE = 10
 
 
 class _Point(NamedTuple):
@@ -152,13 +154,14 @@ def _start(groups: Groups, bias: Tensor | None, generator: torch.Generator) -> _
 def _lbfgs(objective: _Factored, start: Tensor) -> Tensor:
     x = start.clone().requires_grad_()
     scale = float(start.norm()) / math.sqrt(len(start))
-    # Every iteration needs one evaluation but for the rare ones whose first step is refused.
+    # Below its rounding the value tells nothing; the Newton steps go by gradients alone.
+    rounding = 2 * torch.finfo(start.dtype).eps * abs(objective.at(start).value)
     optimizer = torch.optim.LBFGS(
         [x],
         max_iter=_LBFGS_STEPS,
         max_eval=2 * _LBFGS_STEPS,
         tolerance_grad=1e-6 * scale,
-        tolerance_change=1e-14 * scale,
+        tolerance_change=max(1e-14 * scale, rounding),
         history_size=_HISTORY,
         line_search_fn="strong_wolfe",
     )
@@ -173,26 +176,33 @@ def _lbfgs(objective: _Factored, start: Tensor) -> Tensor:
 
 
 def _newton(objective: _Factored, start: Tensor) -> Tensor:
-    """Newton steps until the gradient does not fall any more; a step that does not help ends them."""
+    """Newton steps; the point with the least gradient.
+
+    Close to a threshold a factor w that vanishes has a gradient like w^3, and a step of its own size moves the gradient
+    of the others like w^2, which the next step corrects. So the gradient may grow for a while.
+    """
     state = objective.at(start)
     x, size = start, float(state.gradient.norm())
+    best, least, waiting = x, size, 0
     for _ in range(_NEWTON_STEPS):
-        rounding = 1e-16 * float(x.norm())
-        if size <= rounding:
+        norm = float(x.norm())
+        rounding = 1e-16 * norm
+        if least <= rounding or waiting > (2 if least < 1e-13 * norm else _PATIENCE):
             break
-        goal = max(min(0.1, math.sqrt(size / float(x.norm()))) * size, 2 * rounding)
+        goal = max(min(0.1, math.sqrt(size / norm)) * size, 2 * rounding)
         step = _conjugate_gradients(partial(objective.product, state), -objective.across(state), goal)
-        for halving in range(6):
+        # Of a step that is out of all proportion only a part is taken.
+        longest = max(size, math.sqrt(size * norm))
+        for halving in range(20):
             trial = x + 0.5**halving * step
             after = objective.at(trial)
-            if float(after.gradient.norm()) < size:
+            if float(after.gradient.norm()) <= longest:
                 break
         else:
             break
-        x, state, before, size = trial, after, size, float(after.gradient.norm())
-        if size > 0.5 * before and before < 1e-12 * float(x.norm()):
-            break
-    return x
+        x, state, size = trial, after, float(after.gradient.norm())
+        best, least, waiting = (x, size, 0) if size < 0.5 * least else (best, least, waiting + 1)
+    return best
 
 
 def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor, goal: float) -> Tensor:

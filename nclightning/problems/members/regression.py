@@ -44,7 +44,7 @@ def regression(
         >>> torch.allclose(optimum.weight @ optimum.weight.T, regression_gram(problem))
         True
     """
-    rows = torch.as_tensor(targets)
+    rows = torch.as_tensor(targets, dtype=torch.float64)
     return Problem(SquaredError(), rows, [1] * len(rows), feature_dim, lambda_w, lambda_h, bias)
 
 

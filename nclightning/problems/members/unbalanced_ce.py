@@ -88,7 +88,7 @@ def weighted_ce(
             raise UserError("class_weights='inverse' needs samples of every class: give the weights as numbers.")
         weights = 1 / numbers
     else:
-        weights = torch.as_tensor(class_weights).double()
+        weights = torch.as_tensor(class_weights, dtype=torch.float64)
         if weights.shape != numbers.shape:
             raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {len(weights)}.")
     loss = CrossEntropy(class_weights=weights * numbers.sum() / (numbers * weights).sum())
