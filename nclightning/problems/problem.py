@@ -58,7 +58,7 @@ class Problem:
         >>> bool(problem.gap(*optimum) < 1e-25)
         True
         >>> round(problem.optimal_value, 6)
-        0.239137
+        0.137515
     """
 
     loss: Loss

@@ -154,14 +154,15 @@ def _start(groups: Groups, bias: Tensor | None, generator: torch.Generator) -> _
 def _lbfgs(objective: _Factored, start: Tensor) -> Tensor:
     x = start.clone().requires_grad_()
     scale = float(start.norm()) / math.sqrt(len(start))
-    # Below its rounding the value tells nothing; the Newton steps go by gradients alone.
-    rounding = 2 * torch.finfo(start.dtype).eps * abs(objective.at(start).value)
+    # When the value hardly changes, torch's optimizer, which takes no curvature from products of step and change below
+    # 1e-10, has become steepest descent: the Newton steps take over.
+    least_change = 1e-10 * abs(objective.at(start).value)
     optimizer = torch.optim.LBFGS(
         [x],
         max_iter=_LBFGS_STEPS,
         max_eval=2 * _LBFGS_STEPS,
         tolerance_grad=1e-6 * scale,
-        tolerance_change=max(1e-14 * scale, rounding),
+        tolerance_change=max(1e-14 * scale, least_change),
         history_size=_HISTORY,
         line_search_fn="strong_wolfe",
     )
@@ -209,7 +210,7 @@ def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor, goa
     """Solve until the residual has the norm ``goal``; at negative curvature the step so far is returned."""
     x, residual = torch.zeros_like(right), right.clone()
     direction, square = residual.clone(), float(residual.square().sum())
-    for _ in range(_CG_STEPS):
+    for _ in range(min(_CG_STEPS, 20 * len(right))):
         image = product(direction)
         curvature = float(direction @ image)
         if curvature <= 0:

@@ -65,7 +65,7 @@ def balanced_ce(
 
     Example:
         >>> round(balanced_ce(10, 10, 20, lambda_w=5e-3, lambda_h=5e-4).optimal_value, 6)
-        0.283796
+        0.282396
     """
     counts = balanced(num_classes, samples_per_class)
     return Problem(CrossEntropy(), one_hot(num_classes), counts, feature_dim, lambda_w, lambda_h, bias)

@@ -41,7 +41,7 @@ def unbalanced_ce(
         The problem.
 
     Example:
-        >>> problem = unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.002)
+        >>> problem = unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.01)
         >>> problem.optimum.rank  # The two minorities share one feature.
         2
     """
