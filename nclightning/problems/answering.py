@@ -34,6 +34,6 @@ def answers(problem: Problem) -> dict[str, str | NoAnswer]:
         "distance": try_to(lambda: problem.optimal_set.optimum.method),
         "spectrum": spectrum,
         "rates": spectrum,
-        "threshold": "closed form" if has_formula else "numerical",
+        "threshold": try_to(lambda: ("closed form" if has_formula else "numerical") if problem.threshold >= 0 else ""),
         "certified_lower_bound": "bound",
     }

@@ -26,10 +26,10 @@ def table(
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
     # Numbers of Python are read in full, which torch's default dtype would not do.
-    rows = torch.as_tensor(targets, dtype=torch.float64).detach().cpu()
+    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
-    numbers = torch.as_tensor(counts).detach().cpu()
+    numbers = torch.as_tensor(counts, device="cpu").detach()
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
             f"counts must hold a number for each of the {len(rows)} rows of targets, got the shape "

@@ -47,6 +47,11 @@ class CrossEntropy(Loss):
     class_weights: Sequence[float] | Tensor | None = None
     shift_invariant = True
 
+    @property
+    def exchangeable(self) -> bool:  # type: ignore[override]
+        """Without offset and weights."""
+        return self.offset is None and self.class_weights is None
+
     def __post_init__(self) -> None:
         for name in ("offset", "class_weights"):
             given = getattr(self, name)
@@ -63,6 +68,8 @@ class CrossEntropy(Loss):
                 f"sum {float(targets.sum(dim=1)[off.argmax()]):.6g} and a smallest entry of {float(targets.min()):.6g}."
             )
         classes = targets.shape[1]
+        if classes < 2:
+            raise UserError("targets must have at least two columns for cross-entropy, got 1.")
         for name, given in (("offset", self.offset), ("class_weights", self.class_weights)):
             if given is not None and tuple(torch.as_tensor(given).shape) != (classes,):
                 raise UserError(f"{name} must hold a number for each of the {classes} classes, got {given!r}.")
@@ -126,6 +133,11 @@ class CrossEntropy(Loss):
     def _weighted(self, targets: Tensor) -> Tensor:
         return targets if self.class_weights is None else targets * torch.as_tensor(self.class_weights).to(targets)
 
+    def unattained(self, targets: Tensor) -> str | None:
+        """A class without samples has a logit that falls for ever."""
+        absent = torch.nonzero(targets.sum(dim=0) == 0).flatten().tolist()
+        return f"class {absent[0]} has no samples, and its bias falls without bound" if absent else None
+
     def closed_form(self, groups: Groups) -> Factors | None:
         r"""Simplex ETF for balanced classes, with hard or smoothed labels.
 
@@ -155,6 +167,14 @@ class BinaryCrossEntropy(Loss):
 
     ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
     """
+
+    exchangeable = True
+
+    def unattained(self, targets: Tensor) -> str | None:
+        """A label that every sample has, or none, is the bias's alone."""
+        extreme = (targets == 0).all(dim=0) | (targets == 1).all(dim=0)
+        labels = torch.nonzero(extreme).flatten().tolist()
+        return f"all or no samples have label {labels[0]}, and its bias grows without bound" if labels else None
 
     def check_targets(self, targets: Tensor) -> None:
         """Targets must lie in [0, 1]."""

@@ -37,10 +37,13 @@ class Loss:
             :meth:`dual_value`.
         shift_invariant: Whether adding one number to all logits of a row changes nothing. A free bias is then
             determined only up to a shift.
+        exchangeable: Whether permuting the classes of logits and target together changes nothing. It lets the spectrum
+            of balanced classes be found for many classes.
     """
 
     lower_bound: float = 0.0
     shift_invariant: bool = False
+    exchangeable: bool = False
 
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Evaluate the loss of each row.
@@ -114,6 +117,10 @@ class Loss:
         A sum that is zero already changes nothing. The rows stay in the domain of :meth:`dual_value`.
         """
         return dual - (shares.unsqueeze(1) * dual).sum(dim=0) / shares.sum()
+
+    def unattained(self, targets: Tensor) -> str | None:
+        """Say why a free bias grows without bound for these targets, one clause; None if it does not, the default."""
+        return None
 
     def closed_form(self, groups: Groups) -> Factors | None:
         """Optimum of the problem of the groups if a formula is known for it; None otherwise, the default."""

@@ -99,6 +99,7 @@ class Optimum:
 
 def multipliers_at_zero(groups: Groups) -> tuple[Tensor, Tensor | None]:
     """Multipliers ``(M, K)`` at logits zero and the best bias, and that bias."""
+    _check_bias(groups)
     zero = torch.zeros_like(groups.targets)
     bias = None if groups.lambda_b is None else groups.best_bias(zero, torch.zeros_like(zero[0]))
     return groups.multipliers(zero if bias is None else zero + bias), bias
@@ -117,6 +118,7 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
     Raises:
         NoAnswer: If the certificate is worse.
     """
+    _check_bias(groups)
     factors, method = groups.loss.closed_form(groups), "closed form"
     if factors is None:
         merged, index = _merged(groups)
@@ -133,6 +135,12 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
             f"{tolerance:.1g} times the value. Raise tolerance to take it.",
         )
     return Optimum(groups, factors, method, gap)  # type: ignore[arg-type]
+
+
+def _check_bias(groups: Groups) -> None:
+    reason = groups.loss.unattained(groups.targets) if groups.lambda_b == 0 else None
+    if reason is not None:
+        raise NoAnswer("optimum", f"F has no minimum with a free bias: {reason}. Penalize the bias, or take none.")
 
 
 def _solved(groups: Groups) -> Factors:

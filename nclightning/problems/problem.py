@@ -141,7 +141,9 @@ class Problem:
     @cached_property
     def convex_optimum(self) -> Optimum:
         """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
-        return find_optimum(self._groups, self.tolerance)
+        # It is kept, and what is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return find_optimum(self._groups, self.tolerance)
 
     @property
     def optimum(self) -> Optimum:

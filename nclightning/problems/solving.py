@@ -30,6 +30,8 @@ _RANK = 1e-10
 # Multipliers may exceed the strength by this part before the rank is raised.
 _EXCESS = 1e-9
 _HISTORY, _LBFGS_STEPS, _NEWTON_STEPS, _CG_STEPS = 20, 3000, 60, 3000
+# Change of the value, relative to it, at which descent ends; gradient, relative to the point, that tells a solution.
+_LEAST_CHANGE, _GRADIENT = 1e-10, 1e-9
 # Newton steps without a gradient below half of the least.
 _PATIENCE = 10
 
@@ -127,15 +129,17 @@ def solve(groups: Groups, bias_at_zero: Tensor | None, seed: int = 0) -> Factors
     """
     objective = _Factored(groups)
     start = _start(groups, bias_at_zero, torch.Generator().manual_seed(seed))
-    flat = _lbfgs(objective, start.flat())
-    for _ in range(4):
-        factors = _decompose(objective.split(flat))
-        narrow = _newton(objective, _balanced(factors).flat())
+    flat = _descend(objective, start.flat(), _LEAST_CHANGE)
+    for attempt in range(1, 5):
+        narrow, least = _newton(objective, _balanced(_decompose(objective.split(flat))).flat())
         factors = _decompose(objective.split(narrow))
+        if least > _GRADIENT * float(narrow.norm()):  # The start was too far away.
+            flat = _descend(objective, flat, _LEAST_CHANGE * 1e-2**attempt)
+            continue
         missing = _missing_direction(groups, factors)
         if missing is None:
             break
-        flat = _lbfgs(objective, _widened(factors, missing).flat())
+        flat = _descend(objective, _widened(factors, missing).flat(), _LEAST_CHANGE)
     return factors
 
 
@@ -147,22 +151,35 @@ def _start(groups: Groups, bias: Tensor | None, generator: torch.Generator) -> _
     # Where the loss is locally a multiple of the squared error this is the optimum, up to a factor.
     size = (groups.num_samples * groups.strength * (singular - 1).clamp(min=0)).sqrt()
     noise = 0.01 * float(size.max()) / math.sqrt(len(size))
-    draw = [noise * torch.randn(s.shape, dtype=s.dtype, generator=generator).to(s) for s in (right.T, left)]
+    draw = [noise * torch.randn(s.shape, dtype=s.dtype, device="cpu", generator=generator) for s in (right.T, left)]
     return _Point(right.T * size + draw[0], left * size + draw[1], bias)
 
 
-def _lbfgs(objective: _Factored, start: Tensor) -> Tensor:
+def _descend(objective: _Factored, start: Tensor, least_change: float) -> Tensor:
+    """L-BFGS, begun again until that gains nothing.
+
+    When the value hardly changes, torch's optimizer, which takes no curvature from products of step and change below
+    1e-10, has become steepest descent: it ends at changes of ``least_change`` times the value, and the Newton steps
+    take over.
+    """
+    x, value = start, objective.at(start).value
+    for _ in range(20):
+        before, x = value, _lbfgs(objective, x, least_change * abs(value))
+        value = objective.at(x).value
+        if before - value <= 1e4 * least_change * abs(value):
+            break
+    return x
+
+
+def _lbfgs(objective: _Factored, start: Tensor, least_change: float) -> Tensor:
     x = start.clone().requires_grad_()
     scale = float(start.norm()) / math.sqrt(len(start))
-    # When the value hardly changes, torch's optimizer, which takes no curvature from products of step and change below
-    # 1e-10, has become steepest descent: the Newton steps take over.
-    least_change = 1e-10 * abs(objective.at(start).value)
     optimizer = torch.optim.LBFGS(
         [x],
         max_iter=_LBFGS_STEPS,
         max_eval=2 * _LBFGS_STEPS,
         tolerance_grad=1e-6 * scale,
-        tolerance_change=max(1e-14 * scale, least_change),
+        tolerance_change=least_change,
         history_size=_HISTORY,
         line_search_fn="strong_wolfe",
     )
@@ -176,8 +193,8 @@ def _lbfgs(objective: _Factored, start: Tensor) -> Tensor:
     return x.detach()
 
 
-def _newton(objective: _Factored, start: Tensor) -> Tensor:
-    """Newton steps; the point with the least gradient.
+def _newton(objective: _Factored, start: Tensor) -> tuple[Tensor, float]:
+    """Newton steps; the point with the least gradient, and its norm.
 
     Close to a threshold a factor w that vanishes has a gradient like w^3, and a step of its own size moves the gradient
     of the others like w^2, which the next step corrects. So the gradient may grow for a while.
@@ -203,7 +220,7 @@ def _newton(objective: _Factored, start: Tensor) -> Tensor:
             break
         x, state, size = trial, after, float(after.gradient.norm())
         best, least, waiting = (x, size, 0) if size < 0.5 * least else (best, least, waiting + 1)
-    return best
+    return best, least
 
 
 def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor, goal: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nclightning.problems.answers import NoAnswer
+from nclightning.problems.symmetry import is_symmetric, symmetric_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +57,7 @@ def spectrum(optimal: OptimalSet) -> tuple[Eigenvalue, ...]:
     outputs = 0 if groups.lambda_b is None else groups.targets.shape[1]
     width = min(optimum.rank, optimal.feature_dim)
     size = sum(groups.targets.shape) * width + outputs
-    if size > _LARGEST_MATRIX:
+    if size > _LARGEST_MATRIX and not is_symmetric(optimal):
         raise NoAnswer(
             "spectrum",
             f"its dense part has {size} rows, more than {_LARGEST_MATRIX}: take a smaller problem with the same shape.",
@@ -78,8 +79,10 @@ def _within(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
     total = int(extra.sum())
     yield Eigenvalue(lambda_h, total * (optimal.feature_dim - width), "within groups, orthogonal")
     if total and width:
-        logits = groups.logits(features @ weight.T, optimal.optimum.factors.bias)
-        hessian = groups.loss.hessian(logits, groups.targets)
+        logits, targets = groups.logits(features @ weight.T, optimal.optimum.factors.bias), groups.targets
+        if is_symmetric(optimal):  # All groups are alike.
+            logits, targets, extra = logits[:1], targets[:1], extra.sum().unsqueeze(0)
+        hessian = groups.loss.hessian(logits, targets)
         values = torch.linalg.eigvalsh(weight.T @ hessian @ weight) / groups.num_samples + lambda_h
         for row, count in zip(values.tolist(), extra.tolist(), strict=True):
             for value in row:
@@ -109,17 +112,19 @@ def _orthogonal(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
 
 
 def _in_range(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
-    matrix = _range_matrix(optimal, width)
-    if not len(matrix):
-        return
-    values = torch.linalg.eigvalsh(matrix)
     zeros = optimal.dimension - (optimal.feature_dim - width) * width
     zeros += optimal.optimum.groups.shift_is_free
-    order = values.abs().argsort()
     sector = "in range" if width else "bias"
+    if is_symmetric(optimal):
+        pairs = symmetric_values(optimal)
+    else:
+        pairs = [(value, 1) for value in torch.linalg.eigvalsh(_range_matrix(optimal, width)).tolist()]
     yield Eigenvalue(0.0, zeros, sector)
-    for value in values[order[zeros:]].tolist():
-        yield Eigenvalue(value, 1, sector)
+    for value, multiplicity in sorted(pairs, key=lambda pair: abs(pair[0])):
+        # The least are the zeros, up to rounding.
+        left = max(0, multiplicity - zeros)
+        zeros -= multiplicity - left
+        yield Eigenvalue(value, left, sector)
 
 
 def _range_matrix(optimal: OptimalSet, width: int) -> Tensor:

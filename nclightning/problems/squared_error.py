@@ -17,6 +17,8 @@ _ROUNDINGS = 16
 class SquaredError(Loss):
     r"""Half the squared distance of logits and target, :math:`\frac12\|z - y\|^2`, any real targets."""
 
+    exchangeable = True
+
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Evaluate the loss of each row."""
         return (logits - targets).square().sum(dim=1) / 2

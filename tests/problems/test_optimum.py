@@ -213,15 +213,31 @@ def test_few_features():
         balanced_mse(5, 2, 2, 0.01, 0.01).divergence(torch.zeros(1, 5), torch.zeros(1, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (unbalanced_ce([3, 0, 2], 3, 0.01, 0.01, "free"), "class 1 has no samples"),
+        (multi_label_bce([[1, 0], [1, 1]], [2, 2], 3, 0.01, 0.01, "free"), "all or no samples have label 0"),
+    ],
+)
+def test_no_minimum_with_a_free_bias(problem, words):
+    for ask in ("optimal_value", "threshold"):
+        with pytest.raises(NoAnswer, match=f"F has no minimum with a free bias: {words}.*Penalize"):
+            getattr(problem, ask)
+    assert isinstance(problem.answers()["threshold"], NoAnswer)
+    penalized = dataclasses.replace(problem, bias=1e-3)
+    assert float(penalized.gap(*penalized.random_optimum())) < 1e-26
+
+
 def test_more_outputs_than_groups_and_fewer():
     for targets in (torch.eye(5)[:2], torch.tensor(LABELS, dtype=torch.float64)[:, :2]):
-        for loss in (SquaredError(), BinaryCrossEntropy()):
-            problem = Problem(loss, targets, [3] * len(targets), 4, 0.01, 0.02, "free")
+        for loss, bias in ((SquaredError(), "free"), (BinaryCrossEntropy(), "none")):
+            problem = Problem(loss, targets, [3] * len(targets), 4, 0.01, 0.02, bias)
             optimum = problem.random_optimum()
             assert float(problem.gap(*optimum)) < 1e-26
-            assert sum(e.multiplicity for e in problem.spectrum()) == sum(
-                t.numel() for t in (*optimum[:2], optimum.bias)
-            )
+            variables = sum(t.numel() for t in (optimum.weight, optimum.features))
+            variables += 0 if optimum.bias is None else optimum.bias.numel()
+            assert sum(e.multiplicity for e in problem.spectrum()) == variables
 
 
 def test_weights_are_averaged_as_torch_averages(generator):
@@ -243,7 +259,7 @@ def test_the_head_of_regression():
 
 
 def test_no_optimum_above_the_tolerance(monkeypatch):
-    monkeypatch.setattr("nclightning.problems.solving._LBFGS_STEPS", 1)
+    monkeypatch.setattr("nclightning.problems.solving._lbfgs", lambda objective, start, least_change: start)
     monkeypatch.setattr("nclightning.problems.solving._NEWTON_STEPS", 0)
     problem = unbalanced_ce([9, 4, 1], 3, 0.01, 0.01)
     with pytest.raises(NoAnswer, match=r"certified gap of .*, above the tolerance of 1e-10 .*Raise tolerance"):
@@ -281,6 +297,7 @@ def test_the_bound_from_predictions_of_many_batches(generator):
             lambda: Problem(CrossEntropy(offset=[1.0]), EYE, [1, 1, 1], 3, 0.1, 0.1),
             "offset must hold a number for each",
         ),
+        (lambda: Problem(CrossEntropy(), [[1.0]], [1], 3, 0.1, 0.1), "at least two columns"),
         (lambda: Problem(BinaryCrossEntropy(), [[2.0]], [1], 3, 0.1, 0.1), "between 0 and 1.*2"),
         (lambda: balanced_ce(1, 3, 3, 0.1, 0.1), "num_classes must be an integer of at least 2, got 1"),
         (lambda: label_smoothing([1, 1], 1.0, 3, 0.1, 0.1), "smoothing must be from 0 to below 1, got 1.0"),
