@@ -25,6 +25,7 @@ from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat import accelerate, hparams, parsers, progress, tensorboard, torchmetrics, twins
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
+from nclightning.compat import transformers as hf_names
 from tests.trainers import quiet_trainer
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -901,5 +902,45 @@ def test_what_accelerate_has_made_of_a_loader_is_found_again():
     assert accelerate.is_seedable_random(origin.batch_sampler.sampler)
     assert not accelerate.is_seedable_random(DataLoader(data, shuffle=True).sampler)
     assert accelerate.num_real_samples(made) == 6
-    assert accelerate.origin_of(loader) == (loader, data, loader.batch_sampler, loader.sampler, 1, "")
+    assert accelerate.origin_of(loader) == accelerate.Origin(loader, data, loader.batch_sampler, loader.sampler, 1, "")
     assert accelerate.origin_of([1]) == ([1], None, None, None, 1, "")
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_a_callback_finds_the_trainer_that_calls_it(tmp_path):
+    """As hooks of a run do in tests/integrations/test_huggingface.py; here the names that they stand on."""
+    transformers = pytest.importorskip("transformers")
+    found = {}
+
+    class Looks(transformers.TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):
+            found["at init"] = hf_names.calling(transformers.Trainer)
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            found["prefix"] = hf_names.prefix_of(metrics, "unknown")
+
+    class Prepares(transformers.Trainer):
+        def _prepare_inputs(self, inputs):
+            return {**super()._prepare_inputs(inputs), "more": 1}
+
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Prepares(Scaled(), args, callbacks=[Looks()])
+    trainer.remove_callback(transformers.PrinterCallback)
+    assert found["at init"] is trainer
+    assert hf_names.calling(transformers.Trainer) is None
+    assert hf_names.prepared_inputs(trainer, {"x": 1}) == {"x": 1, "more": 1}
+    assert not hf_names.shares_batches(trainer)
+    assert {trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()} == {1}
+    trainer.evaluate([{"x": 1.0, "labels": 1.0}], metric_key_prefix="other_set")
+    assert found["prefix"] == "other_set"
+    assert hf_names.prefix_of({"loss": 1}, "unknown") == "unknown"
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, x, labels, more=0):
+        return {"loss": ((x * self.weight - labels) ** 2).mean()}

@@ -38,6 +38,7 @@ FLOORS = {
     "resuming": 6,
     "saved_config": 6,
     "callbacks": 6,
+    "integrations": 6,
     "figures": 7,
     "reproduction": 8,
     "summaries": 8,
