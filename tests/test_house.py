@@ -53,6 +53,7 @@ FLOORS = {
 STRANGERS = {
     ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
     ("callbacks", "models"), ("callbacks", "data"),
+    *(("integrations", other) for other in ("callbacks", "loggers", "data", "models")),
 }  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
@@ -105,7 +106,18 @@ def test_files_fit_in_one_sitting(path):
 
 @pytest.mark.parametrize(
     "unit",
-    ["objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"],
+    [
+        "objective",
+        "theory",
+        "functional",
+        "optim",
+        "metrics",
+        "probe.measuring",
+        "files",
+        "interrupts",
+        "figures",
+        "integrations.trained",
+    ],
 )
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
