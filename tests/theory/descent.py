@@ -4,8 +4,6 @@ Plain arrays and the formulas as they are printed: nothing of the package. Where
 than float64, curves end earlier.
 """
 
-import math
-
 import numpy as np
 
 EPS = float(np.finfo(np.longdouble).eps)
@@ -43,7 +41,7 @@ class Descent:
                 self.b = self.b - self.step * residual.sum(axis=0)
 
     def read(self, count, each):
-        """Read ``count`` iterates, ``each`` steps apart, all at once: arrays are small, and calls are what takes time."""
+        """Read ``count`` iterates, ``each`` steps apart, all at once: a call takes longer than its small arrays."""
         heads, features = [], []
         for _ in range(count):
             heads.append(self.W)
