@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.compat import accelerate, hparams, parsers, progress, tensorboard, torchmetrics, twins
+from nclightning.compat import accelerate, fabric, hparams, parsers, progress, tensorboard, torchmetrics, twins
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
 from nclightning.compat import transformers as hf_names
@@ -154,6 +154,29 @@ class Doubling(names.OwnEntries):
 
     def change_loaded(self, entries, prefix):
         return entries | {f"{prefix}value": entries[f"{prefix}value"] / 2}
+
+
+def test_the_store_of_processes_keeps_what_they_write(group):
+    store = names.default_store()
+    store.set("nclightning/test", "here")
+    assert store.check(["nclightning/test"])
+    assert store.add("nclightning/count", 1) == store.add("nclightning/count", 0) == 1
+    store.delete_key("nclightning/test")
+    assert store.timeout
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true"])
+def test_what_fabric_wraps_is_had_back(precision):
+    model, loader = nn.Linear(2, 2), DataLoader(TensorDataset(torch.zeros(2, 2)))
+    made = L.Fabric(accelerator="cpu", devices=1, precision=precision)
+    wrapped, batches = made.setup(model), made.setup_dataloaders(loader)
+    assert fabric.loader_of_fabric(batches).dataset is loader.dataset
+    assert fabric.loader_of_fabric(loader) is loader
+    assert wrapped.module is model
+    assert fabric.precision_of_fabric(model) is None
+    with fabric.precision_of_fabric(wrapped).forward_context():
+        inputs = fabric.precision_of_fabric(wrapped).convert_input(torch.ones(1, 2))
+        assert torch.equal(model(inputs).float(), wrapped(torch.ones(1, 2)).float())
 
 
 @pytest.mark.parametrize("copied", [False, True])

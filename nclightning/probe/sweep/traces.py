@@ -36,11 +36,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
     reshard(module)  # The memory of gathered weights may be given up on the way.
     try:
         with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
+            torch.clear_autocast_cache()  # Copies of weights in lower precision, of before they changed.
             for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
                 child.training = False
             yield
             reshard(module)  # Else its shards would be put back into the places of whole weights.
     finally:
+        torch.clear_autocast_cache()  # Copies that were made without gradients are not for training.
         for child, training in modes:
             child.training = training
 
