@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from nclightning.compat.accelerate import origin_of
 from nclightning.compat.fabric import loader_of_fabric, precision_of_fabric
 from nclightning.compat.torch import COMPILED_PREFIX, uncompiled
 from nclightning.errors import UserError, UserTypeError
@@ -171,7 +172,8 @@ def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
                 "pass a DataLoader, a list, or another iterable that begins anew."
             )
         return _AsItIs(data)
-    if isinstance(data, DataLoader) and type(data).__iter__ is not DataLoader.__iter__:
+    inner = origin_of(data).loader
+    if isinstance(inner, DataLoader) and type(inner).__iter__ is not DataLoader.__iter__:
         return _AsItIs(data)  # What it yields cannot be had from its data set.
     batches: Iterable[Any] = data
     return batches
