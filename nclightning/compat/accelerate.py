@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset
 
-__all__ = ["Origin", "is_seedable_random", "num_real_samples", "origin_of"]
+__all__ = ["is_seedable_random", "num_real_samples", "origin_of"]
 
 _LOADERS = "accelerate.data_loader"
 _STREAM_SHARDS = (_LOADERS, "transformers.trainer_pt_utils")
