@@ -89,9 +89,14 @@ def images(count, seed=0):
     return Rows([{"pixel_values": means[i % CLASSES] + noise[i], "labels": i % CLASSES} for i in range(count)])
 
 
-def pad(rows):
+def pad_all(rows):
+    """Make a batch as long as any."""
+    return pad(rows, 8)
+
+
+def pad(rows, longest=0):
     """Make a batch, as DataCollatorWithPadding does."""
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(longest, *(len(row["input_ids"]) for row in rows))
 
     def padded(values, with_what):
         return torch.tensor([[*each, *[with_what] * (longest - len(each))] for each in values])
