@@ -10,6 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from nclightning import measure
+from tests.trainers import forget_accelerator
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RECIPES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "digits")
@@ -26,6 +27,7 @@ def recipe(monkeypatch, tmp_path):
         return importlib.import_module(name).main(["--epochs", "1", *arguments])
 
     yield run
+    forget_accelerator()
     for name in (*RECIPES, "digits"):
         sys.modules.pop(name, None)
 
@@ -93,6 +95,15 @@ def test_fabric_in_mixed_precision(recipe):
     (found,) = recipe("fabric_loop")
     assert found.num_samples == 1437
     assert 0 < found["nc1"] < 2
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_trainer_of_hugging_face(recipe):
+    trainer = recipe("hf_trainer")
+    collate = importlib.import_module("hf_trainer").as_mapping
+    found = measure(trainer.model, DataLoader(digits(), batch_size=64, collate_fn=collate))
+    (row,) = [row for row in trainer.state.log_history if "nc/nc1" in row]
+    assert {name: row[f"nc/{name}"] for name in found} == pytest.approx(dict(found), **EXACT)
 
 
 def test_accelerate(recipe):
