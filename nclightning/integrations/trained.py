@@ -33,7 +33,7 @@ class TransformersHost:
                 "NeuralCollapseCallback cannot run a model whose layers or sequences are split over processes, or "
                 "whose weights DeepSpeed's ZeRO-3 shards: measure a checkpoint with nclightning.measure(model, data)."
             )
-        self._trainer, self.module = trainer, unwrapped(checked_model(trainer.model, None), head)
+        self._trainer, self.module = trainer, unwrapped(checked_model(trainer.model, None), head).module
         self.device: torch.device = trainer.args.device
         self.rank: int = trainer.args.process_index
         self.world_size: int = trainer.args.world_size
