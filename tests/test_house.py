@@ -107,7 +107,10 @@ def test_files_fit_in_one_sitting(path):
 
 @pytest.mark.parametrize(
     "unit",
-    ["objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"],
+    [
+        *("objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"),
+        "series.command",
+    ],
 )
 def test_lower_floors_do_not_load_lightning(unit):
     # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.

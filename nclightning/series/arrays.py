@@ -60,7 +60,7 @@ def array_sources(paths: Sequence[Path], settings: ArraysSettings) -> list[Array
     """
     for path in (*paths, *settings.files):
         check_file(path)
-    steps = [step_in_name(path) for path in paths]
+    steps = [step_in_name(path, alone=len(paths) == 1) for path in paths]
     if len(paths) > 1 and None in steps:
         unnamed = paths[steps.index(None)]
         raise UserError(

@@ -183,7 +183,7 @@ class Training:
         attach_as_in_a_fit(trainer, module, datamodule)
         if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
             datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-        return _Built(module, _sets(trainer, module, data), datamodule)
+        return _Built(module, _sets(trainer, module, data, self.options.stages), datamodule)
 
     def _has(self, part: str) -> bool:
         return self._paths[part] is not None or self.config.get(part) is not None
@@ -214,9 +214,9 @@ class Training:
         if "class_path" in section:
             return named(f"{where}: {part}.class_path", str(section["class_path"]))
         raise UserError(
-            f"the class of the {part} is not known: "
-            + (f"{where} has no {part}.class_path. " if self._config_path else "")
-            + f"Give {option} module:Class"
+            f"the class of the {part} is not known"
+            + (f", {where} has no {part}.class_path" if self._config_path else "")
+            + f": give {option} module:Class"
             + (", or a --config with its class_path." if self._config_path is None else ".")
         )
 
@@ -343,12 +343,14 @@ def _plain(name: str) -> str:
 # The loaders.
 
 
-def _sets(trainer: Any, module: Any, data: Any) -> dict[str, list[tuple[str, DataSet]]]:
+def _sets(trainer: Any, module: Any, data: Any, stages: Sequence[str]) -> dict[str, list[tuple[str, DataSet]]]:
     """Find the loaders of each stage, held to as many batches as training and validation."""
     if data is None or hasattr(data, "train_dataloader"):
         owner = module if data is None else data
-        loaders = {stage: _loaders(owner, f"{stage}_dataloader") for stage in ("train", "val")}
-        if loaders["train"] is None and loaders["val"] is None:
+        if "test" in stages:
+            owner.setup("test")
+        loaders = {stage: _loaders(owner, f"{stage}_dataloader") for stage in ("train", *stages)}
+        if all(each is None for each in loaders.values()):
             raise UserError(
                 "the data are not known: give --data module:Class of a data module, or module:function that returns "
                 "loaders, or a --config with a section data."

@@ -76,7 +76,7 @@ def made(kind: Any, arguments: Mapping[str, Any], where: str) -> Any:
 
 
 def _without_group(error: UserError) -> UserError:
-    return UserError(re.sub(r"\bobject\.", "", str(error)))
+    return UserError(re.sub(r"\b(?:object|init_args)\.", "", str(error)))
 
 
 def called(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:

@@ -64,6 +64,8 @@ def measure_files(words: Sequence[str]) -> None:
     given = _parser().parse_args(words)
     if given.jobs < 1 or any(each is not None and each < 1 for each in (given.limit, given.batch_size)):
         raise UserError("--jobs, --limit and --batch_size must be at least 1.")
+    if not given.out.strip():
+        raise UserError("--out needs a folder.")
     place = place_of(paths_of(given.paths))
     _check_options(given, place)
     settings = {name: value for name, value in vars(given).items() if name not in _WITHOUT_EFFECT and value is not None}
@@ -90,7 +92,7 @@ def _parser() -> ArgumentParser:
     what.add_argument("--head", metavar="NAME", help="the last layer, where it is not found")
     what.add_argument("--layers", nargs="+", metavar="NAME", help="further layers")
     what.add_argument("--layer_pooling", choices=("mean", "flatten"))
-    what.add_argument("--stages", nargs="+", choices=("train", "val", "test"), help="default: all that the data have")
+    what.add_argument("--stages", nargs="+", choices=("train", "val", "test"), help="default: train val")
     what.add_argument("--limit", type=int, metavar="N", help="batches of each set")
     arrays = parser.add_argument_group("saved features: .npz, .pt, .safetensors, .npy")
     for role in NAMES:

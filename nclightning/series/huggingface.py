@@ -184,10 +184,12 @@ class ModelSource:
         """Load the model and measure it."""
         torch.manual_seed(self._options.seed)
         model = self._load().to(self._options.device)
-        sets = {}
-        for stage, data in self._data.load().items():
-            if stage in self._options.stages:
-                sets[stage] = [("", DataSet(self._loader(model, data)))]
+        loaded = self._data.load()
+        sets = {
+            stage: [("", DataSet(self._loader(model, loaded[stage])))]
+            for stage in ("train", *self._options.stages)
+            if stage in loaded
+        }
         try:
             return values_of(PlainHost(model), sets, self._options)
         except UserError as error:
@@ -198,6 +200,7 @@ class ModelSource:
                 "text": transformers.AutoModelForSequenceClassification}[self._task]  # fmt: skip
         verbosity = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity(50)  # What is missing is said below.
+        datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model, info = kind.from_pretrained(

@@ -21,7 +21,7 @@ from nclightning.files import check_checkpoint
 __all__ = ["check_file", "content_of", "load_arrays", "load_torch", "paths_of", "weights_of"]
 
 _BLOCK, _BLOCKS = 2**20, 16
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|Unsupported (?:class|global|operand)[^\w]*([\w.]+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def paths_of(words: Iterable[str]) -> list[Path]:
@@ -113,16 +113,15 @@ def load_torch(path: Path, weights_only: bool, checked: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=archive)
     except pickle.UnpicklingError as error:
-        found = _GLOBAL.search(str(error)) if weights_only and "eights only load failed" in str(error) else None
-        if found is None:
+        found = _GLOBAL.search(str(error))
+        if not weights_only or "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
             raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
         raise UserError(
-            f"{path} holds an object of {found[1] or found[2]}, and unpickling objects can run any code: it was loaded "
-            "with weights_only=True, which refuses them. Give --weights_only false if you trust where it comes from."
+            f"{path} holds an object{f' of {found[1]}' if found else ''}, and unpickling objects can run any code: it was "
+            "loaded with weights_only=True, which refuses them. Give --weights_only false if you trust where it comes from."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged, or torch.save did not write it ({said}).") from error
+        raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
 
 
 def load_arrays(path: Path, weights_only: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,9 @@ def run_series(
             task = progress.add_task("measuring", total=len(ordered), completed=len(ordered) - len(waiting), at="")
             for source, values in _measured(waiting, processes, threads):
                 store.add(source, values)
+                if unknown := [tag for tag, value in values.items() if math.isnan(value)]:
+                    more = f" and {len(unknown) - 1} others are" if len(unknown) > 1 else " is"
+                    said.print(f"{source.name}: {unknown[0]}{more} nan.", highlight=False, soft_wrap=True, markup=False)
                 progress.update(task, advance=1, at=f"step {source.step}")
         draw_series(store.folder, store.picture)
         _show(store)

@@ -71,18 +71,20 @@ def in_order(sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
 
 
 _AFTER_STEP = re.compile(r"(?:step|iter|iteration|it|global_step)[=_\-]?(\d+)", re.IGNORECASE)
+_ALONE = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z])")
 _NUMBER = re.compile(r"\d+")
 
 
-def step_in_name(path: Path) -> int | None:
-    """Return the step that a name says: the number after ``step`` or ``iter``, else its last number.
+def step_in_name(path: Path, alone: bool = False) -> int | None:
+    """Return the step that a name says: the number after ``step`` or ``iter``, else the last that stands alone.
 
     Args:
         path: Of a file or folder.
+        alone: Whether a number behind letters, as in ``float16``, is none; else it is taken where no other is.
 
     Returns:
         None without a number.
     """
     stem = path.name if path.is_dir() else path.stem
-    found = _AFTER_STEP.findall(stem) or _NUMBER.findall(stem)
+    found = _AFTER_STEP.findall(stem) or _ALONE.findall(stem) or ([] if alone else _NUMBER.findall(stem))
     return int(found[-1]) if found else None
