@@ -309,7 +309,10 @@ def _load_weights(module: Any, checkpoint: dict[str, Any], key: str, name: str) 
     Raises:
         ValueError: If they are those of another model.
     """
-    module.on_load_checkpoint(checkpoint)
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     state = _renamed(checkpoint[key], module.state_dict())
     try:
         found = module.load_state_dict(state, strict=False)

@@ -114,11 +114,11 @@ def load_torch(path: Path, weights_only: bool, checked: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=archive)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
-        if not weights_only or "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
+        if not weights_only or found is None:
             raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
         raise UserError(
-            f"{path} holds an object{f' of {found[1]}' if found else ''}, and unpickling objects can run any code: it was "
-            "loaded with weights_only=True, which refuses them. Give --weights_only false if you trust where it comes from."
+            f"{path} holds an object of {found[1]}, and unpickling objects can run any code: it was loaded with "
+            "weights_only=True, which refuses them. Give --weights_only false if you trust where it comes from."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{path} is damaged, or torch.save did not write it.") from error

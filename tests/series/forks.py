@@ -8,7 +8,7 @@ from nclightning.files import observers
 
 
 class Killer:
-    """Kills its process at the n-th operation that fits.
+    """Kills its process behind the n-th operation that fits. Nothing happens on the disk from there to the next one.
 
     Args:
         number: From 1 on.
@@ -20,7 +20,7 @@ class Killer:
         self.left, self.name, self.file = number, name, file
 
     def __call__(self, operation):
-        if self.name in ("", operation.name) and self.file in ("", operation.path.name):
+        if operation.done and self.name in ("", operation.name) and self.file in ("", operation.path.name):
             self.left -= 1
             if not self.left:
                 os.kill(os.getpid(), signal.SIGKILL)
