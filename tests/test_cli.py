@@ -17,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning.cli import main, shipped_configs
+from tests.faults import runs
 
 QUIET = ["--trainer.enable_progress_bar", "false"]
 RUN = Path("lightning_logs/version_0")
@@ -331,30 +332,39 @@ class KillAt(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
+def curves(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+LONG = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "1500"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fit(*LONG)
+    return folder / RUN
+
+
 @pytest.mark.parametrize(("iteration", "saving"), [(501, False), (1237, False), (1000, True)], ids=str)
-def test_a_killed_run_resumes_bit_for_bit(iteration, saving):
+def test_a_killed_run_resumes_bit_for_bit(iteration, saving, whole, tmp_path):
     """SIGKILL among the iterations after a checkpoint, and while a later one is being made."""
-    options = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "2000"]
-    fit(*options)
-    whole = RUN
-    killed = Path("lightning_logs/version_1")
     kill = ["--trainer.callbacks+", f"{__name__}.KillAt", "--trainer.callbacks.iteration", str(iteration)]
-    with run_in_background(*options, *kill, "--trainer.callbacks.saving", str(saving).lower()) as process:
-        output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
-    assert 0 < checkpoint(killed)["global_step"] <= iteration
-    fit(*options, "--ckpt_path", str(killed / "checkpoints" / "last.ckpt"))
-    assert (killed / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
-    one, other = checkpoint(whole), checkpoint(killed)
-    assert one["global_step"] == other["global_step"] == 2000
+    words = ["fit", "--config", "ufm_mse", *QUIET, *LONG, *kill, "--trainer.callbacks.saving", str(saving).lower()]
+    ending = runs.run(words, tmp_path)
+    assert ending.status == -signal.SIGKILL, ending.errors
+    assert 0 < checkpoint()["global_step"] <= iteration
+    fit(*LONG, "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    assert (RUN / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
+    one, other = checkpoint(whole), checkpoint()
+    assert one["global_step"] == other["global_step"] == 1500
     assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
-    curves = []
-    for run in (whole, killed):
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        events.Reload()
-        curves.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
-    assert curves[0] == curves[1]
+    assert curves(whole) == curves(RUN)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.compat import hparams, parsers, progress, tensorboard, torchmetrics, twins
+from nclightning.compat import accelerate, fabric, hparams, parsers, progress, tensorboard, torchmetrics, twins
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
 from tests.trainers import quiet_trainer
@@ -153,6 +153,29 @@ class Doubling(names.OwnEntries):
 
     def change_loaded(self, entries, prefix):
         return entries | {f"{prefix}value": entries[f"{prefix}value"] / 2}
+
+
+def test_the_store_of_processes_keeps_what_they_write(group):
+    store = names.default_store()
+    store.set("nclightning/test", "here")
+    assert store.check(["nclightning/test"])
+    assert store.add("nclightning/count", 1) == store.add("nclightning/count", 0) == 1
+    store.delete_key("nclightning/test")
+    assert store.timeout
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true"])
+def test_what_fabric_wraps_is_had_back(precision):
+    model, loader = nn.Linear(2, 2), DataLoader(TensorDataset(torch.zeros(2, 2)))
+    made = L.Fabric(accelerator="cpu", devices=1, precision=precision)
+    wrapped, batches = made.setup(model), made.setup_dataloaders(loader)
+    assert fabric.loader_of_fabric(batches).dataset is loader.dataset
+    assert fabric.loader_of_fabric(loader) is loader
+    assert wrapped.module is model
+    assert fabric.precision_of_fabric(model) is None
+    with fabric.precision_of_fabric(wrapped).forward_context():
+        inputs = fabric.precision_of_fabric(wrapped).convert_input(torch.ones(1, 2))
+        assert torch.equal(model(inputs).float(), wrapped(torch.ones(1, 2)).float())
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -881,3 +904,25 @@ def test_groups_of_a_parser_are_the_sections_of_a_configuration():
     parser.add_class_arguments(Sum, "metric")
     parser.add_argument("--alone")
     assert list(parsers.groups_of(parser)) == ["metric"]
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerate
+
+
+def test_what_accelerate_has_made_of_a_loader_is_found_again():
+    """What each part yields is compared in tests/probe/sweep/test_prepared_loaders.py."""
+    library = pytest.importorskip("accelerate.data_loader")
+    data = TensorDataset(torch.arange(10))
+    loader = DataLoader(data, 2, shuffle=True)
+    options = {"num_processes": 2, "process_index": 0, "put_on_device": False}
+    made = library.prepare_data_loader(loader, **options, use_seedable_sampler=True)
+    origin = accelerate.origin_of(library.skip_first_batches(made, 1))
+    assert type(origin.loader) is DataLoader
+    assert origin.dataset is data
+    assert origin.batch_sampler is loader.batch_sampler
+    assert origin.per_step == 2
+    assert accelerate.is_seedable_random(origin.batch_sampler.sampler)
+    assert not accelerate.is_seedable_random(DataLoader(data, shuffle=True).sampler)
+    assert accelerate.num_real_samples(made) == 6
+    assert accelerate.origin_of(loader) == (loader, data, loader.batch_sampler, loader.sampler, 1, "")
+    assert accelerate.origin_of([1]) == ([1], None, None, None, 1, "")

@@ -322,8 +322,8 @@ class FeatureHooks:
         if "" not in kept:
             raise UserError(
                 "the head did not run here, so there are no features. If the step makes its logits in another way "
-                "than forward does, pass head= the layer that it runs; if the model is compiled, hooks are not seen: "
-                "use source='sweep' and stages=('train',)."
+                "than forward does, pass head= the layer that it runs; if the model is compiled, or a copy of it runs, "
+                "hooks are not seen: use source='sweep' and stages=('train',), or Probe.read."
             )
         return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
 

@@ -57,6 +57,9 @@ class StepMeasurement:
             decisions and NC5 need; None leaves both out.
         online: Whether this is a pass of training, whose weights change on the way: its features are read with the
             head as it is at the end. Else features and head are of the same weights.
+
+    Attributes:
+        statistics: What :meth:`read` evaluated, by the name of the loader.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class StepMeasurement:
     ) -> None:
         self._reader, self._measuring = reader, measuring
         self._ood, self._training_statistics, self._online = ood, training_statistics, online
+        self.statistics: dict[str, LayerStatistics] = {}
         self._loaders: dict[str, _OfLoader] = {}
         self._failure: Exception | None = None
         # What decides: class means and head, and fingerprints of the weights that they are of.
@@ -88,6 +92,11 @@ class StepMeasurement:
     def hooked(self) -> bool:
         """Whether the model is hooked, or need not be any more."""
         return self._hooked or self._failure is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has not run on the batch for which it was hooked."""
+        return self._watch is not None and self._watch.is_idle
 
     def hook(self, host: Host, batch: Any, name: str = "", first: FirstForward | None = None) -> None:
         """Hook the model before its first batch, and get ready for each.
@@ -121,8 +130,8 @@ class StepMeasurement:
         compiled = self._reader.is_compiled(module)
         if compiled and self._online:
             raise UserError(
-                "source='online' needs the features of training's own forwards, which a compiled model does not show "
-                "to hooks: use source='sweep', which runs it uncompiled."
+                "source='online' and Probe.online need the features of training's own forwards, which a compiled model "
+                "does not show to hooks: use source='sweep' or Probe.read, which run it uncompiled."
             )
         self._hooked = True
         if not compiled:
@@ -218,7 +227,7 @@ class StepMeasurement:
         reshard(host.module)  # The head in its own precision, not in that of the last forward.
         values: dict[str, Tensor] = {}
         for name, (statistics, decisions, _) in self._loaders.items():
-            stats = statistics.statistics()
+            stats = self.statistics[name] = statistics.statistics()
             if name in self._ood:
                 read = {} if self._class_means is None else {"nc5": orthogonality(self._class_means[""], stats[""])}
             else:

@@ -153,7 +153,9 @@ class Watch:
             alike = [leaf for leaf in self._leaves if leaf.shape == tensor.shape and leaf.device == tensor.device]
             self._matches = "maybe" if alike else "no"
             if alike and self._online:
-                self._other = torch.stack([(tensor.detach() != leaf).any() for leaf in alike]).all()
+                # In the step it may come in lower precision.
+                rounded = (leaf.to(tensor.dtype) for leaf in alike)
+                self._other = torch.stack([(tensor.detach() != leaf).any() for leaf in rounded]).all()
         else:
             self._matches = "no"
 
@@ -191,6 +193,11 @@ class Watch:
                 chosen = link.chosen(part, made)
                 self._hooks.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
         self._misses = misses if self._misses is None else self._misses | misses
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has not run since the last batch began."""
+        return self._matches == "unseen" and not self._hooks.runs
 
     def take(self, output: Any = None, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the features of a batch by name.
@@ -240,10 +247,11 @@ class Watch:
         name, title = self._found.reader.name, type(self._module).__name__
         if self._online:
             return UserError(
-                f"source='online' pairs features with labels by their places in the batch, and the training step runs "
-                f"{title} on something else than the inputs of the batch, which may be mixed, in another order or of "
-                f"other samples. Use source='sweep'; or change batches in on_after_batch_transfer and not in the step; "
-                "or pass batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
+                "source='online' and Probe.online pair features with labels by their places in the batch, and the "
+                f"training step runs {title} on something else than the inputs of the batch, which may be mixed, in "
+                "another order or of other samples. Use source='sweep' or Probe.read; or change batches before the "
+                "step, in on_after_batch_transfer or as epoch.batches((change(x), y) for x, y in loader); or pass "
+                "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
             )
         return UserError(
             f"the head {name!r} of {title} ran in a validation or test step on other samples than those of the batch, "

@@ -34,10 +34,14 @@ def frozen(module: nn.Module) -> Iterator[None]:
         TraceError: If the module changed in a way that cannot be put back.
     """
     reshard(module)  # The memory of gathered weights may be given up on the way.
-    with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
-        with evaluating(module):
-            yield
-        reshard(module)  # Else its shards would be put back into the places of whole weights.
+    try:
+        with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
+            torch.clear_autocast_cache()  # Copies of weights in lower precision, of before they changed.
+            with evaluating(module):
+                yield
+            reshard(module)  # Else its shards would be put back into the places of whole weights.
+    finally:
+        torch.clear_autocast_cache()  # Copies that were made without gradients are not for training.
 
 
 @contextmanager
