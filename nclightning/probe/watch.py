@@ -222,7 +222,7 @@ class Watch:
             self._differs = self._other if self._differs is None else self._differs | self._other
         kept = self._hooks.take()
         self._forget()
-        if labels is not None and labels.ndim and len(labels) != len(kept[""]):
+        if labels is not None and labels.shape[:1] not in ((), kept[""].shape[:1]):
             raise self._refusal()
         return kept
 

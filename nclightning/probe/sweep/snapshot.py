@@ -62,7 +62,7 @@ def remembered(module: nn.Module) -> Iterator[None]:
         raise TraceError(
             f"a forward of {type(module).__name__} changes {name!r}, and {why}, so that training would go on from "
             "another state than without the measurement: pass forward_fn=(module, inputs) -> output that runs the "
-            "model without this change, or read the forwards of training alone by source='online'."
+            "model without this change, or measure training's own forwards, by source='online' or Probe.online."
         )
 
 
