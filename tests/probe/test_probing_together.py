@@ -16,7 +16,9 @@ from nclightning import Probe, measure, ranks
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat.torch import default_store
 from tests.probe.test_probing import EXACT, Wrapped, X, Y, loader, made, sgd, states, step
-from tests.trainers import quiet_trainer
+from tests.trainers import forget_accelerator, quiet_trainer
+
+accelerate = pytest.importorskip("accelerate")
 
 ODD = 25  # A distributed sampler shows one sample twice.
 SET = TensorDataset(X[:ODD].double(), Y[:ODD])
@@ -204,3 +206,65 @@ def test_fabric_reads_what_the_monitor_reads(precision, tmp_path):
         features=torch.cat(rows[: len(labels)]).to(head.weight.dtype), labels=torch.cat(labels), weight=head.weight
     )
     assert dict(epoch.measurement) == pytest.approx(dict(right), **EXACT)
+
+
+# accelerate.
+
+
+def accelerated(precision, results):
+    warnings.simplefilter("ignore")
+    forget_accelerator()  # A fork has that of its parent.
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    model = made().to(torch.float32)
+    rows, labels, indices = [], [], []
+    samples = TensorDataset(X[:ODD], Y[:ODD], torch.arange(ODD))
+    parallel, optimizer, data = accelerator.prepare(model, sgd(model), DataLoader(samples, batch_size=4, shuffle=True))
+    probe = Probe(parallel, batch_fn=lambda batch: batch[:2])
+    before = states(model)
+    found = probe.read(data)
+    results["untouched", accelerator.process_index] = states(model) == before
+    if accelerator.is_main_process:
+        results["alone"] = dict(probe.read(data, alone=True))
+    handle = model.out.register_forward_pre_hook(lambda layer, args: rows.append(args[0].detach().double().clone()))
+    with probe.online() as epoch:
+        for x, y, index in epoch.batches(data):
+            rows[len(labels) :] = []
+            optimizer.zero_grad()
+            accelerator.backward(nn.functional.cross_entropy(parallel(x), y))
+            optimizer.step()
+            labels.append(y)
+            indices.append(index)
+    handle.remove()
+    results[accelerator.process_index] = dict(found), dict(epoch.measurement), epoch.measurement.num_samples
+    own = [torch.cat(each) for each in (rows[: len(labels)], labels, indices)]
+    results["rows", accelerator.process_index] = (
+        own,
+        model.out.weight.detach().double(),
+        model.out.bias.detach().double(),
+    )
+    accelerator.end_training()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_processes_of_accelerate(precision):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        accelerate.debug_launcher(accelerated, (precision, results), num_processes=2)
+        results = dict(results)
+    parts, weight, bias = [results["rows", i][0] for i in range(2)], *results["rows", 0][1:]
+    # In the order of the epoch, in which what is repeated comes last.
+    turns = [zip(*(torch.split(each, 4) for each in part), strict=True) for part in parts]
+    batches = [batch for turn in zip(*turns, strict=True) for batch in turn]
+    rows, labels, indices = (torch.cat(each)[:ODD] for each in zip(*batches, strict=True))
+    assert sorted(indices.tolist()) == list(range(ODD))
+    expected = measure(features=rows, labels=labels, weight=weight, bias=bias)
+    model = made().to(torch.float32)
+    loader = DataLoader(TensorDataset(X[:ODD], Y[:ODD]), batch_size=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        right = measure(model, loader)
+    for rank in range(2):
+        found, measured, count = results[rank]
+        assert results["untouched", rank]
+        assert found == pytest.approx(dict(right), rel=1e-5)
+        assert (measured, count) == (pytest.approx(dict(expected), **EXACT), ODD)
+    assert results["alone"] == pytest.approx(dict(right), **EXACT)
