@@ -526,6 +526,36 @@ def test_a_trainer_shows_that_it_validates_and_goes_on_training(tmp_path):
     assert seen == [(False, True, True), (True, False, True)]
 
 
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_module_is_attached_as_a_fit_attaches_it(package):
+    package, done = pytest.importorskip(package), []
+
+    class Module(package.LightningModule):
+        def prepare_data(self):
+            done.append("prepare_data")
+
+        def setup(self, stage):
+            done.append(f"setup {stage}")
+
+        def configure_model(self):
+            self.layer = nn.Linear(2, 2)
+
+    class Data(package.LightningDataModule):
+        def setup(self, stage):
+            done.append(f"data {stage}")
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch + 1
+
+    module, data = Module(), Data()
+    trainer = package.Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
+    pl_names.attach_as_in_a_fit(trainer, module, data)
+    assert done == ["prepare_data", "data fit", "setup fit"]
+    assert (data.trainer, module.trainer, trainer.validating) == (trainer, trainer, True)
+    assert module.layer.weight.dtype == torch.float64
+    assert pl_names.prepare_batch(module, 1) == 2
+
+
 class Twin(L.Callback):
     @pl_names.state_key_unchecked
     def state_dict(self):

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nclightning.arguments import check_cadences, check_choices
-from nclightning.compat.transformers import calling, prefix_of, prepared_inputs, shares_batches
-from nclightning.errors import UserError, UserTypeError
+from nclightning.compat.transformers import calling, prefix_of
+from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.integrations.trained import TransformersHost, check_task, labels_by_name
 from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import check_loader
-from nclightning.probe.features import split_batch
-from nclightning.probe.given import checked_model, names_of, plain_name, unwrapped
+from nclightning.probe.given import names_of, plain_name
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
 from nclightning.probe.sweep import (
     TraceError,
     compiled_parts,
-    eager,
     frozen,
     num_planned_batches,
     sequential_loader,
@@ -42,41 +41,6 @@ except ImportError:
 __all__ = ["NeuralCollapseCallback"]
 
 Stage = Literal["train", "eval", "test"]
-
-
-class TransformersHost:
-    """A model in its trainer, as measuring sees it.
-
-    Args:
-        trainer: The trainer.
-        head: The head that the user named.
-    """
-
-    def __init__(self, trainer: Any, head: Any = None) -> None:
-        if shares_batches(trainer):
-            raise UserError(
-                "NeuralCollapseCallback cannot run a model whose layers or sequences are split over processes, or "
-                "whose weights DeepSpeed's ZeRO-3 shards: measure a checkpoint with nclightning.measure(model, data)."
-            )
-        self._trainer, self.module = trainer, unwrapped(checked_model(trainer.model, None), head).module
-        self.device: torch.device = trainer.args.device
-        self.rank: int = trainer.args.process_index
-        self.world_size: int = trainer.args.world_size
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """Run the model frozen and uncompiled."""
-        with frozen(self.module), eager():
-            yield
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Run forwards in the precision of the trainer's steps; most often accelerate has put it into the model."""
-        context: AbstractContextManager[Any] = self._trainer.compute_loss_context_manager()
-        return context
-
-    def on_device(self, batch: Any) -> Any:
-        """Take a batch where a step takes it, and through what a subclass does there."""
-        return prepared_inputs(self._trainer, batch)
 
 
 class NeuralCollapseCallback(TrainerCallback):
@@ -324,32 +288,15 @@ class NeuralCollapseCallback(TrainerCallback):
                     f"the data is empty for process {host.rank} of {host.world_size}: each must have a sample."
                 )
             batch = host.on_device(batch)
-            batch_fn = self._batch_fn or self._by_label_name(trainer, batch)
+            batch_fn = self._batch_fn or labels_by_name(trainer, batch)
             names = tuple(plain_name(name, host.module) for name in self._layers)
             head = plain_name(self._head, host.module)
             reader = PairReader(head, names, self._pooling, batch_fn, self._forward_fn, self._ignore_index)
             if labelled and self._batch_fn is None:
-                _check_task(host.module, reader, batch)
+                check_task(host.module, reader, batch)
             reader.check_batch(host, batch, labelled=labelled)
             self._reader, self._sets = reader, SetReader(reader, self._measuring)
         return reader
-
-    def _by_label_name(self, trainer: Any, batch: Any) -> Callable[[Any], tuple[Any, Tensor]] | None:
-        """Return what takes the labels that the trainer takes, where their name alone does not tell."""
-        names = [name for name in trainer.label_names or () if isinstance(batch, Mapping) and name in batch]
-        if len(names) > 1:
-            raise UserError(
-                f"the trainer's label_names are {', '.join(names)}, and neural collapse has one label for each sample: "
-                "pass batch_fn=(batch) -> (inputs, labels) with the labels of one head."
-            )
-        if not names:
-            return None
-        try:
-            if split_batch(batch)[1] is batch[names[0]]:
-                return None
-        except UserError:
-            pass
-        return _TakeLabels(names[0])
 
     def _check_order(self, trainer: Any) -> None:
         """Refuse an early stopping that would look for values before they are measured."""
@@ -382,39 +329,3 @@ class NeuralCollapseCallback(TrainerCallback):
         if self._step is not None:
             self._step.remove()
         self._step = None
-
-
-class _TakeLabels:
-    """Splits a batch by the name of its labels."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-        return {name: value for name, value in batch.items() if name != self._name}, batch[self._name]
-
-
-def _check_task(module: torch.nn.Module, reader: PairReader, batch: Any) -> None:
-    """Refuse tasks without classes.
-
-    Raises:
-        TypeError: With the task that it is.
-    """
-    labels: Any = reader.split(batch)[1]
-    config = getattr(module, "config", None)
-    if not isinstance(labels, Tensor):
-        return  # Said later.
-    floating, several = labels.is_floating_point(), labels.ndim > 1 and labels.shape[-1] > 1
-    task = getattr(config, "problem_type", None)
-    if task == "regression" or getattr(config, "num_labels", 2) == 1 or (floating and not several):
-        raise UserTypeError(
-            f"{type(module).__name__} is trained for regression, on labels of {labels.dtype}, and neural collapse is "
-            "of classes: leave NeuralCollapseCallback out, or pass batch_fn=(batch) -> (inputs, labels) with class "
-            "numbers."
-        )
-    if task == "multi_label_classification" or (floating and several):
-        raise UserTypeError(
-            f"{type(module).__name__} is trained on several labels for each sample, {tuple(labels.shape)} "
-            f"{labels.dtype}, and neural collapse is of one class for each: leave NeuralCollapseCallback out, or pass "
-            "batch_fn=(batch) -> (inputs, labels) with the number of one class."
-        )

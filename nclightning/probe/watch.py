@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
-from nclightning.probe.features import FeatureHooks, first_tensor
+from nclightning.probe.features import FeatureHooks, first_argument, first_tensor
 from nclightning.probe.found import Found
 from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.observation import Observation
@@ -148,7 +148,7 @@ class Watch:
         self._kept_of, self._other, self._logits, self._settled = None, None, None, False
 
     def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
-        tensor = args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
+        tensor = first_argument(args, kwargs)
         if tensor is None:
             return
         leaves = self._leaves
@@ -228,7 +228,7 @@ class Watch:
             self._differs = self._other if self._differs is None else self._differs | self._other
         kept = self._hooks.take()
         self._forget()
-        if labels is not None and labels.ndim and len(labels) != len(kept[""]):
+        if labels is not None and labels.shape[:1] not in ((), kept[""].shape[:1]):
             raise self._refusal()
         return kept
 
@@ -296,7 +296,7 @@ class FirstStepHooks:
 
     def _compare_with(self, value: Tensor) -> Any:
         def compare(args: Any, kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor((*args, *kwargs.values()))
+            tensor = first_argument(args, kwargs)
             if tensor is not None and tensor.device == value.device:
                 # A part of the batch, or more than that, may go through together.
                 count = min(tensor.numel(), value.numel())

@@ -75,7 +75,7 @@ def sequential_loader(
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
         raise UserError(
             f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
-            "other samples than it yields. Use source='online', or a plain DataLoader."
+            "other samples than it yields. Use a plain DataLoader, or source='online' or Probe.online, which need none."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1 and origin.streams == "same":
@@ -259,7 +259,8 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
     except Exception as error:
         raise UserError(
             f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
-            f"({error}): use source='online', or a loader that can be read again from the start."
+            f"({error}): use a loader that can be read again from the start, or measure training's own forwards, by "
+            "source='online' or Probe.online."
         ) from error
 
 
