@@ -84,6 +84,14 @@ def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
     )
 
 
+def _differs(tensor: Tensor, leaf: Tensor) -> Tensor:
+    """Whether two tensors have other values, beyond what rounding to the lower of their precisions makes equal."""
+    if tensor.dtype != leaf.dtype and tensor.is_floating_point() and leaf.is_floating_point():
+        lower = min(tensor.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize)
+        tensor, leaf = tensor.to(lower), leaf.to(lower)
+    return (tensor != leaf).any()
+
+
 class Watch:
     """Copies the features of one forward per batch, and checks on the device that what was found still holds.
 
@@ -153,9 +161,7 @@ class Watch:
             alike = [leaf for leaf in self._leaves if leaf.shape == tensor.shape and leaf.device == tensor.device]
             self._matches = "maybe" if alike else "no"
             if alike and self._online:
-                # In the step it may come in lower precision.
-                rounded = (leaf.to(tensor.dtype) for leaf in alike)
-                self._other = torch.stack([(tensor.detach() != leaf).any() for leaf in rounded]).all()
+                self._other = torch.stack([_differs(tensor.detach(), leaf) for leaf in alike]).all()
         else:
             self._matches = "no"
 
