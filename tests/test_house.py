@@ -38,6 +38,7 @@ FLOORS = {
     "resuming": 6,
     "saved_config": 6,
     "callbacks": 6,
+    "integrations": 6,
     "figures": 7,
     "reproduction": 8,
     "summaries": 8,
@@ -55,6 +56,7 @@ FLOORS = {
 STRANGERS = {
     ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
     ("callbacks", "models"), ("callbacks", "data"),
+    *(("integrations", other) for other in ("callbacks", "loggers", "data", "models")),
 }  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
@@ -109,6 +111,7 @@ def test_files_fit_in_one_sitting(path):
     "unit",
     [
         *("objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"),
+        "integrations.trained",
         "series.command",
     ],
 )
@@ -338,7 +341,9 @@ def test_compat_says_what_it_stands_on(path):
     documented = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     texts = [" ".join(node.value.split()) for node in documented if "Non-public:" in node.value]
     for text in texts:
-        assert re.search(r"\((torch|torchmetrics|lightning|tensorboard|jsonargparse|Python) \d+\.\d+", text), text
+        assert re.search(
+            r"\((torch|torchmetrics|lightning|tensorboard|jsonargparse|accelerate|transformers|Python) \d+\.\d+", text
+        ), text
         assert re.search(r"[Ww]ithout|ten times slower|would put|would", text), text
     said = " ".join(text.partition("Non-public:")[2] for text in texts)
     own = members(tree)
