@@ -134,7 +134,8 @@ class CollapseAtEpochs(SharingMonitor):
     ) -> None:
         """Check the first batch, and hook the module."""
         reads = self._when.reads_training
-        if self._first.is_due(pl_module, reads):
+        # Where nothing is read of training, its labels may be no classes, such as those of mixed samples.
+        if (reads or self._needs_class_means) and self._first.is_due(pl_module, reads):
             with self._on_error.guard(self):
                 self._first.begin(trainer, pl_module, batch, reads)
         if self._online is not None:

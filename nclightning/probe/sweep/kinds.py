@@ -7,6 +7,7 @@ import collections
 import copy
 import functools
 import io
+import operator
 import random
 import sys
 import types
@@ -71,7 +72,7 @@ def _numbered(values: Iterable[Any]) -> Children:
 
 
 def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
-    return all(a is b for a, b in zip(some, others, strict=True))
+    return all(map(operator.is_, some, others))
 
 
 def _mapping(value: dict[Any, Any]) -> Kept:
@@ -79,7 +80,9 @@ def _mapping(value: dict[Any, Any]) -> Kept:
     if not saved:
         children: Children = ()
     elif len(saved) <= _LONGEST_SEARCHED:
-        children = [*saved.items(), *(("a key", key) for key in saved if type(key) not in LEAVES)]
+        children = saved.items()
+        if not LEAVES.issuperset(map(type, saved)):
+            children = [*children, *(("a key", key) for key in saved)]
     else:
         children = ()
 
