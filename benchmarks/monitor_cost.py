@@ -7,8 +7,8 @@ monitor counts all that the steps leave to be done later, the reading at the end
 first step, before which the head is found: what that takes once in a fit is a row of its own. Sweep: a measurement of
 the training set against a bare pass over the same data, which moves each batch to the device and runs the model in eval
 mode, taking turns; by NeuralCollapseMonitor alone, and by it and OptimalityMonitor, which share the pass. Handing the
-values to Lightning's loggers is not counted. The example CNN is small: what a pass costs once, some milliseconds, weighs
-less on a larger network.
+values to Lightning's loggers is not counted. The example CNN is small: what a pass costs once, some milliseconds,
+weighs less on a larger network.
 """
 
 import statistics
@@ -25,8 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from cnn import CNN
-from digits import load
+import digits
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.callbacks.host import LightningHost
@@ -37,11 +36,21 @@ LARGE_ROUNDS, LARGE_SAMPLES = 10, 1280
 WHAT = "online | bare training step", "online, once in a fit | difference to the first bare step"
 
 
+class CNN(digits.CNN, L.LightningModule):
+    """The network of the examples."""
+
+    def training_step(self, batch, batch_idx):
+        return digits.loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return digits.sgd(self)
+
+
 class Large(CNN):
     """A network for images of 32 x 32 in colour, with 512 features."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__()
         widths = [3, 32, 64, 128]
         self.body = nn.Sequential(
             *(self._block(*pair) for pair in pairwise(widths)),
@@ -117,11 +126,11 @@ def online(train):
     loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True)
     sides = {}
     for name in ("bare", "online"):
-        model, monitor = CNN(1), NeuralCollapseMonitor(source="online")
+        model, monitor = CNN(), NeuralCollapseMonitor(source="online")
         trainer = quiet.trainer(max_epochs=1, callbacks=[monitor])
         trainer.strategy.connect(model)
         model.trainer = trainer
-        sides[name] = model, monitor, trainer, model.configure_optimizers()["optimizer"], []
+        sides[name] = model, monitor, trainer, model.configure_optimizers(), []
     batches = [batch for _ in range(-(-STEPS // len(loader))) for batch in loader][:STEPS]
     model, monitor, trainer, *_ = sides["online"]
     monitor.setup(trainer, model, "fit")
@@ -149,12 +158,12 @@ def online(train):
 
 def main():
     quiet.settle()
-    train, _ = load()
+    train, _ = digits.load()
     small = balanced(train)
     print(f"torch {torch.__version__}, one thread, batches of 64, K = 10\n")
     print("| network, images | source | against | times | runs |\n|---|---|---|---|---|")
     cases = (
-        (f"CNN on digits, {len(small)}", CNN(1), small, ROUNDS),
+        (f"CNN on digits, {len(small)}", CNN(), small, ROUNDS),
         (f"CNN on 3 x 32 x 32, {LARGE_SAMPLES}", Large(), images(), LARGE_ROUNDS),
     )
     for name, model, data, rounds in cases:
