@@ -214,7 +214,7 @@ class Trail(TorchFunctionMode):
     def _enter(self, frame: Any) -> None:
         place, visit = _place(frame), None
         around = next((each.visit for each in self._calls() if each.visit is not None), None)
-        self.is_done |= place.endswith("Gatherer.end")  # All batches have come.
+        self.is_done |= place == "RowBuffer.flush"  # All batches have come.
         if place and (around is None or place.split(".")[0] != around.place.split(".")[0]):
             got = ", ".join(filter(None, (self._words(v) for name, v in frame.f_locals.items() if name != "self")))
             path = Path(frame.f_code.co_filename)

@@ -1,8 +1,10 @@
-"""What the examples share: scikit-learn's digits (1797 real images of 8x8 pixels), the fit, its table, its picture."""
+"""What the recipes share: scikit-learn's digits (1797 images of 8x8 pixels), a network, its loss, a table."""
 
 import argparse
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import lightning as L
 import torch
@@ -10,9 +12,10 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-NAMES = ("nc1", "nc2", "nc3")
+Values = TypeVar("Values", bound=Mapping[str, float])
 LABELS = {"nc1": "NC1, spread within classes", "nc2": "NC2, head to ETF", "nc3": "NC3, head to class means"}
 
 
@@ -24,60 +27,84 @@ def load() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(train_x, torch.tensor(parts[2])), TensorDataset(test_x, torch.tensor(parts[3]))
 
 
-def options(description: str, epochs: int) -> argparse.ArgumentParser:
-    """Return the options of every example."""
+class CNN(nn.Module):
+    """Two convolutions, three layers, 64 features and the head ``fc``."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+            *(nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU()),
+            *(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()),
+            *(nn.Linear(128, 64), nn.BatchNorm1d(64)),
+        )
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.fc(self.body(images))
+
+
+def loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean squared error on one-hot labels, under which digits collapse within some epochs."""
+    return 5 * nn.functional.mse_loss(logits, nn.functional.one_hot(labels, logits.shape[1]).float())
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of all recipes; weight decay is what lets features collapse."""
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-3)
+
+
+def cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return a schedule that brings the step down to 0."""
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
+def options(description: str, epochs: int = 20) -> argparse.ArgumentParser:
+    """Return the options of every recipe."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("."), help="lightning_logs is made in it")
-    parser.add_argument("--picture", type=Path, help="draw NC1-NC3 against the epoch here")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="what is written goes there")
+    parser.add_argument("--picture", type=Path, help="draw NC1-NC3 of each epoch here")
     return parser
 
 
-def make_trainer(args: argparse.Namespace, callbacks: list[L.Callback], **others) -> L.Trainer:
-    """Return a Trainer on one CPU that writes metrics.csv and little else."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    settings = {"accelerator": "cpu", "devices": 1, "logger": CSVLogger(args.folder), **quiet, **others}
+def make_trainer(args: argparse.Namespace, callbacks: list[L.Callback]) -> L.Trainer:
+    """Return a Trainer on one CPU that writes metrics.csv and a checkpoint, and shows little."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    settings = {"accelerator": "cpu", "devices": 1, "logger": CSVLogger(args.folder), **quiet}
     return L.Trainer(max_epochs=args.epochs, callbacks=callbacks, log_every_n_steps=20, **settings)
 
 
-def read_csv(folder: str | Path) -> dict[str, list[float]]:
-    """Return the epochs (1 is the first) and NC1-NC3 of the training set that a CSVLogger wrote."""
-    with (Path(folder) / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["nc/train/nc1"]]
-    readings = {name: [float(row[f"nc/train/{name}"]) for row in rows] for name in NAMES}
-    return {"epoch": [int(row["epoch"]) + 1 for row in rows], **readings}
-
-
-def report(folder: str | Path, picture: Path | None = None) -> None:
-    """Print first and last readings of a run, and draw all of them."""
-    readings = read_csv(folder)
-    first, last = readings["epoch"][0], readings["epoch"][-1]
-    print(f"{'':4}{f'epoch {first}':>12}{f'epoch {last}':>12}{'factor':>10}")
-    for name in NAMES:
-        start, end = readings[name][0], readings[name][-1]
-        print(f"{name.upper():4}{start:12.2e}{end:12.2e}{start / end:10.3g}")
-    print(f"readings: {Path(folder) / 'metrics.csv'}")
+def report(history: list[Values], picture: Path | None = None) -> list[Values]:
+    """Print the values of the first epoch and of the last one, draw NC1-NC3 of all, and return them."""
+    print(f"{'':14}{'epoch 1':>12}{f'epoch {len(history)}':>12}")
+    for name in history[0]:
+        print(f"{name:14}{history[0][name]:12.3g}{history[-1][name]:12.3g}")
     if picture:
-        draw(readings, picture)
+        draw(history, picture)
+    return history
 
 
-def draw(readings: dict[str, list[float]], path: Path) -> None:
+def read_csv(folder: str | Path) -> list[dict[str, float]]:
+    """Return what the monitor logged of the training set to a ``CSVLogger``, epoch by epoch."""
+    with (Path(folder) / "metrics.csv").open() as file:
+        rows = [{tag: value for tag, value in row.items() if "nc/" in tag and value} for row in csv.DictReader(file)]
+    return [{tag.rpartition("/")[2]: float(value) for tag, value in row.items()} for row in rows if row]
+
+
+def draw(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw NC1-NC3 against the epoch; the dashes tell them apart in grey."""
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for name, color, dashes in zip(NAMES, ("#0072B2", "#D55E00", "#009E73"), ("-", "--", ":"), strict=True):
-        axes.semilogy(readings["epoch"], readings[name], color=color, ls=dashes, lw=1.8, label=LABELS[name])
+    for name, color, dashes in zip(LABELS, ("#0072B2", "#D55E00", "#009E73"), ("-", "--", ":"), strict=True):
+        values = [each[name] for each in history]
+        axes.semilogy(range(1, 1 + len(values)), values, color=color, ls=dashes, lw=1.8, label=LABELS[name])
     axes.set_xlabel("epoch")
     axes.set_ylabel("training set")
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
-
-
-def accuracy(module: L.LightningModule, data: TensorDataset) -> float:
-    """Return the share of images that a trained module gets right."""
-    images, labels = data.tensors
-    with torch.no_grad():
-        return float((module.eval()(images).argmax(1) == labels).float().mean())

@@ -3,6 +3,7 @@
 Where to find what:
 
 - :func:`nclightning.measure`: neural collapse of any network, or of arrays of features, in one call.
+- :class:`nclightning.Probe`: the same in a training loop of your own.
 - :mod:`nclightning.objective`: the training objective, Problem (2).
 - :mod:`nclightning.theory`: closed forms of the unconstrained feature model.
 - :mod:`nclightning.functional` and :mod:`nclightning.metrics`: NC1-NC3 as functions and as torchmetrics.
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nclightning.probe.measuring import measure
+    from nclightning.probe.probing import Probe
     from nclightning.probe.results import Measurement
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "Probe", "measure"]
 __version__ = "0.1.0"
 
 
@@ -29,6 +31,10 @@ def __getattr__(name: str) -> Any:
         from nclightning.probe.measuring import measure  # noqa: PLC0415
 
         return measure
+    if name == "Probe":
+        from nclightning.probe.probing import Probe  # noqa: PLC0415
+
+        return Probe
     if name == "Measurement":
         from nclightning.probe.results import Measurement  # noqa: PLC0415
 

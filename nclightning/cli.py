@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from pydoc import locate
-from types import TracebackType
 from typing import Any
 
 import lightning as L
@@ -31,15 +29,16 @@ from nclightning.data import FullBatchDataModule
 from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.folders import find_run_logger, folder_of_checkpoint
-from nclightning.interrupts import ends_with_launcher, status_of
+from nclightning.interrupts import ends_with_launcher
 from nclightning.loggers import RunLogger
+from nclightning.mistakes import mistakes_worded
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
 from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
 from nclightning.resuming import continue_elsewhere
 from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
-from nclightning.wording import nearest, of_the_user, refusals_worded
+from nclightning.wording import nearest, refusals_worded
 
 __all__ = ["main"]
 
@@ -72,16 +71,13 @@ _EPILOG = """examples:
   python -m nclightning validate --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
 
 further commands, each with a --help of its own:
+  python -m nclightning measure RUN        neural collapse of checkpoints, or of saved features
   python -m nclightning reproduce --quick  the paper's four figures from recorded runs, and what became of its claims
   python -m nclightning plot RUN [RUN ...] the same figures from run folders
   python -m nclightning theory --config ufm_ce   optimum, Hessian spectrum and rates that the theory predicts for it
 
 To change more, copy a shipped configuration and edit it. 'python -m nclightning fit --model.help UFM' lists the
 options of a class with their meaning."""
-_BUG = (
-    "This is no mistake of yours but a fault of nclightning or of code that it calls. "
-    "Please report it with the command and all lines above."
-)
 
 
 class RunCLI(GivenConfigurationCLI):
@@ -300,39 +296,13 @@ def main(args: list[str] | None = None) -> None:
         args: Words after the program's name; None takes those of the process.
     """
     words = sys.argv[1:] if args is None else args
-    try:
+    with mistakes_worded():
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
         elif not {*words} & {*_PURPOSE, "-h", "--help"}:
             raise UserError(_no_command(words))
         else:
             _run_cli(args)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = status_of(stop)
-        if status is None or os.environ.get("LOCAL_RANK", "0") != "0":
-            raise
-        sys.exit(status)
-    except Exception as error:
-        sentence = of_the_user(error)
-        if sentence is None:
-            _ask_for_report(error)
-            raise
-        sys.exit(f"error: {sentence}")
-
-
-def _ask_for_report(error: Exception) -> None:
-    """Have the request to report a fault stand below its traceback."""
-    if hasattr(error, "add_note"):
-        error.add_note(_BUG)
-        return
-    print_traceback = sys.excepthook  # Python 3.10 has no notes.
-
-    def print_both(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
-        print_traceback(kind, value, traceback)
-        if value is error:
-            print(_BUG, file=sys.stderr)
-
-    sys.excepthook = print_both
 
 
 def _run_cli(args: list[str] | None) -> None:
@@ -360,7 +330,9 @@ def _run_cli(args: list[str] | None) -> None:
             "enable_model_summary": False,
             "logger": {"class_path": "nclightning.loggers.RunLogger"},
         },
-        parser_kwargs=texts | {"usage": _USAGE.format(command="{fit,validate,test,reproduce,plot,theory}")} | parsers,
+        parser_kwargs=texts
+        | {"usage": _USAGE.format(command="{fit,validate,test,measure,reproduce,plot,theory}")}
+        | parsers,
         args=args,
     )
 

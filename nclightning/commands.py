@@ -1,20 +1,19 @@
-"""Commands that train nothing themselves: ``python -m nclightning reproduce|plot|theory``."""
+"""Commands that train nothing themselves: ``python -m nclightning measure|reproduce|plot|theory``."""
 
 from __future__ import annotations
 
 import math
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from nclightning.arguments import resolve_lambdas
-from nclightning.compat.parsers import options_of
+from nclightning.command_parser import command_parser
 from nclightning.configurations import find_configuration, model_arguments
 from nclightning.errors import UserError
 from nclightning.figures import (
@@ -34,7 +33,6 @@ from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
-from nclightning.wording import of_the_parser
 
 __all__ = ["COMMANDS"]
 
@@ -43,7 +41,7 @@ _MOST = 10**15  # Products of sizes stay far from the largest float.
 
 
 def _reproduce(words: Sequence[str]) -> None:
-    parser = _parser(
+    parser = command_parser(
         "reproduce",
         "Run the experiments behind the paper's four figures, draw the figures, fit the rates, and say for each claim "
         "whether it held.\n\nFinished runs are kept: the same command goes on where it was stopped, and with nothing "
@@ -64,7 +62,7 @@ def _reproduce(words: Sequence[str]) -> None:
 
 
 def _plot(words: Sequence[str]) -> None:
-    parser = _parser(
+    parser = command_parser(
         "plot",
         "Draw run folders as the paper's figures do: the optimality gap of all runs, one panel per loss, and NC1-NC3, "
         "one panel per run; print the fitted rates. Many runs get one small panel per setting, with the median and the "
@@ -106,7 +104,7 @@ def _read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def _theory(words: Sequence[str]) -> None:
-    parser = _parser(
+    parser = command_parser(
         "theory",
         "Print what the theory predicts for the unconstrained feature model: the optimum, the eigenvalues of the "
         "Hessian there, and how fast gradient descent gets there. Nothing is trained; sizes may be any.",
@@ -169,22 +167,15 @@ def _number(name: str, value: Any) -> float | None:
     return number
 
 
-class _Parser(ArgumentParser):
-    """Says in one sentence what it cannot take."""
+def _measure(words: Sequence[str]) -> None:
+    from nclightning.series.command import measure_files  # noqa: PLC0415
 
-    def error(self, message: str) -> NoReturn:
-        """Raise it."""
-        raise UserError(of_the_parser(message, (), options_of(self)))
+    measure_files(words)
 
 
-def _parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:
-    return _Parser(
-        f"python -m nclightning {name}",
-        allow_abbrev=False,
-        description=description,
-        epilog=epilog,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"reproduce": _reproduce, "plot": _plot, "theory": _theory}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "measure": _measure,
+    "reproduce": _reproduce,
+    "plot": _plot,
+    "theory": _theory,
+}

@@ -208,6 +208,8 @@ def fits(head: Head, features: Tensor, output: Tensor, away_from: Tensor | None 
         return False
     rows = normalize(rows) if head.normalizes else rows
     made = linear(rows, head.weight.to(rows), None if head.bias is None else head.bias.to(rows))
+    if away_from is None and not head.normalizes and torch.equal(made, seen):  # The rest takes ten times as long.
+        return True
     finite = made.isfinite().all(dim=1) & seen.isfinite().all(dim=1)  # The others show nothing.
     made, seen = (torch.where(finite.unsqueeze(1), each, 0) for each in (made, seen))
     if away_from is not None:
@@ -235,12 +237,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Set a module and its parts to eval mode, and put back the modes one by one."""
     modes = [(child, child.training) for child in module.modules()]
     try:
-        for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
-            child.training = False
+        # Not eval(): what layers do when their mode changes, such as merging, is a trace.
+        for child, training in modes:
+            if training:
+                child.training = False
         yield
     finally:
         for child, training in modes:
-            child.training = training
+            if child.training != training:
+                child.training = training
 
 
 def has_weight(module: nn.Module) -> bool:

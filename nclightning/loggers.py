@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from nclightning.compat.lightning import WriterLogger, write_hyperparameters
 from nclightning.compat.tensorboard import Summary
 from nclightning.errors import UserError
-from nclightning.files import FolderLock, WriteError, append, create, delete, delete_folder, make_folder, replaced, sync
+from nclightning.files import FolderLock, WriteError, create, delete, delete_folder, make_folder, replaced
 from nclightning.files.events import RunWriter
 from nclightning.interrupts import deferred_interrupt
-from nclightning.table import WrittenRows, read_rows
+from nclightning.table import ReadingsTable, Row, WrittenRows
 
 __all__ = ["ReadingsTable", "RunLogger"]
-
-Row = tuple[int, Mapping[str, float]]
 
 
 class RunLogger(WriterLogger):
@@ -231,7 +227,7 @@ class RunLogger(WriterLogger):
             with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
                 if status == "success" and self._held and self._held[-1][0] > self.table.last:
                     self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
-                begun = not self.has_writer or self.experiment.matters
+                begun = self.experiment.matters if self.has_writer else status == "success"
                 if not begun and (status != "success" or self._continued is not None):
                     self._leave_nothing()
                 elif not begun:
@@ -243,7 +239,8 @@ class RunLogger(WriterLogger):
 
     def _leave_nothing(self) -> None:
         """Undo what a fit has written that was refused at its start."""
-        self.experiment.discard()
+        if self.has_writer:
+            self.experiment.discard()
         folder = Path(self.log_dir)
         if self._claimed and {path.name for path in folder.iterdir()} <= {".lock"}:
             self._release()
@@ -261,88 +258,3 @@ def _make_folder(folder: Path, take_empty: bool) -> bool:
         # An empty folder with a counted number is that of a run which is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True
-
-
-class ReadingsTable:
-    """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
-
-    Rows are appended and reach the disk with :meth:`sync`. A tag that was not there at the start gets a new column.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        replace_from: Before the next append, drop rows from this iteration on; None to keep all.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.replace_from: int | None = None
-        self._tags: list[str] | None = None
-        self._is_on_disk = True
-        self._written = [WrittenRows()]  # Before the last row, and with it.
-
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add rows at the end, all of them or, after an error, none.
-
-        Args:
-            rows: Pairs of iteration and values by tag.
-
-        Raises:
-            OSError: If they cannot be written.
-        """
-        if not rows:
-            return
-        new = dict.fromkeys(tag for _, values in rows for tag in values)
-        if self._tags is None or self.replace_from is not None or not new.keys() <= set(self._tags):
-            self._rewrite(new)
-        assert self._tags is not None
-        cells = [
-            [str(iteration), *(repr(float(values[tag])) if tag in values else "" for tag in self._tags)]
-            for iteration, values in rows
-        ]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(cells)
-        self._is_on_disk = False
-        append(self.path, text.getvalue().encode())
-        for row in cells:
-            self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
-
-    def sync(self) -> None:
-        """Bring the rows to disk; each monitor asks at a checkpoint, and the first does it."""
-        if not self._is_on_disk:
-            sync(self.path)
-            self._is_on_disk = True
-
-    def written(self, before: int) -> WrittenRows:
-        """Return what there is of rows before an iteration, which is at most one row back."""
-        if self._tags is None:  # Nothing was added yet.
-            self._written = _both_last(*self._read(before))
-        return next(each for each in reversed(self._written) if each.last < before)
-
-    @property
-    def last(self) -> int:
-        """Iteration of the last row; -1 without any."""
-        return self._written[-1].last if self._tags is not None else int((self._read(None)[1] or [["-1"]])[-1][0])
-
-    def _read(self, before: int | None) -> tuple[list[str], list[list[str]]]:
-        tags, rows, _ = read_rows(self.path) if self.path.exists() else ([], [], None)
-        return tags, [row for row in rows if before is None or int(row[0]) < before]
-
-    def _rewrite(self, new: Mapping[str, Any]) -> None:
-        """Write header and kept rows anew."""
-        tags, kept = self._read(self.replace_from)
-        more = [tag for tag in new if tag not in tags]
-        with replaced(self.path) as partial, partial.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["iteration", *tags, *more])
-            writer.writerows([*row, *("" for _ in more)] for row in kept)
-        self._tags, self.replace_from, self._written = [*tags, *more], None, _both_last(tags, kept)
-
-
-def _both_last(tags: Sequence[str], rows: Sequence[Sequence[str]]) -> list[WrittenRows]:
-    """Return what there is before the last row, and with it."""
-    both = [WrittenRows()]
-    for row in rows:
-        both = [both[-1], both[-1].with_row(tags, row)]
-    return both

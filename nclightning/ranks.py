@@ -5,18 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nclightning.compat.torch import default_store
 from nclightning.errors import UserError
 
 __all__ = [
+    "alone",
+    "are_several",
     "count_over_ranks",
     "failing_together",
     "gather_rows",
     "gather_tensors",
+    "meet",
     "own_rows",
     "raise_together",
     "rank",
@@ -27,14 +33,71 @@ __all__ = [
 ]
 
 
+_alone = [False]
+_PATIENCE = timedelta(seconds=30)  # After which it is said what is waited for.
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process take itself for the only one, so that nothing inside waits for others."""
+    before, _alone[0] = _alone[0], True
+    try:
+        yield
+    finally:
+        _alone[0] = before
+
+
 def world_size() -> int:
     """Count the processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return 1 if _alone[0] or not (dist.is_available() and dist.is_initialized()) else dist.get_world_size()
+
+
+def are_several() -> bool:
+    """Whether there are other processes to talk to."""
+    return world_size() > 1
 
 
 def rank() -> int:
     """Return the number of this process."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return 0 if world_size() == 1 else dist.get_rank()
+
+
+def meet(what: str, repair: str) -> None:
+    """Wait until all processes have come here, before they talk to each other.
+
+    Who talks to processes that are elsewhere, such as in the backward of ``DistributedDataParallel``, may get their
+    numbers for ours. So this waits at the store by which processes found each other, and not in a collective.
+
+    Args:
+        what: They are to do, for messages.
+        repair: What to do if only some are to.
+
+    Raises:
+        ValueError: If some have not come within the timeout of ``init_process_group``.
+    """
+    store = default_store() if world_size() > 1 else None
+    if store is None:
+        return
+    time = store.add(f"nclightning/{rank()}", 1)
+    places = [f"nclightning/{each}/{time}" for each in range(world_size())]
+    store.set(places[rank()], "here")
+    if _all_there(store, places, _PATIENCE):
+        return
+    missing = [i for i, place in enumerate(places) if not store.check([place])]
+    sentence = f"process {rank()} of {world_size()} came to {what}, and processes {missing} did not"
+    warnings.warn(f"{sentence} for {_PATIENCE.total_seconds():g} s: it waits. {repair}", stacklevel=2)
+    if not _all_there(store, places, store.timeout):
+        store.add(f"nclightning/{rank()}", -1)
+        store.delete_key(places[rank()])
+        raise UserError(f"{sentence}. {repair}")
+
+
+def _all_there(store: Any, places: list[str], patience: timedelta) -> bool:
+    try:
+        store.wait(places, patience)
+    except RuntimeError:  # As stores raise when the time is over.
+        return False
+    return True
 
 
 def rank_zero_warn(message: str) -> None:

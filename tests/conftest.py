@@ -1,8 +1,12 @@
 """Fixtures and guards for every test."""
 
+import os
+import shutil
 import signal
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Also in processes that tests start.
 import torch
 
 # A forked process waits for ever for the pool of threads that only its parent had.
@@ -12,6 +16,30 @@ torch.set_num_threads(1)
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Leave pictures blank, of which no assertion looks at the content: to draw takes a third of a short run's time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory):
+    from nclightning.cli import main  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+        main(["fit", "--config", "ufm_mse", "--trainer.max_steps", "20", "--trainer.enable_progress_bar", "false"])
+    return folder / "lightning_logs"
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """Put a run of ``ufm_mse`` that has done its 20 iterations into ``tmp_path``, as version_0."""
+    return shutil.copytree(_finished, tmp_path / "lightning_logs") / "version_0"
 
 
 @pytest.fixture(autouse=True, scope="session")

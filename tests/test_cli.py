@@ -14,10 +14,14 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning.cli import main, shipped_configs
+from tests.faults import runs
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+DRAW = Figure.draw
 QUIET = ["--trainer.enable_progress_bar", "false"]
 RUN = Path("lightning_logs/version_0")
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +50,8 @@ def checkpoint(run=RUN):
 
 
 @pytest.mark.parametrize("config", sorted(shipped_configs()))
-def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys):
+def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys, monkeypatch):
+    monkeypatch.setattr(Figure, "draw", DRAW)
     fit(config=config)
     assert {p.name for p in RUN.iterdir()} >= {"config.yaml", "readings.csv", "checkpoints", "convergence.png"}
     assert int(rows()[-1]["iteration"]) == 20
@@ -89,8 +94,8 @@ def test_a_penalty_on_weights_is_read_without_the_theory():
     assert "optimality/gap" not in rows()[0]
 
 
+@pytest.mark.usefixtures("finished")
 def test_events_agree_with_the_table():
-    fit()
     events = EventAccumulator(str(RUN), size_guidance={"scalars": 0})
     events.Reload()
     table = rows()
@@ -149,19 +154,19 @@ def test_optimizer_options_reach_the_optimizer():
     assert checkpoint()["optimizer_states"][0]["param_groups"][0]["initial_step"] == 0.25
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_looking_at_a_checkpoint_makes_no_run_folder(stage, capsys):
-    fit()
     main([stage, "--config", "ufm_mse", *QUIET, "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt")])
     assert [p.name for p in Path("lightning_logs").iterdir()] == ["version_0"]
     assert "nc/val/nc1" if stage == "validate" else "nc/test/nc1" in capsys.readouterr().out
 
 
 def test_resume_goes_on_in_the_same_folder_bit_for_bit():
-    fit(steps=60)
+    fit(steps=40)
     fit(steps=25)
     stopped = Path("lightning_logs/version_1")
-    fit("--ckpt_path", str(stopped / "checkpoints" / "last.ckpt"), steps=60)
+    fit("--ckpt_path", str(stopped / "checkpoints" / "last.ckpt"), steps=40)
     assert sorted(p.name for p in Path("lightning_logs").iterdir()) == ["version_0", "version_1"]
     assert (stopped / "readings.csv").read_bytes() == (RUN / "readings.csv").read_bytes()
     one, other = checkpoint(), checkpoint(stopped)
@@ -211,8 +216,8 @@ def test_mistakes_end_in_words_and_write_nothing(args, message, capsys):
     ],
 )
 @pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.usefixtures("finished")
 def test_checkpoints_that_do_not_fit_leave_the_run_alone(stage, args, content, message):
-    fit()
     path = RUN / "checkpoints" / "last.ckpt"
     if content is not None:
         path.write_bytes(content)
@@ -284,8 +289,8 @@ def test_wrong_configs_are_named(name, content):
         assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_mse" in error
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_run_that_is_past_max_steps_is_refused():
-    fit()
     with pytest.raises(SystemExit, match=r"at iteration 20 and trainer.max_steps is 10: there is nothing to do"):
         fit("--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"), steps=10)
     assert len(rows()) == 3
@@ -331,30 +336,39 @@ class KillAt(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
+def curves(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+LONG = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "1500"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fit(*LONG)
+    return folder / RUN
+
+
 @pytest.mark.parametrize(("iteration", "saving"), [(501, False), (1237, False), (1000, True)], ids=str)
-def test_a_killed_run_resumes_bit_for_bit(iteration, saving):
+def test_a_killed_run_resumes_bit_for_bit(iteration, saving, whole, tmp_path):
     """SIGKILL among the iterations after a checkpoint, and while a later one is being made."""
-    options = ["--lambda", "5e-4", "--optimality.stop_distance", "1e-9", "--trainer.max_steps", "2000"]
-    fit(*options)
-    whole = RUN
-    killed = Path("lightning_logs/version_1")
     kill = ["--trainer.callbacks+", f"{__name__}.KillAt", "--trainer.callbacks.iteration", str(iteration)]
-    with run_in_background(*options, *kill, "--trainer.callbacks.saving", str(saving).lower()) as process:
-        output = process.communicate()[0].decode()
-    assert process.returncode == -signal.SIGKILL, output
-    assert 0 < checkpoint(killed)["global_step"] <= iteration
-    fit(*options, "--ckpt_path", str(killed / "checkpoints" / "last.ckpt"))
-    assert (killed / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
-    one, other = checkpoint(whole), checkpoint(killed)
-    assert one["global_step"] == other["global_step"] == 2000
+    words = ["fit", "--config", "ufm_mse", *QUIET, *LONG, *kill, "--trainer.callbacks.saving", str(saving).lower()]
+    ending = runs.run(words, tmp_path)
+    assert ending.status == -signal.SIGKILL, ending.errors
+    assert 0 < checkpoint()["global_step"] <= iteration
+    fit(*LONG, "--ckpt_path", str(RUN / "checkpoints" / "last.ckpt"))
+    assert (RUN / "readings.csv").read_bytes() == (whole / "readings.csv").read_bytes()
+    one, other = checkpoint(whole), checkpoint()
+    assert one["global_step"] == other["global_step"] == 1500
     assert all(torch.equal(one["state_dict"][k], other["state_dict"][k]) for k in one["state_dict"])
-    curves = []
-    for run in (whole, killed):
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        events.Reload()
-        curves.append({tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]})
-    assert curves[0] == curves[1]
+    assert curves(whole) == curves(RUN)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -22,9 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.compat import hparams, parsers, progress, tensorboard, torchmetrics, twins
+from nclightning.compat import (
+    accelerate,
+    experiments,
+    fabric,
+    hparams,
+    parsers,
+    progress,
+    tensorboard,
+    torchmetrics,
+    twins,
+)
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
+from nclightning.compat import transformers as hf_names
 from tests.trainers import quiet_trainer
 
 # ---------------------------------------------------------------------------------------------------------------- torch
@@ -153,6 +164,29 @@ class Doubling(names.OwnEntries):
 
     def change_loaded(self, entries, prefix):
         return entries | {f"{prefix}value": entries[f"{prefix}value"] / 2}
+
+
+def test_the_store_of_processes_keeps_what_they_write(group):
+    store = names.default_store()
+    store.set("nclightning/test", "here")
+    assert store.check(["nclightning/test"])
+    assert store.add("nclightning/count", 1) == store.add("nclightning/count", 0) == 1
+    store.delete_key("nclightning/test")
+    assert store.timeout
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-true"])
+def test_what_fabric_wraps_is_had_back(precision):
+    model, loader = nn.Linear(2, 2), DataLoader(TensorDataset(torch.zeros(2, 2)))
+    made = L.Fabric(accelerator="cpu", devices=1, precision=precision)
+    wrapped, batches = made.setup(model), made.setup_dataloaders(loader)
+    assert fabric.loader_of_fabric(batches).dataset is loader.dataset
+    assert fabric.loader_of_fabric(loader) is loader
+    assert wrapped.module is model
+    assert fabric.precision_of_fabric(model) is None
+    with fabric.precision_of_fabric(wrapped).forward_context():
+        inputs = fabric.precision_of_fabric(wrapped).convert_input(torch.ones(1, 2))
+        assert torch.equal(model(inputs).float(), wrapped(torch.ones(1, 2)).float())
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -500,6 +534,36 @@ def test_a_trainer_shows_that_it_validates_and_goes_on_training(tmp_path):
 
     fitted(tmp_path, At("on_train_batch_start", look), limit_train_batches=1)
     assert seen == [(False, True, True), (True, False, True)]
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_module_is_attached_as_a_fit_attaches_it(package):
+    package, done = pytest.importorskip(package), []
+
+    class Module(package.LightningModule):
+        def prepare_data(self):
+            done.append("prepare_data")
+
+        def setup(self, stage):
+            done.append(f"setup {stage}")
+
+        def configure_model(self):
+            self.layer = nn.Linear(2, 2)
+
+    class Data(package.LightningDataModule):
+        def setup(self, stage):
+            done.append(f"data {stage}")
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return batch + 1
+
+    module, data = Module(), Data()
+    trainer = package.Trainer(accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False)
+    pl_names.attach_as_in_a_fit(trainer, module, data)
+    assert done == ["prepare_data", "data fit", "setup fit"]
+    assert (data.trainer, module.trainer, trainer.validating) == (trainer, trainer, True)
+    assert module.layer.weight.dtype == torch.float64
+    assert pl_names.prepare_batch(module, 1) == 2
 
 
 class Twin(L.Callback):
@@ -881,3 +945,85 @@ def test_groups_of_a_parser_are_the_sections_of_a_configuration():
     parser.add_class_arguments(Sum, "metric")
     parser.add_argument("--alone")
     assert list(parsers.groups_of(parser)) == ["metric"]
+
+
+# ------------------------------------------------------------------------------------------------- loggers of Lightning
+
+
+def test_prefixes_of_loggers(tmp_path):
+    logger = TensorBoardLogger(tmp_path, prefix="mine")
+    logger.log_metrics({"a": 1.0}, 0)
+    assert experiments.prefixed(logger, "a") == "mine-a"
+    logger.finalize("success")
+    assert list(tensorboard.read_scalars(logger.log_dir)) == ["mine-a"]
+    assert experiments.prefixed(TensorBoardLogger(tmp_path), "a") == experiments.prefixed(object(), "a") == "a"
+
+
+def test_options_for_batches_of_mlflow(monkeypatch, tmp_path):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file:{tmp_path}/mlruns"
+    assert experiments.batch_options(MLFlowLogger(tracking_uri=uri, synchronous=False)) == {"synchronous": False}
+    assert experiments.batch_options(MLFlowLogger(tracking_uri=uri)) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerate
+
+
+def test_what_accelerate_has_made_of_a_loader_is_found_again():
+    """What each part yields is compared in tests/probe/sweep/test_prepared_loaders.py."""
+    library = pytest.importorskip("accelerate.data_loader")
+    data = TensorDataset(torch.arange(10))
+    loader = DataLoader(data, 2, shuffle=True)
+    options = {"num_processes": 2, "process_index": 0, "put_on_device": False}
+    made = library.prepare_data_loader(loader, **options, use_seedable_sampler=True)
+    origin = accelerate.origin_of(library.skip_first_batches(made, 1))
+    assert type(origin.loader) is DataLoader
+    assert origin.dataset is data
+    assert origin.batch_sampler is loader.batch_sampler
+    assert origin.per_step == 2
+    assert accelerate.is_seedable_random(origin.batch_sampler.sampler)
+    assert not accelerate.is_seedable_random(DataLoader(data, shuffle=True).sampler)
+    assert accelerate.num_real_samples(made) == 6
+    assert accelerate.origin_of(loader) == accelerate.Origin(loader, data, loader.batch_sampler, loader.sampler, 1, "")
+    assert accelerate.origin_of([1]) == ([1], None, None, None, 1, "")
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def test_a_callback_finds_the_trainer_that_calls_it(tmp_path):
+    """As hooks of a run do in tests/integrations/test_huggingface.py; here the names that they stand on."""
+    transformers = pytest.importorskip("transformers")
+    found = {}
+
+    class Looks(transformers.TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):
+            found["at init"] = hf_names.calling(transformers.Trainer)
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            found["prefix"] = hf_names.prefix_of(metrics, "unknown")
+
+    class Prepares(transformers.Trainer):
+        def _prepare_inputs(self, inputs):
+            return {**super()._prepare_inputs(inputs), "more": 1}
+
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Prepares(Scaled(), args, callbacks=[Looks()])
+    trainer.remove_callback(transformers.PrinterCallback)
+    assert found["at init"] is trainer
+    assert hf_names.calling(transformers.Trainer) is None
+    assert hf_names.prepared_inputs(trainer, {"x": 1}) == {"x": 1, "more": 1}
+    assert not hf_names.shares_batches(trainer)
+    assert {trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()} == {1}
+    trainer.evaluate([{"x": 1.0, "labels": 1.0}], metric_key_prefix="other_set")
+    assert found["prefix"] == "other_set"
+    assert hf_names.prefix_of({"loss": 1}, "unknown") == "unknown"
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, x, labels, more=0):
+        return {"loss": ((x * self.weight - labels) ** 2).mean()}

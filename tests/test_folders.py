@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +20,10 @@ from nclightning.files import FolderLock, check_checkpoint
 from nclightning.folders import run_folder
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM
+from tests import forked
 from tests.trainers import quiet_trainer
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 RUN = Path("lightning_logs/version_0")
 LAST = RUN / "checkpoints" / "last.ckpt"
 
@@ -150,8 +151,8 @@ def test_a_run_of_several_loggers_goes_on_in_its_folder():
     assert {"config.yaml", "config_resumed_1.yaml"} <= {path.name for path in RUN.iterdir()}
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_linked_checkpoint_goes_on_where_its_path_lies(caplog):
-    fit()
     fit(steps=30)
     other = Path("lightning_logs/version_1")
     LAST.unlink()
@@ -170,8 +171,8 @@ def test_a_linked_checkpoint_goes_on_where_its_path_lies(caplog):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+@pytest.mark.usefixtures("finished")
 def test_a_flipped_bit_stops_all_that_read_it(stage):
-    fit()
     resume()
     content = bytearray(LAST.read_bytes())
     content[len(content) // 2] ^= 1
@@ -202,9 +203,9 @@ def test_a_flipped_bit_stops_a_trainer_too(tmp_path):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_refused_run_leaves_nothing(resumed):
+def test_a_refused_run_leaves_nothing(resumed, request):
     if resumed:
-        fit()
+        request.getfixturevalue("finished")
     before = tree()
     with pytest.raises(ValueError, match="not today"):
         (resume if resumed else fit)(*([LAST] if resumed else []), *at(0, "refuse"))
@@ -212,8 +213,8 @@ def test_a_refused_run_leaves_nothing(resumed):
     assert resumed or not list(RUN.parent.iterdir())
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_run_that_another_process_writes_is_not_resumed():
-    fit()
     before, lock = tree(), FolderLock(RUN)
     lock.acquire()
     with pytest.raises(SystemExit, match=r"^error: another process is writing .*version_0\. Wait until it ends"):
@@ -262,13 +263,9 @@ def test_a_signal_to_the_first_process_ends_all(tmp_path):
     words = ["fit", "--config", "ufm_mse", "--trainer.max_steps", "400", "--trainer.enable_progress_bar", "false"]
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *at(117, "SIGTERM")]
     options[options.index(f"{__name__}.At")] = f"{__name__}.AtFirst"
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "nclightning", *words, *options],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,  # For what never comes.
     )
     assert done.returncode == 143, done.stderr
     assert done.stderr.count("SIGTERM: the run is saved at iteration 200.") == 1
@@ -301,8 +298,8 @@ def test_a_logger_without_folder(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.usefixtures("finished")
 def test_a_checkpoint_is_checked_once(stage, monkeypatch):
-    fit()
     monkeypatch.setattr(LastCheckpoint, "_keep", lambda *_: None)  # Which looks at what it keeps, much later.
     checked, check = [], ZipFile.testzip
     monkeypatch.setattr(ZipFile, "testzip", lambda archive: checked.append(archive.filename) or check(archive))

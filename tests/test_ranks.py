@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nclightning.ranks import (
     count_over_ranks,
@@ -13,6 +12,7 @@ from nclightning.ranks import (
     sum_over_ranks,
     world_size,
 )
+from tests.processes import on
 
 WORLD, ROWS = 3, 7
 TABLE = torch.arange(2.0 * ROWS, dtype=torch.float64).view(ROWS, 2)
@@ -27,13 +27,13 @@ def tensors(rank):
     ]
 
 
-def run(rank, file, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=WORLD)
+def share():
+    rank = dist.get_rank()
     summed = tensors(rank)
     sum_all_over_ranks(summed)
     sum_all_over_ranks([])
     first, count = own_rows(ROWS, rank, WORLD)
-    results[rank] = {
+    return {
         "world": world_size(),
         "sum": sum_over_ranks(torch.tensor([rank, 1])).tolist(),
         "count": count_over_ranks(count, torch.device("cpu")),
@@ -41,7 +41,6 @@ def run(rank, file, results):
         "dtypes": [each.dtype for each in summed],
         "rows": gather_rows(TABLE.narrow(0, first, count), ROWS).tolist(),
     }
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("rows", "world"), [(20, 3), (7, 7), (1000, 6)])
@@ -53,12 +52,9 @@ def test_rows_are_shared_out_without_gap_or_overlap(rows, world):
 
 
 def test_three_processes(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run, (tmp_path / "store", results), nprocs=WORLD)
-        results = dict(results)
+    results = on(WORLD, tmp_path, share, group=True)
     expected = [sum(parts.double() for parts in each) for each in zip(*map(tensors, range(WORLD)), strict=True)]
-    for result in results.values():
+    for result in results:
         assert result["world"] == WORLD
         assert result["sum"] == [3, 3]
         assert result["count"] == ROWS

@@ -1,4 +1,4 @@
-"""A Trainer that prints nothing and writes where it is told."""
+"""A Trainer that prints nothing and writes where it is told, and a way back from accelerate's."""
 
 import lightning as L
 
@@ -16,3 +16,11 @@ def quiet_trainer(folder, **options):
         "default_root_dir": folder,
     }
     return L.Trainer(**(defaults | options))
+
+
+def forget_accelerator():
+    """Let the next ``Accelerator`` of this process have another device, precision and number of processes."""
+    from accelerate.state import AcceleratorState, GradientState  # noqa: PLC0415
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

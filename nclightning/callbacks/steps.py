@@ -57,6 +57,7 @@ class TrainerSteps:
     def __init__(self, measurement: StepMeasurement, on_error: OnError) -> None:
         self._measurement, self._on_error = measurement, on_error
         self._named: dict[int, tuple[str, Any]] = {}  # Name and loader by its number.
+        self._host: LightningHost | None = None  # That of the steps, which is the same for all of them.
 
     def _loader(self, loaders: Any, index: int) -> tuple[str, Any]:
         """Return name and loader by its number."""
@@ -69,14 +70,15 @@ class TrainerSteps:
     ) -> None:
         """Hook the module before a step."""
         try:  # Not the guard itself, which costs as much as the rest.
-            self._measurement.hook(LightningHost(pl_module), batch, self._loader(loaders, index)[0], first)
+            self._host = self._host or LightningHost(pl_module)
+            self._measurement.hook(self._host, batch, self._loader(loaders, index)[0], first)
         except Exception as error:
             self._fail(error)
 
     def collect(self, pl_module: L.LightningModule, loaders: Any, index: int = 0) -> None:
         """Take the features of the step."""
         try:
-            self._measurement.collect(LightningHost(pl_module), *self._loader(loaders, index))
+            self._measurement.collect(self._host or LightningHost(pl_module), *self._loader(loaders, index))
         except Exception as error:
             self._fail(error)
 

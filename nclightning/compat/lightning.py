@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 import lightning as L
@@ -20,6 +21,7 @@ __all__ = [
     "DescribedProgressBar",
     "GivenConfigurationCLI",
     "WriterLogger",
+    "attach_as_in_a_fit",
     "batches_read",
     "cadence_of",
     "change_checkpointing",
@@ -162,6 +164,31 @@ def present_logged(trainer: Any, values: Mapping[str, Tensor]) -> None:
         values: By name.
     """
     trainer.logged_metrics.update(values)
+
+
+def attach_as_in_a_fit(trainer: Any, pl_module: Any, datamodule: Any) -> None:
+    """Bring a module and its data to where they are when a fit begins: set up, converted and on the device.
+
+    Non-public: ``Trainer._data_connector``, ``trainer.call._call_setup_hook``, ``trainer.call._call_configure_model``,
+    and that ``Trainer.state.fn`` and ``Trainer.validating`` can be set (lightning 2.6). A fit would also make the
+    user's optimizers and run steps. As in an evaluation pass of a fit, the trainer says that it validates. Without it
+    hooks of the user that set up models or data, or change batches, would not run, and a checkpoint would be measured
+    on other inputs than training saw.
+
+    Args:
+        trainer: Of one process and the package of the module.
+        pl_module: Of either package.
+        datamodule: None if the module has loaders of its own.
+    """
+    call = import_module(f"{type(trainer).__module__.rpartition('.')[0]}.call")
+    trainer.strategy.connect(pl_module)
+    trainer.state.fn, trainer.validating = "fit", True
+    trainer._data_connector.attach_data(pl_module, datamodule=datamodule)
+    trainer._data_connector.prepare_data()
+    call._call_setup_hook(trainer)
+    call._call_configure_model(trainer)
+    trainer.strategy.model = trainer.precision_plugin.convert_module(pl_module)
+    trainer.strategy.model_to_device()
 
 
 @contextmanager

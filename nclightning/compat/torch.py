@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "HOLDERS",
     "OwnEntries",
     "buffers_of",
+    "default_store",
     "has_hooks",
     "is_compiled",
     "leave_out_of_ddp",
@@ -137,6 +139,16 @@ def leave_out_of_ddp(module: nn.Module, names: Iterable[str]) -> None:
         names: Dotted names in it.
     """
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+def default_store() -> Any:
+    """Return the store by which processes found each other; None if this torch keeps it elsewhere.
+
+    Non-public: ``torch.distributed.distributed_c10d._get_default_store`` (torch 2.13). Without it a process that
+    measures alone would wait in a collective, which those of the others that train would be taken for.
+    """
+    make = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if make is None else make()
 
 
 class OwnEntries(nn.Module):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 
-from nclightning.compat.tensorboard import Event, EventFile, OwnFileWriter, RecordWriter
+from nclightning.compat.tensorboard import Event, EventFile, OwnFileWriter, RecordWriter, Summary
 from nclightning.files.operations import append, create, make_folder, replaced
 
-__all__ = ["EventWriter", "RunWriter", "write_events"]
+__all__ = ["EventRows", "EventWriter", "RunWriter", "write_events"]
 
 _NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 _LAYOUTS = ("custom_scalars__", "_hparams_/")
@@ -104,12 +105,51 @@ def write_events(folder: Path, events: Iterable[Event], suffix: str) -> None:
         WriteError: If the disk refuses.
     """
     make_folder(folder)
-    records = _Record()
-    for event in (Event(wall_time=time.time(), file_version="brain.Event:2"), *events):
-        RecordWriter(records).write(event.SerializeToString())
+    records = _records([Event(wall_time=time.time(), file_version="brain.Event:2"), *events])
     # TensorBoard reads whatever has "tfevents" in its name.
     with replaced(folder / f"{_later_name(folder)}{suffix}", ".events.partial") as partial:
         partial.write_bytes(records)
+
+
+class EventRows:
+    """The one event file of a folder whose rows are kept in a table: of each row one event.
+
+    Args:
+        folder: It exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "events.out.tfevents.0000000000.rows"
+
+    def begin(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Write the file anew with the rows of the table: what a kill has left of it may be short, or torn.
+
+        Raises:
+            WriteError: If the disk refuses.
+        """
+        records = _records([Event(wall_time=time.time(), file_version="brain.Event:2"), *map(_row_event, rows)])
+        with replaced(self.path, ".events.partial") as partial:
+            partial.write_bytes(records)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row.
+
+        Raises:
+            WriteError: If the disk refuses.
+        """
+        append(self.path, _records([_row_event((step, values))]))
+
+
+def _row_event(row: tuple[int, Mapping[str, float]]) -> Event:
+    finite = [Summary.Value(tag=tag, simple_value=value) for tag, value in row[1].items() if math.isfinite(value)]
+    return Event(wall_time=time.time(), step=row[0], summary=Summary(value=finite))
+
+
+def _records(events: Iterable[Event]) -> bytes:
+    records = _Record()
+    for event in events:
+        RecordWriter(records).write(event.SerializeToString())
+    return bytes(records)
 
 
 class EventWriter(EventFile):

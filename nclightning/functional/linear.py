@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "singular_vectors",
     "triangular_factor",
     "unit_rows",
+    "zero_where",
 ]
 
 # Entries of a tile of the matrix of all pairs of classes: 64 MB in float64.
@@ -80,13 +82,20 @@ def norm(values: Tensor, dim: int) -> Tensor:
 
 def root_sum_of_squares(*values: Tensor) -> Tensor:
     r"""Element by element :math:`\sqrt{\sum_i x_i^2}`, whose squares neither over- nor underflow."""
-    return norm(torch.stack(values), dim=0) if len(values) > 1 else values[0].abs()
+    return reduce(torch.hypot, values) if len(values) > 1 else values[0].abs()
 
 
 def triangular_factor(parts: Sequence[Tensor]) -> Tensor:
     r"""R of the QR decomposition of stacked rows: :math:`R^\top R` is the sum of their Gram matrices."""
     factor: Tensor = torch.linalg.qr(torch.cat(list(parts)), mode="r").R
     return factor
+
+
+def zero_where(rows: Tensor, condition: Tensor) -> Tensor:
+    """Set rows to zero, in place, where a condition ``(N,)`` holds."""
+    if rows.is_cpu and not condition.any():  # To fill takes ten times as long; on another device so does asking.
+        return rows
+    return rows.masked_fill_(condition.unsqueeze(1), 0)
 
 
 def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nclightning.functional.linear import autocast_off, norm, root_sum_of_squares
+from nclightning.functional.linear import autocast_off, norm, root_sum_of_squares, zero_where
 
 if TYPE_CHECKING:
     from nclightning.functional.statistics import ClassStatistics
@@ -174,9 +174,9 @@ def rounding_of(features: Sequence[Tensor], labels: Sequence[Tensor], num_classe
             # Spread over the whole piece without a period that a data set may have, too.
             some = torch.arange(most, device=each.device) * 2_654_435_761 % len(each)
             each, index = each.index_select(0, some), index.index_select(0, some)  # noqa: PLW2901
-        rows.append(each.masked_fill((index == num_classes).unsqueeze(1), 0))
-    with autocast_off(rows[0].device):
-        shown = _shown(torch.cat(rows))
+        rows.append((each, index == num_classes))
+    with autocast_off(features[0].device):
+        shown = _shown(zero_where(*map(torch.cat, zip(*rows, strict=True))))
     return torch.stack([shown, torch.full_like(shown, min(torch.finfo(each.dtype).eps for each in features))])
 
 
@@ -185,14 +185,20 @@ def _shown(rows: Tensor) -> Tensor:
     own = torch.full((), torch.finfo(rows.dtype).eps, dtype=torch.float64, device=rows.device)
     shown, fit = torch.full_like(own, torch.inf), torch.zeros_like(own, dtype=torch.bool)
     for dtype in _NARROWER.get(rows.dtype, ()):
-        representable = (rows.to(dtype).to(rows.dtype) == rows).all()
-        if rows.is_cpu and not representable:  # The rest takes ten times as long; on another device so does asking.
+        # The rest takes ten times as long; on another device so does asking. Of most features a few rows tell.
+        if rows.is_cpu and not (_are_of(dtype, rows[:8]) and _are_of(dtype, rows)):
             if dtype == torch.float32:
                 break  # No half precision has numbers that it has not.
             continue
+        representable = _are_of(dtype, rows)
         shown = torch.where(representable & _was_rounded(rows.double(), dtype), torch.finfo(dtype).eps, shown)
         fit = fit | representable
     return torch.where(fit, shown, own)
+
+
+def _are_of(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """Whether all numbers are numbers of a dtype."""
+    return (rows.to(dtype).to(rows.dtype) == rows).all()
 
 
 def _was_rounded(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from nclightning.compat.torchmetrics import OpenMetric
 from nclightning.functional.linear import autocast_off
+from nclightning.ranks import are_several
 
 __all__ = ["StreamingMetric", "without_autocast"]
 
@@ -39,7 +40,14 @@ def without_autocast(method: Method) -> Method:
 
 
 class StreamingMetric(OpenMetric):
-    """A metric that an error leaves as it was, and whose ``state_dict`` loads into any other one that is made alike."""
+    """A metric that an error leaves as it was, and whose ``state_dict`` loads into any other one that is made alike.
+
+    Args:
+        **kwargs: Passed to :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"distributed_available_fn": are_several, **kwargs})
 
     @contextmanager
     def sync_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -19,7 +19,7 @@ from nclightning.heads import Head
 from nclightning.metrics.measures import Reading, per_class_values
 from nclightning.probe.results import Measurement
 
-__all__ = ["Conventions", "build"]
+__all__ = ["Conventions", "build", "build_unlabelled"]
 
 # Up to so many classes all pairs of them are looked at without being asked for: of 50000 words that takes an hour.
 _MOST_PAIRED = 2048
@@ -81,6 +81,27 @@ def build(
         normalizes=head is not None and head.normalizes,
         rank=None if last is None or math.isnan(last) else int(last),
         left_out=left_out,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def build_unlabelled(values: Mapping[str, Tensor], stats: ClassStatistics, head: Head, start: float) -> Measurement:
+    """Do as :func:`build` does where labels mean nothing, so that there are no classes.
+
+    Args:
+        values: Scalars by name.
+        stats: Of all samples.
+        head: The head.
+        start: When measuring began.
+    """
+    none = np.zeros(0, dtype=np.int64)
+    return Measurement(
+        {name: float(value) for name, value in values.items()},
+        {"": {"class": none, "count": none}},
+        num_samples=int(stats.counts.sum()),
+        feature_dim=stats.means.shape[1],
+        head=head.name,
+        normalizes=head.normalizes,
         seconds=time.perf_counter() - start,
     )
 

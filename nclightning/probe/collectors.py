@@ -7,16 +7,13 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ood_orthogonality
-from nclightning.functional.linear import autocast_off
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import Reading, select_measures
-from nclightning.probe.features import pair_rows
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
@@ -31,8 +28,6 @@ __all__ = [
 
 DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
 _OF_A_LAYER = ("nc1", "nc1_cdnv")
-# What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
-_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
 
 # Statistics of the input of the head, under the empty name, and of further layers.
 LayerStatistics = Mapping[str, ClassStatistics]
@@ -110,12 +105,6 @@ class Measuring:
                 "that the labels belong to, pass head=."
             )
 
-    def unlabelled(self, captured: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Head input of samples whose labels mean nothing here, all in one class that is not left out."""
-        features = captured[""]
-        label = int(self._ignore_index == 0)
-        return {"": features}, torch.full(features.shape[:-1], label, dtype=torch.int64, device=features.device)
-
     def decisions_collector(self, head: Head | HeadReader, class_means: LayerStatistics) -> DecisionsCollector:
         """Make a collector of the decisions about a data set."""
         return DecisionsCollector(head, self.of_decisions, class_means, self._ignore_index)
@@ -125,63 +114,7 @@ class Measuring:
         return bool(self.of_decisions) or len(class_means) > 1
 
 
-class _Batches:
-    """Keeps small batches of features by name, and hands them on together as larger ones."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was seen."""
-        self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._num_rows = self._num_elements = 0
-        self._named = False
-        self.seen = 0
-
-    def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
-        """Take a batch, whose features nobody writes to any more; of the places behind ``num_own`` nothing."""
-        rows = labels.shape[0]
-        if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
-            rows = max(min(rows, num_own - self.seen), 0)
-            labels = labels.narrow(0, 0, rows)
-            captured = {name: tensor.narrow(0, 0, rows) for name, tensor in captured.items()}
-        if rows == 0 and self._named:  # The first batch, empty or not, makes the same metrics on all processes.
-            return
-        self._named = True
-        self.seen += rows
-        # A loader may fill the same memory with the next batch.
-        self._waiting.append((captured, labels.clone()))
-        for tensor in captured.values():
-            self._num_elements += tensor.numel()
-        self._num_rows += rows
-        if self._num_rows >= _ROWS_AT_A_TIME and self._num_elements >= _ELEMENTS_AT_A_TIME:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand on what waits.
-
-        Raises:
-            ValueError: If features of a layer are of different sizes in different batches.
-        """
-        waiting, self._waiting = self._waiting, []
-        self._num_rows = self._num_elements = 0
-        if waiting:
-            for name in waiting[0][0]:
-                batches = [_rows(captured[name], labels) for captured, labels in waiting]
-                if len(sizes := {h.shape[1] for h, _ in batches}) > 1:
-                    raise UserError(
-                        f"features of the layer {name!r} have {min(sizes)} numbers in one batch and {max(sizes)} in "
-                        "another: leave it out of layers, or pass layer_pooling='mean' if they differ in positions."
-                    )
-                with autocast_off(batches[0][0].device):
-                    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-                self.update(name, features, labels)
-
-    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
-        raise NotImplementedError
-
-
-class StatisticsCollector(_Batches):
+class StatisticsCollector:
     """Collects the statistics of the head's input, and of further layers.
 
     Args:
@@ -200,18 +133,18 @@ class StatisticsCollector(_Batches):
         ignore_index: int | None,
         tell: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
     ) -> None:
-        super().__init__()
         self._head, self._metrics, self._tell = head, {"": metric}, tell
         self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
 
-    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
-        """Take rows."""
-        if name not in self._metrics:
-            metric = NeuralCollapse(
-                self._num_classes, features.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
-            )
-            self._metrics[name] = metric.to(features.device)
-        self._metrics[name].update(features, labels, copy=False)  # They are copies already.
+    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Take rows ``(N, d)`` by name, which do not change any more, and their labels ``(N,)``."""
+        for name, rows in features.items():
+            if name not in self._metrics:
+                metric = NeuralCollapse(
+                    self._num_classes, rows.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
+                )
+                self._metrics[name] = metric.to(rows.device)
+            self._metrics[name].update(rows, labels, copy=False)
 
     def restart(self, head: Head | HeadReader) -> bool:
         """Begin anew if this is of the head as it is now, at a tenth of what another collector costs; say whether."""
@@ -219,7 +152,6 @@ class StatisticsCollector(_Batches):
         shape = (metric.num_classes, metric.feature_dim)
         if head is not self._head or weight_shape(head) != shape or device_of(head) != metric.means.device:
             return False
-        self.clear()
         metric.reset()
         self._metrics = {"": metric}  # Further layers may have other sizes on another data set.
         return True
@@ -230,7 +162,6 @@ class StatisticsCollector(_Batches):
         Raises:
             ValueError: If there were no samples, or labels do not fit the head.
         """
-        self.flush()
         return {name: metric.gathered() for name, metric in self._metrics.items()}
 
     def read(self, statistics: LayerStatistics) -> dict[str, Tensor]:
@@ -244,7 +175,7 @@ class StatisticsCollector(_Batches):
         return values
 
 
-class DecisionsCollector(_Batches):
+class DecisionsCollector:
     """Collects decisions of the head and of the nearest class mean; for further layers of the latter.
 
     Args:
@@ -257,20 +188,19 @@ class DecisionsCollector(_Batches):
     def __init__(
         self, head: Head | HeadReader, measures: Sequence[str], class_means: LayerStatistics, ignore_index: int | None
     ) -> None:
-        super().__init__()
         self._measures = measures
         self._metrics = {
             name: NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
             for name, stats in class_means.items()
         }
 
-    def update(self, name: str, features: Tensor, labels: Tensor) -> None:
-        """Take rows."""
-        self._metrics[name].update(features, labels)
+    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Take rows ``(N, d)`` by name, and their labels ``(N,)``."""
+        for name, rows in features.items():
+            self._metrics[name].update(rows, labels)
 
     def read(self) -> dict[str, Tensor]:
         """Evaluate the measures over all processes."""
-        self.flush()
         values: dict[str, Tensor] = {}
         for name, metric in self._metrics.items():
             computed = metric.compute()
@@ -288,13 +218,6 @@ class DecisionsCollector(_Batches):
                 of_classes = metric.per_class()
             shares[name] = {measure: of_classes[measure] for measure in (("ncc_accuracy",) if name else self._measures)}
         return shares
-
-
-def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair rows where they are not paired already."""
-    if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
-        return features, labels
-    return pair_rows(features, labels)
 
 
 def orthogonality(class_means: ClassStatistics, others: ClassStatistics) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation passes: a frozen model runs over a data set, and gatherers get its features batch by batch."""
+"""Evaluation passes: a frozen model runs over a data set, and gatherers get its features."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from nclightning.errors import UserError
+from nclightning.probe.batches import RowBuffer, unlabelled
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import sequential_loader, shared_buffers
@@ -22,9 +23,11 @@ class Gatherer(Protocol):
 
     Attributes:
         reader: Of the features that it takes.
+        labelled: Whether labels of the data mean anything; the same of all that share a pass.
     """
 
     reader: PairReader
+    labelled: bool
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
         """Get ready for a pass, once its first batch has shown the head.
@@ -35,15 +38,12 @@ class Gatherer(Protocol):
         """
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch.
+        """Take the rows of several batches.
 
         Args:
-            features: By name, those of the head under the empty one. Nobody writes to them any more.
-            labels: Whose memory the loader may fill again.
+            features: ``(N, d)`` by name, those of the head under the empty one. Nobody writes to them any more.
+            labels: ``(N,)`` int64.
         """
-
-    def end(self) -> None:
-        """Take in what waits. An error here is one of the pass, of which all processes and all who share it hear."""
 
 
 def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int | None = None) -> None:
@@ -54,7 +54,7 @@ def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int 
     Args:
         host: Of the model.
         loader: Of the data set.
-        gatherers: Get features and labels batch by batch.
+        gatherers: Get features and labels.
         limit: Number of batches to which training is held; None if to none.
 
     Raises:
@@ -69,7 +69,7 @@ def evaluate(host: Host, loader: Any, gatherers: Sequence[Gatherer], limit: int 
 def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) -> list[Gatherer]:
     """Make one pass; return the gatherers that need another one."""
     module, sharded = host.module, is_sharded(host.module)
-    watch, served, waiting = None, gatherers, list[Gatherer]()
+    watch, served, waiting, rows = None, gatherers, list[Gatherer](), RowBuffer()
     try:
         with host.unseen(), shared_buffers(module, host.world_size), host.precision():
             own = sequential_loader(loader, host.rank, host.world_size, limit)
@@ -80,17 +80,19 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                 if watch is None:
                     for gatherer in gatherers:
                         gatherer.reader.check_batch(host, batch)
-                    served = [each for each in gatherers if each.reader.sees_as(gatherers[0].reader)]
+                    served = [each for each in gatherers if _sees_as(each, gatherers[0])]
                     waiting = [each for each in gatherers if each not in served]
                     reader = served[0].reader.together_with([each.reader for each in served[1:]])
                     watch = reader.watch(module)
+                    rows = RowBuffer(*(each.add for each in served))
                     for gatherer in served:
                         gatherer.begin(host, [each for each in served if each is not gatherer])
                 inputs, labels = reader.split(batch)
                 kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
+                if not served[0].labelled:
+                    kept, labels = unlabelled(kept, reader.ignore_index)
                 if is_new:
-                    for gatherer in served:
-                        gatherer.add(kept, labels)
+                    rows.add(kept, labels)
             if watch is not None:
                 watch.verify()
         if watch is None:
@@ -98,14 +100,17 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                 f"the data to sweep is empty for process {host.rank} of {host.world_size}: it must have a batch for "
                 "each, and a loader must begin anew in each pass."
             )
-        for gatherer in served:
-            gatherer.end()
+        rows.flush()
     finally:
         if watch is not None:
             watch.remove()
         if sharded:
             reshard(module)
     return waiting
+
+
+def _sees_as(one: Gatherer, other: Gatherer) -> bool:
+    return one.labelled == other.labelled and one.reader.sees_as(other.reader)
 
 
 def check_loader(host: Host, loader: Any, limit: int | None = None) -> None:
@@ -141,6 +146,6 @@ def left_over(module: nn.Module, error: Exception, rest: int | None = None) -> U
     many = "the last samples" if rest is None else f"a batch of the {rest} samples"
     return UserError(
         f"{type(module).__name__} could not be measured on {many} that drop_last=True leaves out of training, and an "
-        f"evaluation pass over the training set reads: {type(error).__name__}: {error} Use source='online', or let "
-        "forward and collate_fn take batches of any size."
+        f"evaluation pass over the training set reads: {type(error).__name__}: {error} Let forward and collate_fn take "
+        "batches of any size, or measure training's own forwards, by source='online' or Probe.online."
     )

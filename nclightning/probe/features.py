@@ -23,6 +23,7 @@ __all__ = [
     "capture_features",
     "class_last",
     "describe",
+    "first_argument",
     "first_tensor",
     "pair_rows",
     "split_batch",
@@ -321,8 +322,8 @@ class FeatureHooks:
         if "" not in kept:
             raise UserError(
                 "the head did not run here, so there are no features. If the step makes its logits in another way "
-                "than forward does, pass head= the layer that it runs; if the model is compiled, hooks are not seen: "
-                "use source='sweep' and stages=('train',)."
+                "than forward does, pass head= the layer that it runs; if the model is compiled, or a copy of it runs, "
+                "hooks are not seen: use source='sweep' and stages=('train',), or Probe.read."
             )
         return {name: tensor.flatten(1) if name else tensor for name, tensor in kept.items()}
 
@@ -348,10 +349,16 @@ def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHan
     """Hand on what enters a head, by place or by keyword."""
 
     def hand_on(args: Any, kwargs: dict[str, Any]) -> None:
-        if (tensor := first_tensor((*args, *kwargs.values()))) is not None:
+        if (tensor := first_argument(args, kwargs)) is not None:
             keep(tensor)
 
     return hook_call(head, hand_on)
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the first tensor among the arguments of a call."""
+    # Almost always the first argument; this is asked in every training step.
+    return args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -118,7 +118,7 @@ class Found:
         holds = self.reader.layer is None or makes(layer, head, rows, made)
         if holds and self.link is not None:
             part = self.part_of(seen.output)
-            holds = part is not None and not bool(self.link.misses(part, made))
+            holds = part is not None and (torch.equal(part, made) or not bool(self.link.misses(part, made)))
         if not holds:
             raise self.refusal(module)
         return seen.output

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from nclightning.compat.accelerate import origin_of
+from nclightning.compat.fabric import loader_of_fabric, precision_of_fabric
 from nclightning.compat.torch import COMPILED_PREFIX, uncompiled
 from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.features import describe
@@ -21,7 +23,22 @@ __all__ = ["check_samples", "checked_model", "names_of", "plain_name", "readable
 _WRAPPED = ("module.", COMPILED_PREFIX)
 
 
-def unwrapped(model: nn.Module, head: Any = None) -> nn.Module:
+class Unwrapped(NamedTuple):
+    """A model without its wrappers.
+
+    Attributes:
+        module: The model inside. A single layer, such as a linear probe, comes as a part of a ``Sequential``: a head is
+            sought among parts.
+        is_compiled: Whether one of them was ``torch.compile``.
+        precision: That of Fabric, if one of them was Fabric's.
+    """
+
+    module: nn.Module
+    is_compiled: bool
+    precision: Any
+
+
+def unwrapped(model: nn.Module, head: Any = None) -> Unwrapped:
     """Return the model inside of wrappers for training, whose forward is the same.
 
     ``DistributedDataParallel`` would have all processes wait for each other in each forward, ``DataParallel`` runs
@@ -30,20 +47,19 @@ def unwrapped(model: nn.Module, head: Any = None) -> nn.Module:
     Args:
         model: Any.
         head: The head that the user named.
-
-    Returns:
-        The model. A single layer, such as a linear probe, comes as a part of a ``Sequential``: a head is sought among
-        parts.
     """
+    is_compiled, precision = False, None
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
         elif (inner := uncompiled(model)) is not None:
-            model = inner
+            model, is_compiled = inner, True
+        elif (of_fabric := precision_of_fabric(model)) is not None:
+            model, precision = model.module, of_fabric  # type: ignore[assignment]
         else:
             break
     alone = next(model.children(), None) is None and (head is None or head is model)
-    return nn.Sequential(model) if alone else model
+    return Unwrapped(nn.Sequential(model) if alone else model, is_compiled, precision)
 
 
 def plain_name(name: Any, model: nn.Module) -> Any:
@@ -135,6 +151,7 @@ def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
         TypeError: If it is no iterable of batches.
         ValueError: If it can be read once, and is to be read twice.
     """
+    data = loader_of_fabric(data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise UserTypeError(
             f"data must be an iterable of batches, got the data set {type(data).__name__}: pass "
@@ -155,7 +172,8 @@ def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
                 "pass a DataLoader, a list, or another iterable that begins anew."
             )
         return _AsItIs(data)
-    if isinstance(data, DataLoader) and type(data).__iter__ is not DataLoader.__iter__:
+    inner = origin_of(data).loader
+    if isinstance(inner, DataLoader) and type(inner).__iter__ is not DataLoader.__iter__:
         return _AsItIs(data)  # What it yields cannot be had from its data set.
     batches: Iterable[Any] = data
     return batches

@@ -51,10 +51,14 @@ class PlainHost:
     Args:
         module: The model.
         device: Where batches go. None takes the device of its first parameter or buffer, the CPU if it has none.
+        precision: Of Fabric, with ``convert_input`` and ``forward_context``; None leaves what surrounds the call as it
+            is, such as the user's ``torch.autocast``.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str | None = None) -> None:
-        self.module, self.rank, self.world_size = module, rank(), world_size()
+    def __init__(
+        self, module: nn.Module, device: torch.device | str | None = None, precision: Any | None = None
+    ) -> None:
+        self.module, self.rank, self.world_size, self._precision = module, rank(), world_size(), precision
         first = next(chain(module.parameters(), module.buffers()), None)
         own = torch.device("cpu") if first is None else first.device
         self.device = own if device is None else torch.device(device)
@@ -66,12 +70,19 @@ class PlainHost:
             yield
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Leave what surrounds the call as it is, such as the user's ``torch.autocast``."""
-        return nullcontext()
+        """Run forwards in the precision of the user's steps."""
+        context: AbstractContextManager[Any] = (
+            nullcontext() if self._precision is None else self._precision.forward_context()
+        )
+        return context
 
     def on_device(self, batch: Any) -> Any:
         """Move the tensors in a batch."""
-        return moved(batch, self.device)
+        return self.converted(moved(batch, self.device))
+
+    def converted(self, batch: Any) -> Any:
+        """Bring inputs to the dtype that the model gets in the user's steps."""
+        return batch if self._precision is None else self._precision.convert_input(batch)
 
 
 def moved(batch: Any, device: torch.device) -> Any:

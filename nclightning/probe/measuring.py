@@ -18,11 +18,10 @@ from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
 from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.given import check_samples, checked_model, names_of, plain_name, readable, unwrapped
-from nclightning.probe.host import PlainHost
-from nclightning.probe.reader import BatchFn, ForwardFn, PairReader
+from nclightning.probe.given import readable
+from nclightning.probe.probing import Probe, in_order
+from nclightning.probe.reader import BatchFn, ForwardFn
 from nclightning.probe.results import Measurement
-from nclightning.probe.sets import DataSet, DecisionsGatherer, StatisticsGatherer, gather_alone
 
 __all__ = ["measure"]
 
@@ -108,20 +107,27 @@ def measure(
             f"{', '.join(of_arrays)} cannot go together with {', '.join(of_model)}: pass measure(model, data) with its "
             "options, or measure(features=..., labels=..., weight=..., bias=...)."
         )
-    start, conventions = time.perf_counter(), Conventions(global_mean, between_weights)
-    measures = measures if measures is None or isinstance(measures, str) else tuple(measures)
-    measuring = Measuring(measures, ignore_index, **conventions._asdict())
     if of_arrays:
+        start, conventions = time.perf_counter(), Conventions(global_mean, between_weights)
+        measures = measures if measures is None or isinstance(measures, str) else tuple(measures)
+        measuring = Measuring(measures, ignore_index, **conventions._asdict())
         given = arrays(features, labels, weight, bias, ignore_index)
         return _measure_arrays(given, measuring, measures, ignore_index, conventions, start)
-    host = PlainHost(unwrapped(checked_model(model, device), head), device)
-    if layer_pooling not in ("mean", "flatten"):
-        raise UserError(f"layer_pooling must be 'mean' or 'flatten', got {layer_pooling!r}.")
-    names = tuple(plain_name(name, host.module) for name in names_of(layers))
-    head = plain_name(head, host.module)
-    reader = PairReader(head, names, layer_pooling, batch_fn, forward_fn, ignore_index)
-    once_more = [*(["layers"] if reader.layers else []), *measuring.of_decisions]
-    return _measure_model(host, readable(data, once_more), reader, measuring, measures, conventions, start)
+    if isinstance(data, Mapping):
+        readable(data)  # Raises: it is one batch.
+    return Probe(
+        model,  # type: ignore[arg-type]
+        measures=measures,
+        head=head,
+        layers=layers,
+        layer_pooling=layer_pooling,
+        batch_fn=batch_fn,
+        forward_fn=forward_fn,
+        device=device,
+        ignore_index=ignore_index,
+        global_mean=global_mean,
+        between_weights=between_weights,
+    ).read(data)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -158,38 +164,8 @@ def _measure_arrays(
             decisions.update(some, own)
         values |= _only(of_decisions, decisions.compute())
         of_classes[""] = _only(of_decisions, decisions.per_class())
-    return build({"": stats}, _in_order(values, measures), of_classes, head, conventions, start, left_out)
-
-
-def _measure_model(
-    host: PlainHost,
-    data: Iterable[Any],
-    reader: PairReader,
-    measuring: Measuring,
-    measures: Sequence[str] | None,
-    conventions: Conventions,
-    start: float,
-) -> Measurement:
-    gatherer = gather_alone(host, DataSet(data), lambda: StatisticsGatherer(reader, measuring))
-    statistics = gatherer.statistics
-    check_samples(statistics[""].counts, statistics[""].means, reader.head_of(host.module).name)
-    head, values = reader.whole_head_of(host.module), gatherer.collector.read(statistics)
-    of_classes: Mapping[str, Mapping[str, Tensor]] = {}
-    if measuring.decides(statistics):
-        decisions = measuring.decisions_collector(head, statistics)
-        gather_alone(host, DataSet(data), lambda: DecisionsGatherer(reader, decisions))
-        values |= decisions.read()
-        of_classes = decisions.per_class()
-    return build(statistics, _in_order(values, measures), of_classes, head, conventions, start)
+    return build({"": stats}, in_order(values, measures), of_classes, head, conventions, start, left_out)
 
 
 def _only(names: Sequence[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[name] for name in names}
-
-
-def _in_order(values: Mapping[str, Tensor], names: Sequence[str] | None) -> dict[str, Tensor]:
-    """Bring values into the order in which they were asked for, those of layers behind, layer by layer."""
-    first = [name for name in names or () if name in values]
-    groups = list(dict.fromkeys(tag.rpartition("/")[0] for tag in values))
-    rest = sorted(values, key=lambda tag: groups.index(tag.rpartition("/")[0]))
-    return {name: values[name] for name in dict.fromkeys([*first, *rest])}

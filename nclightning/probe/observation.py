@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.compat.torch import version_of
-from nclightning.probe.features import first_tensor
+from nclightning.probe.features import first_argument, first_tensor
 from nclightning.probe.sweep import eager, frozen
 
 __all__ = ["Observation", "Run", "float_leaves", "observe", "record"]
@@ -140,7 +140,7 @@ class _Recorder:
         return tensor.clone() if version < 0 or self._copied is None or number in self._copied else tensor
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        came = first_tensor((*args, *kwargs.values()))
+        came = first_argument(args, kwargs)
         value = self._value(came)
         self._open.setdefault(layer, []).append((came, value))
         if came is not None and value is not None:
@@ -160,7 +160,7 @@ class _Recorder:
             assert inputs is not None
             assert value is not None
             self._runs.append(Run(layer, inputs, value, came, went))
-        if _takes_labels(layer):
+        if self._copied is not None and _takes_labels(layer):  # To ask takes longer than a small layer.
             self._with_labels.append((layer, args, kwargs))
         return changed
 

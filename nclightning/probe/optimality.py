@@ -16,7 +16,6 @@ from nclightning.heads import Head
 from nclightning.metrics import NeuralCollapse
 from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
 from nclightning.probe.evaluation import Gatherer
-from nclightning.probe.features import pair_rows
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import StatisticsGatherer
@@ -25,15 +24,11 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityCollector", "OptimalityGatherer"]
 
-# What waits for an update, at least so many rows and so many numbers: one of many costs little more than one of few.
-_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**17
-
 
 class OptimalityCollector:
     """Gathers what gap and distance need of the features of a training set, in one pass over it.
 
-    Nothing that is gathered depends on the penalties: they can be fitted to the same features at the end. Between calls
-    of :meth:`update` the last few thousand rows are kept.
+    Nothing that is gathered depends on the penalties: they can be fitted to the same features at the end.
 
     Args:
         loss: ``"mse"`` or ``"ce"``.
@@ -60,33 +55,20 @@ class OptimalityCollector:
         self._excess = ExcessLoss.empty(*sizes, head.device)
         # Of the lightest measure: only its statistics are wanted.
         self._metric = NeuralCollapse(*sizes, measures=("nc1_ratio",)).to(head.device) if own_statistics else None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._num_rows = self._num_seen = 0
+        self._num_seen = 0
 
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
-        """Add a batch.
+        """Take in samples; many at once cost little more than few.
 
         Args:
-            features: ``(B, d)``.
-            labels: ``(B,)`` int64. Those outside ``0..K-1`` are left out, and refused by the statistics.
-            copy: False keeps features as they are, which must then not change before the last reading.
+            features: ``(N, d)``.
+            labels: ``(N,)`` int64. Those outside ``0..K-1`` are left out, and refused by the statistics.
+            copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
-        features = features.detach().clone() if copy else features.detach()
-        self._waiting.append((features, labels.clone()))  # A loader may fill the same memory with the next batch.
-        self._num_rows += len(labels)
         self._num_seen += len(labels)
-        if self._num_rows >= max(_ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME // features.shape[1]):
-            self.flush()
-
-    def flush(self) -> None:
-        """Take in what waits."""
-        if not self._waiting:
-            return
-        with autocast_off(self._waiting[0][0].device):
-            features, labels = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-            self._waiting, self._num_rows = [], 0
+        with autocast_off(self._head.weight.device):
             if self._metric is not None:
-                self._metric.update(features, labels, copy=False)
+                self._metric.update(features, labels, copy=copy)
             self._excess = self._excess.add(features, labels, self._head)
 
     def read(self, stats: ClassStatistics | None = None) -> dict[str, Tensor]:
@@ -101,7 +83,6 @@ class OptimalityCollector:
         Raises:
             ValueError: If a label was outside ``0..K-1``, or classes are not balanced.
         """
-        self.flush()
         if stats is None:
             assert self._metric is not None, "made without statistics of its own"
             stats = self._metric.gathered()
@@ -133,6 +114,8 @@ class OptimalityGatherer:
         penalties: The same.
     """
 
+    labelled = True
+
     def __init__(
         self, reader: PairReader, loss: Literal["mse", "ce"], penalties: tuple[float, float] | None = None
     ) -> None:
@@ -148,18 +131,14 @@ class OptimalityGatherer:
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
         """Make the collector for the head, which leaves statistics to another that gathers them."""
-        statistics = [each for each in others if isinstance(each, StatisticsGatherer) and each.labelled]
+        statistics = [each for each in others if isinstance(each, StatisticsGatherer)]
         self._statistics = statistics[0] if statistics else None
         head = self.reader.whole_head_of(host.module)
         self._collector = OptimalityCollector(self._loss, head, self._penalties, own_statistics=not statistics)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch."""
-        self.collector.update(*pair_rows(features[""], labels), copy=False)
-
-    def end(self) -> None:
-        """Take in what waits."""
-        self.collector.flush()
+        """Take rows."""
+        self.collector.update(features[""], labels, copy=False)
 
     def read(self) -> dict[str, Tensor]:
         """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""

@@ -69,7 +69,10 @@ class PairReader:
         reader = self._known.found.reader
         if reader.layer is None:
             return True
-        same = reader.layer is dict(module.named_modules(remove_duplicate=False)).get(reader.name)
+        try:
+            same = reader.layer is module.get_submodule(reader.name)
+        except AttributeError:
+            return False
         return same and (reader.form != "weight" or weight_shape(reader.layer) == weight_shape(reader))
 
     @property

@@ -147,6 +147,15 @@ class Measurement(Mapping[str, float]):
             )
         return {name: column.copy() for name, column in self._tables[layer].items()}
 
+    def tagged(self, prefix: str) -> dict[str, float]:
+        """Return the values as loggers take them, such as ``wandb.log(found.tagged("nc/train"), step)``.
+
+        Args:
+            prefix: Stands before each name with a slash, as ``nc/train`` in ``nc/train/nc1``, the tag that
+                :class:`nclightning.callbacks.NeuralCollapseMonitor` logs.
+        """
+        return {f"{prefix}/{name}": value for name, value in self._values.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything in plain Python objects; ``dict(measurement)`` has the values alone."""
         tables = {
@@ -200,7 +209,8 @@ class Measurement(Mapping[str, float]):
 
     def _headline(self) -> str:
         head = "no head" if self.head is None else f"{'cosine head' if self.normalizes else 'head'} {self.head!r}"
-        size = f"{self.num_samples} samples, {self.num_classes} classes, {self.feature_dim} features, {head}"
+        classes = f"{self.num_classes} classes, " if self.num_classes else ""  # None where labels mean nothing.
+        size = f"{self.num_samples} samples, {classes}{self.feature_dim} features, {head}"
         return size if math.isnan(self.seconds) else f"{size}, {self.seconds:.3g} s"
 
     def _notes(self) -> list[str]:

@@ -112,15 +112,9 @@ class StatisticsGatherer:
         self._collector = self._measuring.statistics_collector(self.reader.head_of(host.module), self._last)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch."""
-        own = features
-        if len(features) > 1 + len(self.reader.layers):  # The others are those of other gatherers.
-            own = {name: features[name] for name in ("", *self.reader.layers)}
-        self.collector.add(*((own, labels) if self.labelled else self._measuring.unlabelled(own)))
-
-    def end(self) -> None:
-        """Take in what waits."""
-        self.collector.flush()
+        """Take rows."""
+        names = ("", *self.reader.layers) if self.labelled else ("",)  # Others are those of other gatherers.
+        self.collector.add({name: features[name] for name in names}, labels)
 
 
 class DecisionsGatherer:
@@ -131,6 +125,8 @@ class DecisionsGatherer:
         collector: Takes them.
     """
 
+    labelled = True
+
     def __init__(self, reader: PairReader, collector: DecisionsCollector) -> None:
         self.reader, self._collector = reader, collector
 
@@ -138,12 +134,8 @@ class DecisionsGatherer:
         """Nothing is to be made."""
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take a batch."""
+        """Take rows."""
         self._collector.add(features, labels)
-
-    def end(self) -> None:
-        """Take in what waits."""
-        self._collector.flush()
 
 
 class SetReader:

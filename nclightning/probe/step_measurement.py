@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
 from nclightning.heads import Head
+from nclightning.probe.batches import RowBuffer, unlabelled
 from nclightning.probe.collectors import (
     DecisionsCollector,
     LayerStatistics,
@@ -34,11 +35,13 @@ class _OfLoader(NamedTuple):
     """What is collected of a loader.
 
     Attributes:
+        rows: Hands them on to the others.
         statistics: Of its features.
         decisions: About them, if they are measured.
         num_own: How many samples of this process are not repeated ones; None if all.
     """
 
+    rows: RowBuffer
     statistics: StatisticsCollector
     decisions: DecisionsCollector | None
     num_own: int | None
@@ -57,6 +60,9 @@ class StepMeasurement:
             decisions and NC5 need; None leaves both out.
         online: Whether this is a pass of training, whose weights change on the way: its features are read with the
             head as it is at the end. Else features and head are of the same weights.
+
+    Attributes:
+        statistics: What :meth:`read` evaluated, by the name of the loader.
     """
 
     def __init__(
@@ -69,6 +75,7 @@ class StepMeasurement:
     ) -> None:
         self._reader, self._measuring = reader, measuring
         self._ood, self._training_statistics, self._online = ood, training_statistics, online
+        self.statistics: dict[str, LayerStatistics] = {}
         self._loaders: dict[str, _OfLoader] = {}
         self._failure: Exception | None = None
         # What decides: class means and head, and fingerprints of the weights that they are of.
@@ -88,6 +95,11 @@ class StepMeasurement:
     def hooked(self) -> bool:
         """Whether the model is hooked, or need not be any more."""
         return self._hooked or self._failure is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has not run on the batch for which it was hooked."""
+        return self._watch is not None and self._watch.is_idle
 
     def hook(self, host: Host, batch: Any, name: str = "", first: FirstForward | None = None) -> None:
         """Hook the model before its first batch, and get ready for each.
@@ -121,8 +133,8 @@ class StepMeasurement:
         compiled = self._reader.is_compiled(module)
         if compiled and self._online:
             raise UserError(
-                "source='online' needs the features of training's own forwards, which a compiled model does not show "
-                "to hooks: use source='sweep', which runs it uncompiled."
+                "source='online' and Probe.online need the features of training's own forwards, which a compiled model "
+                "does not show to hooks: use source='sweep' or Probe.read, which run it uncompiled."
             )
         self._hooked = True
         if not compiled:
@@ -184,19 +196,18 @@ class StepMeasurement:
         if name not in self._loaders:
             self._loaders[name] = self._open(host.module, name, loader)
         if name in self._ood:
-            kept, labels = self._measuring.unlabelled(kept)
-        statistics, decisions, num_own = self._loaders[name]
-        statistics.add(kept, labels, num_own)
-        if decisions is not None:
-            decisions.add(kept, labels, num_own)
+            kept, labels = unlabelled(kept, self._reader.ignore_index)
+        of_loader = self._loaders[name]
+        of_loader.rows.add(kept, labels, of_loader.num_own)
 
     def _open(self, module: nn.Module, name: str, loader: Any) -> _OfLoader:
         """Make what collects the features of a loader."""
         head = self._reader.head_of(module) if self._head is None else self._head
-        decisions = None
+        statistics, decisions = self._measuring.statistics_collector(head), None
         if self._class_means is not None and self._measuring.decides(self._class_means) and name not in self._ood:
             decisions = self._measuring.decisions_collector(head, self._class_means)
-        return _OfLoader(self._measuring.statistics_collector(head), decisions, num_own_samples(loader))
+        rows = RowBuffer(*(each.add for each in (statistics, decisions) if each is not None))
+        return _OfLoader(rows, statistics, decisions, num_own_samples(loader))
 
     def read(self, host: Host) -> dict[str, Tensor]:
         """Evaluate all measures, with the name of the loader in the tag where there are several.
@@ -207,18 +218,16 @@ class StepMeasurement:
         if self._failure is None:
             try:
                 self._verify(host)
-                for statistics, decisions, _ in self._loaders.values():
-                    statistics.flush()
-                    if decisions is not None:
-                        decisions.flush()
+                for of_loader in self._loaders.values():
+                    of_loader.rows.flush()
             except Exception as error:
                 self._failure = error
         self.remove()
         raise_together(self._failure, host.device)
         reshard(host.module)  # The head in its own precision, not in that of the last forward.
         values: dict[str, Tensor] = {}
-        for name, (statistics, decisions, _) in self._loaders.items():
-            stats = statistics.statistics()
+        for name, (_, statistics, decisions, _) in self._loaders.items():
+            stats = self.statistics[name] = statistics.statistics()
             if name in self._ood:
                 read = {} if self._class_means is None else {"nc5": orthogonality(self._class_means[""], stats[""])}
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nclightning.errors import UserError
-from nclightning.probe.features import FeatureHooks, first_tensor
+from nclightning.probe.features import FeatureHooks, first_argument, first_tensor
 from nclightning.probe.found import Found
 from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.observation import Observation
@@ -84,6 +84,14 @@ def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
     )
 
 
+def _differs(tensor: Tensor, leaf: Tensor) -> Tensor:
+    """Whether two tensors have other values, beyond what rounding to the lower of their precisions makes equal."""
+    if tensor.dtype != leaf.dtype and tensor.is_floating_point() and leaf.is_floating_point():
+        lower = min(tensor.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize)
+        tensor, leaf = tensor.to(lower), leaf.to(lower)
+    return (tensor != leaf).any()
+
+
 class Watch:
     """Copies the features of one forward per batch, and checks on the device that what was found still holds.
 
@@ -140,7 +148,7 @@ class Watch:
         self._kept_of, self._other, self._logits, self._settled = None, None, None, False
 
     def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
-        tensor = args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
+        tensor = first_argument(args, kwargs)
         if tensor is None:
             return
         leaves = self._leaves
@@ -153,7 +161,7 @@ class Watch:
             alike = [leaf for leaf in self._leaves if leaf.shape == tensor.shape and leaf.device == tensor.device]
             self._matches = "maybe" if alike else "no"
             if alike and self._online:
-                self._other = torch.stack([(tensor.detach() != leaf).any() for leaf in alike]).all()
+                self._other = torch.stack([_differs(tensor.detach(), leaf) for leaf in alike]).all()
         else:
             self._matches = "no"
 
@@ -192,6 +200,11 @@ class Watch:
                 self._hooks.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
         self._misses = misses if self._misses is None else self._misses | misses
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has not run since the last batch began."""
+        return self._matches == "unseen" and not self._hooks.runs
+
     def take(self, output: Any = None, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the features of a batch by name.
 
@@ -215,7 +228,7 @@ class Watch:
             self._differs = self._other if self._differs is None else self._differs | self._other
         kept = self._hooks.take()
         self._forget()
-        if labels is not None and labels.ndim and len(labels) != len(kept[""]):
+        if labels is not None and labels.shape[:1] not in ((), kept[""].shape[:1]):
             raise self._refusal()
         return kept
 
@@ -240,10 +253,11 @@ class Watch:
         name, title = self._found.reader.name, type(self._module).__name__
         if self._online:
             return UserError(
-                f"source='online' pairs features with labels by their places in the batch, and the training step runs "
-                f"{title} on something else than the inputs of the batch, which may be mixed, in another order or of "
-                f"other samples. Use source='sweep'; or change batches in on_after_batch_transfer and not in the step; "
-                "or pass batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
+                "source='online' and Probe.online pair features with labels by their places in the batch, and the "
+                f"training step runs {title} on something else than the inputs of the batch, which may be mixed, in "
+                "another order or of other samples. Use source='sweep' or Probe.read; or change batches before the "
+                "step, in on_after_batch_transfer or as epoch.batches((change(x), y) for x, y in loader); or pass "
+                "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
             )
         return UserError(
             f"the head {name!r} of {title} ran in a validation or test step on other samples than those of the batch, "
@@ -282,7 +296,7 @@ class FirstStepHooks:
 
     def _compare_with(self, value: Tensor) -> Any:
         def compare(args: Any, kwargs: dict[str, Any]) -> None:
-            tensor = first_tensor((*args, *kwargs.values()))
+            tensor = first_argument(args, kwargs)
             if tensor is not None and tensor.device == value.device:
                 # A part of the batch, or more than that, may go through together.
                 count = min(tensor.numel(), value.numel())

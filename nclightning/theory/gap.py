@@ -70,9 +70,9 @@ def divergence(problem: UFMProblem, logits: Tensor, labels: Tensor, bias: Tensor
 
 def _exp_excess(t: Tensor) -> Tensor:
     """``exp(t) - 1 - t`` to full relative accuracy, by its series where the difference would cancel."""
-    series = torch.ones_like(t)
+    one = series = torch.ones_like(t)
     for k in range(18, 2, -1):
-        series = 1 + t / k * series
+        series = torch.addcmul(one, t, series, value=1 / k)
     return torch.where(t.abs() <= 0.5, t.square() / 2 * series, torch.expm1(t) - t)
 
 

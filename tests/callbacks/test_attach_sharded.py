@@ -1,13 +1,9 @@
 """NeuralCollapseMonitor on weights that ``fully_shard`` shares out among two processes."""
 
-import os
-import socket
-import warnings
 from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
@@ -16,6 +12,7 @@ from nclightning.functional import etf_deviation
 from nclightning.metrics import Optimality
 from nclightning.theory import UFMProblem
 from tests.callbacks.test_attach import K, Net, loader, measure, read
+from tests.processes import on
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -66,23 +63,6 @@ def fit(folder, callbacks, count=49, tensor_parallel_size=1, still=False, **opti
     return dict(trainer.callback_metrics), trainer.strategy.lightning_module_state_dict(), torch.get_rng_state()
 
 
-def run(rank, port, folder, job):
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    warnings.simplefilter("ignore")  # Of few workers; none is about shards.
-    torch.save(job(folder), folder / f"{rank}.pt")
-
-
-def on_two(folder, job):
-    """Run a job on two processes and return what both return."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(run, (port, folder, job), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
 def refused(folder, **options):
     with pytest.raises(ValueError, match=r"^\w") as caught:
         fit(folder, [NeuralCollapseMonitor()], **options)
@@ -100,7 +80,7 @@ class Reading:
 def test_a_sweep_reads_what_one_process_reads_and_leaves_no_trace(nested, tmp_path):
     measures = ("nc1", "nc2", "nc3", "accuracy", "ncc_mismatch")
 
-    def job(folder):
+    def job():
         monitor = NeuralCollapseMonitor(measures=measures, every_n_steps=2)
         part = monitor.at_epochs()
         publish, steps = part.publish_at_step, []
@@ -111,11 +91,11 @@ def test_a_sweep_reads_what_one_process_reads_and_leaves_no_trace(nested, tmp_pa
             publish(trainer, values)
 
         part.publish_at_step = note
-        results = fit(folder, [], nested=nested), fit(folder, [monitor], nested=nested)
+        results = fit(tmp_path, [], nested=nested), fit(tmp_path, [monitor], nested=nested)
         assert steps
         return results
 
-    first, second = on_two(tmp_path, job)
+    first, second = on(2, tmp_path, job)
     (_, bare, bare_random), (metrics, weights, random) = first
     assert bare.keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in bare.items())
@@ -130,10 +110,10 @@ def test_a_sweep_reads_what_one_process_reads_and_leaves_no_trace(nested, tmp_pa
 
 
 def test_ordinary_forwards(tmp_path):
-    def job(folder):
-        return fit(folder, [NeuralCollapseMonitor(source="online")], still=True)
+    def job():
+        return fit(tmp_path, [NeuralCollapseMonitor(source="online")], still=True)
 
-    (metrics, weights, _), _ = on_two(tmp_path, job)
+    (metrics, weights, _), _ = on(2, tmp_path, job)
     model = Net()
     model.body[1] = model.body[3] = nn.Identity()
     model.load_state_dict(weights)
@@ -143,10 +123,10 @@ def test_ordinary_forwards(tmp_path):
 
 
 def test_the_head_is_read_in_its_own_precision(tmp_path):
-    def job(folder):
-        return fit(folder, [NeuralCollapseMonitor()], still=True, nested=False, dtype=torch.bfloat16)
+    def job():
+        return fit(tmp_path, [NeuralCollapseMonitor()], still=True, nested=False, dtype=torch.bfloat16)
 
-    (metrics, weights, _), _ = on_two(tmp_path, job)
+    (metrics, weights, _), _ = on(2, tmp_path, job)
     expected = pytest.approx(float(etf_deviation(weights["last.weight"].double())), rel=1e-6)
     assert read(Reading(metrics))["nc2"] == expected
     assert read(Reading(metrics), "val")["nc2"] == expected
@@ -155,10 +135,10 @@ def test_the_head_is_read_in_its_own_precision(tmp_path):
 def test_gap_and_distance(tmp_path):
     """Of balanced classes, which is what they are about; the second process has a batch less."""
 
-    def job(folder):
-        return fit(folder, [OptimalityMonitor(loss="ce", lambda_w=5e-2, lambda_h=1e-3)], count=33)
+    def job():
+        return fit(tmp_path, [OptimalityMonitor(loss="ce", lambda_w=5e-2, lambda_h=1e-3)], count=33)
 
-    (metrics, weights, _), _ = on_two(tmp_path, job)
+    (metrics, weights, _), _ = on(2, tmp_path, job)
     model = Net()
     model.load_state_dict(weights)
     data, metric = samples(33), Optimality(UFMProblem("ce", K, 11, 8, 5e-2, 1e-3), model.last)
@@ -169,9 +149,9 @@ def test_gap_and_distance(tmp_path):
 
 
 def test_refusals(tmp_path):
-    def job(folder):
-        return refused(folder, count=1, still=True), refused(folder, tensor_parallel_size=2)
+    def job():
+        return refused(tmp_path, count=1, still=True), refused(tmp_path, tensor_parallel_size=2)
 
-    for few, split in on_two(tmp_path, job):
+    for few, split in on(2, tmp_path, job):
         assert few == "a sweep of sharded weights needs a batch for each process: this data set has too few samples."
         assert split.startswith("layers that are split over processes need the same batch on each")

@@ -7,8 +7,6 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.metrics import NeuralCollapse
-from nclightning.probe.collectors import StatisticsCollector
 from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -256,26 +254,3 @@ def test_a_loader_that_iterates_in_its_own_way_is_read_online_only(samples, tmp_
             read(data)
     else:
         assert read(data) == read(DataLoader(TensorDataset(2 * samples[0], samples[1]), batch_size=10))
-
-
-def test_empty_batches_do_not_wait(samples):
-    collection = StatisticsCollector(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
-    for _ in range(50):
-        collection.add({"": torch.zeros(0, 5)}, torch.zeros(0, dtype=torch.int64))
-    assert len(collection._waiting) == 1  # One, so that all processes know the names.
-    collection.add({"": samples[0]}, samples[1])
-    collection.flush()
-    assert float(collection._metrics[""].statistics.counts.sum()) == N
-
-
-def test_odd_batches_among_others_are_paired_for_themselves(samples):
-    """A label too many here and one too few there do not make a pair."""
-    collection = StatisticsCollector(nn.Linear(5, K), NeuralCollapse(K, 5), True, None)
-    collection.add({"": samples[0][:4]}, samples[1][:4].unsqueeze(1))
-    collection.add({"": samples[0][4:8]}, samples[1][4:8].int())
-    collection.flush()
-    assert float(collection._metrics[""].statistics.counts.sum()) == 8
-    collection.add({"": samples[0][:4]}, samples[1][:5])
-    collection.add({"": samples[0][5:10]}, samples[1][6:10])
-    with pytest.raises(ValueError, match="one label per feature row"):
-        collection.flush()

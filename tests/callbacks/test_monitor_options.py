@@ -18,6 +18,7 @@ from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
+from nclightning.probe.batches import RowBuffer
 from nclightning.probe.collectors import DECISIONS, StatisticsCollector
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
 from tests.trainers import quiet_trainer
@@ -277,6 +278,14 @@ def test_pictures_reach_tensorboard(tmp_path, samples):
     assert [event.step for event in events.Images("nc/train/angles")] == [12, 24]
 
 
+def test_pictures_that_nobody_takes_are_said(tmp_path, samples):
+    monitor = NeuralCollapseMonitor(pictures_every_n_epochs=2)
+    with pytest.warns(UserWarning, match="pictures_every_n_epochs=2 draws nothing, since the trainer has CSVLogger"):
+        fit(tmp_path, [monitor], loader(samples), logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match="the trainer has no logger"):
+        fit(tmp_path, [monitor], loader(samples), max_epochs=1)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -376,6 +385,7 @@ def test_the_path_of_a_batch_makes_no_host_transfer():
     """Fake CUDA tensors raise on a host sync and on a mix of devices."""
     head = nn.Linear(6, 4)
     collection = StatisticsCollector(head, NeuralCollapse(4, 6, head), True, -100)
+    buffer = RowBuffer(collection.add)
     with FakeTensorMode():
         for metric in collection._metrics.values():
             for name in set(metric._names) - {"kept"}:
@@ -383,7 +393,7 @@ def test_the_path_of_a_batch_makes_no_host_transfer():
                 setattr(metric, name, torch.empty(state.shape, dtype=state.dtype, device="cuda"))
         for _ in range(40):
             kept = {"": torch.empty(64, 6, device="cuda", dtype=torch.bfloat16)}
-            collection.add(kept, torch.zeros(64, dtype=torch.int64, device="cuda"), None)
-        collection.flush()
+            buffer.add(kept, torch.zeros(64, dtype=torch.int64, device="cuda"))
+        buffer.flush()
         assert collection._metrics[""].means.device.type == "cuda"
-    assert collection.seen == 40 * 64
+    assert buffer.seen == 40 * 64

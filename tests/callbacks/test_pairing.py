@@ -156,7 +156,7 @@ WRONG = {
 @pytest.mark.parametrize("step", WRONG)
 def test_online_steps_on_something_else_are_refused_at_once(step, tmp_path):
     model = Stands(WRONG[step])
-    with pytest.raises(ValueError, match=r"source='online' pairs features with labels by.*Use source='sweep'"):
+    with pytest.raises(ValueError, match=r"'online' and Probe.online pair features with labels by.*Use source='sweep'"):
         fit(model, tmp_path, NeuralCollapseMonitor(source="online", stages=("train",)))
     assert model.steps == 1
 
@@ -165,7 +165,7 @@ def test_an_online_step_that_differs_later_is_refused_before_anything_is_logged(
     def later(model, batch):
         return (permuted if model.steps > 2 else loss)(model, batch)
 
-    with pytest.raises(ValueError, match="source='online' pairs"):
+    with pytest.raises(ValueError, match=r"'online' and Probe\.online pair"):
         fit(Stands(later), tmp_path, NeuralCollapseMonitor(source="online"))
 
 
@@ -178,7 +178,7 @@ def test_an_online_step_that_differs_before_a_validation_inside_the_epoch_is_ref
             return DataLoader(TensorDataset(X, Y), batch_size=B)
 
     model = Validates(lambda m, b: (permuted if m.steps == 2 else loss)(m, b))
-    with pytest.raises(ValueError, match="source='online' pairs"):
+    with pytest.raises(ValueError, match=r"'online' and Probe\.online pair"):
         fit(model, tmp_path, NeuralCollapseMonitor(source="online"), val_check_interval=3)
 
 

@@ -18,7 +18,8 @@ class Oracle:
         self.bias = None if bias is None else np.asarray(bias)
         self.K, self.N, self.d = len(self.classes), len(features), features.shape[1]
         self.features, self.labels, self.weight = features, labels, np.asarray(weight, dtype=np.float64)
-        self.within = sum((g - m).T @ (g - m) for g, m in zip(self.groups, self.means, strict=True)) / self.N
+        away = np.vstack([g - m for g, m in zip(self.groups, self.means, strict=True)])
+        self.within = away.T @ away / self.N
 
     def centred(self, convention="class"):
         centre = self.means.mean(0) if convention == "class" else self.counts @ self.means / self.N
@@ -26,7 +27,8 @@ class Oracle:
 
     def between(self, convention="class", weights="uniform"):
         w = np.full(self.K, 1 / self.K) if weights == "uniform" else self.counts / self.N
-        return sum(w[k] * np.outer(m, m) for k, m in enumerate(self.centred(convention)))
+        centred = self.centred(convention)
+        return centred.T @ (w[:, None] * centred)
 
     def pairs(self):
         return itertools.permutations(range(self.K), 2)

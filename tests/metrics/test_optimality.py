@@ -48,7 +48,6 @@ def collect(problem, point, size=8):
     for h, y in zip(point.features.split(size), point.labels.split(size), strict=True):
         buffer.add(h, y)
         collector.update(h, y)
-        collector.flush()
     return {name: float(value) for name, value in collector.read(buffer.statistics).items()}
 
 

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
+from tests import forked
 from tests.trainers import quiet_trainer
 
 # 20 samples: 3 processes get 6, 7 and 7, and each misses some class.
@@ -171,15 +171,7 @@ def test_the_command_line_runs_on_two_processes(tmp_path):
     for name, extra in (("one", []), ("two", ["--trainer.strategy", "ddp", "--trainer.devices", "2"])):
         (tmp_path / name).mkdir()
         command = [*words, "false", "--trainer.max_steps", "100", *extra]
-        done = subprocess.run(
-            command,
-            cwd=tmp_path / name,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env=environment(),
-        )
+        done = forked.run(command, cwd=tmp_path / name, env=environment())
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Run folder:") == 1
     one, two = readings(tmp_path / "one"), readings(tmp_path / "two")

@@ -1,17 +1,12 @@
 """Networks whose weights ``fully_shard`` shares out take the steps of one process."""
 
 import csv
-import os
-import socket
-import warnings
 from datetime import timedelta
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
@@ -23,6 +18,7 @@ from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD
 from nclightning.ranks import sum_over_ranks
 from nclightning.sharding import own_shard
+from tests.processes import on
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -85,7 +81,7 @@ def trainer_of(folder, world, how=None, **options):
 
 
 def fit(folder, world, model, max_steps=40, ckpt_path=None, rows=None, *, theory=True, monitors=True, further=()):
-    callbacks = [OptimalityMonitor(5, theory=theory), NeuralCollapseMonitor(5), TensorBoardDashboard()]
+    callbacks = [OptimalityMonitor(5, theory=theory), NeuralCollapseMonitor(5)]
     trainer = trainer_of(
         folder,
         world,
@@ -117,26 +113,6 @@ def difference(some, other):
     return max(float((some[name] - other[name]).abs().max()) for name in some)
 
 
-def run(rank, world, port, folder, job):
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    warnings.simplefilter("ignore")  # Of few workers; none is about shards.
-    torch.save(job(), folder / f"{rank}.pt")
-    if dist.is_initialized():  # Left to the end of the process, threads of the group may outlive what they use.
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def on(world, folder, job):
-    """Run a job on several processes and return what each returns."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(run, (world, port, folder, job), nprocs=world, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
 MODELS = {
     "mse": lambda: mlp("mse"),
     "ce": lambda: mlp("ce"),
@@ -151,6 +127,8 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, tmp_path):
     options = {"theory": kind not in ("penalty on weights", "own")}
+    if kind in ("mse", "own"):
+        options["further"] = [TensorBoardDashboard()]
     alone = weights(fit(tmp_path / "alone", 1, MODELS[kind](), **options))
     whole = weights(fit(tmp_path / "whole", 1, MODELS[kind](), 60, last(tmp_path / "alone"), **options))
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
 from nclightning.optim import ArmijoGD
+from tests.processes import on
 
 STEPS = 30
 fully_shard = getattr(fsdp, "fully_shard", None)
@@ -19,32 +19,27 @@ def losses(x):
     return (a * (x - 1).square()).sum(), ((a.flip(0) + 2) * (x + 0.5).square()).sum() + (x**4).sum()
 
 
-def run(rank, world, file, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def take_steps():
     x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
     optimizer = ArmijoGD([x])
 
     def closure():
         optimizer.zero_grad()
-        value = losses(x)[rank]
+        value = losses(x)[dist.get_rank()]
         value.backward()
         dist.all_reduce(x.grad)  # What DistributedDataParallel does in backward.
-        x.grad /= world
+        x.grad /= dist.get_world_size()
         return value
 
     path = []
     for _ in range(STEPS):
         optimizer.step(closure)
         path.append((x.detach().clone(), optimizer.outcome.step_size))
-    results[rank] = path
-    dist.destroy_process_group()
+    return path
 
 
 def test_ranks_take_the_steps_of_one_process(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run, (2, tmp_path / "store", results), nprocs=2)
-        first, second = results[0], results[1]
+    first, second = on(2, tmp_path, take_steps, group=True)
     x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
     optimizer = ArmijoGD([x])
 
@@ -92,23 +87,17 @@ def walk(module):
     return path
 
 
-def run_sharded(rank, world, file, offset, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    module = Valley(offset)
-    fully_shard(module, mesh=init_device_mesh("cpu", (world,)), ignored_params={module.offset})
-    path = walk(module)
-    module.reshard()
-    results[rank] = path, module.rows.full_tensor().detach(), module.offset.detach()
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(fully_shard is None, reason="an older torch keeps it elsewhere")
 @pytest.mark.parametrize("offset", [2.0, 0.0], ids=["both move", "the second has nothing to move"])
 def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_sharded, (2, tmp_path / "store", offset, results), nprocs=2)
-        (first, rows, moved), (second, *_) = results[0], results[1]
+    def walk_together():
+        module = Valley(offset)
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)), ignored_params={module.offset})
+        path = walk(module)
+        module.reshard()
+        return path, module.rows.full_tensor().detach(), module.offset.detach()
+
+    (first, rows, moved), (second, *_) = on(2, tmp_path, walk_together, group=True)
     module = Valley(offset)
     whole = walk(module)
     assert whole[0][0].evaluations > 3
@@ -125,16 +114,16 @@ def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
 KINDS = {"as it was": 1, "gradient zeroed on one": 2, "moved on both": 2}  # Evaluations of the second step.
 
 
-def take_two_steps(rank, kind):
+def take_two_steps(kind):
     """Disturb what is between two steps; return what each process has of it."""
-    x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
+    rank, x = dist.get_rank(), torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
     if kind == "unequal" and rank == 1:
         x.data[1] = -x.data[1]
     optimizer = ArmijoGD([x], initial_step=0.1)
 
     def closure():
         optimizer.zero_grad()
-        value = losses(x)[rank]
+        value = losses(x)[dist.get_rank()]
         value.backward()
         dist.all_reduce(x.grad)
         x.grad /= 2
@@ -149,19 +138,14 @@ def take_two_steps(rank, kind):
     return optimizer.outcome.evaluations, x.tolist()
 
 
-def run_disturbed(rank, world, file, results):
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    seen = {kind: take_two_steps(rank, kind) for kind in KINDS}
+def disturb():
+    seen = {kind: take_two_steps(kind) for kind in KINDS}
     with pytest.raises(ValueError, match="not the same on all processes"):
-        take_two_steps(rank, "unequal")
-    results[rank] = seen
-    dist.destroy_process_group()
+        take_two_steps("unequal")
+    return seen
 
 
 def test_processes_agree_on_whether_to_evaluate_anew_and_refuse_other_parameters_together(tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(run_disturbed, (2, tmp_path / "store", results), nprocs=2)
-        first, second = results[0], results[1]
+    first, second = on(2, tmp_path, disturb, group=True)
     assert first == second
     assert {kind: evaluations for kind, (evaluations, _) in first.items()} == KINDS

@@ -17,21 +17,22 @@ from rich.console import Console
 from nclightning.figures import read_readings
 from nclightning.reproduction.experiments import Experiment
 from nclightning.reproduction.runner import Failure, Store, run_all
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
 SHORT = Experiment("short", (1,), ("--config", "ufm_ce", "--trainer.max_steps", "30", *QUIET))
 BROKEN = Experiment("broken", (1,), ("--config", "ufm_ce", "--model.init_args.feature_dim", "-3", *QUIET))
-# Several seconds of iterations, with a checkpoint at each 500.
+# Ends at its number of steps only; with a checkpoint at each 500.
 ENDLESS = ("--config", "ufm_mse", "--lambda", "5e-5", "--optimality.stop_distance", "null")
 
 
 class Hold(L.Callback):
-    """Where the environment names a file, writes its process there at iteration 1700 and goes no further."""
+    """Where the environment names a file, writes its process there at iteration 700 and goes no further."""
 
     def on_iteration_end(self, trainer, pl_module, batch, iteration):
         path = os.environ.get("HOLD")
-        if iteration == 1700 and path:
+        if iteration == 700 and path:
             Path(path).with_suffix(".part").write_text(str(os.getpid()))
             Path(path).with_suffix(".part").rename(path)
             threading.Event().wait()
@@ -50,7 +51,7 @@ AWAITED = Experiment(
     "awaited", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Await")
 )
 LONG = Experiment(
-    "long", (1,), (*ENDLESS, "--trainer.max_steps", "4000", *QUIET, "--trainer.callbacks+", f"{__name__}.Hold")
+    "long", (1,), (*ENDLESS, "--trainer.max_steps", "1200", *QUIET, "--trainer.callbacks+", f"{__name__}.Hold")
 )
 
 
@@ -58,6 +59,12 @@ LONG = Experiment(
 def console():
     with open(os.devnull, "w") as nowhere:
         yield Console(file=nowhere)
+
+
+@pytest.fixture
+def _forked(monkeypatch):
+    """Runs of a sweep, and sweeps, find everything imported."""
+    monkeypatch.setattr(subprocess, "Popen", Forked)
 
 
 def finish(path):
@@ -72,7 +79,7 @@ def iterations(folder):
     return read_readings(folder).iterations.astype(int).tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 def test_a_failure_keeps_what_finished_and_the_next_call_does_the_rest(tmp_path, console):
     failures = run_all(tmp_path, [SHORT, BROKEN], 2, console)
     assert failures == [Failure("broken", "error: feature_dim must be at least 1, got -3.")]
@@ -151,7 +158,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     assert not store.is_finished(SHORT)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("_forked")
 def test_a_run_that_was_killed_at_its_end_makes_up_the_rest(tmp_path, console):
     """Killed between its last checkpoint and its report, it takes no further iteration."""
     assert run_all(tmp_path, [SHORT], 1, console) == []
@@ -194,34 +201,37 @@ def test_a_full_disk_is_a_failure_with_its_reason(tmp_path, console, monkeypatch
     assert not list((tmp_path / "state").iterdir())
 
 
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console, monkeypatch):
+@pytest.mark.usefixtures("_forked")
+def test_a_killed_sweep_goes_on_to_the_same_numbers(tmp_path, console):
     code = (
         "import sys; from pathlib import Path; from rich.console import Console; "
         "from tests.reproduction.test_runner import LONG; from nclightning.reproduction.runner import run_all; "
         "run_all(Path(sys.argv[1]), [LONG], 1, Console(quiet=True))"
     )
     held, folder = tmp_path / "held", tmp_path / "killed" / "runs" / "long"
-    environment = os.environ | {"HOLD": str(held), "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], cwd=ROOT, env=environment)
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "killed")], env=os.environ | {"HOLD": str(held)}
+    )
     _wait_for(held.is_file)
     assert _lives(int(held.read_text()))
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
     _wait_for(lambda: not _lives(int(held.read_text())))  # The child notices that its parent is gone.
-    assert 0 < iterations(folder)[-1] <= 1700
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert 0 < iterations(folder)[-1] <= 700
     assert run_all(tmp_path / "killed", [LONG], 1, console) == []
     assert run_all(tmp_path / "whole", [LONG], 1, console) == []
     killed, whole = ((tmp_path / name / "runs" / "long" / "readings.csv").read_text() for name in ("killed", "whole"))
-    assert iterations(folder)[-1] == 4000
+    assert iterations(folder)[-1] == 1200
     # A resumed run repeats one evaluation, which its count leaves out; all else is equal to the last bit.
     assert killed == whole
 
 
 @pytest.mark.slow
 def test_a_terminated_sweep_saves_its_runs_and_says_so(tmp_path):
-    """Ended with its child at rest between two checkpoints, which then saves what it has reached."""
+    """Ended with its child at rest between two checkpoints, which then saves what it has reached.
+
+    Both are started, not forked.
+    """
     code = (
         "import sys; from unittest.mock import patch; from tests.reproduction.test_runner import AWAITED; "
         "from nclightning.cli import main; "

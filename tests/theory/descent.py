@@ -4,13 +4,12 @@ Plain arrays and the formulas as they are printed: nothing of the package. Where
 than float64, curves end earlier.
 """
 
-import math
-
 import numpy as np
 
 EPS = float(np.finfo(np.longdouble).eps)
 # Where round-off begins: NC1 is quadratic in the deviations.
 FLOORS = {"nc1": (1e2 * EPS) ** 2, "nc2": 1e3 * EPS, "nc3": 1e3 * EPS}
+AT_ONCE = 50  # Iterates that are read together.
 
 
 class Descent:
@@ -41,45 +40,52 @@ class Descent:
             if self.b is not None:
                 self.b = self.b - self.step * residual.sum(axis=0)
 
-    def read(self):
-        means = self.H.reshape(self.K, self.n, -1).mean(axis=1)
-        centred = means - means.mean(axis=0)
+    def read(self, count, each):
+        """Read ``count`` iterates, ``each`` steps apart, all at once: a call takes longer than its small arrays."""
+        heads, features = [], []
+        for _ in range(count):
+            heads.append(self.W)
+            features.append(self.H)
+            self.advance(each)
+        W, H = np.stack(heads), np.stack(features)
+        means = H.reshape(count, self.K, self.n, -1).mean(axis=2)
+        centred = means - means.mean(axis=1, keepdims=True)
         return {
-            "nc1": self._nc1(means, centred),
-            "nc2": self._to_etf(self.W @ self.W.T),
-            "nc3": self._to_etf(self.W @ centred.T),
+            "nc1": self._nc1(H - means[:, self.labels], centred),
+            "nc2": self._to_etf(W @ _turned(W)),
+            "nc3": self._to_etf(W @ _turned(centred)),
         }
 
     def _to_etf(self, gram):
         target = (np.eye(self.K) - np.longdouble(1) / self.K) / np.sqrt(np.longdouble(self.K - 1))
-        return float(np.sqrt(np.square(gram / np.sqrt(np.square(gram).sum()) - target).sum()))
+        norm = np.sqrt(np.square(gram).sum(axis=(1, 2), keepdims=True))
+        return np.sqrt(np.square(gram / norm - target).sum(axis=(1, 2)))
 
-    def _nc1(self, means, centred):
+    def _nc1(self, away, centred):
         """Mean square of the coordinates of the deviations in the centred means, ``tr(Sigma_W Sigma_B^+) / K``."""
-        away = self.H - means[self.labels]
-        d = away.shape[1]
+        N, d = away.shape[1:]
         if d >= self.K - 1:  # y = (C C^T)^+ C x; the ones vector fills the kernel.
-            square = centred @ centred.T
-            coordinates = _solve(square + np.trace(square) / self.K**2, centred @ away.T)
-            return float(np.square(coordinates).sum() / len(away))
-        return float((away.T * _solve(centred.T @ centred, away.T)).sum() / len(away))
+            square = centred @ _turned(centred)
+            filled = square + np.trace(square, axis1=1, axis2=2)[:, None, None] / self.K**2
+            return np.square(_solve(filled, centred @ _turned(away))).sum(axis=(1, 2)) / N
+        return (_turned(away) * _solve(_turned(centred) @ centred, _turned(away))).sum(axis=(1, 2)) / N
 
 
 def exponents(problem, point, step):
     """Measure exponents per unit of time by quantity, over the last half of each curve above round-off."""
     steps = int(min(20_000, 120 / (step * problem.mu)))
-    run, rows, each = Descent(problem, point, step), [], max(steps // 2000, 1)
+    run, parts, each = Descent(problem, point, step), [], max(steps // 2000, 1)
     names = [name for name in FLOORS if _defined(problem, name)]
-    for k in range(0, steps, each):
-        rows.append((k * step, run.read()))
-        if all(rows[-1][1][name] <= FLOORS[name] for name in names):
+    while len(parts) * AT_ONCE * each < steps:
+        parts.append(run.read(AT_ONCE, each))
+        if all(parts[-1][name][-1] <= FLOORS[name] for name in names):
             break
-        run.advance(each)
     found = {}
     for name in names:
-        curve = [(time, math.log(values[name])) for time, values in rows if values[name] > FLOORS[name]]
-        (start, high), (end, low) = curve[len(curve) // 2], curve[-1]
-        found[name] = (high - low) / (end - start)
+        curve = np.concatenate([part[name] for part in parts])
+        (above,) = np.nonzero(curve > FLOORS[name])
+        start, end = above[len(above) // 2], above[-1]
+        found[name] = float(np.log(curve[start] / curve[end])) / ((end - start) * each * step)
     return found
 
 
@@ -89,13 +95,17 @@ def _defined(problem, name):
     return problem.feature_dim >= problem.num_classes - 1
 
 
-def _solve(matrix, right):
-    """Gauss and Jordan, for a positive definite matrix."""
-    size = len(matrix)
-    system = np.concatenate([matrix, right], axis=1)
+def _turned(matrices):
+    return matrices.swapaxes(1, 2)
+
+
+def _solve(matrices, right):
+    """Gauss and Jordan, for positive definite matrices."""
+    size = matrices.shape[1]
+    system = np.concatenate([matrices, right], axis=2)
     for i in range(size):
-        system[i] /= system[i, i]
+        system[:, i] /= system[:, i, i, None]
         for j in range(size):
             if j != i:
-                system[j] -= system[j, i] * system[i]
-    return system[:, size:]
+                system[:, j] -= system[:, j, i, None] * system[:, i]
+    return system[:, :, size:]

@@ -215,16 +215,17 @@ def test_metrics_decay_by_the_modes_that_lead_them(loss, sizes, kq, ratio, names
     assert {name: found[name] for name in names} == pytest.approx(dict.fromkeys(names, 1), rel=0.05)
 
 
-GRID = [
-    (loss, (K, n, d), kq, ratio)
+SHAPES = [
+    (loss, (K, n, d))
     for loss in ("mse", "ce")
     for K in (2, 3, 5)
     for n in (1, 2, 6)
     for d in (K - 2, K - 1, K, 2 * K)
-    for kq in (0.03, 0.3, 0.95)
-    for ratio in (0.4, 1.3, 3.0)
     if K * n < 30 and (d >= K - 1 or (loss == "mse" and d > 0))
 ]
+RATIOS = (0.4, 1.3, 3.0)
+# Each shape with each strength, and another of the ratios each time: in a Latin square over three shapes in a row.
+GRID = [(*shape, kq, RATIOS[(i + j) % 3]) for i, shape in enumerate(SHAPES) for j, kq in enumerate((0.03, 0.3, 0.95))]
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ def test_nothing_decays_slower_than_predicted_on_a_grid(loss):
     found = {
         (*case, name): value for case in GRID if case[0] == loss for name, value in ratios(at_strength(*case)).items()
     }
-    assert len(found) > 400
+    assert len(found) > 180
     assert {case: value for case, value in found.items() if not value >= 0.85} == {}
     # A faster mode of larger amplitude hides the slowest product of MSE down to round-off in some of its cases.
     near = sum(value <= 1.05 for value in found.values()) / len(found)

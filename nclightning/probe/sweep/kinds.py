@@ -7,6 +7,7 @@ import collections
 import copy
 import functools
 import io
+import operator
 import random
 import sys
 import types
@@ -71,26 +72,30 @@ def _numbered(values: Iterable[Any]) -> Children:
 
 
 def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
-    return all(a is b for a, b in zip(some, others, strict=True))
+    return all(map(operator.is_, some, others))
 
 
 def _mapping(value: dict[Any, Any]) -> Kept:
-    saved = dict.copy(value)
+    # Not by methods of the object's own class, which may do something else.
+    base: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    saved = dict(base.items(value))
     if not saved:
         children: Children = ()
     elif len(saved) <= _LONGEST_SEARCHED:
-        children = [*saved.items(), *(("a key", key) for key in saved if type(key) not in LEAVES)]
+        children = saved.items()
+        if not LEAVES.issuperset(map(type, saved)):
+            children = [*children, *(("a key", key) for key in saved)]
     else:
         children = ()
 
     def restore(instead: dict[int, Any]) -> None:
         wanted = {key: instead.get(id(item), item) for key, item in saved.items()} if instead else saved
-        if len(value) == len(wanted) and _same(value, wanted) and _same(value.values(), wanted.values()):
+        same = base.__len__(value) == len(wanted) and _same(base.keys(value), wanted)
+        if same and _same(base.values(value), wanted.values()):
             return
-        # Not by methods of the object's own class, which may do something else.
-        base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
         base.clear(value)
-        base.update(value, wanted)
+        for key, item in wanted.items():
+            base.__setitem__(value, key, item)
 
     kept = Kept(restore, children)
     return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept

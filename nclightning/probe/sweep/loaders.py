@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_samples, origin_of
 from nclightning.errors import UserError
+from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.states import random_states_kept
 from nclightning.ranks import world_size as running_processes
 
@@ -46,6 +48,10 @@ def sequential_loader(
     | any other, or a list of indices | those of one pass over a copy of it, each once |
     | own batch sampler | the same, in the batches of that pass |
 
+    Loaders that Hugging Face's accelerate has prepared are looked through: what counts is the sampler or stream of all
+    processes, without the samples that are repeated to give each process as many, and without the batches that a
+    resumed epoch skips.
+
     With a limit, a sampler with a fixed order is followed up to it: training never reads what comes later. A shuffling
     one of torch's comes to all its samples sooner or later, so that all of them are seen. Of any other sampler the pass
     ends at the limit.
@@ -64,27 +70,31 @@ def sequential_loader(
             ``__iter__`` of its own (what it yields cannot be had from the dataset, and to run it would move it on), or
             if a sampler or an iterator cannot be copied, so that to run it would move it on.
     """
+    origin = origin_of(loader)
+    loader, limit = origin.loader, None if limit is None else limit * origin.per_step
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
         raise UserError(
             f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
-            "other samples than it yields. Use source='online', or a plain DataLoader."
+            "other samples than it yields. Use a plain DataLoader, or source='online' or Probe.online, which need none."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        if world_size > 1:
+        if world_size > 1 and origin.streams == "same":
+            return _share(origin, limit, rank, world_size)
+        if world_size > 1 and origin.streams != "own":
             raise UserError(
                 f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
                 "processes without counting samples twice."
             )
-        return _stream(loader, limit)
+        return _stream(origin, limit)
     plan: dict[str, Any]
-    batches: Any = loader.batch_sampler
+    batches: Any = origin.batch_sampler
     if batches is not None and type(batches).__iter__ is not BatchSampler.__iter__:
         plan = {"batch_sampler": _batches(loader, batches, limit)[rank::world_size]}
     elif batches is not None:
         indices = _indices(loader, batches.sampler, None if limit is None else limit * batches.batch_size)
         plan = {"batch_sampler": BatchSampler(indices[rank::world_size], batches.batch_size, drop_last=False)}
     else:
-        plan = {"batch_size": None, "sampler": _indices(loader, loader.sampler, limit)[rank::world_size]}
+        plan = {"batch_size": None, "sampler": _indices(loader, origin.sampler, limit)[rank::world_size]}
     return _new_loader(loader, loader.dataset, **plan)
 
 
@@ -125,9 +135,11 @@ def known_indices(loader: DataLoader[Any], limit: int | None = None) -> Sequence
     Returns:
         The indices over all processes; None if they are not known.
     """
-    batches: Any = loader.batch_sampler
+    origin = origin_of(loader)
+    batches: Any = origin.batch_sampler
+    limit = None if limit is None else limit * origin.per_step
     batched = batches is not None and type(batches).__iter__ is BatchSampler.__iter__
-    if isinstance(loader.dataset, IterableDataset) or not batched:
+    if isinstance(origin.dataset, IterableDataset) or not batched:
         return None
     return _known_order(batches.sampler, None if limit is None else limit * batches.batch_size)
 
@@ -168,18 +180,76 @@ class _Stream:
         return islice(iter(self._batches), self._limit)
 
 
-def _stream(loader: Iterable[Any], limit: int | None) -> Iterable[Any]:
-    length = num_planned_batches(loader)
-    if length is not None:  # More than its length is not read by training, either.
-        limit = length if limit is None else min(limit, length)
+class _Every:
+    """The batches of a stream that fall to one process."""
+
+    def __init__(self, batches: Iterable[Any], rank: int, world_size: int) -> None:
+        self._batches, self._rank, self._world_size = batches, rank, world_size
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self._batches), self._rank, None, self._world_size)
+
+
+def _stream(origin: Origin, limit: int | None) -> Iterable[Any]:
+    loader, length = origin.loader, num_planned_batches(origin.loader)
     stream: Iterable[Any] = loader
     if isinstance(loader, DataLoader):
-        moves = isinstance(loader.dataset, Iterator) and loader.num_workers == 0  # Workers have copies of their own.
-        dataset = _copied(loader.dataset, loader) if moves else loader.dataset
+        moves = isinstance(origin.dataset, Iterator) and loader.num_workers == 0  # Workers have copies of their own.
+        dataset = _copied(origin.dataset, loader) if moves else origin.dataset
         stream = _new_loader(loader, dataset, batch_size=loader.batch_size, drop_last=loader.drop_last)
+        if origin.dataset is not loader.dataset:  # The length is that of one process.
+            length = num_planned_batches(stream)
     elif isinstance(loader, Iterator):
         stream = _copied(loader, loader)
+    if length is not None:  # More than its length is not read by training, either.
+        limit = length if limit is None else min(limit, length)
     return stream if limit is None or (isinstance(loader, list | tuple) and limit == length) else _Stream(stream, limit)
+
+
+def _share(origin: Origin, limit: int | None, rank: int, world_size: int) -> Iterable[Any]:
+    """Give each process its batches of a stream that all of them go through.
+
+    Raises:
+        ValueError: If they are seen to go through different ones.
+    """
+    seen, error = tuple[int, ...](), None
+    try:
+        first = _stream(origin._replace(loader=_in_this_process(origin.loader)), 1)
+        with random_states_kept():
+            seen = fingerprint(_tensors_in(next(iter(first), None)))
+    except Exception as own_error:
+        error = own_error
+    if running_processes() > 1:
+        everybody: list[Any] = [None] * running_processes()
+        dist.all_gather_object(everybody, None if error is not None else seen)
+        if error is None and None in everybody:
+            raise UserError(f"the data set of process {everybody.index(None)} failed, which says why.")
+        if error is None and any(each != seen for each in everybody):
+            raise UserError(
+                f"a {type(origin.dataset).__name__} yields other samples on one process than on another, so that it "
+                "cannot be shared out without counting samples twice: give it the same seed on all of them."
+            )
+    if error is not None:
+        raise error
+    return _Every(_stream(origin, limit), rank, world_size)
+
+
+def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        collate_fn=loader.collate_fn,
+        drop_last=loader.drop_last,
+        generator=torch.Generator(),
+    )
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for each in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_in(each)
 
 
 def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
@@ -189,7 +259,8 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
     except Exception as error:
         raise UserError(
             f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
-            f"({error}): use source='online', or a loader that can be read again from the start."
+            f"({error}): use a loader that can be read again from the start, or measure training's own forwards, by "
+            "source='online' or Probe.online."
         ) from error
 
 
@@ -214,7 +285,7 @@ def _known_order(sampler: Any, limit: int | None) -> Sequence[int] | None:
         if type(sampler).__iter__ is kind.__iter__:
             order, shuffled, copies = known(sampler)
             return order if shuffled or limit is None else order[: limit * copies]
-    return None
+    return range(len(sampler.data_source)) if is_seedable_random(sampler) else None
 
 
 def _batches(loader: DataLoader[Any], sampler: Any, limit: int | None) -> list[list[Any]]:
@@ -280,14 +351,27 @@ _KNOWN: dict[type[Any], Callable[[Any], tuple[Sequence[int], bool, int]]] = {
 def num_own_samples(loader: Any) -> int | None:
     """Count the samples of an epoch of this process that are not duplicates.
 
-    A ``DistributedSampler`` pads the last places with samples that another process, or an earlier place, has too.
+    A ``DistributedSampler`` pads the last places with samples that another process, or an earlier place, has too, and
+    so do loaders that accelerate has prepared.
 
     Args:
         loader: Any loader.
 
     Returns:
         How many samples from the start of the epoch are real; None if all are.
+
+    Raises:
+        ValueError: If samples are repeated and it cannot be known how many, as of a stream.
     """
+    try:
+        real = num_real_samples(loader)
+    except LookupError:
+        raise UserError(
+            f"a {type(loader).__name__} repeats samples at the end of an epoch to give each process as many, and it "
+            "cannot be told which: measure by an evaluation pass, or with drop_last=True."
+        ) from None
+    if real is not None:
+        return real
     # A loader that was given a batch sampler has a sequential sampler that it does not use.
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:

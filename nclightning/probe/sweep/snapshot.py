@@ -62,7 +62,7 @@ def remembered(module: nn.Module) -> Iterator[None]:
         raise TraceError(
             f"a forward of {type(module).__name__} changes {name!r}, and {why}, so that training would go on from "
             "another state than without the measurement: pass forward_fn=(module, inputs) -> output that runs the "
-            "model without this change, or read the forwards of training alone by source='online'."
+            "model without this change, or measure training's own forwards, by source='online' or Probe.online."
         )
 
 
@@ -79,10 +79,11 @@ class _Snapshot:
         self._tensors = _Tensors(self._search())
 
     def _search(self) -> list[tuple[int, Tensor]]:
-        tensors, seen, waiting = list[tuple[int, Tensor]](), {id(self._objects[0])}, deque([0])
-        while waiting and len(self._objects) < _MOST_OBJECTS:
-            at = waiting.popleft()
-            value = self._objects[at]
+        objects, origins, tensors = self._objects, self._origins, list[tuple[int, Tensor]]()
+        seen = {id(objects[0])}
+        for at, value in enumerate(objects):  # It grows on the way.
+            if len(objects) >= _MOST_OBJECTS:
+                break
             if isinstance(value, Tensor):
                 tensors.append((at, value))
                 continue
@@ -92,15 +93,14 @@ class _Snapshot:
             if kept.instead is not None:
                 self._instead[id(value)] = kept.instead
             for key, child in kept.children:
-                if type(child) in LEAVES or id(child) in seen:
+                if (kind := type(child)) in LEAVES or (number := id(child)) in seen:
                     continue
-                seen.add(id(child))
-                if type(child) in _CLEARED and not child:
+                seen.add(number)
+                if kind in _CLEARED and not child:
                     self._empty.append(child)
                     continue
-                waiting.append(len(self._objects))
-                self._objects.append(child)
-                self._origins.append((at, key))
+                objects.append(child)
+                origins.append((at, key))
         return tensors
 
     def _name(self, at: int) -> str:

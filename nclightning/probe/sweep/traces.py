@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from nclightning.compat.torch import buffers_of, is_compiled
+from nclightning.heads import evaluating
 from nclightning.probe.nesting import measurement
 from nclightning.probe.sweep.snapshot import remembered
 from nclightning.probe.sweep.states import cuda_devices, random_states_kept, torch_states_kept
@@ -32,17 +33,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Raises:
         TraceError: If the module changed in a way that cannot be put back.
     """
-    modes = [(child, child.training) for child in module.modules()]
     reshard(module)  # The memory of gathered weights may be given up on the way.
     try:
         with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
-            for child, _ in modes:  # Not eval(): what layers do when their mode changes, such as merging, is a trace.
-                child.training = False
-            yield
+            torch.clear_autocast_cache()  # Copies of weights in lower precision, of before they changed.
+            with evaluating(module):
+                yield
             reshard(module)  # Else its shards would be put back into the places of whole weights.
     finally:
-        for child, training in modes:
-            child.training = training
+        torch.clear_autocast_cache()  # Copies that were made without gradients are not for training.
 
 
 @contextmanager

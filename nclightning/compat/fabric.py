@@ -1,0 +1,42 @@
+"""Names of Lightning Fabric that its documentation does not promise. Lightning is not loaded here.
+
+Fabric's wrappers cannot be told by ``isinstance`` before somebody has imported it, so that they are told by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["loader_of_fabric", "precision_of_fabric"]
+
+_WRAPPERS = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+
+
+def precision_of_fabric(module: Any) -> Any:
+    """Return the precision in which what ``fabric.setup(model)`` returned runs; None of any other module.
+
+    Its ``convert_input`` and ``forward_context`` are documented, and so is ``module``, the model inside.
+
+    Non-public: ``_FabricModule._strategy`` (lightning 2.6). Without it a model that trains in ``bf16-mixed`` would be
+    measured in single precision, and one in ``16-true`` could not be run on its batches.
+
+    Args:
+        module: Any.
+    """
+    return module._strategy.precision if _is_wrapper(module, "_FabricModule") else None
+
+
+def loader_of_fabric(loader: Any) -> Any:
+    """Return the loader inside what ``fabric.setup_dataloaders(loader)`` returned; any other as it is.
+
+    Non-public: ``_FabricDataLoader._dataloader`` (lightning 2.6). Without it an evaluation pass would see samples in
+    a random order, those that a distributed sampler pads with twice, and would change the order of the next epoch.
+
+    Args:
+        loader: Any.
+    """
+    return loader._dataloader if _is_wrapper(loader, "_FabricDataLoader") else loader
+
+
+def _is_wrapper(thing: Any, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__ in _WRAPPERS for kind in type(thing).__mro__)

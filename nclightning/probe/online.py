@@ -1,0 +1,175 @@
+"""Measuring the forwards of an epoch in a training loop of the user's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from torch.utils.data import DataLoader
+
+from nclightning.compat.fabric import loader_of_fabric
+from nclightning.errors import UserError
+from nclightning.probe.building import Conventions, build
+from nclightning.probe.collectors import Measuring
+from nclightning.probe.host import PlainHost, moved
+from nclightning.probe.reader import PairReader
+from nclightning.probe.results import Measurement
+from nclightning.probe.step_measurement import StepMeasurement
+from nclightning.probe.sweep import num_own_samples
+from nclightning.ranks import meet, rank_zero_warn
+
+__all__ = ["OnlineEpoch"]
+
+Batch = TypeVar("Batch")
+
+
+class OnlineEpoch:
+    """The features of the forwards of one epoch of training, collected between the start and the end of a block.
+
+    ``Probe.online`` makes it; see there.
+
+    Args:
+        host: Of the model.
+        reader: Of features and labels.
+        measuring: What to measure.
+        conventions: Of NC1.
+        open_ones: Of the same probe, those whose blocks run.
+    """
+
+    def __init__(
+        self,
+        host: PlainHost,
+        reader: PairReader,
+        measuring: Measuring,
+        conventions: Conventions,
+        open_ones: list[OnlineEpoch],
+    ) -> None:
+        self._host, self._reader, self._conventions, self._open_ones = host, reader, conventions, open_ones
+        self._steps = StepMeasurement(reader, measuring, online=True)
+        self._state: Literal["new", "open", "failed", "over"] = "new"
+        self._loader: Any = None
+        self._runs_step = False
+        self._num_measured = self._num_left_out = 0
+        self._measurement: Measurement | None = None
+
+    @property
+    def measurement(self) -> Measurement:
+        """What the epoch showed, with the head as it was at the end of the block.
+
+        Raises:
+            ValueError: Before the end, or if the block ended by an error.
+        """
+        if self._measurement is None:
+            when = "after" if self._state != "failed" else "only if no error ended"
+            raise UserError(f"there is a measurement {when} the block 'with probe.online() as epoch:'.")
+        return self._measurement
+
+    def __enter__(self) -> OnlineEpoch:
+        if self._state != "new":
+            raise UserError("a block measures one epoch: call probe.online() anew for each.")
+        if self._open_ones:
+            raise UserError("this probe measures an epoch already: end that block before, or make another Probe.")
+        self._open_ones.append(self)
+        self._state, self._start = "open", time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._leave()
+                self._measurement = self._read()
+        finally:
+            self._state = "failed" if self._measurement is None else "over"
+            self._steps.remove()
+            self._open_ones.clear()
+
+    def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Go through the batches of the epoch, on the device of the model; the features of each are collected.
+
+        Each batch must go through the model as it is, in whatever way the loop runs it. Of several forwards between a
+        batch and the next one the first on the batch itself counts.
+
+        Args:
+            loader: Of training: a ``DataLoader``, or any iterable of batches. Where several processes train, the loader
+                itself, which shows the samples that it repeats at its end.
+
+        Raises:
+            ValueError: Outside of the block, or for a second loader in it.
+        """
+        self._check_open()
+        if self._loader is not None:
+            raise UserError(
+                "epoch.batches was called twice in a block, which measures one pass over one loader: call "
+                "probe.online() anew for each epoch, and leave validation loaders as they are."
+            )
+        self._loader = loader_of_fabric(loader)
+        if self._host.world_size > 1 and not isinstance(self._loader, DataLoader):
+            rank_zero_warn(
+                f"a {type(loader).__name__} does not show which samples a distributed sampler repeats at its end, so "
+                "that they would count twice: pass the loader itself to epoch.batches, and wrap what that returns."
+            )
+        return self._steps_over(loader)
+
+    def _steps_over(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            self._check_open()
+            here: Batch = moved(batch, self._host.device)
+            self._steps.hook(self._host, self._host.converted(here))
+            self._runs_step = True
+            try:
+                yield here
+            except GeneratorExit:  # The loop is left by a break.
+                self._leave()
+                raise
+            self._check_open()
+            self._end_step()
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise UserError("epoch.batches is for the inside of the block 'with probe.online() as epoch:'.")
+
+    def _leave(self) -> None:
+        """End the last step, which a loop that is left may not have made."""
+        if self._state == "open" and self._runs_step and not self._steps.is_idle:
+            self._end_step()
+        self._runs_step = False
+
+    def _end_step(self) -> None:
+        self._runs_step = False
+        if not self._steps.is_idle:
+            self._steps.collect(self._host, loader=self._loader)
+            self._num_measured += 1
+        elif num_own_samples(self._loader) is None:
+            self._num_left_out += 1  # Such as one that the loop skips.
+        else:
+            raise UserError(
+                f"{type(self._host.module).__name__} did not run on a batch, so that its samples cannot be told from "
+                "those that the distributed sampler repeats: use Probe.read, or run the model on each batch."
+            )
+
+    def _read(self) -> Measurement:
+        title = type(self._host.module).__name__
+        meet("the end of a block of Probe.online", "Let all processes enter it.")
+        if not self._num_measured:
+            self._steps.fail(self._refusal(title))
+        elif self._num_left_out:
+            rank_zero_warn(
+                f"{title} ran on {self._num_measured} batches of the epoch, which were measured, and did not on "
+                f"{self._num_left_out}, which were left out."
+            )
+        values = self._steps.read(self._host)
+        statistics, head = self._steps.statistics[""], self._reader.whole_head_of(self._host.module)
+        return build(statistics, values, {}, head, self._conventions, self._start)
+
+    def _refusal(self, title: str) -> UserError:
+        reason = (
+            f"{title} did not run on any of {self._num_left_out} batches: let the loop run the model of the probe "
+            "itself, neither a copy nor torch.compile of it; or use Probe.read."
+            if self._num_left_out
+            else "no batch came through it: write 'for batch in epoch.batches(loader):' around the steps."
+        )
+        return UserError(f"the block 'with probe.online() as epoch:' has no measurement, since {reason}")

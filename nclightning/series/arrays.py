@@ -1,0 +1,146 @@
+"""Features, labels and a head that somebody saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nclightning.errors import UserError
+from nclightning.probe.measuring import measure
+from nclightning.series.opening import check_file, content_of, load_arrays
+from nclightning.series.source import step_in_name
+
+__all__ = ["NAMES", "ArraySource", "ArraysSettings", "array_sources"]
+
+# Looked for in this order, upper and lower case alike.
+NAMES: dict[str, tuple[str, ...]] = {
+    "features": ("features", "feature", "feats", "h", "embeddings", "embedding", "hidden"),
+    "labels": ("labels", "label", "y", "targets", "target"),
+    "weight": ("weight", "w", "head.weight", "fc.weight", "classifier.weight"),
+    "bias": ("bias", "b", "head.bias", "fc.bias", "classifier.bias"),
+}
+_NEEDED = ("features", "labels")
+_FILES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class ArraysSettings:
+    """How arrays are found and measured.
+
+    Attributes:
+        names: By argument of :func:`nclightning.measure`: the name in the file, or the path of a file of its own; None
+            looks for it.
+        options: Further arguments.
+        set_name: What the samples are, as tags say it.
+        weights_only: Of files of torch.
+    """
+
+    names: Mapping[str, str | None]
+    options: Mapping[str, Any]
+    set_name: str
+    weights_only: bool
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that all steps share."""
+        return [Path(name) for name in self.names.values() if name is not None and _is_file(name)]
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(_FILES) and Path(name).is_file()
+
+
+def array_sources(paths: Sequence[Path], settings: ArraysSettings) -> list[ArraySource]:
+    """Make a source of each file of features.
+
+    Raises:
+        ValueError: If the step of one of several cannot be told from its name, or a file cannot be read.
+    """
+    for path in (*paths, *settings.files):
+        check_file(path)
+    steps = [step_in_name(path, alone=len(paths) == 1) for path in paths]
+    if len(paths) > 1 and None in steps:
+        unnamed = paths[steps.index(None)]
+        raise UserError(
+            f"{unnamed} has no number in its name, by which several files are put in order: name it like "
+            f"{unnamed.stem}_100{unnamed.suffix}."
+        )
+    return [ArraySource(path, step or 0, settings) for path, step in zip(paths, steps, strict=True)]
+
+
+class ArraySource:
+    """One file of features.
+
+    Args:
+        path: The file.
+        step: By its name.
+        settings: The same for all.
+    """
+
+    def __init__(self, path: Path, step: int, settings: ArraysSettings) -> None:
+        self.path, self.step, self._settings = path, step, settings
+        self.name, self.size = str(path), path.stat().st_size
+
+    def fingerprint(self) -> str:
+        """Of the file, and of those that all share."""
+        return content_of([self.path, *self._settings.files])
+
+    weights = fingerprint
+
+    def measure(self) -> dict[str, float]:
+        """Measure the arrays."""
+        chosen = self._settings
+        own = load_arrays(self.path, chosen.weights_only)
+        arrays = {role: self._find(role, own) for role in NAMES}
+        if arrays["weight"] is None and chosen.names["bias"] is None:
+            arrays["bias"] = None  # One that was found, and not asked for, belongs to something else.
+        try:
+            found = measure(**arrays, **chosen.options)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return {f"nc/{chosen.set_name}/{name}": value for name, value in found.items()}
+
+    def _find(self, role: str, own: Mapping[str, Any]) -> Any:
+        """Return the array for an argument; None if there is none, and none is needed."""
+        wanted = self._settings.names[role]
+        if wanted is not None and _is_file(wanted):
+            return _only(load_arrays(Path(wanted), self._settings.weights_only), role, wanted)
+        if wanted is not None:
+            if wanted not in own:
+                raise UserError(f"{self.name} has no array {wanted!r} for --{role}, it has {_listed(own)}.")
+            return own[wanted]
+        if role == "features" and list(own) == [""]:
+            return own[""]
+        return self._look_for(role, own)
+
+    def _look_for(self, role: str, own: Mapping[str, Any]) -> Any:
+        meant = [name for each in NAMES[role] for name in own if name.lower() == each]
+        if len(meant) > 1:
+            raise UserError(
+                f"{self.name} has several arrays that may be the {role}, {' and '.join(meant)}: give --{role} NAME."
+            )
+        if meant:
+            return own[meant[0]]
+        if role in _NEEDED:
+            raise UserError(
+                f"{self.name} has no {role}: looked for {', '.join(NAMES[role])}, it has {_listed(own)}. Give --{role} "
+                "NAME, or the path of a file that holds them."
+            )
+        return None
+
+
+def _only(arrays: Mapping[str, Any], role: str, path: str) -> Any:
+    """Return the array of a file that is given for one argument."""
+    if len(arrays) == 1:
+        return next(iter(arrays.values()))
+    meant = [name for each in NAMES[role] for name in arrays if name.lower() == each]
+    if len(meant) != 1:
+        raise UserError(f"--{role} {path}: expected a file with one array, it has {_listed(arrays)}.")
+    return arrays[meant[0]]
+
+
+def _listed(arrays: Mapping[str, Any]) -> str:
+    names = [repr(name) if name else "one array without a name" for name in arrays]
+    return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])]) or "nothing"

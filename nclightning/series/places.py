@@ -1,0 +1,103 @@
+"""Which kind of files the user has named: saved features, checkpoints of Lightning or models of Hugging Face."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nclightning.errors import UserError
+from nclightning.series.opening import check_file, load_torch
+
+__all__ = ["KINDS", "Place", "find_config", "place_of"]
+
+KINDS = {
+    "arrays": "saved features",
+    "lightning": "checkpoints of Lightning",
+    "huggingface": "models of Hugging Face",
+}
+_ARRAYS = (".npz", ".npy", ".safetensors", ".pt", ".pth")
+_OF_TORCH = (".pt", ".pth", ".bin")
+
+
+class Place(NamedTuple):
+    """Files of one kind.
+
+    Attributes:
+        kind: A key of ``KINDS``.
+        paths: Files, or folders of models.
+    """
+
+    kind: str
+    paths: list[Path]
+
+
+def place_of(paths: Sequence[Path]) -> Place:
+    """Find the files to measure, in the folders among the paths, too.
+
+    Raises:
+        ValueError: If a folder has none, a file is of no known kind, or they are of several.
+    """
+    found = [_in_folder(path) if path.is_dir() else Place(_kind_of(path), [path]) for path in paths]
+    for place, path in zip(found, paths, strict=True):
+        if place.kind != found[0].kind:
+            raise UserError(
+                f"{paths[0]} is about {KINDS[found[0].kind]} and {path} about {KINDS[place.kind]}: measure each "
+                "kind by itself."
+            )
+    return Place(found[0].kind, list(dict.fromkeys(each for place in found for each in place.paths)))
+
+
+def _in_folder(folder: Path) -> Place:
+    if folder.suffix == ".ckpt":
+        check_file(folder)
+    models = [each for each in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", each.name) and _is_model(each)]
+    if models or _is_model(folder):
+        return Place("huggingface", sorted(models) or [folder])
+    for place in (folder, folder / "checkpoints"):
+        if checkpoints := sorted(place.glob("*.ckpt")):
+            return Place("lightning", checkpoints)
+    files = sorted(each for each in folder.iterdir() if each.suffix.lower() in _ARRAYS)
+    if files:
+        kinds = {_kind_of(each): each for each in files}
+        if len(kinds) == 1:
+            return Place(next(iter(kinds)), files)
+        raise UserError(f"{folder} holds {' and '.join(map(str, kinds.values()))}, of two kinds: name the files.")
+    raise UserError(
+        f"{folder} has nothing to measure: no checkpoints (*.ckpt, also in checkpoints/), no checkpoint-N folders of "
+        "Hugging Face, no saved features (.npz, .npy, .pt, .safetensors)."
+    )
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _kind_of(path: Path) -> str:
+    ending = path.suffix.lower()
+    if ending == ".ckpt":
+        return "lightning"
+    if ending in _OF_TORCH:
+        return "lightning" if _is_checkpoint(path) else "arrays"
+    if ending in _ARRAYS:
+        return "arrays"
+    raise UserError(
+        f"{path}: its kind is not known. Saved features are .npz, .npy, .pt, .pth or .safetensors, checkpoints of "
+        "Lightning .ckpt, models of Hugging Face folders with a config.json."
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        content = load_torch(path, weights_only=True)
+    except UserError:
+        return False  # Said later, with the options of the user.
+    return isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()
+
+
+def find_config(checkpoints: Sequence[Path]) -> Path | None:
+    """Find the configuration that a LightningCLI has saved in the folder of a run; None if there is none."""
+    folder = checkpoints[0].parent
+    places = [folder, folder.parent] if folder.resolve().name == "checkpoints" else [folder]
+    return next((each / "config.yaml" for each in places if (each / "config.yaml").is_file()), None)

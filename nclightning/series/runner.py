@@ -1,0 +1,159 @@
+"""Measures what has no row yet, in one process or in several, and writes the rows in order of step."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nclightning.errors import UserError
+from nclightning.figures.series import draw_series
+from nclightning.interrupts import ends_with_launcher, follow_launcher, terminable
+from nclightning.series.memory import available_memory
+from nclightning.series.source import Source, in_order
+from nclightning.series.store import Store
+
+__all__ = ["run_series"]
+
+# What a process takes beside the weights, and how often it holds them: the file, the model, and a batch's activations.
+_OF_A_PROCESS, _COPIES, _SHARE = 700 * 2**20, 4, 0.8
+_MOST_SHOWN = 40
+
+
+def run_series(
+    sources: Sequence[Source], settings: Mapping[str, Any], folder: Path, jobs: int = 1, overwrite: bool = False
+) -> None:
+    """Measure a series, and leave ``readings.csv``, TensorBoard events and ``measured.png`` in a folder.
+
+    Args:
+        sources: In any order.
+        settings: All that changes values.
+        folder: Where to write. Rows that are there stay.
+        jobs: Processes at a time; fewer where the memory does not hold so many.
+        overwrite: Whether to begin anew.
+
+    Raises:
+        ValueError: In one sentence, also at the first source that cannot be measured: rows before it are kept.
+    """
+    ordered, notes = in_order(sources)
+    store, said = Store(folder, settings), Console(stderr=True)
+    for note in notes:
+        said.print(note, highlight=False, soft_wrap=True, markup=False)
+    with terminable(), store.opened(overwrite):
+        waiting = store.waiting(ordered)
+        if gone := len(store.rows.keys() - {each.step for each in ordered}):
+            said.print(f"{gone} of the measured files are gone; their rows stay.", highlight=False)
+        if store.rows:
+            said.print(f"{len(store.rows)} rows are there already, {len(waiting)} are to be measured.", highlight=False)
+        store.begin()
+        threads = max(1, torch.get_num_threads() // jobs)
+        processes = _affordable(waiting, jobs, said)
+        with _progress(said) as progress:
+            task = progress.add_task("measuring", total=len(ordered), completed=len(ordered) - len(waiting), at="")
+            for source, values in _measured(waiting, processes, threads):
+                store.add(source, values)
+                if unknown := [tag for tag, value in values.items() if math.isnan(value)]:
+                    more = f" and {len(unknown) - 1} others are" if len(unknown) > 1 else " is"
+                    said.print(f"{source.name}: {unknown[0]}{more} nan.", highlight=False, soft_wrap=True, markup=False)
+                progress.update(task, advance=1, at=f"step {source.step}")
+        draw_series(store.folder, store.picture)
+        _show(store)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[at]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def _affordable(waiting: Sequence[Source], jobs: int, console: Console) -> int:
+    """Return how many processes the memory holds, and say so if several were asked for."""
+    wanted = min(jobs, len(waiting))
+    if jobs == 1 or wanted < 1:
+        return 1
+    each = _OF_A_PROCESS + _COPIES * max(source.size for source in waiting)
+    available = available_memory()
+    held = wanted if available is None else max(1, min(wanted, int(_SHARE * available / each)))
+    free = "" if available is None else f", of {available / 2**30:.1f} GiB that are free"
+    console.print(
+        f"Measuring {held} at a time (--jobs {jobs}; about {each / 2**30:.1f} GiB for each{free}).",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return held
+
+
+def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterator[tuple[Source, dict[str, float]]]:
+    """Yield the values of each source, in order."""
+    if processes == 1:
+        torch.set_num_threads(threads)
+        for source in waiting:
+            yield source, source.measure()
+        return
+    # A forked child could not use a GPU that this process has used.
+    context = multiprocessing.get_context("spawn")
+    with ends_with_launcher(), ProcessPoolExecutor(processes, context, _begin, (waiting, threads)) as pool:
+        futures = [pool.submit(_measure, i) for i in range(len(waiting))]
+        try:
+            for source, future in zip(waiting, futures, strict=True):
+                yield source, future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a measuring process ended by itself, most often since the memory was full: take fewer --jobs. The "
+                "same command goes on."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_waiting: Sequence[Source] = ()  # In a process of the pool.
+
+
+def _begin(waiting: Sequence[Source], threads: int) -> None:
+    global _waiting  # noqa: PLW0603
+    follow_launcher()
+    torch.set_num_threads(threads)
+    _waiting = waiting
+
+
+def _measure(number: int) -> dict[str, float]:
+    return _waiting[number].measure()
+
+
+def _show(store: Store) -> None:
+    """Print the rows as a table, evenly thinned if they are many, and say where everything is."""
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    steps = sorted(store.rows)
+    stride = -(-len(steps) // _MOST_SHOWN)
+    shown = [step for i, step in enumerate(reversed(steps)) if i % stride == 0][::-1]
+    tags = list(dict.fromkeys(tag for step in steps for tag in store.rows[step]))
+    thinned = "" if stride == 1 else f" (one of {stride})"
+    table = Table(title=f"Neural collapse of {len(steps)} {'states' if len(steps) > 1 else 'state'}{thinned}")
+    table.add_column("step", justify="right", no_wrap=True)
+    for tag in tags:
+        table.add_column(escape(tag), justify="right")
+    for step in shown:
+        row = store.rows[step]
+        table.add_row(str(step), *(f"{row[tag]:.4g}" if tag in row else "-" for tag in tags))
+    console.print(table)
+    for path in (store.table_path, store.picture):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"Look at it: tensorboard --logdir {store.folder}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,120 @@
+"""The data sets of a model that was loaded, measured as the monitor measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from nclightning.errors import UserError
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.probe.collectors import Measuring
+from nclightning.probe.host import Host
+from nclightning.probe.reader import PairReader
+from nclightning.probe.sets import DataSet, SetReader
+
+__all__ = ["ModelOptions", "chosen_device", "floats", "values_of"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of :func:`nclightning.measure` for models, as the command line has them.
+
+    Attributes:
+        stages: Which sets are measured.
+        limit: Batches of each set at most; None takes all.
+        device: As torch names it; ``auto`` takes a GPU if there is one.
+        seed: Set before model and data are made.
+        weights_only: As for ``torch.load``.
+        state_dict: Name of the entry of a checkpoint that holds the weights.
+    """
+
+    measures: tuple[str, ...] | None = None
+    head: str | None = None
+    layers: tuple[str, ...] = ()
+    layer_pooling: Literal["mean", "flatten"] = "mean"
+    ignore_index: int | None = -100
+    global_mean: GlobalMean = "class"
+    between_weights: BetweenWeights = "uniform"
+    stages: tuple[str, ...] = ("train", "val")
+    limit: int | None = None
+    device: str = "auto"
+    seed: int = 0
+    weights_only: bool = True
+    state_dict: str = "state_dict"
+
+    def measuring(self) -> Measuring:
+        """Say what is measured."""
+        return Measuring(
+            self.measures, self.ignore_index, global_mean=self.global_mean, between_weights=self.between_weights
+        )
+
+    def reader(self) -> PairReader:
+        """Make the reader of features and labels."""
+        return PairReader(self.head, self.layers, self.layer_pooling, ignore_index=self.ignore_index)
+
+    def held(self, data: DataSet) -> DataSet:
+        """Hold a set to the limit, too."""
+        limits = [each for each in (data.limit, self.limit) if each is not None]
+        return DataSet(data.loader, min(limits, default=None))
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device that the user named.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], options: ModelOptions) -> dict[str, float]:
+    """Measure the sets of a model: decisions take the class means of the training set.
+
+    Args:
+        host: Of the model.
+        sets: By stage: loaders with their names; the name of a single one is empty.
+        options: Of the user.
+
+    Returns:
+        Values by tag, as :class:`nclightning.callbacks.NeuralCollapseMonitor` logs them.
+
+    Raises:
+        ValueError: If there is nothing to measure.
+    """
+    named = {
+        f"{stage}/{name}" if name else stage: options.held(data) for stage, each in sets.items() for name, data in each
+    }
+    wanted = {name: data for name, data in named.items() if name.partition("/")[0] in options.stages}
+    if not wanted:
+        raise UserError(
+            f"the data have no loader for --stages {' '.join(options.stages)}, only for {', '.join(sets) or 'nothing'}."
+        )
+    measuring = options.measuring()
+    training = "train" in options.stages
+    trained = {name: data for name, data in named.items() if name.partition("/")[0] == "train"}
+    if not training and not measuring.of_decisions:
+        trained = {}
+    if measuring.of_decisions and not trained:
+        raise UserError(
+            f"{', '.join(measuring.of_decisions)} compare with the class means of the training set, and the data have "
+            "no training loader: leave them out of --measures."
+        )
+    others = {name: data for name, data in wanted.items() if name not in trained}
+    reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
+    return floats({f"nc/{tag}": value for tag, value in reading.values.items()})
+
+
+def floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Bring values to the host in one transfer."""
+    numbers = torch.stack([torch.as_tensor(each).double() for each in values.values()]).tolist() if values else []
+    return dict(zip(values, numbers, strict=True))

@@ -1,0 +1,167 @@
+"""The folder of a series: a table that is the truth, events with the same rows, and a record of what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nclightning.errors import UserError
+from nclightning.files import FolderLock, WriteError, delete, delete_folder, make_folder, replaced
+from nclightning.files.events import EventRows
+from nclightning.series.source import Source
+from nclightning.table import ReadingsTable, read_rows
+
+__all__ = ["Store"]
+
+_AGAIN = "--overwrite measures all anew, and another --out keeps both."
+
+
+@dataclass
+class _Record:
+    """What is known of the rows: the settings of all, and by step the name and the content of each file."""
+
+    settings: dict[str, Any]
+    rows: dict[int, dict[str, str]] = field(default_factory=dict)
+
+
+class Store:
+    """Rows of a series, in order of step. A kill at any time leaves whole rows, and the next start goes on.
+
+    A row enters the record, then the table, then the events. In the table it counts.
+
+    Args:
+        folder: It may not be there.
+        settings: All that changes values, as it is kept in JSON.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.table_path, self.picture = folder / "readings.csv", folder / "measured.png"
+        self._record_path = folder / "measured.json"
+        self._record = _Record(json.loads(json.dumps(settings)))
+        self._lock, self._events = FolderLock(folder), EventRows(folder)
+        self._table = ReadingsTable(self.table_path)
+        self.rows: dict[int, dict[str, float]] = {}
+
+    @contextmanager
+    def opened(self, overwrite: bool) -> Iterator[None]:
+        """Keep others out of the folder and read what is in it. If no row comes, a new folder does not stay.
+
+        Args:
+            overwrite: Whether to forget an earlier series.
+
+        Raises:
+            ValueError: If the folder cannot be written, is in use, or holds something else.
+        """
+        made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        locked_before = (self.folder / ".lock").exists()
+        try:
+            make_folder(self.folder)
+            self._lock.acquire()
+        except (WriteError, OSError) as error:
+            raise UserError(
+                f"cannot write {self.folder}: {error.strerror or error}. Choose another folder with --out."
+            ) from error
+        try:
+            self._read(overwrite)
+            yield
+        finally:
+            self._lock.release()
+            if not self.rows and not locked_before:
+                delete(self.folder / ".lock")
+                for each in made:
+                    if not any(each.iterdir()):
+                        delete_folder(each)
+
+    def _read(self, overwrite: bool) -> None:
+        if not self._record_path.exists():
+            if self.table_path.exists():
+                raise UserError(
+                    f"{self.table_path} is the table of something else, such as a training run: choose another --out."
+                )
+            return
+        if overwrite:
+            return  # What is there goes when the first new row comes.
+        known = self._read_record()
+        for name in dict.fromkeys([*known.settings, *self._record.settings]):
+            one, other = known.settings.get(name), self._record.settings.get(name)
+            if one != other:
+                raise UserError(
+                    f"{self.folder} holds a series with {name}={json.dumps(one)}, and this one has "
+                    f"{name}={json.dumps(other)}: {_AGAIN}"
+                )
+        tags, rows, damaged = read_rows(self.table_path) if self.table_path.exists() else ([], [], None)
+        if damaged is not None or not {int(row[0]) for row in rows} <= known.rows.keys():
+            raise UserError(f"{self.table_path} is damaged, or holds rows of something else: {_AGAIN}")
+        for step, *cells in rows:
+            self.rows[int(step)] = {tag: float(cell) for tag, cell in zip(tags, cells, strict=True) if cell}
+        self._record.rows = {step: known.rows[step] for step in self.rows}
+
+    def _read_record(self) -> _Record:
+        try:
+            content = json.loads(self._record_path.read_text())
+            rows = {
+                int(step): {"file": row["file"], "content": row["content"]} for step, row in content["rows"].items()
+            }
+            return _Record(dict(content["settings"]), rows)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{self._record_path} is damaged: {_AGAIN}") from error
+
+    def waiting(self, sources: Sequence[Source]) -> list[Source]:
+        """Return those that have no row yet.
+
+        Args:
+            sources: In order of step.
+
+        Raises:
+            ValueError: If a measured file has changed, or a new one comes before the last row.
+        """
+        waiting, last = [], max(self.rows, default=-1)
+        for each in sources:
+            row = self._record.rows.get(each.step)
+            if row is None:
+                if each.step < last:
+                    raise UserError(
+                        f"{each.name} is of step {each.step}, which comes before the last row in {self.folder}, "
+                        f"{last}: {_AGAIN}"
+                    )
+                waiting.append(each)
+            elif row["content"] != each.fingerprint():
+                raise UserError(
+                    f"{each.name} has changed since {row['file']} was measured (step {each.step}): {_AGAIN}"
+                )
+        return waiting
+
+    def name(self, step: int) -> str:
+        """Return the name of the file that a row was measured from."""
+        return self._record.rows[step]["file"]
+
+    def begin(self) -> None:
+        """Get ready for new rows."""
+        if self.rows:
+            self._table.replace_from = max(self.rows) + 1  # Drop a line that a kill has cut.
+            self._events.begin(self.rows.items())
+
+    def add(self, source: Source, values: Mapping[str, float]) -> None:
+        """Add a row, which is on the disk when this returns.
+
+        Raises:
+            WriteError: If the disk refuses.
+        """
+        if not self.rows:
+            # The record goes last: a table without one would seem to be another's.
+            for path in (self.picture, self.table_path, self._record_path):
+                delete(path)
+            self._events.begin([])
+        self._record.rows[source.step] = {"file": source.name, "content": source.fingerprint()}
+        content = {"settings": self._record.settings, "rows": self._record.rows}
+        with replaced(self._record_path) as partial:
+            partial.write_text(json.dumps(content, indent=1))
+        self._table.append([(source.step, values)])
+        self._table.sync()
+        self.rows[source.step] = dict(values)
+        self._events.add(source.step, values)

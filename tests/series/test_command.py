@@ -1,0 +1,337 @@
+"""What the command takes, refuses and keeps."""
+
+import argparse
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import nclightning
+from nclightning.cli import main
+from nclightning.figures import read_readings
+from nclightning.files import FolderLock
+from tests.series.training import WORDS, Net, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Of few workers.
+TWO = ["--model", "tests.series.training:NeedsMore", *WORDS[2:]]
+
+
+def with_changes(source, target, **changes):
+    content = torch.load(source, weights_only=True)
+    torch.save(content | {name: change(content[name]) for name, change in changes.items()}, target)
+
+
+def with_a_flipped_bit(path):
+    """The content of a checkpoint with a weight that is another one: only its checksum tells."""
+    content = bytearray(path.read_bytes())
+    weight = torch.load(path, weights_only=True)["state_dict"]["fc.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    return content
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Good files and bad ones."""
+    folder = tmp_path_factory.mktemp("files")
+    generator, y = np.random.default_rng(0), np.repeat(np.arange(3), 8)
+    h, weight = generator.normal(size=(3, 4))[y] + generator.normal(size=(24, 4)) / 9, generator.normal(size=(3, 4))
+    nan, one = h.copy(), np.repeat(0, 24)
+    nan[3, 2] = np.nan
+    arrays = {
+        "good": {"H": h, "y": y, "W": weight, "b": np.zeros(3)}, "unlabelled": {"h": h},
+        "unequal": {"h": h, "y": y[:9]},
+        "several": {"h": h, "embeddings": h, "y": y}, "nan": {"h": nan, "y": y}, "float": {"h": h, "y": y * 1.0},
+        "pickled": {"h": h, "y": np.array([str(each) for each in y], dtype=object)}, "one": {"h": h, "y": one},
+        "unnamed": {"arr_0": h, "arr_1": y}, "headless": {"h": h, "y": y},
+    }  # fmt: skip
+    for name, content in arrays.items():
+        np.savez(folder / f"{name}.npz", **content)
+    for name, content in (("h", h), ("y", y), ("w", weight)):
+        np.save(folder / f"{name}.npy", content)
+    tensors = {"h": torch.tensor(h), "y": torch.tensor(y)}
+    torch.save(tensors, folder / "tensors.pt")
+    torch.save({"h": h, "y": y}, folder / "numpy.pt")
+    save_file(tensors, folder / "tensors.safetensors")
+    train(folder / "run", 2)
+    good = folder / "good.ckpt"
+    shutil.copy(folder / "run" / "checkpoints" / "epoch=0.ckpt", good)
+    for name in ("good.npz", "good.ckpt"):
+        content = (folder / name).read_bytes()
+        (folder / f"cut{name[4:]}").write_bytes(content[: len(content) // 2])
+        (folder / f"zero{name[4:]}").touch()
+    (folder / "flipped.ckpt").write_bytes(with_a_flipped_bit(good))
+    (folder / "text.ckpt").write_text("no checkpoint")
+    (folder / "folder.ckpt").mkdir()
+    (folder / "empty").mkdir()
+    (folder / "file").touch()
+    state = "state_dict"
+    compiled = {state: lambda s: {k.replace(".", "._orig_mod.", 1): v for k, v in s.items()}}
+    with_changes(good, folder / "compiled.ckpt", **compiled)
+    with_changes(good, folder / "wrapped.ckpt", **{state: lambda s: {f"module.{k}": v for k, v in s.items()}})
+    with_changes(good, folder / "other.ckpt", **{state: lambda s: {k.replace("fc", "head"): v for k, v in s.items()}})
+    with_changes(good, folder / "shape.ckpt", **{state: lambda s: s | {"fc.weight": torch.zeros(5, 6)}})
+    with_changes(good, folder / "bare.ckpt", hyper_parameters=lambda h: {})
+    with_changes(good, folder / "objects.ckpt", hyper_parameters=lambda h: h | {"more": argparse.Namespace(a=1)})
+    with_changes(good, folder / "average.ckpt", **{state: lambda s: {k: v * 2 for k, v in s.items()}})
+    (folder / "broken.py").write_text("import no_such_module\n")
+    whole = "{model: {class_path: tests.series.training.Net, init_args: %s}, data: {class_path: %s}}\n"
+    (folder / "full.yaml").write_text(whole % ("{lr: 0.1}", "tests.series.training.Data"))
+    (folder / "bare.yaml").write_text("model: {width: 6}\n")
+    (folder / "wrong.yaml").write_text(whole % ("{width: 6, depth: 3}", "tests.series.training.Data"))
+    return folder
+
+
+@pytest.fixture
+def here(files, monkeypatch, tmp_path):
+    monkeypatch.chdir(files)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "PATH must be given"),
+        (["nowhere.npz"], "nowhere.npz: no such file or folder"),
+        (["*.xyz"], r"\*.xyz: no file matches the pattern"),
+        (["file"], "file: its kind is not known"),
+        (["empty"], "empty has nothing to measure: no checkpoints"),
+        (
+            ["unlabelled.npz"],
+            "unlabelled.npz has no labels: looked for labels, label, y, .*, it has 'h'. Give",
+        ),
+        (["unequal.npz"], r"unequal.npz: there must be one label for each row of features, got .*\(24, 4\)"),
+        (["several.npz"], "several.npz has several arrays that may be the features, h and embeddings: give --features"),
+        (["nan.npz"], "nan.npz: features have numbers that are not finite in 1 of 24 rows"),
+        (["float.npz"], "float.npz: labels must be integers, got"),
+        (["one.npz"], "one.npz: neural collapse compares classes, and there is only one"),
+        (["pickled.npz"], "pickled.npz holds pickled objects, which can run any code"),
+        (["unnamed.npz"], "unnamed.npz has no features: .* it has 'arr_0', 'arr_1'"),
+        (["numpy.pt"], "numpy.pt holds an object of numpy.* Give --weights_only false if you trust"),
+        (["zero.npz"], "zero.npz is empty"),
+        (["cut.npz"], "cut.npz is cut off"),
+        (["good.npz", "--features", "z"], "good.npz has no array 'z' for --features, it has 'H', 'y', 'W', 'b'"),
+        (
+            ["good.npz", "--head", "fc"],
+            "--head is for checkpoints of Lightning and models of Hugging Face",
+        ),
+        (["good.npz", "--measures", "nc9"], "good.npz: measures must be different names out of"),
+        (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. read the head: pass weight="),
+        (["h.npy", "w.npy"], "h.npy has no number in its name, by which several files are put in order"),
+        (["good.npz", "good.ckpt"], "good.npz is about saved features and good.ckpt about checkpoints"),
+        (["good.npz", "--jobs", "0"], "--jobs, --limit and --batch_size must be at least 1"),
+        (["good.npz", "--nope", "1"], "--nope: no such option"),
+        (["good.npz", "--out", "file"], "cannot write file: File exists. Choose another folder with --out"),
+        (["good.npz", "--out", "file/x"], "cannot write file/x: Not a directory. Choose another"),
+        (["good.npz", "--out", "/proc/nowhere"], "cannot write /proc/nowhere: No such file"),
+        (["good.npz", "--out", ""], "--out needs a folder"),
+        (["good.ckpt"], "the class of the model is not known: give --model module:Class, or a --config"),
+        (["good.ckpt", *WORDS[:2]], "the data are not known: give --data module:Class"),
+        (["good.ckpt", "--model", "Net"], "--model Net: expected module:Class"),
+        (["good.ckpt", "--model", "nowhere:Net"], "--model nowhere:Net: there is no Python module 'nowhere'"),
+        (["good.ckpt", "--model", "broken:Net"], "--model broken:Net: broken cannot be imported: No module named"),
+        (["good.ckpt", "--model", "tests.series.training:Nett"], "there is no 'Nett' in .*training. Did you mean Net?"),
+        (
+            ["good.ckpt", "--model", "tests.series.training:samples", *WORDS[2:]],
+            "samples needs count, seed",
+        ),
+        (["good.ckpt", "--model", "tests.series.training:loaders", *WORDS[2:]], "the model is a dict, and a Lightning"),
+        (["good.ckpt", *TWO], "NeedsMore needs 'depth', and good.ckpt has no such hyperparameters"),
+        (["bare.ckpt", *WORDS], "Net needs 'width', and bare.ckpt has no such hyperparameters"),
+        (["bare.ckpt", "--config", "full.yaml"], "--config full.yaml: model: width must be given"),
+        (["good.ckpt", "--config", "wrong.yaml"], "--config wrong.yaml: model: depth: no such option"),
+        (["good.ckpt", "--config", "bare.yaml"], "the model is not known, --config bare.yaml has no model.class_path"),
+        (["good.ckpt", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["good.ckpt", *WORDS, "--head", "nope"], "good.ckpt: no layer named head='nope' in Net"),
+        (["good.ckpt", *WORDS, "--text", "x"], "--text is for models of Hugging Face, and good.ckpt is about"),
+        (["good.ckpt", *WORDS, "--device", "nope"], "--device nope: "),
+        (["good.ckpt", *WORDS, "--precision", "9"], "--precision 9: "),
+        (["good.ckpt", *WORDS, "--state_dict", "ema"], "good.ckpt has no weights under --state_dict ema"),
+        (["good.ckpt", *WORDS, "--stages", "test"], "the data have no loader for --stages test, only for train"),
+        (["zero.ckpt", *WORDS], "zero.ckpt is empty"),
+        (["cut.ckpt", *WORDS], "cut.ckpt is cut off"),
+        (["text.ckpt", *WORDS], "text.ckpt is damaged, or torch.save did not write it"),
+        (["flipped.ckpt", *WORDS], r"flipped.ckpt: not a readable checkpoint .its part data/\d+ is damaged"),
+        (["folder.ckpt", *WORDS], "folder.ckpt is a folder, and a file is needed"),
+        (["objects.ckpt", *WORDS], "objects.ckpt holds an object of argparse.Namespace, .* Give --weights_only false"),
+        (["other.ckpt", *WORDS], "other model: it has no fc.weight, fc.bias; the model has no head.weight, head.bias"),
+        (["shape.ckpt", *WORDS], r"other model: its fc.weight has shape \(5, 6\), and the model's has \(3, 6\)"),
+        (["average.ckpt", "good.ckpt", *WORDS], "average.ckpt and good.ckpt are both of step 4, and differ"),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_one_sentence_and_writes_nothing(words, message, here, files):
+    before = [path for path in sorted(files.rglob("*.*")) if path.suffix != ".pyc"]
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["measure", *words, *([] if "--out" in words else ["--out", str(here / "a" / "b")])])
+    assert str(caught.value).startswith("error: ")
+    assert "\n" not in str(caught.value)
+    assert not any(here.iterdir())
+    assert [path for path in sorted(files.rglob("*.*")) if path.suffix != ".pyc"] == before
+
+
+def measured(words, out):
+    main(["measure", *words, "--out", str(out)])
+    readings = read_readings(out)
+    return {tag: values[-1] for tag, values in readings.values.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["good.npz"],
+        ["good.npz", "--features", "H", "--labels", "y", "--weight", "W", "--bias", "b"],
+        ["tensors.pt", "--weight", "w.npy"],
+        ["tensors.safetensors", "--weight", "w.npy"],
+        ["h.npy", "--labels", "y.npy", "--weight", "w.npy"],
+        ["numpy.pt", "--weight", "w.npy", "--weights_only", "false"],
+        ["unnamed.npz", "--features", "arr_0", "--labels", "arr_1", "--weight", "w.npy"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_all_forms_of_saved_features_give_what_measure_gives(words, here, files):
+    content = np.load("good.npz")
+    expected = nclightning.measure(features=content["H"], labels=content["y"], weight=content["W"])
+    assert measured([*words, "--set", "test"], here / "out") == {f"nc/test/{k}": v for k, v in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["objects.ckpt", *WORDS, "--weights_only", "false"],
+        ["compiled.ckpt", *WORDS],
+        ["wrapped.ckpt", *WORDS],
+        ["good.ckpt", *WORDS[:2], "--data", "tests.series.training:loaders"],
+        ["good.ckpt", "--config", "full.yaml"],
+        ["bare.ckpt", "--config", "bare.yaml", *WORDS],
+        ["run/checkpoints/epoch=0.ckpt", *WORDS],
+    ],
+    ids=lambda words: " ".join(words[:3:2]),
+)
+def test_all_forms_of_a_checkpoint_give_the_same(words, here):
+    assert measured(words, here / "one") == measured(["good.ckpt", *WORDS], here / "other")
+
+
+def test_a_run_of_the_unconstrained_model_needs_no_option_and_refuses_weights_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--model.init_args.num_classes", "3", "--model.init_args.samples_per_class", "4", "--lambda", "5e-3")
+    quiet = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    main(["fit", "--config", "ufm_ce", *sizes, "--trainer.max_steps", "20", *quiet])
+    run = tmp_path / "lightning_logs" / "version_0"
+    values = read_readings(run).values
+    assert measured([str(run)], tmp_path / "out") == {
+        f"nc/train/nc{i}": values[f"nc/train/nc{i}"][-1] for i in (1, 2, 3)
+    }
+    changed = {"state_dict": lambda s: s | {"head.weight": s["head.weight"][:, :-1].clone()}}
+    with_changes(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "last.ckpt", **changed)
+    refused(["measure", str(run), "--out", "other"], "last.ckpt.*head.weight")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_diverged_checkpoint_is_a_row_of_nan_that_is_told(here, capsys):
+    with_changes("good.ckpt", here / "nan.ckpt", state_dict=lambda s: s | {"fc.weight": torch.full((3, 6), torch.nan)})
+    assert np.isnan(measured([str(here / "nan.ckpt"), *WORDS], here / "out")["nc/train/nc2"])
+    assert "nan.ckpt: nc/train/nc2 and 3 others are nan." in capsys.readouterr().err
+
+
+# A series that goes on.
+
+
+@pytest.fixture
+def series(here, capsys):
+    """Two files that were measured, and the words for that."""
+    folder = here / "dumps"
+    folder.mkdir()
+    for step in (10, 20):
+        shutil.copy("good.npz", folder / f"a_{step}.npz")
+    words = ["measure", str(folder), "--out", str(here / "out")]
+    main(words)
+    capsys.readouterr()
+    return words, folder, here / "out"
+
+
+def refused(words, message):
+    with pytest.raises(SystemExit, match=message):
+        main(words)
+
+
+def test_new_files_are_added_and_those_that_are_gone_keep_their_rows(series, capsys):
+    words, folder, out = series
+    before = (out / "readings.csv").read_text()
+    shutil.copy("headless.npz", folder / "a_30.npz")
+    (folder / "a_10.npz").unlink()
+    main(words)
+    assert (out / "readings.csv").read_text().startswith(before)
+    assert read_readings(out).iterations.tolist() == [10, 20, 30]
+    told = capsys.readouterr().err
+    assert "1 of the measured files are gone; their rows stay." in told
+    assert "2 rows are there already, 1 are to be measured." in told
+
+
+def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwritten(series):
+    words, folder, out = series
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    refused(
+        [*words, "--measures", "nc1"], r'holds a series with measures=null, and this one has measures=\["nc1"\]: --ov'
+    )
+    shutil.copy("headless.npz", folder / "a_15.npz")
+    refused(words, "a_15.npz is of step 15, which comes before the last row in .*, 20: --overwrite")
+    (folder / "a_15.npz").unlink()
+    shutil.copy("headless.npz", folder / "a_20.npz")
+    refused(words, "a_20.npz has changed since .*a_20.npz was measured .step 20.: --overwrite measures all anew")
+    shutil.copy("zero.npz", folder / "a_15.npz")
+    refused([*words, "--overwrite"], "a_15.npz is empty")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (folder / "a_15.npz").unlink()
+    main([*words, "--overwrite", "--measures", "nc1"])
+    assert list(read_readings(out).values) == ["nc/train/nc1"]
+
+
+def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(series, here):
+    words, _, out = series
+    lock = FolderLock(out)
+    lock.acquire()
+    refused(words, "another process is writing .*out. Wait until it ends, or choose another folder")
+    lock.release()
+    (out / "measured.json").unlink()
+    for more in ([], ["--overwrite"]):
+        refused([*words, *more], "readings.csv is the table of something else, such as a training run")
+    (out / "measured.json").write_text("{")
+    refused(words, "measured.json is damaged: --overwrite measures all anew")
+    (out / "measured.json").write_text(json.dumps({"settings": {}, "rows": {}}))
+    refused(words, "holds a series with kind=null")
+
+
+def test_a_read_only_folder_is_refused(here):
+    if os.geteuid() == 0:
+        pytest.skip("nothing is read-only to root")
+    here.chmod(0o500)
+    refused(["measure", "good.npz", "--out", str(here / "out")], "cannot write .*out: Permission denied")
+
+
+def test_rows_before_a_damaged_checkpoint_stay_and_the_next_start_goes_on(here):
+    """Damage that only measuring shows. What has no readable step is refused before anything is written."""
+    folder = here / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2, 3, 4):
+        with_changes("good.ckpt", folder / f"{step}.ckpt", global_step=lambda _, step=step: step)
+    whole = (folder / "3.ckpt").read_bytes()
+    (folder / "3.ckpt").write_bytes(with_a_flipped_bit(folder / "3.ckpt"))
+    words = ["measure", str(folder), *WORDS, "--out", str(here / "out")]
+    refused(words, r"3.ckpt: not a readable checkpoint .its part data/\d+ is damaged")
+    assert read_readings(here / "out").iterations.tolist() == [1, 2]
+    (folder / "3.ckpt").write_bytes(whole)
+    main(words)
+    assert read_readings(here / "out").iterations.tolist() == [1, 2, 3, 4]
+
+
+def test_checkpoints_in_double_precision_are_measured_in_it(here):
+    model = Net(6).double()
+    content = torch.load("good.ckpt", weights_only=True) | {"state_dict": model.state_dict()}
+    torch.save(content, here / "double.ckpt")
+    words = [str(here / "double.ckpt"), *WORDS]
+    assert measured(words, here / "a") == measured([*words, "--precision", "64-true"], here / "b")
+    assert measured(words, here / "a") != measured([*words, "--precision", "32-true"], here / "c")
