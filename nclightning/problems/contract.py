@@ -252,12 +252,16 @@ def _check_contraction(view: _View, modes: _Modes) -> None:
     rates, size = view.problem.rates, 1e-5 * max(1.0, float(modes.optimum.norm()))
     for step in (rates.best_step, 1 / rates.smoothness):
         x = modes.optimum + size * (modes.vectors[:, 0] + modes.vectors[:, -1]) / math.sqrt(2)
-        before = 0.0
-        for iteration in range(40):
-            if iteration == 20:
+        before, predicted = 0.0, rates.contraction(step)
+        if predicted < 0.01:  # All is done in one step.
+            continue
+        # Twice so many steps stay far from round-off.
+        half = max(1, min(20, int(math.log(1e-2) / math.log(predicted))))
+        for iteration in range(2 * half):
+            if iteration == half:
                 before = float(view.problem.distance(*view.point(x)))
             x = x - step * view.gradient(x)
         after = float(view.problem.distance(*view.point(x)))
-        measured, predicted = (after / before) ** (1 / 20), rates.contraction(step)
+        measured = (after / before) ** (1 / half)
         off = abs(math.log(measured) / math.log(predicted) - 1)
         assert off <= 0.02, f"a step of {step:.4g} contracts by {measured:.6g}, predicted is {predicted:.6g}"
