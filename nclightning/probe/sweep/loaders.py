@@ -26,6 +26,7 @@ from torch.utils.data import (
 from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_samples, origin_of
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
+from nclightning.probe.sweep.online import or_online
 from nclightning.probe.sweep.states import random_states_kept
 from nclightning.ranks import world_size as running_processes
 
@@ -75,7 +76,7 @@ def sequential_loader(
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
         raise UserError(
             f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
-            "other samples than it yields. Use a plain DataLoader, or source='online' or Probe.online, which need none."
+            f"other samples than it yields. Use a plain DataLoader{or_online()}."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1 and origin.streams == "same":
@@ -259,8 +260,7 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
     except Exception as error:
         raise UserError(
             f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
-            f"({error}): use a loader that can be read again from the start, or measure training's own forwards, by "
-            "source='online' or Probe.online."
+            f"({error}): use a loader that can be read again from the start{or_online()}."
         ) from error
 
 
