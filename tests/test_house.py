@@ -30,7 +30,7 @@ FLOORS = {
     "metrics": 1,
     "probe": 2,
     "arguments": 3,
-    "files": 2,
+    "files": 1,
     "table": 3,
     "interrupts": 3,
     "configurations": 4,

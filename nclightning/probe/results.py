@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, UserTypeError
+from nclightning.files import replaced
 from nclightning.probe.tables import Row, as_html, as_text
 
 if TYPE_CHECKING:
@@ -175,16 +178,26 @@ class Measurement(Mapping[str, float]):
             "layers": tables,
         }
 
-    def to_json(self, indent: int | None = None) -> str:
-        """Return :meth:`to_dict` as JSON with all digits.
+    def to_json(self, path: str | os.PathLike[str] | None = None, *, indent: int | None = None) -> str:
+        """Return :meth:`to_dict` as JSON with all digits, and write it to a file if one is named.
 
         JSON has no ``nan`` and no infinity. They are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which
         ``float`` reads.
 
         Args:
+            path: Of the file, which may exist; its folder must. None writes none.
             indent: As for :func:`json.dumps`.
+
+        Raises:
+            OSError: If the file cannot be written; then it is as it was.
         """
-        return json.dumps(_without_nonfinite(self.to_dict()), indent=indent, allow_nan=False)
+        if isinstance(path, int):
+            raise UserTypeError(f"path must be the name of a file, got {path}: write to_json(indent={path}).")
+        text = json.dumps(_without_nonfinite(self.to_dict()), indent=indent, allow_nan=False)
+        if path is not None:
+            with replaced(Path(path)) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return text
 
     def plot(self) -> Figure:
         """Draw how far each value is from that at collapse, on a logarithmic axis, and the angles of the class means.

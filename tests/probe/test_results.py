@@ -5,6 +5,7 @@ import html.parser
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,20 @@ def test_json_has_all_digits_and_is_valid_with_nan_and_inf():
     plain = measure(**data(), measures=ALL)
     assert json.loads(plain.to_json(indent=1)) == plain.to_dict()
     assert list(plain.to_dict()["per_class"]) == list(plain.per_class())
+
+
+def test_json_is_written_to_the_file_that_is_named(tmp_path):
+    found = measure(**data(), measures=ALL)
+    for path in (tmp_path / "x.json", str(tmp_path / "y.json")):
+        for indent in (None, 1):  # The second time it is there.
+            text = found.to_json(path, indent=indent)
+            assert text == found.to_json(indent=indent)
+            assert Path(path).read_text(encoding="utf-8") == text
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["x.json", "y.json"]
+    with pytest.raises(TypeError, match=r"got 2: write to_json\(indent=2\)\."):
+        found.to_json(2)
+    with pytest.raises(OSError, match="none"):
+        found.to_json(tmp_path / "none" / "x.json")
 
 
 def test_columns_class_by_class_are_by_the_book():
