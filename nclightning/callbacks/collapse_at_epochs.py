@@ -90,8 +90,7 @@ class CollapseAtEpochs(SharingMonitor):
         super().on_fit_start(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
-        modules.tell_unknown_ood(self._when.ood, self._when.datasets, trainer.val_dataloaders)
+        """Refuse loaders that cannot be swept, and say that nobody takes pictures."""
         self._steps.restart(trainer.global_step)
         self._tell_who_takes_no_pictures(trainer)
         self._training.forget()

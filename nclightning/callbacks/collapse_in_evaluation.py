@@ -8,7 +8,7 @@ import lightning as L
 
 from nclightning.callbacks.first_step import FirstTrainingStep
 from nclightning.callbacks.host import LightningHost
-from nclightning.callbacks.modules import evaluated_loaders, name_loaders
+from nclightning.callbacks.modules import evaluated_loaders, name_loaders, tell_unknown_ood
 from nclightning.callbacks.publishing import HookingMonitor
 from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets
@@ -25,7 +25,8 @@ class CollapseInEvaluation(HookingMonitor):
 
     Args:
         stages: Those that are read.
-        ood: Names of loaders that are out of distribution.
+        ood: Names of sets that are out of distribution.
+        datasets: Names of further data sets, which may be among them.
         reader: Of features and labels.
         measuring: Which measures.
         training: Knows the training loaders, whose class means decisions and NC5 need.
@@ -36,15 +37,30 @@ class CollapseInEvaluation(HookingMonitor):
         self,
         stages: tuple[str, ...],
         ood: tuple[str, ...],
+        datasets: tuple[str, ...],
         reader: PairReader,
         measuring: Measuring,
         training: TrainingSets,
         on_error: OnError,
     ) -> None:
         super().__init__()
-        self._stages, self._ood, self._reader, self._measuring = stages, ood, reader, measuring
+        self._stages, self._ood, self._datasets = stages, ood, datasets
+        self._reader, self._measuring = reader, measuring
         self._training, self._on_error, self._sets = training, on_error, SetReader(reader, measuring)
         self._steps: TrainerSteps | None = None  # Those of the epoch that runs, if they are measured.
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say which out-of-distribution sets a fit does not have."""
+        read = trainer.val_dataloaders if "val" in self._stages else None
+        tell_unknown_ood(self._ood, self._datasets, read, "fit")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say which a validation or test does not have, unless that is part of a fit."""
+        if _stage(trainer) in self._stages and trainer.state.fn != "fit":
+            what = "test" if trainer.testing else "validation"
+            tell_unknown_ood(self._ood, self._datasets, evaluated_loaders(trainer), what)
+
+    on_test_start = on_validation_start
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting."""

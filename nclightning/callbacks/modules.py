@@ -34,13 +34,21 @@ def check_names(datasets: Iterable[str], ood: Sequence[str]) -> None:
         raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
 
 
-def tell_unknown_ood(ood: Sequence[str], datasets: Iterable[str], val_loaders: Any) -> None:
-    """Say which out-of-distribution sets a fit does not have."""
-    known = {*datasets, *(name for name, _ in name_loaders(val_loaders))}
+def tell_unknown_ood(ood: Sequence[str], datasets: Iterable[str], loaders: Any, what: str) -> None:
+    """Say which out-of-distribution sets are not there.
+
+    Args:
+        ood: Their names.
+        datasets: Names of further data sets.
+        loaders: Those of the stage that reads further ones; None if it does not.
+        what: Runs: ``"fit"``, ``"validation"`` or ``"test"``.
+    """
+    known = {*datasets, *(name for name, _ in name_loaders(loaders))} - {""}
     if unknown := [name for name in ood if name not in known]:
+        there = f"which are {', '.join(map(repr, sorted(known)))}" if known else "of which none has a name"
         rank_zero_warn(
-            f"ood={unknown} are neither datasets nor validation loaders, which are {sorted(known - {''})}: this fit "
-            "has no nc5 of them."
+            f"ood={unknown} are neither datasets nor loaders that this {what} reads, {there}: it has no nc5 of them. "
+            f"Pass datasets={{{unknown[0]!r}: loader}}."
         )
 
 

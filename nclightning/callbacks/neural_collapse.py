@@ -150,7 +150,13 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         )
         self._training, self._on_error = TrainingSets(), OnError(on_error)
         self._evaluation = CollapseInEvaluation(
-            tuple(stages), tuple(ood), self._reader, self._measuring, self._training, self._on_error
+            tuple(stages),
+            tuple(ood),
+            tuple(datasets or ()),
+            self._reader,
+            self._measuring,
+            self._training,
+            self._on_error,
         )
 
     def make_at_iterates(self) -> CollapseAtIterates:

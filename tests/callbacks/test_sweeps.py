@@ -70,7 +70,7 @@ def test_data_sets_beside_full_batch_iterations(tmp_path):
 
 def test_a_test_of_other_weights_sweeps_the_training_set_again(tmp_path, samples):
     monitor = NeuralCollapseMonitor(measures=("nc1", "ncc_accuracy"), ood=("1",))
-    with pytest.warns(UserWarning, match="this fit has no nc5 of them"):
+    with pytest.warns(UserWarning, match="this fit reads, of which none has a name: it has no nc5 of them"):
         model, trainer = fit(tmp_path, [monitor], loader(samples), WithTest())
     with torch.no_grad():
         model.body[0].weight.mul_(-1)  # As the best checkpoint would.
@@ -99,8 +99,21 @@ def test_labels_of_out_of_distribution_sets_are_not_looked_at(ignore_index, tmp_
 
 
 def test_out_of_distribution_sets_that_do_not_exist_are_said(tmp_path, samples):
-    with pytest.warns(UserWarning, match=r"ood=\['svnh'\] are neither datasets nor validation loaders, which are \['s"):
+    said = r"ood=\['svnh'\] are neither datasets nor loaders that this {} reads, {}: it has no nc5 of them\. Pass data"
+    with pytest.warns(UserWarning, match=said.format("fit", "which are 'svhn'")):
         fit(tmp_path, [NeuralCollapseMonitor(datasets={"svhn": loader(samples)}, ood=["svnh"])], loader(samples))
+    none, data = "of which none has a name", (loader(samples), loader(samples, drop_last=False, shuffle=False))
+    with pytest.warns(UserWarning, match=said.format("fit", none)):  # That of validation is not read.
+        fit(tmp_path, [NeuralCollapseMonitor(ood=["svnh"], stages=("train",))], data)
+    with pytest.warns(UserWarning, match=said.format("fit", none)):
+        model, trainer = fit(tmp_path, [NeuralCollapseMonitor(ood=["svnh"])], data, WithTest())
+    for name, call in (("validation", trainer.validate), ("test", trainer.test)):
+        with pytest.warns(UserWarning, match=said.format(name, none)):
+            call(model, data[1], verbose=False)
+    model = UFM(2, 3, 4, "ce", lambda_=1e-2)
+    trainer = quiet_trainer(tmp_path, max_steps=1, callbacks=[NeuralCollapseMonitor(ood=["svnh"])])
+    with pytest.warns(UserWarning, match=said.format("fit", none)):
+        trainer.fit(model, IndexDataModule())
     with pytest.raises(ValueError, match=r"ood must be a sequence of names: write \('svhn',\)"):
         NeuralCollapseMonitor(ood="svhn")
 
