@@ -26,7 +26,7 @@ from nclightning.commands import COMMANDS
 from nclightning.compat.lightning import GivenConfigurationCLI
 from nclightning.configurations import shipped_configs
 from nclightning.data import FullBatchDataModule
-from nclightning.errors import UserError
+from nclightning.errors import UserError, nearest
 from nclightning.files import check_checkpoint
 from nclightning.folders import find_run_logger, folder_of_checkpoint
 from nclightning.interrupts import ends_with_launcher
@@ -38,7 +38,7 @@ from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunPar
 from nclightning.resuming import continue_elsewhere
 from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
-from nclightning.wording import nearest, refusals_worded
+from nclightning.wording import refusals_worded
 
 __all__ = ["main"]
 

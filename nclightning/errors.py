@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError", "UserTypeError", "say_the_same"]
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+__all__ = ["UserError", "UserTypeError", "listed", "nearest", "say_the_same"]
+
+_MOST_LISTED = 10
 
 
 class UserError(ValueError):
@@ -22,3 +27,23 @@ def say_the_same(one: BaseException | None, other: BaseException | None) -> bool
     if isinstance(one, OSError) and isinstance(other, OSError):
         return one.errno == other.errno
     return str(one) == str(other)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Ask about a misspelt name.
+
+    Args:
+        name: As it was typed.
+        known: What it may be.
+
+    Returns:
+        A question after a space; empty if nothing is near.
+    """
+    close = get_close_matches(name, [each for each in known if each != name], n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a message, which of many has the first ones and their number."""
+    more = len(names) - _MOST_LISTED
+    return f"{', '.join(names[:_MOST_LISTED])} and {more} more" if more > 1 else ", ".join(names)

@@ -7,7 +7,6 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +19,10 @@ from lightning.pytorch.loggers import Logger
 
 from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
-from nclightning.errors import UserError
+from nclightning.errors import UserError, nearest
 from nclightning.refusals import of_a_client, of_a_list
 
-__all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
+__all__ = ["of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
 
 # What a message of jsonargparse comes down to. The first kind that occurs in it says most.
 _KINDS = {
@@ -241,20 +240,6 @@ def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str |
             value = value if equals else words[i + 1] if i + 1 < len(words) else ""
             best = len(key), name, value if key == wanted else None
     return best[1:]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Ask about a misspelt name.
-
-    Args:
-        name: As it was typed.
-        known: What it may be.
-
-    Returns:
-        A question after a space; empty if nothing is near.
-    """
-    close = get_close_matches(name, [each for each in known if each != name], n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> str:

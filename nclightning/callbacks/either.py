@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Generic, TypeVar
 
 import lightning as L
 
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.publishing import Publisher
+from nclightning.errors import UserTypeError
 from nclightning.overrides import KeptHooks, kept
 
 __all__ = ["EitherMonitor"]
@@ -111,9 +113,21 @@ def _handed_on(name: str) -> Callable[..., None]:
     return hook
 
 
+def _refusing_classes(hook: Callable[..., None]) -> Callable[..., None]:
+    @wraps(hook)
+    def refuse(self: Any, *args: Any) -> None:
+        if not isinstance(self, EitherMonitor):  # A trainer, which calls a hook of a class as if that were an object's.
+            name = next(each.__name__ for each in self.callbacks if isinstance(each, type))
+            raise UserTypeError(f"callbacks must be objects, got the class {name}: write {name}(...) with parentheses.")
+        hook(self, *args)
+
+    return refuse
+
+
 for _stage in ("train", "validation", "test"):
     for _hook in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end"):
         setattr(EitherMonitor, f"on_{_stage}_{_hook}", _handed_on(f"on_{_stage}_{_hook}"))
-for _hook in ("on_iteration_end", "on_exception", "teardown"):
+for _hook in ("on_iteration_end", "teardown"):
     setattr(EitherMonitor, _hook, _handed_on(_hook))
+EitherMonitor.on_exception = _refusing_classes(_handed_on("on_exception"))  # type: ignore[method-assign]
 EitherMonitor.on_save_checkpoint = kept(_handed_on("on_save_checkpoint"))  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from nclightning.compat.twins import is_strategy
-from nclightning.errors import UserError
+from nclightning.errors import UserError, UserTypeError
 from nclightning.ranks import rank_zero_warn
 
 __all__ = [
@@ -22,12 +22,18 @@ __all__ = [
 ]
 
 
-def check_names(datasets: Iterable[str], ood: Sequence[str]) -> None:
+def check_names(datasets: Any, ood: Sequence[str]) -> None:
     """Refuse names of further data sets that are taken, and what is no sequence of names.
 
     Raises:
         ValueError: With the reason.
+        TypeError: If there is no mapping of data sets.
     """
+    if not isinstance(datasets, Mapping):
+        raise UserTypeError(
+            f"datasets must be a mapping from names to loaders, got a {type(datasets).__name__}: write "
+            "datasets={'name': loader}."
+        )
     if clash := {"train", "val", "test"} & set(datasets):
         raise UserError(f"datasets must not be named like a stage, got {sorted(clash)}.")
     if isinstance(ood, str):

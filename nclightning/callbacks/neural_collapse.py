@@ -122,6 +122,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     ) -> None:
         given = dict(locals())
         super().__init__()
+        check_names({} if datasets is None else datasets, ood)
         self._settings = changed_settings(NeuralCollapseMonitor.__init__, given, _OTHER_ARGUMENTS)
         check_cadences(
             every_n_iterations=every_n_iterations,
@@ -133,7 +134,6 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         check_choices("layer_pooling", (layer_pooling,), "mean", "flatten")
         check_choices("on_error", (on_error,), "raise", "warn")
         check_choices("stages", tuple(stages), "train", "val", "test")
-        check_names(datasets or {}, ood)
         self._every_n_iterations, self._layers = every_n_iterations, tuple(layers)
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
         if source == "online":

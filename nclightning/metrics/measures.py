@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning import functional as F
-from nclightning.errors import UserError
+from nclightning.errors import UserError, listed, nearest
 from nclightning.functional.linear import norm
 from nclightning.functional.statistics import BetweenWeights, ClassStatistics, GlobalMean
 
@@ -272,11 +272,12 @@ def meaning_of(name: str) -> Meaning:
 DEFAULT_MEASURES = ("nc1", "nc2", "nc3")
 
 
-def select_measures(names: Sequence[str]) -> tuple[str, ...]:
+def select_measures(names: Sequence[str], further: Sequence[str] = ()) -> tuple[str, ...]:
     """Check names of measures.
 
     Args:
         names: Names; ``("all",)`` stands for every one.
+        further: Names of others, which the caller takes.
 
     Returns:
         The names.
@@ -290,7 +291,11 @@ def select_measures(names: Sequence[str]) -> tuple[str, ...]:
         return tuple(MEASURES)
     unknown = [name for name in names if name not in MEASURES]
     if unknown or not names or len(set(names)) < len(names):
-        raise UserError(f"measures must be different names out of {', '.join(MEASURES)}; got {list(names)}.")
+        more = f" Further names are {', '.join(further)}." if further else ""
+        asked = nearest(unknown[0], (*MEASURES, *further)) if unknown else ""
+        raise UserError(
+            f"measures must be different names out of {listed(list(MEASURES))}; got {list(names)}.{more}{asked}"
+        )
     return tuple(names)
 
 

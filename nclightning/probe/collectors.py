@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
@@ -62,10 +61,7 @@ class Measuring:
                 self.of_statistics = ()
                 return
             measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
-        try:
-            self.of_statistics = select_measures(measures)
-        except UserError as error:
-            raise UserError(f"{error} Further names are {', '.join(DECISIONS)}.") from None
+        self.of_statistics = select_measures(measures, DECISIONS)
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return the names of the measures of a data set, and one name for each further layer."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nclightning.errors import UserError, UserTypeError
+from nclightning.errors import UserError, UserTypeError, nearest
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
 from nclightning.probe.effects import check_effects, check_functions, words_of_layers
 from nclightning.probe.features import Pooling, class_last
@@ -76,10 +76,11 @@ class _Search:
         if head is None:
             layer = self._detect()
         elif isinstance(head, str):
-            named = dict(self._module.named_modules(remove_duplicate=False)).get(head) if head else None
-            if named is None:
-                raise UserError(f"no layer named head={head!r} in {self._title}. {self._layers()}")
-            layer = named
+            named = dict(self._module.named_modules(remove_duplicate=False))
+            if not head or head not in named:
+                asked = nearest(head, named)
+                raise UserError(f"no layer named head={head!r} in {self._title}.{asked} {self._layers()}")
+            layer = named[head]
         elif isinstance(head, nn.Module):
             if head is self._module or head not in self._names:
                 raise UserError(f"head= is a {type(head).__name__} that is no part of {self._title}. {self._layers()}")
@@ -382,8 +383,7 @@ class _Search:
 
 
 def _closest(found: Iterable[Link]) -> Link | None:
-    order = ("equal", "shift", "factor")
-    return min(found, key=lambda link: order.index(link.like), default=None)
+    return min(found, key=lambda link: ("equal", "shift", "factor").index(link.like), default=None)
 
 
 def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool) -> str:

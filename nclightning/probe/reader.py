@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, listed, nearest
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.features import call_model, describe, split_batch
@@ -270,5 +270,7 @@ def layer_named(module: nn.Module, name: str) -> nn.Module:
     try:
         return module.get_submodule(name)
     except AttributeError:
-        known = ", ".join(path for path, _ in module.named_modules() if path)
-        raise UserError(f"layer {name!r} does not exist in {type(module).__name__}; it has: {known}.") from None
+        known, title = [path for path, _ in module.named_modules() if path], type(module).__name__
+        raise UserError(
+            f"layer {name!r} does not exist in {title}; it has: {listed(known)}.{nearest(name, known)}"
+        ) from None

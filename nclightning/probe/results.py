@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nclightning.errors import UserError, UserTypeError
+from nclightning.errors import UserError, UserTypeError, listed, nearest
 from nclightning.files import replaced
 from nclightning.probe.tables import Row, as_html, as_text
 
@@ -82,7 +82,8 @@ class Measurement(Mapping[str, float]):
         try:
             return self._values[name]
         except KeyError:
-            raise KeyError(f"{name!r} was not measured; there are {', '.join(self._values)}") from None
+            known = list(self._values)
+            raise KeyError(f"{name!r} was not measured; there are {listed(known)}.{nearest(name, known)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, nearest
 from nclightning.parsing import ParserMessage, RunParser
-from nclightning.wording import nearest, one_line
+from nclightning.wording import one_line
 
 __all__ = ["called", "made", "named"]
 

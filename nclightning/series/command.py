@@ -144,7 +144,7 @@ def _sources(given: Namespace, place: Place) -> tuple[Sequence[Source], dict[str
     if options.get("ignore_index") == "none":
         options["ignore_index"] = None
     if given.measures is not None:
-        options["measures"] = tuple(given.measures)
+        options["measures"] = tuple(name for each in given.measures for name in each.split(",") if name)
     if place.kind == "arrays":
         names = {role: getattr(given, role) for role in NAMES}
         settings = ArraysSettings(names, options, given.set or "train", given.weights_only is not False)

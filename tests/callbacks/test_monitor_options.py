@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from nclightning.callbacks import NeuralCollapseMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
@@ -286,7 +286,19 @@ def test_pictures_that_nobody_takes_are_said(tmp_path, samples):
         fit(tmp_path, [monitor], loader(samples), max_epochs=1)
 
 
+SET = loader((torch.ones(8, 5), torch.arange(8)))
+
+
 class TestErrors:
+    @pytest.mark.parametrize("monitor", [NeuralCollapseMonitor, OptimalityMonitor])
+    def test_a_class_in_the_place_of_a_callback(self, monitor, tmp_path, samples):
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[monitor])
+        for call in (trainer.fit, trainer.validate):
+            with pytest.raises(
+                TypeError, match=rf"got the class {monitor.__name__}: write {monitor.__name__}\(\.\.\.\)"
+            ):
+                call(Net(), loader(samples))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -297,11 +309,15 @@ class TestErrors:
             ({"stages": ()}, "stages must be out of"),
             ({"on_error": "ignore"}, "on_error must be out of"),
             ({"measures": ("nc9",)}, "measures must be different names out of nc0.*Further names are ncc_accuracy"),
+            ({"measures": ("nc1", "nc_2")}, r"nc0, .* and \d+ more; got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
+            ({"measures": ("acuracy",)}, r"Did you mean accuracy\?"),
             ({"measures": "nc1"}, r"write \('nc1',\)"),
             ({"measures": ("accuracy", "accuracy")}, "measures must be different names"),
             ({"measures": ("ncc_accuracy",), "source": "online"}, "need fixed class means: use source='sweep'"),
             ({"source": "online", "every_n_steps": 3}, "reads once an epoch"),
             ({"datasets": {"val": []}}, "datasets must not be named like a stage"),
+            ({"datasets": [SET]}, r"mapping from names to loaders, got a list: write datasets=\{'name': loader\}"),
+            ({"datasets": SET}, "mapping from names to loaders, got a DataLoader: write"),
         ],
         ids=str,
     )
@@ -313,6 +329,8 @@ class TestErrors:
         ("options", "message"),
         [
             ({"layers": ("body.9",)}, "layer 'body.9' does not exist in Net; it has: body, body.0"),
+            ({"layers": ("bodi",)}, r"'bodi' does not exist in Net; it has: body, body.0, .*\. Did you mean body\?"),
+            ({"head": "lats"}, r"no layer named head='lats' in Net\. Did you mean last\? Layers"),
             ({"batch_fn": lambda batch: (batch[0], batch[1].float())}, "labels must be integers, got torch.float32"),
             ({"batch_fn": lambda batch: (batch[0], batch[1][:-1])}, "one label per feature row, got features of shape"),
             ({"batch_fn": lambda batch: (batch[0], batch[1] + 1)}, r"labels must be within 0\.\.2"),

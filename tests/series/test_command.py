@@ -119,6 +119,7 @@ def here(files, monkeypatch, tmp_path):
             "--head is for checkpoints of Lightning and models of Hugging Face",
         ),
         (["good.npz", "--measures", "nc9"], "good.npz: measures must be different names out of"),
+        (["good.npz", "--measures", "nc1,nc_2"], r"got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
         (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. read the head: pass weight="),
         (["h.npy", "w.npy"], "h.npy has no number in its name, by which several files are put in order"),
         (["good.npz", "good.ckpt"], "good.npz is about saved features and good.ckpt about checkpoints"),
@@ -286,7 +287,7 @@ def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwri
     refused([*words, "--overwrite"], "a_15.npz is empty")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (folder / "a_15.npz").unlink()
-    main([*words, "--overwrite", "--measures", "nc1"])
+    main([*words, "--overwrite", "--measures", "nc1,nc2"])
     assert list(read_readings(out).values) == ["nc/train/nc1"]
 
 
