@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ __all__ = [
     "sum_over_ranks",
     "world_size",
 ]
+
+# Callers that a warning passes over. contextlib calls the code of a with block.
+_NOT_THE_USERS = {"nclightning", "lightning", "pytorch_lightning", "transformers", "torch", "contextlib"}
 
 
 _alone = [False]
@@ -101,9 +105,13 @@ def _all_there(store: Any, places: list[str], patience: timedelta) -> bool:
 
 
 def rank_zero_warn(message: str) -> None:
-    """Warn on the first process, on behalf of all."""
-    if rank() == 0:
-        warnings.warn(message, stacklevel=3)
+    """Warn on the first process, on behalf of all, at the line of the user's from which this was called."""
+    if rank() != 0:
+        return
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level if frame is not None else 2)
 
 
 def own_rows(num_rows: int, rank: int, world: int) -> tuple[int, int]:

@@ -102,7 +102,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         given = dict(locals())
         super().__init__()
         self._settings = changed_settings(OptimalityMonitor.__init__, given, _OTHER_ARGUMENTS)
-        check_cadences(every_n_iterations=every_n_iterations)
+        check_cadences(every_n_iterations=every_n_iterations, every_n_epochs=every_n_epochs)
         if stop_distance is not None and not (theory and 0 < stop_distance < math.inf):
             raise UserError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
@@ -110,11 +110,11 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         for name, value in (("lambda_w", lambda_w), ("lambda_h", lambda_h)):
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be None or positive and finite, got {value!r}: the optimum needs both.")
-        if loss not in (None, "mse", "ce") or (lambda_w is None) != (lambda_h is None) or every_n_epochs < 1:
-            raise UserError(
-                "loss must be 'mse' or 'ce', lambda_w and lambda_h come both or not at all, and every_n_epochs must be "
-                f"at least 1, got {loss!r}, {lambda_w}, {lambda_h} and {every_n_epochs}."
-            )
+        if loss not in (None, "mse", "ce"):
+            raise UserError(f"loss must be 'mse' or 'ce', or None for our own modules, got {loss!r}.")
+        if (lambda_w is None) != (lambda_h is None):
+            alone, missing = ("lambda_w", "lambda_h") if lambda_h is None else ("lambda_h", "lambda_w")
+            raise UserError(f"{alone} was given without {missing}: give both, or neither to have both fitted.")
         self._theory, self._loss = theory, loss
         self._at_iterates = every_n_iterations, theory, stop_distance, stop_at_floor
         self._penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)

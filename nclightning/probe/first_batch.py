@@ -19,7 +19,7 @@ from nclightning.probe.found import Found
 from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
-from nclightning.probe.watch import Entry, entry_of
+from nclightning.probe.watch import Entry, entry_of, tensors_of
 
 __all__ = ["IGNORED", "FirstBatch", "Known", "check_range"]
 
@@ -212,11 +212,22 @@ class FirstBatch:
             raise _DoesNotRunError from error
 
     def _refusal(self, failure: BaseException | None) -> ValueError:
+        said = f"{type(failure).__name__}: {failure}".rstrip()
+        said += "" if said.endswith((".", "!", "?")) else "."
         return UserError(
             f"{type(self._module).__name__} could not be run on the inputs of the first batch, "
-            f"{describe(self._inputs)}: {type(failure).__name__}: {failure} Pass forward_fn=(module, inputs) -> output "
-            "if it is to be called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs are others."
+            f"{describe(self._inputs)}: {said} {self._cast()}Pass forward_fn=(module, inputs) -> output if it is to be "
+            "called in another way, or batch_fn=(batch) -> (inputs, labels) if its inputs are others."
         )
+
+    def _cast(self) -> str:
+        """Say how to repair inputs in another precision than that of the weights."""
+        weights = {each.dtype for each in self._module.parameters() if each.is_floating_point()}
+        others = {each.dtype for each in tensors_of(self._inputs) if each.is_floating_point()} - weights
+        if len(weights) != 1 or not others:
+            return ""
+        own, other = (str(kinds.pop()).removeprefix("torch.") for kinds in (weights, others))
+        return f"Inputs are {other} and weights {own}: cast the inputs, or the model with model.to(torch.{other}). "
 
     def _labelled(self, labels: Tensor) -> Any:
         """Run the module on the whole mapping with other labels."""

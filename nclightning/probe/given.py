@@ -194,25 +194,27 @@ class _AsItIs:
         return iter(self._data)
 
 
-def check_samples(counts: Tensor, means: Tensor, head: str) -> None:
+def check_samples(counts: Tensor, means: Tensor, head: str, name: str = "") -> None:
     """Refuse data without two classes, and say aloud that features are not finite. Transfers to the host.
 
     Args:
         counts: Samples of each class.
         means: Class means.
         head: Name of the head.
+        name: Of the data set, if there are several.
 
     Raises:
         ValueError: If there are fewer than two classes.
     """
     present, finite = torch.stack([(counts > 0).sum(), means.isfinite().all()]).tolist()
+    which = f"the data set {name!r}" if name else "data"
     if present < 2:
         raise UserError(
-            f"neural collapse compares classes, and the labels of data hold {['none', 'only one'][present]}: pass "
+            f"neural collapse compares classes, and the labels of {which} hold {['none', 'only one'][present]}: pass "
             "samples of two classes at least, or another ignore_index if that leaves them out."
         )
     if not finite:
         rank_zero_warn(
-            f"features at the head {head!r} have numbers that are not finite, so that what is measured of them is nan: "
-            "measure weights of before training diverged, or inputs without nan."
+            f"features of {which} at the head {head!r} have numbers that are not finite, so that what is measured of "
+            "them is nan: measure weights of before training diverged, or inputs without nan."
         )

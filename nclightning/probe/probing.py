@@ -153,7 +153,7 @@ class Probe:
             gathered[name] = stats
             if name not in ood:
                 whole = stats.statistics[""]
-                check_samples(whole.counts, whole.means, reader.head_of(host.module).name)
+                check_samples(whole.counts, whole.means, reader.head_of(host.module).name, name)
         class_means = next((gathered[name].statistics for name in ("", "train") if name in gathered), None)
         head = reader.whole_head_of(host.module)
         found: dict[str, Measurement] = {}

@@ -15,7 +15,7 @@ from nclightning.probe.found import Found
 from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.observation import Observation
 
-__all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of"]
+__all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of", "tensors_of"]
 
 
 class Entry(NamedTuple):

@@ -152,9 +152,18 @@ def test_without_a_loss_other_modules_are_refused(tmp_path, samples):
         fit(tmp_path, [OptimalityMonitor()], loader(samples))
 
 
-@pytest.mark.parametrize("options", [{"loss": "bce"}, {"lambda_w": 1.0}, {"every_n_epochs": 0}], ids=str)
-def test_bad_options(options):
-    with pytest.raises(ValueError, match="loss must be 'mse' or 'ce', lambda_w and lambda_h come both"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "bce"}, "^loss must be 'mse' or 'ce', or None for our own modules, got 'bce'\\.$"),
+        ({"lambda_w": 1.0}, "^lambda_w was given without lambda_h: give both, or neither to have both fitted\\.$"),
+        ({"loss": "ce", "lambda_h": 1.0}, "^lambda_h was given without lambda_w: give both"),
+        ({"every_n_epochs": 0}, "^every_n_epochs must be at least 1, got 0\\.$"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
         OptimalityMonitor(**options)
 
 

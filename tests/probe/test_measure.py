@@ -245,6 +245,11 @@ REFUSED = {
     "one class": (lambda: [(X, Y * 0)], "the labels of data hold only one: pass samples of two classes"),
     "samples left out": (lambda: [(X, Y * 0 - 100)], "the labels of data hold none: pass .*another ignore_index"),
     "numpy": (lambda: [(X.numpy(), Y.numpy())], r"batch_fn=.*torch.as_tensor\(b\[1\]\)"),
+    "inputs in another precision": (
+        lambda: [(X.double(), Y)],
+        r"could not be run.*\w\. Inputs are float64 and weights float32: cast the inputs, or the model with "
+        r"model.to\(torch.float64\)\. Pass forward_fn=",
+    ),
     "inputs of another size": (lambda: [(draw(N, 9), Y)], "could not be run on the inputs.*forward_fn"),
 }
 
@@ -254,6 +259,12 @@ def test_data_are_refused_with_the_repair(name):
     make, words = REFUSED[name]
     with pytest.raises((ValueError, TypeError), match=f"(?s){words}"):
         measure(Net(), make())
+
+
+def test_a_warning_is_of_the_line_of_the_user():
+    with pytest.warns(UserWarning, match="has 4 outputs, and the labels hold 2 classes") as caught:
+        measure(Net(), [(X, Y % 2)])
+    assert [each.filename for each in caught] == [__file__]
 
 
 TWICE = {
@@ -483,7 +494,7 @@ def test_a_layer_alone_is_a_head():
 
 
 def test_features_that_are_not_finite_are_said_aloud():
-    with pytest.warns(UserWarning, match="features at the head 'out' have numbers that are not finite"):
+    with pytest.warns(UserWarning, match="features of data at the head 'out' have numbers that are not finite"):
         found = measure(Net(), [(X / 0, Y)])
     assert np.isnan(found["nc1"])
     assert found["nc2"] == pytest.approx(right()["nc2"])

@@ -287,8 +287,8 @@ def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwri
     refused([*words, "--overwrite"], "a_15.npz is empty")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     (folder / "a_15.npz").unlink()
-    main([*words, "--overwrite", "--measures", "nc1,nc2"])
-    assert list(read_readings(out).values) == ["nc/train/nc1"]
+    main([*words, "--overwrite", "--measures", "nc1,nc1_cdnv"])
+    assert list(read_readings(out).values) == ["nc/train/nc1", "nc/train/nc1_cdnv"]
 
 
 def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(series, here):
