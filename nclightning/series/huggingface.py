@@ -17,7 +17,7 @@ from nclightning.probe.host import PlainHost
 from nclightning.probe.sets import DataSet
 from nclightning.series.opening import content_of
 from nclightning.series.sets import ModelOptions, values_of
-from nclightning.series.source import step_in_name
+from nclightning.series.source import steps_in_names
 from nclightning.wording import one_line
 
 try:
@@ -87,9 +87,11 @@ class HuggingFaceData:
         return path
 
     def content(self) -> str:
-        """Return what changes with the files: their names and sizes."""
+        """Return what changes with the data: of a file its content, of a folder the names and sizes in it."""
         place = self.place
-        files = sorted(each for each in place.rglob("*") if each.is_file()) if place.is_dir() else [place]
+        if place.is_file():
+            return content_of([place])
+        files = sorted(each for each in place.rglob("*") if each.is_file())
         listed = [f"{each.relative_to(place)} {each.stat().st_size}" for each in files]
         return hashlib.blake2b("\n".join(listed).encode()).hexdigest()[:32]
 
@@ -169,7 +171,7 @@ class ModelSource:
         self._files = [path / "config.json", *weights]
         self.size = sum(each.stat().st_size for each in weights)
         state = path / "trainer_state.json"
-        step = _read_json(state).get("global_step") if state.is_file() else step_in_name(path)
+        step = _read_json(state).get("global_step") if state.is_file() else steps_in_names([path])[0]
         self.step = int(step or 0)
 
     def fingerprint(self) -> str:

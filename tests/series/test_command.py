@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import nclightning
 from nclightning.cli import main
 from nclightning.figures import read_readings
 from nclightning.files import FolderLock
+from nclightning.series.source import steps_in_names
 from tests.series.training import WORDS, Net, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Of few workers.
@@ -46,6 +48,7 @@ def files(tmp_path_factory):
         "unequal": {"h": h, "y": y[:9]},
         "several": {"h": h, "embeddings": h, "y": y}, "nan": {"h": nan, "y": y}, "float": {"h": h, "y": y * 1.0},
         "pickled": {"h": h, "y": np.array([str(each) for each in y], dtype=object)}, "one": {"h": h, "y": one},
+        "named": {"h": h, "y": y, "w": weight, "names": np.array(["a", None], dtype=object)},
         "unnamed": {"arr_0": h, "arr_1": y}, "headless": {"h": h, "y": y},
     }  # fmt: skip
     for name, content in arrays.items():
@@ -113,6 +116,9 @@ def here(files, monkeypatch, tmp_path):
         (["numpy.pt"], "numpy.pt holds an object of numpy.* Give --weights_only false if you trust"),
         (["zero.npz"], "zero.npz is empty"),
         (["cut.npz"], "cut.npz is cut off"),
+        (["good.npz", "--labels", "lost.npy"], "--labels lost.npy: no such file, and good.npz has no array of that"),
+        (["good.npz", "--labels", "./broken.py"], "--labels ./broken.py: files are .npy, .npz, .*, and good.npz has"),
+        (["good.npz", "--ignore_index", "x"], "--ignore_index: 'x' is no integer, and not none"),
         (["good.npz", "--features", "z"], "good.npz has no array 'z' for --features, it has 'H', 'y', 'W', 'b'"),
         (
             ["good.npz", "--head", "fc"],
@@ -188,6 +194,7 @@ def measured(words, out):
         ["tensors.safetensors", "--weight", "w.npy"],
         ["h.npy", "--labels", "y.npy", "--weight", "w.npy"],
         ["numpy.pt", "--weight", "w.npy", "--weights_only", "false"],
+        ["named.npz"],
         ["unnamed.npz", "--features", "arr_0", "--labels", "arr_1", "--weight", "w.npy"],
     ],
     ids=lambda words: words[0],
@@ -237,6 +244,34 @@ def test_a_diverged_checkpoint_is_a_row_of_nan_that_is_told(here, capsys):
     assert "nan.ckpt: nc/train/nc2 and 3 others are nan." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["feat_0010", "feat_0200"], [10, 200]),
+        (["e1_s200", "e2_s100"], [200, 100]),
+        (["f_500", "f_1k", "f_2M", "f_1e4"], [500, 1000, 2 * 10**6, 10**4]),
+        (["vit16_epoch5", "vit16_epoch10"], [5, 10]),
+        (["split0_5", "split0_10"], [5, 10]),
+        (["step=100_acc=0.95", "step=200_acc=0.97"], [100, 200]),
+        (["100_acc0.95", "200_acc0.97"], [100, 200]),
+        (["epoch=3-step=40", "epoch=4-step=50"], [40, 50]),
+        (["3_d_512", "4_d_512"], [3, 4]),
+        (["2024-01-05_e3", "2024-01-05_e4"], [3, 4]),
+        (["a", "b_1"], [None, 1]),
+        (["float16"], [None]),
+        (["vit_b_16_epoch5"], [5]),
+    ],
+)
+def test_the_step_is_the_number_that_counts(names, steps):
+    assert steps_in_names([Path(f"{name}.npz") for name in names]) == steps
+
+
+def test_a_step_that_a_table_cannot_tell_from_the_next_is_refused(here):
+    shutil.copy("good.npz", here / f"step_{2**53}.npz")
+    refused(["measure", str(here), "--out", str(here / "out")], r"is of step 9007199254740992, and steps from 0 to 2")
+    assert not (here / "out").exists()
+
+
 # A series that goes on.
 
 
@@ -269,6 +304,24 @@ def test_new_files_are_added_and_those_that_are_gone_keep_their_rows(series, cap
     told = capsys.readouterr().err
     assert "1 of the measured files are gone; their rows stay." in told
     assert "2 rows are there already, 1 are to be measured." in told
+
+
+def test_a_series_goes_on_whatever_its_files_are_called_by(series, monkeypatch, capsys):
+    _, folder, out = series
+    shutil.copy("headless.npz", folder / "a_30.npz")
+    main(["measure", *map(str, sorted(folder.glob("*.npz"))), "--out", str(out)])
+    assert "2 rows are there already, 1 are to be measured." in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    for path in (".", "../dumps/", "*.npz", "a_20.npz"):
+        main(["measure", path, "--out", "../out"])
+    assert read_readings(out).iterations.tolist() == [10, 20, 30]
+
+
+def test_files_of_another_series_are_not_added(series, here):
+    _, _, out = series
+    (here / "others").mkdir()
+    shutil.copy("good.npz", here / "others" / "a_40.npz")
+    refused(["measure", str(here / "others"), "--out", str(out)], "holds a series of .*a_20.npz and such, and .*a_40")
 
 
 def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwritten(series):
