@@ -16,7 +16,7 @@ from nclightning.cli import main
 from nclightning.figures import read_readings
 from nclightning.files import FolderLock
 from nclightning.series.source import steps_in_names
-from tests.series.training import WORDS, Net, train
+from tests.series.training import WORDS, Net, samples, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Of few workers.
 TWO = ["--model", "tests.series.training:NeedsMore", *WORDS[2:]]
@@ -83,6 +83,9 @@ def files(tmp_path_factory):
     (folder / "broken.py").write_text("import no_such_module\n")
     whole = "{model: {class_path: tests.series.training.Net, init_args: %s}, data: {class_path: %s}}\n"
     (folder / "full.yaml").write_text(whole % ("{lr: 0.1}", "tests.series.training.Data"))
+    (folder / "linked.yaml").write_text(
+        "{model: {class_path: tests.series.training.Wide}, data: {class_path: tests.series.training.Data}}"
+    )
     (folder / "bare.yaml").write_text("model: {width: 6}\n")
     (folder / "wrong.yaml").write_text(whole % ("{width: 6, depth: 3}", "tests.series.training.Data"))
     return folder
@@ -149,7 +152,10 @@ def here(files, monkeypatch, tmp_path):
         (["bare.ckpt", *WORDS], "Net needs 'width', and bare.ckpt has no such hyperparameters"),
         (["bare.ckpt", "--config", "full.yaml"], "--config full.yaml: model: width must be given"),
         (["good.ckpt", "--config", "wrong.yaml"], "--config wrong.yaml: model: depth: no such option"),
-        (["good.ckpt", "--config", "bare.yaml"], "the model is not known, --config bare.yaml has no model.class_path"),
+        (
+            ["good.ckpt", "--config", "bare.yaml"],
+            "the model is not known, --config bare.yaml .* give --model module:Class together with --config bare.yaml",
+        ),
         (["good.ckpt", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (["good.ckpt", *WORDS, "--head", "nope"], "good.ckpt: no layer named head='nope' in Net"),
         (["good.ckpt", *WORDS, "--text", "x"], "--text is for models of Hugging Face, and good.ckpt is about"),
@@ -161,6 +167,8 @@ def here(files, monkeypatch, tmp_path):
         (["cut.ckpt", *WORDS], "cut.ckpt is cut off"),
         (["text.ckpt", *WORDS], "text.ckpt is damaged, or torch.save did not write it"),
         (["flipped.ckpt", *WORDS], r"flipped.ckpt: not a readable checkpoint .its part data/\d+ is damaged"),
+        (["good.ckpt", *WORDS[:3], "tests.series.training:three"], "must return a loader, .train, val., .* 3 of them"),
+        (["good.ckpt", *WORDS[:3], "tests.series.training:misnamed"], "mapping of .*; got the names train, validation"),
         (["folder.ckpt", *WORDS], "folder.ckpt is a folder, and a file is needed"),
         (["objects.ckpt", *WORDS], "objects.ckpt holds an object of argparse.Namespace, .* Give --weights_only false"),
         (["other.ckpt", *WORDS], "other model: it has no fc.weight, fc.bias; the model has no head.weight, head.bias"),
@@ -214,6 +222,7 @@ def test_all_forms_of_saved_features_give_what_measure_gives(words, here, files)
         ["good.ckpt", *WORDS[:2], "--data", "tests.series.training:loaders"],
         ["good.ckpt", "--config", "full.yaml"],
         ["bare.ckpt", "--config", "bare.yaml", *WORDS],
+        ["good.ckpt", "--config", "linked.yaml"],
         ["run/checkpoints/epoch=0.ckpt", *WORDS],
     ],
     ids=lambda words: " ".join(words[:3:2]),
@@ -270,6 +279,26 @@ def test_a_step_that_a_table_cannot_tell_from_the_next_is_refused(here):
     shutil.copy("good.npz", here / f"step_{2**53}.npz")
     refused(["measure", str(here), "--out", str(here / "out")], r"is of step 9007199254740992, and steps from 0 to 2")
     assert not (here / "out").exists()
+
+
+def test_the_batches_that_a_run_was_made_to_overfit_are_measured(here):
+    options = {
+        "model": {"class_path": "tests.series.training.Wide"},
+        "data": {"class_path": "tests.series.training.Data"},
+    }
+    (here / "over.yaml").write_text(json.dumps(options | {"trainer": {"overfit_batches": 2}}))
+    values = measured(["good.ckpt", "--config", str(here / "over.yaml")], here / "over")
+    model = Net(6)
+    model.load_state_dict(torch.load("good.ckpt", weights_only=True)["state_dict"])
+    x, y = samples(70, 0)[:32]
+    expected = nclightning.measure(model, [(x, y)], measures=["nc1"])
+    assert values["nc/train/nc1"] == pytest.approx(expected["nc1"], rel=1e-5)
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_refused(here):
+    (here / "a").mkdir()
+    (here / "a" / "last.ckpt").symlink_to("nowhere.ckpt")
+    refused(["measure", str(here / "a"), *WORDS, "--out", str(here / "out")], "last.ckpt: No such file or directory")
 
 
 # A series that goes on.
