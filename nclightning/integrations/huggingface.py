@@ -152,7 +152,7 @@ class NeuralCollapseCallback(TrainerCallback):
             host = self._host(trainer)
             reader = self._check(trainer, host, train_dataloader)
             if not args.torch_compile and not compiled_parts(trainer.model_wrapped):
-                self._step = reader.watch_first_step(host.module)
+                self._step = reader.watch_first_step(host.module, head_only=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count batches."""

@@ -87,7 +87,7 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                     rows = RowBuffer(*(each.add for each in served))
                     for gatherer in served:
                         gatherer.begin(host, [each for each in served if each is not gatherer])
-                inputs, labels = reader.split(batch)
+                inputs, labels = reader.split(batch, served[0].labelled)
                 kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
                 if not served[0].labelled:
                     kept, labels = unlabelled(kept, reader.ignore_index)

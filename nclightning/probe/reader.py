@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nclightning.errors import UserError
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.features import call_model, describe, split_batch
+from nclightning.probe.features import NoLabelsError, call_model, describe, split_batch
 from nclightning.probe.first_batch import IGNORED, FirstBatch, Known
 from nclightning.probe.host import Host
 from nclightning.probe.likeness import Like
@@ -88,9 +88,19 @@ class PairReader:
         """Whether labels are what the data set holds under that name or in that place."""
         return self._batch_fn is None
 
-    def split(self, batch: Any) -> tuple[Any, Tensor]:
-        """Split a batch into what the model is called with, and the labels as they belong to the feature rows."""
-        inputs, labels = self._split(batch)
+    def split(self, batch: Any, labelled: bool = True) -> tuple[Any, Tensor]:
+        """Split a batch into what the model is called with, and the labels as they belong to the feature rows.
+
+        Args:
+            batch: As a step gets it.
+            labelled: Whether labels mean anything; else a batch may have none, and no labels are returned.
+        """
+        try:
+            inputs, labels = self._split(batch)
+        except NoLabelsError:
+            if labelled:
+                raise
+            return batch, torch.empty(0, dtype=torch.int64)
         if self._known is None:
             return inputs, labels
         if self._known.shifted:
@@ -210,11 +220,16 @@ class PairReader:
         entry = self.known.entry.layers if in_steps else None
         return Watch(self.known.found, module, layers, self._pooling, entry, online)
 
-    def watch_first_step(self, module: nn.Module) -> FirstStepHooks | None:
-        """See what the first step of training does otherwise; nothing where a compiled graph hides it."""
+    def watch_first_step(self, module: nn.Module, head_only: bool = False) -> FirstStepHooks | None:
+        """See what the first step of training does otherwise; nothing where a compiled graph hides it.
+
+        Args:
+            module: The model.
+            head_only: Whether only the head is looked at, and not the inputs.
+        """
         if compiled_parts(module) or not self.knows(module):
             return None
-        return FirstStepHooks(module, self.known.entry, self.layer_of(module))
+        return FirstStepHooks(module, self.known.entry, self.layer_of(module), head_only)
 
     def layer_of(self, module: nn.Module) -> nn.Module:
         """Return the layer at which features are seen; the head, where that is a layer."""

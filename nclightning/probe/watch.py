@@ -282,17 +282,21 @@ class FirstStepHooks:
         module: The model.
         entry: Where inputs enter.
         layer: At which features are seen.
+        head_only: Whether inputs do not matter. Then the hook is gone once it was called, also where a host does not
+            tell that the step failed.
     """
 
-    def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module) -> None:
-        self._runs = 0
+    def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module, head_only: bool = False) -> None:
+        self._runs, self._head_only = 0, head_only
         self._same: list[Tensor] = []
         self._handles = [hook_call(layer, self._count)]
-        for name, value in entry.start.items():
+        for name, value in ({} if head_only else entry.start).items():
             self._handles.append(hook_call(module.get_submodule(name), self._compare_with(value)))
 
     def _count(self, args: Any, kwargs: dict[str, Any]) -> None:
         self._runs += 1
+        if self._head_only:
+            self.remove()
 
     def _compare_with(self, value: Tensor) -> Any:
         def compare(args: Any, kwargs: dict[str, Any]) -> None:

@@ -486,6 +486,32 @@ def test_a_best_model_by_what_is_not_measured_is_refused(metric, own, words, tmp
     assert trainer.state.global_step == 0
 
 
+def test_a_set_out_of_distribution_needs_no_labels(tmp_path):
+    bare = Rows([{"input_ids": row["input_ids"]} for row in texts(9, seed=1).rows])
+    found = []
+    for other in (bare, texts(9, seed=1)):
+        callback = NeuralCollapseCallback(ood=("eval",))
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(9), eval_dataset=other, eval_strategy="epoch", callbacks=[callback]
+        )
+        trainer.train()
+        found.append(measured(trainer, "eval_nc/nc5"))
+    assert found[0] == found[1]
+    assert found[0].keys() == {2}
+
+
+def test_a_first_step_that_fails_leaves_no_hook(tmp_path):
+    class Failing(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            super().compute_loss(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(tmp_path, text_model(), texts(9), Failing, callbacks=[NeuralCollapseCallback()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert sum(states(trainer)[2]) == 0
+
+
 def test_a_best_model_by_the_least_collapsed_is_told(tmp_path):
     trainer = trainer_of(
         tmp_path, text_model(), texts(9), eval_dataset=texts(9), eval_strategy="epoch",
