@@ -486,6 +486,41 @@ def test_a_best_model_by_what_is_not_measured_is_refused(metric, own, words, tmp
     assert trainer.state.global_step == 0
 
 
+def test_a_best_model_by_the_least_collapsed_is_told(tmp_path):
+    trainer = trainer_of(
+        tmp_path, text_model(), texts(9), eval_dataset=texts(9), eval_strategy="epoch",
+        metric_for_best_model="nc/nc1", callbacks=[NeuralCollapseCallback()],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="least collapsed for the best: pass greater_is_better=False"):
+        trainer.train()
+
+
+class Masking:
+    """Leaves out labels by draws from a generator of its own, which it makes when it is first called."""
+
+    def __init__(self):
+        self.drawn, self.generator = [], None
+
+    def __call__(self, rows):
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        self.drawn = [*self.drawn, float(torch.rand((), generator=self.generator))]
+        return pad(rows)
+
+
+def test_draws_of_a_collator_are_those_without_it(tmp_path):
+    drawn = []
+    for callbacks in ([], [NeuralCollapseCallback(every_n_steps=2)]):
+        collate = Masking()
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(29), num_train_epochs=2, data_collator=collate, callbacks=callbacks,
+            eval_dataset=texts(9), eval_strategy="epoch",
+        )  # fmt: skip
+        trainer.train()
+        drawn.append(collate.drawn)
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 12
+
+
 def test_names_out_of_distribution_that_are_none_are_told(tmp_path):
     trainer = trainer_of(
         tmp_path,

@@ -27,7 +27,7 @@ from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_s
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.online import or_online
-from nclightning.probe.sweep.states import random_states_kept
+from nclightning.probe.sweep.states import drawing_apart, random_states_kept
 from nclightning.ranks import world_size as running_processes
 
 __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_batches", "sequential_loader"]
@@ -156,7 +156,7 @@ def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoade
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
@@ -239,7 +239,7 @@ def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(
         loader.dataset,
         loader.batch_size,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         drop_last=loader.drop_last,
         generator=torch.Generator(),
     )
