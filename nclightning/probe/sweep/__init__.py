@@ -9,6 +9,7 @@ from nclightning.probe.sweep.loaders import (
     sequential_loader,
 )
 from nclightning.probe.sweep.snapshot import TraceError, has_lazy_parts
+from nclightning.probe.sweep.states import generators_kept
 from nclightning.probe.sweep.traces import compiled_parts, eager, frozen, shared_buffers, untouched
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_together",
     "frozen",
+    "generators_kept",
     "has_lazy_parts",
     "known_indices",
     "limited_batches",
