@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from nclightning.callbacks import OptimalityMonitor
@@ -17,9 +19,12 @@ from nclightning.figures.summary import RunSummary
 from nclightning.figures.tables import rates_table
 from nclightning.files import FolderLock
 from nclightning.folders import find_run_logger
+from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.schedules import only_optimizer
-from nclightning.summaries import hyperparameters, is_recorded, record_summary
+from nclightning.pictures import log_picture, picture_writers
+from nclightning.sending import send_values
+from nclightning.summaries import hyperparameters, is_recorded, record_summary, summary_scalars
 from nclightning.theory import UFMProblem
 
 __all__ = ["close_again", "close_run", "ending_of"]
@@ -51,7 +56,7 @@ def _stopped(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.Lightni
 
 
 def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
-    """Draw the picture of a run, add it to TensorBoard's table of runs, and print what it reached.
+    """Draw the picture of a run, add it to TensorBoard's table of runs and other loggers, and print what it reached.
 
     Args:
         trainer: After a fit with a :class:`~nclightning.loggers.RunLogger`; others are left alone.
@@ -63,8 +68,24 @@ def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
     if trainer.is_global_zero and folder is not None and (folder / "readings.csv").is_file():
         values = hyperparameters(trainer.lightning_module, trainer.optimizers[0], seed)
         summary = summarize(read_readings(folder))
-        record_summary(folder, summary, values, draw_convergence(folder), trainer.state.finished)
+        picture = draw_convergence(folder)
+        record_summary(folder, summary, values, picture, trainer.state.finished)
         _print(folder, summary, trainer.lightning_module)
+        for other in trainer.loggers:
+            if not isinstance(other, RunLogger):
+                _send_summary(other, summary, values, picture)
+
+
+def _send_summary(logger: Logger, summary: RunSummary, values: Mapping[str, Any], picture: Path) -> None:
+    """Give a logger that takes pictures what the run folder has; the fit is over, and an error cannot undo it."""
+    try:
+        if picture_writers([logger]):
+            logger.log_hyperparams(dict(values))
+            log_picture(logger, "convergence", picture, summary.iteration)
+            send_values(logger, summary_scalars(summary), summary.iteration)
+            logger.save()
+    except Exception as error:
+        rank_zero_warn(f"{type(logger).__name__} did not take the summary of the run: {error}")
 
 
 def close_again(

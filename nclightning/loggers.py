@@ -227,7 +227,7 @@ class RunLogger(WriterLogger):
             with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
                 if status == "success" and self._held and self._held[-1][0] > self.table.last:
                     self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
-                begun = not self.has_writer or self.experiment.matters
+                begun = self.experiment.matters if self.has_writer else status == "success"
                 if not begun and (status != "success" or self._continued is not None):
                     self._leave_nothing()
                 elif not begun:
@@ -239,7 +239,8 @@ class RunLogger(WriterLogger):
 
     def _leave_nothing(self) -> None:
         """Undo what a fit has written that was refused at its start."""
-        self.experiment.discard()
+        if self.has_writer:
+            self.experiment.discard()
         folder = Path(self.log_dir)
         if self._claimed and {path.name for path in folder.iterdir()} <= {".lock"}:
             self._release()

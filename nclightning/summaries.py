@@ -32,7 +32,7 @@ from nclightning.files import delete
 from nclightning.files.events import write_events
 from nclightning.interrupts import deferred_interrupt
 
-__all__ = ["hyperparameters", "is_recorded", "record_summary"]
+__all__ = ["hyperparameters", "is_recorded", "record_summary", "summary_scalars"]
 
 Value = int | float | str
 # TensorBoard shows five columns unless asked, those marked as different first, and five metrics, in order.
@@ -88,11 +88,7 @@ def record_summary(
         finished: False if the fit was interrupted.
     """
     metrics = _metrics(summary)
-    scalars = [
-        Summary.Value(tag=tag, simple_value=value)
-        for tag, (_, value) in metrics.items()
-        if value is not None and math.isfinite(value)
-    ]
+    scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in summary_scalars(summary).items()]
     table = [
         _plugin_value(metadata.EXPERIMENT_TAG, experiment=_columns(values, metrics)),
         _plugin_value(metadata.SESSION_START_INFO_TAG, session_start_info=_row(values)),
@@ -109,6 +105,16 @@ def record_summary(
         for earlier in (*folder.glob(_name("*", True)), *folder.glob(_name("*", False))):
             delete(earlier)
         write_events(folder, events, _suffix(summary.iteration, finished))
+
+
+def summary_scalars(summary: RunSummary) -> dict[str, float]:
+    """Return what a run reached, by tag ``summary/...``, where it is finite.
+
+    Args:
+        summary: Of the run.
+    """
+    values = {tag: value for tag, (_, value) in _metrics(summary).items()}
+    return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def is_recorded(folder: Path, iteration: int) -> bool:

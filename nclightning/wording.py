@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger
 from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
 from nclightning.errors import UserError
+from nclightning.refusals import of_a_client, of_a_list
 
 __all__ = ["nearest", "of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
 
@@ -331,11 +332,14 @@ def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
         raise refusal from error
 
 
-def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
+def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:  # noqa: PLR0911
+    said = of_a_client(error) or of_a_list(error)
     while (cause := error.__cause__ or error.__context__) is not None:  # Of several types tried, the first said most.
         error = cause
     if isinstance(error, UserError):
         return error
+    if said is not None:
+        return UserError(one_line(said, most=1000))
     if not (isinstance(error, (ValueError, TypeError, ModuleNotFoundError)) or is_refusal(error)):
         return None
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
@@ -372,13 +376,15 @@ def of_the_user(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return one_line(cause, most=2000)
         cause = cause.__cause__
+    if (said := of_a_client(error)) is not None:
+        return one_line(said, most=1000)
     if is_refusal(error):
         return one_line(error)
     if isinstance(error, OSError):
         return _of_the_place(error)
     if isinstance(error, (MemoryError, RuntimeError)):
         text = "out of memory" if isinstance(error, MemoryError) else str(error)
-        said = next((said for parts, said in _OF_LIBRARIES if any(part in text for part in parts)), None)
+        said = next((each for parts, each in _OF_LIBRARIES if any(part in text for part in parts)), None)
         return None if said is None else said.format(one_line(text, 200)[:-1])
     return None
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -19,29 +18,20 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def _picture(tmp_path_factory):
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    path = tmp_path_factory.mktemp("picture") / "convergence.png"
-    Figure((1, 1)).savefig(path)
-    return path
-
-
 @pytest.fixture
-def no_pictures(_picture, monkeypatch):
-    """Let runs end with an empty picture: one that is drawn takes a third of the time of a short run."""
-    monkeypatch.setattr("nclightning.closing.draw_convergence", lambda run: Path(shutil.copy(_picture, run)))
+def no_pictures(monkeypatch):
+    """Leave pictures blank, of which no assertion looks at the content: to draw takes a third of a short run's time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
-def _finished(_picture, tmp_path_factory):
+def _finished(tmp_path_factory):
     from nclightning.cli import main  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("nclightning.closing.draw_convergence", lambda run: Path(shutil.copy(_picture, run)))
+        patch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
         main(["fit", "--config", "ufm_mse", "--trainer.max_steps", "20", "--trainer.enable_progress_bar", "false"])
     return folder / "lightning_logs"
 

@@ -14,13 +14,14 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning.cli import main, shipped_configs
-from nclightning.figures import draw_convergence
 from tests.faults import runs
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
+DRAW = Figure.draw
 QUIET = ["--trainer.enable_progress_bar", "false"]
 RUN = Path("lightning_logs/version_0")
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ def checkpoint(run=RUN):
 
 @pytest.mark.parametrize("config", sorted(shipped_configs()))
 def test_every_shipped_config_fits_and_leaves_a_run_folder(config, capsys, monkeypatch):
-    monkeypatch.setattr("nclightning.closing.draw_convergence", draw_convergence)
+    monkeypatch.setattr(Figure, "draw", DRAW)
     fit(config=config)
     assert {p.name for p in RUN.iterdir()} >= {"config.yaml", "readings.csv", "checkpoints", "convergence.png"}
     assert int(rows()[-1]["iteration"]) == 20

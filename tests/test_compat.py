@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
@@ -23,7 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from nclightning.compat import accelerate, fabric, hparams, parsers, progress, tensorboard, torchmetrics, twins
+from nclightning.compat import (
+    accelerate,
+    experiments,
+    fabric,
+    hparams,
+    parsers,
+    progress,
+    tensorboard,
+    torchmetrics,
+    twins,
+)
 from nclightning.compat import lightning as pl_names
 from nclightning.compat import torch as names
 from nclightning.compat import transformers as hf_names
@@ -940,6 +950,26 @@ def test_groups_of_a_parser_are_the_sections_of_a_configuration():
     parser.add_class_arguments(Sum, "metric")
     parser.add_argument("--alone")
     assert list(parsers.groups_of(parser)) == ["metric"]
+
+
+# ------------------------------------------------------------------------------------------------- loggers of Lightning
+
+
+def test_prefixes_of_loggers(tmp_path):
+    logger = TensorBoardLogger(tmp_path, prefix="mine")
+    logger.log_metrics({"a": 1.0}, 0)
+    assert experiments.prefixed(logger, "a") == "mine-a"
+    logger.finalize("success")
+    assert list(tensorboard.read_scalars(logger.log_dir)) == ["mine-a"]
+    assert experiments.prefixed(TensorBoardLogger(tmp_path), "a") == experiments.prefixed(object(), "a") == "a"
+
+
+def test_options_for_batches_of_mlflow(monkeypatch, tmp_path):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file:{tmp_path}/mlruns"
+    assert experiments.batch_options(MLFlowLogger(tracking_uri=uri, synchronous=False)) == {"synchronous": False}
+    assert experiments.batch_options(MLFlowLogger(tracking_uri=uri)) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- accelerate

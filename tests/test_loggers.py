@@ -187,3 +187,14 @@ def test_a_run_has_one_writer(tmp_path):
 def test_runs_are_local(url):
     with pytest.raises(ValueError, match=rf"save_dir={url} is a URL, .*: give a path"):
         RunLogger(url)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_a_fit_that_another_logger_refused_leaves_no_folder(holds, tmp_path):
+    """Such as one without a login, before anything was written here."""
+    logger = RunLogger(str(tmp_path))
+    logger.claim()
+    if holds:
+        (Path(logger.log_dir) / "notes.txt").write_text("of the user")
+    logger.finalize("failed")
+    assert Path(logger.log_dir).exists() == holds

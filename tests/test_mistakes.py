@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nclightning.cli import main
+from nclightning.wording import of_the_user
 
 ROOT = Path(__file__).resolve().parents[1]
 INIT, OPT = "--model.init_args", "--model.init_args.optimizer"
@@ -47,6 +48,7 @@ FIT = [
         "--trainer.logger Tensorboard",
         "--trainer.logger: there is no class 'Tensorboard' here. Did you mean TensorBoard",
     ),
+    ("--trainer.logger+=RunLogger --trainer.logger.save_dir s3://x", "RunLogger: save_dir=s3://x is a URL"),
     ("--trainer.logger.init_args.foo 3", "--trainer.logger.init_args.foo: .*RunLogger has no argument 'foo'"),
     ("--trainer.callbacks 3", "--trainer.callbacks: there is no class '3' here"),
     ("--trainer.callbacks+=EarlyStoping", "there is no class 'EarlyStoping' here. Did you mean EarlyStopping?"),
@@ -353,3 +355,18 @@ def test_other_errors_are_faults(error, monkeypatch):
     monkeypatch.setitem(sys.modules["nclightning.cli"].COMMANDS, "plot", fails)
     with pytest.raises(type(error)):
         main(["plot"])
+
+
+@pytest.mark.parametrize("logger", ["--trainer.logger+=MLFlowLogger", "--trainer.logger=MLFlowLogger"])
+def test_what_the_client_of_a_logger_refuses_is_one_sentence(logger, monkeypatch, capsys):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "false")
+    words = f"fit --config ufm_mse {logger} --trainer.logger.tracking_uri nowhere://x".split()
+    check(words, "unsupported URI .nowhere://x", capsys)
+
+
+def test_what_a_client_refuses_during_a_fit_is_one_sentence():
+    wandb_errors = pytest.importorskip("wandb.errors")
+    error = RuntimeError("setup failed")
+    error.__cause__ = wandb_errors.UsageError("No API key configured.")
+    assert of_the_user(error) == "the logger's client wandb says: No API key configured."

@@ -21,11 +21,13 @@ from nclightning.callbacks.shared import SharingMonitor
 from nclightning.callbacks.step_cadence import StepCadence
 from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets, evaluation_set
+from nclightning.pictures import picture_writers
 from nclightning.probe.collectors import Measuring
 from nclightning.probe.evaluation import check_loader
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, Gather, Measured, SetReader, StatisticsGatherer, gather_alone
 from nclightning.probe.step_measurement import StepMeasurement
+from nclightning.ranks import rank_zero_warn
 
 __all__ = ["CollapseAtEpochs", "EpochSettings"]
 
@@ -91,12 +93,24 @@ class CollapseAtEpochs(SharingMonitor):
         """Say which out-of-distribution sets there are not, and refuse loaders that cannot be swept."""
         modules.tell_unknown_ood(self._when.ood, self._when.datasets, trainer.val_dataloaders)
         self._steps.restart(trainer.global_step)
+        self._tell_who_takes_no_pictures(trainer)
         self._training.forget()
         self._training.remember(trainer)
         with self._on_error.guard(self):
             sets = self._training.sets.values() if self._needs_class_means else ()
             for data in (*sets, *self._other_sets(trainer).values()):
                 check_loader(LightningHost(pl_module), *data)
+
+    def _tell_who_takes_no_pictures(self, trainer: L.Trainer) -> None:
+        """Say that pictures were asked for and nobody takes them; a trial of one batch has no loggers."""
+        asked = self._when.pictures_every_n_epochs is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if asked and trainer.is_global_zero and not picture_writers(trainer.loggers):
+            kinds = " and ".join(type(each).__name__ for each in trainer.loggers) or "no logger"
+            rank_zero_warn(
+                f"pictures_every_n_epochs={self._when.pictures_every_n_epochs} draws nothing, since the trainer has "
+                f"{kinds}: add a logger that takes pictures, or make yours known with "
+                "nclightning.pictures.register_logger."
+            )
 
     @property
     def _needs_class_means(self) -> bool:
@@ -172,19 +186,20 @@ class CollapseAtEpochs(SharingMonitor):
         self.publish_at_step(trainer, _tagged(measured))
 
     def _measure_at_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        measured = self._steps.known(pl_module)
+        known = self._steps.known(pl_module)
         self._steps.keep(None)
-        if measured is None:
-            measured = self._measure(trainer, pl_module, partial(self.gather_shared, trainer))
-            self.publish(pl_module, _tagged(measured))
-        else:  # The loggers have them at this step.
-            self.publish_to_callbacks(pl_module, _tagged(measured))
+        measured = known or self._measure(trainer, pl_module, partial(self.gather_shared, trainer))
         every = self._when.pictures_every_n_epochs
         due = every is not None and (trainer.current_epoch + 1) % every == 0
         if due and self._when.reads_training == "sweep" and trainer.is_global_zero:
             assert measured.class_means is not None
             means, weight = measured.class_means[""], measured.head.weight
-            draw_angles(trainer.loggers, "nc/train/angles", means, weight, trainer.global_step)
+            step, joins_next = trainer.global_step, known is None
+            draw_angles(trainer.loggers, "nc/train/angles", means, weight, step, joins_next=joins_next)
+        if known is None:
+            self.publish(pl_module, _tagged(measured))
+        else:  # The loggers have them at this step.
+            self.publish_to_callbacks(pl_module, _tagged(measured))
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, gather: Gather) -> Measured:
         self._training.remember(trainer)

@@ -1,4 +1,4 @@
-"""The TensorBoard page of a run, laid out."""
+"""The page of a run: its charts laid out for TensorBoard, and pictures for all loggers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TensorBoardDashboard(L.Callback):
     one, and the line search. The pictures, tag ``nc/train/angles``, show the cosines among class means, among rows of
     the head and between the two, at iterates 0, 1, 2, 4, 8, ... and at the first and last one of the fit; of more than
     ten TensorBoard shows some, unless told ``--samples_per_plugin images=100``. Of other modules
-    ``NeuralCollapseMonitor(pictures_every_n_epochs=...)`` draws them. Loggers that are not TensorBoard's are left
-    alone.
+    ``NeuralCollapseMonitor(pictures_every_n_epochs=...)`` draws them. Pictures go to every logger that takes them
+    (:mod:`nclightning.pictures`), the layout to those of TensorBoard.
 
     Args:
         pictures: False draws none.

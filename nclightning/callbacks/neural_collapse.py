@@ -87,8 +87,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         datasets: Further loaders by name, swept at the same times as the training set, whether or not that is read.
         ood: Names among ``datasets``, or of validation and test loaders (their number, or key), that are
             out of distribution: of them ``nc5`` is read, and their labels are not looked at.
-        pictures_every_n_epochs: Cadence of a picture of the angles between class means and head in TensorBoard, under
-            ``nc/train/angles``; None draws none.
+        pictures_every_n_epochs: Cadence of a picture of the angles between class means and head, under
+            ``nc/train/angles``, for the loggers that take pictures (:mod:`nclightning.pictures`); None draws none.
         ignore_index: Label of samples to leave out; -100 is what torch's cross-entropy leaves out.
         global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
         between_weights: The same: ``"uniform"`` or ``"count"``.

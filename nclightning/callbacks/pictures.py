@@ -1,8 +1,8 @@
-"""Pictures of class means and head for TensorBoard."""
+"""Pictures of class means and head for the loggers of a trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nclightning.functional import ClassStatistics
+from nclightning.pictures import picture_writers
 
 __all__ = ["draw_angles"]
 
@@ -26,24 +27,27 @@ _PANELS = (
 )
 
 
-def draw_angles(loggers: Iterable[Any], tag: str, stats: ClassStatistics, weight: Tensor, step: int) -> None:
+def draw_angles(
+    loggers: Sequence[Any], tag: str, stats: ClassStatistics, weight: Tensor, step: int, *, joins_next: bool = False
+) -> None:
     """Draw cosines among class means, among rows of the head and between the two, beside those of a simplex ETF.
 
     Args:
-        loggers: Those that have TensorBoard's ``add_image`` get the picture.
+        loggers: Those that take pictures get it.
         tag: Under this.
         stats: Statistics of the features.
         weight: Head ``(K, d)``.
         step: x-axis.
+        joins_next: Whether values of the same step are logged next, as one row with the picture where rows count.
     """
-    writers = [logger.experiment for logger in loggers if hasattr(getattr(logger, "experiment", None), "add_image")]
+    writers = picture_writers(loggers)
     if not writers:
         return
     means, head = (_unit(rows) for rows in (stats.centred_means, weight.detach().to(stats.means)))
     cosines = torch.stack([means @ means.T, head @ head.T, head @ means.T]).cpu().numpy()
     image = _scene(len(head)).draw(cosines, step)
-    for writer in writers:
-        writer.add_image(tag, image, step, dataformats="HWC")
+    for write in writers:
+        write(tag, image, step, joins_next=joins_next)
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ class _Scene:
         self._etf = np.full((num_classes, num_classes), -1 / (num_classes - 1))
         np.fill_diagonal(self._etf, 1.0)
         with mpl.rc_context({"font.size": 8, "axes.titlesize": 9}):
-            # TensorBoard shows pictures 340 pixels wide: small, and with few words, they stay legible.
+            # Loggers show pictures small, TensorBoard 340 pixels wide: small, and with few words, they stay legible.
             self._figure = Figure(figsize=(4.8, 4.9), dpi=100)
             canvas: Any = FigureCanvasAgg(self._figure)
             grid = {"left": 0.09, "right": 0.83, "bottom": 0.09, "top": 0.84, "wspace": 0.3, "hspace": 0.55}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nclightning.compat.lightning import present, present_logged, state_key_unchecked
 from nclightning.errors import UserError
+from nclightning.sending import send_values
 
 __all__ = ["HookingMonitor", "Publisher", "as_metrics", "changed_settings"]
 
@@ -103,7 +104,7 @@ class Publisher(L.Callback):
         if values:
             present_logged(trainer, as_metrics(values))
             for logger in trainer.loggers:
-                logger.log_metrics(values | {"epoch": trainer.current_epoch}, trainer.global_step)
+                send_values(logger, values | {"epoch": trainer.current_epoch}, trainer.global_step)
 
     def _remember(self, values: dict[str, Tensor]) -> dict[str, float]:
         arrived = torch.stack([value.double() for value in values.values()]).tolist() if values else []

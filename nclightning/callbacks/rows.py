@@ -17,6 +17,7 @@ from nclightning.callbacks.publishing import as_metrics
 from nclightning.errors import UserError, say_the_same
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
+from nclightning.sending import send_rows
 
 __all__ = ["Rows"]
 
@@ -129,8 +130,7 @@ class Rows:
                 logger.log_rows(missing)
                 self._logged[logger] = max(logged, self._complete_to)
             else:
-                for iteration, row in missing:
-                    logger.log_metrics(row, iteration)
+                for iteration in send_rows(logger, missing):
                     self._logged[logger] = iteration
         except Exception as error:
             return error

@@ -59,14 +59,15 @@ def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, 
     for tag, (color, dashes) in zip(tags, _STYLES, strict=True):
         if tag not in summary.last:
             continue
-        values = np.where(readings.values[tag] > 0, readings.values[tag], np.nan)
+        values = readings.values[tag]
+        shown = np.isfinite(values) & (values > 0)  # Rows of another cadence have no value, and would tear the curve.
         fit = summary.fits[tag]
         label = QUANTITIES[tag]
         if fit is not None:
             label += f"   {fit.iterations_per_decade:.3g} it./decade, $R^2$ {fit.r_squared:.4f}"
             ends = np.array([fit.first, fit.last])
             axes.plot(ends, 10.0 ** (fit.intercept + fit.slope * ends), color=color, lw=5, alpha=0.22)
-        axes.plot(readings.iterations, values, color=color, ls=dashes, lw=1.6, label=label)
+        axes.plot(readings.iterations[shown], values[shown], color=color, ls=dashes, lw=1.6, label=label)
     if "optimality/gap" in tags:
         _draw_prediction(axes, readings, summary)
     axes.set_yscale("log")
@@ -84,7 +85,7 @@ def _draw_prediction(axes: Axes, readings: Readings, summary: RunSummary) -> Non
         return
     middle = (gap.first + gap.last) / 2
     shift = gap.intercept - predicted.intercept + (gap.slope - predicted.slope) * middle
-    inside = readings.iterations >= gap.first
+    inside = (readings.iterations >= gap.first) & np.isfinite(readings.values[PREDICTED])
     values = readings.values[PREDICTED][inside] * 10.0**shift
     label = f"gap, predicted   {predicted.iterations_per_decade:.3g} it./decade"
     axes.plot(readings.iterations[inside], values, color="black", ls=(0, (1, 1)), lw=1.2, label=label)

@@ -11,7 +11,7 @@ from nclightning.errors import UserError
 from nclightning.probe.batches import RowBuffer, unlabelled
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
-from nclightning.probe.sweep import generators_kept, sequential_loader, shared_buffers
+from nclightning.probe.sweep import generators_kept, or_online, sequential_loader, shared_buffers
 from nclightning.ranks import failing_together
 from nclightning.sharding import in_step, is_sharded, reshard
 
@@ -147,5 +147,5 @@ def left_over(module: nn.Module, error: Exception, rest: int | None = None) -> U
     return UserError(
         f"{type(module).__name__} could not be measured on {many} that drop_last=True leaves out of training, and an "
         f"evaluation pass over the training set reads: {type(error).__name__}: {error} Let forward and collate_fn take "
-        "batches of any size, or measure training's own forwards, by source='online' or Probe.online."
+        f"batches of any size{or_online()}."
     )

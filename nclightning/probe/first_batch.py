@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.heads import HeadReader
+from nclightning.heads import HeadReader, tolerance
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
 from nclightning.probe.found import Found
@@ -95,17 +96,12 @@ class FirstBatch:
         if labels is not None:
             _check_labels(labels)
         whole = isinstance(self._batch, Mapping) and plain_batch
-        ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
-        try:
-            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
-        except _DoesNotRunError as failure:
-            inputs = self._batch  # As encoder-decoders need labels to run.
-            try:
-                if not whole:
-                    raise
-                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
-            except _DoesNotRunError:
-                raise self._refusal(failure.__cause__) from failure.__cause__
+        ignored = IGNORED if ignore_index is None else ignore_index
+
+        def find(inputs: Any) -> tuple[Found, Observation]:
+            return find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
+
+        found, seen, inputs = self._find(find, whole)
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
             check_range(labels, found.reader, ignore_index, like == "factor")
@@ -119,6 +115,50 @@ class FirstBatch:
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
         entry = entry_of(self._module, seen, inputs, self._is_written)
         return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+
+    def _find(self, find: Callable[[Any], tuple[Found, Observation]], whole: bool) -> tuple[Found, Observation, Any]:
+        """Find the head with inputs alone, or with the whole batch where labels decide what the features are.
+
+        Some encoder-decoders do not run without labels. Others then let the decoder read the encoder's tokens, which
+        are not what training gives it.
+        """
+        decides = whole and isinstance(self._labels, Tensor) and self._labels.ndim > 1
+        try:
+            found, seen = find(self._inputs)
+            if not (decides and self._labels_decide(found, seen)):
+                return found, seen, self._inputs
+        except _DoesNotRunError as failure:
+            try:
+                if not whole:
+                    raise
+                return *find(self._batch), self._batch
+            except _DoesNotRunError:
+                raise self._refusal(failure.__cause__) from failure.__cause__
+        except UserError:
+            if not decides:
+                raise
+            with suppress(_DoesNotRunError, UserError):
+                return *find(self._batch), self._batch
+            raise
+        return *find(self._batch), self._batch
+
+    def _labels_decide(self, found: Found, seen: Observation) -> bool:
+        """Whether the module makes other features, still one for each label, where it gets labels, too."""
+        layer = self._module.get_submodule(found.path)
+        try:
+            again = observe(self._module, partial(self._run, self._batch)).of(layer)
+        except _DoesNotRunError:
+            return False
+        if len(again) != 1:
+            return False
+        own, new = (
+            run.output if found.side == "output" else class_last(layer, run.inputs)
+            for run in (seen.of(layer)[-1], again[0])
+        )
+        if new.shape[:-1] != self._labels.shape or own.shape[-1] != new.shape[-1]:
+            return False
+        bound = tolerance(own) * max(float(own.abs().max()), 1e-30)
+        return own.shape != new.shape or not torch.allclose(own, new, rtol=0, atol=bound, equal_nan=True)
 
     def _check_order(self, found: Found, seen: Observation) -> None:
         """Refuse a layer that gets samples in another order than the output of the model has, as when they are sorted.

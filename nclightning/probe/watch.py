@@ -73,6 +73,14 @@ def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
     )
 
 
+def _differs(tensor: Tensor, leaf: Tensor) -> Tensor:
+    """Whether two tensors have other values, beyond what rounding to the lower of their precisions makes equal."""
+    if tensor.dtype != leaf.dtype and tensor.is_floating_point() and leaf.is_floating_point():
+        lower = min(tensor.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize)
+        tensor, leaf = tensor.to(lower), leaf.to(lower)
+    return (tensor != leaf).any()
+
+
 class Watch:
     """Copies the features of one forward per batch, and checks on the device that what was found still holds.
 
@@ -149,10 +157,9 @@ class Watch:
             ]
             self._matches = "maybe" if alike else "no"
             if alike and self._online:
-                # In the step it may come in lower precision.
-                rounded = [self._leaves[i].to(tensor.dtype) for i in alike if not self._is_changed(i)]
                 differs = [torch.ones((), dtype=torch.bool, device=tensor.device)]
-                self._other = torch.stack(differs + [(tensor.detach() != own).any() for own in rounded]).all()
+                differs += [_differs(tensor.detach(), self._leaves[i]) for i in alike if not self._is_changed(i)]
+                self._other = torch.stack(differs).all()
         else:
             self._matches = "no"
 

@@ -284,8 +284,9 @@ class _Labels:
             return {name: int(self._known[name]) for name in names}
         if in_order and len(names) == self._count:
             return {name: i for i, name in enumerate(names)}
+        known = sorted(self._known, key=self._known.__getitem__)
         raise UserError(
-            f"{self._source} has the label {unknown[0]!r}, and the model knows {', '.join(sorted(self._known, key=self._known.__getitem__)[:5])}"
+            f"{self._source} has the label {unknown[0]!r}, and the model knows {', '.join(known[:5])}"
             f"{', ...' if len(self._known) > 5 else ''}: set label2id in its config.json, or give --labels_in_order if "
             "its classes are numbered in the order of the data's names."
         )

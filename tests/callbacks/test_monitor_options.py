@@ -278,6 +278,14 @@ def test_pictures_reach_tensorboard(tmp_path, samples):
     assert [event.step for event in events.Images("nc/train/angles")] == [12, 24]
 
 
+def test_pictures_that_nobody_takes_are_said(tmp_path, samples):
+    monitor = NeuralCollapseMonitor(pictures_every_n_epochs=2)
+    with pytest.warns(UserWarning, match="pictures_every_n_epochs=2 draws nothing, since the trainer has CSVLogger"):
+        fit(tmp_path, [monitor], loader(samples), logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.warns(UserWarning, match="the trainer has no logger"):
+        fit(tmp_path, [monitor], loader(samples), max_epochs=1)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -11,6 +11,7 @@ import traceback
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nclightning.callbacks
@@ -66,6 +67,7 @@ def launch(words, folder, disturb=None):
         os.chdir(folder)
         for name, descriptor in (("out", 1), ("errors", 2)):
             os.dup2(os.open(f"{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT), descriptor)
+        Figure.draw = lambda *_: None  # Files are what is struck, not what is in a picture.
         if disturb is not None:
             disturb()
         main(words)

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 
 from nclightning.figures import draw_convergence, fit_rate, fit_straight, read_readings, summarize
 from nclightning.loggers import ReadingsTable
@@ -97,6 +98,30 @@ def test_what_does_not_converge_has_no_rate(values):
 
 def test_few_points_have_no_rate():
     assert fit_rate(ITERATIONS[:4], 0.9 ** ITERATIONS[:4]) is None
+
+
+def test_curves_of_two_cadences_are_lines(tmp_path, monkeypatch):
+    """A value that only every second row has is drawn as a line, not as points that nobody sees."""
+    rows = [
+        (
+            k,
+            {"optimality/gap": 0.9**k, "optimality/predicted_decay": 0.9**k}
+            | ({"nc/train/nc1": 0.8**k} if k % 2 else {}),
+        )
+        for k in range(60)
+    ]
+    ReadingsTable(tmp_path / "readings.csv").append(rows)
+    drawn = []
+
+    def keep(figure, path, **_):
+        path.touch()
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw_convergence(tmp_path, tmp_path / "a.png")
+    curves = {line.get_label().partition(" ")[0]: line.get_xydata() for axes in drawn[0].axes for line in axes.lines}
+    assert len(curves["gap"]) == 60
+    np.testing.assert_allclose(curves["NC1"], [(k, 0.8**k) for k in range(1, 60, 2)])
 
 
 def write_run(folder, tags):

@@ -1,20 +1,18 @@
 """Several processes under Hugging Face's Trainer give the numbers of one."""
 
 import os
-import pickle
-import socket
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader, IterableDataset
 
 import nclightning
 from nclightning.errors import UserError
 from nclightning.probe.sweep import num_own_samples
 from tests.integrations.tasks import measured, pad, pad_all, text_model, texts, trainer_of
+from tests.processes import on
 
 pytest.importorskip("transformers")
 
@@ -92,18 +90,11 @@ def only_on_the_first(model):
     return model.classifier.weight, model.classifier.bias
 
 
-def run(rank, world, port, folder):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def in_process(folder, few):
+    os.environ["RANK"] = str(dist.get_rank())
     for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    found = jobs(folder / "run", few=world > 2)
-    (folder / f"{rank}.pkl").write_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
+        state._reset_state()  # What was found in the process that this one is forked from.
+    return jobs(folder, few)
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +109,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_processes_give_the_numbers_of_one(world, tmp_path, alone):
     (of_training, of_other), plain = alone
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(run, (world, port, tmp_path), nprocs=world, start_method="fork")
-    found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(world)]
+    found = on(world, tmp_path, partial(in_process, tmp_path / "run", world > 2), group=True)
     close = {"rel": 1e-12, "abs": 1e-12}
     assert of_training == pytest.approx(dict(plain), **close)
     for each in found:

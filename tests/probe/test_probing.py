@@ -419,6 +419,34 @@ def test_precision_of_the_step():
         assert Probe(model).read(loader(dtype=torch.float32)) == right
 
 
+def test_weights_that_change_under_autocast():
+    """Autocast keeps copies of weights in lower precision until it ends, also of what they were before a swap."""
+    model = made().float().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(X)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-1.5)
+        found = measure(model, loader(dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert found == measure(copy.deepcopy(model), loader(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("swap", ["in place", "by data"])
+def test_weights_that_are_swapped_between_reads(swap):
+    model = made()
+    probe, before = Probe(model, measures=DECIDED), copy.deepcopy(model.state_dict())
+    first = probe.read(loader())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.8) if swap == "in place" else setattr(parameter, "data", parameter * 0.8)
+    assert probe.read(loader()) == measure(copy.deepcopy(model), loader(), measures=DECIDED) != first
+    model.load_state_dict(before)
+    assert probe.read(loader()) == first
+    model.out = nn.Linear(D, K).double()
+    assert probe.read(loader()) == measure(model, loader(), measures=DECIDED)
+
+
 def test_layout_of_memory():
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -193,6 +193,10 @@ def test_fabric_reads_what_the_monitor_reads(precision, tmp_path):
     assert dict(probe.read(batches)) == pytest.approx(logged, **EXACT)
     assert states(model) == before
     online, rows = Probe(model), []
+    with online.online() as epoch:  # The model itself runs, without Fabric's conversion of inputs.
+        for x, _ in epoch.batches(batches):
+            model.module(x.to(model.module.out.weight.dtype))
+    assert epoch.measurement.num_samples == len(X)
     handle = model.module.out.register_forward_pre_hook(lambda layer, args: rows.append(args[0].detach().double()))
     labels = []
     with online.online() as epoch:

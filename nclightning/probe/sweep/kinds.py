@@ -76,7 +76,9 @@ def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
 
 
 def _mapping(value: dict[Any, Any]) -> Kept:
-    saved = dict.copy(value)
+    # Not by methods of the object's own class, which may do something else.
+    base: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+    saved = dict(base.items(value))
     if not saved:
         children: Children = ()
     elif len(saved) <= _LONGEST_SEARCHED:
@@ -88,12 +90,12 @@ def _mapping(value: dict[Any, Any]) -> Kept:
 
     def restore(instead: dict[int, Any]) -> None:
         wanted = {key: instead.get(id(item), item) for key, item in saved.items()} if instead else saved
-        if len(value) == len(wanted) and _same(value, wanted) and _same(value.values(), wanted.values()):
+        same = base.__len__(value) == len(wanted) and _same(base.keys(value), wanted)
+        if same and _same(base.values(value), wanted.values()):
             return
-        # Not by methods of the object's own class, which may do something else.
-        base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
         base.clear(value)
-        base.update(value, wanted)
+        for key, item in wanted.items():
+            base.__setitem__(value, key, item)
 
     kept = Kept(restore, children)
     return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept

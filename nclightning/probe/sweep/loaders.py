@@ -27,7 +27,8 @@ from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_s
 from nclightning.compat.fabric import sampler_of_lightning
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
-from nclightning.probe.sweep.states import random_states_kept
+from nclightning.probe.sweep.online import or_online
+from nclightning.probe.sweep.states import drawing_apart, random_states_kept
 from nclightning.ranks import world_size as running_processes
 
 __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_batches", "sequential_loader"]
@@ -76,7 +77,7 @@ def sequential_loader(
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
         raise UserError(
             f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
-            "other samples than it yields. Use a plain DataLoader, or source='online' or Probe.online, which need none."
+            f"other samples than it yields. Use a plain DataLoader{or_online()}."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1 and origin.streams == "same":
@@ -156,7 +157,7 @@ def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoade
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
@@ -239,7 +240,7 @@ def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(
         loader.dataset,
         loader.batch_size,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         drop_last=loader.drop_last,
         generator=torch.Generator(),
     )
@@ -260,8 +261,7 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
     except Exception as error:
         raise UserError(
             f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
-            f"({error}): use a loader that can be read again from the start, or measure training's own forwards, by "
-            "source='online' or Probe.online."
+            f"({error}): use a loader that can be read again from the start{or_online()}."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 import types
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from nclightning.compat.torch import parameters_of
 from nclightning.probe.sweep.kinds import LEAVES, keep
 
-__all__ = ["cuda_devices", "generators_kept", "random_states_kept", "torch_states_kept"]
+__all__ = ["cuda_devices", "drawing_apart", "generators_kept", "random_states_kept", "torch_states_kept"]
 
 _GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
 # Longer containers hold samples, and not what changes them.
@@ -110,3 +111,27 @@ def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
         torch.set_rng_state(state)
         for device, each in zip(devices, on_devices, strict=True):
             torch.cuda.set_rng_state(each, device)
+
+
+def drawing_apart(collator: Any, depth: int = 4) -> Any:
+    """Copy what makes batches, and the objects that it calls, with the random generators that they hold.
+
+    Else the batches of training would be made by other draws. Models, functions and what else they hold are shared.
+
+    Args:
+        collator: Any callable.
+        depth: How many objects within one another are copied.
+    """
+    if isinstance(collator, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        return copy.deepcopy(collator)
+    if isinstance(collator, types.MethodType):
+        return types.MethodType(collator.__func__, drawing_apart(collator.__self__, depth - 1))
+    is_shared = isinstance(collator, nn.Module | type | types.FunctionType) or not hasattr(collator, "__dict__")
+    if is_shared or depth == 0 or not callable(collator):
+        return collator
+    try:
+        made = copy.copy(collator)
+        vars(made).update({name: drawing_apart(each, depth - 1) for name, each in vars(collator).items()})
+    except Exception:  # It cannot be copied.
+        return collator
+    return made

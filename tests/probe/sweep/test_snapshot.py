@@ -132,6 +132,38 @@ def test_odd_objects():
     assert not hasattr(local, "more")
 
 
+class Lazy(collections.OrderedDict):
+    """Shows more than it holds, as the maps of transformers from names to classes do."""
+
+    def __iter__(self):
+        yield from [*super().__iter__(), "shown"]
+
+    def keys(self):
+        return list(self)
+
+    def values(self):
+        return [*super().values(), None]
+
+    def items(self):
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def __len__(self):
+        return 7
+
+
+def test_mappings_are_put_back_by_what_they_hold():
+    """In their own order, which is not the one in which they were filled."""
+    held, moved = Lazy(a=0), collections.OrderedDict(a=1, b=2)
+    moved.move_to_end("a")
+    model = Holder([held, moved])
+    with frozen(model):
+        pass
+    with frozen(model):
+        held["a"] = moved["b"] = 3
+    assert dict(collections.OrderedDict.items(held)) == {"a": 0}
+    assert list(moved.items()) == [("b", 2), ("a", 1)]
+
+
 def test_long_containers_are_put_back_as_they_are():
     model = Holder(list(range(100_000)))
     with frozen(model):
