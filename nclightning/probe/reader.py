@@ -14,6 +14,7 @@ from nclightning.probe.detection import HeadArgument
 from nclightning.probe.features import NoLabelsError, call_model, describe, split_batch
 from nclightning.probe.first_batch import IGNORED, FirstBatch, Known
 from nclightning.probe.host import Host
+from nclightning.probe.inputs import inputs_kept
 from nclightning.probe.likeness import Like
 from nclightning.probe.sweep import compiled_parts, has_lazy_parts
 from nclightning.probe.watch import FirstStepHooks, Watch
@@ -178,7 +179,11 @@ class PairReader:
 
     def call(self, module: nn.Module, inputs: Any) -> Any:
         """Run the model on the input of a batch."""
-        return call_model(module, inputs) if self._forward_fn is None else self._forward_fn(module, inputs)
+        run = call_model if self._forward_fn is None else self._forward_fn
+        if self._known is None or not self._known.entry.is_written:
+            return run(module, inputs)
+        with inputs_kept(inputs):
+            return run(module, inputs)
 
     def call_again(self, module: nn.Module, inputs: Any) -> Any:
         """Run the frozen model on the input of a batch, and see that the head is still what it was found to be."""
@@ -217,7 +222,7 @@ class PairReader:
         """
         assert self.knows(module)
         layers = {name: layer_named(module, name) for name in self.layers}
-        entry = self.known.entry.layers if in_steps else None
+        entry = self.known.entry if in_steps else None
         return Watch(self.known.found, module, layers, self._pooling, entry, online)
 
     def watch_first_step(self, module: nn.Module, head_only: bool = False) -> FirstStepHooks | None:

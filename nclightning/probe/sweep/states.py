@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nclightning.compat.torch import parameters_of
+from nclightning.probe.sweep.kinds import LEAVES, keep
 
-__all__ = ["cuda_devices", "drawing_apart", "random_states_kept", "torch_states_kept"]
+__all__ = ["cuda_devices", "drawing_apart", "generators_kept", "random_states_kept", "torch_states_kept"]
+
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
+# Longer containers hold samples, and not what changes them.
+_MOST_ITEMS, _MOST_OBJECTS = 256, 10_000
 
 
 def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
@@ -38,6 +45,55 @@ def random_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def generators_kept(data: Any) -> Iterator[None]:
+    """Put the random generators back that a data set, its transforms and a collate function have for themselves.
+
+    What else they hold, such as a cache of samples, is left alone.
+
+    Args:
+        data: A loader, or any iterable of batches.
+    """
+    kept = [keep(each).restore for each in _generators_in(data)]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            if restore is not None:
+                restore({})
+
+
+def _generators_in(data: Any) -> list[Any]:
+    objects, found = [data], list[Any]()
+    seen = {id(data)}
+    for each in objects:  # It grows on the way.
+        if isinstance(each, _GENERATORS):
+            found.append(each)
+            continue
+        for child in _held_by(each):
+            if type(child) not in LEAVES and id(child) not in seen and len(objects) < _MOST_OBJECTS:
+                seen.add(id(child))
+                objects.append(child)
+    return found
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, Tensor | np.ndarray | type):
+        return []
+    held: list[Any] = []
+    if isinstance(value, dict | list | tuple | set | deque) and len(value) <= _MOST_ITEMS:
+        held += value.values() if isinstance(value, dict) else value
+    elif isinstance(value, types.MethodType):
+        held.append(value.__self__)
+    elif isinstance(value, functools.partial):
+        held += [value.func, value.args, value.keywords]
+    elif isinstance(value, types.FunctionType):
+        held += [*(value.__defaults__ or ()), *(keep(cell).children for cell in value.__closure__ or ())]
+    if isinstance(own := getattr(value, "__dict__", None), dict):
+        held.append(own)
+    return held
 
 
 @contextmanager
