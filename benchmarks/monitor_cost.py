@@ -7,8 +7,8 @@ monitor counts all that the steps leave to be done later, the reading at the end
 first step, before which the head is found: what that takes once in a fit is a row of its own. Sweep: a measurement of
 the training set against a bare pass over the same data, which moves each batch to the device and runs the model in eval
 mode, taking turns; by NeuralCollapseMonitor alone, and by it and OptimalityMonitor, which share the pass. Handing the
-values to Lightning's loggers is not counted. The example CNN is small: what a pass costs once, some milliseconds, weighs
-less on a larger network.
+values to Lightning's loggers is not counted. The example CNN is small: what a pass costs once, some milliseconds,
+weighs less on a larger network.
 """
 
 import statistics
@@ -25,23 +25,32 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from cnn import CNN
-from digits import load
+import digits
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.callbacks.host import LightningHost
 from nclightning.probe.sets import DataSet
 
 ROUNDS, STEPS, RUNS = 60, 512, 15
-LARGE_ROUNDS, LARGE_SAMPLES = 10, 1280
+LARGE_ROUNDS, LARGE_STEPS, LARGE_RUNS, LARGE_SAMPLES = 10, 128, 3, 1280
 WHAT = "online | bare training step", "online, once in a fit | difference to the first bare step"
+
+
+class CNN(digits.CNN, L.LightningModule):
+    """The network of the examples."""
+
+    def training_step(self, batch, batch_idx):
+        return digits.loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return digits.sgd(self)
 
 
 class Large(CNN):
     """A network for images of 32 x 32 in colour, with 512 features."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__()
         widths = [3, 32, 64, 128]
         self.body = nn.Sequential(
             *(self._block(*pair) for pair in pairwise(widths)),
@@ -111,18 +120,18 @@ def images():
     return TensorDataset(torch.randn(LARGE_SAMPLES, 3, 32, 32, generator=generator), torch.arange(LARGE_SAMPLES) % 10)
 
 
-def online(train):
+def online(kind, train, steps):
     """Compare the same steps with the monitor's hooks and without; and the first one, in milliseconds."""
     torch.manual_seed(0)
     loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True)
     sides = {}
     for name in ("bare", "online"):
-        model, monitor = CNN(1), NeuralCollapseMonitor(source="online")
+        model, monitor = kind(), NeuralCollapseMonitor(source="online")
         trainer = quiet.trainer(max_epochs=1, callbacks=[monitor])
         trainer.strategy.connect(model)
         model.trainer = trainer
-        sides[name] = model, monitor, trainer, model.configure_optimizers()["optimizer"], []
-    batches = [batch for _ in range(-(-STEPS // len(loader))) for batch in loader][:STEPS]
+        sides[name] = model, monitor, trainer, model.configure_optimizers(), []
+    batches = [batch for _ in range(-(-steps // len(loader))) for batch in loader][:steps]
     model, monitor, trainer, *_ = sides["online"]
     monitor.setup(trainer, model, "fit")
     monitor.on_train_epoch_start(trainer, model)
@@ -149,25 +158,21 @@ def online(train):
 
 def main():
     quiet.settle()
-    train, _ = load()
+    train, _ = digits.load()
     small = balanced(train)
     print(f"torch {torch.__version__}, one thread, batches of 64, K = 10\n")
     print("| network, images | source | against | times | runs |\n|---|---|---|---|---|")
     cases = (
-        (f"CNN on digits, {len(small)}", CNN(1), small, ROUNDS),
-        (f"CNN on 3 x 32 x 32, {LARGE_SAMPLES}", Large(), images(), LARGE_ROUNDS),
+        (f"CNN on digits, {len(small)}", CNN, small, train, ROUNDS, STEPS, RUNS),
+        (f"CNN on 3 x 32 x 32, {LARGE_SAMPLES}", Large, images(), images(), LARGE_ROUNDS, LARGE_STEPS, LARGE_RUNS),
     )
-    for name, model, data, rounds in cases:
-        one, both = sweeps(model, data, rounds)
-        print(f"| {name} | sweep | bare pass in eval mode | {one:.3f} | median of {rounds} |")
-        print(
-            f"| {name} | sweep, both monitors | bare pass in eval mode | {both:.3f} | median of {rounds} |", flush=True
-        )
-    for each, unit, what in zip(
-        zip(*(online(train) for _ in range(RUNS)), strict=True), ("", " ms"), WHAT, strict=True
-    ):
-        spread = f"{min(each):.3f} to {max(each):.3f} in {RUNS}"
-        print(f"| CNN on digits, {len(train)} | {what} | {statistics.median(each):.3f}{unit} | {spread} |")
+    for name, kind, swept, trained, rounds, steps, runs in cases:
+        for what, ratio in zip(("sweep", "sweep, both monitors"), sweeps(kind(), swept, rounds), strict=True):
+            print(f"| {name} | {what} | bare pass in eval mode | {ratio:.3f} | median of {rounds} |", flush=True)
+        per_run = zip(*(online(kind, trained, steps) for _ in range(runs)), strict=True)
+        for each, unit, what in zip(per_run, ("", " ms"), WHAT, strict=True):
+            spread = f"{min(each):.3f} to {max(each):.3f} in {runs} of {steps} steps"
+            print(f"| {name} | {what} | {statistics.median(each):.3f}{unit} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":

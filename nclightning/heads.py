@@ -319,8 +319,11 @@ class _Bare(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Any:
-        return self.layer.forward(x)
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer.forward(x)
+        if isinstance(output, Tensor):
+            return output
+        raise UserTypeError(f"{type(self.layer).__name__} returns a {type(output).__name__}: a head returns a tensor.")
 
 
 def pair_of(value: Any) -> tuple[Any, Any]:

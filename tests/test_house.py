@@ -24,6 +24,7 @@ FLOORS = {
     "heads": 0,
     "ranks": 0,
     "theory": 0,
+    "problems": 0,
     "functional": 0,
     "optim": 1,
     "metrics": 1,
@@ -58,6 +59,7 @@ FLOORS = {
 # Pairs that share no code although their floors would allow it.
 STRANGERS = {
     ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
+    ("problems", "functional"), ("functional", "problems"), ("problems", "objective"),
     ("callbacks", "models"), ("callbacks", "data"),
     *(("integrations", other) for other in ("callbacks", "loggers", "data", "models")),
 }  # fmt: skip
@@ -114,6 +116,7 @@ def test_files_fit_in_one_sitting(path):
     "unit",
     [
         *("objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"),
+        "problems",
         "integrations.trained",
         "series.command",
     ],
@@ -165,7 +168,7 @@ def test_only_the_objective_scales_a_penalty():
     found = {
         str(path.relative_to(PACKAGE)): len(set(scaled_penalties(path.read_text())))
         for path in FILES
-        if unit_of(path) not in ("objective", "theory")
+        if unit_of(path) not in ("objective", "theory", "problems")
     }
     assert {path: count for path, count in found.items() if count} == dict([SINGLE_LAMBDA])
 

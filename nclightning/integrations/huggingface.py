@@ -15,9 +15,12 @@ from nclightning.compat.transformers import calling, prefix_of
 from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.integrations.trained import TransformersHost, check_task, labels_by_name
-from nclightning.probe.collectors import Measuring
+from nclightning.metrics import MEASURES
+from nclightning.metrics.measures import meaning_of
+from nclightning.probe.collectors import DECISIONS, Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import check_loader
+from nclightning.probe.features import NoLabelsError
 from nclightning.probe.given import names_of, plain_name
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
@@ -27,16 +30,19 @@ from nclightning.probe.sweep import (
     frozen,
     num_planned_batches,
     sequential_loader,
+    without_online,
 )
 from nclightning.probe.watch import FirstStepHooks
 from nclightning.ranks import failing_together, rank_zero_warn
 
 try:
     from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-except ImportError:
+except ImportError as error:
+    if error.name not in ("transformers", "accelerate"):  # Of what they import.
+        raise
     raise ImportError(
         "NeuralCollapseCallback needs transformers and accelerate: pip install 'nclightning[huggingface]'."
-    ) from None
+    ) from error
 
 __all__ = ["NeuralCollapseCallback"]
 
@@ -127,6 +133,7 @@ class NeuralCollapseCallback(TrainerCallback):
         self._step: FirstStepHooks | None = None
         self._measured_at: int | None = None  # The optimizer step.
         self._read, self._most_read = 0, 0  # Batches of this epoch, and of the longest one.
+        self._skipped = 0  # Batches of the epoch in which a resumed run begins.
 
     # Training.
 
@@ -136,17 +143,20 @@ class NeuralCollapseCallback(TrainerCallback):
         self._reader = self._sets = self._measured_at = None
         self._remove()
         # A stream of which a resumed run skips the beginning.
-        self._most_read = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+        self._skipped = 0 if args.ignore_data_skip else state.global_step * args.gradient_accumulation_steps
+        self._most_read = self._skipped
         self._check_order(trainer)
+        self._check_metric(trainer)
+        self._check_ood(trainer)
         with self._guard():
             host = self._host(trainer)
             reader = self._check(trainer, host, train_dataloader)
             if not args.torch_compile and not compiled_parts(trainer.model_wrapped):
-                self._step = reader.watch_first_step(host.module)
+                self._step = reader.watch_first_step(host.module, head_only=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count batches."""
-        self._read = 0
+        self._read, self._skipped = self._skipped, 0
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a batch."""
@@ -174,10 +184,11 @@ class NeuralCollapseCallback(TrainerCallback):
         if "train" not in self._stages or self._measured_at == state.global_step:
             return
         trainer = self._trainer()
+        values = dict[str, float]()
         with self._guard():
             values = self._read_sets(trainer, {"train": self._stream(train_dataloader)}, {}, training=True)
-            self._log(trainer, control, {f"nc/{tag.removeprefix('train/')}": each for tag, each in values.items()})
             self._measured_at = state.global_step
+        self._log(trainer, control, {f"nc/{tag.removeprefix('train/')}": each for tag, each in values.items()})
 
     def _end_batch(self) -> None:
         self._read += 1
@@ -200,18 +211,19 @@ class NeuralCollapseCallback(TrainerCallback):
         """Measure what was evaluated."""
         if "eval" in self._stages:
             trainer = self._trainer()
-            with self._guard():
+            values = dict[str, float]()
+            with self._guard(evaluated=prefix_of(metrics, "eval")):
                 values = self._measure_evaluated(trainer, prefix_of(metrics, "eval"), **kwargs)
-                self._log(trainer, control, values)
-                if metrics is not None:
-                    metrics.update(values)
+            self._log(trainer, control, values)
+            if metrics is not None:
+                metrics.update(values)
 
     def on_predict(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         """Measure what was predicted."""
         if "test" in self._stages and metrics is not None:
-            with self._guard():
+            with self._guard(evaluated=prefix_of(metrics, "test")):
                 metrics.update(self._measure_evaluated(self._trainer(), prefix_of(metrics, "test"), **kwargs))
 
     def _measure_evaluated(
@@ -308,19 +320,64 @@ class NeuralCollapseCallback(TrainerCallback):
                 "NeuralCollapseCallback first, as callbacks=[NeuralCollapseCallback(), EarlyStoppingCallback()]."
             )
 
-    def _log(self, trainer: Any, control: Any, values: Mapping[str, float]) -> None:
+    def _check_metric(self, trainer: Any) -> None:
+        """Refuse to choose the best model by what is never measured, before an epoch is trained in vain."""
+        metric = trainer.args.metric_for_best_model or ""
+        _, found, name = metric.partition("nc/")
+        if not found or name not in {*MEASURES, *DECISIONS} or trainer.args.eval_strategy == "no":
+            return  # What it does not find says the trainer.
+        if "eval" not in self._stages:
+            raise UserError(f"metric_for_best_model={metric!r} is of an evaluation: stages must have 'eval'.")
+        if name not in (measured := self._measuring.tags(())):
+            raise UserError(
+                f"metric_for_best_model={metric!r} is not measured: put {name!r} into measures, which are "
+                f"{', '.join(sorted(measured))}."
+            )
+        if trainer.args.greater_is_better and meaning_of(name).collapsed == 0:
+            rank_zero_warn(
+                f"metric_for_best_model={metric!r} with greater_is_better=True takes the model that is least "
+                "collapsed for the best: pass greater_is_better=False, which is not the trainer's default."
+            )
+
+    def _check_ood(self, trainer: Any) -> None:
+        """Tell names of data sets that are none."""
+        sets = trainer.eval_dataset
+        known = [*(sets if isinstance(sets, Mapping) else ["eval"]), *(["test"] if "test" in self._stages else [])]
+        missing = [name for name in self._ood if name not in known and name.removeprefix("eval_") not in known]
+        if missing and sets is not None:
+            rank_zero_warn(
+                f"ood names {', '.join(missing)}, and what is evaluated is {', '.join(known)}: nc5 is measured of no "
+                "other than those that ood names."
+            )
+
+    @staticmethod
+    def _log(trainer: Any, control: Any, values: Mapping[str, float]) -> None:
         """Log values of this step, and let the trainer log its own after that if it was about to."""
-        about_to = trainer.control.should_log
+        if not values:
+            return
+        about_to = control.should_log
+        trainer.control = control  # A callback before this one may have returned another one than the trainer's.
         trainer.log(dict(values))
-        trainer.control.should_log = control.should_log = about_to
+        if trainer.control is not control:  # As may one that gets the logs.
+            vars(control).update(vars(trainer.control))
+            trainer.control = control
+        control.should_log = about_to
 
     @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Turn errors inside into a warning where the user asked for that, and leave no hook behind."""
+    def _guard(self, evaluated: str = "") -> Iterator[None]:
+        """Turn errors inside into a warning where the user asked for that, and leave no hook behind.
+
+        Args:
+            evaluated: Name of a set whose evaluation is done, and goes on without labels as the trainer's does.
+        """
         try:
-            yield
+            with without_online():
+                yield
         except Exception as error:
             self._remove()
+            if evaluated and isinstance(error, NoLabelsError):
+                rank_zero_warn(f"neural collapse of {evaluated!r} is not measured: {error}")
+                return
             if self._on_error == "raise" or isinstance(error, TraceError):
                 raise
             rank_zero_warn(f"no measurement of neural collapse: {error}")

@@ -17,6 +17,7 @@ from nclightning.probe.hooks import hook_call, hook_result
 __all__ = [
     "FeatureHooks",
     "FeatureSource",
+    "NoLabelsError",
     "Pooling",
     "call_model",
     "capture_during",
@@ -30,6 +31,12 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+
+
+class NoLabelsError(UserError):
+    """A batch has no labels."""
+
+
 Pooling = Literal["", "mean", "one"]
 
 _LABEL_KEYS = ("labels", "label", "y", "target", "targets")
@@ -110,7 +117,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
                 f"a batch has several keys that labels may have: {', '.join(map(repr, keys))}. Pass batch_fn=(batch) "
                 "-> (inputs, labels) that takes those of the head."
             )
-        raise UserError(
+        raise NoLabelsError(
             f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
             "Pass batch_fn=(batch) -> (inputs, labels)."
         )

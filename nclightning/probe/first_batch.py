@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.heads import HeadReader
+from nclightning.heads import HeadReader, tolerance
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
 from nclightning.probe.found import Found
+from nclightning.probe.inputs import inputs_kept
 from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
@@ -67,6 +69,7 @@ class FirstBatch:
         call: Callable[[nn.Module, Any], Any],
     ) -> None:
         self._module, self._batch, self._inputs, self._labels, self._call = module, batch, inputs, labels, call
+        self._is_written = False
 
     def examine(
         self,
@@ -93,17 +96,12 @@ class FirstBatch:
         if labels is not None:
             _check_labels(labels)
         whole = isinstance(self._batch, Mapping) and plain_batch
-        ignored, inputs = IGNORED if ignore_index is None else ignore_index, self._inputs
-        try:
-            found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
-        except _DoesNotRunError as failure:
-            inputs = self._batch  # As encoder-decoders need labels to run.
-            try:
-                if not whole:
-                    raise
-                found, seen = find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
-            except _DoesNotRunError:
-                raise self._refusal(failure.__cause__) from failure.__cause__
+        ignored = IGNORED if ignore_index is None else ignore_index
+
+        def find(inputs: Any) -> tuple[Found, Observation]:
+            return find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
+
+        found, seen, inputs = self._find(find, whole)
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
             check_range(labels, found.reader, ignore_index, like == "factor")
@@ -115,8 +113,52 @@ class FirstBatch:
             layer = found.reader.layer
             logits = None if layer is None else seen.of(layer)[-1].output
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
-        entry = entry_of(self._module, seen, inputs)
+        entry = entry_of(self._module, seen, inputs, self._is_written)
         return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+
+    def _find(self, find: Callable[[Any], tuple[Found, Observation]], whole: bool) -> tuple[Found, Observation, Any]:
+        """Find the head with inputs alone, or with the whole batch where labels decide what the features are.
+
+        Some encoder-decoders do not run without labels. Others then let the decoder read the encoder's tokens, which
+        are not what training gives it.
+        """
+        decides = whole and isinstance(self._labels, Tensor) and self._labels.ndim > 1
+        try:
+            found, seen = find(self._inputs)
+            if not (decides and self._labels_decide(found, seen)):
+                return found, seen, self._inputs
+        except _DoesNotRunError as failure:
+            try:
+                if not whole:
+                    raise
+                return *find(self._batch), self._batch
+            except _DoesNotRunError:
+                raise self._refusal(failure.__cause__) from failure.__cause__
+        except UserError:
+            if not decides:
+                raise
+            with suppress(_DoesNotRunError, UserError):
+                return *find(self._batch), self._batch
+            raise
+        return *find(self._batch), self._batch
+
+    def _labels_decide(self, found: Found, seen: Observation) -> bool:
+        """Whether the module makes other features, still one for each label, where it gets labels, too."""
+        layer = self._module.get_submodule(found.path)
+        try:
+            again = observe(self._module, partial(self._run, self._batch)).of(layer)
+        except _DoesNotRunError:
+            return False
+        if len(again) != 1:
+            return False
+        own, new = (
+            run.output if found.side == "output" else class_last(layer, run.inputs)
+            for run in (seen.of(layer)[-1], again[0])
+        )
+        if new.shape[:-1] != self._labels.shape or own.shape[-1] != new.shape[-1]:
+            return False
+        bound = tolerance(own) * max(float(own.abs().max()), 1e-30)
+        return own.shape != new.shape or not torch.allclose(own, new, rtol=0, atol=bound, equal_nan=True)
 
     def _check_order(self, found: Found, seen: Observation) -> None:
         """Refuse a layer that gets samples in another order than the output of the model has, as when they are sorted.
@@ -167,9 +209,12 @@ class FirstBatch:
 
     def _run(self, inputs: Any) -> Any:
         try:
-            return self._call(self._module, inputs)
+            with inputs_kept(inputs) as written:
+                return self._call(self._module, inputs)
         except Exception as error:
             raise _DoesNotRunError from error
+        finally:
+            self._is_written |= bool(written)
 
     def _refusal(self, failure: BaseException | None) -> ValueError:
         return UserError(
@@ -181,7 +226,8 @@ class FirstBatch:
     def _labelled(self, labels: Tensor) -> Any:
         """Run the module on the whole mapping with other labels."""
         key = next(name for name in self._batch if name not in self._inputs)
-        return call_model(self._module, {**self._batch, key: labels})
+        with inputs_kept(batch := {**self._batch, key: labels}):
+            return call_model(self._module, batch)
 
 
 def _are_one_hot(labels: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import nclightning
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.errors import UserError
+from nclightning.probe.sweep import sequential_loader
 from tests.integrations.tasks import (
     TASKS,
     Rows,
@@ -266,6 +267,37 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(name, tmp_path
     assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
 
 
+class Echo(nn.Module):
+    """Reads its input where it gets no labels, as BART does; else what comes before each label."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Embedding(6, 4), nn.Linear(4, 5)
+
+    def forward(self, input_ids, labels=None):
+        tokens = input_ids if labels is None else torch.nn.functional.pad(labels.clamp_min(0)[:, :-1], (1, 0), value=5)
+        logits = self.head(self.body(tokens))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+@pytest.mark.parametrize("length", [6, 7])
+def test_a_decoder_reads_what_labels_make_it_read(length):
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(5, (20, length)), torch.randint(5, (20, 6))
+    labels[3, 4:] = -100
+    model = Echo()
+    read = torch.nn.functional.pad(labels.clamp_min(0)[:, :-1], (1, 0), value=5)
+    counted = labels >= 0
+    plain = nclightning.measure(
+        features=model.body(read)[counted].detach(), labels=labels[counted], weight=model.head.weight.detach()
+    )
+    found = nclightning.measure(model, [{"input_ids": tokens, "labels": labels}])
+    assert found["nc1"] == pytest.approx(plain["nc1"], rel=1e-9)
+
+
 def test_errors_can_be_warnings(tmp_path):
     callback = NeuralCollapseCallback(head="nowhere", on_error="warn")
     trainer = trainer_of(tmp_path, text_model(), texts(9), callbacks=[callback])
@@ -376,6 +408,174 @@ def test_a_resumed_run_measures_what_the_whole_one_does(tmp_path):
     assert list(found[0]) == [4, 8]
 
 
+def test_a_resumed_run_reads_as_much_of_a_stream_as_the_whole_one(tmp_path):
+    found = []
+    for options in ({}, {"resume_from_checkpoint": str(tmp_path / "checkpoint-3")}):
+        trainer = trainer_of(
+            tmp_path, text_model(), Stream(texts(40).rows), save_strategy="steps", save_steps=3, max_steps=5,
+            callbacks=[NeuralCollapseCallback(every_n_steps=4)],
+        )  # fmt: skip
+        trainer.train(**options)
+        found.append(measured(trainer))
+    assert found[0] == found[1]
+    assert list(found[0]) == [4, 5]
+
+
+class AsksForLogs(transformers.TrainerCallback):
+    """Returns another control than it gets, at ends of epochs and of logs."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control = copy.copy(control)
+        control.should_log = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        control = copy.copy(control)
+        control.should_training_stop = control.should_training_stop or "nc/nc1" in logs
+        return control
+
+
+def test_what_other_callbacks_ask_for_is_done(tmp_path):
+    callbacks = [AsksForLogs(), NeuralCollapseCallback()]
+    trainer = trainer_of(tmp_path, text_model(), texts(29), logging_steps=99, num_train_epochs=2, callbacks=callbacks)
+    trainer.train()
+    assert measured(trainer, "loss").keys() == {4}
+    assert trainer.state.global_step == 4
+
+
+def test_an_error_of_those_that_get_the_logs_is_theirs(tmp_path):
+    class Failing(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "nc/nc1" in logs:
+                raise KeyError("loss")
+
+    callbacks = [NeuralCollapseCallback(on_error="warn"), Failing()]
+    trainer = trainer_of(tmp_path, text_model(), texts(9), callbacks=callbacks)
+    with pytest.raises(KeyError, match="loss"):
+        trainer.train()
+
+
+def test_sets_without_labels_are_evaluated_and_predicted_without_a_measurement(tmp_path):
+    bare = Rows([{"input_ids": row["input_ids"]} for row in texts(9).rows])
+    callback = NeuralCollapseCallback(stages=("train", "eval", "test"))
+    trainer = trainer_of(
+        tmp_path, text_model(), texts(9), eval_dataset=bare, eval_strategy="epoch", callbacks=[callback]
+    )
+    with pytest.warns(UserWarning, match="neural collapse of 'eval' is not measured: .* has no labels"):
+        trainer.train()
+    assert measured(trainer).keys() == {2}
+    with pytest.warns(UserWarning, match="neural collapse of 'test' is not measured"):
+        assert len(trainer.predict(bare).predictions) == 9
+
+
+@pytest.mark.parametrize(
+    ("metric", "own", "words"),
+    [
+        ("nc/nc2_means", {}, r"'nc/nc2_means' is not measured: put 'nc2_means' into measures, which are nc1, nc2, nc3"),
+        ("eval_nc/accuracy", {}, "put 'accuracy' into measures"),
+        ("eval_nc/nc1", {"stages": ("train",)}, "stages must have 'eval'"),
+    ],
+)
+def test_a_best_model_by_what_is_not_measured_is_refused(metric, own, words, tmp_path):
+    trainer = trainer_of(
+        tmp_path, text_model(), texts(9), eval_dataset=texts(9), eval_strategy="epoch", save_strategy="epoch",
+        metric_for_best_model=metric, load_best_model_at_end=True, callbacks=[NeuralCollapseCallback(**own)],
+    )  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_set_out_of_distribution_needs_no_labels(tmp_path):
+    bare = Rows([{"input_ids": row["input_ids"]} for row in texts(9, seed=1).rows])
+    found = []
+    for other in (bare, texts(9, seed=1)):
+        callback = NeuralCollapseCallback(ood=("eval",))
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(9), eval_dataset=other, eval_strategy="epoch", callbacks=[callback]
+        )
+        trainer.train()
+        found.append(measured(trainer, "eval_nc/nc5"))
+    assert found[0] == found[1]
+    assert found[0].keys() == {2}
+
+
+def test_a_first_step_that_fails_leaves_no_hook(tmp_path):
+    class Failing(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            super().compute_loss(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(tmp_path, text_model(), texts(9), Failing, callbacks=[NeuralCollapseCallback()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert sum(states(trainer)[2]) == 0
+
+
+def test_a_best_model_by_the_least_collapsed_is_told(tmp_path):
+    trainer = trainer_of(
+        tmp_path, text_model(), texts(9), eval_dataset=texts(9), eval_strategy="epoch",
+        metric_for_best_model="nc/nc1", callbacks=[NeuralCollapseCallback()],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="least collapsed for the best: pass greater_is_better=False"):
+        trainer.train()
+
+
+class Masking:
+    """Leaves out labels by draws from a generator of its own, which it makes when it is first called."""
+
+    def __init__(self):
+        self.drawn, self.generator = [], None
+
+    def __call__(self, rows):
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        self.drawn = [*self.drawn, float(torch.rand((), generator=self.generator))]
+        return pad(rows)
+
+
+def test_draws_of_a_collator_are_those_without_it(tmp_path):
+    drawn = []
+    for callbacks in ([], [NeuralCollapseCallback(every_n_steps=2)]):
+        collate = Masking()
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(29), num_train_epochs=2, data_collator=collate, callbacks=callbacks,
+            eval_dataset=texts(9), eval_strategy="epoch",
+        )  # fmt: skip
+        trainer.train()
+        drawn.append(collate.drawn)
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 12
+
+
+def test_names_out_of_distribution_that_are_none_are_told(tmp_path):
+    trainer = trainer_of(
+        tmp_path,
+        text_model(),
+        texts(9),
+        eval_dataset={"own": texts(9)},
+        callbacks=[NeuralCollapseCallback(ood=("far",))],
+    )
+    with pytest.warns(UserWarning, match="ood names far, and what is evaluated is own"):
+        trainer.train()
+
+
+class OwnOrder(DataLoader):
+    def __iter__(self):
+        return super().__iter__()
+
+
+def test_a_refusal_names_no_way_that_only_other_hosts_have(tmp_path):
+    class OfOwnOrder(transformers.Trainer):
+        def get_train_dataloader(self):
+            return OwnOrder(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+    trainer = trainer_of(tmp_path, text_model(), texts(9), OfOwnOrder, callbacks=[NeuralCollapseCallback()])
+    with pytest.raises(UserError, match=r"Use a plain DataLoader\.$"):
+        trainer.train()
+    with pytest.raises(UserError, match=r"source='online' or Probe\.online"):
+        sequential_loader(trainer.get_train_dataloader())
+
+
 def test_a_hook_outside_of_a_trainer_is_refused():
     with pytest.raises(UserError, match=r"is called by no transformers\.Trainer"):
         NeuralCollapseCallback().on_evaluate(None, None, None)
@@ -386,4 +586,15 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.delitem(sys.modules, "nclightning.integrations.huggingface")
     words = r"NeuralCollapseCallback needs transformers and accelerate: pip install 'nclightning\[huggingface\]'\."
     with pytest.raises(ImportError, match=words):
+        importlib.import_module("nclightning.integrations.huggingface")
+
+
+def test_what_transformers_fails_on_is_said_as_it_is(monkeypatch):
+    class Broken:
+        def __getattr__(self, name):
+            raise ImportError("cannot import name 'PeftModel' from 'peft'", name="peft")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken())
+    monkeypatch.delitem(sys.modules, "nclightning.integrations.huggingface")
+    with pytest.raises(ImportError, match="cannot import name 'PeftModel'"):
         importlib.import_module("nclightning.integrations.huggingface")

@@ -8,7 +8,9 @@ from nclightning.probe.sweep.loaders import (
     num_planned_batches,
     sequential_loader,
 )
+from nclightning.probe.sweep.online import or_online, without_online
 from nclightning.probe.sweep.snapshot import TraceError, has_lazy_parts
+from nclightning.probe.sweep.states import generators_kept
 from nclightning.probe.sweep.traces import compiled_parts, eager, frozen, shared_buffers, untouched
 
 __all__ = [
@@ -18,12 +20,15 @@ __all__ = [
     "fingerprint",
     "fingerprint_together",
     "frozen",
+    "generators_kept",
     "has_lazy_parts",
     "known_indices",
     "limited_batches",
     "num_own_samples",
     "num_planned_batches",
+    "or_online",
     "sequential_loader",
     "shared_buffers",
     "untouched",
+    "without_online",
 ]

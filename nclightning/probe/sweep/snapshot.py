@@ -15,6 +15,7 @@ from nclightning.compat.torch import HOLDERS, version_of
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.kinds import LEAVES, keep
+from nclightning.probe.sweep.online import or_online
 from nclightning.sharding import own_shard
 
 __all__ = ["TraceError", "has_lazy_parts", "remembered"]
@@ -62,7 +63,7 @@ def remembered(module: nn.Module) -> Iterator[None]:
         raise TraceError(
             f"a forward of {type(module).__name__} changes {name!r}, and {why}, so that training would go on from "
             "another state than without the measurement: pass forward_fn=(module, inputs) -> output that runs the "
-            "model without this change, or measure training's own forwards, by source='online' or Probe.online."
+            f"model without this change{or_online()}."
         )
 
 

@@ -1,0 +1,248 @@
+r"""Cross-entropy of distributions over classes, and of each class on its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from nclightning.errors import UserError
+from nclightning.problems.groups import Factors, Groups
+from nclightning.problems.loss import Loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["BinaryCrossEntropy", "CrossEntropy"]
+
+# Above this deviation exp(t) in the divergence may overflow; below it exp(t) - 1 - t is harmless.
+_LARGEST_EXPONENT = 30.0
+# K q is a product of two square roots: four roundings.
+_ROUNDING = 4 * 2.0**-52
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropy(Loss):
+    r"""Cross-entropy of softmax with a distribution y over the classes, ``torch.nn.functional.cross_entropy``.
+
+    .. math:: -\sum_k w_k y_k \log \mathrm{softmax}(z + o)_k
+
+    Hard labels are rows of the identity, label smoothing and mixup are other rows of the simplex.
+
+    Args:
+        offset: Added to the logits, one number for each class: logit adjustment.
+        class_weights: w, one positive number for each class.
+
+    Example:
+        >>> loss = CrossEntropy()
+        >>> loss.value(torch.zeros(1, 4), torch.eye(4)[:1])
+        tensor([1.3863])
+    """
+
+    offset: Sequence[float] | Tensor | None = None
+    class_weights: Sequence[float] | Tensor | None = None
+    shift_invariant = True
+
+    @property
+    def exchangeable(self) -> bool:  # type: ignore[override]
+        """Without offset and weights."""
+        return self.offset is None and self.class_weights is None
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "class_weights"):
+            given = getattr(self, name)
+            if given is not None:
+                # Numbers of Python are read in full, which torch's default dtype would not do.
+                object.__setattr__(self, name, torch.as_tensor(given, dtype=torch.float64))
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Rows must be distributions, and there must be as many classes as offsets and weights."""
+        off = (targets.sum(dim=1) - 1).abs()
+        if bool((targets < 0).any()) or bool((off > 1e-6).any()):
+            raise UserError(
+                "targets must be rows of probabilities for cross-entropy, non-negative and with sum 1, got a row with "
+                f"sum {float(targets.sum(dim=1)[off.argmax()]):.6g} and a smallest entry of {float(targets.min()):.6g}."
+            )
+        classes = targets.shape[1]
+        if classes < 2:
+            raise UserError("targets must have at least two columns for cross-entropy, got 1.")
+        for name, given in (("offset", self.offset), ("class_weights", self.class_weights)):
+            if given is not None and tuple(torch.as_tensor(given).shape) != (classes,):
+                raise UserError(f"{name} must hold a number for each of the {classes} classes, got {given!r}.")
+        if self.class_weights is not None and not bool((torch.as_tensor(self.class_weights) > 0).all()):
+            raise UserError(f"class_weights must be positive, got {self.class_weights!r}.")
+
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Evaluate the loss of each row."""
+        return -(self._weighted(targets) * torch.log_softmax(self._adjusted(logits), dim=1)).sum(dim=1)
+
+    def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the probabilities minus the target, for each class with its weight.
+
+        Rows sum to zero. Of the class with the largest target the sum of the others is taken: where its probability is
+        close to 1, the difference would keep few digits.
+        """
+        weighted = self._weighted(targets)
+        rest = weighted.sum(dim=1, keepdim=True) * torch.softmax(self._adjusted(logits), dim=1) - weighted
+        index = targets.argmax(dim=1, keepdim=True)
+        rest = rest.scatter(1, index, 0.0)
+        return rest.scatter(1, index, -rest.sum(dim=1, keepdim=True))
+
+    def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """Product with ``diag(p) - p p^T``."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        centred = direction - (p * direction).sum(dim=1, keepdim=True)
+        return self._weighted(targets).sum(dim=1, keepdim=True) * p * centred
+
+    def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
+        log_p = torch.log_softmax(self._adjusted(reference), dim=1)
+        return self._weighted(targets).sum(dim=1) * _log_mean_exp(log_p, logits - reference)
+
+    def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
+        """Entropy of the distribution ``u + y``."""
+        weighted = self._weighted(targets)
+        mass = weighted.sum(dim=1)
+        q = (dual + weighted) / mass.unsqueeze(1)
+        value = -mass * torch.special.xlogy(q.clamp(min=0), q.clamp(min=0)).sum(dim=1)
+        if self.offset is not None:
+            value = value + dual @ torch.as_tensor(self.offset).to(dual)
+        slack = 1e-12  # What the rounding of a sum of probabilities may be.
+        inside = (q.min(dim=1).values >= -slack) & ((q.sum(dim=1) - 1).abs() <= slack * q.shape[1])
+        return torch.where(inside, value, -torch.inf)
+
+    def balance(self, dual: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Scale down classes with too much probability, and give what is freed to those with too little."""
+        weighted, share = self._weighted(targets), shares.unsqueeze(1)
+        mass = dual + weighted
+        have, want = (share * mass).sum(dim=0), (share * weighted).sum(dim=0)
+        kept = mass * torch.where(have > want, want / have, 1)
+        lack = (want - have).clamp(min=0)
+        if not bool(lack.sum() > 0):
+            return dual
+        freed = (mass - kept).sum(dim=1, keepdim=True)
+        return kept + freed * lack / lack.sum() - weighted
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        return logits if self.offset is None else logits + torch.as_tensor(self.offset).to(logits)
+
+    def _weighted(self, targets: Tensor) -> Tensor:
+        return targets if self.class_weights is None else targets * torch.as_tensor(self.class_weights).to(targets)
+
+    def unattained(self, targets: Tensor) -> str | None:
+        """A class without samples has a logit that falls for ever."""
+        absent = torch.nonzero(targets.sum(dim=0) == 0).flatten().tolist()
+        return f"class {absent[0]} has no samples, and its bias falls without bound" if absent else None
+
+    def closed_form(self, groups: Groups) -> Factors | None:
+        r"""Simplex ETF for balanced classes, with hard or smoothed labels.
+
+        The logits of class k are :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` where :math:`q' < 1/K`,
+        :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`, the probability of each wrong class.
+        """
+        targets, K = groups.targets, groups.targets.shape[1]
+        off = float(targets[0, -1])
+        smoothed = torch.full_like(targets, off).fill_diagonal_(float(targets[0, 0]))
+        hard = len(targets) == K and torch.equal(targets, smoothed) and bool((groups.counts == groups.counts[0]).all())
+        if not hard or self.offset is not None or self.class_weights is not None or K < 2:
+            return None
+        wrong = off + math.sqrt(float(groups.counts[0])) * groups.strength
+        slack = 1 - K * wrong
+        bias = None if groups.lambda_b is None else targets.new_zeros(K)
+        if not slack > _ROUNDING:
+            return Factors(targets[:, :0], targets[0, :0], targets[:, :0], bias)
+        scale = math.sqrt(float(groups.counts[0])) * math.log1p(slack / wrong)
+        frame = _orthogonal_to_ones(targets)
+        return Factors(frame, targets.new_full((K - 1,), scale), frame, bias)
+
+
+class BinaryCrossEntropy(Loss):
+    r"""Sum over the classes of the logistic loss with targets in [0, 1]: each class is a yes or no of its own.
+
+    .. math:: \sum_k \log(1 + e^{z_k}) - y_k z_k
+
+    ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
+    """
+
+    exchangeable = True
+
+    def unattained(self, targets: Tensor) -> str | None:
+        """A label that every sample has, or none, is the bias's alone."""
+        extreme = (targets == 0).all(dim=0) | (targets == 1).all(dim=0)
+        labels = torch.nonzero(extreme).flatten().tolist()
+        return f"all or no samples have label {labels[0]}, and its bias grows without bound" if labels else None
+
+    def check_targets(self, targets: Tensor) -> None:
+        """Targets must lie in [0, 1]."""
+        if bool((targets < 0).any()) or bool((targets > 1).any()):
+            raise UserError(
+                "targets must lie between 0 and 1 for binary cross-entropy, got values between "
+                f"{float(targets.min()):.6g} and {float(targets.max()):.6g}."
+            )
+
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Evaluate the loss of each row."""
+        return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
+
+    def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the probabilities minus the target."""
+        return torch.sigmoid(logits) - targets
+
+    def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
+        """Product with ``diag(p (1 - p))``."""
+        return torch.sigmoid(logits) * torch.sigmoid(-logits) * direction
+
+    def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Sum over the classes of that of two classes, of which one has the logit zero."""
+        flat, step = reference.reshape(-1, 1), (logits - reference).reshape(-1, 1)
+        log_p = torch.cat([logsigmoid(-flat), logsigmoid(flat)], dim=1)
+        both = torch.cat([torch.zeros_like(step), step], dim=1)
+        return _log_mean_exp(log_p, both).view_as(logits).sum(dim=1)
+
+    def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
+        """Sum of binary entropies of ``u + y``."""
+        q = dual + targets
+        inside = (q >= -1e-12) & (q <= 1 + 1e-12)
+        q = q.clamp(0, 1)
+        entropy = -torch.special.xlogy(q, q) - torch.special.xlog1py(1 - q, -q)
+        return torch.where(inside, entropy, -torch.inf).sum(dim=1)
+
+    def balance(self, dual: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Scale probabilities towards 0 or 1 where their mean is not that of the targets."""
+        share = shares.unsqueeze(1) / shares.sum()
+        q = dual + targets
+        have, want = (share * q).sum(dim=0), (share * targets).sum(dim=0)
+        down = torch.where(have > want, want / have, 1)
+        up = torch.where(have < want, (1 - want) / (1 - have), 1)
+        return torch.where(have < want, 1 - (1 - q) * up, q * down) - targets
+
+
+def _orthogonal_to_ones(like: Tensor) -> Tensor:
+    """Orthonormal basis ``(K, K - 1)`` of the vectors with sum zero, by a reflection."""
+    K = like.shape[1]
+    axis = like.new_full((K, 1), K**-0.5)
+    axis[0] += 1
+    reflection = torch.eye(K, dtype=like.dtype, device=like.device) - axis @ axis.T * (2 / axis.square().sum())
+    return reflection[:, 1:]
+
+
+def _log_mean_exp(log_probability: Tensor, change: Tensor) -> Tensor:
+    """Logarithm of the mean of ``exp(change)`` without its linear term; probabilities in rows."""
+    probability = log_probability.exp()
+    t = change - (probability * change).sum(dim=1, keepdim=True)
+    largest = t.amax(dim=1)
+    # Both branches are finite for every finite t: torch.where evaluates both.
+    near = torch.log1p((probability * _exp_excess(t.clamp(max=_LARGEST_EXPONENT))).sum(dim=1))
+    return torch.where(largest > _LARGEST_EXPONENT, torch.logsumexp(log_probability + t, dim=1), near)
+
+
+def _exp_excess(t: Tensor) -> Tensor:
+    """``exp(t) - 1 - t`` to full relative accuracy, by its series where the difference would cancel."""
+    series = torch.ones_like(t)
+    for k in range(18, 2, -1):
+        series = 1 + t / k * series
+    return torch.where(t.abs() <= 0.5, t.square() / 2 * series, torch.expm1(t) - t)

@@ -1,0 +1,185 @@
+r"""The problem of the groups: what is left of training when all samples with the same target share one feature.
+
+With :math:`\hat Z` the logits of the groups times the roots of their counts (without the bias), the problem is convex:
+
+.. math::
+    \min_{\hat Z, b} \frac1N \sum_m n_m l_m\!\left(\hat z_m / \sqrt{n_m} + b\right)
+    + \kappa \|\hat Z\|_* + \frac{\lambda_b}2 \|b\|^2, \qquad \kappa = \sqrt{\lambda_W \lambda_H}.
+
+Letters of this package: M groups, K outputs, :math:`n_m` samples of group m, N of all, d features. ``Factors`` are
+:math:`\hat Z = U S V^\top`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nclightning.problems.loss import Loss
+
+__all__ = ["Factors", "Groups"]
+
+
+class Factors(NamedTuple):
+    """Singular value decomposition of the logits of the groups times the roots of their counts, and the bias.
+
+    Attributes:
+        left: U ``(M, r)``.
+        singular: S ``(r,)``, positive.
+        right: V ``(K, r)``.
+        bias: ``(K,)``; None for a head without one.
+    """
+
+    left: Tensor
+    singular: Tensor
+    right: Tensor
+    bias: Tensor | None
+
+    @property
+    def scaled_logits(self) -> Tensor:
+        """U S V^T ``(M, K)``."""
+        return self.left * self.singular @ self.right.T
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Loss, targets and penalties of the groups.
+
+    Args:
+        loss: The loss.
+        targets: ``(M, K)`` float64, one row for each group.
+        counts: ``(M,)`` float64, positive.
+        strength: Root of the product of both penalties.
+        lambda_b: Penalty on the bias, 0.0 for a free one, None for no bias.
+    """
+
+    loss: Loss
+    targets: Tensor
+    counts: Tensor
+    strength: float
+    lambda_b: float | None
+
+    @property
+    def num_samples(self) -> float:
+        """N."""
+        return float(self.counts.sum())
+
+    @property
+    def shares(self) -> Tensor:
+        """Part of the samples that each group has, ``(M,)``."""
+        return self.counts / self.counts.sum()
+
+    @property
+    def shift_is_free(self) -> bool:
+        """Whether the optimal bias is determined only up to a shift of all its entries."""
+        return self.lambda_b == 0 and self.loss.shift_invariant
+
+    def logits(self, scaled: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits of the groups, bias included, from those times the roots of the counts."""
+        logits = scaled / self.counts.sqrt().unsqueeze(1)
+        return logits if bias is None else logits + bias
+
+    def multipliers(self, logits: Tensor) -> Tensor:
+        """Gradient of the mean loss in the scaled logits ``(M, K)``, at logits with the bias."""
+        return self.scaled(self.loss.residual(logits, self.targets))
+
+    def scaled(self, residual: Tensor) -> Tensor:
+        """Residuals of the groups times the roots of their counts over N: the matrix whose norm the penalty bounds."""
+        return (self.counts.sqrt() / self.counts.sum()).unsqueeze(1) * residual
+
+    def mean_loss(self, logits: Tensor) -> Tensor:
+        """Mean loss of all samples, at logits with the bias; scalar."""
+        return (self.shares * self.loss.value(logits, self.targets)).sum()
+
+    def value(self, factors: Factors) -> float:
+        """The objective."""
+        logits = self.logits(factors.scaled_logits, factors.bias)
+        value = float(self.mean_loss(logits)) + self.strength * float(factors.singular.sum())
+        if factors.bias is not None and self.lambda_b:
+            value += self.lambda_b / 2 * float(factors.bias.square().sum())
+        return value
+
+    def best_bias(self, logits: Tensor, bias: Tensor) -> Tensor:
+        """Minimize over the bias ``(K,)`` for fixed logits without it, by Newton's method; start given."""
+        shares, penalty = self.shares.unsqueeze(1), self.lambda_b or 0.0
+
+        def gradient(b: Tensor) -> Tensor:
+            return (shares * self.loss.residual(logits + b, self.targets)).sum(dim=0) + penalty * b
+
+        now, size = gradient(bias), torch.inf
+        for _ in range(100):
+            if not float(now.norm()) < size:
+                break
+            size = float(now.norm())
+            step = -torch.linalg.pinv(self._bias_hessian(logits + bias), hermitian=True) @ now
+            for halving in range(40):
+                trial = bias + 0.5**halving * step
+                after = gradient(trial)
+                if float(after.norm()) < size:
+                    bias, now = trial, after
+                    break
+        return bias
+
+    def _bias_hessian(self, logits: Tensor) -> Tensor:
+        assert self.lambda_b is not None
+        K = logits.shape[1]
+        axes = torch.eye(K, dtype=logits.dtype, device=logits.device)
+        shares = self.shares.unsqueeze(1)
+        columns = [
+            (shares * self.loss.curvature(logits, self.targets, axis.expand_as(logits))).sum(dim=0) for axis in axes
+        ]
+        return torch.stack(columns, dim=1) + self.lambda_b * axes
+
+    def lower_bound(self, residuals: Tensor) -> float | None:
+        r"""Bound the minimum from below by any residuals of the groups, weak duality.
+
+        Args:
+            residuals: ``(M, K)``, in the domain of the loss's conjugate: the mean residual of each group's samples.
+
+        Returns:
+            The bound; None if the conjugate of the loss is not known.
+        """
+        shares = self.shares
+        if self.lambda_b == 0:
+            residuals = self.loss.balance(residuals, self.targets, shares)
+        dual = self._admissible(residuals) * residuals
+        values = self.loss.dual_value(dual, self.targets)
+        if values is None:
+            return None
+        return float((shares * values).sum()) - self._bias_part(dual)
+
+    def lower_bound_at(self, logits: Tensor) -> float:
+        """Bound the minimum from below by logits of the groups, ``(M, K)`` with the bias.
+
+        Without a conjugate, by its value ``<z, u> - l(z)`` at the gradient u of the loss, and its convexity between u
+        and 0.
+        """
+        bound = self.lower_bound(self.loss.residual(logits, self.targets))
+        if bound is not None:
+            return bound
+        if self.lambda_b == 0:
+            logits = logits + self.best_bias(logits, torch.zeros_like(logits[0]))
+        residuals = self.loss.residual(logits, self.targets)
+        factor = self._admissible(residuals)
+        values = self.loss.value(logits, self.targets) - (logits * residuals).sum(dim=1)
+        return (
+            factor * float((self.shares * values).sum())
+            + (1 - factor) * self.loss.lower_bound
+            - self._bias_part(factor * residuals)
+        )
+
+    def _admissible(self, residuals: Tensor) -> float:
+        """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""
+        matrix = self.scaled(residuals)
+        # Its rounding must not raise the bound.
+        norm = float(torch.linalg.matrix_norm(matrix, 2)) * (1 + 4 * torch.finfo(matrix.dtype).eps)
+        return min(1.0, self.strength / norm) if norm > 0 else 1.0
+
+    def _bias_part(self, dual: Tensor) -> float:
+        if not self.lambda_b:
+            return 0.0
+        return float((self.shares @ dual).square().sum()) / (2 * self.lambda_b)

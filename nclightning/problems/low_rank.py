@@ -1,0 +1,54 @@
+"""The optimal set for a number of features, also where that is below the rank of the optimal logits."""
+
+from __future__ import annotations
+
+from nclightning.problems.answers import NoAnswer
+from nclightning.problems.optimal_set import OptimalSet
+from nclightning.problems.optimum import Optimum
+
+__all__ = ["find_optimal_set", "optimum_for"]
+
+# Singular values this close, relatively, count as equal.
+_EQUAL = 1e-10
+
+
+def optimum_for(optimum: Optimum, feature_dim: int) -> Optimum:
+    """Optimal logits with rank at most ``feature_dim``.
+
+    Raises:
+        NoAnswer: If the rank is higher, and the loss has no theorem for that.
+    """
+    if feature_dim >= optimum.rank:
+        return optimum
+    if not optimum.groups.loss.has_low_rank_optimum(optimum.groups):
+        raise NoAnswer(
+            "optimum",
+            f"feature_dim={feature_dim} is below the rank {optimum.rank} of the optimal logits, and no optimum of a "
+            "lower rank is known for this loss. Raise feature_dim, or take certified_lower_bound, which always holds.",
+        )
+    return optimum.cut(feature_dim)
+
+
+def find_optimal_set(optimum: Optimum, feature_dim: int, lambda_w: float, lambda_h: float) -> OptimalSet:
+    """The optimal set.
+
+    Singular values that equal the last one kept belong to it: which of their directions are kept is free.
+
+    Raises:
+        NoAnswer: If there is none known; also if larger singular values are kept beside a choice among equal ones.
+    """
+    kept = optimum_for(optimum, feature_dim)
+    if feature_dim >= optimum.rank:
+        return OptimalSet(optimum, feature_dim, lambda_w, lambda_h)
+    singular = optimum.factors.singular
+    last = float(singular[feature_dim - 1])
+    equal = (singular - last).abs() <= _EQUAL * last
+    if not bool(equal[feature_dim]):
+        return OptimalSet(kept, feature_dim, lambda_w, lambda_h)
+    if not bool(equal[0]):
+        raise NoAnswer(
+            "distance",
+            f"feature_dim={feature_dim} keeps some of several equal singular values beside larger ones; the nearest "
+            "member of that optimal set has no formula. Change feature_dim.",
+        )
+    return OptimalSet(optimum.cut(int(equal.sum())), feature_dim, lambda_w, lambda_h)

@@ -1,0 +1,33 @@
+"""Sizes that members take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nclightning.errors import UserError
+
+__all__ = ["balanced", "counts_of", "one_hot"]
+
+
+def balanced(num_classes: int, samples_per_class: int) -> list[int]:
+    """Counts of balanced classes, checked."""
+    for name, value, least in (("num_classes", num_classes, 2), ("samples_per_class", samples_per_class, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return [samples_per_class] * num_classes
+
+
+def counts_of(counts: Sequence[int]) -> Tensor:
+    """Counts of classes, of which there must be two."""
+    numbers = torch.as_tensor(counts)
+    if numbers.ndim != 1 or len(numbers) < 2:
+        raise UserError(f"counts must hold the number of samples of each of at least two classes, got {counts!r}.")
+    return numbers
+
+
+def one_hot(num_classes: int) -> Tensor:
+    """Targets of hard labels."""
+    return torch.eye(num_classes, dtype=torch.float64)

@@ -1,0 +1,132 @@
+"""Cross-entropy of classes with any counts: plain, with class weights, with adjusted logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from nclightning.errors import UserError
+from nclightning.problems.cross_entropy import CrossEntropy
+from nclightning.problems.members.counting import counts_of, one_hot
+from nclightning.problems.problem import Problem
+
+__all__ = ["logit_adjusted_ce", "unbalanced_ce", "weighted_ce"]
+
+
+def unbalanced_ce(
+    counts: Sequence[int],
+    feature_dim: int,
+    lambda_w: float,
+    lambda_h: float,
+    bias: Literal["none", "free"] | float = "none",
+) -> Problem:
+    r"""Cross-entropy of classes with any counts, where minorities may merge (minority collapse).
+
+    There is no formula: the optimum is found numerically and certified. Equal logits of two classes,
+    ``problem.optimum.logits``, say that they have merged; :func:`nclightning.problems.rank_thresholds` finds the
+    penalties at which that happens. Sources: Fang et al. 2021; Thrampoulidis et al. 2022 (2208.05512); Hong and Ling
+    2023.
+
+    Args:
+        counts: Samples of each class; 0 for a class that is absent.
+        feature_dim: d, at least the rank of the optimum, which is at most ``K - 1``.
+        lambda_w: Penalty on the head.
+        lambda_h: Penalty on the features.
+        bias: ``"none"``, ``"free"`` or its penalty.
+
+    Returns:
+        The problem.
+
+    Example:
+        >>> problem = unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.01)
+        >>> problem.optimum.rank  # The two minorities share one feature.
+        2
+    """
+    numbers = counts_of(counts)
+    return Problem(CrossEntropy(), one_hot(len(numbers)), numbers, feature_dim, lambda_w, lambda_h, bias)
+
+
+def weighted_ce(
+    counts: Sequence[int],
+    class_weights: Sequence[float] | Literal["inverse"],
+    feature_dim: int,
+    lambda_w: float,
+    lambda_h: float,
+    bias: Literal["none", "free"] | float = "none",
+) -> Problem:
+    r"""Cross-entropy with class weights, averaged as ``torch.nn.CrossEntropyLoss(weight=..)`` averages.
+
+    .. math:: \frac{\sum_i w_{y_i} \mathrm{CE}(z_i, y_i)}{\sum_i w_{y_i}}
+
+    The optimum is numerical. With weights inverse to the counts the loss is that of balanced classes, and still the
+    optimum is not the simplex ETF: the penalty on the features counts samples.
+
+    Args:
+        counts: Samples of each class.
+        class_weights: A positive number for each class, up to a common factor; ``"inverse"`` takes one over the counts.
+        feature_dim: d.
+        lambda_w: Penalty on the head.
+        lambda_h: Penalty on the features.
+        bias: ``"none"``, ``"free"`` or its penalty.
+
+    Returns:
+        The problem.
+
+    Example:
+        >>> problem = weighted_ce([40, 10], "inverse", feature_dim=2, lambda_w=1e-3, lambda_h=1e-3)
+        >>> [round(w, 3) for w in problem.loss.class_weights.tolist()]
+        [0.625, 2.5]
+    """
+    numbers = counts_of(counts).double()
+    if isinstance(class_weights, str):
+        if class_weights != "inverse":
+            raise UserError(f"class_weights must be numbers or 'inverse', got {class_weights!r}.")
+        if not bool((numbers > 0).all()):
+            raise UserError("class_weights='inverse' needs samples of every class: give the weights as numbers.")
+        weights = 1 / numbers
+    else:
+        weights = torch.as_tensor(class_weights, dtype=torch.float64)
+        if weights.shape != numbers.shape:
+            raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {len(weights)}.")
+    loss = CrossEntropy(class_weights=weights * numbers.sum() / (numbers * weights).sum())
+    return Problem(loss, one_hot(len(numbers)), torch.as_tensor(counts), feature_dim, lambda_w, lambda_h, bias)
+
+
+def logit_adjusted_ce(
+    counts: Sequence[int],
+    feature_dim: int,
+    lambda_w: float,
+    lambda_h: float,
+    temperature: float = 1.0,
+    bias: Literal["none", "free"] | float = "none",
+) -> Problem:
+    r"""Cross-entropy of logits plus :math:`\tau \log(n_k / N)` (Menon et al. 2021).
+
+    The optimum is numerical. With a free bias that absorbs the adjustment nothing would change but the bias.
+
+    Args:
+        counts: Samples of each class, all positive.
+        feature_dim: d.
+        lambda_w: Penalty on the head.
+        lambda_h: Penalty on the features.
+        temperature: tau; 0 is plain cross-entropy.
+        bias: ``"none"``, ``"free"`` or its penalty.
+
+    Returns:
+        The problem.
+
+    Example:
+        >>> problem = logit_adjusted_ce([40, 10], feature_dim=2, lambda_w=1e-3, lambda_h=1e-3)
+        >>> problem.optimum.rank
+        1
+    """
+    numbers = counts_of(counts).double()
+    if not bool((numbers > 0).all()):
+        raise UserError("counts must all be positive for logit_adjusted_ce: the adjustment is the logarithm of them.")
+    if not math.isfinite(temperature):
+        raise UserError(f"temperature must be finite, got {temperature!r}.")
+    loss = CrossEntropy(offset=temperature * torch.log(numbers / numbers.sum()))
+    return Problem(loss, one_hot(len(numbers)), torch.as_tensor(counts), feature_dim, lambda_w, lambda_h, bias)

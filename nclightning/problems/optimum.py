@@ -1,0 +1,165 @@
+r"""The optimum of the problem of the groups, with its multipliers and its certificate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nclightning.problems.answers import NoAnswer
+from nclightning.problems.groups import Factors, Groups
+from nclightning.problems.solving import solve
+
+__all__ = ["Multipliers", "Optimum", "find_optimum", "multipliers_at_zero"]
+
+# Zero is optimal where the norm of the multipliers exceeds the strength by no more than rounding.
+_ROUNDINGS = 16
+
+
+class Multipliers(NamedTuple):
+    """Singular directions of the multipliers outside of the optimal logits.
+
+    Attributes:
+        fractions: Their singular values over the strength ``(p,)``, descending, at most 1.
+        left: ``(M, p)``.
+        right: ``(K, p)``.
+    """
+
+    fractions: Tensor
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """The unique optimal logits of the groups, and their certificate.
+
+    Attributes:
+        groups: The problem.
+        factors: Optimal logits times the roots of the counts, decomposed, and the optimal bias.
+        method: ``"closed form"`` or ``"numerical"``.
+        duality_gap: Value minus the bound that the multipliers certify: the value is the minimum up to this. Rounding
+            may make it slightly negative. ``nan`` where there are fewer features than the rank and the optimum is known
+            from the theorem of Eckart and Young instead.
+    """
+
+    groups: Groups
+    factors: Factors
+    method: Literal["closed form", "numerical"]
+    duality_gap: float
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the optimal logits, 0 where zero is optimal."""
+        return len(self.factors.singular)
+
+    @cached_property
+    def value(self) -> float:
+        """The minimum F*."""
+        return self.groups.value(self.factors)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Optimal logits of the groups ``(M, K)``, bias included."""
+        return self.groups.logits(self.factors.scaled_logits, self.factors.bias)
+
+    @cached_property
+    def inactive(self) -> Multipliers:
+        """Multipliers of the directions that vanish at the optimum."""
+        left, _, right, _ = self.factors
+        rest = self.groups.multipliers(self.logits) / self.groups.strength
+        # Twice: what one projection leaves within the range is small beside the matrix, not beside the rest.
+        for _ in range(2):
+            rest = rest - left @ (left.T @ rest)
+            rest = rest - (rest @ right) @ right.T
+        u, fractions, vh = torch.linalg.svd(-rest, full_matrices=False)
+        # Directions without a multiplier may lie in the range of the optimal logits.
+        kept = fractions > 1e-12
+        kept[max(0, len(fractions) - self.rank) :] = False
+        fractions = torch.where(fractions > 1 - _ROUNDINGS * torch.finfo(fractions.dtype).eps, 1, fractions)
+        return Multipliers(fractions[kept], u[:, kept], vh[kept].T)
+
+    def cut(self, rank: int) -> Optimum:
+        """Keep the largest singular values only: the optimum for so few features, where the loss has such a theorem."""
+        left, singular, right, bias = self.factors
+        factors = Factors(left[:, :rank], singular[:rank], right[:, :rank], bias)
+        return Optimum(self.groups, factors, self.method, math.nan)
+
+    @property
+    def margin(self) -> float:
+        """How far the largest multiplier of a vanishing direction is below the strength, relatively; 0 at a threshold.
+
+        Where it is 0, a class is about to appear or two are about to part; no error bound holds there.
+        """
+        fractions = self.inactive.fractions
+        return 1 - float(fractions[0]) if len(fractions) else 1.0
+
+
+def multipliers_at_zero(groups: Groups) -> tuple[Tensor, Tensor | None]:
+    """Multipliers ``(M, K)`` at logits zero and the best bias, and that bias."""
+    _check_bias(groups)
+    zero = torch.zeros_like(groups.targets)
+    bias = None if groups.lambda_b is None else groups.best_bias(zero, torch.zeros_like(zero[0]))
+    return groups.multipliers(zero if bias is None else zero + bias), bias
+
+
+def find_optimum(groups: Groups, tolerance: float) -> Optimum:
+    """Find the optimum and certify it.
+
+    Args:
+        groups: The problem.
+        tolerance: Largest duality gap, relative to the minimum, at which the result is called an optimum.
+
+    Returns:
+        The optimum.
+
+    Raises:
+        NoAnswer: If the certificate is worse.
+    """
+    _check_bias(groups)
+    factors, method = groups.loss.closed_form(groups), "closed form"
+    if factors is None:
+        merged, index = _merged(groups)
+        factors, method = _expand(_solved(merged), groups, merged, index), "numerical"
+    value = groups.value(factors)
+    gap = value - groups.lower_bound_at(groups.logits(factors.scaled_logits, factors.bias))
+    # The minimum is at most the value at zero; both come with rounding of that size.
+    zero = torch.zeros_like(groups.targets)
+    rounding = 64 * torch.finfo(zero.dtype).eps * abs(float(groups.mean_loss(zero)))
+    if not gap <= tolerance * abs(value) + rounding:
+        raise NoAnswer(
+            "optimum",
+            f"the best point found has the value {value:.9g} with a certified gap of {gap:.3g}, above the tolerance of "
+            f"{tolerance:.1g} times the value. Raise tolerance to take it.",
+        )
+    return Optimum(groups, factors, method, gap)  # type: ignore[arg-type]
+
+
+def _check_bias(groups: Groups) -> None:
+    reason = groups.loss.unattained(groups.targets) if groups.lambda_b == 0 else None
+    if reason is not None:
+        raise NoAnswer("optimum", f"F has no minimum with a free bias: {reason}. Penalize the bias, or take none.")
+
+
+def _solved(groups: Groups) -> Factors:
+    matrix, bias = multipliers_at_zero(groups)
+    norm = float(torch.linalg.matrix_norm(matrix, 2))
+    if norm <= groups.strength * (1 + _ROUNDINGS * torch.finfo(matrix.dtype).eps):
+        return Factors(matrix[:, :0], matrix[0, :0], matrix.T[:, :0], bias)
+    return solve(groups, bias)
+
+
+def _merged(groups: Groups) -> tuple[Groups, Tensor]:
+    """Join groups with equal targets, and say which became which."""
+    targets, index = torch.unique(groups.targets, dim=0, return_inverse=True)
+    counts = groups.counts.new_zeros(len(targets)).index_add_(0, index, groups.counts)
+    return Groups(groups.loss, targets, counts, groups.strength, groups.lambda_b), index
+
+
+def _expand(factors: Factors, groups: Groups, merged: Groups, index: Tensor) -> Factors:
+    part = (groups.counts / merged.counts[index]).sqrt().unsqueeze(1)
+    return factors._replace(left=part * factors.left[index])

@@ -1,0 +1,395 @@
+"""An unconstrained feature model with any convex, smooth loss, any targets and any counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nclightning.problems.answering import answers
+from nclightning.problems.answers import NoAnswer
+from nclightning.problems.checks import admit, admit_moments, check_arguments, check_shapes, table
+from nclightning.problems.groups import Groups
+from nclightning.problems.loss import Loss
+from nclightning.problems.low_rank import find_optimal_set, optimum_for
+from nclightning.problems.optimal_set import Moments, OptimalSet, Solution, group_means
+from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
+from nclightning.problems.rates import Rates
+from nclightning.problems.spectrum import Eigenvalue, spectrum
+
+__all__ = ["Problem"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
+
+    .. math::
+        F = \frac1N \sum_i l(W h_i + b, y_{m(i)}) + \frac{\lambda_W}2 \|W\|^2 + \frac{\lambda_H}2 \sum_i \|h_i\|^2
+            + \frac{\lambda_b}2 \|b\|^2
+
+    Samples with the same target form a group. A point is given as head ``weight (K, d)``, ``features (N, d)``,
+    ``labels (N,)``, which say the group of each sample (for hard labels its class), and ``bias (K,)``. Answers are
+    float64. A question without an answer raises :class:`nclightning.problems.NoAnswer`, which says why;
+    :meth:`answers` lists what there is.
+
+    Args:
+        loss: The loss, a :class:`nclightning.problems.Loss`.
+        targets: ``(M, K)``, one row for each group.
+        counts: ``(M,)``, the samples of each group, 0 or more.
+        feature_dim: d, at least 1.
+        lambda_w: Penalty on the head, positive.
+        lambda_h: Penalty on the features, positive; on the sum over samples, not on their mean.
+        bias: ``"none"``, ``"free"``, or its penalty :math:`\lambda_b`, a positive number.
+        tolerance: Largest certified gap of a numerical optimum, relative to the minimum.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from nclightning.problems import CrossEntropy
+        >>> problem = Problem(CrossEntropy(), torch.eye(3), [50, 10, 2], feature_dim=4, lambda_w=0.01, lambda_h=0.001)
+        >>> optimum = problem.random_optimum()
+        >>> bool(problem.gap(*optimum) < 1e-25)
+        True
+        >>> round(problem.optimal_value, 6)
+        0.137515
+    """
+
+    loss: Loss
+    targets: Tensor | Sequence[Sequence[float]]
+    counts: Tensor | Sequence[int]
+    feature_dim: int
+    lambda_w: float
+    lambda_h: float
+    bias: Literal["none", "free"] | float = "none"
+    tolerance: float = 1e-10
+
+    def __post_init__(self) -> None:
+        targets, counts = table(self.targets, self.counts, self.loss)
+        object.__setattr__(self, "targets", targets)
+        object.__setattr__(self, "counts", counts)
+        check_arguments(self)
+
+    @property
+    def num_classes(self) -> int:
+        """K, the outputs of the head."""
+        return int(torch.as_tensor(self.targets).shape[1])
+
+    @property
+    def num_groups(self) -> int:
+        """M, the rows of the targets."""
+        return int(torch.as_tensor(self.targets).shape[0])
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return int(torch.as_tensor(self.counts).sum())
+
+    @property
+    def lambda_b(self) -> float | None:
+        """Penalty on the bias: 0.0 for a free one, None without a bias."""
+        return {"none": None, "free": 0.0}[self.bias] if isinstance(self.bias, str) else float(self.bias)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the head has a bias."""
+        return self.bias != "none"
+
+    @property
+    def strength(self) -> float:
+        r""":math:`\kappa = \sqrt{\lambda_W \lambda_H}`, all that the optimal logits depend on."""
+        return math.sqrt(self.lambda_w) * math.sqrt(self.lambda_h)
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the optimal set."""
+        return self.optimal_set.dimension + self._groups.shift_is_free
+
+    def labels(self, device: torch.device | str | None = None) -> Tensor:
+        """Labels ``(N,)`` of the training set, group after group."""
+        counts = torch.as_tensor(self.counts).to(device)
+        return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
+
+    def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Evaluate F in the dtype of the inputs; differentiable.
+
+        Args:
+            weight: Head ``(K, d)``.
+            features: ``(N, d)``.
+            labels: ``(N,)`` int64, the group of each sample.
+            bias: ``(K,)``; None without one.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        check_shapes(self, weight, features, labels, bias)
+        logits = features @ weight.T if bias is None else features @ weight.T + bias
+        targets = torch.as_tensor(self.targets).to(logits).index_select(0, labels)
+        value = self.loss.value(logits, targets).mean()
+        value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
+        return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
+
+    @cached_property
+    def convex_optimum(self) -> Optimum:
+        """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        # It is kept, and what is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return find_optimum(self._groups, self.tolerance)
+
+    @property
+    def optimum(self) -> Optimum:
+        """Optimal logits of the groups that have samples, and their certificate; found once.
+
+        Raises:
+            NoAnswer: If it cannot be certified, or there are fewer features than its rank and no theorem for that.
+        """
+        return optimum_for(self.convex_optimum, self.feature_dim)
+
+    @cached_property
+    def optimal_value(self) -> float:
+        """Global minimum F*."""
+        return self.optimum.value
+
+    @cached_property
+    def optimal_set(self) -> OptimalSet:
+        """All optima, as one orbit of rotations of the feature space."""
+        return find_optimal_set(self.convex_optimum, self.feature_dim, self.lambda_w, self.lambda_h)
+
+    @property
+    def threshold(self) -> float:
+        r"""Value of :math:`\lambda_W\lambda_H` from which on the optimal logits are zero, up to a bias."""
+        return float(torch.linalg.matrix_norm(multipliers_at_zero(self._groups)[0], 2)) ** 2
+
+    def certified_lower_bound(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None
+    ) -> float:
+        """Bound F* from below by weak duality, from any point and without the optimum, for every feature dimension.
+
+        It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
+        as in :meth:`gap`.
+        """
+        logits = _logits(admit(self, weight, features, labels, bias))
+        residuals = self.loss.residual(logits, torch.as_tensor(self.targets).to(logits).index_select(0, labels))
+        bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
+        if bound is not None:
+            return bound
+        return self._groups.lower_bound_at(group_means(logits, labels, self.num_groups).cpu()[self.present])
+
+    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+        """Bound F* from below by predictions alone.
+
+        Args:
+            residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
+                cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+
+        Returns:
+            The bound; None for a loss without a ``dual_value``.
+        """
+        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+
+    def gap(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Evaluate F - F* without subtracting the two.
+
+        A sum of squares and Bregman divergences, exact to about :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`;
+        non-negative, except for ``d < r``, where it may come out negative at round-off level. At the optimum it is
+        about the square of the rounding.
+
+        Args:
+            weight: Head ``(K, d)``.
+            features: ``(N, d)``.
+            labels: ``(N,)`` int64, the group of each sample, each as often as ``counts`` has it, in any order.
+            bias: ``(K,)``; None without one.
+            check_labels: False skips the check that transfers to the host.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: If the point does not fit the problem.
+            NoAnswer: If the optimum is not known.
+        """
+        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        moments, reference = self._moments(point), self.optimum.logits
+        if self._is_cut:
+            # The optimal logits may not be unique: those of the nearest optimum.
+            near, means = self.optimal_set.nearest(moments)
+            reference = _logits(Solution(near, means, labels, self.optimum.factors.bias))
+        divergence = self._divergence(_logits(point), labels, reference).mean()
+        if self._is_cut:
+            groups = self.optimal_set.optimum.groups
+            multipliers = groups.multipliers(reference.cpu()).to(divergence)
+            return self.optimal_set.expanded_gap(moments, divergence, multipliers)
+        return self.optimal_set.gap(moments, divergence)
+
+    def distance(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
+
+        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
+        """
+        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        return self.optimal_set.distance(self._moments(point))
+
+    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
+        """Project a point on the optimal set; one of the nearest members if there are several.
+
+        Arguments and errors as in :meth:`gap`; the result is in the order of ``labels``.
+        """
+        point = admit(self, weight, features, labels, bias)
+        return self._solution(*self.optimal_set.nearest(self._moments(point)), point.labels)
+
+    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
+        """Draw a member of the optimal set, uniformly under rotations of the feature space.
+
+        Args:
+            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
+
+        Returns:
+            Member with labels in the order of :meth:`labels`.
+
+        Raises:
+            NoAnswer: If the optimum is not known.
+        """
+        device = None if generator is None else generator.device
+        size = self.feature_dim, self.optimal_set.optimum.rank
+        noise = torch.randn(size, dtype=torch.float64, device=device, generator=generator)
+        return self._solution(*self.optimal_set.member(noise), self.labels(device))
+
+    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Bregman divergence of each sample's loss from the optimal logits of its group.
+
+        Args:
+            logits: ``(B, K)``, bias included.
+            labels: ``(B,)``.
+
+        Returns:
+            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
+        """
+        if self._is_cut:
+            raise NoAnswer("divergence", f"with feature_dim={self.feature_dim} the optimal logits are not unique.")
+        return self._divergence(logits.detach().double(), labels, self.optimum.logits)
+
+    def gap_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Evaluate F - F* as :meth:`gap` does, for features that are not kept.
+
+        Args:
+            weight: Head ``(K, d)``.
+            means: Mean feature of each group ``(M, d)``.
+            spread: Sum of the squared distances of all samples from the means of their groups.
+            divergence: Mean of :meth:`divergence` over all samples.
+            bias: ``(K,)``; None without one.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            NoAnswer: If the optimum is not known, or not unique because ``d < r``.
+        """
+        if self._is_cut:
+            raise NoAnswer("gap_from_moments", f"with feature_dim={self.feature_dim} the gap needs all samples.")
+        point = admit_moments(self, weight, means, spread, bias)
+        return self.optimal_set.gap(self._present_only(point), divergence.detach().double())
+
+    def distance_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap."""
+        return self.optimal_set.distance(self._present_only(admit_moments(self, weight, means, spread, bias)))
+
+    def spectrum(self) -> tuple[Eigenvalue, ...]:
+        """List the eigenvalues of the Hessian of F at the optimal set.
+
+        Returns:
+            Entries ``(value, multiplicity, sector)`` by value; multiplicities sum to the number of free variables.
+            The zeros number :attr:`dimension`, except at a threshold, where F is flat to second order along more
+            directions.
+
+        Raises:
+            NoAnswer: If the optimum is not known, or the problem is too large for it.
+        """
+        return spectrum(self.optimal_set)
+
+    @property
+    def mu(self) -> float:
+        """Least curvature of F across the optimal set, the least nonzero eigenvalue; 0.0 at a threshold."""
+        return self.rates.mu
+
+    @property
+    def smoothness(self) -> float:
+        """Largest eigenvalue L of the Hessian at the optimal set."""
+        return self.rates.smoothness
+
+    @cached_property
+    def rates(self) -> Rates:
+        """Error bound and speed of gradient descent near the optimal set."""
+        entries = self.spectrum()
+        zeros = sum(each.multiplicity for each in entries if each.value <= 0)
+        if zeros > self.dimension:
+            return Rates(0.0, entries[-1].value)
+        return Rates(next(each.value for each in entries if each.value > 0), entries[-1].value)
+
+    def answers(self) -> dict[str, str | NoAnswer]:
+        """List how each question is answered.
+
+        By question it is ``"closed form"``, ``"numerical"`` (to round-off, with a certificate), ``"bound"``, or the
+        :class:`NoAnswer` that asking raises.
+        """
+        return answers(self)
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which groups have samples, ``(M,)``; all else is about those."""
+        return torch.as_tensor(self.counts) > 0
+
+    @cached_property
+    def _groups(self) -> Groups:
+        present = self.present
+        return Groups(
+            self.loss,
+            torch.as_tensor(self.targets)[present],
+            torch.as_tensor(self.counts)[present].double(),
+            self.strength,
+            self.lambda_b,
+        )
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.feature_dim < self.convex_optimum.rank
+
+    def _moments(self, point: Solution) -> Moments:
+        """Moments of the groups that have samples."""
+        return self._present_only(Moments.of(point, self.num_groups))
+
+    def _present_only(self, moments: Moments) -> Moments:
+        return moments._replace(means=moments.means[self.present.to(moments.means.device)])
+
+    def _divergence(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        """Divergence of each sample from logits of the groups that have samples, bias included."""
+        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
+        rows = reference.to(logits).index_select(0, index)
+        return self.loss.divergence(logits, rows, torch.as_tensor(self.targets).to(logits).index_select(0, labels))
+
+    def _solution(self, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
+        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
+        bias = self.optimal_set.optimum.factors.bias
+        return Solution(weight, means.index_select(0, index), labels, None if bias is None else bias.to(weight))
+
+
+def _logits(point: Solution) -> Tensor:
+    logits = point.features @ point.weight.T
+    return logits if point.bias is None else logits + point.bias.to(logits)
