@@ -119,22 +119,15 @@ class Watch:
         self._differs: Tensor | None = None
         # Before the hooks at the features: a head that runs on the inputs themselves is entered before they are kept.
         self._handles: list[RemovableHandle] = [
-            hook_call(module.get_submodule(name), self._enter) for name in entry or ()
+            hook_call(module.get_submodule(name), self._enter) for name in (() if entry is None else entry.layers)
         ]
         self._hooks = FeatureHooks(found.source(module), layers, pooling, self._wants if self._in_steps else None)
         # A step may get more than logits from its forward, or others while it trains: only positions need it there.
         self._checks = found.is_checked and (entry is None or bool(found.pooling))
         if self._checks and found.reader.layer is not None:
             self._handles.append(hook_result(module.get_submodule(found.path), self._keep_logits))
-<<<<<<< HEAD
         if self._in_steps and self._checks and found.exit is not None:
             self._handles.append(hook_result(module.get_submodule(found.exit), self._leave))
-=======
-        if entry is not None:
-            self._handles += [hook_call(module.get_submodule(name), self._enter) for name in entry.layers]
-            if self._checks and found.exit is not None:
-                self._handles.append(hook_result(module.get_submodule(found.exit), self._leave))
->>>>>>> revprobe
 
     def begin(self, inputs: Any) -> None:
         """Get ready for the step of a batch."""
