@@ -263,14 +263,19 @@ class ModelSource:
         )
 
     def _processor(self, kind: Any) -> Any:
+        what = "image processor" if kind is transformers.AutoImageProcessor else "tokenizer"
+        repair = "save it there with save_pretrained, as the Trainer does with processing_class."
         try:
-            return kind.from_pretrained(str(self.path), local_files_only=True)
+            made = kind.from_pretrained(str(self.path), local_files_only=True)
         except Exception as error:
-            what = "image processor" if kind is transformers.AutoImageProcessor else "tokenizer"
             raise UserError(
-                f"{self.path} has no {what} that can be loaded ({type(error).__name__}): save it there with "
-                "save_pretrained, as the Trainer does with processing_class."
+                f"{self.path} has no {what} that can be loaded ({type(error).__name__}): {repair}"
             ) from error
+        # Without files transformers makes one by the model's type, to which all words are unknown.
+        files = ("tokenizer_config.json", "tokenizer.json", *getattr(made, "vocab_files_names", {}).values())
+        if what == "tokenizer" and not any((self.path / each).is_file() for each in files):
+            raise UserError(f"{self.path} has no {what}, none of the files {', '.join(dict.fromkeys(files))}: {repair}")
+        return made
 
 
 class _Rows(Dataset[Any]):

@@ -38,6 +38,9 @@ def save_models(folder):
         shutil.copytree(folder / "out" / "checkpoint-20", folder / name)
         for path in (folder / name).glob(left):
             path.write_bytes(b"")
+    shutil.copytree(folder / "out" / "checkpoint-20", folder / "wordless")
+    for path in (folder / "wordless").glob("*token*"):
+        path.unlink()
     texts = [" ".join(f"w{i}" for i in draw.integers(30, size=draw.integers(2, 9))) for _ in range(30)]
     labels = [NAMES[i % 3] for i in range(30)]
     for name, header, column in (

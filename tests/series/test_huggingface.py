@@ -103,6 +103,10 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         (["zero", "--data", "reviews.csv"], "zero/model.safetensors is empty"),
         (["plain", "--data", "reviews.csv"], "plain has no tokenizer that can be loaded"),
         (
+            ["wordless", "--data", "reviews.csv"],
+            "wordless has no tokenizer, none of the files tokenizer.json, vocab.txt",
+        ),
+        (
             ["out", "--data", "gaps.jsonl"],
             "out/checkpoint-20: gaps.jsonl: the texts of 6 samples cannot be prepared; one",
         ),

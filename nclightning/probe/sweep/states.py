@@ -116,7 +116,7 @@ def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
 def drawing_apart(collator: Any, depth: int = 4) -> Any:
     """Copy what makes batches, and the objects that it calls, with the random generators that they hold.
 
-    Else the batches of training would be made by other draws; :func:`generators_kept` does not put back a generator that
+    Else the batches of training would be made by other draws; :func:`generators_kept` cannot put back a generator that
     is made at the first batch. Models, functions and what else they hold are shared.
 
     Args:
