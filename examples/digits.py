@@ -107,4 +107,5 @@ def draw(history: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
@@ -19,7 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat import (
@@ -182,6 +183,10 @@ def test_what_fabric_wraps_is_had_back(precision):
     wrapped, batches = made.setup(model), made.setup_dataloaders(loader)
     assert fabric.loader_of_fabric(batches).dataset is loader.dataset
     assert fabric.loader_of_fabric(loader) is loader
+    sampler = RandomSampler(range(3))
+    shared = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+    assert fabric.sampler_of_lightning(shared) is sampler
+    assert fabric.sampler_of_lightning(sampler) is None
     assert wrapped.module is model
     assert fabric.precision_of_fabric(model) is None
     with fabric.precision_of_fabric(wrapped).forward_context():

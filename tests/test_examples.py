@@ -42,9 +42,9 @@ def logged(trainer, prefix):
 
 
 def test_a_loop_of_ones_own_and_a_trainer_read_the_same(recipe, capsys, tmp_path):
-    (found,) = recipe("plain_loop", "--picture", "loop.png")
+    (found,) = recipe("plain_loop", "--picture", "pictures/loop.png")
     assert found["test"].num_samples == 360
-    assert (tmp_path / "loop.png").stat().st_size > 10_000
+    assert (tmp_path / "pictures" / "loop.png").stat().st_size > 10_000
     assert f"nc1 {found['train']['nc1']:.3g}" in re.sub(" +", " ", capsys.readouterr().out)
     checkpoints = recipe("old_checkpoints")  # With the run of lightning_trainer.
     assert sorted(checkpoints) == ["epoch=0-step=23.ckpt", "trained.pt", "untrained.pt"]

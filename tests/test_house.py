@@ -229,7 +229,7 @@ WRITES = {
 
 
 def writes_to_files(source):
-    """Yield calls that change files, but for those to a file of ``with replaced(...) as NAME``."""
+    """Yield calls that change files, but for those to a file of ``with replaced(...) as NAME``, or in memory."""
 
     def visit(node, partials):
         if isinstance(node, ast.With):
@@ -245,7 +245,10 @@ def writes_to_files(source):
         for child in ast.iter_child_nodes(node):
             yield from visit(child, partials)
 
-    yield from visit(ast.parse(source), frozenset())
+    tree = ast.parse(source)
+    assigned = [each for each in ast.walk(tree) if isinstance(each, ast.Assign)]
+    in_memory = {each.targets[0].id for each in assigned if ast.unparse(each.value) == "io.BytesIO()"}
+    yield from visit(tree, frozenset(in_memory))
 
 
 def _names(call):
@@ -256,6 +259,8 @@ def _names(call):
 
 def _writes(call):
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if ast.unparse(call.func) == "Image.open":
+        return False
     if name in ("open", "fdopen"):
         position = 0 if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) != "os" else 1
         modes = [*call.args[position : position + 1], *(k.value for k in call.keywords if k.arg == "mode")]
@@ -288,6 +293,7 @@ def test_only_the_file_layer_changes_files():
         "partial.replace(path)",
         "torch.save(content, path)",
         "with replaced(path) as partial:\n    figure.savefig(path)",
+        "file = io.BytesIO()\nfigure.savefig(path)",
         "SummaryWriter(folder)",
         "os.remove(path)",
     ],
@@ -307,6 +313,8 @@ def test_each_way_to_change_a_file_is_seen(line):
         "with replaced(path) as partial, partial.open('w') as file:\n    file.write('a')",
         "with replaced(path) as partial:\n    figure.savefig(partial, dpi=1)",
         "logger.save()",
+        "file = io.BytesIO()\nfigure.savefig(file)",
+        "Image.open(path)",
     ],
 )
 def test_what_changes_no_file_is_let_be(line):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["loader_of_fabric", "precision_of_fabric"]
+__all__ = ["loader_of_fabric", "precision_of_fabric", "sampler_of_lightning"]
 
+_SAMPLERS = ("lightning.fabric.utilities.distributed", "lightning_fabric.utilities.distributed")
 _WRAPPERS = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 
@@ -38,5 +39,19 @@ def loader_of_fabric(loader: Any) -> Any:
     return loader._dataloader if _is_wrapper(loader, "_FabricDataLoader") else loader
 
 
-def _is_wrapper(thing: Any, name: str) -> bool:
-    return any(kind.__name__ == name and kind.__module__ in _WRAPPERS for kind in type(thing).__mro__)
+def sampler_of_lightning(sampler: Any) -> Any:
+    """Return the user's own sampler inside of the one by which Lightning shares it out over processes; else None.
+
+    Non-public: ``DistributedSamplerWrapper`` and ``_DatasetSamplerWrapper._sampler`` (lightning 2.6). Without them what
+    a ``WeightedRandomSampler`` can yield is not known: several processes would read other samples than one.
+
+    Args:
+        sampler: Any.
+    """
+    if not _is_wrapper(sampler, "DistributedSamplerWrapper", _SAMPLERS):
+        return None
+    return getattr(sampler.dataset, "_sampler", None)
+
+
+def _is_wrapper(thing: Any, name: str, modules: tuple[str, ...] = _WRAPPERS) -> bool:
+    return any(kind.__name__ == name and kind.__module__ in modules for kind in type(thing).__mro__)

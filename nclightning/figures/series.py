@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from nclightning.figures.panels import MARKERS, STYLES, add_legend, panels
 from nclightning.figures.readings import read_readings
@@ -15,7 +15,7 @@ __all__ = ["draw_series"]
 
 
 def draw_series(folder: Path, path: Path) -> Path:
-    """Draw all values against the step, one panel for each set, on a log axis where that shows them.
+    """Draw all values against the step, one panel for each set, on a log axis where they span two decades.
 
     Args:
         folder: With ``readings.csv``.
@@ -35,7 +35,9 @@ def draw_series(folder: Path, path: Path) -> Path:
         for axes, (group, tags) in zip(grid, groups.items(), strict=True):
             drawn = [readings.values[tag] for tag in tags]
             finite = np.concatenate([values[np.isfinite(values)] for values in drawn])
-            logarithmic = bool(finite.size) and bool((finite > 0).any()) and not (finite < 0).any()
+            positive = finite[finite > 0]
+            # On less than two decades a log axis may have no tick.
+            logarithmic = bool(positive.size and not (finite < 0).any() and positive.max() >= 100 * positive.min())
             for i, (tag, values) in enumerate(zip(tags, drawn, strict=True)):
                 color, dashes = STYLES[i % len(STYLES)]
                 shown = np.where(values > 0, values, np.nan) if logarithmic else values
@@ -45,6 +47,7 @@ def draw_series(folder: Path, path: Path) -> Path:
             if logarithmic:
                 axes.yaxis.set_major_locator(LogLocator(numticks=9))
                 axes.yaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.set_xlabel("step")
             axes.set_title(group.replace("$", r"\$"))
             add_legend(axes)

@@ -16,6 +16,7 @@ from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.integrations.trained import TransformersHost, check_task, labels_by_name
 from nclightning.metrics import MEASURES
+from nclightning.metrics.measures import meaning_of
 from nclightning.probe.collectors import DECISIONS, Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import check_loader
@@ -151,7 +152,7 @@ class NeuralCollapseCallback(TrainerCallback):
             host = self._host(trainer)
             reader = self._check(trainer, host, train_dataloader)
             if not args.torch_compile and not compiled_parts(trainer.model_wrapped):
-                self._step = reader.watch_first_step(host.module)
+                self._step = reader.watch_first_step(host.module, head_only=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count batches."""
@@ -321,13 +322,9 @@ class NeuralCollapseCallback(TrainerCallback):
 
     def _check_metric(self, trainer: Any) -> None:
         """Refuse to choose the best model by what is never measured, before an epoch is trained in vain."""
-        metric, args = trainer.args.metric_for_best_model or "", trainer.args
-        _, found, name = metric.rpartition("nc/")
-        if (
-            not found
-            or name not in {*MEASURES, *DECISIONS}
-            or not (args.load_best_model_at_end or args.save_strategy == "best")
-        ):
+        metric = trainer.args.metric_for_best_model or ""
+        _, found, name = metric.partition("nc/")
+        if not found or name not in {*MEASURES, *DECISIONS} or trainer.args.eval_strategy == "no":
             return  # What it does not find says the trainer.
         if "eval" not in self._stages:
             raise UserError(f"metric_for_best_model={metric!r} is of an evaluation: stages must have 'eval'.")
@@ -336,11 +333,16 @@ class NeuralCollapseCallback(TrainerCallback):
                 f"metric_for_best_model={metric!r} is not measured: put {name!r} into measures, which are "
                 f"{', '.join(sorted(measured))}."
             )
+        if trainer.args.greater_is_better and meaning_of(name).collapsed == 0:
+            rank_zero_warn(
+                f"metric_for_best_model={metric!r} with greater_is_better=True takes the model that is least "
+                "collapsed for the best: pass greater_is_better=False, which is not the trainer's default."
+            )
 
     def _check_ood(self, trainer: Any) -> None:
         """Tell names of data sets that are none."""
         sets = trainer.eval_dataset
-        known = list(sets) if isinstance(sets, Mapping) else ["eval"]
+        known = [*(sets if isinstance(sets, Mapping) else ["eval"]), *(["test"] if "test" in self._stages else [])]
         missing = [name for name in self._ood if name not in known and name.removeprefix("eval_") not in known]
         if missing and sets is not None:
             rank_zero_warn(

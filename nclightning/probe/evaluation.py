@@ -11,7 +11,7 @@ from nclightning.errors import UserError
 from nclightning.probe.batches import RowBuffer, unlabelled
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
-from nclightning.probe.sweep import or_online, sequential_loader, shared_buffers
+from nclightning.probe.sweep import generators_kept, or_online, sequential_loader, shared_buffers
 from nclightning.ranks import failing_together
 from nclightning.sharding import in_step, is_sharded, reshard
 
@@ -71,7 +71,7 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
     module, sharded = host.module, is_sharded(host.module)
     watch, served, waiting, rows = None, gatherers, list[Gatherer](), RowBuffer()
     try:
-        with host.unseen(), shared_buffers(module, host.world_size), host.precision():
+        with generators_kept(loader), host.unseen(), shared_buffers(module, host.world_size), host.precision():
             own = sequential_loader(loader, host.rank, host.world_size, limit)
             batches = in_step(own, host.device) if sharded else ((each, True) for each in own)
             for each, is_new in _saying_so(module, loader, batches):
@@ -87,7 +87,7 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                     rows = RowBuffer(*(each.add for each in served))
                     for gatherer in served:
                         gatherer.begin(host, [each for each in served if each is not gatherer])
-                inputs, labels = reader.split(batch)
+                inputs, labels = reader.split(batch, served[0].labelled)
                 kept = watch.take((reader.call_again if is_first else reader.call)(module, inputs))
                 if not served[0].labelled:
                     kept, labels = unlabelled(kept, reader.ignore_index)

@@ -16,6 +16,7 @@ from nclightning.heads import HeadReader, tolerance
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
 from nclightning.probe.found import Found
+from nclightning.probe.inputs import inputs_kept
 from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
@@ -68,6 +69,7 @@ class FirstBatch:
         call: Callable[[nn.Module, Any], Any],
     ) -> None:
         self._module, self._batch, self._inputs, self._labels, self._call = module, batch, inputs, labels, call
+        self._is_written = False
 
     def examine(
         self,
@@ -111,7 +113,7 @@ class FirstBatch:
             layer = found.reader.layer
             logits = None if layer is None else seen.of(layer)[-1].output
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
-        entry = entry_of(self._module, seen, inputs)
+        entry = entry_of(self._module, seen, inputs, self._is_written)
         return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
 
     def _find(self, find: Callable[[Any], tuple[Found, Observation]], whole: bool) -> tuple[Found, Observation, Any]:
@@ -207,9 +209,12 @@ class FirstBatch:
 
     def _run(self, inputs: Any) -> Any:
         try:
-            return self._call(self._module, inputs)
+            with inputs_kept(inputs) as written:
+                return self._call(self._module, inputs)
         except Exception as error:
             raise _DoesNotRunError from error
+        finally:
+            self._is_written |= bool(written)
 
     def _refusal(self, failure: BaseException | None) -> ValueError:
         said = f"{type(failure).__name__}: {failure}".rstrip()
@@ -232,7 +237,8 @@ class FirstBatch:
     def _labelled(self, labels: Tensor) -> Any:
         """Run the module on the whole mapping with other labels."""
         key = next(name for name in self._batch if name not in self._inputs)
-        return call_model(self._module, {**self._batch, key: labels})
+        with inputs_kept(batch := {**self._batch, key: labels}):
+            return call_model(self._module, batch)
 
 
 def _are_one_hot(labels: Tensor) -> bool:

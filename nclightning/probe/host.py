@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
@@ -91,13 +93,39 @@ def moved(batch: Any, device: torch.device) -> Any:
     Args:
         batch: A tensor, an object with a method ``to``, or sequences and mappings of such; anything else stays.
         device: Where to.
+
+    Returns:
+        The batch itself, if all of it is there.
     """
-    if isinstance(batch, Tensor) or (hasattr(batch, "to") and callable(batch.to)):
+    # Asked of the class: a mapping whose keys are attributes would look for a key "to".
+    if isinstance(batch, Tensor) or callable(getattr(type(batch), "to", None)):
         return batch.to(device)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(moved(each, device) for each in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(moved(each, device) for each in batch)
     if isinstance(batch, Mapping):
-        return {key: moved(each, device) for key, each in batch.items()}
-    return batch
+        keys, parts = list(batch), list(batch.values())
+    elif isinstance(batch, list | tuple):
+        keys, parts = list(range(len(batch))), list(batch)
+    else:
+        return batch
+    there = [moved(each, device) for each in parts]
+    if all(map(operator.is_, there, parts)):
+        return batch
+    return _with_items(batch, keys, there)
+
+
+def _with_items(batch: Any, keys: list[Any], items: list[Any]) -> Any:
+    """Make a container like another one with other items; a plain one if its class cannot be made so."""
+    try:
+        if isinstance(batch, tuple):
+            return getattr(type(batch), "_make", type(batch))(items)
+        return _filled(batch, keys, items)
+    except Exception:  # Of whatever the class does.
+        if isinstance(batch, Mapping):
+            return dict(zip(keys, items, strict=True))
+        return tuple(items) if isinstance(batch, tuple) else items
+
+
+def _filled(batch: Any, keys: list[Any], items: list[Any]) -> Any:
+    made = copy.copy(batch)
+    for key, item in zip(keys, items, strict=True):
+        made[key] = item
+    return made

@@ -52,6 +52,7 @@ class OnlineEpoch:
         self._loader: Any = None
         self._runs_step = False
         self._num_measured = self._num_left_out = 0
+        self._failure: Exception | None = None
         self._measurement: Measurement | None = None
 
     @property
@@ -122,8 +123,11 @@ class OnlineEpoch:
             self._runs_step = True
             try:
                 yield here
-            except GeneratorExit:  # The loop is left by a break.
-                self._leave()
+            except GeneratorExit:  # The loop is left: by a break, or by an error that is on its way to the block's end.
+                try:
+                    self._leave()
+                except Exception as error:  # Python would only print it here.
+                    self._failure = error
                 raise
             self._check_open()
             self._end_step()
@@ -154,7 +158,9 @@ class OnlineEpoch:
     def _read(self) -> Measurement:
         title = type(self._host.module).__name__
         meet("the end of a block of Probe.online", "Let all processes enter it.")
-        if not self._num_measured:
+        if self._failure is not None:
+            self._steps.fail(self._failure)
+        elif not self._num_measured:
             self._steps.fail(self._refusal(title))
         elif self._num_left_out:
             rank_zero_warn(
@@ -168,7 +174,7 @@ class OnlineEpoch:
     def _refusal(self, title: str) -> UserError:
         reason = (
             f"{title} did not run on any of {self._num_left_out} batches: let the loop run the model of the probe "
-            "itself, neither a copy nor torch.compile of it; or use Probe.read."
+            "itself, neither a copy nor torch.compile of it, on each before it takes the next; or use Probe.read."
             if self._num_left_out
             else "no batch came through it: write 'for batch in epoch.batches(loader):' around the steps."
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from nclightning.compat.accelerate import origin_of
+from nclightning.compat.fabric import loader_of_fabric
 from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.probe.building import Conventions, build, build_unlabelled
@@ -91,6 +93,9 @@ class Probe:
         self._reader = PairReader(plain_name(head, module), names, layer_pooling, batch_fn, forward_fn, ignore_index)
         self._open: list[OnlineEpoch] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": []}  # No block that runs is one of a copy.
+
     def _host(self) -> PlainHost:
         """The model where it is now."""
         return PlainHost(checked_model(self._model.module, self._device), self._device, self._model.precision)
@@ -136,6 +141,8 @@ class Probe:
             )
         sets = _checked(data, ood, self._measuring) if several else {"": data}  # type: ignore[arg-type]
         again = [*(["layers"] if self._reader.layers else []), *self._measuring.of_decisions]
+        for each in sets.values():
+            _check_running(each)
         sets = {name: readable(each, () if name in ood else again) for name, each in sets.items()}
         if alone and are_several():
             _check_alone(self._model.module, sets)
@@ -232,6 +239,20 @@ def _checked(
     if not sets:
         raise UserError("data must be batches, or a mapping from names to such, got an empty mapping.")
     return sets
+
+
+def _check_running(data: Any) -> None:
+    """Refuse a loader that hands out, whoever asks, what one and the same iterator has next."""
+    loader = origin_of(loader_of_fabric(data)).loader
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is DataLoader.__iter__:
+        return
+    usual = vars(DataLoader(TensorDataset(torch.zeros(1))))
+    own = (name for name, value in vars(loader).items() if name not in usual and isinstance(value, Iterator))
+    if name := next(own, None):
+        raise UserError(
+            f"{type(loader).__name__} goes on with an iterator that it keeps as {name!r}, so that to read it would "
+            "take batches from training: pass a plain torch.utils.data.DataLoader over its dataset."
+        )
 
 
 def _check_alone(module: nn.Module, sets: Mapping[str, Iterable[Any]]) -> None:

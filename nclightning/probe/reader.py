@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from nclightning.errors import UserError, listed, nearest
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.features import call_model, describe, split_batch
+from nclightning.probe.features import NoLabelsError, call_model, describe, split_batch
 from nclightning.probe.first_batch import IGNORED, FirstBatch, Known
 from nclightning.probe.host import Host
+from nclightning.probe.inputs import inputs_kept
 from nclightning.probe.likeness import Like
 from nclightning.probe.sweep import compiled_parts, has_lazy_parts
 from nclightning.probe.watch import FirstStepHooks, Watch
@@ -88,9 +89,19 @@ class PairReader:
         """Whether labels are what the data set holds under that name or in that place."""
         return self._batch_fn is None
 
-    def split(self, batch: Any) -> tuple[Any, Tensor]:
-        """Split a batch into what the model is called with, and the labels as they belong to the feature rows."""
-        inputs, labels = self._split(batch)
+    def split(self, batch: Any, labelled: bool = True) -> tuple[Any, Tensor]:
+        """Split a batch into what the model is called with, and the labels as they belong to the feature rows.
+
+        Args:
+            batch: As a step gets it.
+            labelled: Whether labels mean anything; else a batch may have none, and no labels are returned.
+        """
+        try:
+            inputs, labels = self._split(batch)
+        except NoLabelsError:
+            if labelled:
+                raise
+            return batch, torch.empty(0, dtype=torch.int64)
         if self._known is None:
             return inputs, labels
         if self._known.shifted:
@@ -168,7 +179,11 @@ class PairReader:
 
     def call(self, module: nn.Module, inputs: Any) -> Any:
         """Run the model on the input of a batch."""
-        return call_model(module, inputs) if self._forward_fn is None else self._forward_fn(module, inputs)
+        run = call_model if self._forward_fn is None else self._forward_fn
+        if self._known is None or not self._known.entry.is_written:
+            return run(module, inputs)
+        with inputs_kept(inputs):
+            return run(module, inputs)
 
     def call_again(self, module: nn.Module, inputs: Any) -> Any:
         """Run the frozen model on the input of a batch, and see that the head is still what it was found to be."""
@@ -207,14 +222,19 @@ class PairReader:
         """
         assert self.knows(module)
         layers = {name: layer_named(module, name) for name in self.layers}
-        entry = self.known.entry.layers if in_steps else None
+        entry = self.known.entry if in_steps else None
         return Watch(self.known.found, module, layers, self._pooling, entry, online)
 
-    def watch_first_step(self, module: nn.Module) -> FirstStepHooks | None:
-        """See what the first step of training does otherwise; nothing where a compiled graph hides it."""
+    def watch_first_step(self, module: nn.Module, head_only: bool = False) -> FirstStepHooks | None:
+        """See what the first step of training does otherwise; nothing where a compiled graph hides it.
+
+        Args:
+            module: The model.
+            head_only: Whether only the head is looked at, and not the inputs.
+        """
         if compiled_parts(module) or not self.knows(module):
             return None
-        return FirstStepHooks(module, self.known.entry, self.layer_of(module))
+        return FirstStepHooks(module, self.known.entry, self.layer_of(module), head_only)
 
     def layer_of(self, module: nn.Module) -> nn.Module:
         """Return the layer at which features are seen; the head, where that is a layer."""

@@ -117,9 +117,14 @@ def _compare_with_tokens(inputs: Any, labels: Tensor) -> tuple[bool, bool]:
     )
     same = following = False
     counted = labels >= 0
-    for tokens in values:
-        if not isinstance(tokens, Tensor) or tokens.shape != labels.shape or tokens.is_floating_point():
-            continue
+    alike = [
+        each
+        for each in values
+        if isinstance(each, Tensor) and each.shape == labels.shape and not each.is_floating_point()
+    ]
+    # Beside tokens the labels may go into the model, too, for its loss.
+    others = [each for each in alike if each.data_ptr() != labels.data_ptr()]
+    for tokens in others or alike:
         if not bool(counted.any()):
             continue
         same = same or bool((tokens == labels)[counted].all())

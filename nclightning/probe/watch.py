@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.probe.features import FeatureHooks, first_argument, first_tensor
 from nclightning.probe.found import Found
 from nclightning.probe.hooks import hook_call, hook_result
+from nclightning.probe.inputs import tensors_of
 from nclightning.probe.observation import Observation
 
 __all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of", "tensors_of"]
@@ -24,19 +26,22 @@ class Entry(NamedTuple):
     Attributes:
         layers: Names of the modules that get a tensor of the batch as it is.
         start: Names of modules that run first, with what they got.
+        is_written: Whether the model writes to its inputs.
     """
 
     layers: tuple[str, ...]
     start: Mapping[str, Tensor]
+    is_written: bool
 
 
-def entry_of(module: nn.Module, seen: Observation, inputs: Any) -> Entry:
+def entry_of(module: nn.Module, seen: Observation, inputs: Any, is_written: bool) -> Entry:
     """Find where the inputs of a batch enter a model, deep inside where that can be told.
 
     Args:
         module: The model.
         seen: A run of it on the inputs.
         inputs: Of the batch.
+        is_written: Whether the run wrote to them.
     """
     names, leaves = {child: name for name, child in module.named_modules()}, list(tensors_of(inputs))
     alike = {layer: True for layer, _, _ in seen.calls}
@@ -51,23 +56,7 @@ def entry_of(module: nn.Module, seen: Observation, inputs: Any) -> Entry:
     for layer, _, value in seen.calls:
         if layer in watched:
             start.setdefault(names[layer], value.detach().clone())
-    return Entry(tuple(names[layer] for layer in inner), start)
-
-
-def tensors_of(inputs: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Yield the tensors in the inputs of a batch."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif depth and not isinstance(inputs, str | bytes | nn.Module):
-        items: Any = (
-            inputs.values()
-            if isinstance(inputs, Mapping)
-            else inputs
-            if isinstance(inputs, Sequence)
-            else getattr(inputs, "__dict__", {}).values()
-        )
-        for each in items:
-            yield from tensors_of(each, depth - 1)
+    return Entry(tuple(names[layer] for layer in inner), start, is_written)
 
 
 def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
@@ -103,7 +92,7 @@ class Watch:
         module: The model.
         layers: Further ones by name.
         pooling: As for :class:`nclightning.probe.features.FeatureHooks`.
-        entry: Names of modules that get the inputs, for steps of the user; None for forwards of our own.
+        entry: Where inputs enter, for steps of the user; None for forwards of our own.
         online: Whether steps are those of training, which may mix samples or change their order: then inputs must be
             those of the batch.
     """
@@ -114,11 +103,13 @@ class Watch:
         module: nn.Module,
         layers: Mapping[str, nn.Module],
         pooling: Literal["mean", "flatten"],
-        entry: Sequence[str] | None = None,
+        entry: Entry | None = None,
         online: bool = False,
     ) -> None:
         self._found, self._module, self._online, self._in_steps = found, module, online, entry is not None
         self._leaves: list[Tensor] = []
+        self._sees_writes = online and entry is not None and not entry.is_written
+        self._writes: list[int] = []
         self._matches: Literal["yes", "maybe", "no", "unseen"] = "unseen"
         self._kept_of: str | None = None
         self._other: Tensor | None = None
@@ -128,7 +119,7 @@ class Watch:
         self._differs: Tensor | None = None
         # Before the hooks at the features: a head that runs on the inputs themselves is entered before they are kept.
         self._handles: list[RemovableHandle] = [
-            hook_call(module.get_submodule(name), self._enter) for name in entry or ()
+            hook_call(module.get_submodule(name), self._enter) for name in (() if entry is None else entry.layers)
         ]
         self._hooks = FeatureHooks(found.source(module), layers, pooling, self._wants if self._in_steps else None)
         # A step may get more than logits from its forward, or others while it trains: only positions need it there.
@@ -141,6 +132,7 @@ class Watch:
     def begin(self, inputs: Any) -> None:
         """Get ready for the step of a batch."""
         self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
+        self._writes = [version_of(leaf) for leaf in self._leaves] if self._sees_writes else []
         self._hooks.kept, self._hooks.runs, self._matches = {}, 0, "unseen"
         if self._kept_of is not None:  # The last step failed.
             self._forget()
@@ -152,19 +144,29 @@ class Watch:
         tensor = first_argument(args, kwargs)
         if tensor is None:
             return
-        leaves = self._leaves
-        if (leaves and tensor is leaves[0]) or any(_is_same(tensor, leaf) for leaf in leaves):
+        place = next((i for i, leaf in enumerate(self._leaves) if _is_same(tensor, leaf)), None)
+        if place is not None:
             if self._kept_of not in (None, "yes"):  # What was kept is of a run on something else.
                 self._hooks.kept.clear()
                 self._forget()
+            if self._kept_of is None and self._is_changed(place):
+                self._other = torch.ones((), dtype=torch.bool, device=tensor.device)
             self._matches = "yes"
         elif self._kept_of is None:
-            alike = [leaf for leaf in self._leaves if leaf.shape == tensor.shape and leaf.device == tensor.device]
+            alike = [
+                i for i, own in enumerate(self._leaves) if own.shape == tensor.shape and own.device == tensor.device
+            ]
             self._matches = "maybe" if alike else "no"
             if alike and self._online:
-                self._other = torch.stack([_differs(tensor.detach(), leaf) for leaf in alike]).all()
+                differs = [torch.ones((), dtype=torch.bool, device=tensor.device)]
+                differs += [_differs(tensor.detach(), self._leaves[i]) for i in alike if not self._is_changed(i)]
+                self._other = torch.stack(differs).all()
         else:
             self._matches = "no"
+
+    def _is_changed(self, place: int) -> bool:
+        """Whether the step wrote to an input, as some do to mix samples."""
+        return self._sees_writes and version_of(self._leaves[place]) != self._writes[place]
 
     def _wants(self) -> bool:
         """Whether what runs now is to be kept, if nothing is yet."""
@@ -283,17 +285,21 @@ class FirstStepHooks:
         module: The model.
         entry: Where inputs enter.
         layer: At which features are seen.
+        head_only: Whether inputs do not matter. Then the hook is gone once it was called, also where a host does not
+            tell that the step failed.
     """
 
-    def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module) -> None:
-        self._runs = 0
+    def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module, head_only: bool = False) -> None:
+        self._runs, self._head_only = 0, head_only
         self._same: list[Tensor] = []
         self._handles = [hook_call(layer, self._count)]
-        for name, value in entry.start.items():
+        for name, value in ({} if head_only else entry.start).items():
             self._handles.append(hook_call(module.get_submodule(name), self._compare_with(value)))
 
     def _count(self, args: Any, kwargs: dict[str, Any]) -> None:
         self._runs += 1
+        if self._head_only:
+            self.remove()
 
     def _compare_with(self, value: Tensor) -> Any:
         def compare(args: Any, kwargs: dict[str, Any]) -> None:

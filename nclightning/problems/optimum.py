@@ -71,9 +71,11 @@ class Optimum:
     def inactive(self) -> Multipliers:
         """Multipliers of the directions that vanish at the optimum."""
         left, _, right, _ = self.factors
-        matrix = self.groups.multipliers(self.logits) / self.groups.strength
-        rest = matrix - left @ (left.T @ matrix)
-        rest = rest - (rest @ right) @ right.T
+        rest = self.groups.multipliers(self.logits) / self.groups.strength
+        # Twice: what one projection leaves within the range is small beside the matrix, not beside the rest.
+        for _ in range(2):
+            rest = rest - left @ (left.T @ rest)
+            rest = rest - (rest @ right) @ right.T
         u, fractions, vh = torch.linalg.svd(-rest, full_matrices=False)
         # Directions without a multiplier may lie in the range of the optimal logits.
         kept = fractions > 1e-12

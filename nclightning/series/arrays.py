@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from nclightning.errors import UserError
 from nclightning.probe.measuring import measure
 from nclightning.series.opening import check_file, content_of, load_arrays
-from nclightning.series.source import step_in_name
+from nclightning.series.source import steps_in_names
 
 __all__ = ["NAMES", "ArraySource", "ArraysSettings", "array_sources"]
 
@@ -60,7 +61,7 @@ def array_sources(paths: Sequence[Path], settings: ArraysSettings) -> list[Array
     """
     for path in (*paths, *settings.files):
         check_file(path)
-    steps = [step_in_name(path, alone=len(paths) == 1) for path in paths]
+    steps = steps_in_names(paths)
     if len(paths) > 1 and None in steps:
         unnamed = paths[steps.index(None)]
         raise UserError(
@@ -108,6 +109,9 @@ class ArraySource:
         if wanted is not None and _is_file(wanted):
             return _only(load_arrays(Path(wanted), self._settings.weights_only), role, wanted)
         if wanted is not None:
+            if wanted not in own and (os.sep in wanted or Path(wanted).suffix in _FILES or Path(wanted).is_file()):
+                reason = f"files are {', '.join(_FILES)}" if Path(wanted).exists() else "no such file"
+                raise UserError(f"--{role} {wanted}: {reason}, and {self.name} has no array of that name.")
             if wanted not in own:
                 raise UserError(f"{self.name} has no array {wanted!r} for --{role}, it has {_listed(own)}.")
             return own[wanted]

@@ -28,13 +28,14 @@ from nclightning.errors import UserError
 from nclightning.probe.sets import DataSet
 from nclightning.probe.sweep import limited_batches, untouched
 from nclightning.series.classes import called, made, named
-from nclightning.series.opening import content_of, load_torch, weights_of
+from nclightning.series.loaders import given_loaders, own_loaders, unshuffled
+from nclightning.series.opening import check_file, content_of, load_torch, weights_of
 from nclightning.series.sets import ModelOptions, chosen_device, floats, values_of
 
 __all__ = ["CheckpointSource", "Training", "checkpoint_sources"]
 
 _HPARAMS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
-_LIMITS = ("limit_train_batches", "limit_val_batches")
+_LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 _MOST_NAMED = 3
 
 
@@ -59,6 +60,7 @@ class CheckpointSource:
     """
 
     def __init__(self, path: Path, training: Training) -> None:
+        check_file(path)
         self.path, self._training = path, training
         self.name, self.size = str(path), path.stat().st_size
         self.step = int(self._load()["global_step"])
@@ -217,6 +219,7 @@ class Training:
             f"the class of the {part} is not known"
             + (f", {where} has no {part}.class_path" if self._config_path else "")
             + f": give {option} module:Class"
+            + (f" together with {where}" if self._config_path is not None else "")
             + (", or a --config with its class_path." if self._config_path is None else ".")
         )
 
@@ -227,7 +230,8 @@ class Training:
         if section:
             arguments = section.get("init_args") or {} if "class_path" in section else section
             # What the configuration links to something else is in the checkpoint alone.
-            missing = {name: known[name] for name in _required(kind) if name not in arguments and name in known}
+            taken = inspect.signature(kind).parameters
+            missing = {name: known[name] for name in taken if name not in arguments and name in known}
             return made(kind, missing | arguments, f"--config {self._config_path}: {part}")
         if not hasattr(kind, "load_from_checkpoint"):
             return called(kind, known, f"--{part} {self._paths[part]}")
@@ -268,10 +272,6 @@ def _precision_of(state: Mapping[str, Any]) -> str:
     kinds = {each.dtype for each in state.values() if isinstance(each, Tensor) and each.is_floating_point()}
     true = {torch.float64: "64-true", torch.float16: "16-true", torch.bfloat16: "bf16-true"}
     return true.get(next(iter(kinds)), "32-true") if len(kinds) == 1 else "32-true"
-
-
-def _required(kind: Any) -> list[str]:
-    return [name for name, each in inspect.signature(kind).parameters.items() if each.default is each.empty]
 
 
 def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> Any:
@@ -352,31 +352,20 @@ def _sets(trainer: Any, module: Any, data: Any, stages: Sequence[str]) -> dict[s
         owner = module if data is None else data
         if "test" in stages:
             owner.setup("test")
-        loaders = {stage: _loaders(owner, f"{stage}_dataloader") for stage in ("train", *stages)}
+        loaders = {stage: own_loaders(owner, f"{stage}_dataloader") for stage in ("train", *stages)}
         if all(each is None for each in loaders.values()):
             raise UserError(
                 "the data are not known: give --data module:Class of a data module, or module:function that returns "
                 "loaders, or a --config with a section data."
             )
-    elif isinstance(data, Mapping):
-        loaders = dict(data)
-    elif isinstance(data, tuple) and len(data) == 2:
-        loaders = dict(zip(("train", "val"), data, strict=True))
     else:
-        loaders = {"train": data}
+        loaders = given_loaders(data)
     limits = {"train": trainer.limit_train_batches, "val": trainer.limit_val_batches}
     return {
         stage: [
             (name, DataSet(loader, limited_batches(loader, limits.get(stage, 1.0), 0)))
-            for name, loader in name_loaders(each)
+            for name, loader in name_loaders(unshuffled(each) if trainer.overfit_batches and stage == "train" else each)
         ]
         for stage, each in loaders.items()
         if each is not None
     }
-
-
-def _loaders(owner: Any, hook: str) -> Any:
-    method = getattr(type(owner), hook, None)
-    if method is None or method.__module__.partition(".")[0] in ("lightning", "pytorch_lightning"):
-        return None
-    return getattr(owner, hook)()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ _OF_KINDS = {
     "limit": ("lightning", "huggingface"), "device": ("lightning", "huggingface"),
     "seed": ("lightning", "huggingface"), "weights_only": ("arrays", "lightning"),
 }  # fmt: skip
-# These change no value.
-_WITHOUT_EFFECT = ("out", "jobs", "overwrite", "num_workers")
+# These change no value, or only by the content of files, which is compared.
+_WITHOUT_EFFECT = ("out", "jobs", "overwrite", "num_workers", "paths", "config")
 
 
 def measure_files(words: Sequence[str]) -> None:
@@ -68,7 +68,11 @@ def measure_files(words: Sequence[str]) -> None:
         raise UserError("--out needs a folder.")
     place = place_of(paths_of(given.paths))
     _check_options(given, place)
-    settings = {name: value for name, value in vars(given).items() if name not in _WITHOUT_EFFECT and value is not None}
+    settings = {
+        name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        for name, value in vars(given).items()
+        if name not in _WITHOUT_EFFECT and value is not None
+    }
     sources, more = _sources(given, place)
     try:
         run_series(sources, {"kind": place.kind} | settings | more, Path(given.out), given.jobs, given.overwrite)
@@ -118,12 +122,15 @@ def _parser() -> ArgumentParser:
 
 
 def _optional_int(text: str) -> int | str:
-    return text if text == "none" else int(text)
+    try:
+        return text if text == "none" else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no integer, and not none") from None
 
 
 def _bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise ValueError(text)
+        raise ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from nclightning.errors import UserError
 from nclightning.probe.host import PlainHost
 from nclightning.probe.sets import DataSet
 from nclightning.series.opening import content_of
 from nclightning.series.sets import ModelOptions, values_of
-from nclightning.series.source import step_in_name
+from nclightning.series.source import steps_in_names
 from nclightning.wording import one_line
 
 try:
@@ -87,9 +87,11 @@ class HuggingFaceData:
         return path
 
     def content(self) -> str:
-        """Return what changes with the files: their names and sizes."""
+        """Return what changes with the data: of a file its content, of a folder the names and sizes in it."""
         place = self.place
-        files = sorted(each for each in place.rglob("*") if each.is_file()) if place.is_dir() else [place]
+        if place.is_file():
+            return content_of([place])
+        files = sorted(each for each in place.rglob("*") if each.is_file())
         listed = [f"{each.relative_to(place)} {each.stat().st_size}" for each in files]
         return hashlib.blake2b("\n".join(listed).encode()).hexdigest()[:32]
 
@@ -169,7 +171,7 @@ class ModelSource:
         self._files = [path / "config.json", *weights]
         self.size = sum(each.stat().st_size for each in weights)
         state = path / "trainer_state.json"
-        step = _read_json(state).get("global_step") if state.is_file() else step_in_name(path)
+        step = _read_json(state).get("global_step") if state.is_file() else steps_in_names([path])[0]
         self.step = int(step or 0)
 
     def fingerprint(self) -> str:
@@ -193,7 +195,9 @@ class ModelSource:
         try:
             return values_of(PlainHost(model), sets, self._options)
         except UserError as error:
-            raise UserError(f"{self.name}: {error}") from error
+            # That of a worker of the loader brings its traceback.
+            sentence = str(error).splitlines()[-1].removeprefix("nclightning.errors.UserError: ")
+            raise UserError(f"{self.name}: {sentence}") from error
 
     def _load(self) -> Any:
         kind = {"image": transformers.AutoModelForImageClassification,
@@ -225,9 +229,21 @@ class ModelSource:
         prepare = self._images(data) if self._task == "image" else self._texts(data)
 
         def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-            return dict(prepare(rows)) | {"labels": torch.tensor([mapped(row[labels]) for row in rows])}
+            numbers = torch.tensor([mapped(row[labels]) for row in rows])
+            try:
+                return dict(prepare(rows)) | {"labels": numbers}
+            except (TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{self._data.path}: the {self._task}s of {len(rows)} samples cannot be prepared; one may be "
+                    f"missing, or images differ in size after the image processor: {one_line(error, 160)}"
+                ) from error
 
-        return DataLoader(data, self._data.batch_size, collate_fn=collate, num_workers=self._data.num_workers)
+        return DataLoader(
+            _Rows(data, str(self._data.path)),
+            self._data.batch_size,
+            collate_fn=collate,
+            num_workers=self._data.num_workers,
+        )
 
     def _images(self, data: Any) -> Any:
         column, processor = self._data.column("image", data), self._processor(transformers.AutoImageProcessor)
@@ -247,13 +263,36 @@ class ModelSource:
         )
 
     def _processor(self, kind: Any) -> Any:
+        what = "image processor" if kind is transformers.AutoImageProcessor else "tokenizer"
+        repair = "save it there with save_pretrained, as the Trainer does with processing_class."
         try:
-            return kind.from_pretrained(str(self.path), local_files_only=True)
+            made = kind.from_pretrained(str(self.path), local_files_only=True)
         except Exception as error:
-            what = "image processor" if kind is transformers.AutoImageProcessor else "tokenizer"
             raise UserError(
-                f"{self.path} has no {what} that can be loaded ({type(error).__name__}): save it there with "
-                "save_pretrained, as the Trainer does with processing_class."
+                f"{self.path} has no {what} that can be loaded ({type(error).__name__}): {repair}"
+            ) from error
+        # Without files transformers makes one by the model's type, to which all words are unknown.
+        files = ("tokenizer_config.json", "tokenizer.json", *getattr(made, "vocab_files_names", {}).values())
+        if what == "tokenizer" and not any((self.path / each).is_file() for each in files):
+            raise UserError(f"{self.path} has no {what}, none of the files {', '.join(dict.fromkeys(files))}: {repair}")
+        return made
+
+
+class _Rows(Dataset[Any]):
+    """Rows of the data; one that cannot be decoded, such as a damaged image, is a mistake in them."""
+
+    def __init__(self, data: Any, source: str) -> None:
+        self._data, self._source = data, source
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._data[number]
+        except Exception as error:  # Of any of the decoders that datasets has.
+            raise UserError(
+                f"{self._source}: sample {number} cannot be read: {type(error).__name__}: {one_line(error)}"
             ) from error
 
 

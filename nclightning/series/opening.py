@@ -7,7 +7,8 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def load_torch(path: Path, weights_only: bool, checked: bool = False) -> Any:
         raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
 
 
-def load_arrays(path: Path, weights_only: bool) -> dict[str, Any]:
+def load_arrays(path: Path, weights_only: bool) -> Mapping[str, Any]:
     """Load the arrays in a file by name; the only one of a ``.npy`` file, or of a lone tensor, has an empty name.
 
     Args:
@@ -153,11 +154,34 @@ def load_arrays(path: Path, weights_only: bool) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def _load_numpy(path: Path) -> dict[str, Any]:
+def _load_numpy(path: Path) -> Mapping[str, Any]:
+    content = _read_numpy(path, lambda: np.load(path, allow_pickle=False))
+    return {"": content} if isinstance(content, np.ndarray) else _Archive(path, content)
+
+
+class _Archive(Mapping[str, Any]):
+    """Arrays of a ``.npz`` file, each read when it is asked for: what nobody asks for may hold objects."""
+
+    def __init__(self, path: Path, content: Any) -> None:
+        self._path, self._content = path, content
+
+    def __getitem__(self, name: str) -> Any:
+        return _read_numpy(self._path, lambda: self._content[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._content.files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content.files)
+
+    def __len__(self) -> int:
+        return len(self._content.files)
+
+
+def _read_numpy(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        content = np.load(path, allow_pickle=False)
-        return {"": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
+        return read()
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
         if "allow_pickle" in str(error):
             raise UserError(
                 f"{path} holds pickled objects, which can run any code: save arrays of numbers, such as "

@@ -140,7 +140,7 @@ def _measure(number: int) -> dict[str, float]:
 
 def _show(store: Store) -> None:
     """Print the rows as a table, evenly thinned if they are many, and say where everything is."""
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=200)
     steps = sorted(store.rows)
     stride = -(-len(steps) // _MOST_SHOWN)
     shown = [step for i, step in enumerate(reversed(steps)) if i % stride == 0][::-1]

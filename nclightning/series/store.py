@@ -120,6 +120,7 @@ class Store:
         Raises:
             ValueError: If a measured file has changed, or a new one comes before the last row.
         """
+        self._check_kinship(sources)
         waiting, last = [], max(self.rows, default=-1)
         for each in sources:
             row = self._record.rows.get(each.step)
@@ -135,6 +136,16 @@ class Store:
                     f"{each.name} has changed since {row['file']} was measured (step {each.step}): {_AGAIN}"
                 )
         return waiting
+
+    def _check_kinship(self, sources: Sequence[Source]) -> None:
+        """Refuse files of which none was measured, unless they lie beside those that were and are gone."""
+        known = {str(Path(row["file"]).resolve().parent) for row in self._record.rows.values()}
+        beside = any(str(Path(each.name).resolve().parent) in known for each in sources)
+        if self.rows and not beside and not any(each.step in self.rows for each in sources):
+            raise UserError(
+                f"{self.folder} holds a series of {self.name(max(self.rows))} and such, and {sources[0].name} is not "
+                f"of it: {_AGAIN}"
+            )
 
     def name(self, step: int) -> str:
         """Return the name of the file that a row was measured from."""

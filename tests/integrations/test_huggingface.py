@@ -486,6 +486,67 @@ def test_a_best_model_by_what_is_not_measured_is_refused(metric, own, words, tmp
     assert trainer.state.global_step == 0
 
 
+def test_a_set_out_of_distribution_needs_no_labels(tmp_path):
+    bare = Rows([{"input_ids": row["input_ids"]} for row in texts(9, seed=1).rows])
+    found = []
+    for other in (bare, texts(9, seed=1)):
+        callback = NeuralCollapseCallback(ood=("eval",))
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(9), eval_dataset=other, eval_strategy="epoch", callbacks=[callback]
+        )
+        trainer.train()
+        found.append(measured(trainer, "eval_nc/nc5"))
+    assert found[0] == found[1]
+    assert found[0].keys() == {2}
+
+
+def test_a_first_step_that_fails_leaves_no_hook(tmp_path):
+    class Failing(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            super().compute_loss(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    trainer = trainer_of(tmp_path, text_model(), texts(9), Failing, callbacks=[NeuralCollapseCallback()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert sum(states(trainer)[2]) == 0
+
+
+def test_a_best_model_by_the_least_collapsed_is_told(tmp_path):
+    trainer = trainer_of(
+        tmp_path, text_model(), texts(9), eval_dataset=texts(9), eval_strategy="epoch",
+        metric_for_best_model="nc/nc1", callbacks=[NeuralCollapseCallback()],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="least collapsed for the best: pass greater_is_better=False"):
+        trainer.train()
+
+
+class Masking:
+    """Leaves out labels by draws from a generator of its own, which it makes when it is first called."""
+
+    def __init__(self):
+        self.drawn, self.generator = [], None
+
+    def __call__(self, rows):
+        self.generator = self.generator or torch.Generator().manual_seed(3)
+        self.drawn = [*self.drawn, float(torch.rand((), generator=self.generator))]
+        return pad(rows)
+
+
+def test_draws_of_a_collator_are_those_without_it(tmp_path):
+    drawn = []
+    for callbacks in ([], [NeuralCollapseCallback(every_n_steps=2)]):
+        collate = Masking()
+        trainer = trainer_of(
+            tmp_path, text_model(), texts(29), num_train_epochs=2, data_collator=collate, callbacks=callbacks,
+            eval_dataset=texts(9), eval_strategy="epoch",
+        )  # fmt: skip
+        trainer.train()
+        drawn.append(collate.drawn)
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 12
+
+
 def test_names_out_of_distribution_that_are_none_are_told(tmp_path):
     trainer = trainer_of(
         tmp_path,

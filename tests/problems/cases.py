@@ -7,7 +7,7 @@ import torch
 
 from nclightning import problems as of
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "problems"))
 from squared_hinge import one_against_rest
 
 SOFT = [[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 1.0]]

@@ -321,3 +321,14 @@ def test_points_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=words):
             problem.gap(*point)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-6, 1e-8, 1e-10])
+def test_weak_penalties_leave_no_gap_at_the_optimum(strength, generator):
+    """Multipliers of directions that vanish are then close to the rounding of the others."""
+    for _ in range(10):
+        targets = torch.rand(3, 3, dtype=torch.float64, generator=generator)
+        problem = Problem(SquaredError(), targets, [3, 1, 9], 3, strength, strength, "free")
+        optimum = problem.random_optimum(generator)
+        size = float(optimum.weight.square().sum() + optimum.features.square().sum())
+        assert float(problem.gap(*optimum)) < 100 * size * 2.0**-104

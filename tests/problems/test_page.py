@@ -37,4 +37,4 @@ def test_what_the_page_shows():
 
 
 def test_the_example_is_short_enough_to_copy():
-    assert len((DOCS.parent / "examples" / "squared_hinge.py").read_text().splitlines()) < 60
+    assert len((DOCS.parent / "examples" / "problems" / "squared_hinge.py").read_text().splitlines()) < 60

@@ -38,6 +38,9 @@ def save_models(folder):
         shutil.copytree(folder / "out" / "checkpoint-20", folder / name)
         for path in (folder / name).glob(left):
             path.write_bytes(b"")
+    shutil.copytree(folder / "out" / "checkpoint-20", folder / "wordless")
+    for path in (folder / "wordless").glob("*token*"):
+        path.unlink()
     texts = [" ".join(f"w{i}" for i in draw.integers(30, size=draw.integers(2, 9))) for _ in range(30)]
     labels = [NAMES[i % 3] for i in range(30)]
     for name, header, column in (
@@ -51,6 +54,11 @@ def save_models(folder):
         for i in range(4):
             image = pillow.fromarray(draw.integers(255, size=(9, 9, 3), dtype=np.uint8))
             image.save(folder / "images" / name / f"{i}.png")
+    shutil.copytree(folder / "images", folder / "cut")
+    for path in (folder / "cut" / "bad").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    lines = [json.dumps({"text": None if i == 2 else texts[i], "label": labels[i]}) for i in range(6)]
+    (folder / "gaps.jsonl").write_text("\n".join(lines))
     network = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", **named)
     transformers.ResNetForImageClassification(network).save_pretrained(folder / "resnet")
     processor = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "do_resize": False}

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import nclightning
 from nclightning.cli import main
 from nclightning.figures import read_readings
 from nclightning.files import FolderLock
-from tests.series.training import WORDS, Net, train
+from nclightning.series.source import steps_in_names
+from tests.series.training import WORDS, Net, samples, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Of few workers.
 TWO = ["--model", "tests.series.training:NeedsMore", *WORDS[2:]]
@@ -46,6 +48,7 @@ def files(tmp_path_factory):
         "unequal": {"h": h, "y": y[:9]},
         "several": {"h": h, "embeddings": h, "y": y}, "nan": {"h": nan, "y": y}, "float": {"h": h, "y": y * 1.0},
         "pickled": {"h": h, "y": np.array([str(each) for each in y], dtype=object)}, "one": {"h": h, "y": one},
+        "named": {"h": h, "y": y, "w": weight, "names": np.array(["a", None], dtype=object)},
         "unnamed": {"arr_0": h, "arr_1": y}, "headless": {"h": h, "y": y},
     }  # fmt: skip
     for name, content in arrays.items():
@@ -80,6 +83,9 @@ def files(tmp_path_factory):
     (folder / "broken.py").write_text("import no_such_module\n")
     whole = "{model: {class_path: tests.series.training.Net, init_args: %s}, data: {class_path: %s}}\n"
     (folder / "full.yaml").write_text(whole % ("{lr: 0.1}", "tests.series.training.Data"))
+    (folder / "linked.yaml").write_text(
+        "{model: {class_path: tests.series.training.Wide}, data: {class_path: tests.series.training.Data}}"
+    )
     (folder / "bare.yaml").write_text("model: {width: 6}\n")
     (folder / "wrong.yaml").write_text(whole % ("{width: 6, depth: 3}", "tests.series.training.Data"))
     return folder
@@ -113,6 +119,9 @@ def here(files, monkeypatch, tmp_path):
         (["numpy.pt"], "numpy.pt holds an object of numpy.* Give --weights_only false if you trust"),
         (["zero.npz"], "zero.npz is empty"),
         (["cut.npz"], "cut.npz is cut off"),
+        (["good.npz", "--labels", "lost.npy"], "--labels lost.npy: no such file, and good.npz has no array of that"),
+        (["good.npz", "--labels", "./broken.py"], "--labels ./broken.py: files are .npy, .npz, .*, and good.npz has"),
+        (["good.npz", "--ignore_index", "x"], "--ignore_index: 'x' is no integer, and not none"),
         (["good.npz", "--features", "z"], "good.npz has no array 'z' for --features, it has 'H', 'y', 'W', 'b'"),
         (
             ["good.npz", "--head", "fc"],
@@ -144,7 +153,10 @@ def here(files, monkeypatch, tmp_path):
         (["bare.ckpt", *WORDS], "Net needs 'width', and bare.ckpt has no such hyperparameters"),
         (["bare.ckpt", "--config", "full.yaml"], "--config full.yaml: model: width must be given"),
         (["good.ckpt", "--config", "wrong.yaml"], "--config wrong.yaml: model: depth: no such option"),
-        (["good.ckpt", "--config", "bare.yaml"], "the model is not known, --config bare.yaml has no model.class_path"),
+        (
+            ["good.ckpt", "--config", "bare.yaml"],
+            "the model is not known, --config bare.yaml .* give --model module:Class together with --config bare.yaml",
+        ),
         (["good.ckpt", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (["good.ckpt", *WORDS, "--head", "nope"], "good.ckpt: no layer named head='nope' in Net"),
         (["good.ckpt", *WORDS, "--text", "x"], "--text is for models of Hugging Face, and good.ckpt is about"),
@@ -156,6 +168,8 @@ def here(files, monkeypatch, tmp_path):
         (["cut.ckpt", *WORDS], "cut.ckpt is cut off"),
         (["text.ckpt", *WORDS], "text.ckpt is damaged, or torch.save did not write it"),
         (["flipped.ckpt", *WORDS], r"flipped.ckpt: not a readable checkpoint .its part data/\d+ is damaged"),
+        (["good.ckpt", *WORDS[:3], "tests.series.training:three"], "must return a loader, .train, val., .* 3 of them"),
+        (["good.ckpt", *WORDS[:3], "tests.series.training:misnamed"], "mapping of .*; got the names train, validation"),
         (["folder.ckpt", *WORDS], "folder.ckpt is a folder, and a file is needed"),
         (["objects.ckpt", *WORDS], "objects.ckpt holds an object of argparse.Namespace, .* Give --weights_only false"),
         (["other.ckpt", *WORDS], "other model: it has no fc.weight, fc.bias; the model has no head.weight, head.bias"),
@@ -189,6 +203,7 @@ def measured(words, out):
         ["tensors.safetensors", "--weight", "w.npy"],
         ["h.npy", "--labels", "y.npy", "--weight", "w.npy"],
         ["numpy.pt", "--weight", "w.npy", "--weights_only", "false"],
+        ["named.npz"],
         ["unnamed.npz", "--features", "arr_0", "--labels", "arr_1", "--weight", "w.npy"],
     ],
     ids=lambda words: words[0],
@@ -208,6 +223,7 @@ def test_all_forms_of_saved_features_give_what_measure_gives(words, here, files)
         ["good.ckpt", *WORDS[:2], "--data", "tests.series.training:loaders"],
         ["good.ckpt", "--config", "full.yaml"],
         ["bare.ckpt", "--config", "bare.yaml", *WORDS],
+        ["good.ckpt", "--config", "linked.yaml"],
         ["run/checkpoints/epoch=0.ckpt", *WORDS],
     ],
     ids=lambda words: " ".join(words[:3:2]),
@@ -236,6 +252,54 @@ def test_a_diverged_checkpoint_is_a_row_of_nan_that_is_told(here, capsys):
     with_changes("good.ckpt", here / "nan.ckpt", state_dict=lambda s: s | {"fc.weight": torch.full((3, 6), torch.nan)})
     assert np.isnan(measured([str(here / "nan.ckpt"), *WORDS], here / "out")["nc/train/nc2"])
     assert "nan.ckpt: nc/train/nc2 and 3 others are nan." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("names", "steps"),
+    [
+        (["feat_0010", "feat_0200"], [10, 200]),
+        (["e1_s200", "e2_s100"], [200, 100]),
+        (["f_500", "f_1k", "f_2M", "f_1e4"], [500, 1000, 2 * 10**6, 10**4]),
+        (["vit16_epoch5", "vit16_epoch10"], [5, 10]),
+        (["split0_5", "split0_10"], [5, 10]),
+        (["step=100_acc=0.95", "step=200_acc=0.97"], [100, 200]),
+        (["100_acc0.95", "200_acc0.97"], [100, 200]),
+        (["epoch=3-step=40", "epoch=4-step=50"], [40, 50]),
+        (["3_d_512", "4_d_512"], [3, 4]),
+        (["2024-01-05_e3", "2024-01-05_e4"], [3, 4]),
+        (["a", "b_1"], [None, 1]),
+        (["float16"], [None]),
+        (["vit_b_16_epoch5"], [5]),
+    ],
+)
+def test_the_step_is_the_number_that_counts(names, steps):
+    assert steps_in_names([Path(f"{name}.npz") for name in names]) == steps
+
+
+def test_a_step_that_a_table_cannot_tell_from_the_next_is_refused(here):
+    shutil.copy("good.npz", here / f"step_{2**53}.npz")
+    refused(["measure", str(here), "--out", str(here / "out")], r"is of step 9007199254740992, and steps from 0 to 2")
+    assert not (here / "out").exists()
+
+
+def test_the_batches_that_a_run_was_made_to_overfit_are_measured(here):
+    options = {
+        "model": {"class_path": "tests.series.training.Wide"},
+        "data": {"class_path": "tests.series.training.Data"},
+    }
+    (here / "over.yaml").write_text(json.dumps(options | {"trainer": {"overfit_batches": 2}}))
+    values = measured(["good.ckpt", "--config", str(here / "over.yaml")], here / "over")
+    model = Net(6)
+    model.load_state_dict(torch.load("good.ckpt", weights_only=True)["state_dict"])
+    x, y = samples(70, 0)[:32]
+    expected = nclightning.measure(model, [(x, y)], measures=["nc1"])
+    assert values["nc/train/nc1"] == pytest.approx(expected["nc1"], rel=1e-5)
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_refused(here):
+    (here / "a").mkdir()
+    (here / "a" / "last.ckpt").symlink_to("nowhere.ckpt")
+    refused(["measure", str(here / "a"), *WORDS, "--out", str(here / "out")], "last.ckpt: No such file or directory")
 
 
 # A series that goes on.
@@ -270,6 +334,24 @@ def test_new_files_are_added_and_those_that_are_gone_keep_their_rows(series, cap
     told = capsys.readouterr().err
     assert "1 of the measured files are gone; their rows stay." in told
     assert "2 rows are there already, 1 are to be measured." in told
+
+
+def test_a_series_goes_on_whatever_its_files_are_called_by(series, monkeypatch, capsys):
+    _, folder, out = series
+    shutil.copy("headless.npz", folder / "a_30.npz")
+    main(["measure", *map(str, sorted(folder.glob("*.npz"))), "--out", str(out)])
+    assert "2 rows are there already, 1 are to be measured." in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    for path in (".", "../dumps/", "*.npz", "a_20.npz"):
+        main(["measure", path, "--out", "../out"])
+    assert read_readings(out).iterations.tolist() == [10, 20, 30]
+
+
+def test_files_of_another_series_are_not_added(series, here):
+    _, _, out = series
+    (here / "others").mkdir()
+    shutil.copy("good.npz", here / "others" / "a_40.npz")
+    refused(["measure", str(here / "others"), "--out", str(out)], "holds a series of .*a_20.npz and such, and .*a_40")
 
 
 def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwritten(series):

@@ -102,6 +102,19 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         ),
         (["zero", "--data", "reviews.csv"], "zero/model.safetensors is empty"),
         (["plain", "--data", "reviews.csv"], "plain has no tokenizer that can be loaded"),
+        (
+            ["wordless", "--data", "reviews.csv"],
+            "wordless has no tokenizer, none of the files tokenizer.json, vocab.txt",
+        ),
+        (
+            ["out", "--data", "gaps.jsonl"],
+            "out/checkpoint-20: gaps.jsonl: the texts of 6 samples cannot be prepared; one",
+        ),
+        (
+            ["out", "--data", "gaps.jsonl", "--num_workers", "1"],
+            "^error: out/checkpoint-20: gaps.jsonl: the texts of 6",
+        ),
+        (["resnet", "--data", "cut"], "resnet: cut: sample 0 cannot be read: "),
         (["out", "--data", "reviews.csv", "--config", "x"], "--config is for checkpoints of Lightning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -35,6 +35,11 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
 
 
+class Wide(Net):
+    def __init__(self, width: int = 9):  # What LightningCLI links to it is not in the configuration.
+        super().__init__(width)
+
+
 class NeedsMore(Net):
     def __init__(self, width, depth):
         super().__init__(width)
@@ -51,6 +56,14 @@ def loaders():
         "train": DataLoader(samples(70, 0), 16, shuffle=True, drop_last=True),
         "val": DataLoader(samples(30, 1), 16),
     }
+
+
+def three():
+    return (*loaders().values(), loaders()["val"])
+
+
+def misnamed():
+    return {"train": loaders()["train"], "validation": loaders()["val"]}
 
 
 class Data(L.LightningDataModule):

@@ -10,6 +10,7 @@ from nclightning.probe.sweep.loaders import (
 )
 from nclightning.probe.sweep.online import or_online, without_online
 from nclightning.probe.sweep.snapshot import TraceError, has_lazy_parts
+from nclightning.probe.sweep.states import generators_kept
 from nclightning.probe.sweep.traces import compiled_parts, eager, frozen, shared_buffers, untouched
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_together",
     "frozen",
+    "generators_kept",
     "has_lazy_parts",
     "known_indices",
     "limited_batches",

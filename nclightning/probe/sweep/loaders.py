@@ -24,10 +24,11 @@ from torch.utils.data import (
 )
 
 from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_samples, origin_of
+from nclightning.compat.fabric import sampler_of_lightning
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.online import or_online
-from nclightning.probe.sweep.states import random_states_kept
+from nclightning.probe.sweep.states import drawing_apart, random_states_kept
 from nclightning.ranks import world_size as running_processes
 
 __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_batches", "sequential_loader"]
@@ -156,7 +157,7 @@ def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoade
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
@@ -239,7 +240,7 @@ def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(
         loader.dataset,
         loader.batch_size,
-        collate_fn=loader.collate_fn,
+        collate_fn=drawing_apart(loader.collate_fn),
         drop_last=loader.drop_last,
         generator=torch.Generator(),
     )
@@ -273,14 +274,25 @@ def _indices(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None)
         return _batches(loader, sampler, limit)
     if (order := _known_order(sampler, limit)) is not None:
         return order
-    items = _one_pass(loader, sampler, limit)
+    inner, copies = _inside(sampler)
+    items = _one_pass(loader, inner, None if limit is None else limit * copies)
     if loader.batch_sampler is None and items and isinstance(items[0], list):  # Its items are whole batches.
         return _without_repeats(items)
     unique = list(dict.fromkeys(item.item() if isinstance(item, Tensor | np.generic) else item for item in items))
     return sorted(unique) if all(isinstance(item, int) for item in unique) else unique
 
 
+def _inside(sampler: Any) -> tuple[Any, int]:
+    """Return the sampler that another one shares out over processes, and over how many; itself if there is none."""
+    inner = sampler_of_lightning(sampler)
+    # As catalyst's, which is copied to many a repository.
+    inner = getattr(sampler, "sampler", None) if inner is None and isinstance(sampler, DistributedSampler) else inner
+    return (inner, sampler.num_replicas) if isinstance(inner, Iterable) else (sampler, 1)
+
+
 def _known_order(sampler: Any, limit: int | None) -> Sequence[int] | None:
+    sampler, shared_by = _inside(sampler)
+    limit = None if limit is None else limit * shared_by
     for kind, known in _KNOWN.items():
         if type(sampler).__iter__ is kind.__iter__:
             order, shuffled, copies = known(sampler)
@@ -376,4 +388,7 @@ def num_own_samples(loader: Any) -> int | None:
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
-    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
+    length = len(sampler.dataset)  # type: ignore[arg-type]
+    if len(sampler) != -(-length // sampler.num_replicas):  # Of a subclass that draws as many as it likes.
+        return None
+    return len(range(sampler.rank, length, sampler.num_replicas))

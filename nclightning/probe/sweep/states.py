@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
+import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nclightning.compat.torch import parameters_of
+from nclightning.probe.sweep.kinds import LEAVES, keep
 
-__all__ = ["cuda_devices", "random_states_kept", "torch_states_kept"]
+__all__ = ["cuda_devices", "drawing_apart", "generators_kept", "random_states_kept", "torch_states_kept"]
+
+_GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
+# Longer containers hold samples, and not what changes them.
+_MOST_ITEMS, _MOST_OBJECTS = 256, 10_000
 
 
 def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
@@ -38,6 +48,55 @@ def random_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
 
 
 @contextmanager
+def generators_kept(data: Any) -> Iterator[None]:
+    """Put the random generators back that a data set, its transforms and a collate function have for themselves.
+
+    What else they hold, such as a cache of samples, is left alone.
+
+    Args:
+        data: A loader, or any iterable of batches.
+    """
+    kept = [keep(each).restore for each in _generators_in(data)]
+    try:
+        yield
+    finally:
+        for restore in kept:
+            if restore is not None:
+                restore({})
+
+
+def _generators_in(data: Any) -> list[Any]:
+    objects, found = [data], list[Any]()
+    seen = {id(data)}
+    for each in objects:  # It grows on the way.
+        if isinstance(each, _GENERATORS):
+            found.append(each)
+            continue
+        for child in _held_by(each):
+            if type(child) not in LEAVES and id(child) not in seen and len(objects) < _MOST_OBJECTS:
+                seen.add(id(child))
+                objects.append(child)
+    return found
+
+
+def _held_by(value: Any) -> list[Any]:
+    if isinstance(value, Tensor | np.ndarray | type):
+        return []
+    held: list[Any] = []
+    if isinstance(value, dict | list | tuple | set | deque) and len(value) <= _MOST_ITEMS:
+        held += value.values() if isinstance(value, dict) else value
+    elif isinstance(value, types.MethodType):
+        held.append(value.__self__)
+    elif isinstance(value, functools.partial):
+        held += [value.func, value.args, value.keywords]
+    elif isinstance(value, types.FunctionType):
+        held += [*(value.__defaults__ or ()), *(keep(cell).children for cell in value.__closure__ or ())]
+    if isinstance(own := getattr(value, "__dict__", None), dict):
+        held.append(own)
+    return held
+
+
+@contextmanager
 def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
     """Put the random states of torch back afterwards.
 
@@ -52,3 +111,28 @@ def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
         torch.set_rng_state(state)
         for device, each in zip(devices, on_devices, strict=True):
             torch.cuda.set_rng_state(each, device)
+
+
+def drawing_apart(collator: Any, depth: int = 4) -> Any:
+    """Copy what makes batches, and the objects that it calls, with the random generators that they hold.
+
+    Else the batches of training would be made by other draws; :func:`generators_kept` cannot put back a generator that
+    is made at the first batch. Models, functions and what else they hold are shared.
+
+    Args:
+        collator: Any callable.
+        depth: How many objects within one another are copied.
+    """
+    if isinstance(collator, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        return copy.deepcopy(collator)
+    if isinstance(collator, types.MethodType):
+        return types.MethodType(collator.__func__, drawing_apart(collator.__self__, depth - 1))
+    is_shared = isinstance(collator, nn.Module | type | types.FunctionType) or not hasattr(collator, "__dict__")
+    if is_shared or depth == 0 or not callable(collator):
+        return collator
+    try:
+        made = copy.copy(collator)
+        vars(made).update({name: drawing_apart(each, depth - 1) for name, each in vars(collator).items()})
+    except Exception:  # It cannot be copied.
+        return collator
+    return made

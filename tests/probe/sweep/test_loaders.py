@@ -55,6 +55,53 @@ def test_the_places_behind_the_own_samples_are_duplicates(size, world_size, shuf
     assert sorted(kept) == list(range(size))
 
 
+class Drawn(DistributedSampler):
+    """As many draws as it likes, with a weight for each sample."""
+
+    def __init__(self, num_samples, **options):
+        super().__init__(DATA, **options)
+        self.num_samples = num_samples
+
+    def __iter__(self):
+        return iter(torch.multinomial(torch.ones(N), self.num_samples, replacement=True).tolist())
+
+
+def test_draws_of_a_distributed_sampler_are_no_duplicates():
+    assert num_own_samples(DataLoader(DATA, sampler=Drawn(30, num_replicas=2, rank=1))) is None
+
+
+class Rewrapped(DistributedSampler):
+    """As catalyst's ``DistributedSamplerWrapper``: places in another sampler."""
+
+    def __init__(self, sampler, **options):
+        super().__init__(range(len(sampler)), **options)
+        self.sampler = sampler
+
+    def __iter__(self):
+        own = list(self.sampler)
+        return (own[i] for i in super().__iter__())
+
+
+@pytest.mark.parametrize("wrapper", [DistributedSamplerWrapper, Rewrapped])
+@pytest.mark.parametrize(
+    ("sampler", "limit", "expected"),
+    [
+        (WeightedRandomSampler([0.0, *[1.0] * (N - 1)], N), None, range(1, N)),
+        (WeightedRandomSampler([0.0, *[1.0] * (N - 1)], N), 1, range(1, N)),
+        (RandomSampler(DATA, num_samples=4), None, range(N)),
+        (SequentialSampler(DATA), 2, range(16)),
+        (CHOSEN, None, sorted(CHOSEN)),
+        (CHOSEN, 1, sorted(CHOSEN)),
+    ],
+)
+def test_samplers_inside_of_distributed_ones(wrapper, sampler, limit, expected):
+    seen = []
+    for rank in range(2):
+        data = DataLoader(DATA, 4, sampler=wrapper(sampler, num_replicas=2, rank=rank, shuffle=False))
+        seen += [int(i) for (batch,) in sequential_loader(data, rank, 2, limit) for i in batch]
+    assert sorted(seen) == list(expected)
+
+
 def test_other_samplers_make_no_duplicates():
     data = TensorDataset(torch.arange(5))
     assert num_own_samples(DataLoader(data)) is None

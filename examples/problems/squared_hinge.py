@@ -1,6 +1,6 @@
 """A loss of your own: the squared hinge of each class against the rest.
 
-    python examples/squared_hinge.py
+    python examples/problems/squared_hinge.py
 
 `value` alone would do: gradient, Hessian and certified bound follow from it. The divergence is given besides, because
 that of the squared hinge can be written without a difference of nearly equal numbers, and then the gap is right to
