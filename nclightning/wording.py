@@ -317,21 +317,17 @@ def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
         raise refusal from error
 
 
-def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:  # noqa: PLR0911
-    said = of_a_client(error) or of_a_list(error)
+def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
+    of_client, of_list = of_a_client(error), of_a_list(error)
     while (cause := error.__cause__ or error.__context__) is not None:  # Of several types tried, the first said most.
         error = cause
     if isinstance(error, UserError):
         return error
-    if said is not None:
-        return UserError(one_line(said, most=1000))
-    if not (isinstance(error, (ValueError, TypeError, ModuleNotFoundError)) or is_refusal(error)):
+    if of_client is not None:
+        return UserError(one_line(of_client, most=1000))
+    if of_list is None and not _is_of_libraries(error):
         return None
-    frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
-    ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
-    if frames[-1][0].partition(".")[0] not in _LIBRARIES or (ours and ours[-1][1] not in _MAKES_OBJECTS):
-        return None
-    text = one_line(error)
+    text = one_line(error) if of_list is None else one_line(of_list, most=1000)
     options = [word.partition("=") for word in words]
     given = [
         (name, value if equals else after)
@@ -345,6 +341,15 @@ def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError
         if len(value) > 1 and value in text:
             return UserError(f"{name} {value}: {text}")
     return UserError(f"{what}: {text}" if what else text)
+
+
+def _is_of_libraries(error: BaseException) -> bool:
+    """Whether Lightning or torch refused, and not code of this package or of the user that they called."""
+    if not (isinstance(error, (ValueError, TypeError, ModuleNotFoundError)) or is_refusal(error)):
+        return False
+    frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
+    return frames[-1][0].partition(".")[0] in _LIBRARIES and (not ours or ours[-1][1] in _MAKES_OBJECTS)
 
 
 def of_the_user(error: BaseException) -> str | None:

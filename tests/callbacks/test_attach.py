@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -117,7 +118,8 @@ class TestSweep:
         data = loader(samples), loader(samples, shuffle=False)
         for callbacks in ([], [NeuralCollapseMonitor(**options)]):
             after = Random()
-            model, trainer = fit(tmp_path, [*callbacks, after], data)
+            logger = TensorBoardLogger(tmp_path) if "pictures_every_n_epochs" in options else False
+            model, trainer = fit(tmp_path, [*callbacks, after], data, logger=logger)
             runs.append((model, trainer.optimizers[0].state_dict()["state"], after))
         (bare, bare_state, bare_after), (read, read_state, read_after) = runs
         for a, b in zip(bare.state_dict().values(), read.state_dict().values(), strict=True):
