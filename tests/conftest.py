@@ -1,5 +1,6 @@
 """Fixtures and guards for every test."""
 
+import logging
 import os
 import shutil
 import signal
@@ -52,7 +53,11 @@ def _interruptible():
 
 @pytest.fixture(autouse=True)
 def _no_leaks():
-    """Fail a test that leaves a global setting of torch changed."""
-    before = (torch.get_default_dtype(), torch.is_grad_enabled())
+    """Fail a test that leaves a global setting of torch, or what Lightning says, changed."""
+    before = _settings()
     yield
-    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
+    assert _settings() == before
+
+
+def _settings():
+    return torch.get_default_dtype(), torch.is_grad_enabled(), logging.getLogger("lightning.pytorch").level

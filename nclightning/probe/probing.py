@@ -61,7 +61,7 @@ class Probe:
         TypeError: If it is of the wrong kind.
 
     Example:
-        >>> model, loader = nn.Sequential(nn.Linear(2, 3)), [(torch.eye(2).repeat(3, 1), torch.arange(2).repeat(3))]
+        >>> model, loader = nn.Sequential(nn.Linear(2, 2)), [(torch.eye(2).repeat(3, 1), torch.arange(2).repeat(3))]
         >>> probe = Probe(model, measures=("nc1",))
         >>> probe.read(loader).tagged("nc/train")
         {'nc/train/nc1': 0.0}

@@ -6,7 +6,8 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -173,15 +174,14 @@ class Training:
     # Model and data.
 
     def _build(self, checkpoint: dict[str, Any], name: str) -> _Built:
-        for package in ("lightning.pytorch", "pytorch_lightning"):
-            logging.getLogger(package).setLevel(logging.ERROR)
         seed = self.config.get("seed_everything")
         L.seed_everything(seed if type(seed) is int else self.options.seed, verbose=False)
         module = self._make("model", checkpoint, name)
         package = _package_of(module)
         data = self._make("data", checkpoint, name) if self._has("data") else None
         datamodule = data if hasattr(data, "train_dataloader") else None
-        trainer = self._trainer(package, checkpoint)
+        with _quiet(package):
+            trainer = self._trainer(package, checkpoint)
         attach_as_in_a_fit(trainer, module, datamodule)
         if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
             datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
@@ -265,6 +265,18 @@ def _package_of(module: Any) -> str:
     if owner is None:
         raise UserError(f"the model is a {type(module).__name__}, and a LightningModule is needed.")
     return "pytorch_lightning" if owner.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
+
+
+@contextmanager
+def _quiet(package: str) -> Iterator[None]:
+    """Let a package of Lightning say nothing of accelerators and the like."""
+    logger = logging.getLogger(package)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _precision_of(state: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         (["plain", "--data", "reviews.csv"], "plain has no tokenizer that can be loaded"),
         (
             ["wordless", "--data", "reviews.csv"],
-            "wordless has no tokenizer, none of the files tokenizer.json, vocab.txt",
+            "wordless has no tokenizer, none of the files tokenizer_config.json, tokenizer.json",
         ),
         (
             ["out", "--data", "gaps.jsonl"],
