@@ -319,7 +319,7 @@ class TestErrors:
             ({"datasets": [SET]}, r"mapping from names to loaders, got a list: write datasets=\{'name': loader\}"),
             ({"datasets": SET}, "mapping from names to loaders, got a DataLoader: write"),
         ],
-        ids=str,
+        ids=lambda o: str(o).partition(" object at ")[0],
     )
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
