@@ -1,6 +1,7 @@
 """Model folders of Hugging Face, with models from config and data on the disk."""
 
 import csv
+import gc
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ def files(tmp_path_factory):
 def here(files, monkeypatch, tmp_path):
     monkeypatch.chdir(files)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path
+    yield tmp_path
+    gc.collect()  # datasets leaves images open that are cut: not to be warned of in a later test.
 
 
 def measured(words, out):
