@@ -108,7 +108,7 @@ class _Built:
 
 
 class Training:
-    """Model and data of checkpoints, made once in each process.
+    """Model and data of checkpoints, made once in each process; with ``strict_loading=False`` for each checkpoint.
 
     Args:
         config: As LightningCLI saved it; None if there is none.
@@ -153,7 +153,8 @@ class Training:
             checkpoint: Its content.
             name: For messages.
         """
-        if self._built is None:
+        # What a checkpoint may leave out, as frozen weights, is that of a new model, not of the checkpoint before.
+        if self._built is None or not self._built.module.strict_loading:
             self._built = self._build(checkpoint, name)
         built = self._built
         _load_weights(built.module, checkpoint, self.options.state_dict, name)

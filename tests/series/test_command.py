@@ -411,6 +411,19 @@ def test_rows_before_a_damaged_checkpoint_stay_and_the_next_start_goes_on(here):
     assert read_readings(here / "out").iterations.tolist() == [1, 2, 3, 4]
 
 
+def test_weights_that_a_checkpoint_leaves_out_are_not_those_of_the_one_before(here):
+    place = here / "partial"
+    place.mkdir()
+    for step, left_out in ((1, "none"), (2, "body")):
+        trained = {"state_dict": lambda s, name=left_out: {k: v for k, v in s.items() if not k.startswith(name)}}
+        with_changes("good.ckpt", place / f"{step}.ckpt", global_step=lambda _, step=step: step, **trained)
+    words = ["--model", "tests.series.training:Partial", *WORDS[2:], "--stages", "train"]
+    main(["measure", str(place / "2.ckpt"), *words, "--out", str(here / "alone")])
+    main(["measure", str(place), *words, "--out", str(here / "both")])
+    alone, both = (read_readings(here / name).values["nc/train/nc1"] for name in ("alone", "both"))
+    assert both[1] == alone[0] != both[0]
+
+
 def test_checkpoints_in_double_precision_are_measured_in_it(here):
     model = Net(6).double()
     content = torch.load("good.ckpt", weights_only=True) | {"state_dict": model.state_dict()}

@@ -40,6 +40,10 @@ class Wide(Net):
         super().__init__(width)
 
 
+class Partial(Net):
+    strict_loading = False  # Its checkpoints hold what was trained.
+
+
 class NeedsMore(Net):
     def __init__(self, width, depth):
         super().__init__(width)
