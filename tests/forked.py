@@ -30,7 +30,7 @@ class Forked(subprocess.Popen):
             warnings.simplefilter("ignore", DeprecationWarning)  # Of threads, which a new command would not have.
             self.pid = os.fork()
         if self.pid == 0:
-            _become(args[1:], cwd, env, (p2cread, c2pwrite, errwrite))
+            end_with(lambda: _become(args[1:], cwd, env, (p2cread, c2pwrite, errwrite)))
         self._child_created = True
         return self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -43,28 +43,36 @@ def run(command, **options):
 
 
 def _become(words, cwd, env, files):
-    """Do what the command says, in a forked process, and end."""
+    """Do what the command says, in a forked process."""
+    for number, file in enumerate(files):
+        if file != -1:
+            os.dup2(file, number)
+    _let_go()
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "r" if n == 0 else "w", closefd=False) for n in range(3))
+    _log_to(sys.stderr)
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if cwd is not None:
+        os.chdir(cwd)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    kind, what, *sys.argv[1:] = words
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, {"__name__": "__main__"})
+
+
+def end_with(run):
+    """Run a function, and end the process as the interpreter would: with its status, and what it says of errors.
+
+    Nothing of the parent runs on: neither handlers at the exit, nor the tests.
+    """
     status = 1
     try:
-        for number, file in enumerate(files):
-            if file != -1:
-                os.dup2(file, number)
-        _let_go()
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "r" if n == 0 else "w", closefd=False) for n in range(3))
-        _log_to(sys.stderr)
-        warnings.resetwarnings()
-        warnings.simplefilter("ignore")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if cwd is not None:
-            os.chdir(cwd)
-        if env is not None:
-            os.environ.clear()
-            os.environ.update(env)
-        kind, what, *sys.argv[1:] = words
-        if kind == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
-            exec(what, {"__name__": "__main__"})
+        run()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

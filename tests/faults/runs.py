@@ -4,10 +4,7 @@ import hashlib
 import logging
 import os
 import random
-import signal
-import sys
 import time
-import traceback
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +16,7 @@ import nclightning.data
 import nclightning.models  # noqa: F401 (children find everything loaded)
 from nclightning.cli import main
 from nclightning.files import observers
+from tests.forked import end_with
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # It says what a resumed run replaces.
 
@@ -60,31 +58,19 @@ class Ending:
 def launch(words, folder, disturb=None):
     """Fork a process that runs the command line in a folder; return its number."""
     pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.chdir(folder)
-        for name, descriptor in (("out", 1), ("errors", 2)):
-            os.dup2(os.open(f"{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT), descriptor)
-        Figure.draw = lambda *_: None  # Files are what is struck, not what is in a picture.
-        if disturb is not None:
-            disturb()
-        main(words)
-        status = 0
-    except SystemExit as exit_:
-        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        if isinstance(exit_.code, str):
-            print(exit_.code, file=sys.stderr)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-        traceback.print_exc()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    if not pid:
+        end_with(lambda: _run(words, folder, disturb))
+    return pid
+
+
+def _run(words, folder, disturb):
+    os.chdir(folder)
+    for name, descriptor in (("out", 1), ("errors", 2)):
+        os.dup2(os.open(f"{name}.{os.getpid()}", os.O_WRONLY | os.O_CREAT), descriptor)
+    Figure.draw = lambda *_: None  # Files are what is struck, not what is in a picture.
+    if disturb is not None:
+        disturb()
+    main(words)
 
 
 def end_of(pid, folder):
