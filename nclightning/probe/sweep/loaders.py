@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils.data import (
 from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_samples, origin_of
 from nclightning.compat.fabric import sampler_of_lightning
 from nclightning.errors import UserError
+from nclightning.probe.inputs import tensors_of
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.online import or_online
 from nclightning.probe.sweep.states import drawing_apart, random_states_kept
@@ -218,7 +219,7 @@ def _share(origin: Origin, limit: int | None, rank: int, world_size: int) -> Ite
     try:
         first = _stream(origin._replace(loader=_in_this_process(origin.loader)), 1)
         with random_states_kept():
-            seen = fingerprint(_tensors_in(next(iter(first), None)))
+            seen = fingerprint(tensors_of(next(iter(first), None)))
     except Exception as own_error:
         error = own_error
     if running_processes() > 1:
@@ -244,14 +245,6 @@ def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
         drop_last=loader.drop_last,
         generator=torch.Generator(),
     )
-
-
-def _tensors_in(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for each in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors_in(each)
 
 
 def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:

@@ -2,9 +2,11 @@
 
 import copy
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers.trainer_pt_utils import IterableDatasetShard, LengthGroupedSampler
@@ -12,6 +14,7 @@ from transformers.trainer_pt_utils import IterableDatasetShard, LengthGroupedSam
 import nclightning
 from nclightning.errors import UserError
 from nclightning.probe.sweep import known_indices, num_own_samples, sequential_loader
+from tests import processes
 
 accelerate = pytest.importorskip("accelerate.data_loader")
 SIZES = [(1, 2), (5, 2), (7, 6), (12, 2), (12, 6), (13, 6)]
@@ -137,3 +140,24 @@ def test_measure_reads_a_prepared_loader_as_the_plain_one():
     assert found.num_samples == 30
     assert loader.iteration == loader.batch_sampler.sampler.epoch == 0
     assert [found[name] for name in plain] == [plain[name] for name in plain]
+
+
+class DrawnByProcess(IterableDataset):
+    def __iter__(self):
+        for i in range(8):
+            yield torch.full((2,), 10.0 * dist.get_rank() + i)
+
+
+def shares_out_streams_that_differ():
+    shard = IterableDatasetShard(DrawnByProcess(), 2, num_processes=2, process_index=dist.get_rank())
+    for collate in (torch.stack, lambda rows: SimpleNamespace(x=torch.stack(rows))):
+        loader = DataLoader(shard, 2, collate_fn=collate)
+        try:
+            sequential_loader(loader, dist.get_rank(), 2)
+        except UserError as error:
+            yield str(error)
+
+
+def test_a_stream_that_differs_between_processes_is_refused_whatever_its_batches_are(tmp_path):
+    said = processes.on(2, tmp_path, lambda: list(shares_out_streams_that_differ()), group=True)
+    assert all(len(each) == 2 and "yields other samples on one process" in each[1] for each in said)
