@@ -42,6 +42,7 @@ def test_blocks_run(tmp_path, monkeypatch):
     assert [row["_step"] for row, _ in wandb_pictures(folder, "nc")] == [0, 1]
     assert ["nc/nc1" in row for row in wandb_rows(folder)] == [True, True]
     scope["mlflow"].flush_artifact_async_logging()
+    scope["mlflow"].end_run()  # The flush begins one.
     (images,) = tmp_path.glob("mlruns/*/*/artifacts/images")
     assert [(tag, step) for tag, step, _ in mlflow_pictures(images.parent)] == [("nc", 0)]
     assert [path.name for path in (tmp_path / "album").iterdir()] == ["nc_0.png"]

@@ -16,11 +16,11 @@ from nclightning.heads import HeadReader, tolerance
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
 from nclightning.probe.found import Found
-from nclightning.probe.inputs import inputs_kept
+from nclightning.probe.inputs import inputs_kept, tensors_of
 from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
-from nclightning.probe.watch import Entry, entry_of, tensors_of
+from nclightning.probe.watch import Entry, entry_of
 
 __all__ = ["IGNORED", "FirstBatch", "Known", "check_range"]
 

@@ -17,7 +17,7 @@ from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.inputs import tensors_of
 from nclightning.probe.observation import Observation
 
-__all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of", "tensors_of"]
+__all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of"]
 
 
 class Entry(NamedTuple):
