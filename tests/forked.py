@@ -108,3 +108,6 @@ def _log_to(stream):
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setStream(stream)
+    if (rank_zero := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
+        # It belongs to the Lightning imported last: once a test needs pytorch_lightning, to that, without a handler.
+        rank_zero.log = logging.getLogger("lightning.pytorch.utilities.rank_zero")

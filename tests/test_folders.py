@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from nclightning.files import FolderLock, check_checkpoint
 from nclightning.folders import run_folder
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM
+from tests import forked
 from tests.trainers import quiet_trainer
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -263,13 +263,9 @@ def test_a_signal_to_the_first_process_ends_all(tmp_path):
     words = ["fit", "--config", "ufm_mse", "--trainer.max_steps", "400", "--trainer.enable_progress_bar", "false"]
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *at(117, "SIGTERM")]
     options[options.index(f"{__name__}.At")] = f"{__name__}.AtFirst"
-    # Not forked: what Lightning logs would go to handlers of the process that runs the tests.
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "nclightning", *words, *options],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 143, done.stderr
     assert done.stderr.count("SIGTERM: the run is saved at iteration 200.") == 1
