@@ -49,12 +49,10 @@ def origin_of(loader: Any) -> Origin:
     inner, per_step, streams = loader, 1, ""
     kinds = _named(_LOADERS, "DataLoaderShard", "DataLoaderDispatcher", "SkipDataLoader")
     # Not isinstance: a subclass with an __iter__ of its own yields what only that knows.
-    is_prepared = (
-        any(type(loader).__iter__ is kind.__iter__ for kind in kinds) if hasattr(loader, "__iter__") else False
-    )
+    is_prepared = hasattr(loader, "__iter__") and any(type(loader).__iter__ is kind.__iter__ for kind in kinds)
     if is_prepared:
         inner, streams = loader.base_dataloader, "own"
-    if is_prepared and type(loader).__iter__ is kinds[1].__iter__:
+    if is_prepared and _is_dispatcher(loader):
         per_step, streams = 1 if loader.split_batches else loader.state.num_processes, "same"
     dataset, sampler = getattr(inner, "dataset", None), getattr(inner, "sampler", None)
     batch_sampler, shards = getattr(inner, "batch_sampler", None), _named(_LOADERS, "BatchSamplerShard")

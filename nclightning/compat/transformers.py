@@ -58,9 +58,8 @@ def shares_batches(trainer: Any) -> bool:
 def prefix_of(metrics: Mapping[str, Any] | None, default: str) -> str:
     """Return what the names of an evaluation's metrics begin with, such as ``eval`` or ``eval_<data set>``.
 
-    Hooks do not get it. Non-public: that ``Trainer`` adds ``<prefix>_runtime`` and
-    ``<prefix>_samples_per_second`` (transformers 5.24). Without it
-    data sets would be named ``default``.
+    Hooks do not get it. Non-public: that ``Trainer`` adds ``<prefix>_runtime`` and ``<prefix>_samples_per_second``
+    (transformers 5.24). Without it all data sets would be named ``default``.
 
     Args:
         metrics: By name.
