@@ -20,11 +20,13 @@ __all__ = ["admit", "admit_moments", "check_arguments", "check_labels", "check_s
 
 
 def table(
-    targets: Tensor | Sequence[Sequence[float]], counts: Tensor | Sequence[int], loss: Loss
+    targets: Tensor | Sequence[Sequence[float]] | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
+    if targets is None:
+        targets = torch.eye(len(counts))
     # Numbers of Python are read in full, which torch's default dtype would not do.
     rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_shapes, table
+from nclightning.problems.checks import admit, admit_moments, check_arguments, check_labels, check_shapes, table
+from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
@@ -40,7 +41,7 @@ class Problem:
 
     Args:
         loss: The loss, a :class:`nclightning.problems.Loss`.
-        targets: ``(M, K)``, one row for each group.
+        targets: ``(M, K)``, one row for each group; None for hard labels, where the groups are the classes.
         counts: ``(M,)``, the samples of each group, 0 or more.
         feature_dim: d, at least 1.
         lambda_w: Penalty on the head, positive.
@@ -62,7 +63,7 @@ class Problem:
     """
 
     loss: Loss
-    targets: Tensor | Sequence[Sequence[float]]
+    targets: Tensor | Sequence[Sequence[float]] | None
     counts: Tensor | Sequence[int]
     feature_dim: int
     lambda_w: float
@@ -79,12 +80,31 @@ class Problem:
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
-        return int(torch.as_tensor(self.targets).shape[1])
+        return self.table.shape[1]
 
     @property
     def num_groups(self) -> int:
         """M, the rows of the targets."""
-        return int(torch.as_tensor(self.targets).shape[0])
+        return self.table.shape[0]
+
+    @property
+    def table(self) -> Tensor:
+        """Targets of the groups ``(M, K)``, float64."""
+        assert isinstance(self.targets, Tensor)
+        return self.targets
+
+    @cached_property
+    def has_hard_labels(self) -> bool:
+        """Whether the target of group m is row m of the identity."""
+        return self.num_groups == self.num_classes and torch.equal(self.table, torch.eye(self.num_classes).double())
+
+    @cached_property
+    def groups_are_classes(self) -> bool:
+        """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
+        if self.num_groups != self.num_classes:
+            return False
+        largest = self.table.diagonal().unsqueeze(1)
+        return bool(((self.table < largest).sum(dim=1) == self.num_classes - 1).all())
 
     @property
     def num_samples(self) -> int:
@@ -116,6 +136,26 @@ class Problem:
         counts = torch.as_tensor(self.counts).to(device)
         return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
 
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise unless each group occurs as often as ``counts`` has it.
+
+        Args:
+            labels: ``(N,)`` int64. One transfer to the host.
+
+        Raises:
+            ValueError: If labels are of another type, or in other numbers.
+        """
+        check_labels(self, labels)
+
+    def describe(self) -> dict[str, Any]:
+        """Write the problem as plain values, from which :meth:`from_description` makes it again."""
+        return describe(self)
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Problem:
+        """Make the problem that :meth:`describe` wrote, or that a configuration names by ``class_path``."""
+        return from_description(description)
+
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F in the dtype of the inputs; differentiable.
 
@@ -133,7 +173,7 @@ class Problem:
         """
         check_shapes(self, weight, features, labels, bias)
         logits = features @ weight.T if bias is None else features @ weight.T + bias
-        targets = torch.as_tensor(self.targets).to(logits).index_select(0, labels)
+        targets = self.table.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
@@ -159,6 +199,14 @@ class Problem:
         """Global minimum F*."""
         return self.optimum.value
 
+    @property
+    def optimum_norm(self) -> float:
+        """Norm of all points of the optimal set: of head, features and, with a bias, its optimal one."""
+        factors = self.optimum.factors
+        ratio = math.sqrt(self.lambda_h / self.lambda_w)
+        square = float(factors.singular.sum()) * (ratio + 1 / ratio)
+        return math.sqrt(square + (0.0 if factors.bias is None else float(factors.bias.square().sum())))
+
     @cached_property
     def optimal_set(self) -> OptimalSet:
         """All optima, as one orbit of rotations of the feature space."""
@@ -178,7 +226,7 @@ class Problem:
         as in :meth:`gap`.
         """
         logits = _logits(admit(self, weight, features, labels, bias))
-        residuals = self.loss.residual(logits, torch.as_tensor(self.targets).to(logits).index_select(0, labels))
+        residuals = self.loss.residual(logits, self.table.to(logits).index_select(0, labels))
         bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
         if bound is not None:
             return bound
@@ -361,7 +409,7 @@ class Problem:
         present = self.present
         return Groups(
             self.loss,
-            torch.as_tensor(self.targets)[present],
+            self.table[present],
             torch.as_tensor(self.counts)[present].double(),
             self.strength,
             self.lambda_b,
@@ -382,7 +430,7 @@ class Problem:
         """Divergence of each sample from logits of the groups that have samples, bias included."""
         index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
         rows = reference.to(logits).index_select(0, index)
-        return self.loss.divergence(logits, rows, torch.as_tensor(self.targets).to(logits).index_select(0, labels))
+        return self.loss.divergence(logits, rows, self.table.to(logits).index_select(0, labels))
 
     def _solution(self, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
         index = (self.present.cumsum(0) - 1).to(labels.device)[labels]

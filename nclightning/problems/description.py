@@ -1,0 +1,101 @@
+"""Problems as plain values, as configurations and checkpoints hold them, and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pydoc import ErrorDuringImport, locate
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nclightning.errors import UserError
+from nclightning.problems.loss import Loss
+
+if TYPE_CHECKING:
+    from nclightning.problems.problem import Problem
+
+__all__ = ["describe", "from_description"]
+
+_FIELDS = ("counts", "feature_dim", "lambda_w", "lambda_h", "bias", "tolerance")
+
+
+def describe(problem: Problem) -> dict[str, Any]:
+    """Write a problem as mappings, lists, numbers and texts.
+
+    Args:
+        problem: Its loss must keep the arguments that it was made with as attributes of the same names.
+
+    Returns:
+        The arguments of :class:`nclightning.problems.Problem`, the loss by its class.
+
+    Raises:
+        ValueError: If the loss does not keep an argument.
+    """
+    targets = None if problem.has_hard_labels else _plain(problem.targets)
+    loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
+    return {"loss": loss, "targets": targets} | {name: _plain(getattr(problem, name)) for name in _FIELDS}
+
+
+def from_description(description: Mapping[str, Any]) -> Problem:
+    """Make the problem that :func:`describe` wrote, or that a configuration names.
+
+    Args:
+        description: Arguments of :class:`nclightning.problems.Problem`; or ``class_path``, a function that makes a
+            problem, and ``init_args``.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: If it says no problem.
+    """
+    from nclightning.problems.problem import Problem  # noqa: PLC0415
+
+    made: Any = _made(description, "problem") if "class_path" in description else dict(description)
+    if isinstance(made, Problem):
+        return made
+    if not isinstance(made, dict):
+        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
+    loss = made.get("loss")
+    if isinstance(loss, Mapping) and "class_path" in loss:
+        made["loss"] = _made(loss, "problem.loss", Loss)
+    try:
+        return Problem(**made)
+    except TypeError as error:
+        raise UserError(f"problem: {error}.") from error
+
+
+def _made(description: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+    path, arguments = description["class_path"], description.get("init_args") or {}
+    try:
+        maker: Any = locate(path)
+    except ErrorDuringImport as error:
+        raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
+    if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
+        expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
+        raise UserError(f"{name}: {path} is not {expected}.")
+    try:
+        return maker(**arguments)
+    except TypeError as error:
+        raise UserError(f"{name}: {path}: {error}.") from error
+
+
+def _path_of(cls: type) -> str:
+    module = "nclightning.problems" if cls.__module__.startswith("nclightning.problems.") else cls.__module__
+    return f"{module}.{cls.__qualname__}"
+
+
+def _arguments_of(loss: Loss) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(loss)).parameters if name not in ("args", "kwargs")]
+    missing = [name for name in names if not hasattr(loss, name)]
+    if missing:
+        raise UserError(
+            f"{type(loss).__name__} keeps no attribute {missing[0]!r} with the argument of that name, so that a "
+            "checkpoint cannot hold it: set it in __init__, or make the loss a dataclass."
+        )
+    return {name: _plain(getattr(loss, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
