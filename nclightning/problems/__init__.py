@@ -10,8 +10,8 @@ from nclightning.problems.members.regression import regression, regression_gram
 from nclightning.problems.members.soft import label_smoothing, mixup, soft_labels
 from nclightning.problems.members.squared import mse_with_penalized_bias, mse_without_bias, unbalanced_mse
 from nclightning.problems.members.unbalanced_ce import logit_adjusted_ce, unbalanced_ce, weighted_ce
-from nclightning.problems.optimal_set import Solution
 from nclightning.problems.optimum import Optimum
+from nclightning.problems.orbit import Solution
 from nclightning.problems.problem import Problem
 from nclightning.problems.rates import Rates
 from nclightning.problems.spectrum import Eigenvalue
