@@ -3,6 +3,7 @@
 from nclightning.problems.answers import NoAnswer
 from nclightning.problems.contract import assert_problem_contract
 from nclightning.problems.cross_entropy import BinaryCrossEntropy, CrossEntropy
+from nclightning.problems.known import KnownProblem
 from nclightning.problems.loss import Loss
 from nclightning.problems.members.balanced import balanced_ce, balanced_mse
 from nclightning.problems.members.multi_label import multi_label_bce
@@ -22,6 +23,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "Eigenvalue",
+    "KnownProblem",
     "Loss",
     "NoAnswer",
     "Optimum",

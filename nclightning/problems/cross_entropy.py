@@ -243,6 +243,6 @@ def _log_mean_exp(log_probability: Tensor, change: Tensor) -> Tensor:
 def _exp_excess(t: Tensor) -> Tensor:
     """``exp(t) - 1 - t`` to full relative accuracy, by its series where the difference would cancel."""
     one = series = torch.ones_like(t)
-    for k in range(18, 2, -1):
+    for k in range(16, 2, -1):  # The first term left out is below 1e-18 of the sum.
         series = torch.addcmul(one, t, series, value=1 / k)
     return torch.where(t.abs() <= 0.5, t.square() / 2 * series, torch.expm1(t) - t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,11 @@ class Columns:
         return self.matrix @ coordinates
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Split rows into what the directions span and the rest, each up to a rotation that keeps norms."""
+        """Split rows into what the directions span and the rest, new tensors, each up to a map that keeps norms."""
         inside = self.coordinates(rows)
         # Directions that span everything would leave rounding.
-        return inside, rows[:0] if self.matrix.shape[1] == len(rows) else rows - self.rows(inside)
+        spans_all = self.matrix.shape[1] == len(rows)
+        return inside, rows.narrow(0, 0, 0) if spans_all else rows - self.rows(inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,18 +51,20 @@ class Centred:
 
     def coordinates(self, rows: Tensor) -> Tensor:
         """Components ``(size - 1, d)`` of ``rows (size, d)`` along the directions."""
-        root = self.size**0.5
-        return rows[1:] - (rows.sum(dim=0) + root * rows[0]) / (self.size + root)
+        root = math.sqrt(self.size)
+        first, others = rows.narrow(0, 0, 1), rows.narrow(0, 1, self.size - 1)
+        inside: Tensor = others - (rows.sum(dim=0) + root * first) / (self.size + root)
+        return inside
 
     def rows(self, coordinates: Tensor) -> Tensor:
         """Rows ``(size, d)`` with these components ``(size - 1, d)``; their sum is zero."""
-        root, total = self.size**0.5, coordinates.sum(dim=0, keepdim=True)
+        root, total = math.sqrt(self.size), coordinates.sum(dim=0, keepdim=True)
         return torch.cat([total / -root, coordinates - total / (self.size + root)])
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Split rows into what the directions span and the rest, each up to a rotation that keeps norms."""
+        """Split rows into what the directions span and the rest, new tensors, each up to a map that keeps norms."""
         mean = rows.mean(dim=0)
-        return rows - mean, self.size**0.5 * mean
+        return rows - mean, math.sqrt(self.size) * mean
 
 
 Frame = Columns | Centred

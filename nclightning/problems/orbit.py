@@ -71,15 +71,13 @@ class Orbit:
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
         lambda_b: Penalty on the bias, 0.0 without one.
-        left: U, directions of the groups, of the optimum; None where zero is optimal.
-        right: V, directions of the classes, as many.
+        active: U and V, directions of the groups and of the classes, of the optimum; None where zero is optimal.
         head_scale: a, one number or ``(r, 1)``.
         feature_scale: b, the same.
         bias: Optimal bias; None without one.
         shift_is_free: Whether all entries of the bias may move by one number.
-        coupled_left: Directions of the groups along which the multipliers are not zero: those of the optimum and more.
-        coupled_right: Directions of the classes that belong to them.
-        fractions: The multipliers along them over the strength: one number, or ``(p, 1)``. They are 1 for the optimum.
+        coupled: The same along which the multipliers are not zero: those of the optimum and more.
+        fractions: The multipliers along these over the strength: one number, or ``(p, 1)``. They are 1 for the optimum.
         is_cut: Whether there are fewer features than the optimal logits need.
         present: Groups that have samples, if not all have.
         position: Place of each group among those.
@@ -94,14 +92,12 @@ class Orbit:
     lambda_w: float
     lambda_h: float
     lambda_b: float
-    left: Frame | None
-    right: Frame | None
+    active: tuple[Frame, Frame] | None
     head_scale: float | Tensor
     feature_scale: float | Tensor
     bias: float | Tensor | None
     shift_is_free: bool
-    coupled_left: Frame
-    coupled_right: Frame
+    coupled: tuple[Frame, Frame]
     fractions: float | Tensor
     is_cut: bool
     present: Tensor | None = None
@@ -110,12 +106,14 @@ class Orbit:
     def to(self, device: torch.device) -> Orbit:
         """The same for points on another device."""
 
-        def move(value: Any) -> Any:
+        def placed(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(placed, value))
             if isinstance(value, Columns | Table):
                 return replace(value, matrix=value.matrix.to(device))
             return value.to(device) if isinstance(value, Tensor) else value
 
-        return Orbit(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        return Orbit(**{field.name: placed(getattr(self, field.name)) for field in fields(self)})
 
     @property
     def is_fake(self) -> bool:
@@ -133,33 +131,26 @@ class Orbit:
     def moments(self, point: Solution) -> Moments:
         """Moments of a point with all its samples."""
         own = self.own(point.labels)
-        means = self._means(point.features, own)
-        # The mean of deviations corrects the rounding of the mean.
-        means = means + self._means(point.features - means.index_select(0, own), own)
-        spread = (point.features - means.index_select(0, own)).square().sum()
-        return Moments(point.weight, means, spread, point.bias)
-
-    def member(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and mean features of the member whose R^T is nearest to ``direction (r, d)``."""
-        assert self.left is not None and self.right is not None
-        finite = torch.isfinite(direction).all()
-        left, _, right = torch.linalg.svd(torch.where(finite, direction, 0), full_matrices=False)
-        turn = torch.where(finite, left @ right, torch.nan)
-        means = self.left.rows(self.feature_scale * turn) / self._roots
-        return self.right.rows(self.head_scale * turn), means
+        means = self._sums(point.features, own) / self.counts
+        off = means.index_select(0, own).sub_(point.features)
+        # What the rounding of a mean leaves in the sum of the deviations from it.
+        shift = self._sums(off, own) / self.counts
+        spread = off.square_().sum() - (self.counts * shift.square()).sum()
+        return Moments(point.weight, means - shift, spread.clamp(min=0), point.bias)
 
     def random(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Head and mean features of a member from normal ``noise (K, d)``."""
-        if self.right is None:
+        if self.active is None:
             return torch.zeros_like(noise), noise.new_zeros(self.num_groups, noise.shape[1])
-        return self.member(self.right.coordinates(noise))
+        return self._member(*self.active, self.active[1].coordinates(noise))
 
     def nearest(self, point: Moments) -> tuple[Tensor, Tensor]:
         """Head and mean features of the member nearest to a point."""
-        if self.left is None or self.right is None:
+        if self.active is None:
             return torch.zeros_like(point.weight), torch.zeros_like(point.means)
-        features = self.left.coordinates(self._roots * point.means)
-        return self.member(self.head_scale * self.right.coordinates(point.weight) + self.feature_scale * features)
+        left, right = self.active
+        features = self.feature_scale * left.coordinates(self._roots * point.means)
+        return self._member(left, right, self.head_scale * right.coordinates(point.weight) + features)
 
     def distance(self, point: Moments) -> Tensor:
         """Norm of the residual to the nearest member; the expanded square would lose half of the digits."""
@@ -186,12 +177,16 @@ class Orbit:
         .. math:: \frac12 \sum_j f_j \|\sqrt{\lambda_W} w_j - \sqrt{\lambda_H} h_j\|^2
             + (1 - f_j) (\lambda_W \|w_j\|^2 + \lambda_H \|h_j\|^2).
         """
-        w, rest_w = self.coupled_right.split(math.sqrt(self.lambda_w) * point.weight)
-        h, rest_h = self.coupled_left.split(math.sqrt(self.lambda_h) * self._roots * point.means)
-        f, apart = self.fractions, (w - h).square()
+        left, right = self.coupled
+        w, rest_w = right.split(point.weight)
+        h, rest_h = left.split(self._roots * point.means)
+        f, total = self.fractions, self._squares(rest_w, rest_h) + self.lambda_h * point.spread
         if isinstance(f, Tensor) or f != 1:
-            apart = f * apart + (1 - f) * (w.square() + h.square())
-        total = apart.sum() + rest_w.square().sum() + rest_h.square().sum() + self.lambda_h * point.spread
+            total = total + ((1 - f) * (self.lambda_w * w.square() + self.lambda_h * h.square())).sum()
+            w, h = f**0.5 * w, f**0.5 * h
+        # Components may be large, and are of no use afterwards.
+        between = w.mul_(math.sqrt(self.lambda_w)).sub_(h, alpha=math.sqrt(self.lambda_h))
+        total = total + between.square_().sum()
         return total / 2 + self._bias_term(point.bias) + divergence
 
     def expanded_gap(self, point: Solution) -> Tensor:
@@ -209,15 +204,25 @@ class Orbit:
         targets = self.targets.of(torch.arange(self.num_groups, device=means.device), reference)
         divergence = self.loss.divergence(logits, reference.index_select(0, own), targets.index_select(0, own)).mean()
         multipliers = self._roots / len(logits) * self.loss.residual(reference, targets)
-        penalty = self.lambda_w * step_w.square().sum() + self.lambda_h * (step_h.square().sum() + moments.spread)
+        penalty = self._squares(step_w, step_h) + self.lambda_h * moments.spread
         return penalty / 2 + (multipliers * (step_h @ step_w.T)).sum() + self._bias_term(point.bias) + divergence
+
+    def _member(self, left: Frame, right: Frame, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """Head and mean features of the member whose R^T is nearest to ``direction (r, d)``."""
+        finite = torch.isfinite(direction).all()
+        u, _, vh = torch.linalg.svd(torch.where(finite, direction, 0), full_matrices=False)
+        turn = torch.where(finite, u @ vh, torch.nan)
+        return right.rows(self.head_scale * turn), left.rows(self.feature_scale * turn) / self._roots
 
     @cached_property
     def _roots(self) -> float | Tensor:
         return self.counts**0.5
 
-    def _means(self, rows: Tensor, own: Tensor) -> Tensor:
-        return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, own, rows) / self.counts
+    def _sums(self, rows: Tensor, own: Tensor) -> Tensor:
+        return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, own, rows)
+
+    def _squares(self, weight: Tensor, features: Tensor) -> Tensor:
+        return self.lambda_w * weight.square().sum() + self.lambda_h * features.square().sum()
 
     def _bias_term(self, bias: Tensor | None) -> Tensor | float:
         if bias is None or self.bias is None or not self.lambda_b:

@@ -55,7 +55,8 @@ def simplex_orbit(
     Returns:
         The set, for points on any device.
     """
-    directions, shift = Centred(num_classes), -logit_scale / num_classes + (bias or 0.0)
+    centred = Centred(num_classes)
+    directions, shift = (centred, centred), -logit_scale / num_classes + (bias or 0.0)
     singular, ratio = math.sqrt(samples_per_class) * logit_scale, math.sqrt(lambda_h / lambda_w)
     return Orbit(
         loss=loss,
@@ -67,14 +68,12 @@ def simplex_orbit(
         lambda_w=lambda_w,
         lambda_h=lambda_h,
         lambda_b=lambda_b,
-        left=directions if logit_scale else None,
-        right=directions if logit_scale else None,
+        active=directions if logit_scale else None,
         head_scale=math.sqrt(singular * ratio),
         feature_scale=math.sqrt(singular / ratio),
         bias=bias,
         shift_is_free=shift_is_free,
-        coupled_left=directions,
-        coupled_right=directions,
+        coupled=directions,
         fractions=fraction,
         is_cut=logit_scale > 0 and feature_dim < num_classes - 1,
     )

@@ -29,20 +29,31 @@ class WithOptimum(ABC):
     # Whether a bias may come with moments although the problem has none.
     _ignores_bias: ClassVar[bool] = False
 
-    if TYPE_CHECKING:  # Fields or properties of the problem.
+    if TYPE_CHECKING:  # Not abstract: a dataclass would take them for the defaults of its fields.
 
         @property
-        def num_classes(self) -> int: ...
+        def num_classes(self) -> int:
+            """K."""
+
         @property
-        def num_groups(self) -> int: ...
+        def num_groups(self) -> int:
+            """M."""
+
         @property
-        def num_samples(self) -> int: ...
+        def num_samples(self) -> int:
+            """N."""
+
         @property
-        def feature_dim(self) -> int: ...
+        def feature_dim(self) -> int:
+            """The width d."""
+
         @property
-        def dimension(self) -> int: ...
+        def dimension(self) -> int:
+            """Of the optimal set."""
+
         @property
-        def has_bias(self) -> bool: ...
+        def has_bias(self) -> bool:
+            """Whether the head has one."""
 
     @property
     @abstractmethod
