@@ -16,10 +16,10 @@ from nclightning.problems.optimal_set import Moments, Solution
 if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
 
-__all__ = ["admit", "admit_moments", "check_arguments", "check_labels", "check_shapes", "table"]
+__all__ = ["admit", "admit_moments", "check_arguments", "check_labels", "check_shapes", "check_table"]
 
 
-def table(
+def check_table(
     targets: Tensor | Sequence[Sequence[float]] | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
