@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_labels, check_shapes, check_table
+from nclightning.problems.checks import admit, admit_moments, check_arguments, check_groups, check_labels, check_shapes
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
@@ -72,7 +72,7 @@ class Problem:
         tolerance: float = 1e-10,
     ) -> None:
         self.loss = loss
-        self.targets, self.counts = check_table(targets, counts, loss)
+        self.targets, self.counts = check_groups(targets, counts, loss)
         self.feature_dim, self.lambda_w, self.lambda_h = feature_dim, lambda_w, lambda_h
         self.bias, self.tolerance = bias, tolerance
         check_arguments(self)
