@@ -235,6 +235,7 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
     rounding = _EQUAL * torch.maximum(of_targets, torch.finfo(root.dtype).eps * len(sizes) * sizes.amax())
     # Row j is for those gamma whose root is between the eigenvalues j and j + 1: the first j directions are left.
     next_ = torch.cat([sizes.narrow(0, 1, len(sizes) - 1), sizes.new_zeros(1)])
+    next_ = torch.where(next_ > rounding, next_, 0)
     left = torch.ones_like(gram, dtype=torch.bool).tril()
     number = torch.arange(1, len(sizes) + 1, device=sizes.device)
     mean = (sizes * left).sum(dim=1) / number
