@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.errors import UserError, UserTypeError
+from nclightning.errors import UserError
 from nclightning.functional.regression import as_targets
 from nclightning.metrics import RegressionCollapse
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import Gatherer
-from nclightning.probe.features import describe
 from nclightning.probe.host import Host
 from nclightning.probe.reader import BatchFn, ForwardFn, PairReader
 
@@ -48,7 +47,7 @@ class TargetReader(PairReader):
         """
         if self.knows(host.module):
             return
-        super().check_batch(host, batch, labelled=False)
+        super().check_batch(host, batch, labelled=labelled)
         if labelled:
             self.pair(torch.empty(self.known.found.shape, device="meta"), self.split(batch)[1])
 
@@ -66,11 +65,6 @@ class TargetReader(PairReader):
             ValueError: If there is not one row of targets for each of features.
             TypeError: If targets are no real numbers.
         """
-        if not isinstance(labels, Tensor):
-            raise UserTypeError(
-                f"targets must be a tensor, got {describe(labels)}: pass batch_fn=(batch) -> (inputs, targets) with "
-                "the targets of one head."
-            )
         num_targets, places = self.known.found.reader.out_features, features.shape[:-1]
         flat = labels.unsqueeze(-1) if num_targets == 1 and labels.shape == places else labels
         if len(places) > 1 and flat.shape[:-1] == places:
