@@ -67,7 +67,8 @@ def test_options_of_the_page_exist():
 
 
 def test_the_table_of_measures_is_that_of_the_package():
-    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", PAGE.split("## Measures")[1].split("\n## ")[0], re.MULTILINE)
+    section = PAGE.split("## Measures")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", section, re.MULTILINE)
     assert [name for name, *_ in rows] == [*MEASURES, *DECISIONS]
     sizes = {"K": 4, "d": 8, "log": math.log, "min": min}
     for name, text, collapsed in rows:
