@@ -24,10 +24,11 @@ _OTHER_ARGUMENTS = frozenset({"every_n_iterations", "every_n_epochs", "batch_fn"
 class RegressionCollapseMonitor(EitherMonitor[RegressionAtIterates, RegressionAtEpochs]):
     """Logs neural regression collapse (NRC) of the training set.
 
-    On a full-batch run of ``UFM(problem=...)`` it reads features, head and the problem's targets at iterates, with
-    ``log10`` versions of the first three. On any other module it makes an evaluation pass over the training set at ends
-    of epochs, as :class:`NeuralCollapseMonitor` does and leaving as little behind; what that takes for labels are real
-    targets here: ``(B, K)`` for a head with K outputs, or ``(B,)`` for one.
+    On a full-batch run, such as of ``UFM(problem=regression(...))``, it reads features, head and the targets of the
+    objective at iterates, with ``log10`` versions of the first three; hard labels are one-hot targets. On any other
+    module it makes an evaluation pass over the training set at ends of epochs, as :class:`NeuralCollapseMonitor` does
+    and leaving as little behind. What that takes for labels are real targets here: ``(B, K)`` for a head with K
+    outputs, or ``(B,)`` for one.
 
     | tag | value (formulas: :class:`nclightning.metrics.RegressionCollapse`) |
     |---|---|

@@ -11,13 +11,14 @@ from nclightning.callbacks.monitor import Batch, MonitorAtIterates
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, sample_statistics
 from nclightning.metrics import RegressionCollapse
+from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
 
 __all__ = ["RegressionAtIterates"]
 
 
 class RegressionAtIterates(MonitorAtIterates):
-    """Measures the training set at iterates, against the targets of the module's problem."""
+    """Measures the training set at iterates, against the targets of the module's objective."""
 
     log10_tags = frozenset(f"nrc/train/nrc{i}" for i in (1, 2, 3))
 
@@ -28,8 +29,8 @@ class RegressionAtIterates(MonitorAtIterates):
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find head and targets once."""
-        table = _targets_of(pl_module).to(batch[1].device)
-        self._targets = merge_over_ranks(sample_statistics(table.index_select(0, batch[1])))
+        targets = _targets_of(pl_module).to(batch[1].device).index_select(0, batch[1])
+        self._targets = merge_over_ranks(sample_statistics(targets))
         self._metric = RegressionCollapse(head_reader(as_full_batch(pl_module))).to(batch[1].device)
 
     @torch.no_grad()
@@ -43,13 +44,12 @@ class RegressionAtIterates(MonitorAtIterates):
 
 
 def _targets_of(pl_module: L.LightningModule) -> Tensor:
-    """Return the targets ``(M, K)`` of a module's problem, of which labels number the rows."""
-    problem = getattr(pl_module, "problem", None)
-    table = getattr(getattr(problem, "general", problem), "table", None)
-    if isinstance(table, Tensor):
-        return table
-    raise UserError(
-        f"RegressionCollapseMonitor takes the targets of a full-batch run from its problem, and "
-        f"{type(pl_module).__name__} has none: train UFM(problem=regression(...)), or another module on batches "
-        "(inputs, targets)."
-    )
+    """Return the targets ``(M, K)`` of a module's objective, of which labels number the rows."""
+    objective = getattr(pl_module, "objective", None)
+    if not isinstance(objective, Objective):
+        raise UserError(
+            "RegressionCollapseMonitor takes the targets of a full-batch run from its objective, and "
+            f"{type(pl_module).__name__} has none: derive it from nclightning.models.RegularizedClassifier."
+        )
+    hard = torch.eye(as_full_batch(pl_module).head.out_features, dtype=torch.float64)
+    return hard if objective.targets is None else torch.as_tensor(objective.targets)

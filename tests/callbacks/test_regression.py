@@ -4,15 +4,18 @@ import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, RegressionCollapseMonitor
 from nclightning.data import IndexDataModule
-from nclightning.functional import etf_deviation
+from nclightning.functional import etf_deviation, sample_statistics
 from nclightning.metrics import RegressionCollapse
+from nclightning.metrics.borrowed import Borrowed
 from nclightning.models import UFM
 from nclightning.problems import regression, unbalanced_ce
 from tests.callbacks.test_attach import hooks_of
+from tests.callbacks.test_monitors import fake_twin
 from tests.processes import on
 from tests.trainers import quiet_trainer
 
@@ -246,7 +249,26 @@ def test_a_run_collapses_to_the_gamma_that_is_predicted(bias, generator, tmp_pat
 def test_of_classes_nrc3_is_the_square_of_nc2(tmp_path):
     """The form that one-hot targets of balanced classes prescribe is the simplex ETF."""
     model, values = run(tmp_path, unbalanced_ce([5, 5, 5], 4, 0.01, 0.01, "free"), iterations=4)
-    assert values["nrc3"] == pytest.approx(float(etf_deviation(model.head.weight)) ** 2, rel=1e-9)
+    assert values["nrc3"] == pytest.approx(float(etf_deviation(model.head.weight.detach())) ** 2, rel=1e-9)
+
+
+def test_readings_make_no_host_sync(generator):
+    problem = regression(torch.randn(12, K, generator=generator), 4, 0.01, 0.01)
+    model, monitor = UFM(problem=problem), RegressionCollapseMonitor()
+    monitor.prepare(model, (torch.arange(12), torch.arange(12)))
+    part = monitor.at_iterates()
+    with FakeTensorMode():
+        index, labels = fake_twin(model, "cuda")
+        model._all_rows = index, index._version  # As after the first reading, which looks at them.
+        part._metric._head = Borrowed(model.head)
+        part._targets = sample_statistics(torch.empty(12, K, device="cuda"))
+        values = monitor.read(model, (index, labels))
+        assert {value.device.type for value in values.values()} == {"cuda"}
+
+
+def test_modules_without_an_objective_are_refused():
+    with pytest.raises(ValueError, match="takes the targets of a full-batch run from its objective, and Net has none"):
+        RegressionCollapseMonitor().prepare(Net(), (torch.arange(3), torch.arange(3)))
 
 
 def test_beside_the_monitor_of_classes(inputs, tmp_path):
