@@ -43,7 +43,8 @@ class RegressionCollapse(StreamingMetric):
     | ``rank`` | :func:`nclightning.functional.target_rank`: directions along which targets spread, K if none depends |
 
     The first three are 0 at collapse. Batches, their order and their split over processes do not matter beyond
-    round-off. What is kept are about ``d^2 + K^2`` numbers, and no sample for long. ``update`` stays on the device: it makes no transfer to the host.
+    round-off. What is kept are about ``d^2 + K^2`` numbers, and no sample for long. ``update`` stays on the device: it
+    makes no transfer to the host.
     Samples whose targets are missing must be left out: one that is not finite makes all that reads targets ``nan``.
 
     Args:

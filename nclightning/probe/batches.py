@@ -67,7 +67,7 @@ class RowBuffer:
             return
         features, labels = dict[str, Tensor](), waiting[0][1]
         for name in waiting[0][0]:
-            batches = [self._pair(captured[name], labels) for captured, labels in waiting]
+            batches = [self._rows(captured[name], labels) for captured, labels in waiting]
             if len(sizes := {h.shape[1] for h, _ in batches}) > 1:
                 raise UserError(
                     f"features of the layer {name!r} have {min(sizes)} numbers in one batch and {max(sizes)} in "
@@ -77,6 +77,12 @@ class RowBuffer:
                 features[name], labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         for take in self._takers:
             take(features, labels)
+
+    def _rows(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pair rows where they are not paired already."""
+        if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
+            return features, labels
+        return self._pair(features, labels)
 
 
 def unlabelled(captured: dict[str, Tensor], ignore_index: int | None) -> tuple[dict[str, Tensor], Tensor]:

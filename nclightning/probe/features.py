@@ -188,8 +188,6 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If there is not one label per row.
         TypeError: If labels are not integers.
     """
-    if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
-        return features, labels  # Of most batches.
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         hot = labels.ndim > 1 and labels.shape[-1] > 1
         means = (
