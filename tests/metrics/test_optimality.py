@@ -9,6 +9,7 @@ from torch import nn
 from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics, distance_to_collapse
 from nclightning.heads import read_head
 from nclightning.metrics import Optimality
+from nclightning.metrics.reference import Reference
 from nclightning.objective import Objective
 from nclightning.probe.optimality import OptimalityCollector
 from nclightning.theory import UFMProblem
@@ -40,15 +41,12 @@ def stream(problem, point, size=8):
 
 def collect(problem, point, size=8):
     """By the collector of a pass in which another one gathers the statistics."""
-    loss, penalties = problem, None
-    if isinstance(problem, UFMProblem):
-        loss, penalties = problem.loss, (problem.lambda_w, problem.lambda_h)
-    collector = OptimalityCollector(loss, read_head(head_of(point)), penalties, own_statistics=False)
+    collector = OptimalityCollector(Reference(problem), read_head(head_of(point)), own_statistics=False)
     buffer = StatisticsBuffer(ClassStatistics.empty(*point.weight.shape))
     for h, y in zip(point.features.split(size), point.labels.split(size), strict=True):
         buffer.add(h, y)
         collector.update(h, y)
-    return {name: float(value) for name, value in collector.read(buffer.statistics).items()}
+    return {name: float(value) for name, value in collector.read(buffer.statistics).values.items()}
 
 
 @pytest.mark.parametrize("problem", FULL_RANK, ids=name_of)
