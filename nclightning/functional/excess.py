@@ -133,7 +133,7 @@ class ExcessLoss(NamedTuple):
         first.scatter_reduce_(0, labels, place, "amin")
         known = torch.cat([self.counts, self.counts.new_zeros(1)]).unsqueeze(1) > 0
         anchors = torch.where(known, _with_a_row(self.anchors), features.index_select(0, first).to(self.anchors))
-        counts, offsets = torch.zeros_like(anchors[:, 0]), torch.zeros_like(anchors)
+        counts, offsets = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors)
         size = max(_ELEMENTS_AT_A_TIME // max(dim, len(head.weight)), _LEAST_ROWS)
         parts = []
         for rows, index in zip(torch.split(features, size), torch.split(labels, size), strict=True):

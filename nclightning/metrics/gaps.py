@@ -40,7 +40,8 @@ class Found(NamedTuple):
 
     Attributes:
         values: Float64 scalars by name.
-        missing: Why gap or distance are ``nan``, one sentence; None if they are not, or if no penalties fit.
+        missing: Why gap or distance are ``nan``, one sentence; None if they are not, were not asked for, or if no
+            penalties fit.
     """
 
     values: dict[str, Tensor]
@@ -93,7 +94,7 @@ def read_optimality(stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss, 
         values["relative_distance"] = values["distance"] / solved.optimum_norm
         values["gap"] = point.gap(solved)
     except NoAnswer as answer:
-        missing = str(answer)
+        missing = None if reference.exact is False else str(answer)
     return Found(values | fitted, missing)
 
 

@@ -93,6 +93,7 @@ class Optimality(NeuralCollapse):
         super().__init__(num_groups, dim, None, measures=("nc1_ratio",), **kwargs)
         self.reference, self._head = reference, Borrowed(head)
         self._snapshot: Head | None = None
+        self._loss: HeadLoss | None = None
         self._has_warned = False
         num_outputs = weight_shape(head)[0]
         for name, value in ExcessLoss.empty(num_groups, dim, num_outputs)._asdict().items():
@@ -143,7 +144,7 @@ class Optimality(NeuralCollapse):
     def reset(self) -> None:
         """Forget samples and head."""
         super().reset()
-        self._snapshot = None
+        self._snapshot = self._loss = None
 
     def compute(self) -> dict[str, Tensor]:
         """Read gap, distance and certified gap.
@@ -171,15 +172,17 @@ class Optimality(NeuralCollapse):
                 raise UserError("labels must be integers in all batches or floating in all, got both since the reset.")
             return read_soft(self._soft, self._head_loss(), self.reference)
         values, missing = read_optimality(stats, self._excess, self._head_loss(), self.reference)
-        if missing is not None and self.reference.exact is not False and not self._has_warned:
+        if missing is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"gap or distance is nan, and certified_gap holds: {missing}", stacklevel=2)
         return values
 
     def _head_loss(self) -> HeadLoss:
-        head = self._snapshot or self._head.get()
-        assert head is not None
-        return self.reference.head_loss(head, self.means.device)
+        if self._snapshot is None:
+            return self.reference.head_loss(self._head.get(), self.means.device)  # type: ignore[arg-type]
+        if self._loss is None or self._loss.weight.device != self.means.device:
+            self._loss = self.reference.head_loss(self._snapshot, self.means.device)
+        return self._loss
 
     @property
     def _folded_excess(self) -> ExcessLoss:

@@ -126,6 +126,11 @@ class Reference:
         """
         if isinstance(self.problem, Problem):
             return self.problem.table
+        if num_outputs == 1 and self.loss.shift_invariant:
+            raise UserError(
+                "head must have at least two outputs for cross-entropy, which one logit does not change: pass 'bce' "
+                "for a yes or no."
+            )
         if isinstance(self.targets, Tensor):
             table = self.targets
         elif num_outputs > 1:
