@@ -30,7 +30,7 @@ __all__ = ["OptimalityMonitor"]
 
 # Arguments that do not say which values are logged.
 _OTHER_ARGUMENTS = frozenset(
-    {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn"}
+    {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn", "exact"}
 )
 
 
@@ -86,14 +86,14 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         loss: For other modules: ``"mse"``, ``"ce"``, ``"bce"`` or a :class:`nclightning.problems.Loss`.
         lambda_w: For other modules: penalty on the head in Problem (2). None with ``lambda_h`` fits both.
         lambda_h: For other modules: penalty on the features, on the sum over all samples.
-        lambda_b: For other modules: penalty on the bias of the head; 0.0 takes a bias as free.
-        targets: For other modules: ``(K, K)``, whose row k is the target of label k, such as smoothed labels; None
-            takes hard labels.
-        exact: For other modules: as for :class:`nclightning.metrics.Optimality`; False leaves gap and distance out.
         every_n_epochs: Cadence on other modules.
         head: Their head: a dotted name, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         batch_fn: Splits their batches into input and labels; None takes pairs and mappings.
         forward_fn: Runs them on the inputs of a batch, ``(module, inputs) -> output``; None calls them.
+        lambda_b: For other modules: penalty on the bias of the head; 0.0 takes a bias as free.
+        targets: For other modules: ``(K, K)``, whose row k is the target of label k, such as smoothed labels; None
+            takes hard labels.
+        exact: For other modules: as for :class:`nclightning.metrics.Optimality`; False leaves gap and distance out.
 
     Raises:
         ValueError: If an argument is out of range, or at the start of a fit if the theory does not cover what the
@@ -109,13 +109,13 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         loss: LossLike | None = None,
         lambda_w: float | None = None,
         lambda_h: float | None = None,
-        lambda_b: float = 0.0,
-        targets: Sequence[Sequence[float]] | None = None,
-        exact: bool | None = None,
         every_n_epochs: int = 1,
         head: HeadArgument = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
         forward_fn: Callable[[Any, Any], Any] | None = None,
+        lambda_b: float = 0.0,
+        targets: Sequence[Sequence[float]] | None = None,
+        exact: bool | None = None,
     ) -> None:
         given = dict(locals())
         super().__init__()
