@@ -125,7 +125,7 @@ class Reference:
             ValueError: If they do not fit the head or the loss.
         """
         if isinstance(self.problem, Problem):
-            return self.problem.table
+            return self.problem.targets
         if num_outputs == 1 and self.loss.shift_invariant:
             raise UserError(
                 "head must have at least two outputs for cross-entropy, which one logit does not change: pass 'bce' "
@@ -228,7 +228,7 @@ class Reference:
             ValueError: If a problem was given, and groups come in other numbers.
         """
         if isinstance(self.problem, Problem):
-            known = torch.as_tensor(self.problem.counts).tolist()
+            known = self.problem.counts.tolist()
             if known != list(counts):
                 different = next(m for m, (one, other) in enumerate(zip(known, counts, strict=True)) if one != other)
                 raise UserError(
@@ -277,7 +277,7 @@ class Reference:
         if self.has_closed_form(counts, head):
             sizes = problem.num_classes, counts[0], problem.feature_dim
             return UFMProblem(self.name, *sizes, problem.lambda_w, problem.lambda_h)  # type: ignore[arg-type]
-        if self.exact is None and problem.table.numel() > _MOST_NUMBERS and not _has_formula(problem):
+        if self.exact is None and problem.targets.numel() > _MOST_NUMBERS and not _has_formula(problem):
             raise NoAnswer(
                 "optimum",
                 f"that of {problem.num_groups} targets with {problem.num_classes} outputs has no formula and takes "
@@ -293,8 +293,8 @@ def is_loss(value: object) -> bool:
 
 def _has_formula(problem: Problem) -> bool:
     present = problem.present
-    counts = torch.as_tensor(problem.counts)[present].double()
-    groups = Groups(problem.loss, problem.table[present], counts, problem.strength, problem.lambda_b)
+    counts = problem.counts[present].double()
+    groups = Groups(problem.loss, problem.targets[present], counts, problem.strength, problem.lambda_b)
     return problem.loss.closed_form(groups) is not None
 
 

@@ -152,7 +152,7 @@ def test_any_loss_and_counts(kind, bias, tmp_path, samples):
 
 def test_smoothed_labels(tmp_path, samples):
     problem = label_smoothing(COUNTS, 0.1, 8, 1e-2, 1e-3, "free")
-    monitor = OptimalityMonitor(loss="ce", lambda_w=1e-2, lambda_h=1e-3, targets=problem.table.tolist())
+    monitor = OptimalityMonitor(loss="ce", lambda_w=1e-2, lambda_h=1e-3, targets=problem.targets.tolist())
     _, trainer = fit(tmp_path, [monitor], loader(unbalanced(samples)))
     values = read(trainer)
     objective = values["certified_gap"] + values["certified_bound"]

@@ -199,7 +199,7 @@ def test_one_output_and_yes_or_no(generator):
 def test_smoothed_labels_by_their_table(generator):
     problem = label_smoothing(COUNTS, 0.1, 5, 2e-2, 3e-3, "free")
     point = random_point(problem, generator)
-    values = read("ce", point, lambda_w=2e-2, lambda_h=3e-3, targets=problem.table.tolist())
+    values = read("ce", point, lambda_w=2e-2, lambda_h=3e-3, targets=problem.targets.tolist())
     assert values == pytest.approx(read(problem, point), rel=1e-13)
     weight, features, labels, bias = point
     loss = cross_entropy(features @ weight.T + bias, labels, label_smoothing=0.1)
@@ -247,7 +247,7 @@ def test_large_optima_without_a_formula_are_for_who_asks(exact, generator):
 def test_a_loss_of_ones_own_without_a_conjugate(generator):
     problem = one_against_rest([6, 3, 1], 4, 0.01, 0.02)
     point = random_point(problem, generator)
-    values = read(problem.loss, point, lambda_w=0.01, lambda_h=0.02, targets=problem.table)
+    values = read(problem.loss, point, lambda_w=0.01, lambda_h=0.02, targets=problem.targets)
     assert values == pytest.approx(read(problem, point), rel=1e-13)
     assert 0 < values["gap"] <= values["certified_gap"]
 
@@ -386,10 +386,10 @@ def _bias_part(residuals, lambda_b):
 def test_targets_of_their_own_close_the_gap_at_an_optimum(make, generator):
     problem = make()
     weight, features, labels, _ = problem.random_optimum(generator)
-    values = read_soft("ce", (weight, features, None), problem.table[labels], lambda_w=0.01, lambda_h=0.01)
+    values = read_soft("ce", (weight, features, None), problem.targets[labels], lambda_w=0.01, lambda_h=0.01)
     assert values["certified_bound"] == pytest.approx(problem.optimal_value, rel=1e-13)
     assert abs(values["certified_gap"]) < 1e-13
-    fitted = read_soft("ce", (weight, features, None), problem.table[labels])
+    fitted = read_soft("ce", (weight, features, None), problem.targets[labels])
     assert fitted["lambda_w"] == pytest.approx(0.01, rel=1e-12)
     assert fitted["lambda_h"] == pytest.approx(0.01, rel=1e-12)
 
