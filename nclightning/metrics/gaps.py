@@ -24,7 +24,9 @@ from torch import Tensor
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ExcessLoss, HeadLoss, distance_to_collapse
 from nclightning.metrics.reference import Penalties, Reference
+from nclightning.objective import Objective
 from nclightning.problems import Loss, NoAnswer, Problem
+from nclightning.problems.groups import bias_part
 from nclightning.theory import UFMProblem
 
 __all__ = ["Found", "SoftSums", "read_optimality", "read_soft"]
@@ -115,9 +117,14 @@ class _Point:
         """F, with the loss of the samples around that of their class means."""
         head = self._head
         losses = self._excess + (self._counts * problem.loss.value(self.logits, head.targets)).sum()
-        value = losses / problem.num_samples + problem.lambda_w / 2 * head.weight.square().sum()
-        value = value + problem.lambda_h / 2 * self.square_norm
-        return value + (problem.lambda_b or 0.0) / 2 * head.bias.square().sum() if head.bias is not None else value
+        objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0)
+        return objective.combine(
+            losses=losses,
+            num_samples=problem.num_samples,
+            weight_square=head.weight.square().sum(),
+            features_square=self.square_norm,
+            bias_square=None if head.bias is None else head.bias.square().sum(),
+        )
 
     def distance(self, problem: Problem | UFMProblem) -> Tensor:
         """Distance to the optimal set."""
@@ -247,17 +254,21 @@ def read_soft(sums: SoftSums, head: HeadLoss, reference: Reference) -> dict[str,
         fitted = {name: none if penalties is None else none.new_tensor(getattr(penalties, name)) for name in _FITTED}
     if penalties is None or not math.isfinite(loss + squares):
         return dict.fromkeys(_CERTIFIED, none) | fitted
-    lambda_w, lambda_h, lambda_b = penalties
-    biases = 0.0 if head.bias is None else float(head.bias.square().sum())
-    penalty = lambda_w * float(head.weight.square().sum()) + lambda_h * squares + lambda_b * biases
+    objective = Objective(reference.loss, *penalties).combine(
+        losses=loss,
+        num_samples=int(count),
+        weight_square=float(head.weight.square().sum()),
+        features_square=squares,
+        bias_square=None if head.bias is None else float(head.bias.square().sum()),
+    )
     # Rounding of the Gram matrix must not raise the bound.
     norm = math.sqrt(max(float(torch.linalg.eigvalsh(sums.gram.double())[-1]), 0.0)) * (1 + 1e-14)
-    share = min(1.0, count * math.sqrt(lambda_w) * math.sqrt(lambda_h) / norm) if norm > 0 else 1.0
+    share = min(1.0, count * penalties.strength / norm) if norm > 0 else 1.0
     lower = ((1 - share) * free + share * bound) / count
     if head.bias is not None:
-        lower -= float((share / count * sums.residuals.double()).square().sum()) / (2 * lambda_b)
+        lower -= bias_part(sums.residuals.double() * (share / count), penalties.lambda_b)
     return {
-        "certified_gap": none.new_tensor(loss / count + penalty / 2 - lower),
+        "certified_gap": none.new_tensor(objective - lower),
         "certified_bound": none.new_tensor(lower),
         **fitted,
     }

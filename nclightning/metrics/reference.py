@@ -45,6 +45,11 @@ class Penalties(NamedTuple):
     lambda_h: float
     lambda_b: float = 0.0
 
+    @property
+    def strength(self) -> float:
+        """Root of the product of those on head and features."""
+        return math.sqrt(self.lambda_w) * math.sqrt(self.lambda_h)
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
