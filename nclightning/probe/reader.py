@@ -84,11 +84,6 @@ class PairReader:
 
     # Batches.
 
-    @property
-    def splits_plainly(self) -> bool:
-        """Whether labels are what the data set holds under that name or in that place."""
-        return self._batch_fn is None
-
     def split(self, batch: Any, labelled: bool = True) -> tuple[Any, Tensor]:
         """Split a batch into what the model is called with, and the labels as they belong to the feature rows.
 
