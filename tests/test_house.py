@@ -21,7 +21,7 @@ FLOORS = {
     "problems": -1,
     "sending": 0,
     "pictures": 1,
-    "objective": 0,
+    "objective": 0.5,
     "heads": 0,
     "ranks": 0,
     "theory": 0,

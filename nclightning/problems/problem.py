@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, check_arguments, check_point, table
+from nclightning.problems.checks import admit, check_arguments, check_groups, check_point
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
@@ -27,7 +26,6 @@ from nclightning.problems.with_optimum import WithOptimum
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, eq=False)
 class Problem(WithOptimum):
     r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
 
@@ -63,54 +61,70 @@ class Problem(WithOptimum):
         0.137515
     """
 
-    loss: Loss
-    targets: Tensor | Sequence[Sequence[float]] | None
-    counts: Tensor | Sequence[int]
-    feature_dim: int
-    lambda_w: float
-    lambda_h: float
-    bias: Literal["none", "free"] | float = "none"
-    tolerance: float = 1e-10
-
-    def __post_init__(self) -> None:
-        targets, counts = table(self.targets, self.counts, self.loss)
-        object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "counts", counts)
+    def __init__(
+        self,
+        loss: Loss,
+        targets: Tensor | Sequence[Sequence[float]] | None,
+        counts: Tensor | Sequence[int],
+        feature_dim: int,
+        lambda_w: float,
+        lambda_h: float,
+        bias: Literal["none", "free"] | float = "none",
+        tolerance: float = 1e-10,
+    ) -> None:
+        self.loss = loss
+        self.targets, self.counts = check_groups(targets, counts, loss)
+        self.feature_dim, self.lambda_w, self.lambda_h = feature_dim, lambda_w, lambda_h
+        self.bias, self.tolerance = bias, tolerance
         check_arguments(self)
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change: what was found would be of another problem."""
+        if getattr(self, "_is_made", False):
+            raise AttributeError(f"a Problem does not change: take problem.replace({name}=...).")
+        super().__setattr__(name, value)
+
+    def replace(self, **changes: Any) -> Problem:
+        """Make the problem with other arguments.
+
+        Args:
+            **changes: By the names of the arguments.
+
+        Returns:
+            A new one.
+        """
+        own = {name: getattr(self, name) for name in ("loss", "targets", "counts", "feature_dim")}
+        own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
+        return type(self)(**own | changes)
 
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
-        return self.table.shape[1]
+        return self.targets.shape[1]
 
     @property
     def num_groups(self) -> int:
         """M, the rows of the targets."""
-        return self.table.shape[0]
-
-    @property
-    def table(self) -> Tensor:
-        """Targets of the groups ``(M, K)``, float64."""
-        assert isinstance(self.targets, Tensor)
-        return self.targets
+        return self.targets.shape[0]
 
     @cached_property
     def has_hard_labels(self) -> bool:
         """Whether the target of group m is row m of the identity."""
-        return self.num_groups == self.num_classes and torch.equal(self.table, torch.eye(self.num_classes).double())
+        return self.num_groups == self.num_classes and torch.equal(self.targets, torch.eye(self.num_classes).double())
 
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
         if self.num_groups != self.num_classes:
             return False
-        largest = self.table.diagonal().unsqueeze(1)
-        return bool(((self.table < largest).sum(dim=1) == self.num_classes - 1).all())
+        largest = self.targets.diagonal().unsqueeze(1)
+        return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
 
     @cached_property
     def num_samples(self) -> int:
         """N."""
-        return int(torch.as_tensor(self.counts).sum())
+        return int(self.counts.sum())
 
     @property
     def lambda_b(self) -> float | None:
@@ -135,7 +149,7 @@ class Problem(WithOptimum):
     @property
     def samples_per_group(self) -> Tensor:
         """The counts ``(M,)``."""
-        return torch.as_tensor(self.counts)
+        return self.counts
 
     @property
     def bias_said(self) -> str:
@@ -154,7 +168,7 @@ class Problem(WithOptimum):
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Problem:
         """Make the problem that :meth:`describe` wrote, or that a configuration names by ``class_path``."""
-        return from_description(description)
+        return from_description(cls, description)
 
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F in the dtype of the inputs; differentiable.
@@ -173,7 +187,7 @@ class Problem(WithOptimum):
         """
         check_point(self, weight, features, labels, bias, labels_too=False)
         logits = features @ weight.T if bias is None else features @ weight.T + bias
-        targets = self.table.to(logits).index_select(0, labels)
+        targets = self.targets.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
@@ -228,23 +242,27 @@ class Problem(WithOptimum):
         point = admit(self, weight, features, labels, bias)
         logits = point.features @ point.weight.T
         logits = logits if point.bias is None else logits + point.bias
-        residuals = self.loss.residual(logits, self.table.to(logits).index_select(0, labels))
-        bound = self.certified_lower_bound_from_residuals(self._group_means(residuals, labels))
-        if bound is not None:
-            return bound
-        return self._groups.lower_bound_at(self._group_means(logits, labels).cpu()[self.present])
+        residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
+        means = (self._group_means(rows, labels) for rows in (residuals, logits))
+        bound = self.certified_lower_bound_from_residuals(*means)
+        assert bound is not None
+        return bound
 
-    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+    def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
         """Bound F* from below by predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
                 cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
 
         Returns:
-            The bound; None for a loss without a ``dual_value``.
+            The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        if bound is not None or logits is None:
+            return bound
+        return self._groups.lower_bound_at(logits.detach().to("cpu", torch.float64)[self.present])
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set.
@@ -294,20 +312,20 @@ class Problem(WithOptimum):
     @cached_property
     def present(self) -> Tensor:
         """Which groups have samples, ``(M,)``; all else is about those."""
-        return torch.as_tensor(self.counts) > 0
+        return self.counts > 0
 
     @cached_property
     def _groups(self) -> Groups:
         present = self.present
         return Groups(
             self.loss,
-            self.table[present],
-            torch.as_tensor(self.counts)[present].double(),
+            self.targets[present],
+            self.counts[present].double(),
             self.strength,
             self.lambda_b,
         )
 
     def _group_means(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Mean of the rows of each group ``(M, ..)``; zero for a group without samples."""
-        counts = self.samples_per_group.to(rows).clamp(min=1).unsqueeze(1)
+        counts = self.counts.to(rows).clamp(min=1).unsqueeze(1)
         return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, labels, rows) / counts

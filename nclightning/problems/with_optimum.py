@@ -28,6 +28,7 @@ class WithOptimum(ABC):
 
     # Whether a bias may come with moments although the problem has none.
     _ignores_bias: ClassVar[bool] = False
+    feature_dim: int
 
     if TYPE_CHECKING:  # Not abstract: a dataclass would take them for the defaults of its fields.
 
@@ -42,10 +43,6 @@ class WithOptimum(ABC):
         @property
         def num_samples(self) -> int:
             """N."""
-
-        @property
-        def feature_dim(self) -> int:
-            """The width d."""
 
         @property
         def dimension(self) -> int:
