@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nclightning.callbacks.full_batch import as_full_batch, head_reader
 from nclightning.callbacks.monitor import Batch, MonitorAtIterates
+from nclightning.callbacks.problem import num_groups_of
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
 from nclightning.probe.collectors import Measuring, merge_over_ranks

@@ -41,6 +41,9 @@ class Measuring:
         ignore_index: Label of samples to leave out.
         conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
 
+    Attributes:
+        num_groups: How many groups of samples the labels say, where they say groups and not the classes of the head.
+
     Raises:
         ValueError: If a name does not exist or stands twice.
     """
@@ -50,6 +53,7 @@ class Measuring:
     ) -> None:
         self._ignore_index, self._conventions = ignore_index, conventions
         self._told: set[str] = set()
+        self.num_groups: int | None = None
         self.of_statistics: tuple[str, ...] | None = None
         self.of_decisions: tuple[str, ...] = ()
         if measures is None:
@@ -70,13 +74,15 @@ class Measuring:
 
     def metric(self, head: Head | HeadReader) -> NeuralCollapse:
         """Make the metric of the head and its input."""
+        measures = ("all",) if self.of_statistics == tuple(MEASURES) else self.of_statistics
         return NeuralCollapse(
-            head.out_features,
+            head.out_features if self.num_groups is None else self.num_groups,
             head.in_features,
             head,
             # The lightest measure where only statistics are wanted.
-            ("nc1_ratio",) if self.of_statistics == () else self.of_statistics,
+            ("nc1_ratio",) if measures == () else measures,
             ignore_index=self._ignore_index,
+            groups=self.num_groups is not None,
             **self._conventions,
         ).to(device_of(head))
 

@@ -227,10 +227,9 @@ class Problem:
         """
         logits = _logits(admit(self, weight, features, labels, bias))
         residuals = self.loss.residual(logits, self.table.to(logits).index_select(0, labels))
-        bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
-        if bound is not None:
-            return bound
-        return self._groups.lower_bound_at(group_means(logits, labels, self.num_groups).cpu()[self.present])
+        return float(
+            self.lower_bound_from_means(*(group_means(x, labels, self.num_groups) for x in (residuals, logits)))
+        )
 
     def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
         """Bound F* from below by predictions alone.
@@ -242,7 +241,25 @@ class Problem:
         Returns:
             The bound; None for a loss without a ``dual_value``.
         """
-        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        return None if bound is None else float(bound)
+
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor) -> Tensor:
+        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are and without a transfer to the host.
+
+        Args:
+            residuals: ``(M, K)``, as for :meth:`certified_lower_bound_from_residuals`.
+            logits: ``(M, K)``: the mean logits of each group, bias included, which losses without a ``dual_value``
+                need. Of those a free bias is balanced by Newton's method, which does transfer.
+
+        Returns:
+            Float64 scalar.
+        """
+        index = torch.nonzero(self.present).flatten().to(residuals.device)
+        residuals, logits = (x.detach().double().index_select(0, index) for x in (residuals, logits))
+        groups = self._groups.to(residuals.device)
+        bound = groups.lower_bound(residuals)
+        return groups.lower_bound_at(logits) if bound is None else bound
 
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
