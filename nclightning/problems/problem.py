@@ -178,12 +178,22 @@ class Problem:
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
 
-    @cached_property
+    @property
     def convex_optimum(self) -> Optimum:
         """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        if isinstance(self._found, NoAnswer):
+            raise NoAnswer(self._found.question, self._found.reason)
+        return self._found
+
+    @cached_property
+    def _found(self) -> Optimum | NoAnswer:
+        """The optimum, or why there is none: what took long is not tried again."""
         # It is kept, and what is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
-            return find_optimum(self._groups, self.tolerance)
+            try:
+                return find_optimum(self._groups, self.tolerance)
+            except NoAnswer as missing:
+                return missing
 
     @property
     def optimum(self) -> Optimum:
@@ -387,7 +397,12 @@ class Problem:
         Raises:
             NoAnswer: If the optimum is not known, or the problem is too large for it.
         """
-        return spectrum(self.optimal_set)
+        return self._spectrum
+
+    @cached_property
+    def _spectrum(self) -> tuple[Eigenvalue, ...]:
+        with torch.inference_mode(False):
+            return spectrum(self.optimal_set)
 
     @property
     def mu(self) -> float:
