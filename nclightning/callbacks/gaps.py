@@ -103,7 +103,7 @@ class Gaps:
 def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -> Gap:
     """F, and how far it is above the bound that the residuals at this point certify."""
     stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False))
-    targets = problem.table.to(features.device)
+    targets = problem.targets.to(features.device)
     residuals, losses = torch.zeros_like(targets), []
     for logits, own in _logits(head, features, labels):
         rows = targets.index_select(0, own)
