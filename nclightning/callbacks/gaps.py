@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
+from threading import Timer
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nclightning.callbacks.problem import KnownProblem
+from nclightning.callbacks.problem import KnownProblem, check_balance
+from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.problems import NoAnswer, Problem
-from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
+from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
-__all__ = ["Gap", "Gaps"]
+__all__ = ["Gap", "Gaps", "said_if_slow"]
 
+_PATIENCE = 2.0  # Seconds after which it is said what takes long.
 # Elements of the features whose logits are formed at a time.
 _ELEMENTS_AT_A_TIME = 2**17
 
@@ -54,20 +59,30 @@ class Gaps:
         except NoAnswer as missing:
             self.missing = missing
 
+    def check(self, labels: Tensor) -> None:
+        """Raise unless the samples of all processes are those of the problem, and their gap can be read.
+
+        Args:
+            labels: Those of this process. Transfers to the host.
+
+        Raises:
+            ValueError: If not.
+        """
+        check_balance(self.problem, labels)
+        if world_size() > 1 and self._needs_all_samples:
+            raise UserError(
+                "gap and distance of features shared by processes need as many features as the optimal logits, which "
+                f"feature_dim={self.problem.feature_dim} is not: set OptimalityMonitor(theory=False), or "
+                "trainer.devices=1."
+            )
+
     @cached_property
-    def needs_all_samples(self) -> bool:
-        """Whether moments of the features do not tell the gap: with fewer features than the optimum's rank."""
+    def _needs_all_samples(self) -> bool:
+        """Whether moments of the features do not tell the gap: with fewer features than the optimal logits need."""
         problem = self.problem
         if isinstance(problem, UFMProblem):
             return problem.collapses and problem.rank < problem.num_classes - 1
         return self.missing is None and problem.feature_dim < problem.convex_optimum.rank
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        """Tags of the readings."""
-        if self.missing is not None:
-            return ("optimality/certified_gap",)
-        return "optimality/gap", "optimality/distance"
 
     def read(self, head: Head, features: Tensor, labels: Tensor) -> Gap:
         """Read a point.
@@ -84,12 +99,11 @@ class Gaps:
             assert isinstance(self.problem, Problem)
             return _certified(self.problem, head, features, labels)
         gap, distance = self._gap_and_distance(head, features, labels)
-        readings = dict(zip(self.tags, (gap, distance), strict=True))
-        return Gap(self.problem.optimal_value + gap, readings)
+        return Gap(self.problem.optimal_value + gap, {"optimality/gap": gap, "optimality/distance": distance})
 
     def _gap_and_distance(self, head: Head, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         problem = self.problem
-        if self.needs_all_samples:
+        if self._needs_all_samples:
             point = head.weight, features, labels, head.bias
             return problem.gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
         stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False))
@@ -132,3 +146,19 @@ def _logits(head: Head, features: Tensor, labels: Tensor) -> Iterator[tuple[Tens
 
 def _double(head: Head) -> tuple[Tensor, Tensor | None]:
     return head.weight.double(), None if head.bias is None else head.bias.double()
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Say what is being computed once it takes long; on the first process.
+
+    Args:
+        what: One sentence.
+    """
+    timer = Timer(_PATIENCE, rank_zero_info, (what,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -161,7 +161,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
 
     def make_at_iterates(self) -> CollapseAtIterates:
         """Make the callback for full-batch modules."""
-        return CollapseAtIterates(self._every_n_iterations, self._measuring)
+        return CollapseAtIterates(self._every_n_iterations, self._measuring, self._at_epochs.stages)
 
     def make_at_epochs(self) -> CollapseAtEpochs:
         """Make the callback for other modules."""

@@ -181,7 +181,8 @@ class Groups:
         matrix = self.scaled(residuals)
         # Its rounding must not raise the bound.
         norm = torch.linalg.matrix_norm(matrix, 2) * (1 + 4 * torch.finfo(matrix.dtype).eps)
-        return (self.strength / norm).clamp(max=1)
+        factor: Tensor = (self.strength / norm).clamp(max=1)
+        return factor
 
     def _bias_part(self, dual: Tensor) -> Tensor | float:
         if not self.lambda_b:

@@ -269,7 +269,7 @@ class Problem:
         return None if bound is None else float(bound)
 
     def lower_bound_from_means(self, residuals: Tensor, logits: Tensor) -> Tensor:
-        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are and without a transfer to the host.
+        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are, without a transfer to the host.
 
         Args:
             residuals: ``(M, K)``, as for :meth:`certified_lower_bound_from_residuals`.
