@@ -15,6 +15,7 @@ from nclightning.callbacks.problem import num_groups_of
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
+from nclightning.metrics.measures import DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 from nclightning.probe.collectors import Measuring, merge_over_ranks
 from nclightning.probe.first_batch import check_range
 
@@ -24,8 +25,8 @@ __all__ = ["CollapseAtIterates"]
 class CollapseAtIterates(MonitorAtIterates):
     """Measures the training set at iterates.
 
-    Where labels say groups of samples with the same target, such as mixed ones, and no classes of the head, NC1 is that
-    of the groups, and what takes a label for a class is left out.
+    Where labels say groups of samples with the same target, such as mixed ones, and no classes of the head, it reads of
+    them what :class:`nclightning.metrics.NeuralCollapse` reads of groups.
 
     Args:
         every_n_iterations: Cadence.
@@ -33,7 +34,7 @@ class CollapseAtIterates(MonitorAtIterates):
         stages: Of validation and test, those that are read.
     """
 
-    log10_tags = frozenset(f"nc/train/nc{i}" for i in (1, 2, 3))
+    log10_tags = frozenset(f"nc/train/{name}" for name in DEFAULT_MEASURES)
 
     def __init__(
         self, every_n_iterations: int, measuring: Measuring, stages: Collection[str] = ("val", "test")
@@ -54,6 +55,8 @@ class CollapseAtIterates(MonitorAtIterates):
                 f"{int(batch[1].min())}..{int(batch[1].max())}."
             )
         self._metric = self._measuring.metric(head)
+        if groups is not None:
+            self.log10_tags = frozenset(f"nc/train/{name}" for name in DEFAULT_MEASURES_OF_GROUPS)
 
     @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:

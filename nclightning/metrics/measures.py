@@ -16,6 +16,7 @@ from nclightning.functional.statistics import BetweenWeights, ClassStatistics, G
 
 __all__ = [
     "DEFAULT_MEASURES",
+    "DEFAULT_MEASURES_OF_GROUPS",
     "MEASURES",
     "Meaning",
     "Measure",
@@ -94,7 +95,7 @@ class Measure(NamedTuple):
         collapsed: Its value at neural collapse.
         needs_head: Whether it reads the head.
         needs_scatter: Whether the light statistics are not enough.
-        needs_classes: Whether it takes each label for a class: a row of the head, or a corner of a simplex.
+        needs_classes: Whether it takes labels for classes, each with a row of the head or a direction of its own.
     """
 
     read: Callable[[Reading], Tensor]
@@ -122,12 +123,14 @@ MEASURES: dict[str, Measure] = {
         lambda r: F.within_class_variability(r.stats, *r.conventions),
         "spread within over between classes, tr(S_W S_B^+)/K",
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc1_rank": Measure(
         lambda r: F.between_class_rank(r.stats, *r.conventions),
         "directions along which class means spread",
         lambda num_classes, feature_dim: min(num_classes - 1, feature_dim),
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc1_ratio": Measure(
         lambda r: F.within_between_ratio(r.stats, *r.conventions),
@@ -145,6 +148,7 @@ MEASURES: dict[str, Measure] = {
         lambda r: F.variability_collapse_index(r.stats),
         "share of the covariance that class means do not explain",
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc2": Measure(
         lambda r: F.etf_deviation(r.head), "distance of the head from a simplex ETF", _ZERO_OF_AN_ETF, needs_head=True
@@ -293,6 +297,7 @@ def meaning_of(name: str) -> Meaning:
 
 
 DEFAULT_MEASURES = ("nc1", "nc2", "nc3")
+DEFAULT_MEASURES_OF_GROUPS = ("nc1_ratio", "nc1_cdnv", "nc2")
 
 
 def select_measures(names: Sequence[str], further: Sequence[str] = ()) -> tuple[str, ...]:

@@ -20,7 +20,14 @@ from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, per_class_values, select_measures
+from nclightning.metrics.measures import (
+    DEFAULT_MEASURES,
+    DEFAULT_MEASURES_OF_GROUPS,
+    MEASURES,
+    Reading,
+    per_class_values,
+    select_measures,
+)
 
 __all__ = ["NeuralCollapse"]
 
@@ -51,7 +58,8 @@ class NeuralCollapse(StreamingMetric):
         ignore_index: Label of samples to leave out.
         groups: Whether labels say groups of samples with the same target, such as mixed ones, and no classes that rows
             of the head belong to. ``num_classes`` then counts the groups, and what takes a label for a class is left
-            out, such as ``nc3``.
+            out: ``nc3``, and ``nc1``, as group means need not spread in a direction each. None for ``measures`` takes
+            ``nc1_ratio``, ``nc1_cdnv`` and ``nc2``.
         dtype: Dtype of the statistics. Float64 by default whatever the features: near collapse float32 sums lose
             the within-class scatter. Trainer precision does not change it.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
@@ -128,8 +136,8 @@ class NeuralCollapse(StreamingMetric):
             return tuple(name for name in names if not needs_head(name) and not needs_classes(name))
 
         if measures is None:
-            measures = DEFAULT_MEASURES
-            if self.feature_dim > _LARGEST_DEFAULT_DIM:
+            measures = DEFAULT_MEASURES_OF_GROUPS if groups else DEFAULT_MEASURES
+            if self.feature_dim > _LARGEST_DEFAULT_DIM and not groups:
                 measures = _LIGHT_DEFAULT
                 warnings.warn(
                     f"feature_dim={self.feature_dim} would need {8 * self.feature_dim**2 / 2**30:.1f} GiB for the "

@@ -12,7 +12,12 @@ from torch import Tensor
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
-from nclightning.metrics.measures import Reading, select_measures
+from nclightning.metrics.measures import (
+    DEFAULT_MEASURES,
+    DEFAULT_MEASURES_OF_GROUPS,
+    Reading,
+    select_measures,
+)
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
@@ -69,7 +74,8 @@ class Measuring:
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return the names of the measures of a data set, and one name for each further layer."""
-        of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
+        default = DEFAULT_MEASURES if self.num_groups is None else DEFAULT_MEASURES_OF_GROUPS
+        of_statistics = default if self.of_statistics is None else self.of_statistics
         return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
     def metric(self, head: Head | HeadReader) -> NeuralCollapse:
