@@ -120,7 +120,7 @@ class Problem:
         largest = self.targets.diagonal().unsqueeze(1)
         return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """N."""
         return int(self.counts.sum())
@@ -279,7 +279,7 @@ class Problem:
         Returns:
             Float64 scalar.
         """
-        index = torch.nonzero(self.present).flatten().to(residuals.device)
+        index = self._present_index.to(residuals.device)
         residuals, logits = (x.detach().double().index_select(0, index) for x in (residuals, logits))
         groups = self._groups.to(residuals.device)
         bound = groups.lower_bound(residuals)
@@ -449,6 +449,10 @@ class Problem:
     def present(self) -> Tensor:
         """Which groups have samples, ``(M,)``; all else is about those."""
         return self.counts > 0
+
+    @cached_property
+    def _present_index(self) -> Tensor:
+        return torch.nonzero(self.present).flatten()
 
     @cached_property
     def _groups(self) -> Groups:
