@@ -18,6 +18,7 @@ from nclightning.metrics.optimality import check_counts
 from nclightning.probe.features import split_batch
 from nclightning.probe.sweep import known_indices
 from nclightning.problems import Problem
+from nclightning.problems.checks import rows_are_classes
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
@@ -84,11 +85,13 @@ def _are_equal(problem: Problem, other: Problem) -> bool:
 
 def num_groups_of(pl_module: L.LightningModule) -> int | None:
     """Count the groups that the labels of a full-batch module say; None where they say classes of its head."""
-    try:
-        problem = getattr(pl_module, "problem", None)
-    except UserError:  # What it trains is not known.
-        return None
-    return problem.num_groups if isinstance(problem, Problem) and not problem.groups_are_classes else None
+    targets = getattr(getattr(pl_module, "objective", None), "targets", None)
+    if targets is None:
+        try:
+            targets = getattr(getattr(pl_module, "problem", None), "targets", None)
+        except UserError:  # What it trains is not known.
+            return None
+    return None if targets is None or rows_are_classes(targets) else len(targets)
 
 
 def check_optimizer(pl_module: L.LightningModule) -> None:

@@ -16,7 +16,16 @@ from nclightning.problems.optimal_set import Moments, Solution
 if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
 
-__all__ = ["admit", "admit_moments", "check_arguments", "check_groups", "check_labels", "check_shapes", "check_table"]
+__all__ = [
+    "admit",
+    "admit_moments",
+    "check_arguments",
+    "check_groups",
+    "check_labels",
+    "check_shapes",
+    "check_table",
+    "rows_are_classes",
+]
 
 
 def check_groups(
@@ -46,6 +55,14 @@ def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tens
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
     loss.check_targets(rows)
     return rows
+
+
+def rows_are_classes(targets: Tensor) -> bool:
+    """Whether each of K classes has one row of targets ``(M, K)``, in which it is the largest entry."""
+    if targets.shape[0] != targets.shape[1]:
+        return False
+    largest = targets.diagonal().unsqueeze(1)
+    return bool(((targets < largest).sum(dim=1) == len(targets) - 1).all())
 
 
 def check_arguments(problem: Problem) -> None:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_groups, check_labels, check_shapes
+from nclightning.problems.checks import (
+    admit,
+    admit_moments,
+    check_arguments,
+    check_groups,
+    check_labels,
+    check_shapes,
+    rows_are_classes,
+)
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
@@ -115,10 +123,7 @@ class Problem:
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
-        if self.num_groups != self.num_classes:
-            return False
-        largest = self.targets.diagonal().unsqueeze(1)
-        return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
+        return rows_are_classes(self.targets)
 
     @cached_property
     def num_samples(self) -> int:

@@ -10,15 +10,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nclightning import problems as of
-from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor, TensorBoardDashboard, gaps
+from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor, TensorBoardDashboard, gaps
 from nclightning.callbacks.gaps import Gaps, said_if_slow
 from nclightning.closing import _predicted
-from nclightning.data import FullBatchLoader
+from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.figures import read_readings
 from nclightning.heads import Head
 from nclightning.loggers import RunLogger
-from nclightning.models import RegularizedClassifier
-from nclightning.models.backbones import FeatureTable
+from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
 from nclightning.problems import problem as problem_module
 from nclightning.problems import spectrum as spectrum_module
@@ -49,22 +48,9 @@ OF_GROUPS = {
 }
 
 
-class Free(RegularizedClassifier):
-    """Free features and a head, on a problem."""
-
-    def __init__(self, problem, dtype=torch.float64, **options):
-        torch.manual_seed(0)
-        table = FeatureTable(problem.num_samples, problem.feature_dim, dtype)
-        head = nn.Linear(problem.feature_dim, problem.num_classes, bias=problem.has_bias, dtype=dtype)
-        penalties = problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0
-        objective = Objective(problem.loss, *penalties, targets=problem.targets)
-        super().__init__(table, head, objective, problem.num_samples, iterations_per_step=10, **options)
-        nn.init.normal_(table.features)
-        self.known = problem
-
-    @property
-    def problem(self):
-        return self.known
+def ufm(problem, make=UFM, **options):
+    torch.manual_seed(0)
+    return make(problem=problem, iterations_per_step=10, **options)
 
 
 def batch_of(problem):
@@ -75,7 +61,11 @@ def batch_of(problem):
 
 def fit(folder, model, *callbacks, max_steps=20, batch=None, **options):
     batch = batch_of(model.problem) if batch is None else batch
-    trainer = quiet_trainer(folder, max_steps=max_steps, callbacks=list(callbacks), logger=RunLogger(str(folder)))
+    saves = any(isinstance(each, LastCheckpoint) for each in callbacks)
+    logger = RunLogger(str(folder))
+    trainer = quiet_trainer(
+        folder, max_steps=max_steps, callbacks=list(callbacks), logger=logger, enable_checkpointing=saves
+    )
     trainer.fit(model, FullBatchLoader(batch, 2), [], **options)
     return read_readings(trainer.log_dir)
 
@@ -86,13 +76,13 @@ def both():
 
 def point_of(model, labels):
     bias = None if model.head.bias is None else model.head.bias.detach()
-    return model.head.weight.detach(), model.backbone.features.detach(), labels, bias
+    return model.head.weight.detach(), model.features.detach(), labels, bias
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_gap_and_distance_of_any_problem(case, tmp_path):
     problem = CASES[case]()
-    model, (index, labels) = Free(problem), batch_of(problem)
+    model, (index, labels) = ufm(problem), batch_of(problem)
     values = fit(tmp_path, model, *both()).values
     point = point_of(model, labels)
     trained = float(model.evaluate_objective((index, labels)).detach())
@@ -108,14 +98,15 @@ def test_gap_and_distance_of_any_problem(case, tmp_path):
 
 def taken(model, folder):
     """Steps of the same run, each read."""
-    again = Free(model.problem)
-    return fit(folder / "again", again, OptimalityMonitor(1, theory=False)).values["line_search/step_size"][1:]
+    return fit(folder / "again", ufm(model.problem), OptimalityMonitor(1, theory=False)).values[
+        "line_search/step_size"
+    ][1:]
 
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_without_an_optimum_the_gap_to_a_bound_is_logged_and_that_said_once(case, tmp_path, caplog):
     problem = UNKNOWN[case]()
-    model, batch = Free(problem), batch_of(problem)
+    model, batch = ufm(problem), batch_of(problem)
     monitor = OptimalityMonitor(5)
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         values = fit(tmp_path, model, monitor, TensorBoardDashboard()).values
@@ -135,7 +126,7 @@ def test_without_an_optimum_the_gap_to_a_bound_is_logged_and_that_said_once(case
 
 def test_the_bound_of_cross_entropy_is_the_entropy_of_mixed_predictions(tmp_path):
     problem = UNKNOWN["ce"]()
-    model, (_, labels) = Free(problem), batch_of(problem)
+    model, (_, labels) = ufm(problem), batch_of(problem)
     values = fit(tmp_path, model, OptimalityMonitor(5)).values
     weight, features, *_ = point_of(model, labels)
     targets = problem.targets[labels]
@@ -151,18 +142,18 @@ def test_the_bound_of_cross_entropy_is_the_entropy_of_mixed_predictions(tmp_path
 @pytest.mark.parametrize("options", [{"stop_distance": 1e-12}, {"stop_at_floor": True}])
 def test_stopping_without_a_distance_is_refused_before_anything_is_written(options, tmp_path):
     with pytest.raises(ValueError, match=r"below the rank.*--optimality.stop_distance null --optimality.stop_at_floor"):
-        fit(tmp_path, Free(UNKNOWN["ce"]()), OptimalityMonitor(5, **options))
+        fit(tmp_path, ufm(UNKNOWN["ce"]()), OptimalityMonitor(5, **options))
     assert not list(tmp_path.rglob("readings.csv"))
 
 
 def test_a_run_stops_at_the_distance_of_any_problem(tmp_path):
     problem = CASES["label smoothing, unbalanced"]()
-    values = fit(tmp_path, Free(problem), OptimalityMonitor(1, stop_distance=1e-3), max_steps=2000).values
+    values = fit(tmp_path, ufm(problem), OptimalityMonitor(1, stop_distance=1e-3), max_steps=2000).values
     assert values[DISTANCE][-1] <= 1e-3 < values[DISTANCE][-2]
 
 
 def test_float32_runs_are_read_in_float64(tmp_path):
-    model = Free(UNKNOWN["ce"](), dtype=torch.float32)
+    model = ufm(UNKNOWN["ce"](), dtype="float32")
     values = fit(tmp_path, model, OptimalityMonitor(5)).values
     point = [
         each if each is None or not each.is_floating_point() else each.double()
@@ -174,7 +165,7 @@ def test_float32_runs_are_read_in_float64(tmp_path):
 
 def test_a_spectrum_that_is_too_large_leaves_the_decay_out(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(spectrum_module, "_LARGEST_MATRIX", 3)
-    model = Free(CASES["unbalanced ce"]())
+    model = ufm(CASES["unbalanced ce"]())
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         values = fit(tmp_path, model, *both()).values
     assert GAP in values
@@ -183,18 +174,28 @@ def test_a_spectrum_that_is_too_large_leaves_the_decay_out(tmp_path, monkeypatch
     assert _predicted(model) is None
 
 
+def test_a_resumed_run_goes_on(tmp_path):
+    problem = CASES["unbalanced ce, penalized bias"]()
+    whole = fit(tmp_path / "whole", ufm(problem), OptimalityMonitor(1), max_steps=40).values
+    fit(tmp_path / "parts", ufm(problem), OptimalityMonitor(1), LastCheckpoint(20), max_steps=20)
+    checkpoint = tmp_path / "parts" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    rest = fit(tmp_path / "rest", ufm(problem), OptimalityMonitor(1), max_steps=40, ckpt_path=checkpoint).values
+    for tag in (GAP, DISTANCE, DECAY):
+        np.testing.assert_array_equal(rest[tag], whole[tag][20:])
+
+
 def test_at_the_threshold_nothing_decays(tmp_path):
     problem = of.balanced_ce(4, 4, 6, 0.125, 0.125)
     assert problem.mu == 0
-    assert set(fit(tmp_path, Free(problem), OptimalityMonitor(1)).values[DECAY]) == {1.0}
+    assert set(fit(tmp_path, ufm(problem), OptimalityMonitor(1)).values[DECAY]) == {1.0}
 
 
-class Anew(Free):
+class Anew(UFM):
     """A module whose problem is another object each time."""
 
     @property
     def problem(self):
-        return self.known.replace()
+        return super().problem.replace()
 
 
 def test_an_optimum_is_found_once(tmp_path, monkeypatch):
@@ -210,7 +211,7 @@ def test_an_optimum_is_found_once(tmp_path, monkeypatch):
         (UNKNOWN["ce"], both()),
     ):
         solved.clear()
-        model = Anew(make())
+        model = ufm(make(), Anew)
         fit(tmp_path, model, *callbacks)
         _predicted(model)
         assert len(solved) == 1
@@ -232,12 +233,19 @@ def test_labels_are_those_of_the_problem(tmp_path):
     problem = CASES["unbalanced ce"]()
     other = torch.arange(problem.num_samples), problem.labels().flip(0) * 0
     with pytest.raises(ValueError, match=r"each of the groups 0\.\.2"):
-        fit(tmp_path, Free(problem), OptimalityMonitor(5), batch=other)
+        fit(tmp_path, ufm(problem), OptimalityMonitor(5), batch=other)
+
+
+class Misread(UFM):
+    """A module that says another problem than it trains."""
+
+    @property
+    def problem(self):
+        return super().problem.replace(lambda_h=0.03)
 
 
 def test_an_objective_that_is_another_is_refused(tmp_path):
-    model = Free(UNKNOWN["ce"]())
-    model.known = model.known.replace(lambda_h=0.03)
+    model = ufm(UNKNOWN["ce"](), Misread)
     with pytest.raises(ValueError, match="the objective that is trained is"):
         fit(tmp_path, model, OptimalityMonitor(5))
 
@@ -246,12 +254,12 @@ def test_an_objective_that_is_another_is_refused(tmp_path):
 def test_collapse_of_groups(case, tmp_path):
     """Labels are no rows of the head: what pairs them is left out."""
     problem = OF_GROUPS[case]()
-    model, (index, labels) = Free(problem), batch_of(problem)
+    model, (index, labels) = ufm(problem), batch_of(problem)
     monitor = NeuralCollapseMonitor(5)
     values = fit(tmp_path, model, monitor, TensorBoardDashboard()).values
     names = {name.removeprefix("nc/train/") for name in values if name.startswith("nc/")}
     assert names == {"nc1_ratio", "nc1_cdnv", *(("nc2",) if problem.num_classes > 1 else ())}
-    features = model.backbone.features.detach()
+    features = model.features.detach()
     groups = [features[labels == m] for m in range(problem.num_groups)]
     means = torch.stack([group.mean(dim=0) for group in groups])
     within = sum(float((group - mean).square().sum()) for group, mean in zip(groups, means, strict=True)) / len(labels)
@@ -266,7 +274,7 @@ def test_collapse_of_groups(case, tmp_path):
 
 
 def test_all_measures_of_groups_are_those_that_exist(tmp_path):
-    model = Free(OF_GROUPS["mixup"]())
+    model = ufm(OF_GROUPS["mixup"]())
     values = fit(tmp_path, model, NeuralCollapseMonitor(5, measures=("all",))).values
     assert {"nc/train/nc0", "nc/train/nc2_centred", "nc/train/nc1_cdnv_worst"} <= values.keys()
     assert not {"nc/train/nc1", "nc/train/nc2_means", "nc/train/nc3", "nc/train/mse_nc1"} & values.keys()
@@ -277,15 +285,25 @@ def test_all_measures_of_groups_are_those_that_exist(tmp_path):
 def test_labels_beyond_the_groups_are_refused(tmp_path):
     problem = OF_GROUPS["mixup"]()
     index, labels = batch_of(problem)
-    with pytest.raises(
-        ValueError, match=r"labels must be within 0\.\.5, the groups of the problem of Free, got 1\.\.6"
-    ):
-        fit(tmp_path, Free(problem), NeuralCollapseMonitor(5), batch=(index, labels + 1))
+    with pytest.raises(ValueError, match=r"labels must be within 0\.\.5, the groups of the problem of UFM, got 1\.\.6"):
+        fit(tmp_path, ufm(problem), NeuralCollapseMonitor(5), batch=(index, labels + 1))
 
 
 def test_classes_of_a_smoothed_problem_are_rows_of_the_head(tmp_path):
-    values = fit(tmp_path, Free(CASES["label smoothing"]()), NeuralCollapseMonitor(5)).values
+    values = fit(tmp_path, ufm(CASES["label smoothing"]()), NeuralCollapseMonitor(5)).values
     assert {"nc/train/nc1", "nc/train/nc2", "nc/train/nc3"} <= values.keys()
+
+
+def test_what_labels_say_is_known_without_the_problem(tmp_path):
+    """Nobody knows the minimum without a penalty; groups are groups all the same."""
+    problem = OF_GROUPS["as many groups as classes"]()
+    torch.manual_seed(0)
+    objective = Objective(problem.loss, 0.0, 0.0, targets=problem.targets)
+    model = RegularizedClassifier(nn.Linear(2, 3).double(), nn.Linear(3, 2).double(), objective, problem.num_samples)
+    inputs = torch.randn(problem.num_samples, 2, dtype=torch.float64)
+    values = fit(tmp_path, model, NeuralCollapseMonitor(5), batch=(inputs, problem.labels())).values
+    assert "nc/train/nc1_ratio" in values
+    assert "nc/train/nc3" not in values
 
 
 class Network(RegularizedClassifier):
@@ -334,7 +352,23 @@ def test_samples_may_be_shared_out(case, tmp_path):
             assert float(each) == pytest.approx(float(whole.readings[tag]), rel=1e-12)
 
 
-@pytest.mark.parametrize("case", ["ce", "mse, penalized bias", "hinge", "multi-label"])
+@pytest.mark.parametrize("case", ["known", "certified"])
+def test_a_run_on_two_processes_reads_what_one_does(case, tmp_path):
+    read = []
+    for devices in (1, 2):
+        folder, callbacks = tmp_path / str(devices), [OptimalityMonitor(5), NeuralCollapseMonitor(5)]
+        strategy = "ddp_fork" if devices > 1 else "auto"
+        options = {"devices": devices, "strategy": strategy, "logger": RunLogger(str(folder))}
+        trainer = quiet_trainer(folder, max_steps=20, callbacks=callbacks, **options)
+        trainer.fit(ufm(MANY[case]()), IndexDataModule())
+        read.append(read_readings(folder / "lightning_logs" / "version_0").values)
+    assert read[0].keys() == read[1].keys()
+    for tag, values in read[0].items():
+        # Sums in another order, carried along by twenty steps.
+        np.testing.assert_allclose(read[1][tag], values, rtol=1e-9, err_msg=tag)
+
+
+@pytest.mark.parametrize("case", ["ce", "mse, penalized bias", "multi-label"])
 def test_a_bound_is_read_where_the_features_are(case):
     """Fake tensors raise on a transfer to the host, and on a mix of devices."""
     problem = UNKNOWN[case]()
