@@ -133,11 +133,10 @@ def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:
 
 
 def _predicted(model: L.LightningModule) -> KnownProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained, or they are not known."""
+    """Find the problem whose rates are predicted; None where another one was trained."""
     if not getattr(model, "features_are_free", False):
         return None
     try:
-        problem = find_problem(model)
-        return problem if problem is not None and problem.mu >= 0 else None
+        return find_problem(model)
     except UserError:
         return None

@@ -173,6 +173,7 @@ class UFMProblem(UFMLandscape):
             means: Class means ``(K, d)`` of n samples each.
             spread: Sum of the squared distances of all samples from their class means.
             divergence: Mean of :meth:`divergence` over all samples.
+            bias: Not read.
 
         Returns:
             Non-negative float64 scalar.

@@ -6,6 +6,7 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +15,8 @@ from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, Optimal
 from nclightning.callbacks.gaps import Gaps, said_if_slow
 from nclightning.closing import _predicted
 from nclightning.data import FullBatchLoader, IndexDataModule
-from nclightning.figures import read_readings
+from nclightning.figures import read_readings, summarize
+from nclightning.figures.tables import rates_table
 from nclightning.heads import Head
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier
@@ -83,8 +85,8 @@ def point_of(model, labels):
 def test_gap_and_distance_of_any_problem(case, tmp_path):
     problem = CASES[case]()
     model, (index, labels) = ufm(problem), batch_of(problem)
-    values = fit(tmp_path, model, *both()).values
-    point = point_of(model, labels)
+    readings = fit(tmp_path, model, *both())
+    point, values = point_of(model, labels), readings.values
     trained = float(model.evaluate_objective((index, labels)).detach())
     assert values["loss"][-1] == pytest.approx(trained, rel=1e-12)  # Sums in another order.
     # The difference of F and F* loses what of F is above it.
@@ -93,7 +95,14 @@ def test_gap_and_distance_of_any_problem(case, tmp_path):
     assert values[DECAY][0] == 1.0
     assert values[DECAY][-1] == pytest.approx(np.prod((1 - taken(model, tmp_path) * problem.mu) ** 2), rel=1e-12)
     assert CERTIFIED not in values
-    assert _predicted(model) is problem
+    assert f"{problem.rates.error_bound_constant:.6g}" in table_of(model, readings)
+
+
+def table_of(model, readings):
+    """What a run ends with."""
+    console = Console(record=True, width=120, quiet=True)
+    console.print(rates_table(summarize(readings), problem=_predicted(model)))
+    return console.export_text()
 
 
 def taken(model, folder):
@@ -109,8 +118,9 @@ def test_without_an_optimum_the_gap_to_a_bound_is_logged_and_that_said_once(case
     model, batch = ufm(problem), batch_of(problem)
     monitor = OptimalityMonitor(5)
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        values = fit(tmp_path, model, monitor, TensorBoardDashboard()).values
+        readings = fit(tmp_path, model, monitor, TensorBoardDashboard())
         passed = quiet_trainer(tmp_path, callbacks=[monitor]).validate(model, FullBatchLoader(batch, 1), verbose=False)
+    values = readings.values
     said = [record.message for record in caplog.records if "certified_gap" in record.message]
     assert len(said) == 1
     assert said[0].startswith("Gap and distance are not known: ")
@@ -121,7 +131,7 @@ def test_without_an_optimum_the_gap_to_a_bound_is_logged_and_that_said_once(case
     assert f"log10/{CERTIFIED}" in values
     if case != "ce, no minimum":
         assert (values[CERTIFIED] >= values["loss"] - problem.convex_optimum.value).all()
-    assert _predicted(model) is None
+    assert "theory" not in table_of(model, readings)
 
 
 def test_the_bound_of_cross_entropy_is_the_entropy_of_mixed_predictions(tmp_path):
@@ -167,11 +177,11 @@ def test_a_spectrum_that_is_too_large_leaves_the_decay_out(tmp_path, monkeypatch
     monkeypatch.setattr(spectrum_module, "_LARGEST_MATRIX", 3)
     model = ufm(CASES["unbalanced ce"]())
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        values = fit(tmp_path, model, *both()).values
-    assert GAP in values
-    assert DECAY not in values
+        readings = fit(tmp_path, model, *both())
+    assert GAP in readings.values
+    assert DECAY not in readings.values
     assert sum("No decay of the gap is predicted" in record.message for record in caplog.records) == 1
-    assert _predicted(model) is None
+    assert "theory" not in table_of(model, readings)
 
 
 def test_a_resumed_run_goes_on(tmp_path):
