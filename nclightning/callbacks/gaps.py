@@ -133,6 +133,7 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
     value = loss / problem.num_samples + squares / 2
     means = residuals / counts.clamp(min=1)
     bound = problem.lower_bound_from_means(means, linear(stats.means, weight, bias))
+    assert bound is not None
     return Gap(value, {"optimality/certified_gap": value - bound})
 
 

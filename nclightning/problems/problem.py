@@ -256,39 +256,39 @@ class Problem:
         """
         logits = _logits(admit(self, weight, features, labels, bias))
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
-        return float(
-            self.lower_bound_from_means(*(group_means(x, labels, self.num_groups) for x in (residuals, logits)))
-        )
+        means = (group_means(rows, labels, self.num_groups) for rows in (residuals, logits))
+        bound = self.certified_lower_bound_from_residuals(*means)
+        assert bound is not None
+        return bound
 
-    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+    def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
         """Bound F* from below by predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
                 cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
 
         Returns:
-            The bound; None for a loss without a ``dual_value``.
+            The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self.lower_bound_from_means(residuals.cpu(), None if logits is None else logits.cpu())
         return None if bound is None else float(bound)
 
-    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor) -> Tensor:
-        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are, without a transfer to the host.
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor | None = None) -> Tensor | None:
+        """Bound F* as :meth:`certified_lower_bound_from_residuals` does, without a transfer to the host.
 
-        Args:
-            residuals: ``(M, K)``, as for :meth:`certified_lower_bound_from_residuals`.
-            logits: ``(M, K)``: the mean logits of each group, bias included, which losses without a ``dual_value``
-                need. Of those a free bias is balanced by Newton's method, which does transfer.
+        A loss without a ``dual_value`` does transfer under a free bias, which Newton's method then balances.
 
         Returns:
-            Float64 scalar.
+            Float64 scalar on the device of ``residuals``, or None.
         """
         index = self._present_index.to(residuals.device)
-        residuals, logits = (x.detach().double().index_select(0, index) for x in (residuals, logits))
         groups = self._groups.to(residuals.device)
-        bound = groups.lower_bound(residuals)
-        return groups.lower_bound_at(logits) if bound is None else bound
+        bound = groups.lower_bound(residuals.detach().double().index_select(0, index))
+        if bound is not None or logits is None:
+            return bound
+        return groups.lower_bound_at(logits.detach().double().index_select(0, index))
 
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
