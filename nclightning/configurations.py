@@ -16,6 +16,7 @@ __all__ = [
     "check_yaml",
     "find_configuration",
     "model_arguments",
+    "parse_yaml",
     "read_configuration",
     "read_text",
     "shipped_configs",
@@ -86,8 +87,7 @@ def read_configuration(path: Path, option: str = "--config") -> dict[str, Any]:
     source = f"{option} {path}"
     text = read_text(path, source)
     try:
-        check_yaml(text)
-        config = yaml.load(text, Loader=_LOADER)
+        config = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: {yaml_problem(error)}.") from error
     except ValueError as error:  # Also of a number or a date that YAML takes for one.
@@ -148,6 +148,23 @@ def read_text(path: Path, source: str) -> str:
     if "\0" in text:
         raise UserError(f"{source}: no text, it holds zero bytes.")
     return text
+
+
+def parse_yaml(text: str) -> Any:
+    """Read plain values.
+
+    Args:
+        text: YAML.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: As of :func:`check_yaml`, or of a number or a date that YAML takes for one.
+        yaml.YAMLError: If it is no YAML.
+    """
+    check_yaml(text)
+    return yaml.load(text, Loader=_LOADER)
 
 
 def check_yaml(text: str, any_tag: bool = False) -> None:

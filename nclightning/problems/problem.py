@@ -22,11 +22,12 @@ from nclightning.problems.optimal_set import Moments, OptimalSet, Solution, grou
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
 from nclightning.problems.rates import Rates
 from nclightning.problems.spectrum import Eigenvalue, spectrum
+from nclightning.problems.wording import one_line
 
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
 
@@ -76,6 +77,14 @@ class Problem:
         object.__setattr__(self, "targets", targets)
         object.__setattr__(self, "counts", counts)
         check_arguments(self)
+
+    def __repr__(self) -> str:
+        """One line, however many classes."""
+        return f"Problem({self.summary()})"
+
+    def summary(self) -> str:
+        """Write loss, sizes and penalties on one line."""
+        return one_line(self)
 
     @property
     def num_classes(self) -> int:
