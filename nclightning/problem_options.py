@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
@@ -102,7 +103,8 @@ def problem_of(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> UFMPro
     for name, size in zip(_SIZES, sizes, strict=True):
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MOST:
             raise UserError(f"{name} must be an integer between 1 and {_MOST:.0e}, got {size!r}.")
-    return UFMProblem(options["loss"], *sizes, *resolve_lambdas(lambda_w, lambda_h, single, sizes[1]))
+    K, n, d = sizes
+    return UFMProblem(options["loss"], K, n, d, *resolve_lambdas(lambda_w, lambda_h, single, n))
 
 
 def _number(name: str, value: Any) -> float | None:
@@ -132,7 +134,7 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         raise UserError(f"problem must be a name, or a mapping with class_path and init_args, got {named!r}.")
     path, values = _path_of(named.get("class_path")), dict(named.get("init_args") or {})
     names = (*_SIZES, "lambda_w", "lambda_h")
-    values |= arguments | {name: given[name] for name in names if given[name] is not None}
+    values |= dict(arguments) | {name: given[name] for name in names if given[name] is not None}
     values = _in_numbers(values)
     _check_names(path, values)
     try:
@@ -181,9 +183,8 @@ def _in_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_in_numbers(each) for each in value]
     if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
+        with suppress(ValueError):
+            return int(value)
+        with suppress(ValueError):
+            return float(value)
     return value

@@ -63,7 +63,7 @@ def test_dtype_is_kept(dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hinge", 0.1, 0.1), "loss must be 'mse' or 'ce', got 'hinge'"),
+        (("hinge", 0.1, 0.1), "loss must be 'mse' or 'ce' or a Loss such as CrossEntropy\\(\\), got 'hinge'"),
         (("mse", -0.1, 0.1), "lambda_w must be finite and non-negative"),
         (("mse", 0.1, math.nan), "lambda_h must be finite and non-negative"),
         (("mse", 0.1, 0.1, math.inf), "lambda_b must be finite and non-negative"),

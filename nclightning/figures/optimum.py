@@ -48,7 +48,7 @@ def optimum_parts(problem: Problem) -> Iterator[Table | Text]:
     _add_threshold(table, problem)
     table.add_row("rank of the logits", f"{optimum.rank}", f"d = {problem.feature_dim}")
     if problem.feature_dim >= problem.convex_optimum.rank:
-        table.add_row("margin", f"{optimum.margin:.4g}", "0: a direction appears")
+        table.add_row("margin", f"{optimum.margin:.4g}", "0 where the rank rises")
     if optimum.rank:
         table.add_row("singular values", _span(optimum.factors.singular), "of logits times sqrt(n)")
     try:
@@ -121,9 +121,8 @@ def _add_geometry(table: Table, problem: Problem) -> None:
         first, second = torch.triu_indices(len(means), len(means), 1).unbind()
         table.add_row(f"cosines of {of} means", _span(cosines[first, second].clamp(-1, 1)), "")
     if problem.groups_are_classes and bool(problem.present.all()):
-        table.add_row(
-            "cosines of mean and row", _span((normalize(optimal.feature_factor) * normalize(rows)).sum(dim=1)), ""
-        )
+        aligned = (normalize(optimal.feature_factor) * normalize(rows)).sum(dim=1)
+        table.add_row("cosines of mean and row", _span(aligned), "")
 
 
 def _coincidences(problem: Problem) -> list[Text]:

@@ -187,7 +187,7 @@ class RegularizedClassifier(ResumableModule):
         """
         check_known(self, self._is_unconstrained)
         return UFMProblem(
-            self.objective.loss,
+            self.objective.loss,  # type: ignore[arg-type]  # It refuses what is no name.
             self.head.out_features,
             self.num_samples // self.head.out_features,
             self.head.in_features,

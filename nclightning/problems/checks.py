@@ -16,21 +16,16 @@ from nclightning.problems.optimal_set import Moments, Solution
 if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
 
-__all__ = ["admit", "admit_moments", "check_arguments", "check_labels", "check_shapes", "table"]
+__all__ = ["admit", "admit_moments", "check_arguments", "check_groups", "check_labels", "check_shapes", "check_table"]
 
 
-def table(
+def check_groups(
     targets: Tensor | Sequence[Sequence[float]] | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
-    if targets is None:
-        targets = torch.eye(len(counts))
-    # Numbers of Python are read in full, which torch's default dtype would not do.
-    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
-    if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
-        raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
+    rows = check_table(torch.eye(len(counts)) if targets is None else targets, loss)
     numbers = torch.as_tensor(counts, device="cpu").detach()
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
@@ -40,8 +35,17 @@ def table(
     whole = numbers.double()
     if not (bool((whole == whole.round()).all()) and bool((whole >= 0).all()) and bool((whole > 0).any())):
         raise UserError(f"counts must be integers, none negative and one positive, got {numbers.tolist()}.")
-    loss.check_targets(rows)
     return rows, numbers.long()
+
+
+def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tensor:
+    """Targets ``(M, K)`` float64 on the host, a copy, checked."""
+    # Numbers of Python are read in full, which torch's default dtype would not do.
+    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
+    if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
+        raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
+    loss.check_targets(rows)
+    return rows
 
 
 def check_arguments(problem: Problem) -> None:

@@ -57,7 +57,7 @@ def coinciding_groups(problem: Problem) -> Coincidences:
     scale = float(norms.max())
     zero = norms <= _EQUAL * scale
     kept = torch.nonzero(~zero).flatten()
-    targets = problem.table[index[kept]]
+    targets = problem.targets[index[kept]]
     shared = [
         tuple(index[kept[same]].tolist())
         for same in _equal(features[kept], _EQUAL * scale)

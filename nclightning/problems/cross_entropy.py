@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
 from nclightning.problems.groups import Factors, Groups
-from nclightning.problems.loss import Loss
+from nclightning.problems.loss import Loss, target_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,6 +92,24 @@ class CrossEntropy(Loss):
         index = targets.argmax(dim=1, keepdim=True)
         rest = rest.scatter(1, index, 0.0)
         return rest.scatter(1, index, -rest.sum(dim=1, keepdim=True))
+
+    def mean(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Evaluate the mean loss of samples that share targets."""
+        if targets is not None or self.class_weights is not None:
+            return super().mean(logits, targets, labels)
+        return -torch.log_softmax(self._adjusted(logits), dim=1).gather(1, labels.unsqueeze(1)).mean()
+
+    def sum_and_residual_(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Replace logits by the probabilities minus the target; return the sum of the losses."""
+        log_probability = torch.log_softmax(self._adjusted(logits), dim=1)
+        if targets is None and self.class_weights is None:
+            index = labels.unsqueeze(1)
+            losses = log_probability.gather(1, index).sum(dtype=torch.float64).neg_()
+            torch.exp(log_probability, out=logits).scatter_(1, index, -1.0, reduce="add")
+            return losses
+        weighted = self._weighted(target_rows(logits, targets, labels))
+        torch.exp(log_probability, out=logits).mul_(weighted.sum(dim=1, keepdim=True)).sub_(weighted)
+        return weighted.mul_(log_probability).sum(dtype=torch.float64).neg_()
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p) - p p^T``."""

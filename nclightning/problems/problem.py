@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_labels, check_shapes, table
+from nclightning.problems.checks import admit, admit_moments, check_arguments, check_groups, check_labels, check_shapes
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
@@ -27,7 +26,6 @@ from nclightning.problems.wording import one_line
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
 
@@ -63,20 +61,42 @@ class Problem:
         0.137515
     """
 
-    loss: Loss
-    targets: Tensor | Sequence[Sequence[float]] | None
-    counts: Tensor | Sequence[int]
-    feature_dim: int
-    lambda_w: float
-    lambda_h: float
-    bias: Literal["none", "free"] | float = "none"
-    tolerance: float = 1e-10
-
-    def __post_init__(self) -> None:
-        targets, counts = table(self.targets, self.counts, self.loss)
-        object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "counts", counts)
+    def __init__(
+        self,
+        loss: Loss,
+        targets: Tensor | Sequence[Sequence[float]] | None,
+        counts: Tensor | Sequence[int],
+        feature_dim: int,
+        lambda_w: float,
+        lambda_h: float,
+        bias: Literal["none", "free"] | float = "none",
+        tolerance: float = 1e-10,
+    ) -> None:
+        self.loss = loss
+        self.targets, self.counts = check_groups(targets, counts, loss)
+        self.feature_dim, self.lambda_w, self.lambda_h = feature_dim, lambda_w, lambda_h
+        self.bias, self.tolerance = bias, tolerance
         check_arguments(self)
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change: what was found would be of another problem."""
+        if getattr(self, "_is_made", False):
+            raise AttributeError(f"a Problem does not change: take problem.replace({name}=...).")
+        super().__setattr__(name, value)
+
+    def replace(self, **changes: Any) -> Problem:
+        """Make the problem with other arguments.
+
+        Args:
+            **changes: By the names of the arguments.
+
+        Returns:
+            A new one.
+        """
+        own = {name: getattr(self, name) for name in ("loss", "targets", "counts", "feature_dim")}
+        own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
+        return type(self)(**own | changes)
 
     def __repr__(self) -> str:
         """One line, however many classes."""
@@ -89,36 +109,30 @@ class Problem:
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
-        return self.table.shape[1]
+        return self.targets.shape[1]
 
     @property
     def num_groups(self) -> int:
         """M, the rows of the targets."""
-        return self.table.shape[0]
-
-    @property
-    def table(self) -> Tensor:
-        """Targets of the groups ``(M, K)``, float64."""
-        assert isinstance(self.targets, Tensor)
-        return self.targets
+        return self.targets.shape[0]
 
     @cached_property
     def has_hard_labels(self) -> bool:
         """Whether the target of group m is row m of the identity."""
-        return self.num_groups == self.num_classes and torch.equal(self.table, torch.eye(self.num_classes).double())
+        return self.num_groups == self.num_classes and torch.equal(self.targets, torch.eye(self.num_classes).double())
 
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
         if self.num_groups != self.num_classes:
             return False
-        largest = self.table.diagonal().unsqueeze(1)
-        return bool(((self.table < largest).sum(dim=1) == self.num_classes - 1).all())
+        largest = self.targets.diagonal().unsqueeze(1)
+        return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
 
     @property
     def num_samples(self) -> int:
         """N."""
-        return int(torch.as_tensor(self.counts).sum())
+        return int(self.counts.sum())
 
     @property
     def lambda_b(self) -> float | None:
@@ -142,7 +156,7 @@ class Problem:
 
     def labels(self, device: torch.device | str | None = None) -> Tensor:
         """Labels ``(N,)`` of the training set, group after group."""
-        counts = torch.as_tensor(self.counts).to(device)
+        counts = self.counts.to(device)
         return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
 
     def check_labels(self, labels: Tensor) -> None:
@@ -182,7 +196,7 @@ class Problem:
         """
         check_shapes(self, weight, features, labels, bias)
         logits = features @ weight.T if bias is None else features @ weight.T + bias
-        targets = self.table.to(logits).index_select(0, labels)
+        targets = self.targets.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
@@ -235,7 +249,7 @@ class Problem:
         as in :meth:`gap`.
         """
         logits = _logits(admit(self, weight, features, labels, bias))
-        residuals = self.loss.residual(logits, self.table.to(logits).index_select(0, labels))
+        residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
         bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
         if bound is not None:
             return bound
@@ -411,15 +425,15 @@ class Problem:
     @cached_property
     def present(self) -> Tensor:
         """Which groups have samples, ``(M,)``; all else is about those."""
-        return torch.as_tensor(self.counts) > 0
+        return self.counts > 0
 
     @cached_property
     def _groups(self) -> Groups:
         present = self.present
         return Groups(
             self.loss,
-            self.table[present],
-            torch.as_tensor(self.counts)[present].double(),
+            self.targets[present],
+            self.counts[present].double(),
             self.strength,
             self.lambda_b,
         )
@@ -439,7 +453,7 @@ class Problem:
         """Divergence of each sample from logits of the groups that have samples, bias included."""
         index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
         rows = reference.to(logits).index_select(0, index)
-        return self.loss.divergence(logits, rows, self.table.to(logits).index_select(0, labels))
+        return self.loss.divergence(logits, rows, self.targets.to(logits).index_select(0, labels))
 
     def _solution(self, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
         index = (self.present.cumsum(0) - 1).to(labels.device)[labels]

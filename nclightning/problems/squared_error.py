@@ -28,6 +28,24 @@ class SquaredError(Loss):
         """Return ``z - y``."""
         return logits - targets
 
+    def mean(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Evaluate the mean loss of samples that share targets."""
+        if targets is None:
+            index = labels.unsqueeze(1)
+            residual = logits.scatter_add(1, index, logits.new_full((1, 1), -1.0).expand_as(index))
+        else:
+            residual = logits - targets.index_select(0, labels)
+        return residual.square().sum() / (2 * len(logits))
+
+    def sum_and_residual_(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Replace logits by the residual; return the sum of the losses."""
+        if targets is None:
+            logits.scatter_(1, labels.unsqueeze(1), -1.0, reduce="add")
+        else:
+            logits.sub_(targets.index_select(0, labels))
+        flat = logits.reshape(-1).double()
+        return torch.dot(flat, flat).mul_(0.5)
+
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Return the direction: the Hessian is the identity."""
         return direction

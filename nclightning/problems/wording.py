@@ -66,7 +66,7 @@ def sizes_in_words(problem: Problem) -> dict[str, str]:
     Returns:
         M, the number of groups, only where it is not K, and N, the number of samples, where groups differ in size.
     """
-    counts = torch.as_tensor(problem.counts)
+    counts = problem.counts
     groups = {} if problem.num_groups == problem.num_classes else {"M": str(problem.num_groups)}
     samples = {} if bool((counts == counts[0]).all()) else {"N": str(problem.num_samples)}
     return {"K": str(problem.num_classes)} | groups | {"n": _ends(counts)} | samples | {"d": str(problem.feature_dim)}
@@ -76,7 +76,7 @@ def _targets_in_words(problem: Problem) -> str:
     """Nothing for hard labels."""
     if problem.has_hard_labels:
         return ""
-    table, classes = problem.table, problem.num_classes
+    table, classes = problem.targets, problem.num_classes
     if problem.groups_are_classes and classes > 1:
         smoothing = classes * float(table[0, 1])
         pattern = torch.full_like(table, smoothing / classes).fill_diagonal_(1 - smoothing + smoothing / classes)
