@@ -39,7 +39,7 @@ def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -
         if thresholds or _has_formula(problem):
             yield from threshold_parts(problem)
     try:
-        yield _spectrum(problem.spectrum())
+        yield _spectrum([Eigenvalue(*each) for each in problem.spectrum()])
         known = problem.rates if isinstance(problem, Problem) else problem
         yield _curvature(known)
         yield _descent(known)

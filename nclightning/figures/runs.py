@@ -33,6 +33,8 @@ _SIZES = {
     "feature_dim": "d",
 }
 _CLASS = "nclightning.problems.Problem"
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_BYTES = 2**25  # A problem may have a long table of targets.
 _OF_NETWORKS = ("input_dim", "hidden_dim")
 
 
@@ -200,11 +202,11 @@ def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
     return Run(folder, readings, summarize(readings, fit), settings)
 
 
-class _Lenient(yaml.SafeLoader):
+class _Lenient(_LOADER):  # type: ignore[misc]
     """Reads plain values, also those in Python's own containers; other objects are left out."""
 
 
-def _left_out(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+def _left_out(loader: Any, suffix: str, node: yaml.Node) -> Any:
     if suffix == "tuple" and isinstance(node, yaml.SequenceNode):
         return loader.construct_sequence(node, deep=True)
     return None
@@ -215,7 +217,7 @@ _Lenient.add_multi_constructor("!", _left_out)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    text = read_text(path, str(path))
+    text = read_text(path, str(path), _MOST_BYTES)
     try:
         check_yaml(text, any_tag=True)
         settings = yaml.load(text, Loader=_Lenient)

@@ -35,7 +35,7 @@ _GENERAL: _Groups = (
     ("orthogonal to it", ("orthogonal", "head, orthogonal", "means, orthogonal"), "#E69F00", "^"),
     ("bias", ("bias",), "#000000", "v"),
 )
-_MOST_LARGE = 60  # Markers that have a place at their full size.
+_LARGE, _MOST_LARGE = 5.0, 60  # Size of a marker, and how many have a place at it.
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -65,12 +65,14 @@ def draw_spectrum(problem: UFMProblem | Problem, path: str | Path) -> Path:
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
         raise UserError(f"--picture {path}: the ending must be one of {', '.join(sorted(formats))}.")
-    entries, groups = problem.spectrum(), _GENERAL if isinstance(problem, Problem) else _BALANCED
+    entries = [Eigenvalue(*each) for each in problem.spectrum()]
+    groups = _GENERAL if isinstance(problem, Problem) else _BALANCED
+    size = _LARGE if len(entries) <= _MOST_LARGE else _LARGE / 2
     zeros, others = [e for e in entries if e.value == 0], [e for e in entries if e.value > 0]
     with mpl.rc_context(_STYLE):
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 9))
-        _draw_stems(left, [e._replace(value=i - (len(zeros) - 1) / 2) for i, e in enumerate(zeros)], groups)
-        _draw_stems(right, others, groups)
+        _draw_stems(left, [e._replace(value=i - (len(zeros) - 1) / 2) for i, e in enumerate(zeros)], groups, size)
+        _draw_stems(right, others, groups, size)
         left.set(xlim=(-1.5, 1.5), xticks=[0], xticklabels=["0"], ylabel="multiplicity", yscale="log")
         if not zeros:
             left.set_xticks([])
@@ -109,12 +111,11 @@ def _title(problem: UFMProblem | Problem) -> str:
     )
 
 
-def _draw_stems(axes: Axes, entries: Sequence[Eigenvalue], groups: _Groups) -> None:
-    size = 5 if len(entries) <= _MOST_LARGE else 2.5
+def _draw_stems(axes: Axes, entries: Sequence[Eigenvalue], groups: _Groups, size: float) -> None:
     for _, starts, color, marker in groups:
         mine = [e for e in entries if e.sector.startswith(starts)]
         values, counts = [e.value for e in mine], [e.multiplicity for e in mine]
-        axes.vlines(values, 0.01, counts, color=color, lw=1.2)
+        axes.vlines(values, 0.01, counts, color=color, lw=0.24 * size)
         axes.plot(values, counts, color=color, marker=marker, ls="none", ms=size)
 
 
