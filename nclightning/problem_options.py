@@ -57,7 +57,10 @@ def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not text or text.startswith("--"):
             raise UserError(f"{option} needs a value.")
         try:
-            values[option.removeprefix(_PREFIX)] = parse_yaml(text)
+            read = parse_yaml(text)
+            # Brackets are signs of some shells: 100,10,1 is a list, too.
+            is_list = isinstance(read, str) and "," in read
+            values[option.removeprefix(_PREFIX)] = parse_yaml(f"[{text}]") if is_list else read
         except yaml.YAMLError as error:
             raise UserError(f"{option}: {yaml_problem(error)}.") from error
         except ValueError as error:

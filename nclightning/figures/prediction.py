@@ -44,7 +44,7 @@ def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -
         yield _curvature(known)
         yield _descent(known)
     except NoAnswer as missing:
-        if missing.question != "optimum":  # That was said above.
+        if missing.question == "spectrum":  # The others were said with the optimum.
             yield no_answer(missing)
 
 
