@@ -129,6 +129,13 @@ class RunCLI(GivenConfigurationCLI):
         config = self.config[self.subcommand]
         model = config.model.get("init_args", {})
         if takes_lambda(config.model.get("class_path"), model.keys()) and model["lambda_"] is not None:
+            if model.get("problem") is not None:
+                raise UserError(
+                    f"--lambda {model['lambda_']}: the penalties of a model that has a problem are the problem's: set "
+                    "--model.init_args.problem.init_args.lambda_w and lambda_h."
+                )
+            if model["samples_per_class"] is None:
+                raise UserError("--lambda needs --model.init_args.samples_per_class: lambda_w is n times it.")
             model["lambda_w"], model["lambda_h"] = resolve_lambdas(
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )

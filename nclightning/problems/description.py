@@ -38,10 +38,11 @@ def describe(problem: Problem) -> dict[str, Any]:
     return {"class_path": "nclightning.problems.Problem", "init_args": arguments}
 
 
-def from_description(description: Mapping[str, Any]) -> Problem:
+def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
     """Make the problem that :func:`describe` wrote, or that a configuration names.
 
     Args:
+        kind: :class:`nclightning.problems.Problem`.
         description: ``class_path``, :class:`nclightning.problems.Problem` or a function that makes a problem, and
             ``init_args``.
 
@@ -51,8 +52,6 @@ def from_description(description: Mapping[str, Any]) -> Problem:
     Raises:
         ValueError: If it says no problem.
     """
-    from nclightning.problems.problem import Problem  # noqa: PLC0415
-
     if "class_path" not in description:
         raise UserError(f"problem: class_path is missing, got {', '.join(description)}.")
     arguments = dict(description.get("init_args") or {})
@@ -60,7 +59,7 @@ def from_description(description: Mapping[str, Any]) -> Problem:
     if isinstance(loss, Mapping) and "class_path" in loss:
         arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
     made = _made(description["class_path"], arguments, "problem")
-    if not isinstance(made, Problem):
+    if not isinstance(made, kind):
         raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
     return made
 

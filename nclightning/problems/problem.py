@@ -177,7 +177,7 @@ class Problem:
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Problem:
         """Make the problem that :meth:`describe` wrote, or that a configuration names by ``class_path``."""
-        return from_description(description)
+        return from_description(cls, description)
 
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F in the dtype of the inputs; differentiable.
