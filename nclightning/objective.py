@@ -156,19 +156,28 @@ class Objective:
         """
         return self.function.sum_and_residual_(logits, self._table(logits), labels)
 
-    def combine(self, losses: Scalar, num_samples: int, weight_square: Scalar, features_square: Scalar) -> Scalar:
-        """Put F together from sums, for a free bias.
+    def combine(
+        self,
+        losses: Scalar,
+        num_samples: int,
+        weight_square: Scalar,
+        features_square: Scalar,
+        bias_square: Scalar | None = None,
+    ) -> Scalar:
+        """Put F together from sums.
 
         Args:
             losses: Sum of the losses of all samples.
             num_samples: N.
             weight_square: Squared norm of the head's weight.
             features_square: Squared norm of all features.
+            bias_square: Squared norm of the head's bias; None without one.
 
         Returns:
             F.
         """
-        return losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
+        value = losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
+        return value if bias_square is None or not self.lambda_b else value + 0.5 * self.lambda_b * bias_square
 
     def add_penalty_gradient_(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """Add the gradient of the head's penalty, in place.

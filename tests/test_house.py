@@ -20,7 +20,7 @@ FLOORS = {
     "sharding": -1,
     "sending": 0,
     "pictures": 1,
-    "objective": 1,
+    "objective": 0.5,
     "heads": 0,
     "ranks": 0,
     "theory": 0,

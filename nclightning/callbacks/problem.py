@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks.full_batch import as_full_batch
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
-from nclightning.metrics.optimality import check_counts
 from nclightning.probe.collectors import merge_over_ranks
-from nclightning.probe.features import split_batch
-from nclightning.probe.sweep import known_indices
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = [
     "check_balance",
-    "check_data_set",
     "check_features",
     "check_optimizer",
     "check_value",
@@ -141,41 +135,6 @@ def check_value(problem: UFMProblem, value: Tensor | float, gap: Tensor, dtype: 
             f"{known:.7g}, so that its optimum is not known (dropout, a hook that changes a tensor, a loss of your "
             f"own): {_WITHOUT}."
         )
-
-
-def check_data_set(loader: Any, num_classes: int, limit: int | None = None) -> None:
-    """Refuse classes of different size where a data set shows its labels without being run through.
-
-    Args:
-        loader: A training loader whose batches are split as they come.
-        num_classes: K.
-        limit: Number of batches to which training is held; None if to none.
-
-    Raises:
-        ValueError: As :func:`nclightning.metrics.optimality.check_counts`.
-    """
-    indices = known_indices(loader, limit) if isinstance(loader, DataLoader) else None
-    if indices is None:
-        return
-    data = loader.dataset
-    labels = getattr(data, "targets", None) if getattr(data, "target_transform", None) is None else None
-    if isinstance(data, TensorDataset):
-        labels = split_batch(list(data.tensors))[1] if len(data.tensors) == 2 else None
-    if not isinstance(labels, list | Tensor) or not isinstance(data, Sized) or len(labels) != len(data):
-        return
-    try:
-        known = torch.as_tensor(labels)[torch.as_tensor(indices)]
-    except (TypeError, ValueError):  # Names of classes, which the data set turns into indices.
-        return
-    # Labels beyond the head are for the sweep to name.
-    if (
-        known.dtype == torch.int64
-        and known.ndim == 1
-        and len(known)
-        and bool(((known >= 0) & (known < num_classes)).all())
-    ):
-        counts = torch.bincount(known, minlength=num_classes)
-        check_counts(counts, int(counts.max()))
 
 
 def check_balance(problem: UFMProblem, labels: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nclightning.problems.loss import Loss
 
-__all__ = ["Factors", "Groups"]
+__all__ = ["Factors", "Groups", "bias_part"]
 
 
 class Factors(NamedTuple):
@@ -150,7 +150,7 @@ class Groups:
         values = self.loss.dual_value(dual, self.targets)
         if values is None:
             return None
-        return float((shares * values).sum()) - self._bias_part(dual)
+        return float((shares * values).sum()) - bias_part(shares @ dual, self.lambda_b)
 
     def lower_bound_at(self, logits: Tensor) -> float:
         """Bound the minimum from below by logits of the groups, ``(M, K)`` with the bias.
@@ -169,7 +169,7 @@ class Groups:
         return (
             factor * float((self.shares * values).sum())
             + (1 - factor) * self.loss.lower_bound
-            - self._bias_part(factor * residuals)
+            - bias_part(self.shares @ (factor * residuals), self.lambda_b)
         )
 
     def _admissible(self, residuals: Tensor) -> float:
@@ -179,7 +179,7 @@ class Groups:
         norm = float(torch.linalg.matrix_norm(matrix, 2)) * (1 + 4 * torch.finfo(matrix.dtype).eps)
         return min(1.0, self.strength / norm) if norm > 0 else 1.0
 
-    def _bias_part(self, dual: Tensor) -> float:
-        if not self.lambda_b:
-            return 0.0
-        return float((self.shares @ dual).square().sum()) / (2 * self.lambda_b)
+
+def bias_part(mean: Tensor, lambda_b: float | None) -> float:
+    """What a penalized bias takes off a lower bound, from the mean of the dual rows over all samples ``(K,)``."""
+    return float(mean.square().sum()) / (2 * lambda_b) if lambda_b else 0.0

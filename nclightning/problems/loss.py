@@ -122,6 +122,13 @@ class Loss:
         safe = plain > _SAFE_DIFFERENCE * torch.maximum(now.abs(), torch.maximum(before.abs(), slope.abs()))
         return torch.where(safe, plain, integral.clamp(min=0))
 
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Bregman divergence of ``reference + step`` from the reference.
+
+        The default is :meth:`divergence` of that sum, whose rounding a step of its own does not have.
+        """
+        return self.divergence(reference + step, reference, targets)
+
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor | None:
         """Least value over z of ``loss(z) - <z, u>`` for each row u of ``dual``: minus the conjugate.
 

@@ -250,22 +250,26 @@ class Problem:
         """
         logits = _logits(admit(self, weight, features, labels, bias))
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
-        bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
-        if bound is not None:
-            return bound
-        return self._groups.lower_bound_at(group_means(logits, labels, self.num_groups).cpu()[self.present])
+        means = (group_means(rows, labels, self.num_groups) for rows in (residuals, logits))
+        bound = self.certified_lower_bound_from_residuals(*means)
+        assert bound is not None
+        return bound
 
-    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+    def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
         """Bound F* from below by predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
                 cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
 
         Returns:
-            The bound; None for a loss without a ``dual_value``.
+            The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        if bound is not None or logits is None:
+            return bound
+        return self._groups.lower_bound_at(logits.detach().to("cpu", torch.float64)[self.present])
 
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
