@@ -215,8 +215,8 @@ class BinaryCrossEntropy(Loss):
         return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target."""
-        return torch.sigmoid(logits) - targets
+        """Return the probabilities minus the target, without the difference of the two where the target is 0 or 1."""
+        return (1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p (1 - p))``."""
