@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
     from nclightning.problems.with_optimum import WithOptimum
 
-__all__ = ["admit", "admit_moments", "check_arguments", "check_groups", "check_labels", "check_point", "check_table"]
+__all__ = [
+    "admit",
+    "admit_moments",
+    "check_arguments",
+    "check_groups",
+    "check_labels",
+    "check_point",
+    "check_table",
+    "rows_are_classes",
+]
 
 
 def check_groups(
@@ -47,6 +56,14 @@ def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tens
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
     loss.check_targets(rows)
     return rows
+
+
+def rows_are_classes(targets: Tensor) -> bool:
+    """Whether each of K classes has one row of targets ``(M, K)``, in which it is the largest entry."""
+    if targets.shape[0] != targets.shape[1]:
+        return False
+    largest = targets.diagonal().unsqueeze(1)
+    return bool(((targets < largest).sum(dim=1) == len(targets) - 1).all())
 
 
 def check_arguments(problem: Problem) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, check_arguments, check_groups, check_point
+from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
@@ -22,6 +22,7 @@ from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_z
 from nclightning.problems.orbit import Orbit
 from nclightning.problems.spectrum import Eigenvalue, spectrum
 from nclightning.problems.with_optimum import WithOptimum
+from nclightning.problems.wording import one_line
 
 __all__ = ["Problem"]
 
@@ -98,6 +99,14 @@ class Problem(WithOptimum):
         own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
         return type(self)(**own | changes)
 
+    def __repr__(self) -> str:
+        """One line, however many classes."""
+        return f"Problem({self.summary()})"
+
+    def summary(self) -> str:
+        """Write loss, sizes and penalties on one line."""
+        return one_line(self)
+
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
@@ -116,10 +125,7 @@ class Problem(WithOptimum):
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
-        if self.num_groups != self.num_classes:
-            return False
-        largest = self.targets.diagonal().unsqueeze(1)
-        return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
+        return rows_are_classes(self.targets)
 
     @cached_property
     def num_samples(self) -> int:
@@ -192,12 +198,22 @@ class Problem(WithOptimum):
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
 
-    @cached_property
+    @property
     def convex_optimum(self) -> Optimum:
         """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        if isinstance(self._found, NoAnswer):
+            raise NoAnswer(self._found.question, self._found.reason)
+        return self._found
+
+    @cached_property
+    def _found(self) -> Optimum | NoAnswer:
+        """The optimum, or why there is none: what took long is not tried again."""
         # It is kept, and what is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
-            return find_optimum(self._groups, self.tolerance)
+            try:
+                return find_optimum(self._groups, self.tolerance)
+            except NoAnswer as missing:
+                return missing
 
     @property
     def optimum(self) -> Optimum:
@@ -259,10 +275,23 @@ class Problem(WithOptimum):
         Returns:
             The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self.lower_bound_from_means(residuals.cpu(), None if logits is None else logits.cpu())
+        return None if bound is None else float(bound)
+
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor | None = None) -> Tensor | None:
+        """Bound F* as :meth:`certified_lower_bound_from_residuals` does, without a transfer to the host.
+
+        A loss without a ``dual_value`` does transfer under a free bias, which Newton's method then balances.
+
+        Returns:
+            Float64 scalar on the device of ``residuals``, or None.
+        """
+        index = self._present_index.to(residuals.device)
+        groups = self._groups.to(residuals.device)
+        bound = groups.lower_bound(residuals.detach().double().index_select(0, index))
         if bound is not None or logits is None:
             return bound
-        return self._groups.lower_bound_at(logits.detach().to("cpu", torch.float64)[self.present])
+        return groups.lower_bound_at(logits.detach().double().index_select(0, index))
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set.
@@ -275,7 +304,12 @@ class Problem(WithOptimum):
         Raises:
             NoAnswer: If the optimum is not known, or the problem is too large for it.
         """
-        return spectrum(self.optimal_set)
+        return self._spectrum
+
+    @cached_property
+    def _spectrum(self) -> tuple[Eigenvalue, ...]:
+        with torch.inference_mode(False):
+            return spectrum(self.optimal_set)
 
     def orbit(self, device: torch.device) -> Orbit:
         """The optimal set, for points on a device; moved there once."""
@@ -313,6 +347,10 @@ class Problem(WithOptimum):
     def present(self) -> Tensor:
         """Which groups have samples, ``(M,)``; all else is about those."""
         return self.counts > 0
+
+    @cached_property
+    def _present_index(self) -> Tensor:
+        return torch.nonzero(self.present).flatten()
 
     @cached_property
     def _groups(self) -> Groups:

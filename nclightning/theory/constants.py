@@ -59,14 +59,14 @@ class UFMConstants:
             )
 
     @property
+    def num_groups(self) -> int:
+        """K."""
+        return self.num_classes
+
+    @property
     def num_samples(self) -> int:
         """N = K n."""
         return self.num_classes * self.samples_per_class
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of samples with the same target: the classes."""
-        return self.num_classes
 
     @property
     def samples_per_group(self) -> int:
