@@ -50,6 +50,7 @@ class CrossEntropy(Loss):
 
     offset: Sequence[float] | Tensor | None = None
     class_weights: Sequence[float] | Tensor | None = None
+    short_name = "CE"
     shift_invariant = True
 
     @property
@@ -192,6 +193,7 @@ class BinaryCrossEntropy(Loss):
     ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
     """
 
+    short_name = "BCE"
     exchangeable = True
 
     def unattained(self, targets: Tensor) -> str | None:
@@ -213,8 +215,8 @@ class BinaryCrossEntropy(Loss):
         return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target."""
-        return torch.sigmoid(logits) - targets
+        """Return the probabilities minus the target, without the difference of the two where the target is 0 or 1."""
+        return (1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p (1 - p))``."""
