@@ -16,7 +16,7 @@ from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.optimality_at_epochs import OptimalityAtEpochs
 from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates
-from nclightning.callbacks.problem import KnownProblem
+from nclightning.callbacks.problem import AnyProblem
 from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
@@ -48,13 +48,18 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``line_search/step_size`` | step that led to the iterate; nan at iterate 0 |
     | ``line_search/evaluations`` | evaluations of F and its gradient since the run began |
 
-    Gap and distance are computed in float64 whatever the precision of the run. The line-search tags appear for
-    optimizers that report an ``outcome``.
+    The problem is the module's: any loss, targets, counts and bias. Where its optimum has no formula it is found once,
+    before training. Where it is not known, as with fewer features than the optimal logits need, that is said once, and
+    ``optimality/certified_gap`` takes the place of gap and distance: at least F - F*, and right to the rounding of F,
+    about 1e-16 of it. Where they are known it is left out: it would make a reading half as dear again.
+
+    All these are computed in float64 whatever the precision of the run. The line-search tags appear for optimizers that
+    report an ``outcome``.
 
     The predicted decay is for runs of the unconstrained feature model, with :math:`\mu` the least nonzero eigenvalue of
     the Hessian at the optimal set and :math:`t_k` the steps taken: those of a line search or the constant one of plain
     ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
-    slowest mode is what is left. There is no free parameter.
+    slowest mode is what is left. There is no free parameter. Where the spectrum is too large, that is said once.
 
     On any other module, with ``loss`` given, it makes one pass over the training set at ends of epochs, without a
     trace and together with monitors next to it. It logs of the features before the head, against the unconstrained
@@ -77,8 +82,9 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
-        theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or
-            cross-entropy with ``feature_dim < num_classes - 1``.
+        theory: False leaves out gap, distance, certified gap and ratio. Needed where what is trained is no known problem,
+            as with a penalty of zero, or ``UFM(loss="ce")`` with ``feature_dim < num_classes - 1``; and
+            where finding the optimum would take too long, as with thousands of classes of different size.
         stop_distance: End the fit at the first reading whose distance is at most this; None never does.
         stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
             thousandth of the optimum's norm and has had no new minimum for the second half of the run, at least 20
@@ -157,7 +163,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         if stage == "fit" and full_batch(pl_module):
             self.find_problem(pl_module)
 
-    def find_problem(self, pl_module: L.LightningModule) -> KnownProblem | None:
+    def find_problem(self, pl_module: L.LightningModule) -> AnyProblem | None:
         """Take the problem of a full-batch module and find its optimum.
 
         Args:

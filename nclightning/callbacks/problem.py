@@ -18,7 +18,7 @@ from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = [
-    "KnownProblem",
+    "AnyProblem",
     "check_balance",
     "check_features",
     "check_optimizer",
@@ -27,7 +27,7 @@ __all__ = [
     "num_groups_of",
 ]
 
-KnownProblem = UFMProblem | Problem
+AnyProblem = UFMProblem | Problem
 
 _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimality.theory false"
 
@@ -36,7 +36,7 @@ _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimalit
 _said: WeakKeyDictionary[L.LightningModule, Problem] = WeakKeyDictionary()
 
 
-def find_problem(pl_module: L.LightningModule, theory: bool = True) -> KnownProblem | None:
+def find_problem(pl_module: L.LightningModule, theory: bool = True) -> AnyProblem | None:
     """Take the problem that a module trains.
 
     Args:
@@ -53,7 +53,7 @@ def find_problem(pl_module: L.LightningModule, theory: bool = True) -> KnownProb
         return None
     try:
         problem = getattr(pl_module, "problem", None)
-        if not isinstance(problem, KnownProblem):
+        if not isinstance(problem, AnyProblem):
             raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
     except UserError as error:
         raise UserError(
@@ -165,7 +165,7 @@ def check_value(value: Tensor | float, known: Tensor, dtype: torch.dtype) -> Non
         )
 
 
-def check_balance(problem: KnownProblem, labels: Tensor) -> None:
+def check_balance(problem: AnyProblem, labels: Tensor) -> None:
     """Raise unless the labels of all processes are as many of each as the problem has.
 
     Args:
