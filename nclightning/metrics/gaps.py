@@ -266,7 +266,7 @@ def read_soft(sums: SoftSums, head: HeadLoss, reference: Reference) -> dict[str,
     share = min(1.0, count * penalties.strength / norm) if norm > 0 else 1.0
     lower = ((1 - share) * free + share * bound) / count
     if head.bias is not None:
-        lower -= bias_part(sums.residuals.double() * (share / count), penalties.lambda_b)
+        lower -= float(bias_part(sums.residuals.double() * (share / count), penalties.lambda_b))
     return {
         "certified_gap": none.new_tensor(objective - lower),
         "certified_bound": none.new_tensor(lower),

@@ -149,10 +149,8 @@ class CrossEntropy(Loss):
         have, want = (share * mass).sum(dim=0), (share * weighted).sum(dim=0)
         kept = mass * torch.where(have > want, want / have, 1)
         lack = (want - have).clamp(min=0)
-        if not bool(lack.sum() > 0):
-            return dual
         freed = (mass - kept).sum(dim=1, keepdim=True)
-        return kept + freed * lack / lack.sum() - weighted
+        return torch.where(lack.sum() > 0, kept + freed * lack / lack.sum() - weighted, dual)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         return logits if self.offset is None else logits + torch.as_tensor(self.offset).to(logits)
@@ -217,8 +215,8 @@ class BinaryCrossEntropy(Loss):
         return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target."""
-        return torch.sigmoid(logits) - targets
+        """Return the probabilities minus the target, without the difference of the two where the target is 0 or 1."""
+        return (1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p (1 - p))``."""
