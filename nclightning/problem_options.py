@@ -135,7 +135,10 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         named = {"class_path": named}
     if not isinstance(named, Mapping):
         raise UserError(f"problem must be a name, or a mapping with class_path and init_args, got {named!r}.")
-    path, values = _path_of(named.get("class_path")), dict(named.get("init_args") or {})
+    if "class_path" not in named:
+        raise UserError(f"problem: class_path is missing, got {', '.join(map(str, named))}.")
+    path = _path_of(named["class_path"], "problem" if given["problem"] is None else "--problem")
+    values = dict(named.get("init_args") or {})
     names = (*_SIZES, "lambda_w", "lambda_h")
     values |= dict(arguments) | {name: given[name] for name in names if given[name] is not None}
     values = _in_numbers(values)
@@ -150,12 +153,12 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         raise UserError(f"problem: {path.rpartition('.')[2]} cannot be made: {error}.") from error
 
 
-def _path_of(name: Any) -> str:
+def _path_of(name: Any, option: str) -> str:
     if isinstance(name, str) and "." in name:
         return name
     if name not in problem_names():
         known = problem_names()
-        raise UserError(f"--problem {name}: no such problem.{nearest(str(name), known)} There are {', '.join(known)}.")
+        raise UserError(f"{option} {name}: no such problem.{nearest(str(name), known)} There are {', '.join(known)}.")
     return f"nclightning.problems.{name}"
 
 

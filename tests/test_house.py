@@ -50,6 +50,7 @@ FLOORS = {
     "wording": 8,
     "parsing": 9,
     "command_parser": 9,
+    "problem_options": 10,
     "mistakes": 9,
     "series": 10,
     "commands": 11,

@@ -30,11 +30,11 @@ class Columns:
         return self.matrix @ coordinates
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Split rows into what the directions span and the rest, new tensors, each up to a map that keeps norms."""
+        """Components of rows, up to a rotation, as a tensor of their own, and the squared norm of the rest."""
         inside = self.coordinates(rows)
         # Directions that span everything would leave rounding.
         spans_all = self.matrix.shape[1] == len(rows)
-        return inside, rows.narrow(0, 0, 0) if spans_all else rows - self.rows(inside)
+        return inside, rows.new_zeros(()) if spans_all else (rows - self.rows(inside)).square().sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +62,9 @@ class Centred:
         return torch.cat([total / -root, coordinates - total / (self.size + root)])
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Split rows into what the directions span and the rest, new tensors, each up to a map that keeps norms."""
+        """Components of rows, up to a rotation, as a tensor of their own, and the squared norm of the rest."""
         mean = rows.mean(dim=0)
-        return rows - mean, math.sqrt(self.size) * mean
+        return rows - mean, self.size * mean.square().sum()
 
 
 Frame = Columns | Centred

@@ -112,7 +112,7 @@ class OptimalSet:
             bias=bias,
             shift_is_free=groups.shift_is_free,
             coupled=(Columns(coupled_left), Columns(coupled_right)),
-            fractions=fractions.unsqueeze(1),
+            fractions=fractions,
             is_cut=self.is_cut,
             present=None if everywhere else torch.nonzero(present).flatten(),
             position=None if everywhere else present.cumsum(0) - 1,

@@ -77,7 +77,7 @@ class Orbit:
         bias: Optimal bias; None without one.
         shift_is_free: Whether all entries of the bias may move by one number.
         coupled: The same along which the multipliers are not zero: those of the optimum and more.
-        fractions: The multipliers along these over the strength: one number, or ``(p, 1)``. They are 1 for the optimum.
+        fractions: The multipliers along these over the strength: one number, or ``(p,)``. They are 1 for the optimum.
         is_cut: Whether there are fewer features than the optimal logits need.
         present: Groups that have samples, if not all have.
         position: Place of each group among those.
@@ -105,6 +105,8 @@ class Orbit:
 
     def to(self, device: torch.device) -> Orbit:
         """The same for points on another device."""
+        if not isinstance(self.counts, Tensor):
+            return self  # All the rest are numbers, too.
 
         def placed(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -180,14 +182,14 @@ class Orbit:
         left, right = self.coupled
         w, rest_w = right.split(point.weight)
         h, rest_h = left.split(self._roots * point.means)
-        f, total = self.fractions, self._squares(rest_w, rest_h) + self.lambda_h * point.spread
+        f, total = self.fractions, self.lambda_w * rest_w + self.lambda_h * (rest_h + point.spread)
         if isinstance(f, Tensor) or f != 1:
-            total = total + ((1 - f) * (self.lambda_w * w.square() + self.lambda_h * h.square())).sum()
-            w, h = f**0.5 * w, f**0.5 * h
+            alone = self.lambda_w * w.square().sum(dim=1) + self.lambda_h * h.square().sum(dim=1)
+            total = total + ((1 - f) * alone).sum()
         # Components may be large, and are of no use afterwards.
-        between = w.mul_(math.sqrt(self.lambda_w)).sub_(h, alpha=math.sqrt(self.lambda_h))
-        total = total + between.square_().sum()
-        return total / 2 + self._bias_term(point.bias) + divergence
+        between = w.mul_(math.sqrt(self.lambda_w)).sub_(h, alpha=math.sqrt(self.lambda_h)).square_()
+        total = total + ((f * between.sum(dim=1)).sum() if isinstance(f, Tensor) else f * between.sum())
+        return self._with_bias(total / 2 + divergence, point.bias)
 
     def expanded_gap(self, point: Solution) -> Tensor:
         """F - F* around the nearest member, where there are fewer features than the optimal logits need.
@@ -204,8 +206,8 @@ class Orbit:
         targets = self.targets.of(torch.arange(self.num_groups, device=means.device), reference)
         divergence = self.loss.divergence(logits, reference.index_select(0, own), targets.index_select(0, own)).mean()
         multipliers = self._roots / len(logits) * self.loss.residual(reference, targets)
-        penalty = self._squares(step_w, step_h) + self.lambda_h * moments.spread
-        return penalty / 2 + (multipliers * (step_h @ step_w.T)).sum() + self._bias_term(point.bias) + divergence
+        penalty = self.lambda_w * step_w.square().sum() + self.lambda_h * (step_h.square().sum() + moments.spread)
+        return self._with_bias(penalty / 2 + (multipliers * (step_h @ step_w.T)).sum() + divergence, point.bias)
 
     def _member(self, left: Frame, right: Frame, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Head and mean features of the member whose R^T is nearest to ``direction (r, d)``."""
@@ -221,10 +223,8 @@ class Orbit:
     def _sums(self, rows: Tensor, own: Tensor) -> Tensor:
         return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, own, rows)
 
-    def _squares(self, weight: Tensor, features: Tensor) -> Tensor:
-        return self.lambda_w * weight.square().sum() + self.lambda_h * features.square().sum()
-
-    def _bias_term(self, bias: Tensor | None) -> Tensor | float:
+    def _with_bias(self, gap: Tensor, bias: Tensor | None) -> Tensor:
+        """Add what a penalized bias exceeds the optimal one by."""
         if bias is None or self.bias is None or not self.lambda_b:
-            return 0.0
-        return self.lambda_b / 2 * (bias - self.bias).square().sum()
+            return gap
+        return gap + self.lambda_b / 2 * (bias - self.bias).square().sum()
