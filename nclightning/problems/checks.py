@@ -31,15 +31,14 @@ def table(
     rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
-    numbers = torch.as_tensor(counts, device="cpu").detach()
+    numbers = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
             f"counts must hold a number for each of the {len(rows)} rows of targets, got the shape "
             f"{tuple(numbers.shape)}."
         )
-    whole = numbers.double()
-    if not (bool((whole == whole.round()).all()) and bool((whole >= 0).all()) and bool((whole > 0).any())):
-        raise UserError(f"counts must be integers, none negative and one positive, got {numbers.tolist()}.")
+    if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
+        raise UserError(f"counts must be integers, none negative and one positive, got {torch.as_tensor(counts).tolist()}.")
     loss.check_targets(rows)
     return rows, numbers.long()
 
