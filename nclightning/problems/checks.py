@@ -36,15 +36,15 @@ def check_groups(
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
     rows = check_table(torch.eye(len(counts)) if targets is None else targets, loss)
-    numbers = torch.as_tensor(counts, device="cpu").detach()
+    numbers = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
             f"counts must hold a number for each of the {len(rows)} rows of targets, got the shape "
             f"{tuple(numbers.shape)}."
         )
-    whole = numbers.double()
-    if not (bool((whole == whole.round()).all()) and bool((whole >= 0).all()) and bool((whole > 0).any())):
-        raise UserError(f"counts must be integers, none negative and one positive, got {numbers.tolist()}.")
+    if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
+        given = torch.as_tensor(counts).tolist()
+        raise UserError(f"counts must be integers, none negative and one positive, got {given}.")
     return rows, numbers.long()
 
 

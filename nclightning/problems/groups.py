@@ -176,6 +176,32 @@ class Groups:
             - bias_part(self.shares @ (factor * residuals), self.lambda_b)
         )
 
+    def excess(self, factors: Factors) -> tuple[float, float]:
+        """Bound how far a value is above the minimum, without the difference of values that are alike.
+
+        The bound of :meth:`lower_bound_at` by convexity, subtracted from the value term by term. Where penalties are so
+        weak that the minimum is within the rounding of the loss, this alone says whether a point is an optimum.
+
+        Args:
+            factors: The point. A free bias must be the best one.
+
+        Returns:
+            The excess, and what rounding of the logits may make of it.
+        """
+        logits, bias = self.logits(factors.scaled_logits, factors.bias), factors.bias
+        residuals = self.loss.residual(logits, self.targets)
+        factor = float(self._admissible(residuals))
+        least = self.loss.dual_value(torch.zeros_like(residuals), self.targets)
+        lowest = self.loss.lower_bound if least is None else float((self.shares * least).sum())
+        excess = (1 - factor) * (float(self.mean_loss(logits)) - lowest)
+        along = (factors.left * (self.scaled(residuals) @ factors.right)).sum(dim=0)
+        excess += float(((self.strength + factor * along) * factors.singular).sum())
+        if bias is not None and self.lambda_b:
+            pull = factor * (self.shares @ residuals)
+            excess += float((self.lambda_b * bias + pull).square().sum()) / (2 * self.lambda_b)
+        bent = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
+        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * bent).sum())
+
     def _admissible(self, residuals: Tensor) -> Tensor:
         """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""
         matrix = self.scaled(residuals)
