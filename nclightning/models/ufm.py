@@ -265,7 +265,7 @@ class UFM(RegularizedClassifier):
         )
         patched = "evaluate_objective" in vars(self) or any("forward" in vars(m) for m in (self.head, self.backbone))
         parts = (type(self.head), type(self.backbone), type(self.objective)) == (nn.Linear, FeatureTable, Objective)
-        free = all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
+        free = all(p.requires_grad for p in self.parameters())
         return methods and not patched and parts and free
 
     def _is_hooked(self) -> bool:
