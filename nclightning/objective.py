@@ -199,20 +199,20 @@ class Objective:
 
     def combine(
         self,
-        num_samples: int,
         losses: Scalar,
-        features_square: Scalar,
+        num_samples: int,
         weight_square: Scalar,
+        features_square: Scalar,
         bias_square: Scalar | None = None,
     ) -> Scalar:
         """Put F together from sums.
 
         Args:
-            num_samples: N.
             losses: Sum of the losses of all samples.
-            features_square: Squared norm of all features.
+            num_samples: N.
             weight_square: Squared norm of the head's weight.
-            bias_square: Squared norm of its bias; None without one.
+            features_square: Squared norm of all features.
+            bias_square: Squared norm of the head's bias; None without one.
 
         Returns:
             F.

@@ -79,7 +79,8 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
             for i, (tag, label) in enumerate(_COLLAPSE.items()):
                 if tag in run.readings.values:
                     _draw_curve(axes, run, tag, label, i)
-            axes.set_title(", ".join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
+            separator = ", " if run.loss in LOSSES else "\n"  # Others take a line for themselves.
+            axes.set_title(separator.join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
             axes.set_ylabel("NC metrics")
             add_legend(axes)
         add_caption(figure, runs)

@@ -93,7 +93,7 @@ class UFMLine(LineObjective):
         """Evaluate value and gradient."""
         self._bind(self._gradients or [torch.empty_like(owner) for owner in self._owners])
         *sums, self._square = _numbers(self._pass(None, self._gradients[0], value=True))
-        self._value = self._objective.combine(self._num_samples, *sums)
+        self._value = self._objective.combine(sums[0], self._num_samples, *sums[1:])
         return self._swap(1)
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class UFMLine(LineObjective):
         """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
         self._bind(self._gradients)
         *sums, square = self._pass(None, self._some, value=True)
-        return self._objective.combine(self._num_samples, *sums), square
+        return self._objective.combine(sums[0], self._num_samples, *sums[1:]), square
 
     def begin(self, start: Evaluation) -> None:
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
@@ -124,7 +124,7 @@ class UFMLine(LineObjective):
         sums = _numbers(self._pass(self._some, self._trial_gradients[0] if self._expects_slope else None, value=True))
         if self._expects_slope:
             *sums, self._slope, self._square = sums
-        self._value = self._objective.combine(self._num_samples, *sums)
+        self._value = self._objective.combine(sums[0], self._num_samples, *sums[1:])
         return self._value if self._value <= self._limit else math.inf
 
     def slope(self) -> float:
@@ -177,7 +177,7 @@ class UFMLine(LineObjective):
             value: Whether the residual is yet to be computed, and the value.
 
         Returns:
-            Scalars: the sums of the value; the slope, if the start is kept; the square of the gradient.
+            Scalars: what :meth:`Objective.combine` takes; the slope, if the start is kept; the square of the gradient.
         """
         objective, head = self._objective, self._at[1:] if trial is None else self._trial_head
         gradients = [] if out is None else self._trial_gradients[1:]
@@ -200,7 +200,8 @@ class UFMLine(LineObjective):
             sum_all_over_ranks([total, *gradients])
         scalars = [*total]
         if value:
-            scalars[2:2] = [square_norm(part) for part in head]
+            weight_square, *bias_square = [square_norm(part) for part in head]
+            scalars[1:2] = [weight_square, scalars[1], *bias_square]
         if gradients:
             objective.add_penalty_gradients_(gradients, head)
             scalars[-1] = torch.stack([scalars[-1], *map(square_norm, gradients)]).sum()

@@ -33,6 +33,7 @@ class Loss:
     :meth:`dual_value` for a sharper certified bound.
 
     Attributes:
+        short_name: In tables and pictures, such as ``"CE"``; that of the class where it is empty.
         lower_bound: A number that no loss falls below. The certified bound needs it if there is no
             :meth:`dual_value`.
         shift_invariant: Whether adding one number to all logits of a row changes nothing. A free bias is then
@@ -41,6 +42,7 @@ class Loss:
             of balanced classes be found for many classes.
     """
 
+    short_name: str = ""
     lower_bound: float = 0.0
     shift_invariant: bool = False
     exchangeable: bool = False
@@ -119,6 +121,13 @@ class Loss:
             integral = integral + weight * (1 - node) * (bent * step).sum(dim=1)
         safe = plain > _SAFE_DIFFERENCE * torch.maximum(now.abs(), torch.maximum(before.abs(), slope.abs()))
         return torch.where(safe, plain, integral.clamp(min=0))
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Bregman divergence of ``reference + step`` from the reference.
+
+        The default is :meth:`divergence` of that sum, whose rounding a step of its own does not have.
+        """
+        return self.divergence(reference + step, reference, targets)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor | None:
         """Least value over z of ``loss(z) - <z, u>`` for each row u of ``dual``: minus the conjugate.

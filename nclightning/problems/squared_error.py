@@ -17,6 +17,7 @@ _ROUNDINGS = 16
 class SquaredError(Loss):
     r"""Half the squared distance of logits and target, :math:`\frac12\|z - y\|^2`, any real targets."""
 
+    short_name = "MSE"
     exchangeable = True
 
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,7 +52,11 @@ class SquaredError(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Half the squared deviation, whatever the target."""
-        return (logits - reference).square().sum(dim=1) / 2
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        return step.square().sum(dim=1) / 2
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         r"""Return :math:`-\frac12\|u\|^2 - \langle u, y\rangle`."""
