@@ -81,7 +81,7 @@ class Loss:
         """Replace logits by :meth:`residual`, in place; return the sum of the losses, float64. Arguments as above."""
         rows = target_rows(logits, targets, labels)
         losses = self.value(logits, rows).sum(dtype=torch.float64)
-        logits.copy_(self.residual(logits, rows))
+        torch.mul(self.residual(logits, rows), 1, out=logits)  # Unlike copy_ also on fake tensors of an absent device.
         return losses
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
