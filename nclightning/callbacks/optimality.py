@@ -16,13 +16,12 @@ from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.optimality_at_epochs import OptimalityAtEpochs
 from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates
-from nclightning.callbacks.problem import find_problem
+from nclightning.callbacks.problem import KnownProblem
 from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
-from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
@@ -40,6 +39,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``loss`` | F, the training objective |
     | ``optimality/gap`` | F - F*, without cancellation; for a network F* of the UFM, a lower bound |
     | ``optimality/distance`` | Euclidean distance of head and features to the optimal set |
+    | ``optimality/certified_gap`` | where these two are not known: F minus the bound that the residuals certify |
     | ``optimality/grad_norm`` | norm of the gradient of F over all trainable parameters |
     | ``optimality/error_bound_ratio`` | distance / grad_norm, the paper's kappa when it is largest; nan at 0/0 |
     | ``optimality/predicted_decay`` | what the gap's slowest mode has become: :math:`\prod_k (1 - t_k \mu)^2` |
@@ -141,9 +141,20 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         if stage == "fit" and full_batch(pl_module):
             self.find_problem(pl_module)
 
-    def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
-        """Take the UFM of a full-batch module, None with ``theory=False``; see :func:`find_problem`."""
-        return find_problem(pl_module, self._theory)
+    def find_problem(self, pl_module: L.LightningModule) -> KnownProblem | None:
+        """Take the problem of a full-batch module and find its optimum.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            The problem; None with ``theory=False``, and if its optimum is not known.
+
+        Raises:
+            ValueError: As :meth:`nclightning.callbacks.optimality_at_iterates.OptimalityAtIterates.find`.
+        """
+        gaps = self.at_iterates().find(pl_module)
+        return None if gaps is None or gaps.missing is not None else gaps.problem
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
         """Say whether the decay of a full-batch run can be predicted."""

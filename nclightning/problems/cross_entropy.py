@@ -140,10 +140,8 @@ class CrossEntropy(Loss):
         have, want = (share * mass).sum(dim=0), (share * weighted).sum(dim=0)
         kept = mass * torch.where(have > want, want / have, 1)
         lack = (want - have).clamp(min=0)
-        if not bool(lack.sum() > 0):
-            return dual
         freed = (mass - kept).sum(dim=1, keepdim=True)
-        return kept + freed * lack / lack.sum() - weighted
+        return torch.where(lack.sum() > 0, kept + freed * lack / lack.sum() - weighted, dual)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         return logits if self.offset is None else logits + torch.as_tensor(self.offset).to(logits)

@@ -192,12 +192,22 @@ class Problem:
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
 
-    @cached_property
+    @property
     def convex_optimum(self) -> Optimum:
         """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        if isinstance(self._found, NoAnswer):
+            raise NoAnswer(self._found.question, self._found.reason)
+        return self._found
+
+    @cached_property
+    def _found(self) -> Optimum | NoAnswer:
+        """The optimum, or why there is none: what took long is not tried again."""
         # It is kept, and what is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
-            return find_optimum(self._groups, self.tolerance)
+            try:
+                return find_optimum(self._groups, self.tolerance)
+            except NoAnswer as missing:
+                return missing
 
     @property
     def optimum(self) -> Optimum:
@@ -241,10 +251,9 @@ class Problem:
         """
         logits = _logits(admit(self, weight, features, labels, bias))
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
-        bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
-        if bound is not None:
-            return bound
-        return self._groups.lower_bound_at(group_means(logits, labels, self.num_groups).cpu()[self.present])
+        return float(
+            self.lower_bound_from_means(*(group_means(x, labels, self.num_groups) for x in (residuals, logits)))
+        )
 
     def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
         """Bound F* from below by predictions alone.
@@ -256,7 +265,25 @@ class Problem:
         Returns:
             The bound; None for a loss without a ``dual_value``.
         """
-        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        return None if bound is None else float(bound)
+
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor) -> Tensor:
+        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are, without a transfer to the host.
+
+        Args:
+            residuals: ``(M, K)``, as for :meth:`certified_lower_bound_from_residuals`.
+            logits: ``(M, K)``: the mean logits of each group, bias included, which losses without a ``dual_value``
+                need. Of those a free bias is balanced by Newton's method, which does transfer.
+
+        Returns:
+            Float64 scalar.
+        """
+        index = torch.nonzero(self.present).flatten().to(residuals.device)
+        residuals, logits = (x.detach().double().index_select(0, index) for x in (residuals, logits))
+        groups = self._groups.to(residuals.device)
+        bound = groups.lower_bound(residuals)
+        return groups.lower_bound_at(logits) if bound is None else bound
 
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
@@ -384,7 +411,12 @@ class Problem:
         Raises:
             NoAnswer: If the optimum is not known, or the problem is too large for it.
         """
-        return spectrum(self.optimal_set)
+        return self._spectrum
+
+    @cached_property
+    def _spectrum(self) -> tuple[Eigenvalue, ...]:
+        with torch.inference_mode(False):
+            return spectrum(self.optimal_set)
 
     @property
     def mu(self) -> float:

@@ -59,6 +59,11 @@ class UFMConstants:
             )
 
     @property
+    def num_groups(self) -> int:
+        """K."""
+        return self.num_classes
+
+    @property
     def num_samples(self) -> int:
         """N = K n."""
         return self.num_classes * self.samples_per_class

@@ -112,6 +112,8 @@ class UFMProblem(UFMLandscape):
         """
         return gap.optimality_gap(self, *self._admit(weight, features, labels, bias, check_labels))
 
+    gap = optimality_gap
+
     def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
         r"""Measure each sample's loss above that of the optimal logits, to first order removed.
 
@@ -159,7 +161,9 @@ class UFMProblem(UFMLandscape):
             None if bias is None else bias.detach().double(),
         )
 
-    def gap_from_moments(self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor) -> Tensor:
+    def gap_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """Evaluate F - F* from the moments of features that are not kept, without cancellation.
 
         As :meth:`optimality_gap`; under CE a bias, which is free, enters by the divergence only.
