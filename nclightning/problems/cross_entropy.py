@@ -45,6 +45,7 @@ class CrossEntropy(Loss):
 
     offset: Sequence[float] | Tensor | None = None
     class_weights: Sequence[float] | Tensor | None = None
+    short_name = "CE"
     shift_invariant = True
 
     @property
@@ -184,6 +185,7 @@ class BinaryCrossEntropy(Loss):
     ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
     """
 
+    short_name = "BCE"
     exchangeable = True
 
     def unattained(self, targets: Tensor) -> str | None:

@@ -33,6 +33,7 @@ class Loss:
     :meth:`dual_value` for a sharper certified bound.
 
     Attributes:
+        short_name: In tables and pictures, such as ``"CE"``; that of the class where it is empty.
         lower_bound: A number that no loss falls below. The certified bound needs it if there is no
             :meth:`dual_value`.
         shift_invariant: Whether adding one number to all logits of a row changes nothing. A free bias is then
@@ -41,6 +42,7 @@ class Loss:
             of balanced classes be found for many classes.
     """
 
+    short_name: str = ""
     lower_bound: float = 0.0
     shift_invariant: bool = False
     exchangeable: bool = False

@@ -21,6 +21,7 @@ from nclightning.problems.optimal_set import Moments, OptimalSet, Solution, grou
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
 from nclightning.problems.rates import Rates
 from nclightning.problems.spectrum import Eigenvalue, spectrum
+from nclightning.problems.wording import one_line
 
 __all__ = ["Problem"]
 
@@ -96,6 +97,14 @@ class Problem:
         own = {name: getattr(self, name) for name in ("loss", "targets", "counts", "feature_dim")}
         own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
         return type(self)(**own | changes)
+
+    def __repr__(self) -> str:
+        """One line, however many classes."""
+        return f"Problem({self.summary()})"
+
+    def summary(self) -> str:
+        """Write loss, sizes and penalties on one line."""
+        return one_line(self)
 
     @property
     def num_classes(self) -> int:

@@ -17,6 +17,7 @@ _ROUNDINGS = 16
 class SquaredError(Loss):
     r"""Half the squared distance of logits and target, :math:`\frac12\|z - y\|^2`, any real targets."""
 
+    short_name = "MSE"
     exchangeable = True
 
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
