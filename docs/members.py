@@ -13,10 +13,10 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -38,7 +38,8 @@ from nclightning.problems import Problem, Solution
 
 IMAGES = Path(__file__).resolve().parent / "images" / "problems"
 Panel = dict[str, Any]
-Quantities = Callable[[Solution], Mapping[str, float]]
+Panels = Sequence[Any]
+Quantities = Callable[[Problem, Solution], Mapping[str, Any]]
 STRENGTH = r"$N\sqrt{\lambda_w\lambda_h}$"
 VANISHED = 1e-6  # A vector this short has no direction.
 
@@ -94,14 +95,14 @@ def cosines(rows: Tensor) -> Tensor:
     return normalize(rows) @ normalize(rows).T
 
 
-def cosines_of_classes(point: Solution) -> dict[str, float]:
+def cosines_of_classes(problem: Problem, point: Solution) -> dict[str, float]:
     """Cosines of class means where classes 0-4 are majorities and 5-9 minorities."""
     found = cosines(means(point))
     pairs = {"two majorities": found[0, 1], "majority, minority": found[0, 5], "two minorities": found[5, 6]}
     return {name: float(value) for name, value in pairs.items()}
 
 
-def lengths_of_classes(point: Solution) -> dict[str, float]:
+def lengths_of_classes(problem: Problem, point: Solution) -> dict[str, float]:
     """Lengths of class means and of rows of the head, likewise."""
     features, head = means(point).norm(dim=1), point.weight.norm(dim=1)
     named = zip(("feature", "head's row"), (features, head), strict=True)
@@ -115,80 +116,107 @@ def plane(rows: Tensor) -> Tensor:
     return torch.stack([rows @ right, rows @ up], dim=1)
 
 
-# Panels, as plain data.
+# Panels: what is to be drawn, and how it is found.
 
 
-def curves(
-    make: Callable[[float], Problem],
-    quantities: Quantities,
-    at: Iterable[float],
-    runs_at: Iterable[float],
-    marks: Mapping[str, float] | None = None,
-    **axes: Any,
-) -> Panel:
-    """Follow quantities of the optimum along a parameter of the problem.
+class Curves(NamedTuple):
+    """Quantities of the optimum along a parameter of the problem.
 
-    Args:
+    Attributes:
         make: The problem for a value of the parameter.
         quantities: What is drawn of a point, by name.
         at: Values for curves.
         runs_at: Values at which gradient descent is run.
         marks: Values that are marked, by name.
-        **axes: What :meth:`matplotlib.axes.Axes.set` takes.
-
-    Returns:
-        With ``"runs"`` yet to be made, by :func:`with_runs`.
+        axes: What :meth:`matplotlib.axes.Axes.set` takes.
     """
-    at = [float(x) for x in at]
-    values = [quantities(optimum(make(x))) for x in at]
-    drawn = {name: [round(each[name], 6) for each in values] for name in values[0]}
-    return {"x": at, "curves": drawn, "marks": dict(marks or {}), "axes": axes, "runs": (make, quantities, runs_at)}
+
+    make: Callable[[float], Problem]
+    quantities: Quantities
+    at: Sequence[float]
+    runs_at: Sequence[float]
+    marks: Mapping[str, float]
+    axes: Mapping[str, Any]
+
+    def data(self) -> Panel:
+        """Return what is drawn."""
+        curves = [self.theory(x) for x in self.at]
+        runs = [self._rounded(x, trained) for x in self.runs_at]
+        return {"at": list(self.at), "curves": curves, "runs_at": list(self.runs_at), "runs": runs} | self.frame()
+
+    def frame(self) -> Panel:
+        """Return what is drawn beside curves."""
+        return {"marks": dict(self.marks), "axes": dict(self.axes)}
+
+    def theory(self, x: float) -> dict[str, float]:
+        """Return a point of each curve."""
+        return self._rounded(x, optimum)
+
+    def _rounded(self, x: float, find: Callable[[Problem], Solution]) -> dict[str, float]:
+        problem = self.make(x)
+        return {name: round(float(value), 6) for name, value in self.quantities(problem, find(problem)).items()}
 
 
-def grid(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, signed: bool = True) -> Panel:
-    """Show a matrix."""
-    return {
-        "grid": [[round(float(x), 6) + 0.0 for x in row] for row in values],
-        "rows": list(rows), "columns": list(columns), "axes": {"title": title}, "signed": signed,
-    }  # fmt: skip
+class Points(NamedTuple):
+    """Points in the plane, those of one name alike.
+
+    Attributes:
+        problem: The problem.
+        points: What is drawn of an optimum, ``(M, 2)``.
+        names: Of the points.
+        axes: What :meth:`matplotlib.axes.Axes.set` takes.
+    """
+
+    problem: Problem
+    points: Callable[[Solution], Tensor]
+    names: Sequence[str]
+    axes: Mapping[str, Any]
+
+    def data(self) -> Panel:
+        """Return what is drawn."""
+        runs = rounded(self.points(trained(self.problem)))
+        return {"points": self.theory(), "runs": runs, "names": list(self.names), "axes": dict(self.axes)}
+
+    def theory(self) -> list[list[float]]:
+        """Return the points of the optimum."""
+        return rounded(self.points(optimum(self.problem)))
 
 
-def scatter(problem: Problem, points: Callable[[Solution], Tensor], names: Sequence[str], **axes: Any) -> Panel:
-    """Show points in the plane, those of one name alike."""
-    found = [[round(float(x), 6) + 0.0 for x in row] for row in points(optimum(problem))]
-    return {"points": found, "names": list(names), "axes": axes, "runs": (problem, points)}
+class Grid(NamedTuple):
+    """A matrix.
+
+    Attributes:
+        values: Its entries.
+        rows: Their names.
+        columns: Their names.
+        title: Of all.
+        least: -1 for cosines, 0 for probabilities.
+    """
+
+    values: Tensor
+    rows: Sequence[str]
+    columns: Sequence[str]
+    title: str
+    least: int = -1
+
+    def data(self) -> Panel:
+        """Return what is drawn."""
+        names = {"rows": list(self.rows), "columns": list(self.columns), "least": self.least}
+        return {"grid": rounded(self.values), "axes": {"title": self.title}} | names
 
 
-def with_runs(panel: Panel) -> Panel:
-    """Train what a panel shows."""
-    if "runs" not in panel:
-        return panel
-    if "curves" in panel:
-        make, quantities, at = panel["runs"]
-        values = {float(x): quantities(trained(make(x))) for x in at}
-        runs: Any = {name: [[x, round(each[name], 6)] for x, each in values.items()] for name in panel["curves"]}
-    else:
-        problem, points = panel["runs"]
-        runs = [[round(float(x), 6) + 0.0 for x in row] for row in points(trained(problem))]
-    return panel | {"runs": runs}
-
-
-def without_runs(panel: Panel) -> Panel:
-    """Leave out what was trained."""
-    return {name: value for name, value in panel.items() if name != "runs"}
+def rounded(values: Tensor) -> list[list[float]]:
+    """Write a matrix as lists of few digits."""
+    return [[round(float(x), 6) + 0.0 for x in row] for row in values]
 
 
 # The pictures.
 
 
-def along_strength(name: str, top: float, marks: Mapping[str, float]) -> list[Panel]:
-    """Show angles and lengths of unbalanced classes as both penalties grow."""
-    problem, at = shipped(name), np.linspace(0.05, top, 40)
-    runs_at = [x * top for x in (0.1, 0.22, 0.3, 0.42, 0.7)]
-    return [
-        curves(lambda x: scaled(problem, x), quantities, at, runs_at, marks, xlabel=STRENGTH, title=title)
-        for quantities, title in ((cosines_of_classes, "cosines of class means"), (lengths_of_classes, "lengths"))
-    ]
+def along_strength(problem: Problem, quantities: Quantities, title: str, marks: Mapping[str, float]) -> Curves:
+    """Follow quantities as both penalties grow in their ratio."""
+    at, runs_at = [round(0.05 + 0.13 * i, 2) for i in range(36)], (0.4, 1.0, 1.8, 3.0, 4.4)
+    return Curves(lambda x: scaled(problem, x), quantities, at, runs_at, marks, {"xlabel": STRENGTH, "title": title})
 
 
 def roots_of_counts(problem: Problem) -> dict[str, float]:
@@ -196,167 +224,164 @@ def roots_of_counts(problem: Problem) -> dict[str, float]:
     return {rf"$\sqrt{{{n}}}$": math.sqrt(n) for n in sorted(set(problem.counts.tolist()))}
 
 
-def mse_without_bias() -> list[Panel]:
+def angles_and_lengths(problem: Problem) -> Panels:
+    """Show how minorities merge, and how they vanish."""
+    shown = (cosines_of_classes, "cosines of class means"), (lengths_of_classes, "lengths")
+    return [along_strength(problem, *each, roots_of_counts(problem)) for each in shown]
+
+
+def mse_without_bias(problem: Problem) -> Panels:
     """Singular values, and lengths."""
-    problem = shipped("mse_without_bias")
 
-    def singular(point: Solution) -> dict[str, float]:
-        logits = point.features @ point.weight.T
-        values = torch.linalg.svdvals(logits)
-        return {"majority": float(values[0]), "minority": float(values[5])}
+    def singular(_: Problem, point: Solution) -> dict[str, Any]:
+        values = torch.linalg.svdvals(point.features @ point.weight.T)
+        return {"majority": values[0], "minority": values[5]}
 
-    return [
-        curves(
-            lambda x: scaled(problem, x), quantities, np.linspace(0.05, 4.6, 40), (0.4, 1.0, 1.8, 3.0, 4.4),
-            roots_of_counts(problem), xlabel=STRENGTH, title=title,
-        )
-        for quantities, title in ((singular, r"singular values of $HW^\top$"), (lengths_of_classes, "lengths"))
-    ]  # fmt: skip
+    shown = (singular, r"singular values of $HW^\top$"), (lengths_of_classes, "lengths")
+    return [along_strength(problem, *each, roots_of_counts(problem)) for each in shown]
 
 
-def mse_with_penalized_bias() -> list[Panel]:
+def mse_with_penalized_bias(problem: Problem) -> Panels:
     """From the orthogonal frame to the simplex ETF."""
-    problem = shipped("mse_with_penalized_bias")
-    K, q = problem.num_classes, math.sqrt(int(problem.counts[0])) * problem.strength
+    Kq = problem.num_classes * math.sqrt(int(problem.counts[0])) * problem.strength
+    at, marks = np.logspace(-2, 1, 37).round(4).tolist(), {r"$Kq/(1-Kq)$": Kq / (1 - Kq)}
 
-    def angle(point: Solution) -> dict[str, float]:
-        return {"two classes": float(cosines(means(point))[0, 1])}
+    def angle(_: Problem, point: Solution) -> dict[str, Any]:
+        return {"two classes": cosines(means(point))[0, 1]}
 
-    def bias(point: Solution) -> dict[str, float]:
-        assert point.bias is not None
-        return {"each entry": float(point.bias.mean())}
+    def bias(_: Problem, point: Solution) -> dict[str, Any]:
+        return {"each entry": _bias(point).mean()}
 
     return [
-        curves(
-            lambda x: problem.replace(bias=x), quantities, np.logspace(-2, 1, 37), (0.03, 0.3, 1.0, 4.0),
-            {r"$Kq/(1-Kq)$": K * q / (1 - K * q)}, xlabel=r"$\lambda_b$", xscale="log", title=title,
+        Curves(
+            lambda x: problem.replace(bias=x), quantities, at, (0.03, 0.3, 1.0, 4.0), marks,
+            {"xscale": "log", "xlabel": r"$\lambda_b$", "title": title},
         )
         for quantities, title in ((angle, "cosine of class means"), (bias, "bias"))
     ]  # fmt: skip
 
 
-def unbalanced_mse() -> list[Panel]:
-    """Minorities merge, then vanish."""
-    return along_strength("unbalanced_mse", 4.6, roots_of_counts(shipped("unbalanced_mse")))
-
-
-def unbalanced_ce() -> list[Panel]:
-    """The same of cross-entropy."""
-    return along_strength("unbalanced_ce", 4.6, roots_of_counts(shipped("unbalanced_ce")))
-
-
-def weighted_ce() -> list[Panel]:
+def weighted_ce(problem: Problem) -> Panels:
     """Majorities merge first; and between no weights and inverse ones."""
-    problem = shipped("weighted_ce")
     counts = problem.counts.double()
-    weight = problem.loss.class_weights[0] * counts[0].sqrt()
+    mark = {r"$w\sqrt{18}$": float(problem.loss.class_weights[0] * counts[0].sqrt())}
 
-    def power(exponent: float) -> Problem:
-        return of.weighted_ce(counts.long(), (counts**-exponent).tolist(), *_rest(problem))
+    def powers(exponent: float) -> Problem:
+        return of.weighted_ce(problem.counts, (counts**-exponent).tolist(), *_rest(problem))
 
     return [
-        along_strength("weighted_ce", 4.6, {r"$w\sqrt{18}$": float(weight)})[0],
-        curves(
-            power, cosines_of_classes, np.linspace(0, 1.5, 16), (0.0, 0.5, 1.0, 1.5),
-            xlabel=r"exponent $\gamma$ of the weights $n_k^{-\gamma}$", title="cosines of class means",
+        along_strength(problem, cosines_of_classes, "cosines of class means", mark),
+        Curves(
+            powers, cosines_of_classes, [i / 10 for i in range(16)], (0.0, 0.5, 1.0, 1.5), {},
+            {"xlabel": r"exponent $\gamma$ of the weights $n_k^{-\gamma}$", "title": "cosines of class means"},
         ),
     ]  # fmt: skip
 
 
-def logit_adjusted_ce() -> list[Panel]:
+def logit_adjusted_ce(problem: Problem) -> Panels:
     """Penalties, and the temperature."""
-    problem = shipped("logit_adjusted_ce")
 
     def adjusted(temperature: float) -> Problem:
         return of.logit_adjusted_ce(problem.counts, *_rest(problem), temperature=temperature)
 
     return [
-        along_strength("logit_adjusted_ce", 4.6, roots_of_counts(problem))[0],
-        curves(
-            adjusted, cosines_of_classes, np.linspace(0, 2, 21), (0.0, 0.5, 1.0, 2.0), xlabel=r"temperature $\tau$",
-            title="cosines of class means",
+        along_strength(problem, cosines_of_classes, "cosines of class means", roots_of_counts(problem)),
+        Curves(
+            adjusted, cosines_of_classes, [i / 10 for i in range(21)], (0.0, 0.5, 1.0, 2.0), {},
+            {"xlabel": r"temperature $\tau$", "title": "cosines of class means"},
         ),
     ]  # fmt: skip
 
 
-def label_smoothing() -> list[Panel]:
+def label_smoothing(problem: Problem) -> Panels:
     """Scale of the logits, and conditioning."""
-    problem = shipped("label_smoothing")
 
     def smoothed(amount: float) -> Problem:
         return of.label_smoothing(problem.counts, amount, *_rest(problem))
 
-    def scale(point: Solution) -> dict[str, float]:
-        logits = point.features[:1] @ point.weight.T
-        return {"own class minus another": float(logits[0, 0] - logits[0, 1])}
+    def scale(_: Problem, point: Solution) -> dict[str, Any]:
+        own, another = (point.features[:1] @ point.weight.T)[0, :2]
+        return {"own class minus another": own - another}
 
-    at = np.linspace(0, 0.6, 25)
-    panel = curves(smoothed, scale, at, (0.0, 0.1, 0.3, 0.6), xlabel=r"smoothing $\delta$", title="logits")
-    rates = [smoothed(x).rates for x in at]
-    speed = {"L / mu": [round(each.smoothness / each.mu, 6) for each in rates]}
-    axes = {"xlabel": r"smoothing $\delta$", "title": "condition number at the optimum"}
-    return [panel, {"x": at.tolist(), "curves": speed, "marks": {}, "axes": axes}]
+    def conditioning(problem: Problem, _: Solution) -> dict[str, Any]:
+        return {"L / mu": problem.rates.smoothness / problem.rates.mu}
+
+    at = [i / 40 for i in range(25)]
+    return [
+        Curves(smoothed, quantities, at, runs_at, {}, {"xlabel": r"smoothing $\delta$", "title": title})
+        for quantities, runs_at, title in (
+            (scale, (0.0, 0.1, 0.3, 0.6), "logits"),
+            (conditioning, (), "condition number at the optimum"),
+        )
+    ]
 
 
-def soft_labels() -> list[Panel]:
+def soft_labels(problem: Problem) -> Panels:
     """Targets, predictions, angles."""
-    problem = shipped("soft_labels")
     names, classes = _numbers(problem.num_groups), _numbers(problem.num_classes)
     probabilities = torch.softmax(problem.optimum.logits, dim=1)
     return [
-        grid(problem.targets, names, classes, "targets", signed=False),
-        grid(probabilities, names, classes, "predictions at the optimum", signed=False),
-        grid(cosines(means(optimum(problem))), names, names, "cosines of group means"),
+        Grid(problem.targets, names, classes, "targets", least=0),
+        Grid(probabilities, names, classes, "predictions at the optimum", least=0),
+        Grid(cosines(means(optimum(problem))), names, names, "cosines of group means"),
     ]
 
 
-def mixup() -> list[Panel]:
+def mixup(problem: Problem) -> Panels:
     """Three classes in the plane, mixed half and half and in more shares."""
-    pictures = []
+    panels = []
     for shares, title in (((0.5,), "mixed half and half"), ((0.5, 0.6, 0.7, 0.8, 0.9), "mixed in nine shares")):
-        problem = of.mixup(3, 10, 2, 4, lambda_w=2e-2, lambda_h=5e-3, shares=shares)
-        names = ["pure"] * 3 + ["mixed"] * (problem.num_groups - 3)
-        pictures.append(scatter(problem, lambda point: plane(means(point)), names, title=title, aspect="equal"))
-    return pictures
+        three = of.mixup(3, 10, 2, 4, problem.lambda_w, problem.lambda_h, shares=shares)
+        names = ["pure"] * 3 + ["mixed"] * (three.num_groups - 3)
+        panels.append(Points(three, lambda point: plane(means(point)), names, {"title": title, "aspect": "equal"}))
+    return panels
 
 
-def multi_label_bce() -> list[Panel]:
+def multi_label_bce(problem: Problem) -> Panels:
     """Angles of groups and of labels."""
-    problem = shipped("multi_label_bce")
     groups = ["+".join(str(k + 1) for k in row.nonzero().flatten().tolist()) or "none" for row in problem.targets]
     point, labels = optimum(problem), _numbers(problem.num_classes)
     return [
-        grid(cosines(means(point)), groups, groups, "cosines of group means"),
-        grid(cosines(point.weight), labels, labels, "cosines of the head's rows"),
+        Grid(cosines(means(point)), groups, groups, "cosines of group means"),
+        Grid(cosines(point.weight), labels, labels, "cosines of the head's rows"),
     ]
 
 
-def regression() -> list[Panel]:
+def regression(problem: Problem) -> Panels:
     """Eigenvalues of the head's Gram matrix, and predictions."""
-    problem = shipped("regression")
-    N, spread = problem.num_samples, torch.linalg.svdvals(problem.targets - problem.targets.mean(dim=0))
-    marks = {rf"$\sigma_{j + 1}$": float(s) / math.sqrt(N) for j, s in enumerate(spread)}
+    root, ratio = math.sqrt(problem.num_samples), math.sqrt(problem.lambda_w / problem.lambda_h)
+    spread = torch.linalg.svdvals(problem.targets - problem.targets.mean(dim=0)) / root
+    at = [round(0.02 + 0.04 * i, 2) for i in range(37)]
+    marks = {f"$\\sigma_{j + 1}$": float(s) for j, s in enumerate(spread)}
 
     def strong(x: float) -> Problem:
-        return scaled(problem, x * math.sqrt(N))
+        return scaled(problem, x * root)
 
-    def eigenvalues(point: Solution) -> dict[str, float]:
-        values = torch.linalg.svdvals(point.weight).square() * math.sqrt(problem.lambda_w / problem.lambda_h / N)
-        return {f"direction {j + 1}": float(value) for j, value in enumerate(values)}
+    def eigenvalues(_: Problem, point: Solution) -> dict[str, Any]:
+        values = torch.linalg.svdvals(point.weight).square() * ratio / root
+        return {f"direction {j + 1}": value for j, value in enumerate(values)}
+
+    title = r"eigenvalues of $WW^\top\sqrt{\lambda_w/(N\lambda_h)}$"
 
     def predictions(point: Solution) -> Tensor:
-        assert point.bias is not None
-        logits = point.features @ point.weight.T + point.bias
+        logits = point.features @ point.weight.T + _bias(point)
         return torch.stack([problem.targets.T.flatten(), logits.T.flatten()], dim=1)
 
-    names = [f"target {k + 1}" for k in range(3) for _ in range(N)]
     return [
-        curves(
-            strong, eigenvalues, np.linspace(0.02, 1.5, 38), (0.1, 0.3, 0.6, 1.0), marks,
-            xlabel=r"$\sqrt{N\lambda_w\lambda_h}$", title=r"eigenvalues of $WW^\top\sqrt{\lambda_w/(N\lambda_h)}$",
+        Curves(
+            strong, eigenvalues, at, (0.1, 0.25, 0.5, 1.0), marks,
+            {"xlabel": r"$\sqrt{N\lambda_w\lambda_h}$", "title": title},
         ),
-        scatter(strong(0.3), predictions, names, xlabel="target", title="predictions, at 0.3"),
+        Points(
+            strong(0.25), predictions, [f"target {k + 1}" for k in range(3) for _ in range(problem.num_samples)],
+            {"xlabel": r"target", "title": r"predictions where $\sqrt{N\lambda_w\lambda_h}$ is 0.25"},
+        ),
     ]  # fmt: skip
+
+
+def _bias(point: Solution) -> Tensor:
+    assert point.bias is not None
+    return point.bias
 
 
 def _rest(problem: Problem) -> tuple[int, float, float]:
@@ -367,10 +392,19 @@ def _numbers(count: int) -> list[str]:
     return [str(i + 1) for i in range(count)]
 
 
-PICTURES: dict[str, Callable[[], list[Panel]]] = {
-    each.__name__: each
-    for each in (mse_without_bias, mse_with_penalized_bias, unbalanced_mse, unbalanced_ce, label_smoothing, soft_labels)
-    + (mixup, weighted_ce, logit_adjusted_ce, multi_label_bce, regression)
+# By the name of the problem, which the function gets as it is shipped.
+PICTURES: dict[str, Callable[[Problem], Panels]] = {
+    "mse_without_bias": mse_without_bias,
+    "mse_with_penalized_bias": mse_with_penalized_bias,
+    "unbalanced_mse": angles_and_lengths,
+    "unbalanced_ce": angles_and_lengths,
+    "label_smoothing": label_smoothing,
+    "soft_labels": soft_labels,
+    "mixup": mixup,
+    "weighted_ce": weighted_ce,
+    "logit_adjusted_ce": logit_adjusted_ce,
+    "multi_label_bce": multi_label_bce,
+    "regression": regression,
 }
 
 
@@ -378,28 +412,28 @@ def draw(file: Path, panels: Sequence[Panel]) -> None:
     """Draw panels side by side, and save them with their data."""
     figure, every = plt.subplots(1, len(panels), figsize=(8, 3), layout="constrained")
     for axes, panel in zip(every, panels, strict=True):
+        axes.set(**panel["axes"])
+        axes.title.set_size(10)
         if "curves" in panel:
             _draw_curves(axes, panel)
         elif "points" in panel:
             _draw_points(axes, panel)
         else:
             _draw_grid(axes, panel)
-        axes.set(**panel["axes"])
-        axes.title.set_size(10)
-    file.parent.mkdir(exist_ok=True)
     buffer, info = io.BytesIO(), PngInfo()
     figure.savefig(buffer, dpi=100)
     plt.close(figure)
     info.add_text("Description", json.dumps(panels))
+    file.parent.mkdir(exist_ok=True)
     with Image.open(buffer) as image:  # With few colours it has a third of the bytes.
-        image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(file, optimize=True, pnginfo=info)
+        few = image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+        few.save(file, optimize=True, pnginfo=info)
 
 
 def _draw_curves(axes: Any, panel: Panel) -> None:
-    for i, (name, values) in enumerate(panel["curves"].items()):
-        axes.plot(panel["x"], values, color=f"C{i}", label=name)
-        runs = panel.get("runs", {}).get(name, [])
-        axes.plot(*zip(*runs, strict=True), "x", color=f"C{i}", ms=7, mew=1.6) if runs else None
+    for i, name in enumerate(panel["curves"][0]):
+        axes.plot(panel["at"], [each[name] for each in panel["curves"]], color=f"C{i}", label=name)
+        axes.plot(panel["runs_at"], [each[name] for each in panel["runs"]], "x", color=f"C{i}", ms=7, mew=1.6)
     for x in panel["marks"].values():
         axes.axvline(x, color="0.6", lw=0.8, ls="--")
     above = axes.secondary_xaxis("top")
@@ -410,16 +444,17 @@ def _draw_curves(axes: Any, panel: Panel) -> None:
 
 def _draw_points(axes: Any, panel: Panel) -> None:
     for i, name in enumerate(dict.fromkeys(panel["names"])):
-        chosen = [j for j, each in enumerate(panel["names"]) if each == name]
-        axes.plot(*zip(*(panel["points"][j] for j in chosen), strict=True), "o", color=f"C{i}", label=name, ms=6, mfc="none")
-        axes.plot(*zip(*(panel["runs"][j] for j in chosen), strict=True), "x", color=f"C{i}", ms=4)
+        known, runs = (
+            [x for x, n in zip(panel[k], panel["names"], strict=True) if n == name] for k in ("points", "runs")
+        )
+        axes.plot(*zip(*known, strict=True), "o", color=f"C{i}", label=name, ms=6, mfc="none")
+        axes.plot(*zip(*runs, strict=True), "x", color=f"C{i}", ms=4)
     axes.legend(fontsize=7)
 
 
 def _draw_grid(axes: Any, panel: Panel) -> None:
     values = np.array(panel["grid"])
-    colours = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if panel["signed"] else {"cmap": "Blues", "vmin": 0, "vmax": 1.4}
-    axes.imshow(values, aspect="auto", **colours)
+    axes.imshow(values, aspect="auto", cmap="RdBu_r" if panel["least"] else "Blues", vmin=panel["least"], vmax=1)
     for (i, j), value in np.ndenumerate(values):
         text, color = "-" if np.isnan(value) else f"{value:.2f}", "w" if abs(value) > 0.65 else "k"
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color=color)
@@ -427,17 +462,23 @@ def _draw_grid(axes: Any, panel: Panel) -> None:
     axes.set_yticks(range(values.shape[0]), panel["rows"], fontsize=7)
 
 
+def panels_of(name: str) -> Panels:
+    """Return the panels of a problem's picture."""
+    return PICTURES[name](shipped(name))
+
+
 def saved(name: str) -> list[Panel]:
     """Return the data that a picture shows."""
     with Image.open(IMAGES / f"{name}.png") as image:
-        return json.loads(image.info["Description"])
+        found: list[Panel] = json.loads(image.info["Description"])
+    return found
 
 
 def main(names: Sequence[str]) -> None:
     """Draw the pictures of these names, of all if there is none."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for name in names or PICTURES:
-        draw(IMAGES / f"{name}.png", [with_runs(panel) for panel in PICTURES[name]()])
+        draw(IMAGES / f"{name}.png", [panel.data() for panel in panels_of(name)])
 
 
 if __name__ == "__main__":
