@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from nclightning.callbacks import OptimalityMonitor
-from nclightning.callbacks.problem import KnownProblem, find_problem
+from nclightning.callbacks.problem import AnyProblem, find_problem
 from nclightning.callbacks.stops import may_end, standing_stop
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
@@ -132,12 +132,11 @@ def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:
     console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _predicted(model: L.LightningModule) -> KnownProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained, or they are not known."""
+def _predicted(model: L.LightningModule) -> AnyProblem | None:
+    """Find the problem whose rates are predicted; None where another one was trained."""
     if not getattr(model, "features_are_free", False):
         return None
     try:
-        problem = find_problem(model)
-        return problem if problem is not None and problem.mu >= 0 else None
+        return find_problem(model)
     except UserError:
         return None

@@ -35,6 +35,7 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["COMMANDS"]
 
+_GAPS = ("optimality/gap", "optimality/certified_gap")
 _MOST_TABLES = 12  # More runs share one table.
 _LONG = 200**2  # Groups times classes from which on an optimum takes minutes.
 
@@ -77,8 +78,8 @@ def _plot(words: Sequence[str]) -> None:
         for run in runs:
             console.print(rates_table(run.summary, str(run.folder), run.problem))
     drawn = []
-    for draw, name, prefix in ((draw_gaps, "gap", "optimality/gap"), (draw_collapse, "collapse", "nc/train/")):
-        having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
+    for draw, name, prefixes in ((draw_gaps, "gap", _GAPS), (draw_collapse, "collapse", ("nc/train/",))):
+        having = [run for run in runs if any(tag.startswith(prefixes) for tag in run.summary.last)]
         if having:
             try:
                 make_folder(folder)

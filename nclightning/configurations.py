@@ -191,9 +191,7 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
         _measure(document, {}, any_tag, max(_MOST_ENTRIES, len(text)))
 
 
-def _measure(
-    node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int
-) -> tuple[int, int]:
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int) -> tuple[int, int]:
     """Count entries and levels with all aliases written out. An alias names what came before, so that is known."""
     if id(node) in known:
         measured = known[id(node)]

@@ -57,7 +57,10 @@ def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not text or text.startswith("--"):
             raise UserError(f"{option} needs a value.")
         try:
-            values[option.removeprefix(_PREFIX)] = parse_yaml(text)
+            read = parse_yaml(text)
+            # Brackets are signs of some shells: 100,10,1 is a list, too.
+            is_list = isinstance(read, str) and "," in read
+            values[option.removeprefix(_PREFIX)] = parse_yaml(f"[{text}]") if is_list else read
         except yaml.YAMLError as error:
             raise UserError(f"{option}: {yaml_problem(error)}.") from error
         except ValueError as error:
@@ -132,7 +135,10 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         named = {"class_path": named}
     if not isinstance(named, Mapping):
         raise UserError(f"problem must be a name, or a mapping with class_path and init_args, got {named!r}.")
-    path, values = _path_of(named.get("class_path")), dict(named.get("init_args") or {})
+    if "class_path" not in named:
+        raise UserError(f"problem: class_path is missing, got {', '.join(map(str, named))}.")
+    path = _path_of(named["class_path"], "problem" if given["problem"] is None else "--problem")
+    values = dict(named.get("init_args") or {})
     names = (*_SIZES, "lambda_w", "lambda_h")
     values |= dict(arguments) | {name: given[name] for name in names if given[name] is not None}
     values = _in_numbers(values)
@@ -147,12 +153,12 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         raise UserError(f"problem: {path.rpartition('.')[2]} cannot be made: {error}.") from error
 
 
-def _path_of(name: Any) -> str:
+def _path_of(name: Any, option: str) -> str:
     if isinstance(name, str) and "." in name:
         return name
     if name not in problem_names():
         known = problem_names()
-        raise UserError(f"--problem {name}: no such problem.{nearest(str(name), known)} There are {', '.join(known)}.")
+        raise UserError(f"{option} {name}: no such problem.{nearest(str(name), known)} There are {', '.join(known)}.")
     return f"nclightning.problems.{name}"
 
 

@@ -62,10 +62,8 @@ def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: in
         if name in defaults and name != "params" and value != defaults[name]
     ]
     values = dict(pl_module.hparams) | {"optimizer": f"{type(optimizer).__name__}({', '.join(options)})"}
-    if values.get("problem") is not None:
-        problem = known_problem(values)
-        values["loss"] = loss_of(values, problem)
-        values["problem"] = problem.summary() if isinstance(problem, Problem) else None
+    if isinstance(problem := known_problem(values), Problem):
+        values |= {"loss": loss_of(values, problem), "problem": problem.summary()}
     values["seed"] = None if isinstance(seed, bool) else seed
     values.pop("iterations_per_step", None)  # How often Lightning is asked; the iterates do not depend on it.
     return {

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from nclightning.callbacks.full_batch import as_full_batch
 from nclightning.callbacks.gaps import said_if_slow
-from nclightning.callbacks.problem import KnownProblem
+from nclightning.callbacks.problem import AnyProblem
 from nclightning.callbacks.search import step_taken
 from nclightning.problems import NoAnswer
 
@@ -35,7 +35,7 @@ class PredictedDecay:
         """Begin at iterate 0."""
         self.value, self.iteration = 1.0, 0
 
-    def prepare(self, pl_module: L.LightningModule, problem: KnownProblem | None) -> None:
+    def prepare(self, pl_module: L.LightningModule, problem: AnyProblem | None) -> None:
         """See whether the decay of a module's run can be predicted, and say if only the spectrum is missing."""
         try:
             self.mu = problem.mu if problem is not None and _has_steps_of(pl_module, problem) else None
@@ -61,7 +61,7 @@ class PredictedDecay:
         self.iteration = state.get("followed", 0)
 
 
-def predicts(pl_module: L.LightningModule, problem: KnownProblem | None) -> bool:
+def predicts(pl_module: L.LightningModule, problem: AnyProblem | None) -> bool:
     """Say whether the decay of a run can be predicted.
 
     Args:
@@ -77,7 +77,7 @@ def predicts(pl_module: L.LightningModule, problem: KnownProblem | None) -> bool
         return False
 
 
-def _has_steps_of(pl_module: L.LightningModule, problem: KnownProblem) -> bool:
+def _has_steps_of(pl_module: L.LightningModule, problem: AnyProblem) -> bool:
     """Whether the run descends on the problem; raises ``NoAnswer`` if it does and the spectrum is not known."""
     module = as_full_batch(pl_module)
     if step_taken(pl_module) is None or not module.features_are_free:

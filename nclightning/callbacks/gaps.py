@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nclightning.callbacks.problem import KnownProblem, check_balance
+from nclightning.callbacks.problem import AnyProblem, check_balance
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
+from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.problems import NoAnswer, Problem
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
-from nclightning.theory import UFMProblem
 
 __all__ = ["Gap", "Gaps", "said_if_slow"]
 
@@ -51,7 +51,7 @@ class Gaps:
         missing: Why there are no gap and distance; None if there are.
     """
 
-    def __init__(self, problem: KnownProblem) -> None:
+    def __init__(self, problem: AnyProblem) -> None:
         self.problem = problem
         self.missing: NoAnswer | None = None
         try:
@@ -71,18 +71,14 @@ class Gaps:
         check_balance(self.problem, labels)
         if world_size() > 1 and self._needs_all_samples:
             raise UserError(
-                "gap and distance of features shared by processes need as many features as the optimal logits, which "
-                f"feature_dim={self.problem.feature_dim} is not: set OptimalityMonitor(theory=False), or "
-                "trainer.devices=1."
+                f"gap and distance need feature_dim of at least {self.problem.rank_said} where processes share the "
+                f"features, got {self.problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
             )
 
     @cached_property
     def _needs_all_samples(self) -> bool:
         """Whether moments of the features do not tell the gap: with fewer features than the optimal logits need."""
-        problem = self.problem
-        if isinstance(problem, UFMProblem):
-            return problem.collapses and problem.rank < problem.num_classes - 1
-        return self.missing is None and problem.feature_dim < problem.convex_optimum.rank
+        return self.missing is None and self.problem.orbit(torch.device("cpu")).is_cut
 
     def read(self, head: Head, features: Tensor, labels: Tensor) -> Gap:
         """Read a point.
@@ -126,13 +122,13 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
     loss = torch.stack(losses).sum()
     sum_all_over_ranks([residuals, loss])
     (weight, bias), counts = _double(head), stats.counts.unsqueeze(1)
-    squares = problem.lambda_w * weight.square().sum()
-    squares = squares + problem.lambda_h * ((counts * stats.means.square()).sum() + stats.spreads.sum())
-    if bias is not None:
-        squares = squares + (problem.lambda_b or 0.0) * bias.square().sum()
-    value = loss / problem.num_samples + squares / 2
+    objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0)
+    features_square = (counts * stats.means.square()).sum() + stats.spreads.sum()
+    squares = weight.square().sum(), features_square, None if bias is None else bias.square().sum()
+    value = objective.combine(loss, problem.num_samples, *squares)
     means = residuals / counts.clamp(min=1)
     bound = problem.lower_bound_from_means(means, linear(stats.means, weight, bias))
+    assert bound is not None
     return Gap(value, {"optimality/certified_gap": value - bound})
 
 

@@ -94,7 +94,10 @@ class OptimalityAtIterates(MonitorAtIterates):
         if self._gaps is not None and self._gaps.problem is problem:
             return self._gaps
         groups, classes = problem.num_groups, problem.num_classes
-        with said_if_slow(f"Finding the optimum of {groups} groups and {classes} classes, once, before training."):
+        with said_if_slow(
+            f"Finding the optimum of {groups} groups of samples and {classes} classes, once, before training; "
+            "OptimalityMonitor(theory=False), on the command line --optimality.theory false, does without."
+        ):
             return Gaps(problem)
 
     def _begin(self, pl_module: L.LightningModule, batch: Batch) -> None:

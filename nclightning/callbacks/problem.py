@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks.full_batch import as_full_batch
 from nclightning.errors import UserError
-from nclightning.metrics.optimality import check_counts
-from nclightning.probe.features import split_batch
-from nclightning.probe.sweep import known_indices
 from nclightning.problems import Problem
+from nclightning.problems.checks import rows_are_classes
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = [
-    "KnownProblem",
+    "AnyProblem",
     "check_balance",
-    "check_data_set",
     "check_features",
     "check_optimizer",
     "check_value",
@@ -32,7 +27,7 @@ __all__ = [
     "num_groups_of",
 ]
 
-KnownProblem = UFMProblem | Problem
+AnyProblem = UFMProblem | Problem
 
 _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimality.theory false"
 
@@ -41,7 +36,7 @@ _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimalit
 _said: WeakKeyDictionary[L.LightningModule, Problem] = WeakKeyDictionary()
 
 
-def find_problem(pl_module: L.LightningModule, theory: bool = True) -> KnownProblem | None:
+def find_problem(pl_module: L.LightningModule, theory: bool = True) -> AnyProblem | None:
     """Take the problem that a module trains.
 
     Args:
@@ -58,7 +53,7 @@ def find_problem(pl_module: L.LightningModule, theory: bool = True) -> KnownProb
         return None
     try:
         problem = getattr(pl_module, "problem", None)
-        if not isinstance(problem, KnownProblem):
+        if not isinstance(problem, AnyProblem):
             raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
     except UserError as error:
         raise UserError(
@@ -84,11 +79,13 @@ def _are_equal(problem: Problem, other: Problem) -> bool:
 
 def num_groups_of(pl_module: L.LightningModule) -> int | None:
     """Count the groups that the labels of a full-batch module say; None where they say classes of its head."""
-    try:
-        problem = getattr(pl_module, "problem", None)
-    except UserError:  # What it trains is not known.
-        return None
-    return problem.num_groups if isinstance(problem, Problem) and not problem.groups_are_classes else None
+    targets = getattr(getattr(pl_module, "objective", None), "targets", None)
+    if targets is None:
+        try:
+            targets = getattr(getattr(pl_module, "problem", None), "targets", None)
+        except UserError:  # What it trains is not known.
+            return None
+    return None if targets is None or rows_are_classes(targets) else len(targets)
 
 
 def check_optimizer(pl_module: L.LightningModule) -> None:
@@ -168,42 +165,7 @@ def check_value(value: Tensor | float, known: Tensor, dtype: torch.dtype) -> Non
         )
 
 
-def check_data_set(loader: Any, num_classes: int, limit: int | None = None) -> None:
-    """Refuse classes of different size where a data set shows its labels without being run through.
-
-    Args:
-        loader: A training loader whose batches are split as they come.
-        num_classes: K.
-        limit: Number of batches to which training is held; None if to none.
-
-    Raises:
-        ValueError: As :func:`nclightning.metrics.optimality.check_counts`.
-    """
-    indices = known_indices(loader, limit) if isinstance(loader, DataLoader) else None
-    if indices is None:
-        return
-    data = loader.dataset
-    labels = getattr(data, "targets", None) if getattr(data, "target_transform", None) is None else None
-    if isinstance(data, TensorDataset):
-        labels = split_batch(list(data.tensors))[1] if len(data.tensors) == 2 else None
-    if not isinstance(labels, list | Tensor) or not isinstance(data, Sized) or len(labels) != len(data):
-        return
-    try:
-        known = torch.as_tensor(labels)[torch.as_tensor(indices)]
-    except (TypeError, ValueError):  # Names of classes, which the data set turns into indices.
-        return
-    # Labels beyond the head are for the sweep to name.
-    if (
-        known.dtype == torch.int64
-        and known.ndim == 1
-        and len(known)
-        and bool(((known >= 0) & (known < num_classes)).all())
-    ):
-        counts = torch.bincount(known, minlength=num_classes)
-        check_counts(counts, int(counts.max()))
-
-
-def check_balance(problem: KnownProblem, labels: Tensor) -> None:
+def check_balance(problem: AnyProblem, labels: Tensor) -> None:
     """Raise unless the labels of all processes are as many of each as the problem has.
 
     Args:

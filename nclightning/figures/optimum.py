@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from rich.table import Table
@@ -21,6 +22,7 @@ _MOST_RANGES = 12  # Of classes in a sentence.
 _MOST_SENTENCES = 6
 _MOST_MEANS = 2000  # Between which all angles are taken.
 _ACCURACY = 1e-6  # Of thresholds, relative.
+_EPSILON = torch.finfo(torch.float64).eps
 _LOWEST = 1e-2  # In units of the penalties given, or of the threshold if they are above it.
 
 
@@ -33,17 +35,17 @@ def optimum_parts(problem: Problem) -> Iterator[Table | Text]:
     Yields:
         For a rich console.
     """
-    table = titled_table("The optimum", "", "value", "")
     try:
         optimum = problem.optimum
     except NoAnswer as missing:
         yield no_answer(missing)
-        _add_bound(table, problem)
-        if table.row_count:
-            yield table
+        yield from _known(problem)
         return
-    certified = f"certified to {max(optimum.duality_gap, 0.0):.1g}" if math.isfinite(optimum.duality_gap) else ""
+    table = titled_table("The optimum", "", "value", "")
     table.add_row("minimum F*", f"{problem.optimal_value:.10g}", "")
+    # The certificate has a rounding of its own.
+    gap = max(optimum.duality_gap, _EPSILON * abs(problem.optimal_value))
+    certified = f"certified to {gap:.1g}" if math.isfinite(optimum.duality_gap) else ""
     table.add_row("found by", "a formula" if optimum.method == "closed form" else "the solver", certified)
     _add_threshold(table, problem)
     table.add_row("rank of the logits", f"{optimum.rank}", f"d = {problem.feature_dim}")
@@ -164,14 +166,15 @@ def _span(values: Tensor) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 
-def _add_bound(table: Table, problem: Problem) -> None:
-    """The threshold, and the optimum of more features, which is a lower bound."""
-    try:
+def _known(problem: Problem) -> Iterator[Table]:
+    """The threshold, and the minimum of more features, which is a lower bound."""
+    table = titled_table("What is known", "", "value", "")
+    with suppress(NoAnswer):
         _add_threshold(table, problem)
         relaxed = problem.convex_optimum
-    except NoAnswer:
-        return
-    table.add_row("lower bound of F*", f"{relaxed.value:.10g}", f"the minimum from d = {relaxed.rank} on")
+        table.add_row("lower bound of F*", f"{relaxed.value:.10g}", f"the minimum from d = {relaxed.rank} on")
+    if table.row_count:
+        yield table
 
 
 def _add_threshold(table: Table, problem: Problem) -> None:

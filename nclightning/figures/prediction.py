@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nclightning.figures.optimum import no_answer, optimum_parts, threshold_parts
 from nclightning.figures.tables import titled_table
-from nclightning.problems import Eigenvalue, NoAnswer, Problem, Rates
+from nclightning.problems import Eigenvalue, NoAnswer, Problem
 from nclightning.theory import UFMProblem
 
 __all__ = ["describe_problem", "prediction_tables"]
@@ -39,12 +39,11 @@ def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -
         if thresholds or _has_formula(problem):
             yield from threshold_parts(problem)
     try:
-        yield _spectrum([Eigenvalue(*each) for each in problem.spectrum()])
-        known = problem.rates if isinstance(problem, Problem) else problem
-        yield _curvature(known)
-        yield _descent(known)
+        yield _spectrum(problem.spectrum())
+        yield _curvature(problem)
+        yield _descent(problem)
     except NoAnswer as missing:
-        if missing.question != "optimum":  # That was said above.
+        if missing.question == "spectrum":  # The others were said with the optimum.
             yield no_answer(missing)
 
 
@@ -124,31 +123,31 @@ def _parts(entries: Sequence[Eigenvalue]) -> list[list[Eigenvalue]]:
     return sorted(parts)
 
 
-def _curvature(known: UFMProblem | Rates) -> Table:
-    mu, smoothness = known.mu, known.smoothness
+def _curvature(problem: UFMProblem | Problem) -> Table:
+    mu, smoothness = problem.mu, problem.smoothness
     table = titled_table("Conditioning", "", "value", "")
     table.add_row("mu", f"{mu:.7g}", "least nonzero eigenvalue" if mu else "at the threshold")
     table.add_row("L", f"{smoothness:.7g}", "largest eigenvalue")
     table.add_row("L / mu", f"{smoothness / mu if mu else math.inf:.7g}", "condition number")
-    table.add_row("kappa", f"{known.error_bound_constant:.7g}", "error-bound constant 1/mu")
-    table.add_row("best fixed step", f"{known.best_step:.7g}", "2/(mu + L)")
+    table.add_row("kappa", f"{problem.error_bound_constant:.7g}", "error-bound constant 1/mu")
+    table.add_row("best fixed step", f"{problem.best_step:.7g}", "2/(mu + L)")
     table.add_row("largest fixed step", f"{2 / smoothness:.7g}", "below 2/L")
     return table
 
 
-def _descent(known: UFMProblem | Rates) -> Table:
+def _descent(problem: UFMProblem | Problem) -> Table:
     table = Table(title="Gradient descent near the optimal set", title_justify="left", caption_justify="left")
-    safe, mu = 1 / known.smoothness, known.mu
+    safe, mu = 1 / problem.smoothness, problem.mu
     table.caption = "Falls as exp(-rate x sum of steps)."
     table.add_column("", no_wrap=True)
     for column in ("rate", "it./decade at 1/L", "at the best step"):
         table.add_column(column, justify="right", no_wrap=True)
-    gaps = [known.iterations_per_decade(step) for step in (safe, known.best_step)]
+    gaps = [problem.iterations_per_decade(step) for step in (safe, problem.best_step)]
     table.add_row("gap F - F*", f"{2 * mu:.7g}", *(f"{count:.6g}" for count in gaps))
     table.add_row("distance", f"{mu:.7g}", *(f"{2 * count:.6g}" for count in gaps))
-    if isinstance(known, UFMProblem):
+    if isinstance(problem, UFMProblem):
         table.caption += " *: heuristic."
-        _add_metrics(table, known, safe)
+        _add_metrics(table, problem, safe)
     return table
 
 

@@ -124,8 +124,8 @@ def known_problem(settings: Mapping[str, Any]) -> UFMProblem | Problem | None:
         None where they are those of a network, whose features are not free, or say no problem that is known here. A
         loss outside of this package counts only if its module is loaded: to read a run imports nothing.
     """
-    if settings.get("problem") is not None:
-        return _described(settings["problem"])
+    if path := _loss_path(settings.get("problem")):
+        return _described(settings["problem"], path.rpartition(".")[0])
     names = tuple(field.name for field in fields(UFMProblem))
     if any(settings.get(name) is None for name in names) or any(name in settings for name in _OF_NETWORKS):
         return None
@@ -135,8 +135,8 @@ def known_problem(settings: Mapping[str, Any]) -> UFMProblem | Problem | None:
         return None
 
 
-def _described(description: Any) -> Problem | None:
-    module = _loss_path(description).rpartition(".")[0]
+def _described(description: Mapping[str, Any], module: str) -> Problem | None:
+    """Make it if that runs no code that is not loaded."""
     if module.partition(".")[0] != "nclightning" and module not in sys.modules:
         return None
     try:

@@ -65,7 +65,7 @@ def draw_spectrum(problem: UFMProblem | Problem, path: str | Path) -> Path:
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
         raise UserError(f"--picture {path}: the ending must be one of {', '.join(sorted(formats))}.")
-    entries = [Eigenvalue(*each) for each in problem.spectrum()]
+    entries = problem.spectrum()
     groups = _GENERAL if isinstance(problem, Problem) else _BALANCED
     size = _LARGE if len(entries) <= _MOST_LARGE else _LARGE / 2
     zeros, others = [e for e in entries if e.value == 0], [e for e in entries if e.value > 0]

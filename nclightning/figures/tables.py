@@ -57,7 +57,7 @@ def _error_bound_constant(problem: UFMProblem | Problem) -> float | None:
     if (M + K) * min(M, K, problem.feature_dim) > _LARGEST_MATRIX:
         return None
     try:
-        return problem.rates.error_bound_constant
+        return problem.error_bound_constant
     except NoAnswer:
         return None
 

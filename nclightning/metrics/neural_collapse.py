@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, StatisticsBuffer
-from nclightning.functional.moments import Moments
-from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
@@ -28,6 +25,7 @@ from nclightning.metrics.measures import (
     per_class_values,
     select_measures,
 )
+from nclightning.metrics.states import states_of, statistics_of
 
 __all__ = ["NeuralCollapse"]
 
@@ -118,7 +116,7 @@ class NeuralCollapse(StreamingMetric):
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
         empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
-        states = _states_of(empty)
+        states = states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
@@ -164,12 +162,7 @@ class NeuralCollapse(StreamingMetric):
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        states = {name: getattr(self, name) for name in self._names}
-        if self.means.ndim == 2:
-            return _statistics_of(states)
-        ranks = range(len(self.means))
-        parts = ({name: state[rank] for name, state in states.items() if name != "kept"} for rank in ranks)
-        return reduce(ClassStatistics.merge, map(_statistics_of, parts))
+        return statistics_of({name: getattr(self, name) for name in self._names})
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
@@ -288,25 +281,11 @@ class NeuralCollapse(StreamingMetric):
         self._set(self.statistics.folded)
 
     def _set(self, stats: ClassStatistics) -> None:
-        for name, value in _states_of(stats).items():
+        for name, value in states_of(stats).items():
             if value is not getattr(self, name):  # Of most updates only a few states are new.
                 setattr(self, name, value)
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
         """Merge states exactly, where torchmetrics would stack them."""
-        states = _statistics_of({name: earlier[name] for name in self._names})
+        states = statistics_of({name: earlier[name] for name in self._names})
         self._set(states.merge(self.statistics))
-
-
-def _states_of(stats: ClassStatistics) -> dict[str, Any]:
-    """States of the metric; samples that are kept are features and labels in turn."""
-    totals = {name: value for name, value in stats.totals._asdict().items() if value is not None}
-    kept = [each for piece in zip(stats.kept.features, stats.kept.labels, strict=True) for each in piece]
-    return totals | {"num_invalid": stats.num_invalid, "kept": kept}
-
-
-def _statistics_of(states: dict[str, Any]) -> ClassStatistics:
-    """Statistics that share the states, which are replaced and never written to."""
-    totals: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
-    kept = states.get("kept", ())
-    return ClassStatistics(Moments(**totals), states["num_invalid"], Samples(tuple(kept[::2]), tuple(kept[1::2])))

@@ -19,7 +19,7 @@ from nclightning.models.closed_form import UFMLine
 from nclightning.models.known import check_known
 from nclightning.models.schedules import only_optimizer
 from nclightning.models.settings import Settings
-from nclightning.objective import LossName, Objective
+from nclightning.objective import LossName
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
 from nclightning.problems import Problem
@@ -258,15 +258,11 @@ class UFM(RegularizedClassifier):
 
     def _is_plain(self) -> bool:
         """Whether what autograd would differentiate is Problem (2) as it stands."""
-        # Not an instance's own forward: a trainer of several processes puts one there, which F does not call.
-        methods = all(
-            getattr(type(self), name) is getattr(RegularizedClassifier, name)
-            for name in ("evaluate_objective", "forward")
-        )
-        patched = "evaluate_objective" in vars(self) or any("forward" in vars(m) for m in (self.head, self.backbone))
-        parts = (type(self.head), type(self.backbone), type(self.objective)) == (nn.Linear, FeatureTable, Objective)
-        free = all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
-        return methods and not patched and parts and free
+        try:
+            check_known(self, unconstrained=True)
+        except UserError:
+            return False
+        return True
 
     def _is_hooked(self) -> bool:
         """Whether somebody is to see each call of head or backbone, or each gradient."""

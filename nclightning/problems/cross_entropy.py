@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BinaryCrossEntropy", "CrossEntropy"]
 
-# Above this deviation exp(t) in the divergence may overflow; below it exp(t) - 1 - t is harmless.
-_LARGEST_EXPONENT = 30.0
+# Below this exp(t) - 1 - t is taken from its Taylor series with these coefficients, whose rest is 1e-17 of it. Above it
+# the difference loses at most five bits.
+_SERIES_BELOW = 0.125
+_COEFFICIENTS = (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800)
+# Above the first a probability times exp(t) is taken from its logarithm: the probability may be too small for a number.
+# Above the second it is too large for one, and so would be the sum of as many as there are classes.
+_LARGE_EXPONENT, _LARGEST_EXPONENT = 30.0, 680.0
 # K q is a product of two square roots: four roundings.
 _ROUNDING = 4 * 2.0**-52
 
@@ -119,8 +124,11 @@ class CrossEntropy(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
-        log_p = torch.log_softmax(self._adjusted(reference), dim=1)
-        return self._weighted(targets).sum(dim=1) * _log_mean_exp(log_p, logits - reference)
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        return self._weighted(targets).sum(dim=1) * _cumulant(torch.log_softmax(self._adjusted(reference), dim=1), step)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         """Entropy of the distribution ``u + y``."""
@@ -207,8 +215,8 @@ class BinaryCrossEntropy(Loss):
         return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target."""
-        return torch.sigmoid(logits) - targets
+        """Return the probabilities minus the target, without the difference of the two where the target is 0 or 1."""
+        return (1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p (1 - p))``."""
@@ -216,10 +224,14 @@ class BinaryCrossEntropy(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Sum over the classes of that of two classes, of which one has the logit zero."""
-        flat, step = reference.reshape(-1, 1), (logits - reference).reshape(-1, 1)
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        flat, change = reference.reshape(-1, 1), step.reshape(-1, 1)
         log_p = torch.cat([logsigmoid(-flat), logsigmoid(flat)], dim=1)
-        both = torch.cat([torch.zeros_like(step), step], dim=1)
-        return _log_mean_exp(log_p, both).view_as(logits).sum(dim=1)
+        both = torch.cat([torch.zeros_like(change), change], dim=1)
+        return _cumulant(log_p, both).view_as(step).sum(dim=1)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         """Sum of binary entropies of ``u + y``."""
@@ -248,19 +260,24 @@ def _orthogonal_to_ones(like: Tensor) -> Tensor:
     return reflection[:, 1:]
 
 
-def _log_mean_exp(log_probability: Tensor, change: Tensor) -> Tensor:
-    """Logarithm of the mean of ``exp(change)`` without its linear term; probabilities in rows."""
+def _cumulant(log_probability: Tensor, change: Tensor) -> Tensor:
+    r"""Logarithm of the mean of :math:`e^t` without its linear term, under probabilities in the last dimension."""
     probability = log_probability.exp()
     t = change - (probability * change).sum(dim=1, keepdim=True)
-    largest = t.amax(dim=1)
-    # Both branches are finite for every finite t: torch.where evaluates both.
-    near = torch.log1p((probability * _exp_excess(t.clamp(max=_LARGEST_EXPONENT))).sum(dim=1))
-    return torch.where(largest > _LARGEST_EXPONENT, torch.logsumexp(log_probability + t, dim=1), near)
+    # The mean of t is zero, so that this is the logarithm of the mean, and every term is non-negative.
+    terms = probability * _exponential_excess(t)
+    if t.device.type == "cpu" and not bool((t > _LARGE_EXPONENT).any()):  # To ask another device takes longer.
+        return torch.log1p(terms.sum(dim=1))
+    grown = log_probability + t
+    terms = torch.where(t > _LARGE_EXPONENT, grown.clamp(max=_LARGEST_EXPONENT).exp() - probability * (1 + t), terms)
+    overflows = (grown > _LARGEST_EXPONENT).any(dim=1)
+    return torch.where(overflows, torch.logsumexp(grown, dim=1), torch.log1p(terms.sum(dim=1)))
 
 
-def _exp_excess(t: Tensor) -> Tensor:
-    """``exp(t) - 1 - t`` to full relative accuracy, by its series where the difference would cancel."""
-    series = torch.ones_like(t)
-    for k in range(18, 2, -1):
-        series = 1 + t / k * series
-    return torch.where(t.abs() <= 0.5, t.square() / 2 * series, torch.expm1(t) - t)
+def _exponential_excess(t: Tensor) -> Tensor:
+    """``exp(t) - 1 - t`` to full relative accuracy, of t that is not large."""
+    series = torch.full_like(t, _COEFFICIENTS[-1])
+    for coefficient in reversed(_COEFFICIENTS[:-1]):
+        series.mul_(t).add_(coefficient)
+    series.mul_(t).mul_(t)
+    return torch.where(t.abs() <= _SERIES_BELOW, series, torch.expm1(t.clamp(max=_LARGE_EXPONENT)) - t)

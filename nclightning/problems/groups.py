@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nclightning.problems.loss import Loss
 
-__all__ = ["Factors", "Groups"]
+__all__ = ["Factors", "Groups", "bias_part"]
 
 
 class Factors(NamedTuple):
@@ -154,7 +154,7 @@ class Groups:
         values = self.loss.dual_value(dual, self.targets)
         if values is None:
             return None
-        return (shares * values).sum() - self._bias_part(dual)
+        return (shares * values).sum() - bias_part(shares @ dual, self.lambda_b)
 
     def lower_bound_at(self, logits: Tensor) -> Tensor:
         """Bound the minimum from below by logits of the groups, ``(M, K)`` with the bias.
@@ -173,8 +173,34 @@ class Groups:
         return (
             factor * (self.shares * values).sum()
             + (1 - factor) * self.loss.lower_bound
-            - self._bias_part(factor * residuals)
+            - bias_part(self.shares @ (factor * residuals), self.lambda_b)
         )
+
+    def excess(self, factors: Factors) -> tuple[float, float]:
+        """Bound how far a value is above the minimum, without the difference of values that are alike.
+
+        The bound of :meth:`lower_bound_at` by convexity, subtracted from the value term by term. Where penalties are so
+        weak that the minimum is within the rounding of the loss, this alone says whether a point is an optimum.
+
+        Args:
+            factors: The point. A free bias must be the best one.
+
+        Returns:
+            The excess, and what rounding of the logits may make of it.
+        """
+        logits, bias = self.logits(factors.scaled_logits, factors.bias), factors.bias
+        residuals = self.loss.residual(logits, self.targets)
+        factor = float(self._admissible(residuals))
+        least = self.loss.dual_value(torch.zeros_like(residuals), self.targets)
+        lowest = self.loss.lower_bound if least is None else float((self.shares * least).sum())
+        excess = (1 - factor) * (float(self.mean_loss(logits)) - lowest)
+        along = (factors.left * (self.scaled(residuals) @ factors.right)).sum(dim=0)
+        excess += float(((self.strength + factor * along) * factors.singular).sum())
+        if bias is not None and self.lambda_b:
+            pull = factor * (self.shares @ residuals)
+            excess += float((self.lambda_b * bias + pull).square().sum()) / (2 * self.lambda_b)
+        bent = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
+        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * bent).sum())
 
     def _admissible(self, residuals: Tensor) -> Tensor:
         """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""
@@ -184,7 +210,7 @@ class Groups:
         factor: Tensor = (self.strength / norm).clamp(max=1)
         return factor
 
-    def _bias_part(self, dual: Tensor) -> Tensor | float:
-        if not self.lambda_b:
-            return 0.0
-        return (self.shares @ dual).square().sum() / (2 * self.lambda_b)
+
+def bias_part(mean: Tensor, lambda_b: float | None) -> Tensor | float:
+    """What a penalized bias takes off a lower bound, from the mean of the dual rows over all samples ``(K,)``."""
+    return mean.square().sum() / (2 * lambda_b) if lambda_b else 0.0

@@ -81,7 +81,7 @@ class Loss:
         """Replace logits by :meth:`residual`, in place; return the sum of the losses, float64. Arguments as above."""
         rows = target_rows(logits, targets, labels)
         losses = self.value(logits, rows).sum(dtype=torch.float64)
-        logits.copy_(self.residual(logits, rows))
+        torch.mul(self.residual(logits, rows), 1, out=logits)  # Unlike copy_ also on fake tensors of an absent device.
         return losses
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
@@ -121,6 +121,13 @@ class Loss:
             integral = integral + weight * (1 - node) * (bent * step).sum(dim=1)
         safe = plain > _SAFE_DIFFERENCE * torch.maximum(now.abs(), torch.maximum(before.abs(), slope.abs()))
         return torch.where(safe, plain, integral.clamp(min=0))
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Bregman divergence of ``reference + step`` from the reference.
+
+        The default is :meth:`divergence` of that sum, whose rounding a step of its own does not have.
+        """
+        return self.divergence(reference + step, reference, targets)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor | None:
         """Least value over z of ``loss(z) - <z, u>`` for each row u of ``dual``: minus the conjugate.

@@ -87,7 +87,9 @@ class Optimum:
         """Keep the largest singular values only: the optimum for so few features, where the loss has such a theorem."""
         left, singular, right, bias = self.factors
         factors = Factors(left[:, :rank], singular[:rank], right[:, :rank], bias)
-        return Optimum(self.groups, factors, self.method, math.nan)
+        if bias is not None and self.groups.lambda_b:
+            bias = self.groups.best_bias(self.groups.logits(factors.scaled_logits, None), bias)
+        return Optimum(self.groups, factors._replace(bias=bias), self.method, math.nan)
 
     @property
     def margin(self) -> float:
@@ -130,7 +132,9 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
     # The minimum is at most the value at zero; both come with rounding of that size.
     zero = torch.zeros_like(groups.targets)
     rounding = 64 * torch.finfo(zero.dtype).eps * abs(float(groups.mean_loss(zero)))
-    if not gap <= tolerance * abs(value) + rounding:
+    excess, blur = groups.excess(factors)
+    if not (gap <= tolerance * abs(value) + rounding and excess <= tolerance * abs(value) + blur):
+        gap = max(gap, excess)
         raise NoAnswer(
             "optimum",
             f"the best point found has the value {value:.9g} with a certified gap of {gap:.3g}, above the tolerance of "

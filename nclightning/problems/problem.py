@@ -12,21 +12,22 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_groups, check_labels, check_shapes
+from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
-from nclightning.problems.optimal_set import Moments, OptimalSet, Solution, group_means
+from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
-from nclightning.problems.rates import Rates
+from nclightning.problems.orbit import Orbit
 from nclightning.problems.spectrum import Eigenvalue, spectrum
+from nclightning.problems.with_optimum import WithOptimum
 from nclightning.problems.wording import one_line
 
 __all__ = ["Problem"]
 
 
-class Problem:
+class Problem(WithOptimum):
     r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
 
     .. math::
@@ -124,12 +125,9 @@ class Problem:
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
-        if self.num_groups != self.num_classes:
-            return False
-        largest = self.targets.diagonal().unsqueeze(1)
-        return bool(((self.targets < largest).sum(dim=1) == self.num_classes - 1).all())
+        return rows_are_classes(self.targets)
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """N."""
         return int(self.counts.sum())
@@ -154,21 +152,20 @@ class Problem:
         """Dimension of the optimal set."""
         return self.optimal_set.dimension + self._groups.shift_is_free
 
-    def labels(self, device: torch.device | str | None = None) -> Tensor:
-        """Labels ``(N,)`` of the training set, group after group."""
-        counts = self.counts.to(device)
-        return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
+    @property
+    def samples_per_group(self) -> Tensor:
+        """The counts ``(M,)``."""
+        return self.counts
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise unless each group occurs as often as ``counts`` has it.
+    @property
+    def bias_said(self) -> str:
+        """The argument ``bias``."""
+        return f"bias={self.bias!r}"
 
-        Args:
-            labels: ``(N,)`` int64. One transfer to the host.
-
-        Raises:
-            ValueError: If labels are of another type, or in other numbers.
-        """
-        check_labels(self, labels)
+    @property
+    def rank_said(self) -> str:
+        """The rank of the optimal logits."""
+        return f"{self.convex_optimum.rank}, the rank of the optimal logits,"
 
     def describe(self) -> dict[str, Any]:
         """Write the problem as plain values, from which :meth:`from_description` makes it again."""
@@ -194,7 +191,7 @@ class Problem:
         Raises:
             ValueError: If a shape does not fit.
         """
-        check_shapes(self, weight, features, labels, bias)
+        check_point(self, weight, features, labels, bias, labels_too=False)
         logits = features @ weight.T if bias is None else features @ weight.T + bias
         targets = self.targets.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
@@ -258,156 +255,43 @@ class Problem:
         It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
         as in :meth:`gap`.
         """
-        logits = _logits(admit(self, weight, features, labels, bias))
+        point = admit(self, weight, features, labels, bias)
+        logits = point.features @ point.weight.T
+        logits = logits if point.bias is None else logits + point.bias
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
-        return float(
-            self.lower_bound_from_means(*(group_means(x, labels, self.num_groups) for x in (residuals, logits)))
-        )
+        means = (self._group_means(rows, labels) for rows in (residuals, logits))
+        bound = self.certified_lower_bound_from_residuals(*means)
+        assert bound is not None
+        return bound
 
-    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+    def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
         """Bound F* from below by predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
                 cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
 
         Returns:
-            The bound; None for a loss without a ``dual_value``.
+            The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        bound = self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self.lower_bound_from_means(residuals.cpu(), None if logits is None else logits.cpu())
         return None if bound is None else float(bound)
 
-    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor) -> Tensor:
-        """Bound F* from below as :meth:`certified_lower_bound`, where the tensors are, without a transfer to the host.
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor | None = None) -> Tensor | None:
+        """Bound F* as :meth:`certified_lower_bound_from_residuals` does, without a transfer to the host.
 
-        Args:
-            residuals: ``(M, K)``, as for :meth:`certified_lower_bound_from_residuals`.
-            logits: ``(M, K)``: the mean logits of each group, bias included, which losses without a ``dual_value``
-                need. Of those a free bias is balanced by Newton's method, which does transfer.
+        A loss without a ``dual_value`` does transfer under a free bias, which Newton's method then balances.
 
         Returns:
-            Float64 scalar.
+            Float64 scalar on the device of ``residuals``, or None.
         """
-        index = torch.nonzero(self.present).flatten().to(residuals.device)
-        residuals, logits = (x.detach().double().index_select(0, index) for x in (residuals, logits))
+        index = self._present_index.to(residuals.device)
         groups = self._groups.to(residuals.device)
-        bound = groups.lower_bound(residuals)
-        return groups.lower_bound_at(logits) if bound is None else bound
-
-    def gap(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
-    ) -> Tensor:
-        r"""Evaluate F - F* without subtracting the two.
-
-        A sum of squares and Bregman divergences, exact to about :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`;
-        non-negative, except for ``d < r``, where it may come out negative at round-off level. At the optimum it is
-        about the square of the rounding.
-
-        Args:
-            weight: Head ``(K, d)``.
-            features: ``(N, d)``.
-            labels: ``(N,)`` int64, the group of each sample, each as often as ``counts`` has it, in any order.
-            bias: ``(K,)``; None without one.
-            check_labels: False skips the check that transfers to the host.
-
-        Returns:
-            Scalar.
-
-        Raises:
-            ValueError: If the point does not fit the problem.
-            NoAnswer: If the optimum is not known.
-        """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
-        moments, reference = self._moments(point), self.optimum.logits
-        if self._is_cut:
-            # The optimal logits may not be unique: those of the nearest optimum.
-            near, means = self.optimal_set.nearest(moments)
-            reference = _logits(Solution(near, means, labels, self.optimum.factors.bias))
-        divergence = self._divergence(_logits(point), labels, reference).mean()
-        if self._is_cut:
-            groups = self.optimal_set.optimum.groups
-            multipliers = groups.multipliers(reference.cpu()).to(divergence)
-            return self.optimal_set.expanded_gap(moments, divergence, multipliers)
-        return self.optimal_set.gap(moments, divergence)
-
-    def distance(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
-    ) -> Tensor:
-        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
-
-        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
-        """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
-        return self.optimal_set.distance(self._moments(point))
-
-    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
-        """Project a point on the optimal set; one of the nearest members if there are several.
-
-        Arguments and errors as in :meth:`gap`; the result is in the order of ``labels``.
-        """
-        point = admit(self, weight, features, labels, bias)
-        return self._solution(*self.optimal_set.nearest(self._moments(point)), point.labels)
-
-    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
-        """Draw a member of the optimal set, uniformly under rotations of the feature space.
-
-        Args:
-            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
-
-        Returns:
-            Member with labels in the order of :meth:`labels`.
-
-        Raises:
-            NoAnswer: If the optimum is not known.
-        """
-        device = None if generator is None else generator.device
-        size = self.feature_dim, self.optimal_set.optimum.rank
-        noise = torch.randn(size, dtype=torch.float64, device=device, generator=generator)
-        return self._solution(*self.optimal_set.member(noise), self.labels(device))
-
-    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Bregman divergence of each sample's loss from the optimal logits of its group.
-
-        Args:
-            logits: ``(B, K)``, bias included.
-            labels: ``(B,)``.
-
-        Returns:
-            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
-        """
-        if self._is_cut:
-            raise NoAnswer("divergence", f"with feature_dim={self.feature_dim} the optimal logits are not unique.")
-        return self._divergence(logits.detach().double(), labels, self.optimum.logits)
-
-    def gap_from_moments(
-        self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Evaluate F - F* as :meth:`gap` does, for features that are not kept.
-
-        Args:
-            weight: Head ``(K, d)``.
-            means: Mean feature of each group ``(M, d)``.
-            spread: Sum of the squared distances of all samples from the means of their groups.
-            divergence: Mean of :meth:`divergence` over all samples.
-            bias: ``(K,)``; None without one.
-
-        Returns:
-            Scalar.
-
-        Raises:
-            ValueError: If a shape does not fit.
-            NoAnswer: If the optimum is not known, or not unique because ``d < r``.
-        """
-        if self._is_cut:
-            raise NoAnswer("gap_from_moments", f"with feature_dim={self.feature_dim} the gap needs all samples.")
-        point = admit_moments(self, weight, means, spread, bias)
-        return self.optimal_set.gap(self._present_only(point), divergence.detach().double())
-
-    def distance_from_moments(
-        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap."""
-        return self.optimal_set.distance(self._present_only(admit_moments(self, weight, means, spread, bias)))
+        bound = groups.lower_bound(residuals.detach().double().index_select(0, index))
+        if bound is not None or logits is None:
+            return bound
+        return groups.lower_bound_at(logits.detach().double().index_select(0, index))
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set.
@@ -427,24 +311,29 @@ class Problem:
         with torch.inference_mode(False):
             return spectrum(self.optimal_set)
 
-    @property
-    def mu(self) -> float:
-        """Least curvature of F across the optimal set, the least nonzero eigenvalue; 0.0 at a threshold."""
-        return self.rates.mu
-
-    @property
-    def smoothness(self) -> float:
-        """Largest eigenvalue L of the Hessian at the optimal set."""
-        return self.rates.smoothness
+    def orbit(self, device: torch.device) -> Orbit:
+        """The optimal set, for points on a device; moved there once."""
+        found = self._orbits.get(device)
+        if found is None:
+            found = self._orbit.to(device)
+            # What a FakeTensorMode makes is of use inside of it only.
+            if not found.is_fake:
+                self._orbits[device] = found
+        return found
 
     @cached_property
-    def rates(self) -> Rates:
-        """Error bound and speed of gradient descent near the optimal set."""
-        entries = self.spectrum()
-        zeros = sum(each.multiplicity for each in entries if each.value <= 0)
-        if zeros > self.dimension:
-            return Rates(0.0, entries[-1].value)
-        return Rates(next(each.value for each in entries if each.value > 0), entries[-1].value)
+    def _orbit(self) -> Orbit:
+        # It is kept, and what is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return self.optimal_set.orbit(self.present)
+
+    @cached_property
+    def _orbits(self) -> dict[torch.device, Orbit]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lies on devices."""
+        return {name: value for name, value in vars(self).items() if name != "_orbits"}
 
     def answers(self) -> dict[str, str | NoAnswer]:
         """List how each question is answered.
@@ -460,6 +349,10 @@ class Problem:
         return self.counts > 0
 
     @cached_property
+    def _present_index(self) -> Tensor:
+        return torch.nonzero(self.present).flatten()
+
+    @cached_property
     def _groups(self) -> Groups:
         present = self.present
         return Groups(
@@ -470,29 +363,7 @@ class Problem:
             self.lambda_b,
         )
 
-    @property
-    def _is_cut(self) -> bool:
-        return self.feature_dim < self.convex_optimum.rank
-
-    def _moments(self, point: Solution) -> Moments:
-        """Moments of the groups that have samples."""
-        return self._present_only(Moments.of(point, self.num_groups))
-
-    def _present_only(self, moments: Moments) -> Moments:
-        return moments._replace(means=moments.means[self.present.to(moments.means.device)])
-
-    def _divergence(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
-        """Divergence of each sample from logits of the groups that have samples, bias included."""
-        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
-        rows = reference.to(logits).index_select(0, index)
-        return self.loss.divergence(logits, rows, self.targets.to(logits).index_select(0, labels))
-
-    def _solution(self, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
-        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
-        bias = self.optimal_set.optimum.factors.bias
-        return Solution(weight, means.index_select(0, index), labels, None if bias is None else bias.to(weight))
-
-
-def _logits(point: Solution) -> Tensor:
-    logits = point.features @ point.weight.T
-    return logits if point.bias is None else logits + point.bias.to(logits)
+    def _group_means(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Mean of the rows of each group ``(M, ..)``; zero for a group without samples."""
+        counts = self.counts.to(rows).clamp(min=1).unsqueeze(1)
+        return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, labels, rows) / counts

@@ -94,7 +94,10 @@ class _Factored:
         w, h, _ = state.point
         values, axes = torch.linalg.eigh(w.T @ w + h.T @ h)
         along = axes.T @ (w.T @ weight + h.T @ features) @ axes
-        turn = axes @ ((along - along.T) / (values.unsqueeze(1) + values).clamp(min=1e-300)) @ axes.T
+        sums = values.unsqueeze(1) + values
+        # Directions that have vanished in both factors cannot be told from their rotations.
+        there = sums > torch.finfo(sums.dtype).eps * values.max()
+        turn = axes @ torch.where(there, (along - along.T) / sums, 0) @ axes.T
         if bias is not None and self.groups.shift_is_free:
             bias = bias - bias.mean()
         return _Point(weight - w @ turn, features - h @ turn, bias).flat()

@@ -52,7 +52,11 @@ class SquaredError(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Half the squared deviation, whatever the target."""
-        return (logits - reference).square().sum(dim=1) / 2
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        return step.square().sum(dim=1) / 2
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         r"""Return :math:`-\frac12\|u\|^2 - \langle u, y\rangle`."""
@@ -85,15 +89,33 @@ class SquaredError(Loss):
         damped = threshold * (1 + groups.lambda_b) / groups.lambda_b
         excess = float(size) - damped
         if excess > _ROUNDINGS * torch.finfo(size.dtype).eps * max(float(size), damped):
-            left = torch.cat([axis.unsqueeze(1), left], dim=1)
-            right = torch.cat([(along / size).unsqueeze(1), right], dim=1)
-            singular = torch.cat([singular.new_full((1,), excess), singular])
+            order = torch.cat([singular, singular.new_full((1,), excess)]).argsort(descending=True, stable=True)
+            left = torch.cat([left, axis.unsqueeze(1)], dim=1)[:, order]
+            right = torch.cat([right, (along / size).unsqueeze(1)], dim=1)[:, order]
+            singular = torch.cat([singular, singular.new_full((1,), excess)])[order]
             return Factors(left, singular, right, mean * (damped / float(size)) / (1 + groups.lambda_b))
         return Factors(left, singular, right, mean / (1 + groups.lambda_b))
 
     def has_low_rank_optimum(self, groups: Groups) -> bool:
-        """By the theorem of Eckart and Young, unless a penalty on the bias weighs directions differently."""
-        return not groups.lambda_b
+        r"""By the theorem of Eckart and Young, unless a penalty on the bias weighs directions differently.
+
+        The bias takes :math:`1/(1 + \lambda_b)` of what the direction r of the roots of the counts adds to the loss.
+        With :math:`P = I - r r^\top/(1 + \lambda_b)`, a singular triple :math:`(u, \sigma, v)` of the logits then adds
+        :math:`\frac{\sigma^2}{2N} u^\top P u - \frac\sigma N u^\top P \hat Y v + \kappa \sigma`. If no singular value
+        of :math:`\hat Y` exceeds y, that is least for u orthogonal to r with :math:`\hat Y v = y u`. As many of these as
+        there are features are optimal. So all but one of the singular values of the logits must be of this kind.
+        """
+        if not groups.lambda_b:
+            return True
+        factors = self.closed_form(groups)
+        if factors is None:
+            return False
+        roots = groups.counts.sqrt()
+        scaled = roots.unsqueeze(1) * groups.targets
+        largest = factors.singular[:-1] + groups.num_samples * groups.strength
+        inside = (roots @ factors.left[:, :-1]).abs().max() <= 1e-12 * roots.norm() if len(largest) else True
+        norm = torch.linalg.matrix_norm(scaled, 2)
+        return bool(inside) and bool(((largest - norm).abs() <= 1e-12 * norm).all())
 
 
 def _soft_threshold(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:

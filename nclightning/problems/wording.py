@@ -101,5 +101,7 @@ def _ends(value: Any) -> str:
         return str(value)[:_MOST_LETTERS]
     if not numbers.numel():
         return "none"
-    least, greatest = f"{numbers.min().item():.6g}", f"{numbers.max().item():.6g}"
-    return least if least == greatest else f"{least} to {greatest}"
+    least, greatest = numbers.min().item(), numbers.max().item()
+    if least == greatest or numbers.dtype == torch.int64:
+        return " to ".join(dict.fromkeys((f"{least:.6g}", f"{greatest:.6g}")))
+    return f"{least:.3g} to {greatest:.3g}"

@@ -69,6 +69,16 @@ class UFMConstants:
         return self.num_classes * self.samples_per_class
 
     @property
+    def samples_per_group(self) -> int:
+        """n, by the name that all problems have for it."""
+        return self.samples_per_class
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the head has a bias: for MSE."""
+        return self.loss == "mse"
+
+    @property
     def rank(self) -> int:
         """Rank ``min(d, K - 1)`` of a collapsed optimum."""
         return min(self.feature_dim, self.num_classes - 1)

@@ -147,7 +147,10 @@ def hooked(model):
         (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may mix numbers"),
         (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
         (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
-        (lambda: UFM(6, 2, 3, "mse", lambda_=1e-2), "need feature_dim of at least 5, got 3"),
+        (
+            lambda: UFM(6, 2, 3, "mse", lambda_=1e-2),
+            "need feature_dim of at least num_classes - 1 = 5 where processes share the features, got 3",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(model, message, tmp_path):

@@ -24,6 +24,7 @@ CASES = {
     "mse without bias, few features": lambda: of.mse_without_bias([6, 3, 1], 2, 0.01, 0.01),
     "penalized bias": lambda: of.mse_with_penalized_bias([3, 3, 3], 4, 0.01, 0.02, 0.4),
     "penalized bias that hides the mean": lambda: of.mse_with_penalized_bias([3, 3, 3], 4, 0.01, 0.02, 0.04),
+    "penalized bias, few features": lambda: of.mse_with_penalized_bias([2] * 4, 2, 0.01, 0.02, 0.4),
     "penalized bias, unbalanced": lambda: of.mse_with_penalized_bias([6, 3, 1], 4, 0.01, 0.02, 0.4),
     "unbalanced mse": lambda: of.unbalanced_mse([6, 3, 1], 4, 0.01, 0.02),
     "unbalanced ce": lambda: of.unbalanced_ce([9, 4, 1], 4, 0.01, 0.02),

@@ -16,6 +16,7 @@ from nclightning.problems import (
     balanced_ce,
     balanced_mse,
     label_smoothing,
+    logit_adjusted_ce,
     mse_with_penalized_bias,
     mse_without_bias,
     multi_label_bce,
@@ -267,6 +268,39 @@ def test_no_optimum_above_the_tolerance(monkeypatch):
     assert problem.replace(tolerance=10.0).optimum.duality_gap > 1e-6
 
 
+@pytest.mark.parametrize("bias", ["none", "free", 0.1])
+@pytest.mark.parametrize("counts", [[10, 10, 1, 1], [1000, 100, 10, 1, 1]])
+def test_penalties_within_the_rounding_of_the_loss(counts, bias):
+    """The whole minimum is within the rounding of the loss at zero: right all the same, or refused."""
+    for strength in (1e-12, 1e-16, 1e-20, 1e-30):
+        problem = unbalanced_ce(counts, 5, strength, strength, bias)
+        try:
+            optimum = problem.optimum
+        except NoAnswer:
+            assert strength < 1e-12
+            continue
+        multipliers = optimum.groups.multipliers(optimum.logits)
+        assert float(torch.linalg.matrix_norm(multipliers, 2)) == pytest.approx(strength, rel=1e-9)
+        along = -float((multipliers * optimum.factors.scaled_logits).sum())
+        assert along == pytest.approx(strength * float(optimum.factors.singular.sum()), rel=1e-9)
+
+
+# The path to the last case ends at a factor that vanishes in both halves, which once made the Newton steps infinite.
+@pytest.mark.parametrize("bias", ["free", 0.01])
+def test_many_small_groups_of_labels(bias, generator):
+    targets = (torch.rand(45, 23, generator=generator) < 0.3).double()
+    targets[0], targets[1] = 0, 1
+    for strength in (1e-6, 1e-5, 1e-4):
+        problem = multi_label_bce(targets, [1000] + [1] * 44, 45, strength, strength, bias)
+        assert problem.optimum.duality_gap < 1e-13
+
+
+def test_counts_given_as_floats_are_read_in_full():
+    problem = unbalanced_ce([16777217.0, 1.0], 2, 0.01, 0.01)
+    assert problem.counts.tolist() == [16777217, 1]
+    assert logit_adjusted_ce([16777217.0, 1.0], 2, 0.01, 0.01).counts.tolist() == [16777217, 1]
+
+
 def test_the_bound_from_predictions_of_many_batches(generator):
     problem = multi_label_bce(LABELS, [30, 20, 20, 10], 5, 1e-3, 1e-4, "free")
     optimum, labels = problem.random_optimum(generator), problem.labels()
@@ -302,6 +336,9 @@ def test_the_bound_from_predictions_of_many_batches(generator):
         (lambda: balanced_ce(1, 3, 3, 0.1, 0.1), "num_classes must be an integer of at least 2, got 1"),
         (lambda: label_smoothing([1, 1], 1.0, 3, 0.1, 0.1), "smoothing must be from 0 to below 1, got 1.0"),
         (lambda: weighted_ce([1, 1], "equal", 3, 0.1, 0.1), "class_weights must be numbers or 'inverse'"),
+        (lambda: weighted_ce([1, 1], 2.0, 3, 0.1, 0.1), r"class_weights must hold 2 numbers .* got the shape \(\)"),
+        (lambda: weighted_ce([1, 1], [1, 0], 3, 0.1, 0.1), r"class_weights must be positive and finite, got \[1, 0\]"),
+        (lambda: weighted_ce([1, 1], [1, math.inf], 3, 0.1, 0.1), "class_weights must be positive and finite"),
     ],
 )
 def test_arguments_that_do_not_fit(make, words):

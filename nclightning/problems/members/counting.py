@@ -22,7 +22,8 @@ def balanced(num_classes: int, samples_per_class: int) -> list[int]:
 
 def counts_of(counts: Sequence[int]) -> Tensor:
     """Counts of classes, of which there must be two."""
-    numbers = torch.as_tensor(counts)
+    # Numbers of Python are read in full, which torch's default dtype would not do.
+    numbers = torch.as_tensor(counts, dtype=torch.float64)
     if numbers.ndim != 1 or len(numbers) < 2:
         raise UserError(f"counts must hold the number of samples of each of at least two classes, got {counts!r}.")
     return numbers

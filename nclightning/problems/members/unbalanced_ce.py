@@ -80,7 +80,7 @@ def weighted_ce(
         >>> [round(w, 3) for w in problem.loss.class_weights.tolist()]
         [0.625, 2.5]
     """
-    numbers = counts_of(counts).double()
+    numbers = counts_of(counts)
     if isinstance(class_weights, str):
         if class_weights != "inverse":
             raise UserError(f"class_weights must be numbers or 'inverse', got {class_weights!r}.")
@@ -90,9 +90,12 @@ def weighted_ce(
     else:
         weights = torch.as_tensor(class_weights, dtype=torch.float64)
         if weights.shape != numbers.shape:
-            raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {len(weights)}.")
+            came = f"the shape {tuple(weights.shape)}"
+            raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {came}.")
+        if not bool((weights > 0).all() & weights.isfinite().all()):
+            raise UserError(f"class_weights must be positive and finite, got {class_weights!r}.")
     loss = CrossEntropy(class_weights=weights * numbers.sum() / (numbers * weights).sum())
-    return Problem(loss, one_hot(len(numbers)), torch.as_tensor(counts), feature_dim, lambda_w, lambda_h, bias)
+    return Problem(loss, one_hot(len(numbers)), numbers, feature_dim, lambda_w, lambda_h, bias)
 
 
 def logit_adjusted_ce(
@@ -123,10 +126,10 @@ def logit_adjusted_ce(
         >>> problem.optimum.rank
         1
     """
-    numbers = counts_of(counts).double()
+    numbers = counts_of(counts)
     if not bool((numbers > 0).all()):
         raise UserError("counts must all be positive for logit_adjusted_ce: the adjustment is the logarithm of them.")
     if not math.isfinite(temperature):
         raise UserError(f"temperature must be finite, got {temperature!r}.")
     loss = CrossEntropy(offset=temperature * torch.log(numbers / numbers.sum()))
-    return Problem(loss, one_hot(len(numbers)), torch.as_tensor(counts), feature_dim, lambda_w, lambda_h, bias)
+    return Problem(loss, one_hot(len(numbers)), numbers, feature_dim, lambda_w, lambda_h, bias)
