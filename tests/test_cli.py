@@ -183,7 +183,7 @@ def test_resume_goes_on_in_the_same_folder_bit_for_bit():
         (["--model.init_args.lambda_w", "-1"], "lambda_w must be finite and non-negative, got -1.0"),
         (["--lambda", "0"], "lambda_w must be positive .* --optimality.theory false"),
         (["--model.init_args.loss", "hinge"], "loss.*hinge"),
-        (["--model.init_args.loss", "ce", "--model.init_args.feature_dim", "8"], "at least num_classes - 1 = 9"),
+        (["--model.init_args.loss", "ce", "--model.init_args.feature_dim", "8"], "feature_dim=8 is below the rank 9"),
         (["--model.init_args.init_scale", ".nan"], "init_scale must be finite"),
         (["--trainer.logger.init_args.version", "7"], "the run folder .*version_7 exists"),
         (["--trainer.logger.init_args.save_dir", "/proc/nowhere"], "cannot write the run folder /proc/nowhere"),

@@ -17,6 +17,7 @@ from nclightning.callbacks.problem import AnyProblem, check_balance
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.heads import Head
+from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.problems import NoAnswer, Problem
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
@@ -121,11 +122,10 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
     loss = torch.stack(losses).sum()
     sum_all_over_ranks([residuals, loss])
     (weight, bias), counts = _double(head), stats.counts.unsqueeze(1)
-    squares = problem.lambda_w * weight.square().sum()
-    squares = squares + problem.lambda_h * ((counts * stats.means.square()).sum() + stats.spreads.sum())
-    if bias is not None:
-        squares = squares + (problem.lambda_b or 0.0) * bias.square().sum()
-    value = loss / problem.num_samples + squares / 2
+    objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0)
+    features_square = (counts * stats.means.square()).sum() + stats.spreads.sum()
+    squares = weight.square().sum(), features_square, None if bias is None else bias.square().sum()
+    value = objective.combine(loss, problem.num_samples, *squares)
     means = residuals / counts.clamp(min=1)
     bound = problem.lower_bound_from_means(means, linear(stats.means, weight, bias))
     assert bound is not None

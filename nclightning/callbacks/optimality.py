@@ -82,9 +82,9 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
-        theory: False leaves out gap, distance, certified gap and ratio. Needed where what is trained is no known problem,
-            as with a penalty of zero, or ``UFM(loss="ce")`` with ``feature_dim < num_classes - 1``; and
-            where finding the optimum would take too long, as with thousands of classes of different size.
+        theory: False leaves out gap, distance, certified gap and ratio. Needed where what is trained is no known
+            problem, as with a penalty of zero, and where finding the optimum would take too long, as with thousands of
+            classes of different size.
         stop_distance: End the fit at the first reading whose distance is at most this; None never does.
         stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
             thousandth of the optimum's norm and has had no new minimum for the second half of the run, at least 20

@@ -186,7 +186,7 @@ class RegularizedClassifier(ResumableModule):
 
         Raises:
             ValueError: If what is trained is not known to be Problem (2) with a free linear head on balanced data, or
-                a penalty is zero or on weights; for loss ``"ce"``, if ``d < K - 1``.
+                a penalty is zero or on weights.
         """
         check_known(self, self._is_unconstrained)
         objective, head = self.objective, self.head
@@ -201,10 +201,10 @@ class RegularizedClassifier(ResumableModule):
         bias: Literal["none", "free"] | float = "none" if head.bias is None else objective.lambda_b or "free"
         penalties = objective.lambda_w, objective.lambda_h
         # The minimum of balanced cross-entropy is the same with a free bias, its optimal set is not.
-        is_papers = (objective.loss, bias) in _OF_THE_PAPER or (
-            (objective.loss, bias) == ("ce", "free") and not self.features_are_free
-        )
-        if objective.targets is None and is_papers:
+        kind = objective.loss, "none" if objective.loss == "ce" and not self.features_are_free else bias
+        # Of fewer features than the simplex needs, cross-entropy has no known optimum, and only a bound.
+        fits = objective.loss == "mse" or head.in_features >= groups - 1
+        if objective.targets is None and kind in _OF_THE_PAPER and fits:
             return UFMProblem(objective.loss, groups, count, head.in_features, *penalties)  # type: ignore[arg-type]
         return Problem(objective.function, objective.targets, [count] * groups, head.in_features, *penalties, bias=bias)
 
