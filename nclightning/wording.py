@@ -125,7 +125,7 @@ def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], so
     if found is None:
         said = one_line(_KEY.sub(r"\1", message.removeprefix("argument ")))
         return f"{source}: {said}" if source else said
-    name = found["name"]
+    name = re.sub(r"^(fit|validate|test)\.", "--", found["name"])  # What a whole command lacks, as it is typed.
     option, value = (None, None) if source else _typed([*path, name] if kind == "unknown" else path, words)
     if option is None and not source:  # Found at the end, when all had been read.
         source = _holding([*path, name] if kind == "unknown" else path, words)

@@ -137,7 +137,7 @@ WORDS = [
     ("--config ufm_mse", "give a command first"),
     ("fit", "give a configuration: --config NAME"),
     ("fit --trainer.max_steps 3", "give a configuration: --config NAME"),
-    ("fit --model UFM", "--model: num_classes, .* must be given for nclightning.models.UFM"),
+    ("fit --model UFM", "--data must be given"),
     ("test --config ufm_mse --ckpt_path nowhere", "--ckpt_path nowhere: no such file"),
     ("fit --config mlp_ce --data.init_args.seed 99999999999999999999", "seed must be between"),
     ("fit --config mlp_ce --model.init_args.hidden_dim 10000000000", "this network needs at least .* GiB"),

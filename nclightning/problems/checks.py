@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "check_labels",
     "check_point",
     "check_table",
+    "read_numbers",
     "rows_are_classes",
 ]
 
@@ -35,8 +36,8 @@ def check_groups(
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
-    rows = check_table(torch.eye(len(counts)) if targets is None else targets, loss)
-    numbers = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
+    numbers = read_numbers(counts, "counts must be integers")
+    rows = check_table(torch.eye(numbers.numel()) if targets is None else targets, loss)
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
             f"counts must hold a number for each of the {len(rows)} rows of targets, got the shape "
@@ -50,8 +51,7 @@ def check_groups(
 
 def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tensor:
     """Targets ``(M, K)`` float64 on the host, a copy, checked."""
-    # Numbers of Python are read in full, which torch's default dtype would not do.
-    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
+    rows = read_numbers(targets, "targets must be numbers (M, K)").clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
     loss.check_targets(rows)
@@ -64,6 +64,18 @@ def rows_are_classes(targets: Tensor) -> bool:
         return False
     largest = targets.diagonal().unsqueeze(1)
     return bool(((targets < largest).sum(dim=1) == len(targets) - 1).all())
+
+
+def read_numbers(given: Any, expected: str) -> Tensor:
+    """Numbers as float64 on the host; those of Python in full, which torch's default dtype would not give.
+
+    Raises:
+        ValueError: With what was expected, if they are none.
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{expected}, got {given!r:.80}.") from error
 
 
 def check_arguments(problem: Problem) -> None:

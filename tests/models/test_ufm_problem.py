@@ -153,3 +153,12 @@ def test_what_the_command_line_says_of_problems(words, message, tmp_path, monkey
     with pytest.raises(SystemExit, match=message):
         main(["fit", "--config", "own.yaml", *words])
     assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
+def test_the_command_line_overrides_arguments_of_the_problem(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(CONFIG)
+    callback = "--trainer.callbacks=nclightning.callbacks.LastCheckpoint"
+    main(["fit", "--config", "own.yaml", "--model.init_args.problem.init_args.smoothing", "0.2", callback])
+    model = UFM.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")))
+    assert model.problem.targets[0, 1] == pytest.approx(0.2 / 3)

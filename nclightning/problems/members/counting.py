@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
+from nclightning.problems.checks import read_numbers
 
 __all__ = ["balanced", "counts_of", "one_hot"]
 
@@ -22,8 +23,7 @@ def balanced(num_classes: int, samples_per_class: int) -> list[int]:
 
 def counts_of(counts: Sequence[int]) -> Tensor:
     """Counts of classes, of which there must be two."""
-    # Numbers of Python are read in full, which torch's default dtype would not do.
-    numbers = torch.as_tensor(counts, dtype=torch.float64)
+    numbers = read_numbers(counts, "counts must be integers")
     if numbers.ndim != 1 or len(numbers) < 2:
         raise UserError(f"counts must hold the number of samples of each of at least two classes, got {counts!r}.")
     return numbers

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from nclightning.problems.checks import read_numbers
 from nclightning.problems.problem import Problem
 from nclightning.problems.squared_error import SquaredError
 
@@ -44,7 +44,7 @@ def regression(
         >>> torch.allclose(optimum.weight @ optimum.weight.T, regression_gram(problem))
         True
     """
-    rows = torch.as_tensor(targets, dtype=torch.float64)
+    rows = read_numbers(targets, "targets must be numbers (N, K)")
     return Problem(SquaredError(), rows, [1] * len(rows), feature_dim, lambda_w, lambda_h, bias)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from nclightning.errors import UserError
+from nclightning.problems.checks import read_numbers
 from nclightning.problems.cross_entropy import CrossEntropy
 from nclightning.problems.members.counting import counts_of, one_hot
 from nclightning.problems.problem import Problem
@@ -88,7 +89,7 @@ def weighted_ce(
             raise UserError("class_weights='inverse' needs samples of every class: give the weights as numbers.")
         weights = 1 / numbers
     else:
-        weights = torch.as_tensor(class_weights, dtype=torch.float64)
+        weights = read_numbers(class_weights, "class_weights must be numbers or 'inverse'")
         if weights.shape != numbers.shape:
             came = f"the shape {tuple(weights.shape)}"
             raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {came}.")
