@@ -15,6 +15,7 @@ from nclightning.problems import NoAnswer, Problem
 
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+OF_THE_PAPER = ("balanced_mse", "balanced_ce")
 FEW, MANY = [6, 3, 1], 4
 LABELS = [[1, 0, 0], [0, 1, 1], [1, 1, 0]]
 SOFT = [[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.0, 0.0, 1.0]]
@@ -43,12 +44,15 @@ MEMBERS: list[tuple[str, str, Callable[[int], Problem]]] = [
 def table() -> str:
     """Return the table, asked of the problems themselves."""
     questions = list(MEMBERS[0][2](MANY).answers())
-    head = ["problem", *(f"`{name}`" for name in questions), "optimum for `d < r`"]
+    head = ["problem", "configuration", *(f"`{name}`" for name in questions), "optimum for `d < r`"]
     rows = [head, ["---"] * len(head)]
     for name, special, make in MEMBERS:
         few = make(1).answers()["optimum"]
         answers = [_word(answer) for answer in make(MANY).answers().values()]
-        rows.append([f"`{name}`" + (f", {special}" if special else ""), *answers, _word(few)])
+        page, config = f"problems/{name}.md", f"`ufm_{name}`" if special != "other counts" else ""
+        if name in OF_THE_PAPER:
+            page, config = "theory.md", f"`ufm_{name.removeprefix('balanced_')}`"
+        rows.append([f"[`{name}`]({page})" + (f", {special}" if special else ""), config, *answers, _word(few)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -2,11 +2,17 @@
 
 import doctest
 import importlib.util
+import re
 from pathlib import Path
 
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from nclightning import problems
+from nclightning.cli import main, shipped_configs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+EXAMPLE = DOCS.parent / "examples" / "problems" / "squared_hinge.py"
 
 
 def load():
@@ -37,4 +43,45 @@ def test_what_the_page_shows():
 
 
 def test_the_example_is_short_enough_to_copy():
-    assert len((DOCS.parent / "examples" / "problems" / "squared_hinge.py").read_text().splitlines()) < 60
+    assert len(EXAMPLE.read_text().splitlines()) < 60
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """Be somewhere else, with the user's file in reach."""
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_events(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_loss_of_ones_own_is_trained_and_seen_in_tensorboard(own):
+    gap, certified = importlib.import_module("squared_hinge").main()
+    assert gap < 1e-20
+    # The bound is right to the rounding of F.
+    assert gap - 1e-12 < certified < 1e-10
+    (file,) = own.rglob("events.out.*")
+    read = read_events(file.parent)
+    gaps = read["optimality/gap"]
+    assert gaps[-1] == pytest.approx(gap, rel=1e-3)
+    assert gaps[0] > 1e-2
+    assert {"optimality/distance", "optimality/grad_norm", "nc/train/nc1"} <= read.keys()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_configuration_with_a_problem_of_ones_own(own):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "problems.md").read_text(), re.DOTALL)
+    (own / "own.yaml").write_text(text)
+    main(["fit", "--config", "own.yaml", "--trainer.enable_progress_bar", "false"])
+    assert read_events(own / "lightning_logs" / "version_0")["optimality/gap"][-1] < 1e-20
+
+
+def test_commands_of_the_page_name_configurations():
+    for name in re.findall(r"--config (\w+)", (DOCS / "problems.md").read_text()):
+        assert name in shipped_configs()
