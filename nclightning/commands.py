@@ -37,7 +37,7 @@ __all__ = ["COMMANDS"]
 
 _GAPS = ("optimality/gap", "optimality/certified_gap")
 _MOST_TABLES = 12  # More runs share one table.
-_LONG = 200**2  # Groups times classes from which on an optimum takes minutes.
+_LONG = 400**2  # Groups times classes from which on an optimum may take minutes.
 
 
 def _reproduce(words: Sequence[str]) -> None:
@@ -136,7 +136,7 @@ def _theory(words: Sequence[str]) -> None:
     problem, console = problem_of(given, arguments), Console()
     console.print(describe_problem(problem), highlight=False, soft_wrap=True, markup=False)
     if isinstance(problem, Problem) and problem.num_groups * problem.num_classes > _LONG:
-        print(f"Without a formula, solving for {problem.num_groups} groups takes minutes.", file=sys.stderr)
+        print(f"Without a formula, solving for {problem.num_groups} groups may take minutes.", file=sys.stderr)
     drawn, missing = None, None
     if given["picture"] is not None:
         try:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nclightning import problems
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
@@ -83,6 +84,22 @@ def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss,
     for number in (1, 5 - devices):
         resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(whole, resumed) < 1e-11
+
+
+PROBLEMS = {
+    "penalized bias": problems.mse_with_penalized_bias([9, 4, 2], 5, 5e-2, 2e-2, lambda_b=0.3),
+    "soft labels": problems.soft_labels([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5]], [8, 7], 5, 5e-2, 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems_of_other_losses_are_shared_alike(name, tmp_path):
+    models = []
+    for devices in (1, 3):
+        torch.manual_seed(0)
+        model = UFM(problem=PROBLEMS[name], iterations_per_step=10)
+        models.append(fit(tmp_path / str(devices), model, IndexDataModule(), devices))
+    assert difference(*models) < 1e-12  # Sums in another order: roundings, carried along by 40 steps.
 
 
 def adam_backwards(params):
