@@ -6,7 +6,6 @@ the blocks. The thresholds at which a block merges follow: on the differences wi
 what the target alone leaves of the residual.
 """
 
-import dataclasses
 import math
 
 import mpmath
@@ -146,7 +145,7 @@ class Blocks:
 
 def penalized(make, strength):
     """A problem of the given strength, with unequal penalties."""
-    return dataclasses.replace(make, lambda_w=2 * strength, lambda_h=strength / 2)
+    return make.replace(lambda_w=2 * strength, lambda_h=strength / 2)
 
 
 COUNTS = [40] * 3 + [5] * 2
