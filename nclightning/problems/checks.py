@@ -38,7 +38,9 @@ def table(
             f"{tuple(numbers.shape)}."
         )
     if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
-        raise UserError(f"counts must be integers, none negative and one positive, got {torch.as_tensor(counts).tolist()}.")
+        raise UserError(
+            f"counts must be integers, none negative and one positive, got {torch.as_tensor(counts).tolist()}."
+        )
     loss.check_targets(rows)
     return rows, numbers.long()
 
