@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -51,10 +52,11 @@ _PURPOSE = {
 _DESCRIPTION = """nclightning: neural collapse, trained to its closed-form optimum and measured on the way.
 
 what you will want to set (every key of a configuration is an option; the full list is below):
-  --config NAME                            a YAML file here, or a shipped configuration: {configs}
+  --config NAME                            a YAML file here, or a configuration that is shipped, see below
   --lambda X                               lambda_w = n X and lambda_h = X, as in the paper
   --model.init_args.lambda_w X             either penalty alone; likewise lambda_h, num_classes (K),
                                            samples_per_class (n), feature_dim (d), loss, init_scale, dtype
+  --model.init_args.problem.init_args.X V  an argument of the problem, where the configuration names one
   --model.init_args.optimizer.init_args.c1 X   an option of the line search
   --seed_everything N                      another initial point
   --trainer.max_steps N                    gradient-descent iterations at most
@@ -62,11 +64,15 @@ what you will want to set (every key of a configuration is an option; the full l
                                            or at the round-off floor (--optimality.stop_at_floor false: not there)
   --optimality.every_n_iterations N        cadence of gap, distance and gradient norm
   --neural_collapse.every_n_iterations N   cadence of NC1-NC3
-  --ckpt_path RUN/checkpoints/last.ckpt    go on with an interrupted run, in its folder"""
+  --ckpt_path RUN/checkpoints/last.ckpt    go on with an interrupted run, in its folder
+
+shipped configurations:
+{configs}"""
 _EPILOG = """examples:
   python -m nclightning fit --config ufm_mse.yaml
   python -m nclightning fit --config ufm_ce --lambda 5e-4 --seed_everything 1
   python -m nclightning fit --config ufm_ce --model.init_args.lambda_h 1e-4 --trainer.max_steps 5000
+  python -m nclightning fit --config ufm_label_smoothing --model.init_args.problem.init_args.smoothing 0.2
   python -m nclightning fit --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
   python -m nclightning validate --config ufm_mse --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
 
@@ -129,6 +135,13 @@ class RunCLI(GivenConfigurationCLI):
         config = self.config[self.subcommand]
         model = config.model.get("init_args", {})
         if takes_lambda(config.model.get("class_path"), model.keys()) and model["lambda_"] is not None:
+            if model.get("problem") is not None:
+                raise UserError(
+                    f"--lambda {model['lambda_']}: the penalties of a model that has a problem are the problem's: set "
+                    "--model.init_args.problem.init_args.lambda_w and lambda_h."
+                )
+            if model["samples_per_class"] is None:
+                raise UserError("--lambda needs --model.init_args.samples_per_class: lambda_w is n times it.")
             model["lambda_w"], model["lambda_h"] = resolve_lambdas(
                 model.get("lambda_w"), model.get("lambda_h"), model["lambda_"], model["samples_per_class"]
             )
@@ -308,7 +321,9 @@ def main(args: list[str] | None = None) -> None:
 def _run_cli(args: list[str] | None) -> None:
     _quieten_lightning()
     texts: dict[str, Any] = {
-        "description": _DESCRIPTION.format(configs=", ".join(shipped_configs())),
+        "description": _DESCRIPTION.format(
+            configs=textwrap.fill(", ".join(shipped_configs()), 80, initial_indent="  ", subsequent_indent="  ")
+        ),
         "epilog": _EPILOG,
         "formatter_class": HelpFormatter,
     }

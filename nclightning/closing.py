@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from nclightning.callbacks import OptimalityMonitor
+from nclightning.callbacks.problem import AnyProblem, find_problem
 from nclightning.callbacks.stops import may_end, standing_stop
 from nclightning.errors import UserError
 from nclightning.figures import draw_convergence, read_readings, summarize
@@ -25,7 +26,6 @@ from nclightning.models.schedules import only_optimizer
 from nclightning.pictures import log_picture, picture_writers
 from nclightning.sending import send_values
 from nclightning.summaries import hyperparameters, is_recorded, record_summary, summary_scalars
-from nclightning.theory import UFMProblem
 
 __all__ = ["close_again", "close_run", "ending_of"]
 
@@ -132,12 +132,11 @@ def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:
     console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _predicted(model: L.LightningModule) -> UFMProblem | None:
+def _predicted(model: L.LightningModule) -> AnyProblem | None:
     """Find the problem whose rates are predicted; None where another one was trained."""
     if not getattr(model, "features_are_free", False):
         return None
     try:
-        problem: UFMProblem = model.problem  # type: ignore[assignment]
+        return find_problem(model)
     except UserError:
         return None
-    return problem

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from nclightning.arguments import resolve_lambdas
 from nclightning.command_parser import command_parser
-from nclightning.configurations import find_configuration, model_arguments
 from nclightning.errors import UserError
 from nclightning.figures import (
     Run,
@@ -30,14 +27,17 @@ from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table, settings_table
 from nclightning.files import make_folder
 from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
+from nclightning.problem_options import problem_names, problem_of, split_options
+from nclightning.problems import NoAnswer, Problem
 from nclightning.reproduction import reproduce
 from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
 from nclightning.theory import UFMProblem
 
 __all__ = ["COMMANDS"]
 
+_GAPS = ("optimality/gap", "optimality/certified_gap")
 _MOST_TABLES = 12  # More runs share one table.
-_MOST = 10**15  # Products of sizes stay far from the largest float.
+_LONG = 400**2  # Groups times classes from which on an optimum may take minutes.
 
 
 def _reproduce(words: Sequence[str]) -> None:
@@ -78,8 +78,8 @@ def _plot(words: Sequence[str]) -> None:
         for run in runs:
             console.print(rates_table(run.summary, str(run.folder), run.problem))
     drawn = []
-    for draw, name, prefix in ((draw_gaps, "gap", "optimality/gap"), (draw_collapse, "collapse", "nc/train/")):
-        having = [run for run in runs if any(tag.startswith(prefix) for tag in run.summary.last)]
+    for draw, name, prefixes in ((draw_gaps, "gap", _GAPS), (draw_collapse, "collapse", ("nc/train/",))):
+        having = [run for run in runs if any(tag.startswith(prefixes) for tag in run.summary.last)]
         if having:
             try:
                 make_folder(folder)
@@ -106,65 +106,63 @@ def _read_runs(folders: Sequence[str]) -> list[Run]:
 def _theory(words: Sequence[str]) -> None:
     parser = command_parser(
         "theory",
-        "Print what the theory predicts for the unconstrained feature model: the optimum, the eigenvalues of the "
+        "Print what the theory predicts for an unconstrained feature model: the optimum, the eigenvalues of the "
         "Hessian there, and how fast gradient descent gets there. Nothing is trained; sizes may be any.",
         "examples:\n  python -m nclightning theory --config ufm_mse --lambda 5e-4\n"
         "  python -m nclightning theory --loss ce --num_classes 1000 --samples_per_class 1300 --feature_dim 2048 "
-        "--lambda 5e-9 --picture spectrum.pdf",
+        "--lambda 5e-9 --picture spectrum.pdf\n"
+        '  python -m nclightning theory --problem unbalanced_ce --problem.counts "[100, 10, 1]" --feature_dim 5 '
+        f"--lambda_w 1e-3 --lambda_h 1e-3 --thresholds\n\nproblems:\n  {', '.join(problem_names())}",
     )
     parser.add_argument("--config", help="a YAML file, or a shipped configuration; the options below override it")
-    parser.add_argument("--loss", choices=("mse", "ce"))
+    parser.add_argument("--loss", choices=("mse", "ce"), help="of balanced classes with hard labels")
     for name, letter in (("num_classes", "K"), ("samples_per_class", "n"), ("feature_dim", "d")):
         parser.add_argument(f"--{name}", type=int, metavar=letter)
     parser.add_argument("--lambda", type=float, dest="lambda_", metavar="X", help="lambda_w = n X and lambda_h = X")
     for name in ("lambda_w", "lambda_h"):
         parser.add_argument(f"--{name}", type=float, metavar="X", help="this penalty alone")
+    parser.add_argument(
+        "--problem",
+        metavar="NAME",
+        help="another problem: a name below, or the path of a function that makes one; --problem.ARGUMENT VALUE "
+        "gives it an argument",
+    )
+    parser.add_argument(
+        "--thresholds", action="store_true", help="find the penalties at which the rank of the optimum falls"
+    )
     parser.add_argument("--picture", metavar="FILE", help="draw the spectrum, too; .png, .pdf, .svg, ...")
+    words, arguments = split_options(words)
     given = vars(parser.parse_args(words))
-    problem, console = _problem_of(given), Console()
-    drawn = None if given["picture"] is None else draw_spectrum(problem, given["picture"])
-    console.print(describe_problem(problem), highlight=False, soft_wrap=True)
-    for table in prediction_tables(problem):
+    problem, console = problem_of(given, arguments), Console()
+    console.print(describe_problem(problem), highlight=False, soft_wrap=True, markup=False)
+    if isinstance(problem, Problem) and problem.num_groups * problem.num_classes > _LONG:
+        print(f"Without a formula, solving for {problem.num_groups} groups may take minutes.", file=sys.stderr)
+    drawn, missing = None, None
+    if given["picture"] is not None:
+        try:
+            with _waiting(problem):
+                drawn = draw_spectrum(problem, given["picture"])
+        except NoAnswer as error:
+            missing = error
+    parts = prediction_tables(problem, given["thresholds"])
+    while True:
+        with _waiting(problem):
+            part = next(parts, None)
+        if part is None:
+            break
         console.print()
-        console.print(table)
+        console.print(part, highlight=False)
+    if missing is not None:
+        raise UserError(f"--picture {given['picture']}: not drawn. {missing}") from missing
     if drawn is not None:
         console.print(f"wrote {drawn}", highlight=False, soft_wrap=True)
 
 
-def _problem_of(given: Mapping[str, Any]) -> UFMProblem:
-    """Build the problem from options, over those of a configuration."""
-    options: dict[str, Any] = {}
-    if given["config"] is not None:
-        options = model_arguments(find_configuration(given["config"]))
-        if options.get("penalty", "features") != "features":
-            raise UserError(
-                f"--config {given['config']}: penalty={options['penalty']!r} has no closed form, only 'features' has."
-            )
-    if given["lambda_"] is not None:  # It overrides both penalties of a configuration, as in a fit.
-        options = options | {"lambda_w": None, "lambda_h": None}
-    options = options | {name: value for name, value in given.items() if value is not None}
-    for name in ("loss", "num_classes", "samples_per_class", "feature_dim"):
-        if options.get(name) is None:
-            raise UserError(f"{name} is missing: give --{name}, or a --config that has it.")
-    single, lambda_w, lambda_h = (_number(name, options.get(name)) for name in ("lambda_", "lambda_w", "lambda_h"))
-    sizes = options["num_classes"], options["samples_per_class"], options["feature_dim"]
-    for name, size in zip(("num_classes", "samples_per_class", "feature_dim"), sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MOST:
-            raise UserError(f"{name} must be an integer between 1 and {_MOST:.0e}, got {size!r}.")
-    return UFMProblem(options["loss"], *sizes, *resolve_lambdas(lambda_w, lambda_h, single, sizes[1]))
-
-
-def _number(name: str, value: Any) -> float | None:
-    """Take a number of a configuration, where 1e-4 is text to YAML."""
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name.rstrip('_')} must be a number, got {value!r}.") from None
-    if math.isfinite(number) and number != 0 and not 1e-100 < abs(number) < 1e100:
-        raise UserError(f"{name.rstrip('_')} must be between 1e-100 and 1e100, got {value!r}.")
-    return number
+@contextmanager
+def _waiting(problem: UFMProblem | Problem) -> Iterator[None]:
+    """Say on a terminal that something is being computed."""
+    with nullcontext() if isinstance(problem, UFMProblem) else Console(stderr=True).status("computing"):
+        yield
 
 
 def _measure(words: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "check_yaml",
     "find_configuration",
     "model_arguments",
+    "parse_yaml",
     "read_configuration",
     "read_text",
     "shipped_configs",
@@ -86,8 +87,7 @@ def read_configuration(path: Path, option: str = "--config") -> dict[str, Any]:
     source = f"{option} {path}"
     text = read_text(path, source)
     try:
-        check_yaml(text)
-        config = yaml.load(text, Loader=_LOADER)
+        config = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: {yaml_problem(error)}.") from error
     except ValueError as error:  # Also of a number or a date that YAML takes for one.
@@ -121,12 +121,13 @@ def model_arguments(path: Path) -> dict[str, Any]:
     return arguments
 
 
-def read_text(path: Path, source: str) -> str:
+def read_text(path: Path, source: str, most_bytes: int = _MOST_BYTES) -> str:
     """Read a small text file.
 
     Args:
         path: The file.
         source: What names it, for messages.
+        most_bytes: A larger file is refused.
 
     Returns:
         Its text, without a byte-order mark.
@@ -136,11 +137,11 @@ def read_text(path: Path, source: str) -> str:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(most_bytes + 1)
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}.") from error
-    if len(content) > _MOST_BYTES:
-        raise UserError(f"{source}: larger than {_MOST_BYTES:,} bytes, so it is not what it is given as.")
+    if len(content) > most_bytes:
+        raise UserError(f"{source}: larger than {most_bytes:,} bytes, so it is not what it is given as.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -148,6 +149,23 @@ def read_text(path: Path, source: str) -> str:
     if "\0" in text:
         raise UserError(f"{source}: no text, it holds zero bytes.")
     return text
+
+
+def parse_yaml(text: str) -> Any:
+    """Read plain values.
+
+    Args:
+        text: YAML.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: As of :func:`check_yaml`, or of a number or a date that YAML takes for one.
+        yaml.YAMLError: If it is no YAML.
+    """
+    check_yaml(text)
+    return yaml.load(text, Loader=_LOADER)
 
 
 def check_yaml(text: str, any_tag: bool = False) -> None:
@@ -169,10 +187,11 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
         if depth > _MOST_LEVELS:
             raise UserError(f"line {_line(event)} is nested more than {_MOST_LEVELS} levels deep.")
     for document in yaml.compose_all(text, Loader=_LOADER):
-        _measure(document, {}, any_tag)
+        # Without aliases a text has fewer entries than letters.
+        _measure(document, {}, any_tag, max(_MOST_ENTRIES, len(text)))
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool) -> tuple[int, int]:
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int) -> tuple[int, int]:
     """Count entries and levels with all aliases written out. An alias names what came before, so that is known."""
     if id(node) in known:
         measured = known[id(node)]
@@ -184,9 +203,9 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag:
         raise UserError(f"line {_line(node)} has the tag {_shown(node.tag)}. Write plain values.")
     entries, levels = 1, 0
     for child in _children(node):
-        below = _measure(child, known, any_tag)
+        below = _measure(child, known, any_tag, most)
         entries, levels = entries + below[0], max(levels, below[1])
-    if entries > _MOST_ENTRIES or levels >= _MOST_LEVELS:
+    if entries > most or levels >= _MOST_LEVELS:
         raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are written out.")
     known[id(node)] = entries, levels + 1
     return entries, levels + 1

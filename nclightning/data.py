@@ -47,11 +47,13 @@ class FullBatchLoader:
 
 
 class FullBatchDataModule(L.LightningDataModule):
-    """A training set that is one batch ``(x, labels)``, class after class, exactly n samples each, on the device.
+    """A training set that is one batch ``(x, labels)`` on the device, class after class.
+
+    Each class has exactly n samples; with a model that was made with a problem, each group as many as the problem says.
 
     ``validate`` and ``test`` get the same batch once; there is no other data. Of several processes each gets its share
-    of the rows. Sizes that are None are taken from the
-    hyperparameters of the model, which is where they are set; a value that differs from the model's is refused.
+    of the rows. Sizes that are None are taken from the hyperparameters of the model, which is where they are set; a
+    value that differs from the model's is refused.
 
     Args:
         steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
@@ -68,6 +70,7 @@ class FullBatchDataModule(L.LightningDataModule):
         self.steps_per_epoch = steps_per_epoch
         self._given = sizes
         self._sizes: dict[str, int] = {}
+        self._counts: list[int] = []  # Samples of each group.
 
     def setup(self, stage: str) -> None:
         """Take the sizes over from the model, or check them against it."""
@@ -83,7 +86,19 @@ class FullBatchDataModule(L.LightningDataModule):
             ValueError: If a size is missing, out of range or differs from the model's.
         """
         hparams = {} if model is None else model.hparams
-        self._sizes = {name: self._size(name, given, hparams) for name, given in self._given.items()}
+        problem = hparams.get("problem")
+        if problem is None:
+            self._sizes = {name: self._size(name, given, hparams) for name, given in self._given.items()}
+            self._counts = [self._sizes["samples_per_class"]] * self._sizes["num_classes"]
+            return
+        counts = problem["init_args"]["counts"]
+        for name, given in self._given.items():
+            if given is not None and given != hparams.get(name):
+                raise UserError(
+                    f"{type(self).__name__}({name}={given}) differs from the model's problem, whose counts are "
+                    f"{counts}. Leave it out."
+                )
+        self._counts = list(counts)
 
     def _size(self, name: str, given: int | None, hparams: Mapping[str, Any]) -> int:
         expected: int | None = hparams.get(name)
@@ -101,14 +116,9 @@ class FullBatchDataModule(L.LightningDataModule):
         return size
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return self._sizes["num_classes"]
-
-    @property
-    def samples_per_class(self) -> int:
-        """Samples in each class, n."""
-        return self._sizes["samples_per_class"]
+    def num_samples(self) -> int:
+        """N."""
+        return sum(self._counts)
 
     @abstractmethod
     def inputs(self, device: torch.device | str | None) -> Tensor:
@@ -123,7 +133,8 @@ class FullBatchDataModule(L.LightningDataModule):
         Returns:
             Inputs ``(N, ...)`` and labels ``(N,)``, int64.
         """
-        labels = torch.arange(self.num_classes, device=device).repeat_interleave(self.samples_per_class)
+        counts = torch.tensor(self._counts, device=device)
+        labels = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=self.num_samples)
         return self.inputs(device), labels
 
     def _loader(self, length: int) -> FullBatchLoader:
@@ -150,7 +161,7 @@ class FullBatchDataModule(L.LightningDataModule):
 
 
 class IndexDataModule(FullBatchDataModule):
-    """Sample indices with balanced labels: the training set of the unconstrained feature model.
+    """Sample indices and labels: the training set of the unconstrained feature model.
 
     Args:
         num_classes: K; None takes it from the model.
@@ -168,7 +179,7 @@ class IndexDataModule(FullBatchDataModule):
 
     def inputs(self, device: torch.device | str | None) -> Tensor:
         """Return indices ``(N,)``, int64."""
-        return torch.arange(self.num_classes * self.samples_per_class, device=device)
+        return torch.arange(self.num_samples, device=device)
 
 
 class GaussianDataModule(FullBatchDataModule):
@@ -224,7 +235,7 @@ class GaussianDataModule(FullBatchDataModule):
 
     def inputs(self, device: torch.device | str | None) -> Tensor:
         """Draw ``(N, D)`` in the model's dtype."""
-        shape = (self.num_classes * self.samples_per_class, self._sizes["input_dim"])
+        shape = (self.num_samples, self._sizes["input_dim"])
         generator = torch.Generator().manual_seed(self.seed)  # On the host: the same data for every device.
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(math.sqrt(self.variance))
         return drawn.to(device, self._dtype)

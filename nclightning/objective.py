@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from functools import cached_property
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear
 
 from nclightning.errors import UserError
+from nclightning.problems.checks import check_table
+from nclightning.problems.cross_entropy import CrossEntropy
+from nclightning.problems.loss import Loss
+from nclightning.problems.squared_error import SquaredError
 
 __all__ = ["LossName", "Objective", "square_norm"]
 
 LossName = Literal["mse", "ce"]
 Scalar = TypeVar("Scalar", float, Tensor)
 
+_LOSSES: dict[str, Loss] = {"mse": SquaredError(), "ce": CrossEntropy()}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Objective:
     r"""Regularised empirical risk of a linear head on features.
 
@@ -26,32 +34,66 @@ class Objective:
         F = \frac1N \sum_i L(W^\top h_i + b, y_i)
             + \frac{\lambda_W}2 \|W\|_F^2 + \frac{\lambda_H}2 \|H\|_F^2 + \frac{\lambda_b}2 \|b\|^2
 
-    with :math:`L = \frac12\|z - e_y\|^2` (``"mse"``) or :math:`-\log \mathrm{softmax}(z)_y` (``"ce"``).
+    with :math:`L = \frac12\|z - e_y\|^2` (``"mse"``), :math:`-\log \mathrm{softmax}(z)_y` (``"ce"``) or any other loss.
     The feature penalty is a **sum** over all N samples while the loss is a mean. The value has the dtype of the
     inputs. Paper: Eq. (2), (5), (8).
 
     Args:
-        loss: ``"mse"`` or ``"ce"``.
+        loss: ``"mse"``, ``"ce"`` or a :class:`nclightning.problems.Loss`.
         lambda_w: Penalty on the head's weight, non-negative.
         lambda_h: Penalty on the features, non-negative.
         lambda_b: Penalty on the head's bias, non-negative. The paper's results need 0.
+        targets: ``(M, K)``, whose row m is the target of all samples with label m; None for hard labels.
 
     Raises:
-        ValueError: If the loss is unknown or a penalty is negative or not finite.
+        ValueError: If the loss is unknown, a penalty is negative or not finite, or the loss is not defined for the
+            targets.
+
+    Example:
+        >>> from nclightning.problems import BinaryCrossEntropy
+        >>> objective = Objective(BinaryCrossEntropy(), lambda_w=0.1, lambda_h=0.1, targets=[[1, 0, 1], [0, 0, 0]])
+        >>> objective(torch.zeros(3, 2), torch.zeros(4, 2), labels=torch.tensor([0, 1, 1, 0]))
+        tensor(2.0794)
     """
 
-    loss: LossName
+    loss: LossName | Loss
     lambda_w: float
     lambda_h: float
     lambda_b: float = 0.0
+    targets: Tensor | Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
-        if self.loss not in get_args(LossName):
-            raise UserError(f"loss must be 'mse' or 'ce', got {self.loss!r}.")
+        if not isinstance(self.loss, Loss) and self.loss not in get_args(LossName):
+            raise UserError(f"loss must be 'mse' or 'ce' or a Loss such as CrossEntropy(), got {self.loss!r}.")
         for name in ("lambda_w", "lambda_h", "lambda_b"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be finite and non-negative, got {value!r}.")
+        if self.targets is not None:
+            object.__setattr__(self, "targets", check_table(self.targets, self.function))
+
+    @property
+    def function(self) -> Loss:
+        """The loss."""
+        return self.loss if isinstance(self.loss, Loss) else _LOSSES[self.loss]
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, Objective)
+        mine, theirs = self.targets, other.targets
+        same = mine is theirs or (isinstance(mine, Tensor) and isinstance(theirs, Tensor) and torch.equal(mine, theirs))
+        return self._numbers == other._numbers and same
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_tables"}
+
+    @property
+    def _numbers(self) -> tuple[Any, ...]:
+        return self.loss, self.lambda_w, self.lambda_h, self.lambda_b
 
     def __call__(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F on all samples.
@@ -59,7 +101,7 @@ class Objective:
         Args:
             weight: Head weight ``(K, d)``.
             features: One row per sample, ``(N, d)``.
-            labels: Class indices ``(N,)``, int64, in any order.
+            labels: Class indices, or rows of the targets, ``(N,)``, int64, in any order.
             bias: Head bias ``(K,)``, or None for a head without one.
 
         Returns:
@@ -86,7 +128,7 @@ class Objective:
             logits: Head output ``(B, K)``.
             weight: Head weight ``(K, d)``.
             features: Head input ``(B, d)``.
-            labels: Class indices ``(B,)``.
+            labels: Class indices, or rows of the targets, ``(B,)``.
             bias: Head bias ``(K,)`` or None.
             num_samples: N, if the batch is a part of the training set: the feature penalty of the batch is then
                 multiplied by ``N / B``, its unbiased estimate. None means that the batch is the training set.
@@ -94,7 +136,7 @@ class Objective:
         Returns:
             Scalar of the inputs' dtype.
         """
-        value = self._mean_loss(logits, labels)
+        value = self.function.mean(logits, self._table(logits), labels)
         value = value + (0.5 * self.lambda_w) * weight.square().sum()
         share = 1.0 if num_samples is None else num_samples / len(features)
         value = value + (0.5 * self.lambda_h * share) * features.square().sum()
@@ -102,69 +144,106 @@ class Objective:
             value = value + (0.5 * self.lambda_b) * bias.square().sum()
         return value
 
-    def residual_(self, logits: Tensor, labels: Tensor) -> Tensor:
-        r"""Replace logits by the derivative of the summed loss, :math:`z_i - e_{y_i}` or softmax minus that, in place.
+    def residual_of(self, features: Tensor, head: Sequence[Tensor], labels: Tensor, residual: Tensor) -> list[Tensor]:
+        """Compute the residual of some samples, the gradient of each one's loss in its logits, without autograd.
 
         Args:
-            logits: ``(B, K)``, overwritten.
-            labels: Class indices ``(B,)``.
+            features: ``(B, d)``.
+            head: Weight ``(K, d)`` and perhaps bias ``(K,)``.
+            labels: Class indices, or rows of the targets, ``(B,)``.
+            residual: Takes it, ``(B, K)``.
 
         Returns:
-            Sum of the losses, float64 scalar.
+            Sum of the losses and squared norm of the features, float64.
         """
-        index = labels.unsqueeze(1)
-        if self.loss == "mse":
-            return square_norm(logits.scatter_(1, index, -1.0, reduce="add")).mul_(0.5)
-        log_probability = log_softmax(logits, dim=1)
-        losses = log_probability.gather(1, index).sum(dtype=torch.float64).neg_()
-        torch.exp(log_probability, out=logits).scatter_(1, index, -1.0, reduce="add")
-        return losses
+        torch.mm(features, head[0].T, out=residual)
+        for bias in head[1:]:
+            residual.add_(bias)
+        # A double of each float32 would take 4% of an iteration.
+        norms = features if features.dtype == torch.float64 else torch.linalg.vector_norm(features, dim=1)
+        losses = self.function.sum_and_residual_(residual, self._table(residual), labels)
+        return [losses, square_norm(norms)]
 
-    def combine(self, losses: Scalar, num_samples: int, weight_square: Scalar, features_square: Scalar) -> Scalar:
-        """Put F together from sums, for a free bias.
+    def gradient_of(
+        self,
+        features: Tensor,
+        head: Sequence[Tensor],
+        residual: Tensor,
+        num_samples: int,
+        of_head: Sequence[Tensor],
+        out: Tensor,
+    ) -> Tensor:
+        """Compute the gradient of F in the features of some samples, and add up that in the head.
+
+        Args:
+            features: ``(B, d)``.
+            head: Weight and perhaps bias.
+            residual: Of these samples.
+            num_samples: N.
+            of_head: Gradients of weight and bias, to which those of the mean loss of these samples are added.
+            out: Takes the gradient, perhaps in place of the features.
+
+        Returns:
+            ``out``.
+        """
+        scale = 1 / num_samples
+        of_head[0].addmm_(residual.T, features, alpha=scale)
+        for gradient in of_head[1:]:
+            gradient.add_(residual.sum(dim=0), alpha=scale)
+        return torch.mul(features, self.lambda_h, out=out).addmm_(residual, head[0], alpha=scale)
+
+    def add_penalty_gradients_(self, of_head: Sequence[Tensor], head: Sequence[Tensor]) -> None:
+        """Add the gradients of the head's penalties, in place; arguments as of :meth:`gradient_of`."""
+        for gradient, part, penalty in zip(of_head, head, (self.lambda_w, self.lambda_b), strict=False):
+            gradient.add_(part, alpha=penalty)
+
+    def combine(
+        self,
+        losses: Scalar,
+        num_samples: int,
+        weight_square: Scalar,
+        features_square: Scalar,
+        bias_square: Scalar | None = None,
+    ) -> Scalar:
+        """Put F together from sums.
 
         Args:
             losses: Sum of the losses of all samples.
             num_samples: N.
             weight_square: Squared norm of the head's weight.
             features_square: Squared norm of all features.
+            bias_square: Squared norm of the head's bias; None without one.
 
         Returns:
             F.
         """
-        return losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
+        value = losses / num_samples + 0.5 * (self.lambda_w * weight_square + self.lambda_h * features_square)
+        return value if bias_square is None or not self.lambda_b else value + 0.5 * self.lambda_b * bias_square
 
-    def add_penalty_gradient_(self, gradient: Tensor, weight: Tensor) -> Tensor:
-        """Add the gradient of the head's penalty, in place.
+    @cached_property
+    def _tables(self) -> dict[tuple[int, torch.dtype, torch.device], Tensor | None]:
+        return {}
 
-        Args:
-            gradient: ``(K, d)``, overwritten.
-            weight: Head ``(K, d)``.
+    def _table(self, logits: Tensor) -> Tensor | None:
+        """Targets of the dtype and on the device of logits, checked and made once; None for hard labels."""
+        key = logits.shape[1], logits.dtype, logits.device
+        if key not in self._tables:
+            # It is kept, and what is made in inference mode could not be used outside of it.
+            with torch.inference_mode(False):
+                self._tables[key] = self._table_for(*key)
+        return self._tables[key]
 
-        Returns:
-            ``gradient``.
-        """
-        return gradient.add_(weight, alpha=self.lambda_w)
-
-    def penalty_gradient(self, features: Tensor, out: Tensor) -> Tensor:
-        """Compute the gradient of the penalty on all features.
-
-        Args:
-            features: ``(B, d)``.
-            out: Takes the gradient.
-
-        Returns:
-            ``out``.
-        """
-        return torch.mul(features, self.lambda_h, out=out)
-
-    def _mean_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # scatter and gather raise on a label outside 0..K-1; torch's own losses would skip -100 without a word.
-        index = labels.unsqueeze(1)
-        if self.loss == "mse":
-            residual = logits.scatter_add(1, index, logits.new_full((1, 1), -1.0).expand_as(index))
-            return residual.square().sum() / (2 * len(logits))
-        return -log_softmax(logits, dim=1).gather(1, index).mean()
+    def _table_for(self, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        if not isinstance(self.targets, Tensor):
+            if isinstance(self.loss, Loss):
+                self.loss.check_targets(torch.eye(1, num_classes, dtype=torch.float64, device="cpu"))
+            return None
+        if self.targets.shape[1] != num_classes:
+            raise UserError(
+                f"targets must have a column for each of the {num_classes} outputs of the head, got the shape "
+                f"{tuple(self.targets.shape)}."
+            )
+        return self.targets.to(device, dtype)
 
 
 def square_norm(tensor: Tensor) -> Tensor:

@@ -27,10 +27,12 @@ from nclightning.compat.hparams import (
     metadata,
 )
 from nclightning.compat.tensorboard import Event, Summary
+from nclightning.figures.runs import known_problem, loss_of
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.files import delete
 from nclightning.files.events import write_events
 from nclightning.interrupts import deferred_interrupt
+from nclightning.problems import Problem
 
 __all__ = ["hyperparameters", "is_recorded", "record_summary", "summary_scalars"]
 
@@ -46,7 +48,7 @@ def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: in
     that is one column, with the options that differ from its defaults.
 
     Args:
-        pl_module: Its ``hparams`` that are numbers or text.
+        pl_module: Its ``hparams`` that are numbers or text; a problem is said in words.
         optimizer: After the fit.
         seed: None, or a bool as a command line may have it, leaves it out.
 
@@ -60,6 +62,8 @@ def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: in
         if name in defaults and name != "params" and value != defaults[name]
     ]
     values = dict(pl_module.hparams) | {"optimizer": f"{type(optimizer).__name__}({', '.join(options)})"}
+    if isinstance(problem := known_problem(values), Problem):
+        values |= {"loss": loss_of(values, problem), "problem": problem.summary()}
     values["seed"] = None if isinstance(seed, bool) else seed
     values.pop("iterations_per_step", None)  # How often Lightning is asked; the iterates do not depend on it.
     return {

@@ -1,9 +1,14 @@
 """The commands that train nothing themselves."""
 
+import inspect
+
 import pytest
 import yaml
 
+from nclightning import problems
 from nclightning.cli import main
+from nclightning.problem_options import problem_names
+from nclightning.problems import label_smoothing, unbalanced_ce
 from nclightning.reproduction import reproduce
 from tests.recorded import NC, geometric, record
 
@@ -125,6 +130,82 @@ def test_theory_reads_the_configuration_of_a_run(tmp_path, capsys):
     assert "MSE loss, K = 3, n = 2, d = 5, lambda_w = 0.01, lambda_h = 0.005" in capsys.readouterr().out
     main(["theory", "--config", str(tmp_path / "config.yaml"), "--lambda", "1e-2"])
     assert "lambda_w = 0.02, lambda_h = 0.01" in capsys.readouterr().out
+
+
+LONG_TAIL = [
+    *("--problem", "unbalanced_ce", "--problem.counts", "[100, 10, 1]", "--feature_dim", "5"),
+    *("--lambda_w", "1e-3", "--lambda_h", "1e-3"),
+]
+LINE = "CE loss, K = 3, n = 1 to 100, N = 111, d = 5, lambda_w = 0.001, lambda_h = 0.001, no bias"
+
+
+def test_theory_answers_for_any_problem(tmp_path, capsys):
+    main(["theory", *LONG_TAIL, "--thresholds", "--picture", str(tmp_path / "spectrum.pdf")])
+    printed = capsys.readouterr().out
+    problem = unbalanced_ce([100, 10, 1], 5, 1e-3, 1e-3)
+    for text in (LINE, f"{problem.optimal_value:.10g}", f"{problem.mu:.7g}", f"threshold {problem.threshold:.6g}"):
+        assert text in printed
+    assert "0.00036115" in printed  # Where the smallest class is lost, by bisection.
+    assert (tmp_path / "spectrum.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("name", problem_names())
+def test_theory_knows_each_member_by_its_short_name(name, capsys):
+    """With the arguments that each asks for, given as text."""
+    arguments = {
+        "counts": "4,2,1",
+        "targets": "[[1, 0], [0, 1], [1, 0]]",
+        "num_classes": "3",
+        "samples_per_class": "2",
+        "samples_per_pair": "1",
+        "feature_dim": "4",
+        "lambda_w": "1e-2",
+        "lambda_h": "1e-2",
+        "lambda_b": "1e-1",
+        "smoothing": "1e-1",
+        "class_weights": "inverse",
+    }
+    parameters = inspect.signature(getattr(problems, name)).parameters.values()
+    needed = [each.name for each in parameters if each.default is each.empty]
+    words = [word for each in needed for word in (f"--problem.{each}", arguments[each])]
+    main(["theory", "--problem", name, *words])
+    printed = capsys.readouterr().out
+    assert "lambda_w = 0.01, lambda_h = 0.01" in printed
+    assert "minimum F*" in printed
+    assert "kappa" in printed
+
+
+def test_theory_takes_the_problem_of_a_configuration(tmp_path, capsys):
+    arguments = {"counts": ["100", 10, 1], "feature_dim": 5, "lambda_w": "1e-3", "lambda_h": "0.001", "bias": "none"}
+    problem = {"class_path": "nclightning.problems.unbalanced_ce", "init_args": arguments}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": {"problem": problem, "loss": None}}}))
+    main(["theory", "--config", str(path)])
+    assert LINE in capsys.readouterr().out
+    main(["theory", "--config", str(path), "--feature_dim", "7", "--lambda_w", "0.5", "--problem.bias", "1e-1"])
+    assert "d = 7, lambda_w = 0.5, lambda_h = 0.001, lambda_b = 0.1" in capsys.readouterr().out
+    main(["theory", "--config", str(path), "--problem", "balanced_mse", *LONG_TAIL[-6:], *SIZES[2:6]])
+    assert "MSE loss, K = 10, n = 10, d = 5" in capsys.readouterr().out
+
+
+def test_theory_reads_what_a_run_keeps(tmp_path, capsys):
+    problem = label_smoothing([3, 2, 2], 0.1, 4, 1e-2, 1e-3)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": {"problem": problem.describe()}}}))
+    main(["theory", "--config", str(path)])
+    assert problem.summary() in capsys.readouterr().out
+
+
+def test_theory_says_what_has_no_answer_and_prints_the_rest(tmp_path, capsys):
+    words = ["theory", *LONG_TAIL, "--feature_dim", "1", "--picture", str(tmp_path / "a.png")]
+    with pytest.raises(SystemExit, match=r"--picture .*a.png: not drawn. optimum: feature_dim=1 is below the rank 2"):
+        main(words)
+    printed = capsys.readouterr().out
+    assert "No optimum: feature_dim=1 is below the rank 2 of the optimal logits" in printed
+    assert "lower bound of F*" in printed
+    assert list(tmp_path.iterdir()) == []
+    main(words[:-2])
+    assert "lower bound of F*" in capsys.readouterr().out
 
 
 def test_theory_refuses_a_penalty_on_weights(tmp_path):

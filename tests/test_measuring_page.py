@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import lightning  # noqa: F401  # Not in a test, where what its import sets would be taken for a leak.
 import pytest
 import torch
 from torch import nn
@@ -39,15 +40,19 @@ def test_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
         "labels": labels,
         "weight": model.fc.weight,
         "bias": model.fc.bias,
+        "targets": inputs[:, :3].double(),
     }
     monkeypatch.chdir(tmp_path)
     results = []
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, scope)
-        results.append(scope["found"])
+        results.append(scope.pop("found", None))
     printed = re.sub(r", [\d.e+-]+ s\n", "\n", capsys.readouterr().out)
     assert printed == "".join(re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL))
-    assert len(results) == 4
+    assert len(results) == 6
+    of_regression = {name: float(value) for name, value in results[3].items()}
+    assert max(of_regression[name] for name in ("nrc1", "nrc2", "nrc3")) < 1e-28
+    assert of_regression["gamma"] == pytest.approx(60 * 1e-3 * 1e-2)
     assert (tmp_path / "collapse.png").exists()
     assert json.loads(scope["text"])["measures"]["nc1"] == results[2]["nc1"]
     assert 0 <= scope["worst"] < 3
@@ -62,7 +67,8 @@ def test_options_of_the_page_exist():
 
 
 def test_the_table_of_measures_is_that_of_the_package():
-    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", PAGE.split("## Measures")[1], re.MULTILINE)
+    section = PAGE.split("## Measures")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", section, re.MULTILINE)
     assert [name for name, *_ in rows] == [*MEASURES, *DECISIONS]
     sizes = {"K": 4, "d": 8, "log": math.log, "min": min}
     for name, text, collapsed in rows:

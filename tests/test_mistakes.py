@@ -13,6 +13,7 @@ from nclightning.wording import of_the_user
 
 ROOT = Path(__file__).resolve().parents[1]
 INIT, OPT = "--model.init_args", "--model.init_args.optimizer"
+TAIL = "--problem unbalanced_ce --feature_dim 3 --lambda_w 1e-2 --lambda_h 1e-2"
 TABLE = "iteration,optimality/gap\n"
 GOOD = TABLE + "".join(f"{10 * i},{10.0**-i!r}\n" for i in range(12))
 SIZES = "samples_per_class: 2, feature_dim: 3"
@@ -152,6 +153,27 @@ WORDS = [
     ("theory --config ufm_mse --lambda 1e-320", "lambda must be between 1e-100 and 1e100"),
     ("theory --config ufm_mse --lambda_h 1e300", "lambda_h must be between"),
     (f"theory --config ufm_mse --num_classes 1{'0' * 23}", "num_classes must be an integer between 1 and 1e.15"),
+    ("theory --problem unbalanced_c", "--problem unbalanced_c: no such problem. Did you mean unbalanced_ce"),
+    ("theory --problem nowhere.at.all", "problem: nowhere.at.all is not a function that makes a Problem"),
+    ("theory --problem torch.eye --problem.n 3", "torch.eye .*no Problem|--problem.n"),
+    ("theory --problem unbalanced_ce", "counts is missing: give --problem.counts"),
+    (
+        "theory --problem unbalanced_ce --problem.count 3",
+        "--problem.count: unbalanced_ce has no argument .*Did you mean",
+    ),
+    ("theory --problem unbalanced_ce --num_classes 3", "--problem.num_classes: unbalanced_ce has no argument"),
+    ("theory --problem unbalanced_ce --problem.counts", "--problem.counts needs a value"),
+    ("theory --problem unbalanced_ce --problem.counts --thresholds", "--problem.counts needs a value"),
+    ("theory --problem unbalanced_ce --problem.counts [1", "--problem.counts: no YAML"),
+    ("theory --problem unbalanced_ce --loss ce", "--loss does not go with a problem: the problem has its loss"),
+    ("theory --problem unbalanced_ce --lambda 1", "--lambda does not go with a problem: .*Give --lambda_w"),
+    ("theory --problem.counts 3", "--problem.counts needs --problem NAME"),
+    (f"theory {TAIL} --problem.counts abc", "problem: .*unbalanced_ce"),
+    (f"theory {TAIL} --problem.counts 3", "counts must hold the number of samples of each of at least two classes"),
+    (f"theory {TAIL} --problem.counts 3,-1", "counts must be integers, none negative"),
+    (f"theory {TAIL} --problem.counts 3,1.5", "counts must be integers"),
+    (f"theory {TAIL} --problem.counts 3,1 --problem.bias no", "bias must be 'none', 'free' or a positive penalty"),
+    (f"theory {TAIL} --problem.counts 3,1 --lambda_w 0", "lambda_w must be positive and finite, got 0.0"),
     ("theory --config nowhere", "--config nowhere: no such file"),
     ("theory --config /dev/null", "--config /dev/null: no such file"),
     ("theory --config ufm_mse --picture /nowhere/a.png", "--picture /nowhere/a.png: cannot be written"),
@@ -171,6 +193,11 @@ THEORY = [
     (f"num_classes: [3], {SIZES}, lambda: 1e-4", r"num_classes must be an integer.*got \[3\]"),
     (f"num_classes: 3, {SIZES}, lambda: [1]", r"lambda must be a number, got \[1\]"),
     (f"num_classes: 3, {SIZES}, lambda_w: x", "lambda_w must be a number, got 'x'"),
+    ("problem: 3", "problem must be a name, or a mapping with class_path and init_args, got 3"),
+    ("problem: {class_path: nclightning.problems.Problem}", "loss is missing"),
+    ("problem: {init_args: {a: 1}}", "problem: class_path is missing, got init_args"),
+    ("problem: unbalanced", "error: problem unbalanced: no such problem. Did you mean unbalanced_"),
+    ("problem: {class_path: nclightning.problems.balanced_ce, init_args: {classes: 3}}", "balanced_ce has no argument"),
     (f"num_classes: 3, {SIZES}, lambda: 1, lambda_: 1", "lambda and lambda_ are one argument"),
 ]
 

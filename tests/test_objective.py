@@ -1,11 +1,15 @@
 """Problem (2): against sums written out, and its refusals."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
 from nclightning.objective import Objective
+from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError
+from tests.problems.cases import CASES
 
 
 def naive(loss, lambda_w, lambda_h, lambda_b, weight, features, labels, bias):
@@ -54,6 +58,66 @@ def test_labels_out_of_range_raise(loss, label):
         Objective(loss, 0.1, 0.1)(torch.zeros(3, 2), torch.zeros(2, 2), torch.tensor([0, label]))
 
 
+@pytest.mark.parametrize("label", [-100, -1, 2])
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy(), BinaryCrossEntropy()], ids=lambda x: x.short_name)
+def test_labels_without_a_row_of_targets_raise(loss, label):
+    objective = Objective(loss, 0.1, 0.1, targets=[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
+    with pytest.raises((RuntimeError, IndexError)):
+        objective(torch.zeros(3, 2), torch.zeros(2, 2), torch.tensor([0, label]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_are_those_of_the_problem(name, generator):
+    problem = CASES[name]()
+    targets = None if problem.has_hard_labels else problem.targets
+    objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0, targets)
+    labels = problem.labels()[torch.randperm(problem.num_samples, generator=generator)]
+    K, d = problem.num_classes, problem.feature_dim
+    shapes = [(K, d), (problem.num_samples, d), *([(K,)] if problem.has_bias else [])]
+    leaves = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+    values = [f(leaves[0], leaves[1], labels, *leaves[2:]) for f in (objective, problem.value)]
+    # Sums of some hundred terms of size 1, in another order.
+    torch.testing.assert_close(*values, rtol=1e-14, atol=0)
+    for one, other in zip(*(torch.autograd.grad(value, leaves) for value in values), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_objectives_are_equal_if_their_numbers_and_targets_are():
+    loss, rows = CrossEntropy(), [[0.5, 0.5], [1.0, 0.0]]
+    objective = Objective(loss, 0.1, 0.2, targets=rows)
+    same = Objective(loss, 0.1, 0.2, targets=torch.tensor(rows))
+    assert objective == same
+    assert hash(objective) == hash(same)
+    for other in (Objective(loss, 0.1, 0.2), Objective(loss, 0.1, 0.2, targets=rows[::-1]), Objective("ce", 0.1, 0.2)):
+        assert objective != other
+    assert Objective("ce", 0.1, 0.2) == Objective("ce", 0.1, 0.2) != Objective("ce", 0.1, 0.3)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_are_as_good(copied):
+    objective = Objective(BinaryCrossEntropy(), 0.1, 0.2, targets=[[0.5, 0.5], [1.0, 0.0]])
+    point = torch.ones(2, 3), torch.ones(2, 3), torch.tensor([0, 1])
+    value = objective(*point)
+    assert copied(objective)(*point) == value
+    assert copied(Objective("mse", 0.1, 0.2)) == Objective("mse", 0.1, 0.2)
+
+
+def test_targets_first_used_in_inference_mode_can_be_trained_on():
+    objective = Objective(CrossEntropy(), 0.1, 0.2, targets=[[0.5, 0.5], [1.0, 0.0]])
+    weight, features, labels = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3), torch.tensor([0, 1])
+    with torch.inference_mode():
+        objective(weight, features, labels)
+    objective(weight, features, labels).backward()
+    assert weight.grad is not None
+
+
+def test_targets_are_a_copy():
+    rows = torch.eye(2)
+    objective = Objective(SquaredError(), 0.1, 0.2, targets=rows)
+    rows.zero_()
+    assert torch.equal(objective.targets, torch.eye(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(dtype):
     value = Objective("ce", 0.1, 0.1)(torch.ones(3, 2, dtype=dtype), torch.ones(4, 2, dtype=dtype), torch.arange(4) % 3)
@@ -63,7 +127,12 @@ def test_dtype_is_kept(dtype):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("hinge", 0.1, 0.1), "loss must be 'mse' or 'ce', got 'hinge'"),
+        (("hinge", 0.1, 0.1), "loss must be 'mse' or 'ce' or a Loss such as CrossEntropy\\(\\), got 'hinge'"),
+        ((CrossEntropy, 0.1, 0.1), "loss must be 'mse' or 'ce' or a Loss such as CrossEntropy"),
+        ((["mse"], 0.1, 0.1), r"loss must be 'mse' or 'ce' or a Loss such as CrossEntropy\(\), got \['mse'\]"),
+        (("ce", 0.1, 0.1, 0.0, [[0.5, 0.6]]), "targets must be rows of probabilities"),
+        (("mse", 0.1, 0.1, 0.0, [1.0, 2.0]), r"targets must be a finite matrix \(M, K\)"),
+        (("mse", 0.1, 0.1, 0.0, [[math.nan]]), r"targets must be a finite matrix \(M, K\)"),
         (("mse", -0.1, 0.1), "lambda_w must be finite and non-negative"),
         (("mse", 0.1, math.nan), "lambda_h must be finite and non-negative"),
         (("mse", 0.1, 0.1, math.inf), "lambda_b must be finite and non-negative"),
@@ -86,3 +155,17 @@ def test_bad_options_are_refused(arguments, message):
 def test_shapes_that_do_not_fit_are_refused(weight, features, labels, bias, message):
     with pytest.raises(ValueError, match=message):
         Objective("mse", 0.1, 0.1)(weight, features, labels, bias)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        # A column for all outputs would be broadcast without a word, and so would one offset.
+        (Objective("mse", 0.1, 0.1, targets=[[1.0], [2.0]]), r"targets must have a column for each of the 3 outputs"),
+        (Objective(CrossEntropy([0.5]), 0.1, 0.1), "offset must hold a number for each of the 3 classes"),
+        (Objective(CrossEntropy(None, [1.0]), 0.1, 0.1), "class_weights must hold a number for each of the 3 classes"),
+    ],
+)
+def test_losses_and_targets_that_do_not_fit_the_head_are_refused(objective, message):
+    with pytest.raises(ValueError, match=message):
+        objective(torch.zeros(3, 2), torch.zeros(2, 2), torch.tensor([0, 1]))

@@ -5,11 +5,13 @@ from nclightning.callbacks.dashboard import TensorBoardDashboard
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.progress import IterationProgressBar
+from nclightning.callbacks.regression import RegressionCollapseMonitor
 
 __all__ = [
     "IterationProgressBar",
     "LastCheckpoint",
     "NeuralCollapseMonitor",
     "OptimalityMonitor",
+    "RegressionCollapseMonitor",
     "TensorBoardDashboard",
 ]

@@ -7,8 +7,10 @@ from typing import Any
 import lightning as L
 
 from nclightning.callbacks.first_step import FirstTrainingStep
+from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.host import LightningHost
 from nclightning.callbacks.modules import evaluated_loaders, name_loaders, tell_unknown_ood
+from nclightning.callbacks.problem import num_groups_of
 from nclightning.callbacks.publishing import HookingMonitor
 from nclightning.callbacks.steps import OnError, TrainerSteps
 from nclightning.callbacks.training_data import TrainingSets
@@ -65,7 +67,7 @@ class CollapseInEvaluation(HookingMonitor):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start collecting."""
         self._steps = None
-        if _stage(trainer) not in self._stages or trainer.sanity_checking:
+        if _stage(trainer) not in self._stages or trainer.sanity_checking or _has_groups(pl_module):
             return
 
         def of_training() -> LayerStatistics:
@@ -97,7 +99,7 @@ class CollapseInEvaluation(HookingMonitor):
         loaders = evaluated_loaders(trainer)
         if self._steps is not None:
             self._steps.collect(pl_module, loaders, dataloader_idx)
-        elif trainer.sanity_checking and "val" in self._stages:  # By now weights exist.
+        elif trainer.sanity_checking and "val" in self._stages and not _has_groups(pl_module):  # By now weights exist.
             name = list(name_loaders(loaders))[dataloader_idx][0]
             with self._on_error.guard(self):
                 FirstTrainingStep(self._reader).check_sanity(pl_module, batch, labelled=name not in self._ood)
@@ -118,6 +120,11 @@ class CollapseInEvaluation(HookingMonitor):
         if self._steps is not None:
             self._steps.remove()
         self._steps = None
+
+
+def _has_groups(pl_module: L.LightningModule) -> bool:
+    """Whether labels are no classes of the head; :class:`CollapseAtIterates` measures those."""
+    return full_batch(pl_module) and num_groups_of(pl_module) is not None
 
 
 def _stage(trainer: L.Trainer) -> str:

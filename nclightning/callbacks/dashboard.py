@@ -12,6 +12,7 @@ from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.pictures import draw_angles
+from nclightning.callbacks.problem import num_groups_of
 from nclightning.functional import class_statistics
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.probe.sweep import frozen
@@ -72,6 +73,8 @@ class TensorBoardDashboard(L.Callback):
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         self._batch, self._drawn_at = batch, iteration
+        if num_groups_of(pl_module) is not None:
+            return  # Groups of samples are no classes, and have no angles with rows of the head.
         inputs, labels = batch
         with frozen(pl_module):
             features = as_full_batch(pl_module).features_of(inputs)
@@ -91,8 +94,9 @@ def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Char
     convergence, neural_collapse, line_search = Charts(), Charts(), Charts()
     if full_batch(pl_module):
         if optimality is not None:
+            known = ("certified_gap",) if optimality.find_problem(pl_module) is None else ("gap", "distance")
             convergence = {
-                "log10 of gap, distance, gradient norm": _lines("log10/optimality/", "gap", "distance", "grad_norm"),
+                "log10 of gap, distance, gradient norm": _lines("log10/optimality/", *known, "grad_norm"),
                 "objective F": _lines("", "loss"),
                 "error-bound ratio: distance / gradient norm": _lines("optimality/", "error_bound_ratio"),
             }

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from nclightning.callbacks.full_batch import as_full_batch
+from nclightning.callbacks.gaps import said_if_slow
+from nclightning.callbacks.problem import AnyProblem
 from nclightning.callbacks.search import step_taken
-from nclightning.theory import UFMProblem
+from nclightning.problems import NoAnswer
 
 __all__ = ["PredictedDecay", "predicts"]
 
@@ -32,9 +35,13 @@ class PredictedDecay:
         """Begin at iterate 0."""
         self.value, self.iteration = 1.0, 0
 
-    def prepare(self, pl_module: L.LightningModule, problem: UFMProblem | None) -> None:
-        """See whether the decay of a module's run can be predicted."""
-        self.mu = problem.mu if problem is not None and predicts(pl_module, problem) else None
+    def prepare(self, pl_module: L.LightningModule, problem: AnyProblem | None) -> None:
+        """See whether the decay of a module's run can be predicted, and say if only the spectrum is missing."""
+        try:
+            self.mu = problem.mu if problem is not None and _has_steps_of(pl_module, problem) else None
+        except NoAnswer as missing:
+            self.mu = None
+            rank_zero_info(f"No decay of the gap is predicted: {missing.reason}")
 
     def follow(self, pl_module: L.LightningModule) -> None:
         """Take the step that was taken last."""
@@ -54,7 +61,7 @@ class PredictedDecay:
         self.iteration = state.get("followed", 0)
 
 
-def predicts(pl_module: L.LightningModule, problem: UFMProblem | None) -> bool:
+def predicts(pl_module: L.LightningModule, problem: AnyProblem | None) -> bool:
     """Say whether the decay of a run can be predicted.
 
     Args:
@@ -62,9 +69,18 @@ def predicts(pl_module: L.LightningModule, problem: UFMProblem | None) -> bool:
         problem: Its problem, None if that is not known.
 
     Returns:
-        Whether its parameters are those of the unconstrained feature model and its steps are known.
+        Whether its parameters are those of the problem, whose spectrum is known, and its steps are known.
     """
-    module = as_full_batch(pl_module)
-    if problem is None or step_taken(pl_module) is None or not module.features_are_free:
+    try:
+        return problem is not None and _has_steps_of(pl_module, problem)
+    except NoAnswer:
         return False
-    return bool(module.count_free_parameters() == sum(entry.multiplicity for entry in problem.spectrum()))
+
+
+def _has_steps_of(pl_module: L.LightningModule, problem: AnyProblem) -> bool:
+    """Whether the run descends on the problem; raises ``NoAnswer`` if it does and the spectrum is not known."""
+    module = as_full_batch(pl_module)
+    if step_taken(pl_module) is None or not module.features_are_free:
+        return False
+    with said_if_slow("Finding the eigenvalues of the Hessian at the optimum, once, for the predicted decay."):
+        return module.count_free_parameters() == sum(entry.multiplicity for entry in problem.spectrum())

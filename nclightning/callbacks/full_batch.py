@@ -18,7 +18,8 @@ class FullBatchModule(Protocol):
 
     :class:`nclightning.models.RegularizedClassifier` is one, and what derives from it. After each iteration it calls
     ``on_iteration_end(trainer, pl_module, batch, iteration)`` of the trainer's callbacks. With an attribute
-    ``problem``, a :class:`nclightning.theory.UFMProblem`, gap and distance can be measured, too.
+    ``problem``, a :class:`nclightning.theory.UFMProblem` or :class:`nclightning.problems.Problem`, gap and distance can
+    be measured, too. With an attribute ``objective`` whose ``targets`` are a table, labels are its rows.
 
     Attributes:
         iterations_per_step: Iterations of a training step; it tells these modules from others.

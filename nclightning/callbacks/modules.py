@@ -104,8 +104,12 @@ def name_loaders(loaders: Any) -> Iterator[tuple[str, Any]]:
         yield "", loaders
 
 
-def only_loader(trainer: L.Trainer) -> Any:
+def only_loader(trainer: L.Trainer, monitor: str = "OptimalityMonitor") -> Any:
     """Return the training loader.
+
+    Args:
+        trainer: Of the fit.
+        monitor: Name of the callback that reads it.
 
     Raises:
         ValueError: If there are several.
@@ -113,7 +117,7 @@ def only_loader(trainer: L.Trainer) -> Any:
     (_, loader), *others = name_loaders(trainer.train_dataloader)
     if others:
         raise UserError(
-            f"OptimalityMonitor reads one training set, and there are {1 + len(others)} training loaders: make them "
+            f"{monitor} reads one training set, and there are {1 + len(others)} training loaders: make them "
             "one with torch.utils.data.ConcatDataset."
         )
     return loader

@@ -16,6 +16,7 @@ from nclightning.callbacks.either import EitherMonitor
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.modules import check_names, check_online
 from nclightning.callbacks.monitor import Batch
+from nclightning.callbacks.problem import num_groups_of
 from nclightning.callbacks.publishing import Publisher, changed_settings
 from nclightning.callbacks.steps import OnError
 from nclightning.callbacks.training_data import TrainingSets
@@ -36,12 +37,13 @@ _OTHER_ARGUMENTS = frozenset(_CADENCES | {"batch_fn", "forward_fn", "on_error"})
 class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs]):
     """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
 
-    On our full-batch modules it reads the training set at iterates, with ``log10`` versions. On any other module it
-    makes an evaluation pass over the training set at ends of epochs: the model frozen in eval mode, every sample once
-    and in order, over all processes. All that the model remembers, random states and its own logs are as before, or
-    the run stops and says what is not; a data set that draws from a generator of its own is moved on. In validation
-    and test it collects the features of the ordinary forwards (of a compiled model, of one more forward per batch),
-    without the duplicates that a distributed sampler pads with.
+    On our full-batch modules it reads the training set at iterates, with ``log10`` versions; where labels say groups of
+    samples that are no classes (mixed, multi-label or real targets) ``nc1_ratio`` and ``nc1_cdnv`` of the groups, and
+    ``nc2``. On any other module it makes an evaluation pass over the training set at ends of epochs: the model frozen
+    in eval mode, every sample once and in order, over all processes. All that the model remembers, random states and
+    its own logs are as before, or the run stops and says what is not; a data set that draws from a generator of its own
+    is moved on. In validation and test it collects the features of the ordinary forwards (of a compiled model, of one
+    more forward per batch), without the duplicates that a distributed sampler pads with.
 
     The pass sees what training can read: of a subset sampler the subset
     (:func:`nclightning.probe.sweep.sequential_loader`); under ``limit_train_batches`` or ``overfit_batches`` the first
@@ -161,7 +163,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
 
     def make_at_iterates(self) -> CollapseAtIterates:
         """Make the callback for full-batch modules."""
-        return CollapseAtIterates(self._every_n_iterations, self._measuring)
+        return CollapseAtIterates(self._every_n_iterations, self._measuring, self._at_epochs.stages)
 
     def make_at_epochs(self) -> CollapseAtEpochs:
         """Make the callback for other modules."""
@@ -170,6 +172,11 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     def always(self) -> list[Publisher]:
         """Return the callback for validation and test."""
         return [self._evaluation]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See what labels say."""
+        self._measuring.num_groups = num_groups_of(pl_module) if full_batch(pl_module) else None
+        super().setup(trainer, pl_module, stage)
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged, but for the names of the trainer's loaders in them."""

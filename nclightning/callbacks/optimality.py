@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -16,19 +16,20 @@ from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.optimality_at_epochs import OptimalityAtEpochs
 from nclightning.callbacks.optimality_at_iterates import OptimalityAtIterates
-from nclightning.callbacks.problem import find_problem
+from nclightning.callbacks.problem import AnyProblem
 from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
+from nclightning.metrics.reference import LossLike, Reference, is_loss
 from nclightning.probe.detection import HeadArgument
+from nclightning.probe.likeness import Like
 from nclightning.probe.reader import PairReader
-from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityMonitor"]
 
 # Arguments that do not say which values are logged.
 _OTHER_ARGUMENTS = frozenset(
-    {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn"}
+    {"every_n_iterations", "every_n_epochs", "stop_distance", "stop_at_floor", "batch_fn", "forward_fn", "exact"}
 )
 
 
@@ -40,45 +41,65 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``loss`` | F, the training objective |
     | ``optimality/gap`` | F - F*, without cancellation; for a network F* of the UFM, a lower bound |
     | ``optimality/distance`` | Euclidean distance of head and features to the optimal set |
+    | ``optimality/certified_gap`` | where these two are not known: F minus the bound that the residuals certify |
     | ``optimality/grad_norm`` | norm of the gradient of F over all trainable parameters |
     | ``optimality/error_bound_ratio`` | distance / grad_norm, the paper's kappa when it is largest; nan at 0/0 |
     | ``optimality/predicted_decay`` | what the gap's slowest mode has become: :math:`\prod_k (1 - t_k \mu)^2` |
     | ``line_search/step_size`` | step that led to the iterate; nan at iterate 0 |
     | ``line_search/evaluations`` | evaluations of F and its gradient since the run began |
 
-    Gap and distance are computed in float64 whatever the precision of the run. The line-search tags appear for
-    optimizers that report an ``outcome``.
+    The problem is the module's: any loss, targets, counts and bias. Where its optimum has no formula it is found once,
+    before training. Where it is not known, as with fewer features than the optimal logits need, that is said once, and
+    ``optimality/certified_gap`` takes the place of gap and distance: at least F - F*, and right to the rounding of F,
+    about 1e-16 of it. Where they are known it is left out: it would make a reading half as dear again.
+
+    All these are computed in float64 whatever the precision of the run. The line-search tags appear for optimizers that
+    report an ``outcome``.
 
     The predicted decay is for runs of the unconstrained feature model, with :math:`\mu` the least nonzero eigenvalue of
     the Hessian at the optimal set and :math:`t_k` the steps taken: those of a line search or the constant one of plain
     ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
-    slowest mode is what is left. There is no free parameter.
+    slowest mode is what is left. There is no free parameter. Where the spectrum is too large, that is said once.
 
     On any other module, with ``loss`` given, it makes one pass over the training set at ends of epochs, without a
-    trace and together with monitors next to it. It logs of the features before the head ``optimality/gap``,
-    ``optimality/distance`` and ``optimality/relative_distance``, that divided by the norm of the optimum. Without
-    penalties given, those are taken at which the scales of the nearest collapsed configuration
-    (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones, and logged as ``optimality/lambda_w``
-    and ``optimality/lambda_h``. All are ``nan`` at scales that no penalties make optimal: zero, as far from collapse,
-    and for MSE logits that are too large.
+    trace and together with monitors next to it. It logs of the features before the head, against the unconstrained
+    feature model with the counts of the classes in the training set:
+
+    | tag | value at the end of the epoch |
+    |---|---|
+    | ``optimality/gap``, ``optimality/distance`` | as above; ``nan`` where the optimum is not known, and said once |
+    | ``optimality/relative_distance`` | distance over the norm of the optimum |
+    | ``optimality/certified_bound`` | a number that F* is not below, from the residuals alone |
+    | ``optimality/certified_gap`` | F minus that, at least F - F*, for any loss, counts and number of features |
+    | ``optimality/lambda_w``, ``optimality/lambda_h`` | the penalties, if none are given |
+
+    Without penalties given, those are taken that make the scales of head and features optimal
+    (:func:`nclightning.metrics.gaps.read_optimality`): for balanced classes the scales of the nearest collapsed
+    configuration, else those at which no change of scale lowers F. All values are ``nan`` at scales that no penalties
+    make optimal: zero, as far from collapse, and for MSE logits that are too large.
 
     The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done.
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
-        theory: False leaves out gap, distance and ratio. Needed where no closed form exists: a zero penalty, or
-            cross-entropy with ``feature_dim < num_classes - 1``.
+        theory: False leaves out gap, distance, certified gap and ratio. Needed where what is trained is no known
+            problem, as with a penalty of zero, and where finding the optimum would take too long, as with thousands of
+            classes of different size.
         stop_distance: End the fit at the first reading whose distance is at most this; None never does.
         stop_at_floor: End the fit when the distance has come to the floor that round-off sets: when it is below a
             thousandth of the optimum's norm and has had no new minimum for the second half of the run, at least 20
             readings. With either option each reading brings one number to the host.
-        loss: For other modules: ``"mse"`` or ``"ce"``.
+        loss: For other modules: ``"mse"``, ``"ce"``, ``"bce"`` or a :class:`nclightning.problems.Loss`.
         lambda_w: For other modules: penalty on the head in Problem (2). None with ``lambda_h`` fits both.
         lambda_h: For other modules: penalty on the features, on the sum over all samples.
         every_n_epochs: Cadence on other modules.
         head: Their head: a dotted name, the module, or a function ``(model) -> (weight, bias)``; None finds it.
         batch_fn: Splits their batches into input and labels; None takes pairs and mappings.
         forward_fn: Runs them on the inputs of a batch, ``(module, inputs) -> output``; None calls them.
+        lambda_b: For other modules: penalty on the bias of the head; 0.0 takes a bias as free.
+        targets: For other modules: ``(K, K)``, whose row k is the target of label k, such as smoothed labels; None
+            takes hard labels.
+        exact: For other modules: as for :class:`nclightning.metrics.Optimality`; False leaves gap and distance out.
 
     Raises:
         ValueError: If an argument is out of range, or at the start of a fit if the theory does not cover what the
@@ -91,13 +112,16 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         theory: bool = True,
         stop_distance: float | None = None,
         stop_at_floor: bool = False,
-        loss: Literal["mse", "ce"] | None = None,
+        loss: LossLike | None = None,
         lambda_w: float | None = None,
         lambda_h: float | None = None,
         every_n_epochs: int = 1,
         head: HeadArgument = None,
         batch_fn: Callable[[Any], tuple[Any, Tensor]] | None = None,
         forward_fn: Callable[[Any, Any], Any] | None = None,
+        lambda_b: float = 0.0,
+        targets: Sequence[Sequence[float]] | None = None,
+        exact: bool | None = None,
     ) -> None:
         given = dict(locals())
         super().__init__()
@@ -107,21 +131,19 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
             raise UserError(f"stop_distance must be None or positive, and needs theory=True, got {stop_distance!r}.")
         if stop_at_floor and not theory:
             raise UserError("stop_at_floor=True needs theory=True: without it no distance is read.")
-        for name, value in (("lambda_w", lambda_w), ("lambda_h", lambda_h)):
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be None or positive and finite, got {value!r}: the optimum needs both.")
-        if loss not in (None, "mse", "ce"):
-            raise UserError(f"loss must be 'mse' or 'ce', or None for our own modules, got {loss!r}.")
-        if (lambda_w is None) != (lambda_h is None):
-            alone, missing = ("lambda_w", "lambda_h") if lambda_h is None else ("lambda_h", "lambda_w")
-            raise UserError(f"{alone} was given without {missing}: give both, or neither to have both fitted.")
-        self._theory, self._loss = theory, loss
+        if loss is not None and not is_loss(loss):
+            raise UserError(
+                "loss must be 'mse', 'ce', 'bce' or a Loss such as CrossEntropy(), or None for our own modules, got "
+                f"{loss!r}."
+            )
+        # Penalties are checked without a loss, too.
+        reference = Reference("ce" if loss is None else loss, lambda_w, lambda_h, lambda_b, targets, exact)
+        self._theory, self._reference = theory, None if loss is None else reference
         self._at_iterates = every_n_iterations, theory, stop_distance, stop_at_floor
-        self._penalties = None if lambda_w is None or lambda_h is None else (lambda_w, lambda_h)
         self._every_n_epochs = every_n_epochs
-        self._reader = PairReader(
-            head, batch_fn=batch_fn, forward_fn=forward_fn, like="equal" if loss == "mse" else "shift"
-        )
+        # Logits up to a shift of each row are enough where the loss does not see one.
+        like: Like = "shift" if reference.loss.shift_invariant else "equal"
+        self._reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
 
     def make_at_iterates(self) -> OptimalityAtIterates:
         """Make the callback for full-batch modules."""
@@ -129,7 +151,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
 
     def make_at_epochs(self) -> OptimalityAtEpochs:
         """Make the callback for other modules."""
-        return OptimalityAtEpochs(self._loss, self._penalties, self._every_n_epochs, self._reader)
+        return OptimalityAtEpochs(self._reference, self._every_n_epochs, self._reader)
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that each of these monitors logs."""
@@ -141,9 +163,20 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         if stage == "fit" and full_batch(pl_module):
             self.find_problem(pl_module)
 
-    def find_problem(self, pl_module: L.LightningModule) -> UFMProblem | None:
-        """Take the UFM of a full-batch module, None with ``theory=False``; see :func:`find_problem`."""
-        return find_problem(pl_module, self._theory)
+    def find_problem(self, pl_module: L.LightningModule) -> AnyProblem | None:
+        """Take the problem of a full-batch module and find its optimum.
+
+        Args:
+            pl_module: The module.
+
+        Returns:
+            The problem; None with ``theory=False``, and if its optimum is not known.
+
+        Raises:
+            ValueError: As :meth:`nclightning.callbacks.optimality_at_iterates.OptimalityAtIterates.find`.
+        """
+        gaps = self.at_iterates().find(pl_module)
+        return None if gaps is None or gaps.missing is not None else gaps.problem
 
     def predicts(self, pl_module: L.LightningModule) -> bool:
         """Say whether the decay of a full-batch run can be predicted."""

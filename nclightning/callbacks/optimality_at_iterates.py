@@ -1,4 +1,4 @@
-"""Gap and distance at iterates of full-batch modules."""
+"""Gap and distance at iterates of full-batch modules, or how far they are above a bound."""
 
 from __future__ import annotations
 
@@ -7,25 +7,20 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from nclightning.callbacks.decay import PredictedDecay
 from nclightning.callbacks.full_batch import as_full_batch, head_reader
+from nclightning.callbacks.gaps import Gaps, said_if_slow
 from nclightning.callbacks.monitor import Batch, MonitorAtIterates
-from nclightning.callbacks.problem import (
-    check_balance,
-    check_features,
-    check_optimizer,
-    check_value,
-    find_problem,
-    gap_and_distance,
-)
+from nclightning.callbacks.problem import check_features, check_optimizer, check_value, find_problem
 from nclightning.callbacks.rows import Rows
 from nclightning.callbacks.search import search_readings
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.compat.lightning import trainer_of
+from nclightning.errors import UserError
 from nclightning.ranks import count_over_ranks
-from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityAtIterates"]
 
@@ -41,14 +36,15 @@ class OptimalityAtIterates(MonitorAtIterates):
     """
 
     log10_tags = frozenset(
-        {"optimality/gap", "optimality/distance", "optimality/grad_norm", "optimality/predicted_decay"}
+        f"optimality/{name}" for name in ("gap", "distance", "certified_gap", "grad_norm", "predicted_decay")
     )
 
     def __init__(self, every_n_iterations: int, theory: bool, stop_distance: float | None, stop_at_floor: bool) -> None:
         super().__init__(every_n_iterations)
         self._theory = theory
         self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
-        self._problem: UFMProblem | None = None
+        self._gaps: Gaps | None = None
+        self._told = False  # Whether it has been said that there are no gap and distance.
         self._decay = PredictedDecay()
         self._is_checked = False  # Whether what is trained has been compared with the problem.
 
@@ -70,14 +66,60 @@ class OptimalityAtIterates(MonitorAtIterates):
         if begins and trainer.global_step > 0:
             self._stop_again(trainer)
 
-    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        """Find the problem and check that the labels are balanced."""
-        self._problem = find_problem(pl_module, self._theory)
+    def find(self, pl_module: L.LightningModule) -> Gaps | None:
+        """Find the problem of a module, and its optimum, which may take a while.
+
+        Args:
+            pl_module: A full-batch module.
+
+        Returns:
+            What reads gap and distance, or a bound; None without the theory.
+
+        Raises:
+            ValueError: If there is no problem, or no distance for the options that stop the run.
+        """
+        gaps = self._find(pl_module)
+        if gaps is not None and gaps.missing is not None and self._rule.is_on:
+            raise UserError(
+                "stop_distance and stop_at_floor need the distance to the optimal set, which is not known: "
+                f"{gaps.missing.reason} Set OptimalityMonitor(stop_distance=None, stop_at_floor=False), on the command "
+                "line --optimality.stop_distance null --optimality.stop_at_floor false."
+            )
+        return gaps
+
+    def _find(self, pl_module: L.LightningModule) -> Gaps | None:
+        problem = find_problem(pl_module, self._theory)
+        if problem is None:
+            return None
+        if self._gaps is not None and self._gaps.problem is problem:
+            return self._gaps
+        groups, classes = problem.num_groups, problem.num_classes
+        with said_if_slow(
+            f"Finding the optimum of {groups} groups of samples and {classes} classes, once, before training; "
+            "OptimalityMonitor(theory=False), on the command line --optimality.theory false, does without."
+        ):
+            return Gaps(problem)
+
+    def _begin(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Check that a batch is that of the problem, and say once if gap and distance are not known."""
         self._is_checked = False
-        if self._problem is not None:
-            check_balance(self._problem, batch[1])
-            check_features(pl_module, batch[0])
-        self._decay.prepare(pl_module, self._problem)
+        if self._gaps is None:
+            return
+        self._gaps.check(batch[1])
+        check_features(pl_module, batch[0])
+        if self._gaps.missing is not None and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"Gap and distance are not known: {self._gaps.missing.reason} optimality/certified_gap is logged "
+                "instead, F minus a lower bound of its minimum that the iterate itself certifies."
+            )
+
+    def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
+        """Find the problem and check that the labels are those of it."""
+        self._gaps = self.find(pl_module)
+        self._begin(pl_module, batch)
+        known = self._gaps is not None and self._gaps.missing is None
+        self._decay.prepare(pl_module, self._gaps.problem if self._gaps is not None and known else None)
         if trainer_of(pl_module) is not None and self._decay.iteration == pl_module.trainer.global_step - 1:
             self._decay.follow(pl_module)  # An error in a callback had ended the run within this iteration.
 
@@ -86,17 +128,17 @@ class OptimalityAtIterates(MonitorAtIterates):
         """Measure at the current parameters."""
         value, grad_norm = as_full_batch(pl_module).value_and_grad_norm(batch)
         readings: dict[str, Tensor | float] = {"loss": value}
-        if self._problem is not None:
+        if self._gaps is not None:
             features = as_full_batch(pl_module).features_of(batch[0])
             head = head_reader(as_full_batch(pl_module)).read()
-            gap, distance = gap_and_distance(self._problem, head, features, batch[1])
+            known, own = self._gaps.read(head, features, batch[1])
             if not self._is_checked:
-                check_value(self._problem, value, gap, head.weight.dtype)
+                check_value(value, known, head.weight.dtype)
                 self._is_checked = True
-            readings |= {"optimality/gap": gap, "optimality/distance": distance}
+            readings |= own
         readings["optimality/grad_norm"] = grad_norm
-        if self._problem is not None:
-            readings["optimality/error_bound_ratio"] = distance / grad_norm
+        if "optimality/distance" in readings:
+            readings["optimality/error_bound_ratio"] = readings["optimality/distance"] / grad_norm
         if self._decay.mu is not None:
             readings["optimality/predicted_decay"] = self._decay.value
         return readings | search_readings(pl_module)
@@ -110,9 +152,9 @@ class OptimalityAtIterates(MonitorAtIterates):
 
     def _reason_to_stop(self, trainer: L.Trainer) -> str | None:
         """Say why the run is to stop at the last reading, if it is."""
-        assert self._problem is not None
+        assert self._gaps is not None
         distance = float(Rows.of(trainer).value(self._last_iteration, "optimality/distance"))
-        return self._rule.follow(self._last_iteration, distance, self._problem.optimum_norm)
+        return self._rule.follow(self._last_iteration, distance, self._gaps.problem.optimum_norm)
 
     @staticmethod
     def _stop(trainer: L.Trainer, sentence: str | None) -> None:
@@ -124,11 +166,11 @@ class OptimalityAtIterates(MonitorAtIterates):
         """Stop a resumed run again that had been stopped, unless the settings that did it have changed."""
         iteration, sentence = trainer.global_step, None
         had_stopped = self._rule.stopped_at == iteration
-        if self._problem is not None and self._rule.is_on:
+        if self._gaps is not None and self._rule.is_on:
             if self._last_iteration == iteration:
                 sentence = self._reason_to_stop(trainer)
             elif had_stopped:  # By another cadence.
-                sentence = self._rule.stands(self._problem.optimum_norm)
+                sentence = self._rule.stands(self._gaps.problem.optimum_norm)
         self._stop(trainer, sentence)
         if had_stopped and sentence is None:
             trainer.print(goes_on(iteration))
@@ -146,11 +188,12 @@ class OptimalityAtIterates(MonitorAtIterates):
         Returns:
             A sentence; None if the run goes on.
         """
-        problem = find_problem(pl_module, self._theory)
-        if state is None or problem is None:
+        if state is None or not self._rule.is_on:
             return None
+        gaps = self.find(pl_module)
+        assert gaps is not None  # The options need the theory.
         rule = StopRule(self._rule.stop_distance, self._rule.stop_at_floor, self.every_n_iterations, state)
-        return rule.stands(problem.optimum_norm) if rule.stopped_at == checkpoint["global_step"] else None
+        return rule.stands(gaps.problem.optimum_norm) if rule.stopped_at == checkpoint["global_step"] else None
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from: last values, distances so far, whether they stop it, the decay."""
@@ -177,9 +220,8 @@ class OptimalityAtIterates(MonitorAtIterates):
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
         if count_over_ranks(len(batch[1]), batch[1].device) != as_full_batch(pl_module).num_samples:
             return  # A part of the data has no optimality gap.
-        self._problem, self._decay.mu, self._is_checked = find_problem(pl_module, self._theory), None, False
-        if self._problem is not None:
-            check_balance(self._problem, batch[1])
+        self._gaps, self._decay.mu = self._find(pl_module), None
+        self._begin(pl_module, batch)
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         # As tensors: of plain numbers Lightning makes float32.

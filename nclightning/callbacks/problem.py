@@ -3,59 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks.full_batch import as_full_batch
 from nclightning.errors import UserError
-from nclightning.functional import class_statistics
-from nclightning.heads import Head
-from nclightning.metrics.optimality import check_counts
-from nclightning.probe.collectors import merge_over_ranks
-from nclightning.probe.features import split_batch
-from nclightning.probe.sweep import known_indices
+from nclightning.problems import Problem
+from nclightning.problems.checks import rows_are_classes
 from nclightning.ranks import sum_over_ranks, world_size
 from nclightning.theory import UFMProblem
 
 __all__ = [
+    "AnyProblem",
     "check_balance",
-    "check_data_set",
     "check_features",
     "check_optimizer",
     "check_value",
     "find_problem",
-    "gap_and_distance",
+    "num_groups_of",
 ]
 
-# Elements of the features whose logits are formed at a time.
-_ELEMENTS_AT_A_TIME = 2**17
+AnyProblem = UFMProblem | Problem
+
 _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimality.theory false"
 
 
-def find_problem(pl_module: L.LightningModule, theory: bool = True) -> UFMProblem | None:
-    """Take a module's UFM.
+# What modules said last: one that makes its problem anew each time would have its optimum found each time.
+_said: WeakKeyDictionary[L.LightningModule, Problem] = WeakKeyDictionary()
+
+
+def find_problem(pl_module: L.LightningModule, theory: bool = True) -> AnyProblem | None:
+    """Take the problem that a module trains.
 
     Args:
         pl_module: A module with an attribute ``problem``.
         theory: False asks for none.
 
     Returns:
-        Its closed forms.
+        The problem; of equal ones always the same.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there is none.
     """
     if not theory:
         return None
     try:
         problem = getattr(pl_module, "problem", None)
-        if not isinstance(problem, UFMProblem):
+        if not isinstance(problem, AnyProblem):
             raise UserError(f"{type(pl_module).__name__} has no attribute 'problem'.")
     except UserError as error:
         raise UserError(
@@ -63,7 +61,31 @@ def find_problem(pl_module: L.LightningModule, theory: bool = True) -> UFMProble
             "OptimalityMonitor(theory=False), on the command line --optimality.theory false "
             "--optimality.stop_distance null --optimality.stop_at_floor false."
         ) from error
+    if isinstance(problem, Problem):
+        last = _said.get(pl_module)
+        problem = last if last is not None and _are_equal(last, problem) else problem
+        _said[pl_module] = problem
     return problem
+
+
+def _are_equal(problem: Problem, other: Problem) -> bool:
+    if problem is other:
+        return True
+    try:
+        return problem.describe() == other.describe()
+    except UserError:  # A loss that does not say its arguments.
+        return False
+
+
+def num_groups_of(pl_module: L.LightningModule) -> int | None:
+    """Count the groups that the labels of a full-batch module say; None where they say classes of its head."""
+    targets = getattr(getattr(pl_module, "objective", None), "targets", None)
+    if targets is None:
+        try:
+            targets = getattr(getattr(pl_module, "problem", None), "targets", None)
+        except UserError:  # What it trains is not known.
+            return None
+    return None if targets is None or rows_are_classes(targets) else len(targets)
 
 
 def check_optimizer(pl_module: L.LightningModule) -> None:
@@ -118,118 +140,45 @@ def check_features(pl_module: L.LightningModule, inputs: Tensor) -> None:
         )
 
 
-def check_value(problem: UFMProblem, value: Tensor | float, gap: Tensor, dtype: torch.dtype) -> None:
+def check_value(value: Tensor | float, known: Tensor, dtype: torch.dtype) -> None:
     """Compare the objective that is trained with that of a problem. One transfer to the host.
 
     What no look at the module tells (a hook that changes features, dropout, a loss of one's own) shows here.
 
     Args:
-        problem: Whose optimum is F*.
         value: Objective at the parameters.
-        gap: F - F* there, from head and features.
+        known: That of the problem, from head and features.
         dtype: Of the parameters.
 
     Raises:
-        ValueError: If the value is not F* and the gap.
+        ValueError: If they differ.
     """
-    trained, known = float(value), problem.optimal_value + float(gap)
+    trained, expected = float(value), float(known)
     # Float32 objectives may be computed with the ten bits of TF32.
     tolerance = 1e-7 if dtype == torch.float64 else 1e-2
-    if math.isfinite(trained) and math.isfinite(known) and abs(trained - known) > tolerance * max(abs(trained), known):
+    off = abs(trained - expected)
+    if math.isfinite(trained) and math.isfinite(expected) and off > tolerance * max(abs(trained), abs(expected)):
         raise UserError(
             f"the objective that is trained is {trained:.7g} where Problem (2) of the features that enter the head is "
-            f"{known:.7g}, so that its optimum is not known (dropout, a hook that changes a tensor, a loss of your "
+            f"{expected:.7g}, so that its optimum is not known (dropout, a hook that changes a tensor, a loss of your "
             f"own): {_WITHOUT}."
         )
 
 
-def check_data_set(loader: Any, num_classes: int, limit: int | None = None) -> None:
-    """Refuse classes of different size where a data set shows its labels without being run through.
+def check_balance(problem: AnyProblem, labels: Tensor) -> None:
+    """Raise unless the labels of all processes are as many of each as the problem has.
 
     Args:
-        loader: A training loader whose batches are split as they come.
-        num_classes: K.
-        limit: Number of batches to which training is held; None if to none.
-
-    Raises:
-        ValueError: As :func:`nclightning.metrics.optimality.check_counts`.
-    """
-    indices = known_indices(loader, limit) if isinstance(loader, DataLoader) else None
-    if indices is None:
-        return
-    data = loader.dataset
-    labels = getattr(data, "targets", None) if getattr(data, "target_transform", None) is None else None
-    if isinstance(data, TensorDataset):
-        labels = split_batch(list(data.tensors))[1] if len(data.tensors) == 2 else None
-    if not isinstance(labels, list | Tensor) or not isinstance(data, Sized) or len(labels) != len(data):
-        return
-    try:
-        known = torch.as_tensor(labels)[torch.as_tensor(indices)]
-    except (TypeError, ValueError):  # Names of classes, which the data set turns into indices.
-        return
-    # Labels beyond the head are for the sweep to name.
-    if (
-        known.dtype == torch.int64
-        and known.ndim == 1
-        and len(known)
-        and bool(((known >= 0) & (known < num_classes)).all())
-    ):
-        counts = torch.bincount(known, minlength=num_classes)
-        check_counts(counts, int(counts.max()))
-
-
-def check_balance(problem: UFMProblem, labels: Tensor) -> None:
-    """Raise unless the labels of all processes are balanced.
-
-    Args:
-        problem: Its sizes.
+        problem: The problem.
         labels: Those of this process. Transfers to the host.
 
     Raises:
-        ValueError: If they are not, or features that several processes share have too few dimensions.
+        ValueError: If they are not.
     """
-    if world_size() == 1:
-        problem.check_labels(labels)
-        return
-    invalid = ((labels < 0) | (labels >= problem.num_classes)).sum()
-    counts = torch.bincount(labels.clamp(0, problem.num_classes - 1), minlength=problem.num_classes)
-    if int(sum_over_ranks(invalid)) or bool((sum_over_ranks(counts) != problem.samples_per_class).any()):
-        raise UserError(
-            f"the labels of all processes together must hold each of the classes 0..{problem.num_classes - 1} exactly "
-            f"{problem.samples_per_class} times: the closed forms are those of balanced data."
-        )
-    if problem.rank < problem.num_classes - 1:
-        raise UserError(
-            f"gap and distance of features shared by processes need feature_dim of at least {problem.num_classes - 1}, "
-            f"got {problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
-        )
-
-
-def gap_and_distance(problem: UFMProblem, head: Head, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Read both off the class means and spreads of all processes, a part of the features at a time.
-
-    Args:
-        problem: Whose optimum it is.
-        head: Not sharded.
-        features: ``(B, d)`` of this process.
-        labels: ``(B,)``, balanced over all processes.
-
-    Returns:
-        Float64 scalars on the device.
-    """
-    if problem.collapses and problem.rank < problem.num_classes - 1:
-        point = (head.weight, features, labels, head.bias)
-        return problem.optimality_gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
-    stats = merge_over_ranks(class_statistics(features, labels, problem.num_classes, scatter=False))
-    rows = max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
-    weight, bias = head.weight.double(), None if head.bias is None else head.bias.double()
-    divergence = torch.stack(
-        [
-            problem.divergence(linear(part.double(), weight, bias), own).sum()
-            for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True)
-        ]
-    ).sum()
-    mean_divergence = sum_over_ranks(divergence) / problem.num_samples
-    spread = stats.spreads.sum()
-    gap = problem.gap_from_moments(weight, stats.means, spread, mean_divergence)
-    return gap, problem.distance_from_moments(weight, stats.means, spread, bias)
+    if world_size() > 1:
+        groups = problem.num_groups
+        is_label = (labels >= 0) & (labels < groups)
+        counts = sum_over_ranks(torch.bincount(torch.where(is_label, labels, groups), minlength=groups + 1))
+        everybody = torch.arange(groups + 1, device=labels.device, dtype=labels.dtype)
+        labels = everybody.repeat_interleave(counts)
+    problem.check_labels(labels)

@@ -16,7 +16,7 @@ from nclightning.callbacks.modules import name_loaders
 from nclightning.compat.lightning import batches_read
 from nclightning.errors import UserError
 from nclightning.probe.evaluation import left_over
-from nclightning.probe.features import describe, pair_rows
+from nclightning.probe.features import describe
 from nclightning.probe.first_batch import IGNORED
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
@@ -146,7 +146,7 @@ def check_rest(reader: PairReader, host: Host, batch: Any, rest: int) -> None:
     try:
         inputs, labels = reader.split(_first_samples(batch, len(reader.split(batch)[1]), rest))
         if len(labels) == rest:
-            pair_rows(reader.features(host, inputs)[""], labels)
+            reader.pair(reader.features(host, inputs)[""], labels)
     except TraceError:
         raise
     except Exception as error:

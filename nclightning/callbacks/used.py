@@ -16,6 +16,7 @@ __all__ = ["check_used"]
 # Arguments by which monitors read other modules, and no full-batch run.
 _OF_OTHERS = {
     "NeuralCollapseMonitor": ("every_n_epochs", "every_n_steps", "source", "pictures_every_n_epochs", "datasets"),
+    "RegressionCollapseMonitor": ("every_n_epochs", "head", "batch_fn", "forward_fn"),
     "OptimalityMonitor": ("loss", "lambda_w", "lambda_h", "every_n_epochs", "head", "batch_fn", "forward_fn"),
 }
 # Those by which a validation or test reads full-batch modules, too.

@@ -19,7 +19,8 @@ __all__ = ["draw_collapse", "draw_gaps"]
 
 # More curves in a panel, or more panels of a run each, are no picture any more.
 _MOST_CURVES, _MOST_RUNS = 20, 12
-_GAP = "optimality/gap"
+# Where the minimum is not known, a bound takes its place.
+_GAPS = {"optimality/gap": "", "optimality/certified_gap": ", certified"}
 _COLLAPSE = {
     "nc/train/nc1": r"$\mathcal{NC}_1$",
     "nc/train/nc2": r"$\mathcal{NC}_2$",
@@ -33,7 +34,7 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
     More than 20 runs get small panels by setting, with median and range.
 
     Args:
-        runs: Their ``optimality/gap`` is drawn, in the order given.
+        runs: Their ``optimality/gap`` is drawn, in the order given; ``optimality/certified_gap`` of those without.
         path: Where to write, without ending.
 
     Returns:
@@ -42,14 +43,16 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
     Raises:
         ValueError: If there is no run, or one has no gap.
     """
-    losses = list(dict.fromkeys(run.loss for run in _having(runs, (_GAP,))))
+    losses = list(dict.fromkeys(run.loss for run in _having(runs, tuple(_GAPS))))
     if len(runs) > _MOST_CURVES:
-        return draw_bands(runs, {_GAP: "gap"}, r"$F^k - F^*$", Path(path))
+        tags = {tag: f"gap{remark}" for tag, remark in _GAPS.items() if _any_has(runs, tag)}
+        return draw_bands(runs, tags, r"$F^k - F^*$", Path(path))
     chosen = {loss: [run for run in runs if run.loss == loss] for loss in losses}
     with panels(len(losses), legend_lines=max(map(len, chosen.values()))) as (figure, grid):
         for axes, (loss, own) in zip(grid, chosen.items(), strict=True):
             for i, (run, label) in enumerate(zip(own, _labels(own), strict=True)):
-                _draw_curve(axes, run, _GAP, label, i)
+                tag = next(tag for tag in _GAPS if tag in run.readings.values)
+                _draw_curve(axes, run, tag, label + _GAPS[tag], i)
             axes.set_title(LOSSES.get(loss, loss))
             axes.set_ylabel(r"$F^k - F^*$")
             add_legend(axes)
@@ -79,7 +82,8 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
             for i, (tag, label) in enumerate(_COLLAPSE.items()):
                 if tag in run.readings.values:
                     _draw_curve(axes, run, tag, label, i)
-            axes.set_title(", ".join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
+            separator = ", " if run.loss in LOSSES else "\n"  # Others take a line for themselves.
+            axes.set_title(separator.join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
             axes.set_ylabel("NC metrics")
             add_legend(axes)
         add_caption(figure, runs)
@@ -94,6 +98,10 @@ def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
         if not any(tag in run.readings.values for tag in tags):
             raise UserError(f"{run.folder} has no readings of {', '.join(tags)}.")
     return runs
+
+
+def _any_has(runs: Sequence[Run], tag: str) -> bool:
+    return any(tag in run.readings.values for run in runs)
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -17,7 +17,10 @@ from nclightning.files import replaced
 __all__ = ["draw_convergence"]
 
 _PANELS = (
-    ("Optimality", ("optimality/gap", "optimality/distance", "optimality/grad_norm")),
+    (
+        "Optimality",
+        ("optimality/gap", "optimality/certified_gap", "optimality/distance", "optimality/grad_norm"),
+    ),
     ("Neural collapse", ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")),
 )
 # Colours that stay apart in the common kinds of colour blindness, and dashes that stay apart in grey.
@@ -56,9 +59,8 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
 
 
 def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, tags: tuple[str, ...]) -> None:
-    for tag, (color, dashes) in zip(tags, _STYLES, strict=True):
-        if tag not in summary.last:
-            continue
+    # The certified gap is recorded only where the gap is not known, so that they are three.
+    for tag, (color, dashes) in zip((tag for tag in tags if tag in summary.last), _STYLES, strict=False):
         values = readings.values[tag]
         shown = np.isfinite(values) & (values > 0)  # Rows of another cadence have no value, and would tear the curve.
         fit = summary.fits[tag]

@@ -3,36 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from rich.table import Table
+from rich.text import Text
 
+from nclightning.figures.optimum import no_answer, optimum_parts, threshold_parts
+from nclightning.figures.tables import titled_table
+from nclightning.problems import Eigenvalue, NoAnswer, Problem
 from nclightning.theory import UFMProblem
 
 __all__ = ["describe_problem", "prediction_tables"]
 
+_MOST_ROWS = 25  # Of eigenvalues.
+_EQUAL = 1e-9  # Eigenvalues this close, relatively, are one to a numerical solution.
+_MOST_SEARCHED = 50  # Classes whose thresholds are found without being asked for.
 
-def prediction_tables(problem: UFMProblem) -> list[Table]:
-    """Lay out optimum, spectrum, conditioning and rates.
+
+def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -> Iterator[Table | Text]:
+    """Lay out optimum, spectrum, conditioning and rates, each as soon as it is found.
 
     Args:
-        problem: Sizes and penalties.
+        problem: Any.
+        thresholds: Whether to search for the penalties at which the rank of the optimum falls, also where that takes
+            many solutions of the problem.
 
-    Returns:
-        For a rich console.
+    Yields:
+        For a rich console: tables, and paragraphs that say which question has no answer, and why.
     """
-    return [_optimum(problem), _spectrum(problem), _curvature(problem), _descent(problem)]
+    if isinstance(problem, UFMProblem):
+        yield _optimum(problem)
+    else:
+        yield from optimum_parts(problem)
+        if thresholds or _has_formula(problem):
+            yield from threshold_parts(problem)
+    try:
+        yield _spectrum(problem.spectrum())
+        yield _curvature(problem)
+        yield _descent(problem)
+    except NoAnswer as missing:
+        if missing.question == "spectrum":  # The others were said with the optimum.
+            yield no_answer(missing)
 
 
-def describe_problem(problem: UFMProblem) -> str:
+def describe_problem(problem: UFMProblem | Problem) -> str:
     """Write loss, sizes and penalties on one line."""
+    if isinstance(problem, Problem):
+        return problem.summary()
     return (
         f"{problem.loss.upper()} loss, K = {problem.num_classes}, n = {problem.samples_per_class}, "
         f"d = {problem.feature_dim}, lambda_w = {problem.lambda_w:g}, lambda_h = {problem.lambda_h:g}"
     )
 
 
+def _has_formula(problem: Problem) -> bool:
+    """Whether thresholds cost nothing."""
+    try:
+        return problem.convex_optimum.method == "closed form" and problem.num_classes <= _MOST_SEARCHED
+    except NoAnswer:
+        return False
+
+
 def _optimum(problem: UFMProblem) -> Table:
-    table = _table("The optimum", "", "value", "")
+    table = titled_table("The optimum", "", "value", "")
     strength = f"K q = {problem.num_classes * problem.q:.6g}"
     if problem.collapses:
         table.add_row("neural collapse", "yes", f"{strength} < 1")
@@ -53,17 +87,45 @@ def _optimum(problem: UFMProblem) -> Table:
     return table
 
 
-def _spectrum(problem: UFMProblem) -> Table:
-    table = _table("The Hessian of F at the optimal set", "eigenvalue", "multiplicity", "sector")
+def _spectrum(entries: Sequence[Eigenvalue]) -> Table:
+    table = titled_table("The Hessian of F at the optimal set", "eigenvalue", "multiplicity", "sector")
     table.columns[0].justify = "right"
-    for value, multiplicity, sector in problem.spectrum():
-        table.add_row(f"{value:.7g}", f"{multiplicity}", sector)
+    for part in _parts(entries):
+        ends = dict.fromkeys(f"{each.value:.7g}" for each in (part[0], part[-1]))
+        table.add_row(" to ".join(ends), f"{sum(each.multiplicity for each in part)}", part[0].sector)
+        if len(ends) > 1:
+            table.caption = "Neighbouring values of a sector share a row."
     return table
 
 
-def _curvature(problem: UFMProblem) -> Table:
+def _parts(entries: Sequence[Eigenvalue]) -> list[list[Eigenvalue]]:
+    """Cut each sector where the quotient of neighbours is largest, until there are as many rows as a reader looks at.
+
+    Zeros and values that are equal up to rounding stay together.
+    """
+    sectors: dict[tuple[str, bool], list[Eigenvalue]] = {}
+    for entry in sorted(entries):
+        sectors.setdefault((entry.sector, entry.value > 0), []).append(entry)
+    quotients = sorted(
+        (low.value / high.value, sector, i + 1)
+        for sector, own in sectors.items()
+        if sector[1]
+        for i, (low, high) in enumerate(pairwise(own))
+        if low.value < high.value * (1 - _EQUAL)
+    )
+    cuts: dict[tuple[str, bool], list[int]] = {}
+    for _, sector, place in quotients[: max(0, _MOST_ROWS - len(sectors))]:
+        cuts.setdefault(sector, []).append(place)
+    parts = []
+    for sector, own in sectors.items():
+        ends = [0, *sorted(cuts.get(sector, [])), len(own)]
+        parts += [own[start:end] for start, end in pairwise(ends)]
+    return sorted(parts)
+
+
+def _curvature(problem: UFMProblem | Problem) -> Table:
     mu, smoothness = problem.mu, problem.smoothness
-    table = _table("Conditioning", "", "value", "")
+    table = titled_table("Conditioning", "", "value", "")
     table.add_row("mu", f"{mu:.7g}", "least nonzero eigenvalue" if mu else "at the threshold")
     table.add_row("L", f"{smoothness:.7g}", "largest eigenvalue")
     table.add_row("L / mu", f"{smoothness / mu if mu else math.inf:.7g}", "condition number")
@@ -73,25 +135,24 @@ def _curvature(problem: UFMProblem) -> Table:
     return table
 
 
-def _descent(problem: UFMProblem) -> Table:
-    table = Table(title="Gradient descent near the optimal set", title_justify="left")
-    safe, rates = 1 / problem.smoothness, problem.decay_rates()
-    table.caption = "Falls as exp(-rate x sum of steps). *: heuristic."
-    table.caption_justify = "left"
+def _descent(problem: UFMProblem | Problem) -> Table:
+    table = Table(title="Gradient descent near the optimal set", title_justify="left", caption_justify="left")
+    safe, mu = 1 / problem.smoothness, problem.mu
+    table.caption = "Falls as exp(-rate x sum of steps)."
     table.add_column("", no_wrap=True)
     for column in ("rate", "it./decade at 1/L", "at the best step"):
         table.add_column(column, justify="right", no_wrap=True)
     gaps = [problem.iterations_per_decade(step) for step in (safe, problem.best_step)]
-    table.add_row("gap F - F*", f"{rates.gap:.7g}", *(f"{count:.6g}" for count in gaps))
-    table.add_row("distance", f"{rates.distance:.7g}", *(f"{2 * count:.6g}" for count in gaps))
-    for name, rate, factor in zip(("NC1", "NC2", "NC3"), rates[2:], problem.decay_factors(safe)[2:], strict=True):
+    table.add_row("gap F - F*", f"{2 * mu:.7g}", *(f"{count:.6g}" for count in gaps))
+    table.add_row("distance", f"{mu:.7g}", *(f"{2 * count:.6g}" for count in gaps))
+    if isinstance(problem, UFMProblem):
+        table.caption += " *: heuristic."
+        _add_metrics(table, problem, safe)
+    return table
+
+
+def _add_metrics(table: Table, problem: UFMProblem, step: float) -> None:
+    rates, factors = problem.decay_rates(), problem.decay_factors(step)
+    for name, rate, factor in zip(("NC1", "NC2", "NC3"), rates[2:], factors[2:], strict=True):
         if not math.isnan(rate):  # The best step is longer than those that the prediction is for.
             table.add_row(f"{name} *", f"{rate:.7g}", f"{-math.log(10) / math.log(factor):.6g}", "-")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column, justify in zip(columns, ("left", "right", "left"), strict=True):
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    return table

@@ -13,6 +13,8 @@ __all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_range", "fit_rate", "fit_straigh
 # Below this a curve is not called straight.
 LEAST_R_SQUARED = 0.99
 _LEAST_POINTS = 5
+# What falls by less than a factor of three has settled, not converged.
+_LEAST_DECADES = 0.5
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ def fit_straight(
 ) -> LinearFit | None:
     """Find the longest stretch, in decades, over which a quantity falls along a straight line.
 
-    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``. Of many readings some are taken, at even
-    distances.
+    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``, over at least half a decade. Of many
+    readings some are taken, at even distances.
 
     Args:
         iterations: ``(R,)``, increasing.
@@ -110,7 +112,7 @@ def fit_straight(
         most_points: Readings to take at most; time and memory go with the square.
 
     Returns:
-        The fit, or None if no five readings in a row fall along a line.
+        The fit, or None if no five readings in a row fall so far along a line.
     """
     usable = np.flatnonzero(np.isfinite(values) & (values > 0))
     if len(usable) > most_points:
@@ -124,7 +126,7 @@ def fit_straight(
     allowed &= values[usable] <= ending_at_most
     decades = np.where(allowed, -slope * (x - x[:, None]), 0.0)
     first, last = np.unravel_index(decades.argmax(), decades.shape)
-    return _fit_line(x[first : last + 1], y[first : last + 1]) if decades[first, last] > 0 else None
+    return _fit_line(x[first : last + 1], y[first : last + 1]) if decades[first, last] >= _LEAST_DECADES else None
 
 
 def _fit_all_stretches(

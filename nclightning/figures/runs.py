@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from nclightning.errors import UserError
 from nclightning.figures.rates import fit_straight
 from nclightning.figures.readings import Readings, read_readings
 from nclightning.figures.summary import Fit, RunSummary, summarize
+from nclightning.problems import Problem
+from nclightning.problems.wording import bias_in_words, loss_in_words, sizes_in_words
 from nclightning.theory import UFMProblem
 
-__all__ = ["LOSSES", "Run", "read_run", "scientific", "ufm_problem"]
+__all__ = ["LOSSES", "Run", "known_problem", "loss_of", "read_run", "scientific", "sizes_in_mathtext"]
 
 LOSSES = {"mse": "MSE loss", "ce": "CE loss"}
 # Symbols of the paper by hyperparameter, in the order of its captions.
@@ -29,6 +32,9 @@ _SIZES = {
     "hidden_dim": "m",
     "feature_dim": "d",
 }
+_CLASS = "nclightning.problems.Problem"
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_MOST_BYTES = 2**25  # A problem may have a long table of targets.
 _OF_NETWORKS = ("input_dim", "hidden_dim")
 
 
@@ -48,10 +54,10 @@ class Run:
     summary: RunSummary
     settings: dict[str, Any]
 
-    @property
+    @cached_property
     def loss(self) -> str:
-        """``"mse"``, ``"ce"``, or an empty string where the run does not say."""
-        return str(self.settings.get("loss", ""))
+        """``"mse"``, ``"ce"``, another in words, or an empty string where the run does not say."""
+        return loss_of(self.settings, self.problem)
 
     @property
     def name(self) -> str:
@@ -69,7 +75,9 @@ class Run:
             return self.name
         if self.single_lambda:
             return rf"$\lambda = {scientific(lambda_h)}$"
-        return rf"$\lambda_W = {scientific(lambda_w)},\ \lambda_H = {scientific(lambda_h)}$"
+        of_bias = self.problem.lambda_b if isinstance(self.problem, Problem) else None
+        third = rf",\ \lambda_b = {scientific(of_bias)}" if of_bias else ""
+        return rf"$\lambda_W = {scientific(lambda_w)},\ \lambda_H = {scientific(lambda_h)}{third}$"
 
     @property
     def strength(self) -> tuple[float, float]:
@@ -78,10 +86,10 @@ class Run:
         lambda_h, lambda_w = (math.inf if math.isnan(value) else value for value in values)
         return lambda_h, lambda_w
 
-    @property
-    def problem(self) -> UFMProblem | None:
+    @cached_property
+    def problem(self) -> UFMProblem | Problem | None:
         """The unconstrained feature model that was trained; None for anything else."""
-        return ufm_problem(self.settings)
+        return known_problem(self.settings)
 
     @property
     def single_lambda(self) -> bool:
@@ -97,6 +105,8 @@ class Run:
     @property
     def sizes(self) -> str:
         """Sizes as the paper's captions give them, in mathtext."""
+        if isinstance(self.problem, Problem):
+            return sizes_in_mathtext(self.problem)
         return ", ".join(
             f"${symbol} = {self.settings[name]}$"
             for name, symbol in _SIZES.items()
@@ -104,15 +114,18 @@ class Run:
         )
 
 
-def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
-    """Find the closed forms for the hyperparameters of a run of the unconstrained feature model.
+def known_problem(settings: Mapping[str, Any]) -> UFMProblem | Problem | None:
+    """Find the problem that the hyperparameters of a run of the unconstrained feature model say.
 
     Args:
         settings: Hyperparameters by name.
 
     Returns:
-        None where they are those of a network, whose features are not free, or where there is no closed form.
+        None where they are those of a network, whose features are not free, or say no problem that is known here. A
+        loss outside of this package counts only if its module is loaded: to read a run imports nothing.
     """
+    if path := _loss_path(settings.get("problem")):
+        return _described(settings["problem"], path.rpartition(".")[0])
     names = tuple(field.name for field in fields(UFMProblem))
     if any(settings.get(name) is None for name in names) or any(name in settings for name in _OF_NETWORKS):
         return None
@@ -120,6 +133,54 @@ def ufm_problem(settings: Mapping[str, Any]) -> UFMProblem | None:
         return UFMProblem(*(settings[name] for name in names))
     except (TypeError, ValueError, OverflowError):  # Settings may hold anything.
         return None
+
+
+def _described(description: Mapping[str, Any], module: str) -> Problem | None:
+    """Make it if that runs no code that is not loaded."""
+    if module.partition(".")[0] != "nclightning" and module not in sys.modules:
+        return None
+    try:
+        return Problem.from_description(description)
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError):
+        return None
+
+
+def _loss_path(description: Any) -> str:
+    """Where a description of a problem, as a run keeps it, has the class of its loss; else empty."""
+    try:
+        path = description["init_args"]["loss"]["class_path"] if description["class_path"] == _CLASS else ""
+    except (TypeError, KeyError, IndexError):
+        return ""
+    return path if isinstance(path, str) else ""
+
+
+def loss_of(settings: Mapping[str, Any], problem: UFMProblem | Problem | None) -> str:
+    """Name the loss of a run.
+
+    Args:
+        settings: Hyperparameters by name.
+        problem: Of :func:`known_problem`.
+
+    Returns:
+        ``"mse"`` or ``"ce"`` for hard labels, such as ``"CE loss, label smoothing 0.1"`` for others, empty where the
+        settings do not say.
+    """
+    if isinstance(problem, Problem):
+        words = loss_in_words(problem)
+        return next((name for name, title in LOSSES.items() if title == words), words)
+    if path := _loss_path(settings.get("problem")):
+        return f"{path.rpartition('.')[2]} loss"
+    return str(settings.get("loss") or "")
+
+
+def sizes_in_mathtext(problem: Problem) -> str:
+    """Write the sizes of a problem, and its bias unless that has a penalty, as a caption has them.
+
+    Args:
+        problem: Any.
+    """
+    sizes = [f"${symbol} = {size}$".replace(" to ", "$ to $") for symbol, size in sizes_in_words(problem).items()]
+    return ", ".join(sizes if problem.lambda_b else [*sizes, bias_in_words(problem)])
 
 
 def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
@@ -141,11 +202,11 @@ def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
     return Run(folder, readings, summarize(readings, fit), settings)
 
 
-class _Lenient(yaml.SafeLoader):
+class _Lenient(_LOADER):  # type: ignore[misc]
     """Reads plain values, also those in Python's own containers; other objects are left out."""
 
 
-def _left_out(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+def _left_out(loader: Any, suffix: str, node: yaml.Node) -> Any:
     if suffix == "tuple" and isinstance(node, yaml.SequenceNode):
         return loader.construct_sequence(node, deep=True)
     return None
@@ -156,7 +217,7 @@ _Lenient.add_multi_constructor("!", _left_out)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    text = read_text(path, str(path))
+    text = read_text(path, str(path), _MOST_BYTES)
     try:
         check_yaml(text, any_tag=True)
         settings = yaml.load(text, Loader=_Lenient)

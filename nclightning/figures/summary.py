@@ -17,6 +17,7 @@ Fit = Callable[[Array, Array], LinearFit | None]
 # Tag and label of what converges to zero, in the order of every table and legend.
 QUANTITIES = {
     "optimality/gap": "gap F - F*",
+    "optimality/certified_gap": "certified gap",
     "optimality/distance": "distance",
     "optimality/grad_norm": "gradient norm",
     "nc/train/nc1": "NC1",

@@ -11,19 +11,24 @@ from rich.table import Table
 from nclightning.figures.many import Group
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.problems import NoAnswer, Problem
 from nclightning.theory import UFMProblem
 
-__all__ = ["rates_table", "settings_table"]
+__all__ = ["rates_table", "settings_table", "titled_table"]
 
 
-def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None = None) -> Table:
+# Rows of the matrix whose eigenvalues are taken for a table; the command theory takes more.
+_LARGEST_MATRIX = 2000
+
+
+def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Problem | None = None) -> Table:
     """Lay out the table that a fit ends with.
 
     Args:
         summary: Of a run.
         title: Before the number of iterations.
         problem: The unconstrained feature model that was trained, whose error-bound constant is shown beside the
-            measured one. None for anything else.
+            measured one where it is known. None for anything else.
 
     Returns:
         For a rich console.
@@ -39,9 +44,22 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | None
             table.add_row("  theory", "-", *_cells(summary.predicted))
     if summary.kappa is not None:
         table.add_row("kappa", f"{summary.kappa:.6g}", *_cells(None))
-    if problem is not None:
-        table.add_row("  theory", f"{problem.error_bound_constant:.6g}", *_cells(None))
+    constant = None if problem is None else _error_bound_constant(problem)
+    if constant is not None:
+        table.add_row("  theory", f"{constant:.6g}", *_cells(None))
     return table
+
+
+def _error_bound_constant(problem: UFMProblem | Problem) -> float | None:
+    if isinstance(problem, UFMProblem):
+        return problem.error_bound_constant
+    M, K = problem.num_groups, problem.num_classes
+    if (M + K) * min(M, K, problem.feature_dim) > _LARGEST_MATRIX:
+        return None
+    try:
+        return problem.error_bound_constant
+    except NoAnswer:
+        return None
 
 
 def settings_table(groups: Sequence[Group]) -> Table:
@@ -66,6 +84,22 @@ def settings_table(groups: Sequence[Group]) -> Table:
         table.add_row(
             escape(first.loss), escape(setting), str(len(group.runs)), *(_median(group, tag) for tag in recorded)
         )
+    return table
+
+
+def titled_table(title: str, *columns: str) -> Table:
+    """Make an empty table of a name, a number and a remark.
+
+    Args:
+        title: Above it.
+        *columns: Three headings.
+
+    Returns:
+        The table.
+    """
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column, justify in zip(columns, ("left", "right", "left"), strict=True):
+        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     return table
 
 

@@ -29,6 +29,16 @@ from nclightning.functional.excess import ExcessLoss, HeadLoss
 from nclightning.functional.geometry import equiangularity, equinorm, etf_deviation, head_sum
 from nclightning.functional.mse import MSEDecomposition, mse_decomposition
 from nclightning.functional.ood import ood_orthogonality
+from nclightning.functional.regression import (
+    GramDeviation,
+    UnitResiduals,
+    gram_deviation,
+    principal_residual,
+    row_space_residual,
+    sample_statistics,
+    target_rank,
+    unit_residuals,
+)
 from nclightning.functional.statistics import ClassStatistics
 from nclightning.functional.uniformity import PairEnergy, hyperspherical_energy, one_vs_rest_distance
 from nclightning.functional.variability import (
@@ -44,10 +54,12 @@ __all__ = [
     "CollapseDistance",
     "ExcessLoss",
     "ExtremeEigenvalues",
+    "GramDeviation",
     "HeadLoss",
     "MSEDecomposition",
     "PairEnergy",
     "StatisticsBuffer",
+    "UnitResiduals",
     "accuracy",
     "between_class_rank",
     "bias_collapse",
@@ -63,6 +75,7 @@ __all__ = [
     "equinorm",
     "etf_deviation",
     "extreme_eigenvalues",
+    "gram_deviation",
     "head_sum",
     "hessian_vector_product",
     "hyperspherical_energy",
@@ -72,8 +85,13 @@ __all__ = [
     "nearest_class_centre",
     "one_vs_rest_distance",
     "ood_orthogonality",
+    "principal_residual",
+    "row_space_residual",
+    "sample_statistics",
     "self_duality",
+    "target_rank",
     "uniform_duality",
+    "unit_residuals",
     "variability_collapse_index",
     "within_between_ratio",
     "within_class_variability",

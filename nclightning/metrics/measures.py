@@ -16,6 +16,7 @@ from nclightning.functional.statistics import BetweenWeights, ClassStatistics, G
 
 __all__ = [
     "DEFAULT_MEASURES",
+    "DEFAULT_MEASURES_OF_GROUPS",
     "MEASURES",
     "Meaning",
     "Measure",
@@ -94,6 +95,7 @@ class Measure(NamedTuple):
         collapsed: Its value at neural collapse.
         needs_head: Whether it reads the head.
         needs_scatter: Whether the light statistics are not enough.
+        needs_classes: Whether it takes labels for classes, each with a row of the head or a direction of its own.
     """
 
     read: Callable[[Reading], Tensor]
@@ -101,6 +103,7 @@ class Measure(NamedTuple):
     collapsed: Collapsed = 0.0
     needs_head: bool = False
     needs_scatter: bool = False
+    needs_classes: bool = False
 
 
 def _worst(alignment: Tensor, present: Tensor) -> Tensor:
@@ -120,12 +123,14 @@ MEASURES: dict[str, Measure] = {
         lambda r: F.within_class_variability(r.stats, *r.conventions),
         "spread within over between classes, tr(S_W S_B^+)/K",
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc1_rank": Measure(
         lambda r: F.between_class_rank(r.stats, *r.conventions),
         "directions along which class means spread",
         lambda num_classes, feature_dim: min(num_classes - 1, feature_dim),
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc1_ratio": Measure(
         lambda r: F.within_between_ratio(r.stats, *r.conventions),
@@ -143,6 +148,7 @@ MEASURES: dict[str, Measure] = {
         lambda r: F.variability_collapse_index(r.stats),
         "share of the covariance that class means do not explain",
         needs_scatter=True,
+        needs_classes=True,
     ),
     "nc2": Measure(
         lambda r: F.etf_deviation(r.head), "distance of the head from a simplex ETF", _ZERO_OF_AN_ETF, needs_head=True
@@ -157,12 +163,15 @@ MEASURES: dict[str, Measure] = {
         lambda r: F.etf_deviation(r.stats.mean_offsets, present=r.stats.present),
         "distance of the class means from a simplex ETF",
         _ZERO_OF_AN_ETF,
+        needs_classes=True,
     ),
     "nc2_equinorm_head": Measure(
         lambda r: F.equinorm(r.head), "how much norms of the head's rows vary", needs_head=True
     ),
     "nc2_equinorm_means": Measure(
-        lambda r: F.equinorm(r.stats.mean_offsets, r.stats.present), "how much norms of class means vary"
+        lambda r: F.equinorm(r.stats.mean_offsets, r.stats.present),
+        "how much norms of class means vary",
+        needs_classes=True,
     ),
     "nc2_equiangularity_head": Measure(
         lambda r: F.equiangularity(r.head),
@@ -171,64 +180,80 @@ MEASURES: dict[str, Measure] = {
         needs_head=True,
     ),
     "nc2_equiangularity_means": Measure(
-        lambda r: F.equiangularity(*r.means), "how far cosines of class means are from -1/(K-1), mean", _ZERO_OF_AN_ETF
+        lambda r: F.equiangularity(*r.means),
+        "how far cosines of class means are from -1/(K-1), mean",
+        _ZERO_OF_AN_ETF,
+        needs_classes=True,
     ),
     "nc2_equiangularity_worst": Measure(
         lambda r: F.equiangularity(*r.means, reduction="max"),
         "how far cosines of class means are from -1/(K-1), worst",
         _ZERO_OF_AN_ETF,
+        needs_classes=True,
     ),
     "gnc2_energy": Measure(
         lambda r: F.hyperspherical_energy(r.means[0], present=r.means[1]).mean,
         "mean of log(1/distance) between directions of class means",
         _of_an_etf(lambda num_classes: -math.log(2 * num_classes / (num_classes - 1)) / 2),
+        needs_classes=True,
     ),
     "gnc2_energy_variance": Measure(
         lambda r: F.hyperspherical_energy(r.means[0], present=r.means[1]).variance,
         "variance of log(1/distance) between directions of class means",
         _ZERO_OF_AN_ETF,
+        needs_classes=True,
     ),
     "nc3": Measure(
         lambda r: F.self_duality(r.stats, r.head),
         "distance of head times class means from a simplex ETF",
         _ZERO_OF_AN_ETF,
         needs_head=True,
+        needs_classes=True,
     ),
     "nc3_difference": Measure(
         lambda r: F.duality_difference(r.stats, r.head),
         "squared distance of head and class means, both of norm 1",
         needs_head=True,
+        needs_classes=True,
     ),
     "nc3_cosine": Measure(
         lambda r: r.alignment.sum() / r.stats.present.sum(),
         "cosine of class mean and row of the head, mean",
         1.0,
         needs_head=True,
+        needs_classes=True,
     ),
     "nc3_cosine_worst": Measure(
         lambda r: _worst(r.alignment, r.stats.present),
         "cosine of class mean and row of the head, worst class",
         1.0,
         needs_head=True,
+        needs_classes=True,
     ),
     "nc3_uniform": Measure(
         lambda r: F.uniform_duality(r.stats, r.head),
         "variance over classes of the cosine of mean and row",
         needs_head=True,
+        needs_classes=True,
     ),
     "bias_collapse": Measure(
-        lambda r: F.bias_collapse(r.stats, r.head, r.bias), "norm of the logits of the mean feature", needs_head=True
+        lambda r: F.bias_collapse(r.stats, r.head, r.bias),
+        "norm of the logits of the mean feature",
+        needs_head=True,
+        needs_classes=True,
     ),
     "nc_distance": Measure(
         lambda r: F.distance_to_collapse(r.stats, r.head).distance,
         "relative distance of features and head from collapse",
         needs_head=True,
+        needs_classes=True,
     ),
     "mse_nc1": Measure(
         lambda r: F.mse_decomposition(r.stats, r.head, r.bias).nc1,
         "squared error of the best head from spread within classes",
         needs_head=True,
         needs_scatter=True,
+        needs_classes=True,
     ),
     "mse_nc2_nc3": Measure(
         lambda r: F.mse_decomposition(r.stats, r.head, r.bias).nc2_nc3,
@@ -236,6 +261,7 @@ MEASURES: dict[str, Measure] = {
         None,
         needs_head=True,
         needs_scatter=True,
+        needs_classes=True,
     ),
     "mse_perpendicular": Measure(
         lambda r: F.mse_decomposition(r.stats, r.head, r.bias).perpendicular,
@@ -243,6 +269,7 @@ MEASURES: dict[str, Measure] = {
         None,
         needs_head=True,
         needs_scatter=True,
+        needs_classes=True,
     ),
 }
 # What is read of samples one by one, or of two data sets.
@@ -270,6 +297,7 @@ def meaning_of(name: str) -> Meaning:
 
 
 DEFAULT_MEASURES = ("nc1", "nc2", "nc3")
+DEFAULT_MEASURES_OF_GROUPS = ("nc1_ratio", "nc1_cdnv", "nc2")
 
 
 def select_measures(names: Sequence[str], further: Sequence[str] = ()) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,20 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, StatisticsBuffer
-from nclightning.functional.moments import Moments
-from nclightning.functional.samples import Samples
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES, Reading, per_class_values, select_measures
+from nclightning.metrics.measures import (
+    DEFAULT_MEASURES,
+    DEFAULT_MEASURES_OF_GROUPS,
+    MEASURES,
+    Reading,
+    per_class_values,
+    select_measures,
+)
+from nclightning.metrics.states import states_of, statistics_of
 
 __all__ = ["NeuralCollapse"]
 
@@ -49,6 +54,10 @@ class NeuralCollapse(StreamingMetric):
         global_mean: Of ``"class"`` means or of ``"sample"``, in ``nc1`` and ``nc1_ratio``.
         between_weights: ``"uniform"`` or ``"count"``, in the same.
         ignore_index: Label of samples to leave out.
+        groups: Whether labels say groups of samples with the same target, such as mixed ones, and no classes that rows
+            of the head belong to. ``num_classes`` then counts the groups, and what takes a label for a class is left
+            out: ``nc3``, and ``nc1``, as group means need not spread in a direction each. None for ``measures`` takes
+            ``nc1_ratio``, ``nc1_cdnv`` and ``nc2``.
         dtype: Dtype of the statistics. Float64 by default whatever the features: near collapse float32 sums lose
             the within-class scatter. Trainer precision does not change it.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
@@ -82,6 +91,7 @@ class NeuralCollapse(StreamingMetric):
         global_mean: GlobalMean = "class",
         between_weights: BetweenWeights = "uniform",
         ignore_index: int | None = None,
+        groups: bool = False,
         dtype: torch.dtype = torch.float64,
         **kwargs: Any,
     ) -> None:
@@ -96,49 +106,63 @@ class NeuralCollapse(StreamingMetric):
         self.global_mean = global_mean
         self.between_weights = between_weights
         self.ignore_index = ignore_index
+        self.groups = groups
         self._head = Borrowed(head)  # Kept out of this module's parameters, too.
         shape = None if head is None else weight_shape(head)
-        if shape not in (None, (num_classes, feature_dim)):
-            raise UserError(f"head must have a weight of shape {(num_classes, feature_dim)}, got {shape}.")
-        self.measures = self._choose(measures)
+        expected = (shape[0] if groups and shape is not None else num_classes, feature_dim)
+        if shape not in (None, expected):
+            raise UserError(f"head must have a weight of shape {expected}, got {shape}.")
+        self.measures = self._choose(measures, groups, 0 if shape is None else shape[0])
         self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
         empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
-        states = _states_of(empty)
+        states = states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
             self.add_state(name, default=value, dist_reduce_fx=None)
         stand_apart(self, ignore_index, dtype)
 
-    def _choose(self, measures: Sequence[str] | None) -> tuple[str, ...]:
-        has_head = self._head.get() is not None
+    def _choose(self, measures: Sequence[str] | None, groups: bool, head_rows: int) -> tuple[str, ...]:
+        def needs_head(name: str) -> bool:
+            return MEASURES[name].needs_head and head_rows < 2
+
+        def needs_classes(name: str) -> bool:
+            return MEASURES[name].needs_classes and groups
+
+        def read(names: Sequence[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if not needs_head(name) and not needs_classes(name))
+
         if measures is None:
-            measures = DEFAULT_MEASURES
-            if self.feature_dim > _LARGEST_DEFAULT_DIM:
+            measures = DEFAULT_MEASURES_OF_GROUPS if groups else DEFAULT_MEASURES
+            if self.feature_dim > _LARGEST_DEFAULT_DIM and not groups:
                 measures = _LIGHT_DEFAULT
                 warnings.warn(
                     f"feature_dim={self.feature_dim} would need {8 * self.feature_dim**2 / 2**30:.1f} GiB for the "
                     "within-class scatter: reading nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
                     stacklevel=3,
                 )
-            return tuple(name for name in measures if has_head or not MEASURES[name].needs_head)
+            return read(measures)
         chosen = select_measures(measures)
-        if has_head:
-            return chosen
-        if missing := [name for name in chosen if MEASURES[name].needs_head and tuple(measures) != ("all",)]:
-            raise UserError(f"measures {missing} read the head: pass head=..., or leave them out.")
-        return tuple(name for name in chosen if not MEASURES[name].needs_head)
+        if tuple(measures) == ("all",):
+            return read(chosen)
+        if missing := [name for name in chosen if needs_classes(name)]:
+            raise UserError(
+                f"measures {missing} take each label for a class, and the labels here say groups of samples with the "
+                "same target: leave them out."
+            )
+        if missing := [name for name in chosen if needs_head(name)]:
+            raise UserError(
+                f"measures {missing} read the head: pass head=..., or leave them out."
+                if head_rows == 0
+                else f"measures {missing} compare rows of the head, and it has only one: leave them out."
+            )
+        return chosen
 
     @property
     def statistics(self) -> ClassStatistics:
         """Statistics of everything seen, over all processes while the states are synchronised."""
-        states = {name: getattr(self, name) for name in self._names}
-        if self.means.ndim == 2:
-            return _statistics_of(states)
-        ranks = range(len(self.means))
-        parts = ({name: state[rank] for name, state in states.items() if name != "kept"} for rank in ranks)
-        return reduce(ClassStatistics.merge, map(_statistics_of, parts))
+        return statistics_of({name: getattr(self, name) for name in self._names})
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
@@ -214,9 +238,14 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Vectors ``(K,)``, ``nan`` for absent classes: ``count``; ``variance``, the mean squared distance from the
             class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
-            classes; with a head ``head_norm`` and ``nc3_cosine``.
+            classes; with a head ``head_norm`` and ``nc3_cosine``. Of groups what their features tell alone.
         """
-        return per_class_values(self._reading(self.checked_statistics()))
+        reading = self._reading(self.checked_statistics())
+        if not self.groups:
+            return per_class_values(reading)
+        values = per_class_values(reading._replace(weight=None))
+        del values["equiangularity"]
+        return values
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values on a logarithmic axis.
@@ -252,25 +281,11 @@ class NeuralCollapse(StreamingMetric):
         self._set(self.statistics.folded)
 
     def _set(self, stats: ClassStatistics) -> None:
-        for name, value in _states_of(stats).items():
+        for name, value in states_of(stats).items():
             if value is not getattr(self, name):  # Of most updates only a few states are new.
                 setattr(self, name, value)
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
         """Merge states exactly, where torchmetrics would stack them."""
-        states = _statistics_of({name: earlier[name] for name in self._names})
+        states = statistics_of({name: earlier[name] for name in self._names})
         self._set(states.merge(self.statistics))
-
-
-def _states_of(stats: ClassStatistics) -> dict[str, Any]:
-    """States of the metric; samples that are kept are features and labels in turn."""
-    totals = {name: value for name, value in stats.totals._asdict().items() if value is not None}
-    kept = [each for piece in zip(stats.kept.features, stats.kept.labels, strict=True) for each in piece]
-    return totals | {"num_invalid": stats.num_invalid, "kept": kept}
-
-
-def _statistics_of(states: dict[str, Any]) -> ClassStatistics:
-    """Statistics that share the states, which are replaced and never written to."""
-    totals: dict[str, Any] = {name: states.get(name) for name in Moments._fields}
-    kept = states.get("kept", ())
-    return ClassStatistics(Moments(**totals), states["num_invalid"], Samples(tuple(kept[::2]), tuple(kept[1::2])))

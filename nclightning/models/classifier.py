@@ -35,6 +35,7 @@ from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
 from nclightning.optim.outcome import failure_of
 from nclightning.probe.features import capture_features
+from nclightning.problems import Problem
 from nclightning.ranks import count_over_ranks, sum_over_ranks, world_size
 from nclightning.sharding import is_sharded, own_shard, reshard
 from nclightning.theory import UFMProblem
@@ -43,6 +44,8 @@ __all__ = ["Penalty", "RegularizedClassifier"]
 
 Batch = tuple[Tensor, Tensor]
 Penalty = Literal["features", "weights"]
+# Loss and bias.
+_OF_THE_PAPER = {("mse", "free"), ("ce", "none")}
 
 
 class RegularizedClassifier(ResumableModule):
@@ -176,24 +179,34 @@ class RegularizedClassifier(ResumableModule):
         return value, square.sqrt()
 
     @property
-    def problem(self) -> UFMProblem:
-        """The unconstrained feature model with this head, objective and number of samples.
+    def problem(self) -> UFMProblem | Problem:
+        """The unconstrained feature model with this head, objective and number of samples, equally many of each group.
 
         For a network its minimum is a lower bound. A subclass that trains another problem may override this property.
 
         Raises:
             ValueError: If what is trained is not known to be Problem (2) with a free linear head on balanced data, or
-                has no closed form (a zero penalty; a bias penalty; a penalty on weights; CE with ``d < K - 1``).
+                a penalty is zero or on weights.
         """
         check_known(self, self._is_unconstrained)
-        return UFMProblem(
-            self.objective.loss,
-            self.head.out_features,
-            self.num_samples // self.head.out_features,
-            self.head.in_features,
-            self.objective.lambda_w,
-            self.objective.lambda_h,
-        )
+        objective, head = self.objective, self.head
+        groups = head.out_features if objective.targets is None else len(objective.targets)
+        count, rest = divmod(self.num_samples, groups)
+        if rest:
+            raise UserError(
+                f"num_samples must be a multiple of the number of classes, got {self.num_samples} samples of {groups} "
+                "classes: the known minimum is that of balanced data. Train on as many samples of each class, or "
+                "override the property problem."
+            )
+        bias: Literal["none", "free"] | float = "none" if head.bias is None else objective.lambda_b or "free"
+        penalties = objective.lambda_w, objective.lambda_h
+        # The minimum of balanced cross-entropy is the same with a free bias, its optimal set is not.
+        kind = objective.loss, "none" if objective.loss == "ce" and not self.features_are_free else bias
+        # Of fewer features than the simplex needs, cross-entropy has no known optimum, and only a bound.
+        fits = objective.loss == "mse" or head.in_features >= groups - 1
+        if objective.targets is None and kind in _OF_THE_PAPER and fits:
+            return UFMProblem(objective.loss, groups, count, head.in_features, *penalties)  # type: ignore[arg-type]
+        return Problem(objective.function, objective.targets, [count] * groups, head.in_features, *penalties, bias=bias)
 
     @property
     def features_are_free(self) -> bool:

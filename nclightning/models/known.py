@@ -50,12 +50,6 @@ def check_known(module: RegularizedClassifier, unconstrained: bool) -> None:
     unconstrained = unconstrained or any(isinstance(child, FeatureTable) for child in module.backbone.modules())
     if unconstrained:
         _check_features(module)
-    if module.num_samples % module.head.out_features:
-        raise UserError(
-            f"num_samples must be a multiple of the number of classes, got {module.num_samples} samples of "
-            f"{module.head.out_features} classes: the known minimum is that of balanced data. Train on as many samples "
-            "of each class."
-        )
 
 
 def _check_objective(module: RegularizedClassifier) -> None:
@@ -67,8 +61,6 @@ def _check_objective(module: RegularizedClassifier) -> None:
             f"objective is a {type(objective).__name__}, whose minimum is not known: take "
             f"nclightning.objective.Objective, or override the property problem of {name}."
         )
-    if objective.lambda_b:
-        raise UserError(f"lambda_b must be 0, got {objective.lambda_b}: no closed form has a bias penalty.")
     for method in _METHODS:
         definer = next(base for base in type(module).__mro__ if method in vars(base))
         # Sharding wraps methods of the instance. A trainer of several processes, and torch.compile, put a forward there
@@ -97,11 +89,6 @@ def _check_head(module: RegularizedClassifier) -> None:
     _check_trainable("head.weight", head.weight)
     if bias is not None:
         _check_trainable("head.bias", bias)
-    elif module.objective.loss == "mse":
-        raise UserError(
-            "head has no bias, and for loss='mse' the known minimum is that of a head with a free bias: take "
-            "nn.Linear(..., bias=True)."
-        )
 
 
 def _check_features(module: RegularizedClassifier) -> None:
@@ -117,11 +104,6 @@ def _check_features(module: RegularizedClassifier) -> None:
         raise UserError(
             f"backbone has features of {table.num_samples} samples in {table.features.shape[1]} dimensions, and the "
             f"model num_samples={module.num_samples} and head.in_features={head.in_features}: make them the same."
-        )
-    if module.objective.loss == "ce" and head.bias is not None:
-        raise UserError(
-            "head has a bias, and for loss='ce' the closed forms of the unconstrained feature model are those of a "
-            "head without one: take nn.Linear(..., bias=False)."
         )
 
 

@@ -61,7 +61,7 @@ class ResumableModule(KeptHooks, L.LightningModule):
         Raises:
             ValueError: Naming the hyperparameters that differ.
         """
-        check_problem(checkpoint, {name: self.hparams[name] for name in self._problem_hparams})
+        check_problem(checkpoint, {name: self.hparams.get(name) for name in self._problem_hparams})
 
     def ending_of(self, checkpoint: Mapping[str, Any]) -> str | None:
         """Say why a run cannot go on from a checkpoint: its search ended there, or its objective was not finite.

@@ -9,18 +9,22 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from nclightning.arguments import DtypeName, check_memory, check_scales, check_sizes, resolve_dtype, resolve_lambdas
+from nclightning.arguments import DtypeName, check_memory, check_scales, resolve_dtype
 from nclightning.compat.lightning import trainer_of
 from nclightning.compat.torch import has_hooks, leave_out_of_ddp, sees_gradients, version_of
 from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
 from nclightning.models.closed_form import UFMLine
+from nclightning.models.known import check_known
 from nclightning.models.schedules import only_optimizer
-from nclightning.objective import LossName, Objective
+from nclightning.models.settings import Settings
+from nclightning.objective import LossName
 from nclightning.optim import ArmijoGD, LineObjective
 from nclightning.optim.evaluation import parameters_of
+from nclightning.problems import Problem
 from nclightning.ranks import own_rows
+from nclightning.theory import UFMProblem
 
 __all__ = ["UFM"]
 
@@ -37,8 +41,10 @@ class UFM(RegularizedClassifier):
 
     On several processes (``trainer.strategy=ddp``) each holds rows of its own of the features, and the head as a whole.
 
-    MSE comes with a free bias, cross-entropy without one, as in the paper. All sizes and penalties are given here
-    once; :class:`~nclightning.data.IndexDataModule` takes them over.
+    All sizes and penalties are given here once; :class:`~nclightning.data.IndexDataModule` takes them over. They are
+    those of one of the paper's two problems, balanced MSE with a free bias or balanced cross-entropy without one; or
+    those of any :class:`nclightning.problems.Problem`, with any convex loss, targets, counts and bias. Labels in
+    batches are the groups of the problem, for hard labels the classes.
 
     Args:
         num_classes: K, at least 2.
@@ -53,20 +59,37 @@ class UFM(RegularizedClassifier):
         dtype: ``"float64"`` or ``"float32"``, the precision of parameters, training and checkpoints.
         optimizer: Makes the optimizer from the parameters.
         iterations_per_step: Optimizer iterations per Lightning step.
+        problem: The problem to train, in place of sizes, loss and penalties; or its description, as
+            :meth:`nclightning.problems.Problem.describe` writes it.
 
     Raises:
-        ValueError: If an argument is out of range, or a penalty is missing.
+        ValueError: If an argument is out of range, a size or a penalty is missing, or differs from the problem's.
+
+    Example:
+        >>> from nclightning.problems import unbalanced_ce
+        >>> model = UFM(problem=unbalanced_ce([20, 5, 1], feature_dim=4, lambda_w=1e-2, lambda_h=1e-3))
+        >>> model.features.shape
+        torch.Size([26, 4])
     """
 
-    _problem_hparams = ("num_classes", "samples_per_class", "feature_dim", "loss", "lambda_w", "lambda_h", "dtype")
+    _problem_hparams = (
+        "num_classes",
+        "samples_per_class",
+        "feature_dim",
+        "loss",
+        "lambda_w",
+        "lambda_h",
+        "dtype",
+        "problem",
+    )
     _is_unconstrained = True
 
     def __init__(
         self,
-        num_classes: int,
-        samples_per_class: int,
-        feature_dim: int,
-        loss: LossName,
+        num_classes: int | None = None,
+        samples_per_class: int | None = None,
+        feature_dim: int | None = None,
+        loss: LossName | None = None,
         lambda_w: float | None = None,
         lambda_h: float | None = None,
         lambda_: float | None = None,
@@ -74,26 +97,50 @@ class UFM(RegularizedClassifier):
         dtype: DtypeName = "float64",
         optimizer: OptimizerCallable = ArmijoGD,
         iterations_per_step: int = 100,
+        problem: Problem | None = None,
     ) -> None:
-        check_sizes(num_classes=num_classes, samples_per_class=samples_per_class, feature_dim=feature_dim)
         check_scales(init_scale=init_scale)
         torch_dtype = resolve_dtype(dtype)
-        lambda_w, lambda_h = resolve_lambdas(lambda_w, lambda_h, lambda_, samples_per_class)
-        num_samples = num_classes * samples_per_class
-        check_memory("this UFM", (num_samples + num_classes) * feature_dim, torch_dtype)
+        given = {
+            "num_classes": num_classes,
+            "samples_per_class": samples_per_class,
+            "feature_dim": feature_dim,
+            "loss": loss,
+            "lambda_w": lambda_w,
+            "lambda_h": lambda_h,
+            "lambda_": lambda_,
+        }
+        settings = Settings.of_the_paper(given) if problem is None else Settings.of_problem(problem, given)
+        K, N, d = settings.num_classes, settings.num_samples, settings.feature_dim
+        check_memory("this UFM", (N + K) * d, torch_dtype)
         super().__init__(
-            backbone=FeatureTable(num_samples, feature_dim, torch_dtype),
-            head=undefined_linear(feature_dim, num_classes, torch_dtype, bias=loss == "mse"),
-            objective=Objective(loss, lambda_w, lambda_h),
-            num_samples=num_samples,
+            backbone=FeatureTable(N, d, torch_dtype),
+            head=undefined_linear(d, K, torch_dtype, bias=settings.has_bias),
+            objective=settings.objective,
+            num_samples=N,
             optimizer=optimizer,
             iterations_per_step=iterations_per_step,
         )
         leave_out_of_ddp(self, ["backbone.features"])  # Each process has rows of its own.
+        self._settings = settings
         self._all_rows: tuple[Tensor, int] | None = None  # Indices that were seen to be those of all rows, and version.
-        lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=["optimizer", "problem"])
+        self.save_hyperparameters(settings.hyperparameters())  # Resolved: a checkpoint carries what was trained.
         self.reset_parameters(init_scale)
+
+    @property
+    def problem(self) -> UFMProblem | Problem:
+        """The problem that was given; else the paper's, as :attr:`RegularizedClassifier.problem` has it."""
+        given = self._settings.problem
+        if given is None:
+            return super().problem
+        check_known(self, self._is_unconstrained)
+        if self.objective is not self._settings.objective:
+            raise UserError(
+                "objective is not that of the problem that the UFM was made with: make a UFM of the problem that it is "
+                "to train, or override the property problem."
+            )
+        return given
 
     @torch.no_grad()
     def reset_parameters(self, init_scale: float) -> None:
@@ -211,15 +258,11 @@ class UFM(RegularizedClassifier):
 
     def _is_plain(self) -> bool:
         """Whether what autograd would differentiate is Problem (2) as it stands."""
-        # Not an instance's own forward: a trainer of several processes puts one there, which F does not call.
-        methods = all(
-            getattr(type(self), name) is getattr(RegularizedClassifier, name)
-            for name in ("evaluate_objective", "forward")
-        )
-        patched = "evaluate_objective" in vars(self) or any("forward" in vars(m) for m in (self.head, self.backbone))
-        parts = (type(self.head), type(self.backbone), type(self.objective)) == (nn.Linear, FeatureTable, Objective)
-        free = all(p.requires_grad for p in self.parameters()) and not self.objective.lambda_b
-        return methods and not patched and parts and free
+        try:
+            check_known(self, unconstrained=True)
+        except UserError:
+            return False
+        return True
 
     def _is_hooked(self) -> bool:
         """Whether somebody is to see each call of head or backbone, or each gradient."""

@@ -164,7 +164,7 @@ def _check_kinds(features: Tensor, labels: Tensor) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise UserTypeError(
             f"labels must be integers, got {_described(labels)}: pass labels.long() of a tensor, labels.astype(int) of "
-            "an array."
+            "an array. For real targets there is nclightning.metrics.RegressionCollapse."
         )
 
 

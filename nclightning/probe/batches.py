@@ -13,6 +13,8 @@ from nclightning.probe.features import pair_rows
 
 __all__ = ["RowBuffer", "unlabelled"]
 
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 # What waits, at least so many rows and so many numbers: to take in many rows costs little more than to take in few.
 _ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
 
@@ -22,14 +24,15 @@ class RowBuffer:
 
     Args:
         *takers: Get features by name, each ``(N, d)``, and labels ``(N,)`` int64.
+        pair: Brings features and labels to such rows.
 
     Attributes:
         seen: Number of places in the batches so far.
     """
 
-    def __init__(self, *takers: Callable[[dict[str, Tensor], Tensor], None]) -> None:
+    def __init__(self, *takers: Callable[[dict[str, Tensor], Tensor], None], pair: Pair = pair_rows) -> None:
         self.seen = 0
-        self._takers, self._named = takers, False
+        self._takers, self._pair, self._named = takers, pair, False
         self._waiting: list[tuple[dict[str, Tensor], Tensor]] = []
         self._num_rows = self._num_elements = 0
 
@@ -64,7 +67,7 @@ class RowBuffer:
             return
         features, labels = dict[str, Tensor](), waiting[0][1]
         for name in waiting[0][0]:
-            batches = [_rows(captured[name], labels) for captured, labels in waiting]
+            batches = [self._rows(captured[name], labels) for captured, labels in waiting]
             if len(sizes := {h.shape[1] for h, _ in batches}) > 1:
                 raise UserError(
                     f"features of the layer {name!r} have {min(sizes)} numbers in one batch and {max(sizes)} in "
@@ -75,16 +78,15 @@ class RowBuffer:
         for take in self._takers:
             take(features, labels)
 
+    def _rows(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pair rows where they are not paired already."""
+        if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
+            return features, labels
+        return self._pair(features, labels)
+
 
 def unlabelled(captured: dict[str, Tensor], ignore_index: int | None) -> tuple[dict[str, Tensor], Tensor]:
     """Return head input of samples whose labels mean nothing here, all in one class that is not left out."""
     features = captured[""]
     labels = torch.full(features.shape[:-1], int(ignore_index == 0), dtype=torch.int64, device=features.device)
     return {"": features}, labels
-
-
-def _rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pair rows where they are not paired already."""
-    if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
-        return features, labels
-    return pair_rows(features, labels)

@@ -12,7 +12,12 @@ from torch import Tensor
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
-from nclightning.metrics.measures import Reading, select_measures
+from nclightning.metrics.measures import (
+    DEFAULT_MEASURES,
+    DEFAULT_MEASURES_OF_GROUPS,
+    Reading,
+    select_measures,
+)
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
@@ -41,6 +46,9 @@ class Measuring:
         ignore_index: Label of samples to leave out.
         conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
 
+    Attributes:
+        num_groups: How many groups of samples the labels say, where they say groups and not the classes of the head.
+
     Raises:
         ValueError: If a name does not exist or stands twice.
     """
@@ -50,6 +58,7 @@ class Measuring:
     ) -> None:
         self._ignore_index, self._conventions = ignore_index, conventions
         self._told: set[str] = set()
+        self.num_groups: int | None = None
         self.of_statistics: tuple[str, ...] | None = None
         self.of_decisions: tuple[str, ...] = ()
         if measures is None:
@@ -65,18 +74,21 @@ class Measuring:
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return the names of the measures of a data set, and one name for each further layer."""
-        of_statistics = ("nc1", "nc2", "nc3") if self.of_statistics is None else self.of_statistics
+        default = DEFAULT_MEASURES if self.num_groups is None else DEFAULT_MEASURES_OF_GROUPS
+        of_statistics = default if self.of_statistics is None else self.of_statistics
         return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
     def metric(self, head: Head | HeadReader) -> NeuralCollapse:
         """Make the metric of the head and its input."""
+        measures = ("all",) if self.of_statistics == tuple(MEASURES) else self.of_statistics
         return NeuralCollapse(
-            head.out_features,
+            head.out_features if self.num_groups is None else self.num_groups,
             head.in_features,
             head,
             # The lightest measure where only statistics are wanted.
-            ("nc1_ratio",) if self.of_statistics == () else self.of_statistics,
+            ("nc1_ratio",) if measures == () else measures,
             ignore_index=self._ignore_index,
+            groups=self.num_groups is not None,
             **self._conventions,
         ).to(device_of(head))
 

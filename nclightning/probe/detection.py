@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class _Search:
         self, module: nn.Module, call: Callable[[], Any], labels: Tensor | None, ignored: int | None, like: Like
     ) -> None:
         self._module, self._call, self._labels, self._like = module, call, labels, like
-        self._explained: set[str] = set()
+        self._explained, self._single = set[str](), like == "values"
         self._names = {child: name for name, child in module.named_modules()}
         self._seen = observe(module, call)
         self._most = -1
@@ -107,7 +107,7 @@ class _Search:
             )
         run = runs[0]
         features, output = class_last(layer, run.inputs), class_last(layer, run.output)
-        if output.shape[-1] < 2:
+        if output.shape[-1] < 2 and not self._single:
             raise UserError(
                 f"the head {name!r} of {self._title} has one output, and neural collapse is about at least two "
                 "classes: train with an output for each class. " + self._layers()
@@ -189,11 +189,15 @@ class _Search:
         for seen in [self._seen] if real else [observe(self._module, self._call, {layer: pattern}), self._seen]:
             leaves = {n: leaf for n, leaf in seen.leaves.items() if not self._explained or n in self._explained}
             own = seen.of(layer)
-            if own and (found := _closest(links(leaves, class_last(layer, own[-1].output), per_sample))) is not None:
+            if own and (found := self._closest(leaves, class_last(layer, own[-1].output), per_sample)) is not None:
                 return found
             if per_sample:  # Real logits may be alike at several positions.
                 return None
         return None
+
+    def _closest(self, leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool) -> Link | None:
+        found = links(leaves, logits, per_sample, single=self._single)
+        return min(found, key=lambda link: ("equal", "shift", "factor").index(link.like), default=None)
 
     def _exit(self, layer: nn.Module, link: Link | None) -> str | None:
         """Name the innermost module around a layer that returns the part of the output."""
@@ -224,7 +228,7 @@ class _Search:
                         continue
                     places = rows.shape[:-1]
                     per_sample = len(places) > 1 and shape != places and self._are_per_sample(places)
-                    found = _closest(links(self._seen.leaves, logits_of(own, rows), per_sample))
+                    found = self._closest(self._seen.leaves, logits_of(own, rows), per_sample)
                     if found is None or (normalizes and found.rows == "mean"):
                         if per_sample and any(links(self._seen.leaves, logits_of(own, rows))):
                             unpaired = places
@@ -324,7 +328,7 @@ class _Search:
 
     def _may_make(self, run: Run, leaf: Tensor) -> bool:
         output = class_last(run.layer, run.output)
-        return follows(leaf, output, either=True)
+        return follows(leaf, output, either=True, single=self._single)
 
     def _leads_to(self, run: Run, name: str) -> bool:
         """Whether a part of the output also follows from what a layer's output is replaced by."""
@@ -335,7 +339,7 @@ class _Search:
             return False  # A norm after the head, say, which need not change anything before training.
         seen = observe(self._module, self._call, {run.layer: pattern})
         own, leaf = seen.of(run.layer), seen.leaves.get(name)
-        return bool(own) and leaf is not None and follows(leaf, class_last(run.layer, own[-1].output), either=True)
+        return bool(own) and leaf is not None and self._may_make(own[-1], leaf)
 
     def _outermost(self, layers: list[nn.Module]) -> list[nn.Module]:
         return [layer for layer in layers if not any(layer in set(o.modules()) for o in layers if o is not layer)]
@@ -354,7 +358,7 @@ class _Search:
         output = class_last(layer, self._seen.of(layer)[-1].output)
         rows, labels = output.shape[:-1], self._labels
         fits_shape = labels is None or labels.shape in (rows, rows[:1], torch.Size([*rows[:1], 1]))
-        return fits_shape and output.shape[-1] > max(self._most, 1)
+        return fits_shape and output.shape[-1] > max(self._most, 0 if self._single else 1)
 
     def _check_influence(self, layer: nn.Module, explained: set[str]) -> None:
         """Refuse a layer that other parts of the output are made from in another way: the head comes after it."""
@@ -362,10 +366,10 @@ class _Search:
         if not others:
             return
         seen = observe(self._module, self._call, {layer: pattern})
-        output = class_last(layer, seen.of(layer)[-1].output)
+        run = seen.of(layer)[-1]
         for name, leaf in others.items():
             new = seen.leaves.get(name)
-            if new is not None and not torch.equal(new, leaf) and not follows(new, output, either=True):
+            if new is not None and not torch.equal(new, leaf) and not self._may_make(run, new):
                 raise UserError(
                     f"cannot tell which layer of {self._title} is the head: the output of {self._names[layer]!r} is a "
                     f"part of the output of the model, and the part {name!r} is made from it in a further way. "
@@ -380,10 +384,6 @@ class _Search:
 
     def _layers(self) -> str:
         return words_of_layers(self._module, self._seen)
-
-
-def _closest(found: Iterable[Link]) -> Link | None:
-    return min(found, key=lambda link: ("equal", "shift", "factor").index(link.like), default=None)
 
 
 def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool) -> str:

@@ -84,7 +84,7 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                     waiting = [each for each in gatherers if each not in served]
                     reader = served[0].reader.together_with([each.reader for each in served[1:]])
                     watch = reader.watch(module)
-                    rows = RowBuffer(*(each.add for each in served))
+                    rows = RowBuffer(*(each.add for each in served), pair=reader.pair)
                     for gatherer in served:
                         gatherer.begin(host, [each for each in served if each is not gatherer])
                 inputs, labels = reader.split(batch, served[0].labelled)

@@ -92,20 +92,24 @@ class FirstBatch:
             ValueError: With what was seen and the argument that repairs it.
             TypeError: If labels are no integers.
         """
-        labels = self._labels
-        if labels is not None:
+        labels, places = self._labels, self._labels
+        if like == "values" and labels is not None:
+            labels, places = None, _places_of(labels)
+        elif labels is not None:
             _check_labels(labels)
         whole = isinstance(self._batch, Mapping) and plain_batch
         ignored = IGNORED if ignore_index is None else ignore_index
 
         def find(inputs: Any) -> tuple[Found, Observation]:
-            return find_head(self._module, partial(self._run, inputs), head, labels, ignored, like)
+            return find_head(self._module, partial(self._run, inputs), head, places, ignored, like)
 
-        found, seen, inputs = self._find(find, whole)
+        found, seen, inputs = self._find(find, whole and like != "values")
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
             check_range(labels, found.reader, ignore_index, like == "factor")
+        if places is not None:
             self._check_order(found, seen)
+        if labels is not None:
             self._check_positions(found, seen, inputs, labels)
         shifted = False
         if labels is not None and labels.ndim == 2 and labels.shape == found.shape[:-1]:
@@ -256,6 +260,16 @@ def _with_first_sample_changed(inputs: Any, count: int) -> Any:
     if type(inputs) in (tuple, list):
         return type(inputs)(_with_first_sample_changed(value, count) for value in inputs)
     return inputs
+
+
+def _places_of(targets: Any) -> Tensor:
+    """Return a tensor in the shape that labels of the same samples would have, of which no value is looked at."""
+    if isinstance(targets, Tensor):
+        return torch.empty(targets.shape[: max(targets.ndim - 1, 1)])
+    raise UserTypeError(
+        f"targets must be a tensor, got {describe(targets)}: pass batch_fn=(batch) -> (inputs, targets) with the "
+        "targets of one head."
+    )
 
 
 def _check_labels(labels: Any) -> None:

@@ -13,7 +13,8 @@ from nclightning.probe.features import class_last
 
 __all__ = ["Like", "Link", "follows", "in_another_order", "links", "logits_of", "makes", "pattern"]
 
-Like = Literal["equal", "shift", "factor"]
+# Real values may be single ones, which are equal or not; the others need two outputs, to be compared up to a shift.
+Like = Literal["values", "equal", "shift", "factor"]
 
 _MOST_COMPARED = 2048
 
@@ -46,7 +47,7 @@ class Link(NamedTuple):
         undo: What is taken back first: ``"softmax"``, ``"sigmoid"``, or nothing.
         second: Whether classes are in the second place, and not in the last.
         like: Whether it is ``"equal"`` to the logits, or up to a ``"shift"`` of each row, which cross-entropy does not
-            see, or up to a shift and a ``"factor"``.
+            see, or up to a shift and a ``"factor"``; ``"values"`` as ``"equal"``.
     """
 
     part: str
@@ -76,7 +77,7 @@ class Link(NamedTuple):
         if rows.shape != made.shape:
             return no
         holds, is_shift, is_equal = _compare(rows, made, tolerance(output, logits))
-        return ~{"factor": holds, "shift": is_shift, "equal": is_equal}[self.like]
+        return ~{"factor": holds, "shift": is_shift}.get(self.like, is_equal)
 
     def chosen(self, output: Tensor, logits: Tensor) -> Tensor:
         """Positions ``(B,)`` of the rows that an output has, where they vary. Stays on the device."""
@@ -89,7 +90,9 @@ class Link(NamedTuple):
         return logits.detach().to(wide), _undone(rows, self.undo)
 
 
-def links(leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool = False) -> Iterator[Link]:
+def links(
+    leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool = False, *, single: bool = False
+) -> Iterator[Link]:
     """Yield the ways in which parts of an output follow from logits. Transfers to the host.
 
     A part follows if it equals the logits, or of each sample their mean over positions, or those of one position, up to
@@ -99,10 +102,11 @@ def links(leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool = False
         leaves: Parts of the output, by where they are.
         logits: ``(..., K)``.
         per_sample: Whether a row per sample is asked for, where logits have positions.
+        single: Whether logits may be single numbers, which a part equals or not.
     """
     classes, count = logits.shape[-1], logits.shape[:-1].numel()
     per_sample = per_sample and logits.ndim > 2
-    if classes < 2:
+    if classes < (1 if single else 2):
         return
     for part, output in leaves.items():
         sizes = {len(logits)} if per_sample else {count, len(logits)}
@@ -114,12 +118,13 @@ def links(leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool = False
         for second in [False] * last + [True] * (seen.ndim > 1 and seen.shape[1] == classes):
             rows = _rows(seen, classes, second)
             undoes: tuple[Literal["", "softmax", "sigmoid"], ...] = ("",)
-            if bool(((rows > 0) & (rows < 1)).all()):
+            if classes > 1 and bool(((rows > 0) & (rows < 1)).all()):
                 undoes = ("", "softmax", "sigmoid")
             for undo in undoes:
                 values = _undone(rows, undo)
                 for kind, position, own in _choices(values, made, tolerance(output, logits), per_sample):
                     holds, is_shift, is_equal = _compare(values, own, tolerance(output, logits))
+                    holds = holds if classes > 1 else is_equal
                     if bool(holds) and undo != "sigmoid":
                         like: Like = "equal" if not undo and bool(is_equal) else "shift" if bool(is_shift) else "factor"
                         yield Link(part, kind, position, undo, second, like)
@@ -144,18 +149,19 @@ def _choices(
             yield "one", 0 if first else -1 if final else None, own
 
 
-def follows(output: Tensor, logits: Tensor, *, either: bool = False) -> bool:
+def follows(output: Tensor, logits: Tensor, *, either: bool = False, single: bool = False) -> bool:
     """Whether an output is made of logits by something that keeps the classes.
 
     Args:
         output: Of the model.
         logits: ``(..., K)``.
         either: Let also count what is made of their mean over positions, or of one position.
+        single: As for :func:`links`.
 
     Returns:
         As :func:`links`. Transfers to the host.
     """
-    return any(either or link.rows == "same" for link in links({"": output}, logits))
+    return any(either or link.rows == "same" for link in links({"": output}, logits, single=single))
 
 
 def in_another_order(output: Tensor, logits: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +13,13 @@ from nclightning.functional import ClassStatistics, ExcessLoss
 from nclightning.functional.linear import autocast_off
 from nclightning.heads import Head
 from nclightning.metrics import NeuralCollapse
-from nclightning.metrics.optimality import check_counts, check_linear, head_loss, read_optimality
+from nclightning.metrics.gaps import Found, read_optimality
+from nclightning.metrics.reference import Reference
 from nclightning.probe.evaluation import Gatherer
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import StatisticsGatherer
 from nclightning.ranks import count_over_ranks, gather_tensors
-from nclightning.theory import UFMProblem
 
 __all__ = ["OptimalityCollector", "OptimalityGatherer"]
 
@@ -31,28 +30,19 @@ class OptimalityCollector:
     Nothing that is gathered depends on the penalties: they can be fitted to the same features at the end.
 
     Args:
-        loss: ``"mse"`` or ``"ce"``.
+        reference: What they are measured against.
         head: Weight and bias as they are during the pass.
-        penalties: On head and features; None fits both.
         own_statistics: Whether it gathers the statistics of the features, too. False where another collector of the
             same pass does, whose statistics :meth:`read` is given.
 
     Raises:
-        ValueError: If the head does not fit, MSE comes without a bias, or ``d < K - 1``.
+        ValueError: If the head does not fit.
     """
 
-    def __init__(
-        self,
-        loss: Literal["mse", "ce"],
-        head: Head,
-        penalties: tuple[float, float] | None = None,
-        *,
-        own_statistics: bool = True,
-    ) -> None:
-        check_linear(loss, head)
-        self._head, self._penalties = head_loss(loss, head, head.device), penalties
-        sizes = head.out_features, head.in_features
-        self._excess = ExcessLoss.empty(*sizes, head.device)
+    def __init__(self, reference: Reference, head: Head, *, own_statistics: bool = True) -> None:
+        sizes = reference.check_head(head)
+        self._reference, self._head = reference, reference.head_loss(head, head.device)
+        self._excess = ExcessLoss.empty(*sizes, head.out_features, head.device)
         # Of the lightest measure: only its statistics are wanted.
         self._metric = NeuralCollapse(*sizes, measures=("nc1_ratio",)).to(head.device) if own_statistics else None
         self._num_seen = 0
@@ -62,7 +52,7 @@ class OptimalityCollector:
 
         Args:
             features: ``(N, d)``.
-            labels: ``(N,)`` int64. Those outside ``0..K-1`` are left out, and refused by the statistics.
+            labels: ``(N,)`` int64. Those outside ``0..M-1`` are left out, and refused by the statistics.
             copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
         self._num_seen += len(labels)
@@ -71,17 +61,17 @@ class OptimalityCollector:
                 self._metric.update(features, labels, copy=copy)
             self._excess = self._excess.add(features, labels, self._head)
 
-    def read(self, stats: ClassStatistics | None = None) -> dict[str, Tensor]:
+    def read(self, stats: ClassStatistics | None = None) -> Found:
         """Evaluate gap and distance over all processes, which must all come here.
 
         Args:
             stats: Statistics of the same features, over all processes; None takes its own.
 
         Returns:
-            As :func:`nclightning.metrics.optimality.read_optimality`.
+            As :func:`nclightning.metrics.gaps.read_optimality`.
 
         Raises:
-            ValueError: If a label was outside ``0..K-1``, or classes are not balanced.
+            ValueError: If a label was outside ``0..M-1``, or labels are not those of the problem.
         """
         if stats is None:
             assert self._metric is not None, "made without statistics of its own"
@@ -94,15 +84,7 @@ class OptimalityCollector:
         with torch.no_grad(), autocast_off(self._head.weight.device):
             parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]
             excess = reduce(lambda one, other: one.merge(other, self._head), parts)
-            return read_optimality(stats, excess, self._head, self._problem(stats))
-
-    def _problem(self, stats: ClassStatistics) -> UFMProblem | None:
-        if self._penalties is None:
-            return None
-        num_samples = int(stats.counts.max())
-        check_counts(stats.counts, num_samples)
-        weight = self._head.weight
-        return UFMProblem(self._head.loss, weight.shape[0], num_samples, weight.shape[1], *self._penalties)
+            return read_optimality(stats, excess, self._head, self._reference)
 
 
 class OptimalityGatherer:
@@ -110,16 +92,13 @@ class OptimalityGatherer:
 
     Args:
         reader: Of features and labels.
-        loss: As for :class:`OptimalityCollector`.
-        penalties: The same.
+        reference: As for :class:`OptimalityCollector`.
     """
 
     labelled = True
 
-    def __init__(
-        self, reader: PairReader, loss: Literal["mse", "ce"], penalties: tuple[float, float] | None = None
-    ) -> None:
-        self.reader, self._loss, self._penalties = reader, loss, penalties
+    def __init__(self, reader: PairReader, reference: Reference) -> None:
+        self.reader, self._reference = reader, reference
         self._collector: OptimalityCollector | None = None
         self._statistics: StatisticsGatherer | None = None  # Of the same pass.
 
@@ -134,12 +113,12 @@ class OptimalityGatherer:
         statistics = [each for each in others if isinstance(each, StatisticsGatherer)]
         self._statistics = statistics[0] if statistics else None
         head = self.reader.whole_head_of(host.module)
-        self._collector = OptimalityCollector(self._loss, head, self._penalties, own_statistics=not statistics)
+        self._collector = OptimalityCollector(self._reference, head, own_statistics=not statistics)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
         """Take rows."""
         self.collector.update(features[""], labels, copy=False)
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> Found:
         """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""
         return self.collector.read(None if self._statistics is None else self._statistics.statistics[""])

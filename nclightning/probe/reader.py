@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nclightning.errors import UserError, listed, nearest
 from nclightning.heads import Head, HeadReader, weight_shape
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.features import NoLabelsError, call_model, describe, split_batch
+from nclightning.probe.features import NoLabelsError, call_model, describe, pair_rows, split_batch
 from nclightning.probe.first_batch import IGNORED, FirstBatch, Known
 from nclightning.probe.host import Host
 from nclightning.probe.inputs import inputs_kept
@@ -84,11 +84,6 @@ class PairReader:
 
     # Batches.
 
-    @property
-    def splits_plainly(self) -> bool:
-        """Whether labels are what the data set holds under that name or in that place."""
-        return self._batch_fn is None
-
     def split(self, batch: Any, labelled: bool = True) -> tuple[Any, Tensor]:
         """Split a batch into what the model is called with, and the labels as they belong to the feature rows.
 
@@ -118,6 +113,10 @@ class PairReader:
         if not isinstance(split, tuple | list) or len(split) != 2:
             raise UserError(f"batch_fn must return (inputs, labels), it returned {describe(split)}.")
         return split[0], split[1]
+
+    def pair(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring features and labels to rows; see :func:`nclightning.probe.features.pair_rows`."""
+        return pair_rows(features, labels)
 
     # The first batch.
 
@@ -260,7 +259,7 @@ class PairReader:
         weight = self._head if head.layer is None else head.layer, head.form, head.normalizes
         ignored = None if self.ignore_index in (None, IGNORED) else self.ignore_index
         batches = self._batch_fn, self._forward_fn, known.with_labels, known.shifted, ignored
-        return (known.module(), *where, *weight, *batches)
+        return (type(self), known.module(), *where, *weight, *batches)
 
     def together_with(self, others: list[PairReader]) -> PairReader:
         """Return a reader that sees what several see of a known model, with the layers of all.
@@ -271,7 +270,7 @@ class PairReader:
         if not others:
             return self
         everybody = [self, *others]
-        strictest = max(everybody, key=lambda each: ("factor", "shift", "equal").index(each.like))
+        strictest = max(everybody, key=lambda each: ("factor", "shift", "equal", "values").index(each.like))
         pooling = next((each._pooling for each in everybody if each.layers), self._pooling)
         layers = tuple(dict.fromkeys(name for each in everybody for name in each.layers))
         made = PairReader(

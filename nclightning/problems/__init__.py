@@ -3,6 +3,7 @@
 from nclightning.problems.answers import NoAnswer
 from nclightning.problems.contract import assert_problem_contract
 from nclightning.problems.cross_entropy import BinaryCrossEntropy, CrossEntropy
+from nclightning.problems.known import KnownProblem
 from nclightning.problems.loss import Loss
 from nclightning.problems.members.balanced import balanced_ce, balanced_mse
 from nclightning.problems.members.multi_label import multi_label_bce
@@ -10,8 +11,8 @@ from nclightning.problems.members.regression import regression, regression_gram
 from nclightning.problems.members.soft import label_smoothing, mixup, soft_labels
 from nclightning.problems.members.squared import mse_with_penalized_bias, mse_without_bias, unbalanced_mse
 from nclightning.problems.members.unbalanced_ce import logit_adjusted_ce, unbalanced_ce, weighted_ce
-from nclightning.problems.optimal_set import Solution
 from nclightning.problems.optimum import Optimum
+from nclightning.problems.orbit import Solution
 from nclightning.problems.problem import Problem
 from nclightning.problems.rates import Rates
 from nclightning.problems.spectrum import Eigenvalue
@@ -22,6 +23,7 @@ __all__ = [
     "BinaryCrossEntropy",
     "CrossEntropy",
     "Eigenvalue",
+    "KnownProblem",
     "Loss",
     "NoAnswer",
     "Optimum",

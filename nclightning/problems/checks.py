@@ -11,26 +11,31 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.problems.loss import Loss
-from nclightning.problems.optimal_set import Moments, Solution
+from nclightning.problems.orbit import Moments, Solution
 
 if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
+    from nclightning.problems.with_optimum import WithOptimum
 
-__all__ = ["admit", "admit_moments", "check_arguments", "check_labels", "check_shapes", "table"]
+__all__ = [
+    "admit",
+    "admit_moments",
+    "check_arguments",
+    "check_groups",
+    "check_labels",
+    "check_point",
+    "check_table",
+    "rows_are_classes",
+]
 
 
-def table(
+def check_groups(
     targets: Tensor | Sequence[Sequence[float]] | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
-    if targets is None:
-        targets = torch.eye(len(counts))
-    # Numbers of Python are read in full, which torch's default dtype would not do.
-    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
-    if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
-        raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
+    rows = check_table(torch.eye(len(counts)) if targets is None else targets, loss)
     numbers = torch.as_tensor(counts, dtype=torch.float64, device="cpu").detach()
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
@@ -38,11 +43,27 @@ def table(
             f"{tuple(numbers.shape)}."
         )
     if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
-        raise UserError(
-            f"counts must be integers, none negative and one positive, got {torch.as_tensor(counts).tolist()}."
-        )
-    loss.check_targets(rows)
+        given = torch.as_tensor(counts).tolist()
+        raise UserError(f"counts must be integers, none negative and one positive, got {given}.")
     return rows, numbers.long()
+
+
+def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tensor:
+    """Targets ``(M, K)`` float64 on the host, a copy, checked."""
+    # Numbers of Python are read in full, which torch's default dtype would not do.
+    rows = torch.as_tensor(targets, dtype=torch.float64, device="cpu").detach().clone()
+    if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
+        raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
+    loss.check_targets(rows)
+    return rows
+
+
+def rows_are_classes(targets: Tensor) -> bool:
+    """Whether each of K classes has one row of targets ``(M, K)``, in which it is the largest entry."""
+    if targets.shape[0] != targets.shape[1]:
+        return False
+    largest = targets.diagonal().unsqueeze(1)
+    return bool(((targets < largest).sum(dim=1) == len(targets) - 1).all())
 
 
 def check_arguments(problem: Problem) -> None:
@@ -62,40 +83,46 @@ def _is_positive(value: object) -> bool:
     return number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
 
 
-def check_shapes(problem: Problem, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Raise unless a point has the sizes of the problem."""
+def check_point(
+    problem: WithOptimum, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None, *, labels_too: bool
+) -> None:
+    """Raise unless a point has the sizes of the problem, and the labels its counts, which takes a transfer."""
     K, d, N = problem.num_classes, problem.feature_dim, problem.num_samples
-    for name, tensor, shape in (
-        ("weight", weight, (K, d)),
-        ("features", features, (N, d)),
-        ("labels", labels, (N,)),
-    ):
+    _check_shapes(("weight", weight, (K, d)), ("features", features, (N, d)), ("labels", labels, (N,)))
+    _check_bias(problem, bias, is_needed=problem.has_bias, is_allowed=problem.has_bias)
+    if labels_too:
+        check_labels(problem, labels)
+
+
+def _check_shapes(*given: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    for name, tensor, shape in given:
         if tuple(tensor.shape) != shape:
             raise UserError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
-    _check_bias(problem, bias)
 
 
-def _check_bias(problem: Problem, bias: Tensor | None) -> None:
-    if problem.has_bias and (bias is None or tuple(bias.shape) != (problem.num_classes,)):
-        came = None if bias is None else tuple(bias.shape)
-        raise UserError(f"bias must have shape ({problem.num_classes},) for bias={problem.bias!r}, got {came}.")
-    if not problem.has_bias and bias is not None:
-        raise UserError("bias must be None for a problem with bias='none'.")
+def _check_bias(problem: WithOptimum, bias: Tensor | None, *, is_needed: bool, is_allowed: bool) -> None:
+    came, shape = None if bias is None else tuple(bias.shape), (problem.num_classes,)
+    if bias is not None and not is_allowed:
+        raise UserError(f"bias must be None for {problem.bias_said}: the optimum is that of a head without one.")
+    if came != shape and (is_needed or bias is not None):
+        raise UserError(f"bias must have shape {shape} for {problem.bias_said}, got {came}.")
 
 
-def check_labels(problem: Problem, labels: Tensor) -> None:
-    """Raise unless each group occurs as often as the counts say. One transfer to the host."""
+def check_labels(problem: WithOptimum, labels: Tensor) -> None:
+    """Raise unless each group occurs as often as the problem says. One transfer to the host."""
     if labels.dtype != torch.int64:
         raise UserError(f"labels must be int64, got {labels.dtype}.")
     if not torch.equal(labels.sort().values, problem.labels(labels.device)):
+        counts = problem.samples_per_group
+        often = f"exactly {counts} times" if isinstance(counts, int) else "as often as counts says"
         raise UserError(
-            f"labels must hold each of the groups 0..{problem.num_groups - 1} as often as counts says: the answers are "
-            "those of these counts."
+            f"labels must hold each of the groups 0..{problem.num_groups - 1} {often}: the answers are those of these "
+            "counts."
         )
 
 
 def admit(
-    problem: Problem,
+    problem: WithOptimum,
     weight: Tensor,
     features: Tensor,
     labels: Tensor,
@@ -104,19 +131,19 @@ def admit(
     labels_too: bool = True,
 ) -> Solution:
     """Check a point against the problem and cast it to float64."""
-    check_shapes(problem, weight, features, labels, bias)
-    if labels_too:
-        check_labels(problem, labels)
-    bias = None if bias is None else bias.detach().double()
-    return Solution(weight.detach().double(), features.detach().double(), labels, bias)
+    check_point(problem, weight, features, labels, bias, labels_too=labels_too)
+    return Solution(_double(weight), _double(features), labels, None if bias is None else _double(bias))
 
 
-def admit_moments(problem: Problem, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None) -> Moments:
+def admit_moments(
+    problem: WithOptimum, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None, *, needs_bias: bool
+) -> Moments:
     """The same for a point that is given by its moments."""
     K, M, d = problem.num_classes, problem.num_groups, problem.feature_dim
-    for name, tensor, shape in (("weight", weight, (K, d)), ("means", means, (M, d))):
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
-    _check_bias(problem, bias)
-    bias = None if bias is None else bias.detach().double()
-    return Moments(weight.detach().double(), means.detach().double(), spread.detach().double(), bias)
+    _check_shapes(("weight", weight, (K, d)), ("means", means, (M, d)))
+    _check_bias(problem, bias, is_needed=needs_bias, is_allowed=problem.moments_take_bias)
+    return Moments(_double(weight), _double(means), _double(spread), None if bias is None else _double(bias))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double()

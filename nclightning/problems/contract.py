@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.problems.optimal_set import Solution
+from nclightning.problems.orbit import Solution
 
 if TYPE_CHECKING:
     from collections.abc import Callable

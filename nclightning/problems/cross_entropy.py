@@ -12,15 +12,20 @@ from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
 from nclightning.problems.groups import Factors, Groups
-from nclightning.problems.loss import Loss
+from nclightning.problems.loss import Loss, target_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["BinaryCrossEntropy", "CrossEntropy"]
 
-# Above this deviation exp(t) in the divergence may overflow; below it exp(t) - 1 - t is harmless.
-_LARGEST_EXPONENT = 30.0
+# Below this exp(t) - 1 - t is taken from its Taylor series with these coefficients, whose rest is 1e-17 of it. Above it
+# the difference loses at most five bits.
+_SERIES_BELOW = 0.125
+_COEFFICIENTS = (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800)
+# Above the first a probability times exp(t) is taken from its logarithm: the probability may be too small for a number.
+# Above the second it is too large for one, and so would be the sum of as many as there are classes.
+_LARGE_EXPONENT, _LARGEST_EXPONENT = 30.0, 680.0
 # K q is a product of two square roots: four roundings.
 _ROUNDING = 4 * 2.0**-52
 
@@ -45,6 +50,7 @@ class CrossEntropy(Loss):
 
     offset: Sequence[float] | Tensor | None = None
     class_weights: Sequence[float] | Tensor | None = None
+    short_name = "CE"
     shift_invariant = True
 
     @property
@@ -92,6 +98,24 @@ class CrossEntropy(Loss):
         rest = rest.scatter(1, index, 0.0)
         return rest.scatter(1, index, -rest.sum(dim=1, keepdim=True))
 
+    def mean(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Evaluate the mean loss of samples that share targets."""
+        if targets is not None or self.class_weights is not None:
+            return super().mean(logits, targets, labels)
+        return -torch.log_softmax(self._adjusted(logits), dim=1).gather(1, labels.unsqueeze(1)).mean()
+
+    def sum_and_residual_(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Replace logits by the probabilities minus the target; return the sum of the losses."""
+        log_probability = torch.log_softmax(self._adjusted(logits), dim=1)
+        if targets is None and self.class_weights is None:
+            index = labels.unsqueeze(1)
+            losses = log_probability.gather(1, index).sum(dtype=torch.float64).neg_()
+            torch.exp(log_probability, out=logits).scatter_(1, index, -1.0, reduce="add")
+            return losses
+        weighted = self._weighted(target_rows(logits, targets, labels))
+        torch.exp(log_probability, out=logits).mul_(weighted.sum(dim=1, keepdim=True)).sub_(weighted)
+        return weighted.mul_(log_probability).sum(dtype=torch.float64).neg_()
+
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p) - p p^T``."""
         p = torch.softmax(self._adjusted(logits), dim=1)
@@ -100,8 +124,11 @@ class CrossEntropy(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
-        log_p = torch.log_softmax(self._adjusted(reference), dim=1)
-        return self._weighted(targets).sum(dim=1) * _log_mean_exp(log_p, logits - reference)
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        return self._weighted(targets).sum(dim=1) * _cumulant(torch.log_softmax(self._adjusted(reference), dim=1), step)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         """Entropy of the distribution ``u + y``."""
@@ -122,10 +149,8 @@ class CrossEntropy(Loss):
         have, want = (share * mass).sum(dim=0), (share * weighted).sum(dim=0)
         kept = mass * torch.where(have > want, want / have, 1)
         lack = (want - have).clamp(min=0)
-        if not bool(lack.sum() > 0):
-            return dual
         freed = (mass - kept).sum(dim=1, keepdim=True)
-        return kept + freed * lack / lack.sum() - weighted
+        return torch.where(lack.sum() > 0, kept + freed * lack / lack.sum() - weighted, dual)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         return logits if self.offset is None else logits + torch.as_tensor(self.offset).to(logits)
@@ -168,6 +193,7 @@ class BinaryCrossEntropy(Loss):
     ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
     """
 
+    short_name = "BCE"
     exchangeable = True
 
     def unattained(self, targets: Tensor) -> str | None:
@@ -198,10 +224,14 @@ class BinaryCrossEntropy(Loss):
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Sum over the classes of that of two classes, of which one has the logit zero."""
-        flat, step = reference.reshape(-1, 1), (logits - reference).reshape(-1, 1)
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        flat, change = reference.reshape(-1, 1), step.reshape(-1, 1)
         log_p = torch.cat([logsigmoid(-flat), logsigmoid(flat)], dim=1)
-        both = torch.cat([torch.zeros_like(step), step], dim=1)
-        return _log_mean_exp(log_p, both).view_as(logits).sum(dim=1)
+        both = torch.cat([torch.zeros_like(change), change], dim=1)
+        return _cumulant(log_p, both).view_as(step).sum(dim=1)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         """Sum of binary entropies of ``u + y``."""
@@ -230,19 +260,24 @@ def _orthogonal_to_ones(like: Tensor) -> Tensor:
     return reflection[:, 1:]
 
 
-def _log_mean_exp(log_probability: Tensor, change: Tensor) -> Tensor:
-    """Logarithm of the mean of ``exp(change)`` without its linear term; probabilities in rows."""
+def _cumulant(log_probability: Tensor, change: Tensor) -> Tensor:
+    r"""Logarithm of the mean of :math:`e^t` without its linear term, under probabilities in the last dimension."""
     probability = log_probability.exp()
     t = change - (probability * change).sum(dim=1, keepdim=True)
-    largest = t.amax(dim=1)
-    # Both branches are finite for every finite t: torch.where evaluates both.
-    near = torch.log1p((probability * _exp_excess(t.clamp(max=_LARGEST_EXPONENT))).sum(dim=1))
-    return torch.where(largest > _LARGEST_EXPONENT, torch.logsumexp(log_probability + t, dim=1), near)
+    # The mean of t is zero, so that this is the logarithm of the mean, and every term is non-negative.
+    terms = probability * _exponential_excess(t)
+    if t.device.type == "cpu" and not bool((t > _LARGE_EXPONENT).any()):  # To ask another device takes longer.
+        return torch.log1p(terms.sum(dim=1))
+    grown = log_probability + t
+    terms = torch.where(t > _LARGE_EXPONENT, grown.clamp(max=_LARGEST_EXPONENT).exp() - probability * (1 + t), terms)
+    overflows = (grown > _LARGEST_EXPONENT).any(dim=1)
+    return torch.where(overflows, torch.logsumexp(grown, dim=1), torch.log1p(terms.sum(dim=1)))
 
 
-def _exp_excess(t: Tensor) -> Tensor:
-    """``exp(t) - 1 - t`` to full relative accuracy, by its series where the difference would cancel."""
-    series = torch.ones_like(t)
-    for k in range(18, 2, -1):
-        series = 1 + t / k * series
-    return torch.where(t.abs() <= 0.5, t.square() / 2 * series, torch.expm1(t) - t)
+def _exponential_excess(t: Tensor) -> Tensor:
+    """``exp(t) - 1 - t`` to full relative accuracy, of t that is not large."""
+    series = torch.full_like(t, _COEFFICIENTS[-1])
+    for coefficient in reversed(_COEFFICIENTS[:-1]):
+        series.mul_(t).add_(coefficient)
+    series.mul_(t).mul_(t)
+    return torch.where(t.abs() <= _SERIES_BELOW, series, torch.expm1(t.clamp(max=_LARGE_EXPONENT)) - t)

@@ -27,22 +27,24 @@ def describe(problem: Problem) -> dict[str, Any]:
         problem: Its loss must keep the arguments that it was made with as attributes of the same names.
 
     Returns:
-        The arguments of :class:`nclightning.problems.Problem`, the loss by its class.
+        ``class_path`` and ``init_args`` of :class:`nclightning.problems.Problem`, as a configuration has them.
 
     Raises:
         ValueError: If the loss does not keep an argument.
     """
     targets = None if problem.has_hard_labels else _plain(problem.targets)
     loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
-    return {"loss": loss, "targets": targets} | {name: _plain(getattr(problem, name)) for name in _FIELDS}
+    arguments = {"loss": loss, "targets": targets} | {name: _plain(getattr(problem, name)) for name in _FIELDS}
+    return {"class_path": "nclightning.problems.Problem", "init_args": arguments}
 
 
-def from_description(description: Mapping[str, Any]) -> Problem:
+def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
     """Make the problem that :func:`describe` wrote, or that a configuration names.
 
     Args:
-        description: Arguments of :class:`nclightning.problems.Problem`; or ``class_path``, a function that makes a
-            problem, and ``init_args``.
+        kind: :class:`nclightning.problems.Problem`.
+        description: ``class_path``, :class:`nclightning.problems.Problem` or a function that makes a problem, and
+            ``init_args``.
 
     Returns:
         The problem.
@@ -50,24 +52,19 @@ def from_description(description: Mapping[str, Any]) -> Problem:
     Raises:
         ValueError: If it says no problem.
     """
-    from nclightning.problems.problem import Problem  # noqa: PLC0415
-
-    made: Any = _made(description, "problem") if "class_path" in description else dict(description)
-    if isinstance(made, Problem):
-        return made
-    if not isinstance(made, dict):
-        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
-    loss = made.get("loss")
+    if "class_path" not in description:
+        raise UserError(f"problem: class_path is missing, got {', '.join(description)}.")
+    arguments = dict(description.get("init_args") or {})
+    loss = arguments.get("loss")
     if isinstance(loss, Mapping) and "class_path" in loss:
-        made["loss"] = _made(loss, "problem.loss", Loss)
-    try:
-        return Problem(**made)
-    except TypeError as error:
-        raise UserError(f"problem: {error}.") from error
+        arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
+    made = _made(description["class_path"], arguments, "problem")
+    if not isinstance(made, kind):
+        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
+    return made
 
 
-def _made(description: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
-    path, arguments = description["class_path"], description.get("init_args") or {}
+def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:

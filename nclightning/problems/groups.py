@@ -12,7 +12,7 @@ Letters of this package: M groups, K outputs, :math:`n_m` samples of group m, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nclightning.problems.loss import Loss
 
-__all__ = ["Factors", "Groups"]
+__all__ = ["Factors", "Groups", "bias_part"]
 
 
 class Factors(NamedTuple):
@@ -134,14 +134,18 @@ class Groups:
         ]
         return torch.stack(columns, dim=1) + self.lambda_b * axes
 
-    def lower_bound(self, residuals: Tensor) -> float | None:
+    def to(self, device: torch.device) -> Groups:
+        """The same on a device."""
+        return replace(self, targets=self.targets.to(device), counts=self.counts.to(device))
+
+    def lower_bound(self, residuals: Tensor) -> Tensor | None:
         r"""Bound the minimum from below by any residuals of the groups, weak duality.
 
         Args:
             residuals: ``(M, K)``, in the domain of the loss's conjugate: the mean residual of each group's samples.
 
         Returns:
-            The bound; None if the conjugate of the loss is not known.
+            The bound, a scalar; None if the conjugate of the loss is not known.
         """
         shares = self.shares
         if self.lambda_b == 0:
@@ -150,9 +154,9 @@ class Groups:
         values = self.loss.dual_value(dual, self.targets)
         if values is None:
             return None
-        return float((shares * values).sum()) - self._bias_part(dual)
+        return (shares * values).sum() - bias_part(shares @ dual, self.lambda_b)
 
-    def lower_bound_at(self, logits: Tensor) -> float:
+    def lower_bound_at(self, logits: Tensor) -> Tensor:
         """Bound the minimum from below by logits of the groups, ``(M, K)`` with the bias.
 
         Without a conjugate, by its value ``<z, u> - l(z)`` at the gradient u of the loss, and its convexity between u
@@ -167,9 +171,9 @@ class Groups:
         factor = self._admissible(residuals)
         values = self.loss.value(logits, self.targets) - (logits * residuals).sum(dim=1)
         return (
-            factor * float((self.shares * values).sum())
+            factor * (self.shares * values).sum()
             + (1 - factor) * self.loss.lower_bound
-            - self._bias_part(factor * residuals)
+            - bias_part(self.shares @ (factor * residuals), self.lambda_b)
         )
 
     def excess(self, factors: Factors) -> tuple[float, float]:
@@ -186,7 +190,7 @@ class Groups:
         """
         logits, bias = self.logits(factors.scaled_logits, factors.bias), factors.bias
         residuals = self.loss.residual(logits, self.targets)
-        factor = self._admissible(residuals)
+        factor = float(self._admissible(residuals))
         least = self.loss.dual_value(torch.zeros_like(residuals), self.targets)
         lowest = self.loss.lower_bound if least is None else float((self.shares * least).sum())
         excess = (1 - factor) * (float(self.mean_loss(logits)) - lowest)
@@ -198,14 +202,15 @@ class Groups:
         bent = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
         return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * bent).sum())
 
-    def _admissible(self, residuals: Tensor) -> float:
+    def _admissible(self, residuals: Tensor) -> Tensor:
         """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""
         matrix = self.scaled(residuals)
         # Its rounding must not raise the bound.
-        norm = float(torch.linalg.matrix_norm(matrix, 2)) * (1 + 4 * torch.finfo(matrix.dtype).eps)
-        return min(1.0, self.strength / norm) if norm > 0 else 1.0
+        norm = torch.linalg.matrix_norm(matrix, 2) * (1 + 4 * torch.finfo(matrix.dtype).eps)
+        factor: Tensor = (self.strength / norm).clamp(max=1)
+        return factor
 
-    def _bias_part(self, dual: Tensor) -> float:
-        if not self.lambda_b:
-            return 0.0
-        return float((self.shares @ dual).square().sum()) / (2 * self.lambda_b)
+
+def bias_part(mean: Tensor, lambda_b: float | None) -> Tensor | float:
+    """What a penalized bias takes off a lower bound, from the mean of the dual rows over all samples ``(K,)``."""
+    return mean.square().sum() / (2 * lambda_b) if lambda_b else 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nclightning.problems.groups import Factors, Groups
 
-__all__ = ["Loss"]
+__all__ = ["Loss", "target_rows"]
 
 # A difference that is at least this part of its terms is right to 1e-13 of itself.
 _SAFE_DIFFERENCE = 1e-3
@@ -33,6 +33,7 @@ class Loss:
     :meth:`dual_value` for a sharper certified bound.
 
     Attributes:
+        short_name: In tables and pictures, such as ``"CE"``; that of the class where it is empty.
         lower_bound: A number that no loss falls below. The certified bound needs it if there is no
             :meth:`dual_value`.
         shift_invariant: Whether adding one number to all logits of a row changes nothing. A free bias is then
@@ -41,6 +42,7 @@ class Loss:
             of balanced classes be found for many classes.
     """
 
+    short_name: str = ""
     lower_bound: float = 0.0
     shift_invariant: bool = False
     exchangeable: bool = False
@@ -64,6 +66,23 @@ class Loss:
         """Gradient of each row's loss in its logits, ``(B, K)``."""
         gradient: Tensor = torch.func.grad(lambda z: self.value(z, targets).sum())(logits)
         return gradient
+
+    def mean(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Evaluate the mean loss of samples that share targets, differentiable; scalar of the logits' dtype.
+
+        Args:
+            logits: ``(B, K)``.
+            targets: ``(M, K)``; None for hard labels, whose targets are the rows of the identity.
+            labels: Row of the targets for each sample, ``(B,)`` int64. One out of range raises.
+        """
+        return self.value(logits, target_rows(logits, targets, labels)).mean()
+
+    def sum_and_residual_(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Replace logits by :meth:`residual`, in place; return the sum of the losses, float64. Arguments as above."""
+        rows = target_rows(logits, targets, labels)
+        losses = self.value(logits, rows).sum(dtype=torch.float64)
+        torch.mul(self.residual(logits, rows), 1, out=logits)  # Unlike copy_ also on fake tensors of an absent device.
+        return losses
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product of each row's Hessian with a row of ``direction (B, K)``."""
@@ -103,6 +122,13 @@ class Loss:
         safe = plain > _SAFE_DIFFERENCE * torch.maximum(now.abs(), torch.maximum(before.abs(), slope.abs()))
         return torch.where(safe, plain, integral.clamp(min=0))
 
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Bregman divergence of ``reference + step`` from the reference.
+
+        The default is :meth:`divergence` of that sum, whose rounding a step of its own does not have.
+        """
+        return self.divergence(reference + step, reference, targets)
+
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor | None:
         """Least value over z of ``loss(z) - <z, u>`` for each row u of ``dual``: minus the conjugate.
 
@@ -129,3 +155,10 @@ class Loss:
     def has_low_rank_optimum(self, groups: Groups) -> bool:
         """Whether fewer features than the rank keep the largest singular values of the closed form; default False."""
         return False
+
+
+def target_rows(logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+    """Target of each sample. Both ways raise on a label out of range, where torch's own losses would skip -100."""
+    if targets is not None:
+        return targets.index_select(0, labels)
+    return torch.zeros_like(logits).scatter_(1, labels.unsqueeze(1), 1.0)

@@ -44,11 +44,11 @@ def find_optimal_set(optimum: Optimum, feature_dim: int, lambda_w: float, lambda
     last = float(singular[feature_dim - 1])
     equal = (singular - last).abs() <= _EQUAL * last
     if not bool(equal[feature_dim]):
-        return OptimalSet(kept, feature_dim, lambda_w, lambda_h)
+        return OptimalSet(kept, feature_dim, lambda_w, lambda_h, is_cut=True)
     if not bool(equal[0]):
         raise NoAnswer(
             "distance",
             f"feature_dim={feature_dim} keeps some of several equal singular values beside larger ones; the nearest "
             "member of that optimal set has no formula. Change feature_dim.",
         )
-    return OptimalSet(optimum.cut(int(equal.sum())), feature_dim, lambda_w, lambda_h)
+    return OptimalSet(optimum.cut(int(equal.sum())), feature_dim, lambda_w, lambda_h, is_cut=True)

@@ -128,7 +128,7 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
         merged, index = _merged(groups)
         factors, method = _expand(_solved(merged), groups, merged, index), "numerical"
     value = groups.value(factors)
-    gap = value - groups.lower_bound_at(groups.logits(factors.scaled_logits, factors.bias))
+    gap = value - float(groups.lower_bound_at(groups.logits(factors.scaled_logits, factors.bias)))
     # The minimum is at most the value at zero; both come with rounding of that size.
     zero = torch.zeros_like(groups.targets)
     rounding = 64 * torch.finfo(zero.dtype).eps * abs(float(groups.mean_loss(zero)))

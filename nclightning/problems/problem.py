@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,21 +12,22 @@ from torch import Tensor
 
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_arguments, check_labels, check_shapes, table
+from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
 from nclightning.problems.description import describe, from_description
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
-from nclightning.problems.optimal_set import Moments, OptimalSet, Solution, group_means
+from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
-from nclightning.problems.rates import Rates
+from nclightning.problems.orbit import Orbit
 from nclightning.problems.spectrum import Eigenvalue, spectrum
+from nclightning.problems.with_optimum import WithOptimum
+from nclightning.problems.wording import one_line
 
 __all__ = ["Problem"]
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
+class Problem(WithOptimum):
     r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
 
     .. math::
@@ -62,54 +62,75 @@ class Problem:
         0.137515
     """
 
-    loss: Loss
-    targets: Tensor | Sequence[Sequence[float]] | None
-    counts: Tensor | Sequence[int]
-    feature_dim: int
-    lambda_w: float
-    lambda_h: float
-    bias: Literal["none", "free"] | float = "none"
-    tolerance: float = 1e-10
-
-    def __post_init__(self) -> None:
-        targets, counts = table(self.targets, self.counts, self.loss)
-        object.__setattr__(self, "targets", targets)
-        object.__setattr__(self, "counts", counts)
+    def __init__(
+        self,
+        loss: Loss,
+        targets: Tensor | Sequence[Sequence[float]] | None,
+        counts: Tensor | Sequence[int],
+        feature_dim: int,
+        lambda_w: float,
+        lambda_h: float,
+        bias: Literal["none", "free"] | float = "none",
+        tolerance: float = 1e-10,
+    ) -> None:
+        self.loss = loss
+        self.targets, self.counts = check_groups(targets, counts, loss)
+        self.feature_dim, self.lambda_w, self.lambda_h = feature_dim, lambda_w, lambda_h
+        self.bias, self.tolerance = bias, tolerance
         check_arguments(self)
+        self._is_made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change: what was found would be of another problem."""
+        if getattr(self, "_is_made", False):
+            raise AttributeError(f"a Problem does not change: take problem.replace({name}=...).")
+        super().__setattr__(name, value)
+
+    def replace(self, **changes: Any) -> Problem:
+        """Make the problem with other arguments.
+
+        Args:
+            **changes: By the names of the arguments.
+
+        Returns:
+            A new one.
+        """
+        own = {name: getattr(self, name) for name in ("loss", "targets", "counts", "feature_dim")}
+        own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
+        return type(self)(**own | changes)
+
+    def __repr__(self) -> str:
+        """One line, however many classes."""
+        return f"Problem({self.summary()})"
+
+    def summary(self) -> str:
+        """Write loss, sizes and penalties on one line."""
+        return one_line(self)
 
     @property
     def num_classes(self) -> int:
         """K, the outputs of the head."""
-        return self.table.shape[1]
+        return self.targets.shape[1]
 
     @property
     def num_groups(self) -> int:
         """M, the rows of the targets."""
-        return self.table.shape[0]
-
-    @property
-    def table(self) -> Tensor:
-        """Targets of the groups ``(M, K)``, float64."""
-        assert isinstance(self.targets, Tensor)
-        return self.targets
+        return self.targets.shape[0]
 
     @cached_property
     def has_hard_labels(self) -> bool:
         """Whether the target of group m is row m of the identity."""
-        return self.num_groups == self.num_classes and torch.equal(self.table, torch.eye(self.num_classes).double())
+        return self.num_groups == self.num_classes and torch.equal(self.targets, torch.eye(self.num_classes).double())
 
     @cached_property
     def groups_are_classes(self) -> bool:
         """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
-        if self.num_groups != self.num_classes:
-            return False
-        largest = self.table.diagonal().unsqueeze(1)
-        return bool(((self.table < largest).sum(dim=1) == self.num_classes - 1).all())
+        return rows_are_classes(self.targets)
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """N."""
-        return int(torch.as_tensor(self.counts).sum())
+        return int(self.counts.sum())
 
     @property
     def lambda_b(self) -> float | None:
@@ -131,21 +152,20 @@ class Problem:
         """Dimension of the optimal set."""
         return self.optimal_set.dimension + self._groups.shift_is_free
 
-    def labels(self, device: torch.device | str | None = None) -> Tensor:
-        """Labels ``(N,)`` of the training set, group after group."""
-        counts = torch.as_tensor(self.counts).to(device)
-        return torch.arange(self.num_groups, device=device).repeat_interleave(counts)
+    @property
+    def samples_per_group(self) -> Tensor:
+        """The counts ``(M,)``."""
+        return self.counts
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise unless each group occurs as often as ``counts`` has it.
+    @property
+    def bias_said(self) -> str:
+        """The argument ``bias``."""
+        return f"bias={self.bias!r}"
 
-        Args:
-            labels: ``(N,)`` int64. One transfer to the host.
-
-        Raises:
-            ValueError: If labels are of another type, or in other numbers.
-        """
-        check_labels(self, labels)
+    @property
+    def rank_said(self) -> str:
+        """The rank of the optimal logits."""
+        return f"{self.convex_optimum.rank}, the rank of the optimal logits,"
 
     def describe(self) -> dict[str, Any]:
         """Write the problem as plain values, from which :meth:`from_description` makes it again."""
@@ -154,7 +174,7 @@ class Problem:
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Problem:
         """Make the problem that :meth:`describe` wrote, or that a configuration names by ``class_path``."""
-        return from_description(description)
+        return from_description(cls, description)
 
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
         """Evaluate F in the dtype of the inputs; differentiable.
@@ -171,19 +191,29 @@ class Problem:
         Raises:
             ValueError: If a shape does not fit.
         """
-        check_shapes(self, weight, features, labels, bias)
+        check_point(self, weight, features, labels, bias, labels_too=False)
         logits = features @ weight.T if bias is None else features @ weight.T + bias
-        targets = self.table.to(logits).index_select(0, labels)
+        targets = self.targets.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
         return value + self.lambda_b / 2 * bias.square().sum() if self.lambda_b and bias is not None else value
 
-    @cached_property
+    @property
     def convex_optimum(self) -> Optimum:
         """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        if isinstance(self._found, NoAnswer):
+            raise NoAnswer(self._found.question, self._found.reason)
+        return self._found
+
+    @cached_property
+    def _found(self) -> Optimum | NoAnswer:
+        """The optimum, or why there is none: what took long is not tried again."""
         # It is kept, and what is made in inference mode could not be used outside of it.
         with torch.inference_mode(False):
-            return find_optimum(self._groups, self.tolerance)
+            try:
+                return find_optimum(self._groups, self.tolerance)
+            except NoAnswer as missing:
+                return missing
 
     @property
     def optimum(self) -> Optimum:
@@ -225,139 +255,43 @@ class Problem:
         It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
         as in :meth:`gap`.
         """
-        logits = _logits(admit(self, weight, features, labels, bias))
-        residuals = self.loss.residual(logits, self.table.to(logits).index_select(0, labels))
-        bound = self.certified_lower_bound_from_residuals(group_means(residuals, labels, self.num_groups))
-        if bound is not None:
-            return bound
-        return self._groups.lower_bound_at(group_means(logits, labels, self.num_groups).cpu()[self.present])
+        point = admit(self, weight, features, labels, bias)
+        logits = point.features @ point.weight.T
+        logits = logits if point.bias is None else logits + point.bias
+        residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
+        means = (self._group_means(rows, labels) for rows in (residuals, logits))
+        bound = self.certified_lower_bound_from_residuals(*means)
+        assert bound is not None
+        return bound
 
-    def certified_lower_bound_from_residuals(self, residuals: Tensor) -> float | None:
+    def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
         """Bound F* from below by predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
                 cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
+            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
 
         Returns:
-            The bound; None for a loss without a ``dual_value``.
+            The bound; None for a loss without a ``dual_value`` if there are no logits.
         """
-        return self._groups.lower_bound(residuals.detach().to("cpu", torch.float64)[self.present])
+        bound = self.lower_bound_from_means(residuals.cpu(), None if logits is None else logits.cpu())
+        return None if bound is None else float(bound)
 
-    def gap(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
-    ) -> Tensor:
-        r"""Evaluate F - F* without subtracting the two.
+    def lower_bound_from_means(self, residuals: Tensor, logits: Tensor | None = None) -> Tensor | None:
+        """Bound F* as :meth:`certified_lower_bound_from_residuals` does, without a transfer to the host.
 
-        A sum of squares and Bregman divergences, exact to about :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`;
-        non-negative, except for ``d < r``, where it may come out negative at round-off level. At the optimum it is
-        about the square of the rounding.
-
-        Args:
-            weight: Head ``(K, d)``.
-            features: ``(N, d)``.
-            labels: ``(N,)`` int64, the group of each sample, each as often as ``counts`` has it, in any order.
-            bias: ``(K,)``; None without one.
-            check_labels: False skips the check that transfers to the host.
+        A loss without a ``dual_value`` does transfer under a free bias, which Newton's method then balances.
 
         Returns:
-            Scalar.
-
-        Raises:
-            ValueError: If the point does not fit the problem.
-            NoAnswer: If the optimum is not known.
+            Float64 scalar on the device of ``residuals``, or None.
         """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
-        moments, reference = self._moments(point), self.optimum.logits
-        if self._is_cut:
-            # The optimal logits may not be unique: those of the nearest optimum.
-            near, means = self.optimal_set.nearest(moments)
-            reference = _logits(Solution(near, means, labels, self.optimum.factors.bias))
-        divergence = self._divergence(_logits(point), labels, reference).mean()
-        if self._is_cut:
-            groups = self.optimal_set.optimum.groups
-            multipliers = groups.multipliers(reference.cpu()).to(divergence)
-            return self.optimal_set.expanded_gap(moments, divergence, multipliers)
-        return self.optimal_set.gap(moments, divergence)
-
-    def distance(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
-    ) -> Tensor:
-        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
-
-        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
-        """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
-        return self.optimal_set.distance(self._moments(point))
-
-    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
-        """Project a point on the optimal set; one of the nearest members if there are several.
-
-        Arguments and errors as in :meth:`gap`; the result is in the order of ``labels``.
-        """
-        point = admit(self, weight, features, labels, bias)
-        return self._solution(*self.optimal_set.nearest(self._moments(point)), point.labels)
-
-    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
-        """Draw a member of the optimal set, uniformly under rotations of the feature space.
-
-        Args:
-            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
-
-        Returns:
-            Member with labels in the order of :meth:`labels`.
-
-        Raises:
-            NoAnswer: If the optimum is not known.
-        """
-        device = None if generator is None else generator.device
-        size = self.feature_dim, self.optimal_set.optimum.rank
-        noise = torch.randn(size, dtype=torch.float64, device=device, generator=generator)
-        return self._solution(*self.optimal_set.member(noise), self.labels(device))
-
-    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Bregman divergence of each sample's loss from the optimal logits of its group.
-
-        Args:
-            logits: ``(B, K)``, bias included.
-            labels: ``(B,)``.
-
-        Returns:
-            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
-        """
-        if self._is_cut:
-            raise NoAnswer("divergence", f"with feature_dim={self.feature_dim} the optimal logits are not unique.")
-        return self._divergence(logits.detach().double(), labels, self.optimum.logits)
-
-    def gap_from_moments(
-        self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Evaluate F - F* as :meth:`gap` does, for features that are not kept.
-
-        Args:
-            weight: Head ``(K, d)``.
-            means: Mean feature of each group ``(M, d)``.
-            spread: Sum of the squared distances of all samples from the means of their groups.
-            divergence: Mean of :meth:`divergence` over all samples.
-            bias: ``(K,)``; None without one.
-
-        Returns:
-            Scalar.
-
-        Raises:
-            ValueError: If a shape does not fit.
-            NoAnswer: If the optimum is not known, or not unique because ``d < r``.
-        """
-        if self._is_cut:
-            raise NoAnswer("gap_from_moments", f"with feature_dim={self.feature_dim} the gap needs all samples.")
-        point = admit_moments(self, weight, means, spread, bias)
-        return self.optimal_set.gap(self._present_only(point), divergence.detach().double())
-
-    def distance_from_moments(
-        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap."""
-        return self.optimal_set.distance(self._present_only(admit_moments(self, weight, means, spread, bias)))
+        index = self._present_index.to(residuals.device)
+        groups = self._groups.to(residuals.device)
+        bound = groups.lower_bound(residuals.detach().double().index_select(0, index))
+        if bound is not None or logits is None:
+            return bound
+        return groups.lower_bound_at(logits.detach().double().index_select(0, index))
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set.
@@ -370,26 +304,36 @@ class Problem:
         Raises:
             NoAnswer: If the optimum is not known, or the problem is too large for it.
         """
-        return spectrum(self.optimal_set)
-
-    @property
-    def mu(self) -> float:
-        """Least curvature of F across the optimal set, the least nonzero eigenvalue; 0.0 at a threshold."""
-        return self.rates.mu
-
-    @property
-    def smoothness(self) -> float:
-        """Largest eigenvalue L of the Hessian at the optimal set."""
-        return self.rates.smoothness
+        return self._spectrum
 
     @cached_property
-    def rates(self) -> Rates:
-        """Error bound and speed of gradient descent near the optimal set."""
-        entries = self.spectrum()
-        zeros = sum(each.multiplicity for each in entries if each.value <= 0)
-        if zeros > self.dimension:
-            return Rates(0.0, entries[-1].value)
-        return Rates(next(each.value for each in entries if each.value > 0), entries[-1].value)
+    def _spectrum(self) -> tuple[Eigenvalue, ...]:
+        with torch.inference_mode(False):
+            return spectrum(self.optimal_set)
+
+    def orbit(self, device: torch.device) -> Orbit:
+        """The optimal set, for points on a device; moved there once."""
+        found = self._orbits.get(device)
+        if found is None:
+            found = self._orbit.to(device)
+            # What a FakeTensorMode makes is of use inside of it only.
+            if not found.is_fake:
+                self._orbits[device] = found
+        return found
+
+    @cached_property
+    def _orbit(self) -> Orbit:
+        # It is kept, and what is made in inference mode could not be used outside of it.
+        with torch.inference_mode(False):
+            return self.optimal_set.orbit(self.present)
+
+    @cached_property
+    def _orbits(self) -> dict[torch.device, Orbit]:
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what lies on devices."""
+        return {name: value for name, value in vars(self).items() if name != "_orbits"}
 
     def answers(self) -> dict[str, str | NoAnswer]:
         """List how each question is answered.
@@ -402,42 +346,24 @@ class Problem:
     @cached_property
     def present(self) -> Tensor:
         """Which groups have samples, ``(M,)``; all else is about those."""
-        return torch.as_tensor(self.counts) > 0
+        return self.counts > 0
+
+    @cached_property
+    def _present_index(self) -> Tensor:
+        return torch.nonzero(self.present).flatten()
 
     @cached_property
     def _groups(self) -> Groups:
         present = self.present
         return Groups(
             self.loss,
-            self.table[present],
-            torch.as_tensor(self.counts)[present].double(),
+            self.targets[present],
+            self.counts[present].double(),
             self.strength,
             self.lambda_b,
         )
 
-    @property
-    def _is_cut(self) -> bool:
-        return self.feature_dim < self.convex_optimum.rank
-
-    def _moments(self, point: Solution) -> Moments:
-        """Moments of the groups that have samples."""
-        return self._present_only(Moments.of(point, self.num_groups))
-
-    def _present_only(self, moments: Moments) -> Moments:
-        return moments._replace(means=moments.means[self.present.to(moments.means.device)])
-
-    def _divergence(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
-        """Divergence of each sample from logits of the groups that have samples, bias included."""
-        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
-        rows = reference.to(logits).index_select(0, index)
-        return self.loss.divergence(logits, rows, self.table.to(logits).index_select(0, labels))
-
-    def _solution(self, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
-        index = (self.present.cumsum(0) - 1).to(labels.device)[labels]
-        bias = self.optimal_set.optimum.factors.bias
-        return Solution(weight, means.index_select(0, index), labels, None if bias is None else bias.to(weight))
-
-
-def _logits(point: Solution) -> Tensor:
-    logits = point.features @ point.weight.T
-    return logits if point.bias is None else logits + point.bias.to(logits)
+    def _group_means(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Mean of the rows of each group ``(M, ..)``; zero for a group without samples."""
+        counts = self.counts.to(rows).clamp(min=1).unsqueeze(1)
+        return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, labels, rows) / counts

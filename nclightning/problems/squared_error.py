@@ -17,6 +17,7 @@ _ROUNDINGS = 16
 class SquaredError(Loss):
     r"""Half the squared distance of logits and target, :math:`\frac12\|z - y\|^2`, any real targets."""
 
+    short_name = "MSE"
     exchangeable = True
 
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -27,13 +28,35 @@ class SquaredError(Loss):
         """Return ``z - y``."""
         return logits - targets
 
+    def mean(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Evaluate the mean loss of samples that share targets."""
+        if targets is None:
+            index = labels.unsqueeze(1)
+            residual = logits.scatter_add(1, index, logits.new_full((1, 1), -1.0).expand_as(index))
+        else:
+            residual = logits - targets.index_select(0, labels)
+        return residual.square().sum() / (2 * len(logits))
+
+    def sum_and_residual_(self, logits: Tensor, targets: Tensor | None, labels: Tensor) -> Tensor:
+        """Replace logits by the residual; return the sum of the losses."""
+        if targets is None:
+            logits.scatter_(1, labels.unsqueeze(1), -1.0, reduce="add")
+        else:
+            logits.sub_(targets.index_select(0, labels))
+        flat = logits.reshape(-1).double()
+        return torch.dot(flat, flat).mul_(0.5)
+
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Return the direction: the Hessian is the identity."""
         return direction
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Half the squared deviation, whatever the target."""
-        return (logits - reference).square().sum(dim=1) / 2
+        return self.divergence_along(logits - reference, reference, targets)
+
+    def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """The same of a step, to its last digit."""
+        return step.square().sum(dim=1) / 2
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
         r"""Return :math:`-\frac12\|u\|^2 - \langle u, y\rangle`."""

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from nclightning.problems.simplex import has_exchangeable_classes
+
 if TYPE_CHECKING:
     from nclightning.problems.optimal_set import OptimalSet
 
@@ -23,11 +25,8 @@ __all__ = ["is_symmetric", "symmetric_values"]
 def is_symmetric(optimal: OptimalSet) -> bool:
     """Whether the classes are exchangeable, and the features span all their differences."""
     groups, rank, d = optimal.optimum.groups, optimal.optimum.rank, optimal.feature_dim
-    (M, K), targets = groups.targets.shape, groups.targets
-    if M != K or K < 4 or rank < K - 1 or d < rank or not groups.loss.exchangeable:
-        return False
-    pattern = torch.full_like(targets, float(targets[0, 1])).fill_diagonal_(float(targets[0, 0]))
-    return torch.equal(targets, pattern) and bool((groups.counts == groups.counts[0]).all())
+    K = groups.targets.shape[1]
+    return K >= 4 and d >= rank >= K - 1 and has_exchangeable_classes(groups)
 
 
 class _Deviation(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nclightning.errors import UserError
@@ -46,7 +45,7 @@ def rank_thresholds(problem: Problem, lowest: float, relative_accuracy: float = 
     def rank(log_product: float) -> int:
         if log_product not in ranks:
             factor = math.sqrt(math.exp(log_product)) / problem.strength
-            changed = replace(problem, lambda_w=problem.lambda_w * factor, lambda_h=problem.lambda_h * factor)
+            changed = problem.replace(lambda_w=problem.lambda_w * factor, lambda_h=problem.lambda_h * factor)
             ranks[log_product] = changed.convex_optimum.rank
         return ranks[log_product]
 

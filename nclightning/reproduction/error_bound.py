@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.files import replaced
-from nclightning.objective import Objective
+from nclightning.objective import LossName, Objective
 from nclightning.optim import ArmijoGD
 from nclightning.theory import Solution, UFMProblem
 
@@ -30,7 +30,8 @@ __all__ = [
     "write",
 ]
 
-CLASSES = {"mse": tuple(range(2, 13)), "ce": tuple(range(2, 13))}
+_LOSSES: tuple[LossName, ...] = ("mse", "ce")
+CLASSES = {loss: tuple(range(2, 13)) for loss in _LOSSES}
 # Sizes of the paper; K q = 0.3 and equal norms of a feature and its head row.
 _SAMPLES_PER_CLASS, _FEATURE_DIM, _KQ = 10, 20, 0.3
 # Relative distance up to which the bound is read as local.
@@ -117,7 +118,7 @@ def study_constants() -> list[Constants]:
     Returns:
         One entry per loss.
     """
-    return [_constants(UFMProblem(loss, 10, 10, 20, 5e-2, 5e-3)) for loss in ("mse", "ce")]
+    return [_constants(UFMProblem(loss, 10, 10, 20, 5e-2, 5e-3)) for loss in _LOSSES]
 
 
 def write(path: Path, rows: Sequence[Reading] | Sequence[Constants]) -> None:
@@ -164,7 +165,7 @@ def study_problem(loss: str, num_classes: int) -> UFMProblem:
     """Build the problem of a loss and a number of classes."""
     q = _KQ / num_classes
     sizes = num_classes, _SAMPLES_PER_CLASS, _FEATURE_DIM
-    return UFMProblem("mse" if loss == "mse" else "ce", *sizes, q, q / _SAMPLES_PER_CLASS)
+    return UFMProblem(cast("LossName", loss), *sizes, q, q / _SAMPLES_PER_CLASS)
 
 
 def _free(point: Solution) -> list[Tensor]:
@@ -223,13 +224,13 @@ def _descend(problem: UFMProblem, generator: torch.Generator) -> Iterator[Readin
 
 def _approach_threshold() -> Iterator[Reading]:
     """Points along which F is flat to third order where ``K q = 1``: the optimum is zero, head and features a frame."""
-    for loss in ("mse", "ce"):
+    for loss in _LOSSES:
         K, n, d = 4, 4, 6
-        problem = UFMProblem("mse" if loss == "mse" else "ce", K, n, d, 1 / 4, 1 / 16)  # K q = 1 without a rounding.
+        problem = UFMProblem(loss, K, n, d, 1 / 4, 1 / 16)  # K q = 1 without a rounding.
+        bias = problem.random_optimum(torch.Generator().manual_seed(0)).bias
         frame = UFMProblem("mse", K, n, d, 1 / 40, 1 / 160).random_optimum(torch.Generator().manual_seed(0))
         size = math.sqrt(float(frame.weight.square().sum() + frame.features.square().sum()))
         for radius in _RADII[:-2]:  # Nearer, rounding of features of that size is more than the gradient.
-            bias = torch.full((K,), 1 / K, dtype=torch.float64) if loss == "mse" else None
             weight, features = (radius / size * part for part in (frame.weight, frame.features))
             distance, ratio = _measure(problem, Solution(weight, features, frame.labels, bias), 1.0)
             yield _reading("threshold", problem, distance, ratio)
@@ -240,21 +241,20 @@ def _reading(kind: str, problem: UFMProblem, distance: float, ratio: float) -> R
 
 
 def _constants(problem: UFMProblem) -> Constants:
-    generator, labels = torch.Generator().manual_seed(0), problem.labels()
-    K, d, N = problem.num_classes, problem.feature_dim, problem.num_samples
-    shapes = [(K, d), (N, d)] + ([(K,)] if problem.loss == "mse" else [])
-    params = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator)) for shape in shapes]
-    bias = params[2] if problem.loss == "mse" else None
+    generator, start = torch.Generator().manual_seed(0), problem.random_optimum(torch.Generator().manual_seed(0))
+    params = [
+        torch.nn.Parameter(torch.randn(part.shape, dtype=torch.float64, generator=generator)) for part in _free(start)
+    ]
+    point = _solution(params, start.labels)
     objective, optimizer = Objective(problem.loss, problem.lambda_w, problem.lambda_h), ArmijoGD(params)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = objective(params[0], params[1], labels, bias)
+        value = objective(*point)
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
 
     def gap_and_distance() -> tuple[float, float]:
-        point = params[0], params[1], labels, bias
         return float(problem.optimality_gap(*point, check_labels=False)), float(
             problem.distance(*point, check_labels=False)
         )

@@ -1,8 +1,7 @@
 """What the paper predicts, in closed form. Shares no code with :mod:`nclightning.functional`, which measures."""
 
+from nclightning.problems import Eigenvalue, Solution
 from nclightning.theory.problem import UFMProblem
 from nclightning.theory.rates import DecayRates
-from nclightning.theory.solutions import Solution
-from nclightning.theory.spectrum import Eigenvalue
 
 __all__ = ["DecayRates", "Eigenvalue", "Solution", "UFMProblem"]

@@ -59,9 +59,24 @@ class UFMConstants:
             )
 
     @property
+    def num_groups(self) -> int:
+        """K."""
+        return self.num_classes
+
+    @property
     def num_samples(self) -> int:
         """N = K n."""
         return self.num_classes * self.samples_per_class
+
+    @property
+    def samples_per_group(self) -> int:
+        """n, by the name that all problems have for it."""
+        return self.samples_per_class
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the head has a bias: for MSE."""
+        return self.loss == "mse"
 
     @property
     def rank(self) -> int:

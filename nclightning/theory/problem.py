@@ -13,29 +13,33 @@ Letters used in this package (paper: features and head in columns; here: in rows
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nclightning.errors import UserError
-from nclightning.theory import gap, moments, solutions
-from nclightning.theory.landscape import UFMLandscape
+from nclightning.problems import CrossEntropy, SquaredError, balanced_ce, balanced_mse
+from nclightning.problems.frames import OwnAndOther
+from nclightning.problems.simplex import simplex_orbit
+from nclightning.problems.with_optimum import WithOptimum
+from nclightning.theory import rates
+from nclightning.theory.constants import UFMConstants
+from nclightning.theory.spectrum import spectrum
 
 if TYPE_CHECKING:
     from typing import Literal
 
+    import torch
     from torch import Tensor
 
-    from nclightning.theory.solutions import Solution
+    from nclightning.problems import Eigenvalue, Problem
+    from nclightning.problems.orbit import Orbit
 
 __all__ = ["UFMProblem"]
 
-_FREE_BIAS = "the known optimum is that of a head with a free bias, which is 1/K there."
-
 
 @dataclass(frozen=True)
-class UFMProblem(UFMLandscape):
+class UFMProblem(UFMConstants, WithOptimum):
     r"""Closed forms of the unconstrained feature model, Problem (5) (MSE, free bias) or (8) (CE, no bias).
 
     .. math::
@@ -58,131 +62,95 @@ class UFMProblem(UFMLandscape):
         ValueError: If a size or a penalty is out of range, or for CE with ``d < K - 1``, where no closed form exists.
     """
 
-    def labels(self, device: torch.device | str | None = None) -> Tensor:
-        """Labels ``(N,)`` of the balanced training set, class after class: ``0, .., 0, 1, .., 1, ..``."""
-        return torch.arange(self.num_classes, device=device).repeat_interleave(self.samples_per_class)
+    # The loss does not see the shifts of a bias; one that comes with moments counts by what differs from a shift.
+    _ignores_bias: ClassVar[bool] = True
 
-    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
-        r"""Project a point on the optimal set.
-
-        With :math:`S = W + c \sum_i H_i` the nearest member is built from the polar factor of :math:`S P`. Where
-        :math:`SP` is rank-deficient the nearest member is not unique and one of them is returned.
-
-        Args:
-            weight: Head ``(K, d)``.
-            features: ``(N, d)``.
-            labels: ``(N,)`` int64, every class exactly n times, any order.
-            bias: ``(K,)`` for MSE; for CE None or zeros do not matter, a bias is refused.
-
-        Returns:
-            Solution in float64 on the device of ``features``, rows in the order of ``labels``.
-
-        Raises:
-            ValueError: If a shape does not fit the problem, labels are not balanced, MSE comes without a bias or CE
-                with one.
-        """
-        return solutions.nearest(self, *self._admit(weight, features, labels, bias))
-
-    def distance(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
-    ) -> Tensor:
-        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
-
-        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`; 0 only if the point equals its rounded projection.
-        Arguments and errors as in :meth:`nearest_optimum`; ``check_labels=False`` skips the one check that
-        transfers to the host, for labels that :meth:`check_labels` has passed.
-
-        Returns:
-            Non-negative float64 scalar.
-        """
-        return solutions.distance(self, *self._admit(weight, features, labels, bias, check_labels))
+    @cached_property
+    def general(self) -> Problem:
+        """The same as a :class:`nclightning.problems.Problem`, whose targets are a matrix ``(K, K)``; made once."""
+        make = balanced_mse if self.loss == "mse" else balanced_ce
+        return make(self.num_classes, self.samples_per_class, self.feature_dim, self.lambda_w, self.lambda_h)
 
     def optimality_gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
     ) -> Tensor:
-        r"""Evaluate :math:`F - F^*` without subtracting the two.
+        """Evaluate F - F*; another name of :meth:`gap`."""
+        return self.gap(weight, features, labels, bias, check_labels=check_labels)
 
-        A sum of squares and Bregman divergences that is exact to about
-        :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`, where the plain difference is noise below :math:`\epsilon F`.
-        Non-negative by construction, except for MSE with ``d < K - 1`` below the threshold, whose form has a cross
-        term and may come out negative at round-off level. Arguments and errors as in :meth:`distance`.
+    @property
+    def bias_said(self) -> str:
+        """The argument ``loss``."""
+        return f"loss={self.loss!r}"
 
-        Returns:
-            Float64 scalar.
-        """
-        return gap.optimality_gap(self, *self._admit(weight, features, labels, bias, check_labels))
+    @property
+    def rank_said(self) -> str:
+        """One less than the classes."""
+        return f"num_classes - 1 = {self.num_classes - 1}"
 
-    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        r"""Measure each sample's loss above that of the optimal logits, to first order removed.
+    def orbit(self, device: torch.device) -> Orbit:
+        """The optimal set, for points on any device."""
+        return self._orbit
 
-        The Bregman divergence :math:`D(z_i, z^*_{y_i})` of the loss, the part of the gap that the features enter other
-        than by their moments.
-
-        Args:
-            logits: ``(B, K)``, bias included.
-            labels: ``(B,)`` int64 within ``0..K-1``.
-
-        Returns:
-            Non-negative float64 ``(B,)``; 0 at the optimal logits (CE: up to a common shift of a row).
-        """
-        offset = logits.new_zeros(self.num_classes, dtype=torch.float64) if self.loss == "mse" else None
-        return gap.divergence(self, logits.detach().double(), labels, offset)
-
-    def distance_from_moments(
-        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Measure the distance to the optimal set from the moments of features that are not kept.
-
-        As :meth:`distance`. A bias under CE, which the loss does not tell from its shifts, counts by its distance
-        from a constant.
-
-        Args:
-            weight: Head ``(K, d)``.
-            means: Class means ``(K, d)`` of n samples each.
-            spread: Sum of the squared distances of all samples from their class means.
-            bias: ``(K,)``; needed for MSE.
-
-        Returns:
-            Non-negative float64 scalar.
-
-        Raises:
-            ValueError: If a shape does not fit the problem, or MSE comes without a bias.
-        """
-        self._admit_moments(weight, means, bias)
-        if self.loss == "mse" and bias is None:
-            raise UserError(f"bias must have shape ({self.num_classes},) for loss='mse', got None: {_FREE_BIAS}")
-        return moments.distance(
-            self,
-            weight.detach().double(),
-            means.double(),
-            spread.double(),
-            None if bias is None else bias.detach().double(),
+    @cached_property
+    def _orbit(self) -> Orbit:
+        K, is_mse = self.num_classes, self.loss == "mse"
+        return simplex_orbit(
+            SquaredError() if is_mse else CrossEntropy(),
+            OwnAndOther(1.0, 0.0),
+            num_classes=K,
+            samples_per_class=self.samples_per_class,
+            feature_dim=self.feature_dim,
+            lambda_w=self.lambda_w,
+            lambda_h=self.lambda_h,
+            lambda_b=0.0,
+            logit_scale=self.logit_scale,
+            fraction=min(1.0, 1.0 / (K * self.q)),
+            bias=1.0 / K if is_mse else 0.0,
+            shift_is_free=not is_mse,
         )
 
-    def gap_from_moments(self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor) -> Tensor:
-        """Evaluate F - F* from the moments of features that are not kept, without cancellation.
-
-        As :meth:`optimality_gap`; under CE a bias, which is free, enters by the divergence only.
-
-        Args:
-            weight: Head ``(K, d)``.
-            means: Class means ``(K, d)`` of n samples each.
-            spread: Sum of the squared distances of all samples from their class means.
-            divergence: Mean of :meth:`divergence` over all samples.
+    def spectrum(self) -> tuple[Eigenvalue, ...]:
+        """List the eigenvalues of the Hessian of F at the optimal set, the same at each of its points.
 
         Returns:
-            Non-negative float64 scalar.
+            Entries ``(value, multiplicity, sector)`` by value; multiplicities sum to the number of free variables. The
+            zeros number :attr:`dimension`: F is flat along the optimal set and nowhere else. At the threshold
+            ``K q = 1`` the optimum is a point and F is flat to second order, not to fourth, along ``d (K - 1)``
+            directions, which are zeros, too.
+        """
+        return spectrum(self)
+
+    def decay_rates(self) -> rates.DecayRates:
+        r"""Predict exponents of gradient flow near the optimal set.
+
+        A quantity goes like :math:`e^{-\mathrm{rate}\cdot\mathrm{time}}`, where time is the sum of the steps. Gap and
+        distance follow from the spectrum. The rates of NC1-NC3 are **heuristic**: the least sum of the eigenvalues of
+        modes whose product a quantity contains, for a generic start, found from symmetries and checked in descents in
+        33 digits, not proven. It is the exponent in the limit. A faster product of larger amplitude can hide it until
+        round-off: in float64 for MSE in a quarter to a third of the cases tried, seldom for CE.
+        They are ``nan`` where the metric is not defined (an optimum at zero; NC1 with ``n = 1``) or tends to another
+        value than zero (NC2 and NC3 with ``d < K - 1``).
+
+        Returns:
+            Exponents in the unit of F.
+        """
+        return rates.decay_rates(self, self.mu)
+
+    def decay_factors(self, step: float) -> rates.DecayRates:
+        """Predict factors per iteration at a fixed step, for the quantities of :meth:`decay_rates`.
+
+        Those of NC1-NC3 are heuristic and for steps of at most 1/L, at which no mode alternates.
+
+        Args:
+            step: Fixed step.
+
+        Returns:
+            Dimensionless factors.
 
         Raises:
-            ValueError: If a shape does not fit the problem, or ``d < K - 1``, where the gap needs the samples.
+            ValueError: If the step is not positive and finite.
         """
-        if self.rank < self.num_classes - 1 and self.collapses:
-            raise UserError(
-                f"feature_dim must be at least num_classes - 1 = {self.num_classes - 1} for a gap from moments, got "
-                f"{self.feature_dim}: use optimality_gap with all samples."
-            )
-        self._admit_moments(weight, means)
-        return moments.gap(self, weight.detach().double(), means.double(), spread.double(), divergence.double())
+        return rates.decay_factors(self, step, self.contraction(step))
 
     @classmethod
     def at_scale(
@@ -224,67 +192,6 @@ class UFMProblem(UFMLandscape):
         ratio = feature_scale / weight_scale
         return cls(loss, num_classes, samples_per_class, feature_dim, q * ratio, q / (samples_per_class * ratio))
 
-    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
-        """Draw a member of the optimal set, uniformly under rotations of the feature space.
-
-        Args:
-            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
-
-        Returns:
-            Solution in float64 with labels in the order of :meth:`labels`.
-        """
-        device = None if generator is None else generator.device
-        noise = torch.randn(self.num_classes, self.feature_dim, dtype=torch.float64, device=device, generator=generator)
-        return solutions.member(self, noise, self.labels(device))
-
-    def _admit(
-        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None, check_labels: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Check a point against the problem and cast it to float64."""
-        K, n, d = self.num_classes, self.samples_per_class, self.feature_dim
-        for name, tensor, shape in (
-            ("weight", weight, (K, d)),
-            ("features", features, (K * n, d)),
-            ("labels", labels, (K * n,)),
-        ):
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
-        if self.loss == "mse" and (bias is None or tuple(bias.shape) != (K,)):
-            raise UserError(
-                f"bias must have shape ({K},) for loss='mse', got {None if bias is None else tuple(bias.shape)}: "
-                f"{_FREE_BIAS}"
-            )
-        if self.loss == "ce" and bias is not None:
-            raise UserError("bias must be None for loss='ce': the closed form is that of a head without a bias.")
-        if check_labels:
-            self.check_labels(labels)
-        return (
-            weight.detach().double(),
-            features.detach().double(),
-            labels,
-            None if bias is None else bias.detach().double(),
-        )
-
-    def _admit_moments(self, weight: Tensor, means: Tensor, bias: Tensor | None = None) -> None:
-        shape = (self.num_classes, self.feature_dim)
-        for name, tensor, expected in (("weight", weight, shape), ("means", means, shape), ("bias", bias, shape[:1])):
-            if tensor is not None and tuple(tensor.shape) != expected:
-                raise UserError(f"{name} must have shape {expected} for this problem, got {tuple(tensor.shape)}.")
-
-    def check_labels(self, labels: Tensor) -> None:
-        """Raise unless every class occurs exactly n times.
-
-        Args:
-            labels: ``(N,)`` int64. One transfer to the host.
-
-        Raises:
-            ValueError: If labels are of another type, out of range or unbalanced.
-        """
-        if labels.dtype != torch.int64:
-            raise UserError(f"labels must be int64, got {labels.dtype}.")
-        ordered = labels.sort().values
-        if not torch.equal(ordered, self.labels(labels.device)):
-            raise UserError(
-                f"labels must hold each of the classes 0..{self.num_classes - 1} exactly "
-                f"{self.samples_per_class} times: the closed forms are those of balanced data."
-            )
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the arguments alone."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from nclightning.errors import UserError
 from nclightning.theory.spectrum import spectrum
 
 if TYPE_CHECKING:
     from nclightning.theory.constants import UFMConstants
 
-__all__ = ["DecayRates", "check_step", "decay_factors", "decay_rates", "per_decade"]
+__all__ = ["DecayRates", "decay_factors", "decay_rates"]
 
 # Modes whose product a quantity decays with; several where it is not clear which has the larger amplitude.
 _Products = tuple[tuple[float, ...], ...]
@@ -57,18 +56,6 @@ def decay_factors(problem: UFMConstants, step: float, contraction: float) -> Dec
         for products in _leading(problem)
     )
     return DecayRates(contraction**2, contraction, *metrics)
-
-
-def per_decade(mu: float, smoothness: float, step: float) -> float:
-    """Iterations for a factor of ten of the gap; infinite where it does not fall."""
-    rate = 2 * min(_exponent(step * mu), _exponent(step * smoothness))
-    return math.log(10) / rate if rate > 0 else math.inf  # At the threshold, and from a step of 2/L on.
-
-
-def check_step(step: float) -> None:
-    """Raise unless a step is positive and finite."""
-    if not (math.isfinite(step) and step > 0):
-        raise UserError(f"step must be positive and finite, got {step!r}. The best one is best_step.")
 
 
 def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:
@@ -129,10 +116,3 @@ def _tilts(problem: UFMConstants) -> _Products:
 def _least(problem: UFMConstants) -> dict[str, float]:
     """Least nonzero eigenvalue by sector."""
     return {e.sector: e.value for e in reversed(spectrum(problem)) if e.value > 0}
-
-
-def _exponent(x: float) -> float:
-    """``-log |1 - x|``, with the digits of a small x."""
-    if x == 1:
-        return math.inf
-    return -math.log1p(-x) if x < 1 else -math.log(x - 1)

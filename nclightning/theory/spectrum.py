@@ -14,30 +14,18 @@ others they lie. Derivation in ``docs/theory.md``; legend in :mod:`nclightning.t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
+
+from nclightning.problems import Eigenvalue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nclightning.theory.constants import UFMConstants
 
-__all__ = ["Eigenvalue", "spectrum"]
-
-
-class Eigenvalue(NamedTuple):
-    """An eigenvalue of the Hessian at the optimal set.
-
-    Attributes:
-        value: In the unit of F; 0.0 exactly along the optimal set.
-        multiplicity: How often it occurs within the sector, at least 1.
-        sector: The deviations that it belongs to.
-    """
-
-    value: float
-    multiplicity: int
-    sector: str
+__all__ = ["spectrum"]
 
 
 def spectrum(problem: UFMConstants) -> tuple[Eigenvalue, ...]:

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import OptimalityMonitor
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.objective import Objective
+from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError, label_smoothing
 from nclightning.theory import UFMProblem
 from tests.callbacks.test_attach import K, Net, fit, hooks_of, loader
 
@@ -42,8 +43,9 @@ def test_with_the_penalties_given(loss, tmp_path, samples):
     weight, bias = model.last.weight.detach().double(), model.last.bias.detach().double()
     objective = Objective(loss, 1e-2, 1e-3)(weight, features.double(), samples[1], bias)
     values = read(trainer)
-    assert values.keys() == {"gap", "distance", "relative_distance"}
+    assert values.keys() == {"gap", "distance", "relative_distance", "certified_gap", "certified_bound"}
     # Features are float32 in batches of another size: their own rounding.
+    assert values["certified_gap"] + values["certified_bound"] == pytest.approx(float(objective), rel=1e-6)
     assert values["gap"] == pytest.approx(float(objective) - problem.optimal_value, rel=1e-5)
     assert values["relative_distance"] == pytest.approx(values["distance"] / problem.optimum_norm, rel=1e-6)
     if loss == "mse":
@@ -104,28 +106,88 @@ class WithTargets(torch.utils.data.Dataset):
         return self.inputs[index], transform(self.targets[index])
 
 
-def unbalanced(labels):
-    return torch.where(labels == 2, 0, labels)
-
-
-KINDS = {
-    "tensors": (lambda x, y: TensorDataset(x, unbalanced(y)), 0),
-    "targets": (lambda x, y: WithTargets((x, unbalanced(y))), 0),
-    # Seen in the sweep only.
-    "subset": (lambda x, y: Subset(TensorDataset(x, unbalanced(y)), range(len(y))), 6),
-    "transform": (lambda x, y: WithTargets((x, y), target_transform=lambda label: min(label, 1)), 6),
+LOSSES = {
+    "ce": ("ce", lambda bias: Problem(CrossEntropy(), None, COUNTS, 8, 1e-2, 1e-3, bias)),
+    "mse": ("mse", lambda bias: Problem(SquaredError(), None, COUNTS, 8, 1e-2, 1e-3, bias)),
+    "bce": ("bce", lambda bias: Problem(BinaryCrossEntropy(), None, COUNTS, 8, 1e-2, 1e-3, bias)),
+    "weighted": (
+        WEIGHTED := CrossEntropy(class_weights=[0.5, 1.0, 2.0]),
+        lambda bias: Problem(WEIGHTED, None, COUNTS, 8, 1e-2, 1e-3, bias),
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("penalties", [{}, {"lambda_w": 1e-2, "lambda_h": 1e-3}], ids=["fitted", "given"])
-def test_unbalanced_data_are_refused_as_soon_as_they_show(kind, penalties, tmp_path, samples):
-    make, steps = KINDS[kind]
-    model = Watched()
-    data = DataLoader(make(*samples), batch_size=8, shuffle=True)
-    with pytest.raises(ValueError, match=r"every class must come exactly .* times, got between (0|16) and 32"):
-        fit(tmp_path, [OptimalityMonitor(loss="ce", **penalties)], data, model)
-    assert model.steps == steps
+def unbalanced(samples):
+    return samples[0], torch.where(torch.arange(len(samples[1])) % 6 == 5, 0, samples[1])
+
+
+COUNTS = [N_PER_CLASS + N_PER_CLASS // 2, N_PER_CLASS, N_PER_CLASS // 2]
+
+
+@pytest.mark.parametrize("bias", ["none", "free", 0.1])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_any_loss_and_counts(kind, bias, tmp_path, samples):
+    """Against the problem of these counts on the features that the trained network has."""
+    loss, make = LOSSES[kind]
+    model, data = Net(), unbalanced(samples)
+    if bias == "none":
+        model.last = nn.Linear(8, K, bias=False)
+    options = {"lambda_b": bias} if isinstance(bias, float) else {}
+    monitor = OptimalityMonitor(loss=loss, lambda_w=1e-2, lambda_h=1e-3, head="last", **options)
+    model, trainer = fit(tmp_path, [monitor], loader(data), model)
+    model.eval()
+    order = data[1].argsort(stable=True)
+    with torch.no_grad():
+        features = model.body(data[0])[order].double()
+    problem, offset = make(bias), model.last.bias
+    point = model.last.weight.double(), features, problem.labels(), None if offset is None else offset.double()
+    values = read(trainer)
+    assert values.keys() == {"gap", "distance", "relative_distance", "certified_gap", "certified_bound"}
+    # Features are float32 in batches of another size: their own rounding.
+    assert values["gap"] == pytest.approx(float(problem.gap(*point)), rel=1e-5)
+    assert values["distance"] == pytest.approx(float(problem.distance(*point)), rel=1e-5)
+    assert values["certified_bound"] == pytest.approx(problem.certified_lower_bound(*point), rel=1e-5, abs=1e-7)
+    assert values["certified_gap"] >= values["gap"]
+
+
+def test_smoothed_labels(tmp_path, samples):
+    problem = label_smoothing(COUNTS, 0.1, 8, 1e-2, 1e-3, "free")
+    monitor = OptimalityMonitor(loss="ce", lambda_w=1e-2, lambda_h=1e-3, targets=problem.targets.tolist())
+    _, trainer = fit(tmp_path, [monitor], loader(unbalanced(samples)))
+    values = read(trainer)
+    objective = values["certified_gap"] + values["certified_bound"]
+    assert objective == pytest.approx(values["gap"] + problem.optimal_value, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["absent", "few features"])
+def test_without_a_known_optimum_the_certified_gap_is_left(kind, tmp_path, samples):
+    """It is said once, whatever the number of epochs."""
+    model, data = Net(), samples
+    if kind == "absent":
+        data, reason = (samples[0], samples[1].clamp(max=1)), "class 2 has no samples"
+    else:
+        model.body, reason = nn.Sequential(model.body, nn.Linear(8, 1)), "feature_dim=1 is below the rank 2"
+        model.last, model.auxiliary = nn.Linear(1, K), nn.Linear(1, K)
+    monitor = OptimalityMonitor(loss="ce", lambda_w=1e-3, lambda_h=1e-5, head="last")
+    with pytest.warns(UserWarning, match=f"optimality/certified_gap holds: .*{reason}") as said:
+        _, trainer = fit(tmp_path, [monitor], loader(data), model, max_epochs=3)
+    assert sum("certified_gap" in str(each.message) for each in said) == 1
+    values = read(trainer)
+    assert math.isnan(values["gap"])
+    assert values["certified_gap"] > 0
+
+
+def test_exact_values_are_left_out_without_a_word(tmp_path, samples):
+    _, trainer = fit(tmp_path, [OptimalityMonitor(loss="ce", exact=False)], loader(samples))
+    values = read(trainer)
+    assert all(math.isnan(values[name]) for name in ("gap", "distance", "relative_distance"))
+    assert values["certified_gap"] > 0
+
+
+def test_soft_labels_are_refused(tmp_path, samples):
+    monitor = OptimalityMonitor(loss="ce", batch_fn=lambda batch: (batch[0], torch.eye(K)[batch[1]]))
+    with pytest.raises(TypeError, match=r"labels must be integers, .*soft labels have no class"):
+        fit(tmp_path, [monitor], loader(samples))
 
 
 @pytest.mark.parametrize("kind", ["targets that a transform mends", "a sampler that balances", "names"])
@@ -155,7 +217,8 @@ def test_without_a_loss_other_modules_are_refused(tmp_path, samples):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "bce"}, "^loss must be 'mse' or 'ce', or None for our own modules, got 'bce'\\.$"),
+        ({"loss": "hinge"}, "^loss must be 'mse', 'ce', 'bce' or a Loss such as .*, or None .*, got 'hinge'\\.$"),
+        ({"loss": "ce", "lambda_b": -1.0}, "^lambda_b must be 0 or positive and finite, got -1.0"),
         ({"lambda_w": 1.0}, "^lambda_w was given without lambda_h: give both, or neither to have both fitted\\.$"),
         ({"loss": "ce", "lambda_h": 1.0}, "^lambda_h was given without lambda_w: give both"),
         ({"every_n_epochs": 0}, "^every_n_epochs must be at least 1, got 0\\.$"),
@@ -173,9 +236,7 @@ class Scaled(nn.Linear):
 
 
 HEADS = {
-    "mse without a bias": ("mse", lambda: nn.Linear(8, K, bias=False), "head must have a bias for loss='mse'"),
     "a forward of its own": ("ce", lambda: Scaled(8, K), "head must be linear, got a Scaled"),
-    "too few features": ("ce", lambda: nn.Linear(8, 10), "feature_dim must be at least num_classes - 1 = 9, got 8"),
 }
 
 
@@ -218,7 +279,9 @@ def test_scales_that_no_penalties_make_optimal_read_nan(tmp_path, samples):
         model.last.weight.mul_(1e3)
     _, trainer = fit(tmp_path, [OptimalityMonitor(loss="mse")], loader(samples), model)
     values = read(trainer)
-    assert values.keys() == {"gap", "distance", "relative_distance", "lambda_w", "lambda_h"}
+    assert values.keys() == {
+        *("gap", "distance", "relative_distance", "certified_gap", "certified_bound", "lambda_w", "lambda_h")
+    }
     assert all(math.isnan(value) for value in values.values())
 
 

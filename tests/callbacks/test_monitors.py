@@ -303,7 +303,6 @@ def test_without_theory_the_rest_is_read(tmp_path):
     ("model", "message"),
     [
         (lambda: UFM(K, 3, 6, "ce", lambda_w=0.1, lambda_h=0.0), "lambda_h must be positive.*theory=False"),
-        (lambda: UFM(K, 3, 2, "ce", lambda_=0.1), "feature_dim must be at least num_classes - 1 = 3.*theory=False"),
     ],
 )
 def test_what_the_theory_does_not_cover_is_refused(model, message, tmp_path):

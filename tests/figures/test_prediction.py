@@ -10,13 +10,24 @@ from rich.console import Console
 from nclightning.figures import draw_convergence, draw_spectrum, summarize
 from nclightning.figures.prediction import describe_problem, prediction_tables
 from nclightning.figures.tables import rates_table
+from nclightning.problems import (
+    NoAnswer,
+    balanced_ce,
+    mse_without_bias,
+    multi_label_bce,
+    regression,
+    unbalanced_ce,
+    unbalanced_mse,
+)
 from nclightning.theory import UFMProblem
 from tests.cases import COLLAPSED, LOW_RANK, ZERO, name_of
+from tests.problems.cases import CASES
 from tests.recorded import geometric, record
 
 PAPER = UFMProblem("ce", 10, 10, 20, 5e-2, 5e-3)
 IMAGENET = UFMProblem("ce", 1000, 1300, 2048, 6.5e-6, 5e-9)
 ALL = [*COLLAPSED, *LOW_RANK, *ZERO, IMAGENET]
+LONG_TAIL = [500, 300, 100, 50, 20, 10, 5, 5, 3, 1]
 
 
 def printed(*tables, width=80):
@@ -47,6 +58,117 @@ def test_tables_of_the_paper_sizes_in_numbers():
     assert describe_problem(PAPER) == "CE loss, K = 10, n = 10, d = 20, lambda_w = 0.05, lambda_h = 0.005"
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_tables_of_any_problem(name):
+    problem = CASES[name]()
+    text = printed(*prediction_tables(problem))
+    assert "…" not in text
+    assert "nan" not in text
+    assert f"{problem.optimal_value:.10g}" in text
+    assert f" {problem.dimension} " in text
+    assert f"{problem.rates.error_bound_constant:.7g}" in text
+    assert multiplicities(text) == sum(each.multiplicity for each in problem.spectrum())
+
+
+def multiplicities(text):
+    """Sum of the column of the spectrum, whose rows are at most 25."""
+    rows = text.partition("The Hessian of F")[2].partition("Conditioning")[0].splitlines()
+    cells = [row.split("│")[1:4] for row in rows if row.startswith("│")]
+    assert len(cells) <= 25
+    return sum(int(multiplicity) for _, multiplicity, _ in cells)
+
+
+def test_a_problem_and_the_papers_agree():
+    """The closed form and the general theory print the same numbers for the same problem."""
+    text = printed(*prediction_tables(balanced_ce(10, 10, 20, 5e-2, 5e-3)))
+    for number in ("0.003719457", "0.1161851", "268.8565", "31.23712", "16.67993", "35.3843", "17.9754", "135"):
+        assert number in text, number
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_many_eigenvalues_share_rows_that_hold_each_of_them(width):
+    problem = unbalanced_ce(LONG_TAIL, 16, 1e-2, 1e-3)
+    text = printed(*prediction_tables(problem), width=width)
+    assert "…" not in text
+    assert "Neighbouring values of a sector share a row." in text
+    entries = problem.spectrum()
+    assert len(entries) > 100
+    assert multiplicities(text) == sum(each.multiplicity for each in entries)
+    rows = text.partition("The Hessian of F")[2].partition("Conditioning")[0].splitlines()
+    spans = [[cell.strip() for cell in row.split("│")[1:4]] for row in rows if row.startswith("│")]
+    for entry in entries:
+        ends = ([float(end) for end in value.split(" to ")] for value, _, sector in spans if sector == entry.sector)
+        assert any(min(e) * (1 - 1e-6) <= entry.value <= max(e) * (1 + 1e-6) for e in ends), entry
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (unbalanced_ce(LONG_TAIL, 16, 1e-2, 1e-3), "Classes 6, 7 share one feature and one row of the head."),
+        (unbalanced_ce([100, 100, 2, 2, 2], 4, 1e-2, 1e-2), "Classes 2-4 share one feature and one row of the head."),
+        (CASES["soft labels"](), "Group 2 has vanished: the features are zero."),
+        (CASES["zero, ce"](), "The optimum is zero: nothing is learned."),
+    ],
+    ids=["two", "three", "vanished", "zero"],
+)
+def test_what_has_merged_or_vanished_is_said(problem, sentence):
+    assert sentence in printed(*prediction_tables(problem), width=100)
+
+
+def test_many_classes_that_vanish_are_named_in_ranges():
+    counts = [1000] * 3 + [1, 1000] * 15 + [1] * 40
+    text = " ".join(printed(*prediction_tables(mse_without_bias(counts, 80, 1e-3, 1e-3))).split())
+    assert "Classes 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25 and 43 more have vanished" in text
+
+
+def test_thresholds_of_a_formula_are_those_of_the_counts():
+    """Class k vanishes iff n_k is at most N^2 lambda_w lambda_h (Dang et al. 2024)."""
+    text = printed(*prediction_tables(mse_without_bias([60, 30, 10], 4, 1e-3, 1e-3)))
+    rows = text.partition("Where the rank")[2].partition("The Hessian")[0].splitlines()
+    cells = [[cell.strip() for cell in row.split("│")[1:4]] for row in rows if row.startswith("│")]
+    assert cells == [
+        ["1e-06", "3", "as given"],
+        ["0.001", "2", ""],
+        ["0.003", "1", ""],
+        ["0.006", "0", "zero"],
+    ]
+
+
+def test_thresholds_without_a_formula_are_searched_for_when_asked():
+    problem = unbalanced_ce([12, 12, 1, 1], 4, 0.01, 0.02)
+    assert "Where the rank" not in printed(*prediction_tables(problem))
+    text = printed(*prediction_tables(problem, thresholds=True))
+    for value in ("0.0014793", "0.007639", "0.017751"):  # By bisection of the rank alone.
+        assert value in text
+
+
+@pytest.mark.parametrize(
+    ("problem", "words", "bound"),
+    [
+        (unbalanced_ce(LONG_TAIL, 3, 1e-2, 1e-3), "No optimum: feature_dim=3 is below the rank 5", "0.8862732681"),
+        (unbalanced_ce([5, 3, 0], 3, 1e-2, 1e-3, "free"), "No optimum: F has no minimum with a free bias", None),
+        (
+            multi_label_bce([[1, 0], [1, 1]], [3, 3], 3, 1e-2, 1e-3, "free"),
+            "No optimum: F has no minimum with a free bias: all or no samples have label 0",
+            None,
+        ),
+        (unbalanced_mse([9, 9, 3, 3, 3], 3, 1e-3, 1e-3), "No distance: feature_dim=3 keeps some of several", None),
+        (regression(np.arange(50) * np.eye(50), 100, 1e-6, 1e-6), "No spectrum: its dense part has 4950 rows", None),
+    ],
+    ids=["few features", "absent class", "label of all", "choice of directions", "many rows"],
+)
+def test_what_has_no_answer_says_why_and_the_rest_is_there(problem, words, bound):
+    text = printed(*prediction_tables(problem), width=200)
+    assert words in text
+    assert text.count("No ") == 1
+    if bound is not None:
+        assert f"lower bound of F* │ {bound}" in text
+    if "distance" in words or "spectrum" in words:
+        assert f"{problem.optimal_value:.10g}" in text
+    with pytest.raises(NoAnswer):
+        problem.spectrum()
+
+
 def test_what_is_heuristic_is_marked_and_what_is_undefined_left_out():
     assert "NC1 *" in printed(*prediction_tables(PAPER))
     single = printed(*prediction_tables(UFMProblem("ce", 4, 1, 5, 0.02, 0.02)))
@@ -54,7 +176,11 @@ def test_what_is_heuristic_is_marked_and_what_is_undefined_left_out():
     assert "NC2 *" in single
 
 
-@pytest.mark.parametrize("problem", [PAPER, IMAGENET, LOW_RANK[1], *ZERO[:3]], ids=name_of)
+SPECTRA = {name_of(problem): problem for problem in (PAPER, IMAGENET, LOW_RANK[1], *ZERO[:3])}
+SPECTRA |= {name: CASES[name]() for name in ("merged minorities", "penalized bias", "mixup", "zero, mse")}
+
+
+@pytest.mark.parametrize("problem", SPECTRA.values(), ids=list(SPECTRA))
 def test_spectrum_is_drawn(problem, tmp_path):
     path = draw_spectrum(problem, tmp_path / "spectrum.png")
     picture = matplotlib.image.imread(path)

@@ -19,11 +19,17 @@ import torch
 from mpmath import mp, mpf
 
 from nclightning.functional import ExcessLoss, HeadLoss
-from nclightning.functional.excess import _cumulant
+from nclightning.problems import CrossEntropy, SquaredError
+from nclightning.problems.cross_entropy import _cumulant
 
 K, N, D = 3, 6, 4
+LOSSES = {"mse": SquaredError(), "ce": CrossEntropy()}
 # The least sums that float64 knows, of losses up to 1e5, with some to spare.
 DIGITS = 340
+
+
+def head_loss(loss, weight, bias):
+    return HeadLoss(LOSSES[loss], torch.eye(len(weight)).to(weight), weight, bias)
 
 
 def exact_sums(loss, weight, bias, features, labels):
@@ -53,7 +59,7 @@ def draw(generator, *shape):
 
 
 def gather(head, features, labels, size, num_classes=K):
-    excess = ExcessLoss.empty(num_classes, features.shape[1])
+    excess = ExcessLoss.empty(num_classes, features.shape[1], num_classes)
     for rows, own in zip(features.split(size), labels.split(size), strict=True):
         excess = excess.add(rows, own, head)
     return excess
@@ -80,7 +86,7 @@ def test_equals_sums_in_many_digits(loss, scale, spread, dtype, generator):
     features = (draw(generator, K, D)[labels] + spread * draw(generator, len(labels), D)).to(dtype)
     expected = exact_sums(loss, weight, bias, features, labels)
     tolerance = 1e-14 if loss == "mse" else 1e-14 + 2e-15 * float((features.double() @ weight.T).abs().max())
-    head = HeadLoss(loss, weight, bias)
+    head = head_loss(loss, weight, bias)
     for order in (torch.arange(len(labels)), torch.randperm(len(labels), generator=generator)):
         for size in (1, 5, 7, len(labels)):  # In the order of classes 5 leaves single samples behind.
             check(gather(head, features[order], labels[order], size), expected, tolerance)
@@ -92,7 +98,7 @@ def test_equal_features_give_exact_zeros(loss, generator):
     labels = torch.arange(K).repeat(N)
     features = draw(generator, K, D)[labels] * 0.1
     assert not torch.equal(features[labels == 0].mean(dim=0), features[0])
-    head = HeadLoss(loss, draw(generator, K, D), None)
+    head = head_loss(loss, draw(generator, K, D), None)
     for size in (1, 5, len(labels)):
         assert not gather(head, features, labels, size).sums.any()
 
@@ -104,7 +110,7 @@ def test_an_outlier_that_comes_first_and_alone(loss, away, generator):
     labels, features = torch.zeros(300, dtype=torch.int64), 1e-3 * draw(generator, 300, D)
     weight, bias = draw(generator, 2, D), draw(generator, 2)
     features[0] += away * (weight[0] - weight[1])  # Sure of its class.
-    excess = gather(HeadLoss(loss, weight, bias), features, labels, [1, 150, 149], 2)
+    excess = gather(head_loss(loss, weight, bias), features, labels, [1, 150, 149], 2)
     tolerance = 1e-14 + (1e-15 * float((features @ weight.T).abs().max()) if loss == "ce" else 0)
     check(excess, exact_sums(loss, weight, bias, features, labels), tolerance)
 
@@ -113,12 +119,12 @@ def test_an_outlier_that_comes_first_and_alone(loss, away, generator):
 def test_merges_in_any_order_with_classes_missing(loss, generator):
     labels = torch.randint(K, (60,), generator=generator)
     features, weight = draw(generator, 60, D) + 100, draw(generator, K, D)
-    head = HeadLoss(loss, weight, None)
+    head = head_loss(loss, weight, None)
     pieces = [gather(head, features[labels == k], labels[labels == k], 6) for k in range(K)]
-    pieces += [gather(head, features, labels, 4), ExcessLoss.empty(K, D)]
+    pieces += [gather(head, features, labels, 4), ExcessLoss.empty(K, D, K)]
     expected = exact_sums(loss, weight, torch.zeros(K), features.repeat(2, 1), labels.repeat(2))
     for order in (range(5), reversed(range(5)), [2, 4, 0, 3, 1]):
-        total = ExcessLoss.empty(K, D)
+        total = ExcessLoss.empty(K, D, K)
         for i in order:
             total = total.merge(pieces[i], head)
         check(total, expected, 1e-12)  # Logits are about 300.
@@ -129,7 +135,7 @@ def test_merges_in_any_order_with_classes_missing(loss, generator):
 
 def test_samples_left_out_and_not_finite(generator):
     labels = torch.tensor([0, 1, -1, 2, 9, 0, 2])
-    features, head = draw(generator, 7, D), HeadLoss("ce", draw(generator, 4, D), None)
+    features, head = draw(generator, 7, D), head_loss("ce", draw(generator, 4, D), None)
     expected = gather(head, features[[0, 1, 3, 5, 6]], labels[[0, 1, 3, 5, 6]], 5, 4)
     features[2], features[4] = torch.nan, torch.inf
     for size in (1, 7):
@@ -145,8 +151,8 @@ def test_samples_left_out_and_not_finite(generator):
 def test_nothing_comes_to_the_host(loss):
     """On the meta device there is nothing to bring."""
     on = {"device": "meta", "dtype": torch.float64}
-    head = HeadLoss(loss, torch.empty(K, D, **on), torch.empty(K, **on))
-    excess = ExcessLoss.empty(K, D, "meta")
+    head = head_loss(loss, torch.empty(K, D, **on), torch.empty(K, **on))
+    excess = ExcessLoss.empty(K, D, K, "meta")
     for _ in range(2):
         excess = excess.add(torch.empty(30, D, device="meta"), torch.empty(30, dtype=torch.int64, device="meta"), head)
     assert excess.merge(excess, head).sums.shape == (K,)
@@ -166,7 +172,7 @@ def test_many_classes_a_few_rows_at_a_time(loss, generator):
     """Rows, classes and chunks go in tiles of several sizes."""
     labels = torch.randint(300, (2000,), generator=generator)
     features, weight = draw(generator, 2000, 3), draw(generator, 300, 3)
-    excess = gather(HeadLoss(loss, weight, None), features, labels, 900, 300)
+    excess = gather(head_loss(loss, weight, None), features, labels, 900, 300)
     z, means = features @ weight.T, excess.means @ weight.T
     phi = (lambda z: z.square().sum(dim=1) / 2) if loss == "mse" else (lambda z: z.logsumexp(dim=1))
     sums = torch.zeros(300, dtype=torch.float64).index_add_(0, labels, phi(z)) - excess.counts * phi(means)

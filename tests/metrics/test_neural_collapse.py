@@ -16,6 +16,7 @@ from nclightning.functional import (
     class_statistics,
     etf_deviation,
     self_duality,
+    within_between_ratio,
     within_class_variability,
 )
 from nclightning.metrics import MEASURES, NeuralCollapse
@@ -371,3 +372,39 @@ def test_the_cost_of_an_update_does_not_grow(generator):
     assert sum(late) <= 1.2 * sum(early)
     assert max(late) <= max(early) + 8
     assert len(metric.kept) <= 30
+
+
+GROUPS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3]), 4  # Of a head with three rows.
+
+
+def of_groups(**options):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8, 5, dtype=torch.float64, generator=generator)
+    weight = torch.randn(3, 5, dtype=torch.float64, generator=generator)
+    metric = NeuralCollapse(GROUPS[1], 5, weight, groups=True, **options)
+    metric.update(features, GROUPS[0])
+    return metric, features, weight
+
+
+def test_groups_of_samples_are_no_rows_of_the_head():
+    metric, features, weight = of_groups()
+    values = metric.compute()
+    assert list(values) == ["nc1_ratio", "nc1_cdnv", "nc2"]
+    stats = class_statistics(features, *GROUPS)
+    assert values["nc1_ratio"] == within_between_ratio(stats)
+    assert values["nc2"] == etf_deviation(weight)
+    assert set(metric.per_class()) == {"count", "variance", "mean_norm", "cdnv"}
+
+
+def test_measures_that_need_classes_are_refused_of_groups_or_left_out():
+    with pytest.raises(ValueError, match=r"measures \['nc1', 'nc3'\] take each label for a class"):
+        of_groups(measures=("nc1", "nc2", "nc3"))
+    names = of_groups(measures=("all",))[0].compute().keys()
+    assert names == {name for name, measure in MEASURES.items() if not measure.needs_classes}
+
+
+def test_a_head_with_one_row_has_nothing_to_compare():
+    values = NeuralCollapse(4, 5, torch.ones(1, 5), groups=True)
+    assert values.measures == ("nc1_ratio", "nc1_cdnv")
+    with pytest.raises(ValueError, match="compare rows of the head, and it has only one"):
+        NeuralCollapse(4, 5, torch.ones(1, 5), groups=True, measures=("nc2",))

@@ -12,8 +12,28 @@ from nclightning.models.closed_form import UFMLine
 from nclightning.models.graph import GraphLine
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, ClosureLine
+from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError
+from tests.problems.cases import one_against_rest
 
 SHAPES = [(2, 1, 1), (4, 3, 6), (5, 2, 3), (10, 10, 20)]
+OFFSET, WEIGHTS = [0.5, -1.0, 0.0, 2.0], [0.2, 1.0, 3.0, 0.7]
+SOFT = [[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.5, 0.0], [0.25] * 4, [0.0, 0.0, 0.0, 1.0]]
+MARGIN = (2 * torch.eye(4) - 1).tolist()
+PENALTIES = (7e-3, 3e-3, 0.2)
+# Objectives of four outputs and as many groups; the bias is penalized.
+LOSSES = {
+    "mse": lambda: Objective("mse", *PENALTIES),
+    "ce": lambda: Objective("ce", *PENALTIES),
+    "squared error, hard labels": lambda: Objective(SquaredError(), *PENALTIES),
+    "squared error, any targets": lambda: Objective(SquaredError(), *PENALTIES, [[x - 2.0 for x in r] for r in SOFT]),
+    "cross-entropy, soft targets": lambda: Objective(CrossEntropy(), *PENALTIES, SOFT),
+    "cross-entropy, offset": lambda: Objective(CrossEntropy(OFFSET), *PENALTIES),
+    "cross-entropy, weights": lambda: Objective(CrossEntropy(None, WEIGHTS), *PENALTIES),
+    "cross-entropy, all of it": lambda: Objective(CrossEntropy(OFFSET, WEIGHTS), *PENALTIES, SOFT),
+    "binary cross-entropy": lambda: Objective(BinaryCrossEntropy(), *PENALTIES, [[1, 0, 1, 0], *SOFT[1:]]),
+    "binary cross-entropy, hard labels": lambda: Objective(BinaryCrossEntropy(), *PENALTIES),
+    "squared hinge, by its value alone": lambda: Objective(one_against_rest([1], 1, 1.0, 1.0).loss, *PENALTIES, MARGIN),
+}
 # Some hundred roundings of the dtype, of the largest entry.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
 
@@ -73,6 +93,83 @@ def test_value_and_gradient_are_those_of_autograd(loss, shape, dtype, scale):
     assert measured == [here.value, here.square]
     assert [float(each) for each in ours.measure()] == measured
     assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+
+def any_lines(name, dtype, with_bias=True, scale=1.0):
+    """The closed form, and autograd of the problem's own value on copies of the parameters."""
+    objective, counts = LOSSES[name](), [2, 5, 1, 4]
+    features, head, _ = point("mse" if with_bias else "ce", (4, 3, 6), dtype, scale)
+    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))[
+        torch.tensor([5, 11, 2, 8, 0, 9, 3, 7, 1, 10, 4, 6])
+    ]
+    bias = objective.lambda_b if with_bias else "none"
+    problem = Problem(objective.function, objective.targets, counts, 6, objective.lambda_w, objective.lambda_h, bias)
+    params, twins = ([nn.Parameter(p.detach().clone()) for p in (*head, features)] for _ in range(2))
+
+    @torch.enable_grad()
+    def closure():
+        for p in twins:
+            p.grad = None
+        weight, *rest, rows = twins
+        value = problem.value(weight, rows, labels, *rest)
+        value.backward()
+        return value.detach()
+
+    ours = UFMLine(objective, params[-1], params[:-1], labels, params, 12)
+    return ours, ClosureLine(closure, twins), params, twins
+
+
+@pytest.mark.usefixtures("rows_at_a_time")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+@torch.no_grad()
+def test_any_loss_goes_the_way_of_its_problem(loss, with_bias, dtype):
+    """Value, gradient, slope and iterates; the slope is taken on its own, and with the value."""
+    ours, theirs, params, twins = any_lines(loss, dtype, with_bias)
+    here, there = ours.evaluate(), theirs.evaluate()
+    for _ in range(4):
+        assert_same(here, there, dtype)
+        ours.begin(here)
+        theirs.begin(there)
+        for size in (2.0, 0.3):
+            assert ours.trial(size) == pytest.approx(theirs.trial(size), rel=TOLERANCE[dtype])
+            size_of_slope = TOLERANCE[dtype] * 10 * there.square
+            assert ours.slope() == pytest.approx(theirs.slope(), rel=10 * TOLERANCE[dtype], abs=size_of_slope)
+        here, there = ours.accept(), theirs.accept()
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_whole_search_of_any_loss(loss):
+    ours, theirs, params, twins = any_lines(loss, torch.float64)
+    one, other = ArmijoGD(params), ArmijoGD(twins)
+    for _ in range(20):
+        one.step(ours)
+        other.step(theirs)
+    assert one.total_evaluations == other.total_evaluations
+    for p, q in zip(params, twins, strict=True):
+        # Descent takes starts one rounding apart as far as 4e-14 from each other.
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_gradient_without_numbers_is_not_moved_to():
+    class Broken(SquaredError):
+        def sum_and_residual_(self, logits, targets, labels):
+            losses = super().sum_and_residual_(logits, targets, labels)
+            logits.mul_(broken[0])
+            return losses
+
+    broken = [1.0]
+    features, head, labels = point("mse", (4, 3, 6))
+    line = UFMLine(Objective(Broken(), 7e-3, 3e-3), features, head, labels, [features, *head], 12)
+    line.begin(line.evaluate())
+    broken[0] = math.nan
+    line.trial(0.1)
+    with pytest.raises(ValueError, match="the gradient of Broken is not finite where its value is"):
+        line.accept()
 
 
 @pytest.mark.usefixtures("rows_at_a_time")
@@ -287,23 +384,35 @@ def test_a_mix_of_devices_raises():
             UFMLine(Objective("ce", 1e-2, 1e-2), features, [weight], labels, [features, weight], 12)
 
 
-@pytest.mark.parametrize("loss", ["mse", "ce"])
-def test_on_a_device_only_decisions_come_to_the_host(loss):
-    """Fake tensors raise on a transfer and on a mix of devices."""
-    with FakeTensorMode():
-        K, n, d = 4, 3, 6
-        features, weight, bias = (nn.Parameter(torch.empty(s, device="cuda")) for s in ((K * n, d), (K, d), (K,)))
-        head = [weight, bias] if loss == "mse" else [weight]
-        labels = torch.empty(K * n, dtype=torch.int64, device="cuda")
-        line = UFMLine(Objective(loss, 1e-2, 1e-2), features, head, labels, [features, *head], K * n)
-        with torch.no_grad():
-            results = [*line.measure()]
-            line._write_to([torch.zeros_like(p) for p in (features, *head)])
-            for line._expects_slope in (False, True):
-                results += [line._trial(0.0), line._slope(), line._replace_gradient(move=True)]
-        assert {result.device.type for result in results} == {"cuda"}
-        with pytest.raises(DataDependentOutputException):
-            line.trial(1.0)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "hinge" not in loss])  # Autograd would look for a GPU.
+def test_on_a_device_only_decisions_come_to_the_host(loss, monkeypatch):
+    """Fake tensors raise on a transfer and on a mix of devices; numbers come by one function."""
+    devices = []
+
+    def numbers(scalars):
+        devices.extend(scalar.device.type for scalar in scalars)
+        return [1.0 for _ in scalars]
+
+    objective = LOSSES[loss]()
+    monkeypatch.setattr(type(objective.function), "check_targets", lambda *_: None)  # It looks at numbers, once.
+    with FakeTensorMode(allow_non_fake_inputs=True):  # The targets are real ones.
+        features, weight, bias = (nn.Parameter(torch.empty(s, device="cuda")) for s in ((12, 6), (4, 6), (4,)))
+        labels = torch.empty(12, dtype=torch.int64, device="cuda")
+        for head in ([weight], [weight, bias]):
+            line = UFMLine(objective, features, head, labels, [features, *head], 12)
+            with torch.no_grad():
+                value, square = line.measure()
+                assert {value.device.type, square.device.type} == {"cuda"}
+                with pytest.raises(DataDependentOutputException):
+                    line.evaluate()
+                with monkeypatch.context() as patch:
+                    patch.setattr(closed_form, "_numbers", numbers)
+                    line.begin(line.evaluate())
+                    for with_slope in (False, True, True):  # The last one takes the slope with the value.
+                        line.trial(0.1)
+                        assert not with_slope or line.slope() == 1.0
+                        line.accept()
+    assert set(devices) == {"cuda"}
 
 
 def test_readings_see_what_hooks_make_of_the_features():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from nclightning import problems
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
@@ -85,6 +86,22 @@ def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss,
         assert difference(whole, resumed) < 1e-11
 
 
+PROBLEMS = {
+    "penalized bias": problems.mse_with_penalized_bias([9, 4, 2], 5, 5e-2, 2e-2, lambda_b=0.3),
+    "soft labels": problems.soft_labels([[0.8, 0.1, 0.1], [0.2, 0.3, 0.5]], [8, 7], 5, 5e-2, 2e-2),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_problems_of_other_losses_are_shared_alike(name, tmp_path):
+    models = []
+    for devices in (1, 3):
+        torch.manual_seed(0)
+        model = UFM(problem=PROBLEMS[name], iterations_per_step=10)
+        models.append(fit(tmp_path / str(devices), model, IndexDataModule(), devices))
+    assert difference(*models) < 1e-12  # Sums in another order: roundings, carried along by 40 steps.
+
+
 def adam_backwards(params):
     return torch.optim.Adam(list(params)[::-1], lr=0.01)
 
@@ -147,7 +164,10 @@ def hooked(model):
         (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may mix numbers"),
         (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
         (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
-        (lambda: UFM(6, 2, 3, "mse", lambda_=1e-2), "need feature_dim of at least 5, got 3"),
+        (
+            lambda: UFM(6, 2, 3, "mse", lambda_=1e-2),
+            "need feature_dim of at least num_classes - 1 = 5 where processes share the features, got 3",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(model, message, tmp_path):

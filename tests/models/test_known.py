@@ -14,10 +14,12 @@ from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
 from nclightning.objective import Objective
+from nclightning.problems import CrossEntropy, Problem, balanced_ce, mse_with_penalized_bias, mse_without_bias
 from nclightning.theory import UFMProblem
 from tests.trainers import quiet_trainer
 
 K, N, D = 3, 6, 4
+SMOOTHED = 0.85 * torch.eye(K, dtype=torch.float64) + 0.05
 
 
 def ufm(loss="mse", make=UFM, **options):
@@ -108,17 +110,54 @@ def layer_norm(model):
     return nn.Sequential(model.backbone, nn.LayerNorm(D, elementwise_affine=False))
 
 
+COUNTS, PENALTIES = [N // K] * K, {"lambda_w": N // K * 1e-2, "lambda_h": 1e-2}
+# Modules with a head or an objective of another kind than the paper's, and the problem that they train.
+OTHERS = {
+    "UFM without the bias of MSE": (changed(ufm, head=linear(False)), mse_without_bias(COUNTS, D, **PENALTIES)),
+    "UFM whose bias was taken off": (changed(ufm, head__bias=None), mse_without_bias(COUNTS, D, **PENALTIES)),
+    "CE with a bias": (
+        changed(lambda: ufm("ce"), head=linear(True)),
+        balanced_ce(K, N // K, D, **PENALTIES).replace(bias="free"),
+    ),
+    "penalty on the bias": (
+        changed(ufm, objective=Objective("mse", **PENALTIES, lambda_b=0.1)),
+        mse_with_penalized_bias(COUNTS, D, **PENALTIES, lambda_b=0.1),
+    ),
+    "network without the bias of MSE": (
+        lambda: network(head=nn.Linear(D, K, bias=False)),
+        mse_without_bias(COUNTS, D, 1e-2, 1e-2),
+    ),
+    "network with logit adjustment": (
+        lambda: network("ce", objective=Objective(CrossEntropy(offset=[0.0, 1.0, 2.0]), 1e-2, 1e-2)),
+        Problem(CrossEntropy(offset=[0.0, 1.0, 2.0]), None, COUNTS, D, 1e-2, 1e-2),
+    ),
+    "network on label smoothing": (
+        lambda: network("ce", objective=Objective(CrossEntropy(), 1e-2, 1e-2, targets=SMOOTHED)),
+        Problem(CrossEntropy(), SMOOTHED, COUNTS, D, 1e-2, 1e-2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_losses_targets_and_biases_have_problems_of_their_own(case):
+    make, expected = OTHERS[case]
+    assert make().problem.describe() == expected.describe()
+
+
+def test_a_free_bias_does_not_change_the_minimum_of_a_network():
+    """The paper's names stay for it: only the optimal set of free features is another."""
+    model = network("ce", head=nn.Linear(D, K, dtype=torch.float64))
+    assert model.problem == UFMProblem("ce", K, N // K, D, 1e-2, 1e-2)
+    free = balanced_ce(K, N // K, D, 1e-2, 1e-2).replace(bias="free")
+    assert model.problem.optimal_value == pytest.approx(free.optimal_value, rel=1e-14)
+
+
 REFUSED = {
-    "UFM without the bias of MSE": (changed(ufm, head=linear(False)), "head has no bias"),
-    "UFM whose bias was taken off": (changed(ufm, head__bias=None), "head has no bias"),
-    "network without the bias of MSE": (lambda: network(head=nn.Linear(D, K, bias=False)), "head has no bias"),
-    "CE with a bias": (changed(lambda: ufm("ce"), head=linear(True)), "head has a bias, and for loss='ce'"),
     "label smoothing": (
         changed(lambda: ufm("ce"), objective=Smoothed("ce", 1e-2, 1e-2)),
         "objective is a Smoothed, whose minimum is not known",
     ),
     "own objective of a network": (lambda: network(objective=Smoothed("ce", 1e-2, 1e-2)), "objective is a Smoothed"),
-    "penalty on the bias": (changed(ufm, objective=Objective("mse", 1e-2, 1e-2, 0.1)), "lambda_b must be 0, got 0.1"),
     "class weights": (lambda: ufm(make=Weighted), "evaluate_objective of Weighted is not that of nclightning.models"),
     "evaluation set on the instance": (
         changed(ufm, evaluate_objective=lambda model: model.evaluate_objective),

@@ -40,7 +40,7 @@ def test_every_accepted_step_decreases_the_exact_gap_sufficiently(loss, c1):
         seen.add(outcome.status)
         moved = math.sqrt(sum(float((p.detach() - x).square().sum()) for p, x in zip(params, start, strict=True)))
         # (i) with kappa_1 = c1 / t. For slopes it holds up to third order, and near the optimum to round-off: at a gap
-        # of 1e-22 the gap itself is known to 1e-5 (theory.gap); 2 % covers the third order from where slopes begin.
+        # of 1e-22 the gap itself is known to 1e-5 (Problem.gap); 2 % covers the third order from where slopes begin.
         assert before - after >= 0.98 * c1 / outcome.step_size * moved**2
         # (iii) with kappa_3 = 1 / t, up to the rounding of parameters of size 1 in a move of 1e-12.
         assert outcome.previous_grad_norm <= moved / outcome.step_size * (1 + 1e-3)

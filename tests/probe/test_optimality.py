@@ -6,6 +6,7 @@ import torch
 from nclightning.functional import class_statistics
 from nclightning.heads import read_head
 from nclightning.metrics import Optimality
+from nclightning.metrics.reference import Reference
 from nclightning.probe.optimality import OptimalityCollector
 from nclightning.theory import UFMProblem
 from tests.helpers import linear_head
@@ -38,55 +39,55 @@ def floats(values):
 @pytest.mark.parametrize("penalties", [None, PENALTIES], ids=["fitted", "given"])
 @pytest.mark.parametrize("own", [True, False])
 def test_equals_the_metric(loss, penalties, own, head, samples):
-    collector = OptimalityCollector(loss, read_head(head), penalties, own_statistics=own)
+    collector = OptimalityCollector(Reference(loss, *penalties or ()), read_head(head), own_statistics=own)
     metric = Optimality(UFMProblem(loss, K, N, D, *penalties) if penalties else loss, head)
     for each in batches(samples):
         collector.update(*each)
         metric.update(*each)
-    values = floats(collector.read(None if own else class_statistics(*samples, K)))
+    values = floats(collector.read(None if own else class_statistics(*samples, K)).values)
     assert values == pytest.approx(floats(metric.compute()), rel=1e-13)
 
 
 def test_a_loader_may_fill_the_same_memory_again(head, samples):
-    collectors = [OptimalityCollector("ce", read_head(head), PENALTIES) for _ in range(2)]
+    collectors = [OptimalityCollector(Reference("ce", *PENALTIES), read_head(head)) for _ in range(2)]
     features, labels = torch.empty(64, D), torch.empty(64, dtype=torch.int64)
     for h, y in batches(samples):
         collectors[0].update(h, y, copy=False)
         features[: len(h)], labels[: len(h)] = h, y
         collectors[1].update(features[: len(h)], labels[: len(h)])
-    assert floats(collectors[0].read()) == floats(collectors[1].read())
+    assert floats(collectors[0].read().values) == floats(collectors[1].read().values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_values_are_those_of_the_features_in_their_dtype(dtype, head, samples):
     features, values = samples[0].to(dtype), []
     for given in (features, features.double()):
-        collector = OptimalityCollector("ce", read_head(head), PENALTIES)
+        collector = OptimalityCollector(Reference("ce", *PENALTIES), read_head(head))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for each in batches((given, samples[1])):
                 collector.update(*each)
-            values.append(floats(collector.read()))
+            values.append(floats(collector.read().values))
     assert values[0] == pytest.approx(values[1], rel=1e-13)
 
 
 def test_keeps_the_features_of_no_graph(head, samples):
-    collector = OptimalityCollector("ce", read_head(head), PENALTIES)
+    collector = OptimalityCollector(Reference("ce", *PENALTIES), read_head(head))
     collector.update(samples[0] * torch.ones(D, requires_grad=True), samples[1])
-    assert not any(value.requires_grad for value in collector.read().values())
+    assert not any(value.requires_grad for value in collector.read().values.values())
 
 
 def test_says_what_is_wrong(head, samples):
-    with pytest.raises(ValueError, match="head must have a bias for loss='mse'"):
-        OptimalityCollector("mse", read_head(head.weight))
+    with pytest.raises(ValueError, match="head must have a bias, as the problem has one"):
+        OptimalityCollector(Reference(UFMProblem("mse", K, N, D, *PENALTIES)), read_head(head.weight))
     for labels, message in (
-        (samples[1].clamp(max=2), "every class must come exactly 3000 times, got between 0 and 3000"),
+        (samples[1].clamp(max=2), "every class must come exactly 1500 times, got between 0 and 3000"),
         (samples[1] + 1, r"1500 labels were outside 0\.\.3"),
     ):
-        collector = OptimalityCollector("ce", read_head(head), PENALTIES)
+        collector = OptimalityCollector(Reference(UFMProblem("ce", K, N, D, *PENALTIES)), read_head(head))
         collector.update(samples[0], labels)
         with pytest.raises(ValueError, match=message):
             collector.read()
-    collector = OptimalityCollector("ce", read_head(head), PENALTIES, own_statistics=False)
+    collector = OptimalityCollector(Reference("ce", *PENALTIES), read_head(head), own_statistics=False)
     collector.update(samples[0], torch.cat([samples[1][1:], samples[1][:1] + 1]))
     stats = class_statistics(*samples, K)
     with pytest.raises(AssertionError, match="of different samples"):

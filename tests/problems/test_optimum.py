@@ -44,7 +44,7 @@ def numerically(problem):
     hidden = type(f"Hidden{kind.__name__}", (kind,), {"closed_form": lambda self, groups: None})
     loss = dataclasses.replace(problem.loss) if dataclasses.is_dataclass(problem.loss) else kind()
     loss = hidden(**vars(loss))
-    return dataclasses.replace(problem, loss=loss)
+    return problem.replace(loss=loss)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_zero_from_the_threshold_on(loss, bias):
     root = math.sqrt(problem.threshold)
 
     def at(part):
-        return dataclasses.replace(problem, lambda_w=root * part, lambda_h=root * part)
+        return problem.replace(lambda_w=root * part, lambda_h=root * part)
 
     assert [at(part).optimum.rank for part in (1 + 1e-9, 1.5, 1e6)] == [0, 0, 0]
     assert at(1 - 1e-6).optimum.rank > 0
@@ -132,7 +132,7 @@ def test_minorities_merge():
     assert abs(thresholds[1] / problem.threshold - 1) < 1e-5
 
     def logits(product):
-        return dataclasses.replace(problem, lambda_w=math.sqrt(product), lambda_h=math.sqrt(product)).optimum.logits
+        return problem.replace(lambda_w=math.sqrt(product), lambda_h=math.sqrt(product)).optimum.logits
 
     merged, apart = logits(1.01 * thresholds[3]), logits(0.99 * thresholds[3])
     close(merged[2], merged[3], 1e-10)
@@ -194,7 +194,7 @@ def test_few_features():
         with pytest.raises(NoAnswer, match="feature_dim=1 is below the rank 2"):
             ask()
     assert pickle.loads(pickle.dumps(problem.answers()["optimum"])).question == "optimum"
-    point = dataclasses.replace(problem, feature_dim=2).random_optimum()
+    point = problem.replace(feature_dim=2).random_optimum()
     bound = problem.certified_lower_bound(point.weight[:, :1], point.features[:, :1], point.labels)
     assert (
         bound
@@ -226,7 +226,7 @@ def test_no_minimum_with_a_free_bias(problem, words):
         with pytest.raises(NoAnswer, match=f"F has no minimum with a free bias: {words}.*Penalize"):
             getattr(problem, ask)
     assert isinstance(problem.answers()["threshold"], NoAnswer)
-    penalized = dataclasses.replace(problem, bias=1e-3)
+    penalized = problem.replace(bias=1e-3)
     assert float(penalized.gap(*penalized.random_optimum())) < 1e-26
 
 
@@ -265,7 +265,7 @@ def test_no_optimum_above_the_tolerance(monkeypatch):
     problem = unbalanced_ce([9, 4, 1], 3, 0.01, 0.01)
     with pytest.raises(NoAnswer, match=r"certified gap of .*, above the tolerance of 1e-10 .*Raise tolerance"):
         _ = problem.optimal_value
-    assert dataclasses.replace(problem, tolerance=10.0).optimum.duality_gap > 1e-6
+    assert problem.replace(tolerance=10.0).optimum.duality_gap > 1e-6
 
 
 @pytest.mark.parametrize("bias", ["none", "free", 0.1])

@@ -1,0 +1,269 @@
+"""What follows from an optimal set and its spectrum, the same for every problem."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from nclightning.problems.answers import NoAnswer
+from nclightning.problems.checks import admit, admit_moments, check_labels
+from nclightning.problems.orbit import Orbit, Solution
+from nclightning.problems.rates import Rates
+
+if TYPE_CHECKING:
+    from nclightning.problems.spectrum import Eigenvalue
+
+__all__ = ["WithOptimum"]
+
+
+class WithOptimum(ABC):
+    """A problem that knows its optimal set: compares points with it, and predicts descent near it.
+
+    Answers are float64 and on the device of the point.
+    """
+
+    # Whether a bias may come with moments although the problem has none.
+    _ignores_bias: ClassVar[bool] = False
+    feature_dim: int
+
+    if TYPE_CHECKING:  # Not abstract: a dataclass would take them for the defaults of its fields.
+
+        @property
+        def num_classes(self) -> int:
+            """K."""
+
+        @property
+        def num_groups(self) -> int:
+            """M."""
+
+        @property
+        def num_samples(self) -> int:
+            """N."""
+
+        @property
+        def dimension(self) -> int:
+            """Of the optimal set."""
+
+        @property
+        def has_bias(self) -> bool:
+            """Whether the head has one."""
+
+    @property
+    @abstractmethod
+    def samples_per_group(self) -> int | Tensor:
+        """Samples of each group: one number for all, or ``(M,)``."""
+
+    @property
+    @abstractmethod
+    def bias_said(self) -> str:
+        """Argument that decides about the bias, as it was typed."""
+
+    @property
+    @abstractmethod
+    def rank_said(self) -> str:
+        """Least number of features at which the optimal logits are unique, in words."""
+
+    @property
+    def moments_take_bias(self) -> bool:
+        """Whether a bias may come with moments."""
+        return self.has_bias or self._ignores_bias
+
+    @abstractmethod
+    def orbit(self, device: torch.device) -> Orbit:
+        """The optimal set, for points on a device."""
+
+    @abstractmethod
+    def spectrum(self) -> tuple[Eigenvalue, ...]:
+        """List the eigenvalues of the Hessian of F at the optimal set."""
+
+    def labels(self, device: torch.device | str | None = None) -> Tensor:
+        """Labels ``(N,)`` of the training set, group after group: ``0, .., 0, 1, .., 1, ..``."""
+        groups, counts = torch.arange(self.num_groups, device=device), self.samples_per_group
+        return groups.repeat_interleave(counts.to(device) if isinstance(counts, Tensor) else counts)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise unless each group occurs as often as the problem says.
+
+        Args:
+            labels: ``(N,)`` int64. One transfer to the host.
+
+        Raises:
+            ValueError: If labels are of another type, out of range, or in other numbers.
+        """
+        check_labels(self, labels)
+
+    def gap(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Evaluate :math:`F - F^*` without subtracting the two.
+
+        A sum of squares and Bregman divergences, exact to about :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`, where the
+        plain difference is noise below :math:`\epsilon F`. Non-negative, except with fewer features than the rank of
+        the optimal logits, where it may come out negative at round-off level.
+
+        Args:
+            weight: Head ``(K, d)``.
+            features: ``(N, d)``.
+            labels: ``(N,)`` int64, the group of each sample, each as often as the problem says, in any order.
+            bias: ``(K,)``; None for a problem without one.
+            check_labels: False skips the one check that transfers to the host, for labels that
+                :meth:`check_labels` has passed.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: If the point does not fit the problem.
+            NoAnswer: If the optimum is not known.
+        """
+        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        orbit = self.orbit(features.device)
+        if orbit.is_cut:
+            return orbit.expanded_gap(point)
+        logits = point.features @ point.weight.T
+        logits = logits if point.bias is None else logits + point.bias
+        return orbit.gap(orbit.moments(point), orbit.divergence(logits, labels).mean())
+
+    def distance(
+        self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
+    ) -> Tensor:
+        r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
+
+        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
+        """
+        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        orbit = self.orbit(features.device)
+        return orbit.distance(orbit.moments(point))
+
+    def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
+        """Project a point on the optimal set; one of the nearest members if there are several.
+
+        Arguments and errors as in :meth:`gap`.
+
+        Returns:
+            Member with rows in the order of ``labels``.
+        """
+        point = admit(self, weight, features, labels, bias)
+        orbit = self.orbit(features.device)
+        return self._solution(orbit, *orbit.nearest(orbit.moments(point)), point.labels)
+
+    def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
+        """Draw a member of the optimal set, uniformly under rotations of the feature space.
+
+        Args:
+            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
+
+        Returns:
+            Member with labels in the order of :meth:`labels`.
+
+        Raises:
+            NoAnswer: If the optimum is not known.
+        """
+        size = self.num_classes, self.feature_dim
+        device = torch.device("cpu") if generator is None else generator.device
+        noise = torch.randn(size, dtype=torch.float64, device=device, generator=generator)
+        orbit = self.orbit(noise.device)
+        return self._solution(orbit, *orbit.random(noise), self.labels(noise.device))
+
+    def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Measure each sample's loss above that of the optimal logits of its group, to first order removed.
+
+        The Bregman divergence of the loss, the part of the gap that the features enter other than by their moments.
+
+        Args:
+            logits: ``(B, K)``, bias included.
+            labels: ``(B,)`` int64, the group of each sample.
+
+        Returns:
+            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
+        """
+        return self._whole_orbit("divergence", logits.device).divergence(logits.detach().double(), labels)
+
+    def gap_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Evaluate F - F* as :meth:`gap` does, for features that are not kept.
+
+        Args:
+            weight: Head ``(K, d)``.
+            means: Mean feature of each group ``(M, d)``.
+            spread: Sum of the squared distances of all samples from the means of their groups.
+            divergence: Mean of :meth:`divergence` over all samples.
+            bias: ``(K,)``; needed only if the problem penalizes it. All else of it is in the divergence.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            NoAnswer: If the optimum is not known, or its logits are not unique for want of features.
+        """
+        orbit = self._whole_orbit("gap_from_moments", weight.device)
+        point = admit_moments(self, weight, means, spread, bias, needs_bias=orbit.lambda_b > 0)
+        return orbit.gap(orbit.only_present(point), divergence.detach().double())
+
+    def distance_from_moments(
+        self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap; it needs the bias."""
+        point = admit_moments(self, weight, means, spread, bias, needs_bias=self.has_bias)
+        orbit = self.orbit(weight.device)
+        return orbit.distance(orbit.only_present(point))
+
+    @cached_property
+    def rates(self) -> Rates:
+        """Error bound and speed of gradient descent near the optimal set."""
+        entries = self.spectrum()
+        # At a threshold more directions are flat than lie along the set.
+        at_threshold = sum(each.multiplicity for each in entries if each.value <= 0) > self.dimension
+        return Rates(0.0 if at_threshold else next(e.value for e in entries if e.value > 0), entries[-1].value)
+
+    @property
+    def mu(self) -> float:
+        """Least curvature of F across the optimal set, the least nonzero eigenvalue; 0.0 at a threshold."""
+        return self.rates.mu
+
+    @property
+    def smoothness(self) -> float:
+        """Largest eigenvalue L of the Hessian at the optimal set; fixed steps below 2/L are stable near it."""
+        return self.rates.smoothness
+
+    @property
+    def error_bound_constant(self) -> float:
+        r"""Limit of the least :math:`\kappa` with :math:`\mathrm{dist} \le \kappa \|\nabla F\|` near the optimal set.
+
+        It is :math:`1/\mu`, approached from points along the slowest mode; infinite at a threshold, where no such
+        bound holds. Paper: Eq. (4), Theorems 2 and 4, erratum E5.
+        """
+        return self.rates.error_bound_constant
+
+    @property
+    def best_step(self) -> float:
+        r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence."""
+        return self.rates.best_step
+
+    def contraction(self, step: float | None = None) -> float:
+        """Predict the factor of the distance per iteration; see :meth:`nclightning.problems.Rates.contraction`."""
+        return self.rates.contraction(step)
+
+    def iterations_per_decade(self, step: float | None = None) -> float:
+        """Predict the iterations for a factor of ten of the gap; see :class:`nclightning.problems.Rates`."""
+        return self.rates.iterations_per_decade(step)
+
+    def _whole_orbit(self, question: str, device: torch.device) -> Orbit:
+        orbit = self.orbit(device)
+        if orbit.is_cut:
+            raise NoAnswer(
+                question,
+                f"feature_dim must be at least {self.rank_said} for a gap from moments, got {self.feature_dim}: the "
+                "optimal logits are not unique there, and the gap needs all samples. Take gap.",
+            )
+        return orbit
+
+    def _solution(self, orbit: Orbit, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
+        bias = torch.zeros_like(weight[:, 0]) + orbit.bias if self.has_bias and orbit.bias is not None else None
+        return Solution(weight, means.index_select(0, orbit.own(labels)), labels, bias)
