@@ -168,7 +168,7 @@ WORDS = [
     ("theory --problem unbalanced_ce --loss ce", "--loss does not go with a problem: the problem has its loss"),
     ("theory --problem unbalanced_ce --lambda 1", "--lambda does not go with a problem: .*Give --lambda_w"),
     ("theory --problem.counts 3", "--problem.counts needs --problem NAME"),
-    (f"theory {TAIL} --problem.counts abc", "problem: .*unbalanced_ce"),
+    (f"theory {TAIL} --problem.counts abc", "counts must be integers, got"),
     (f"theory {TAIL} --problem.counts 3", "counts must hold the number of samples of each of at least two classes"),
     (f"theory {TAIL} --problem.counts 3,-1", "counts must be integers, none negative"),
     (f"theory {TAIL} --problem.counts 3,1.5", "counts must be integers"),

@@ -89,13 +89,25 @@ def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
     Raises:
         ValueError: Naming the hyperparameters that differ.
     """
-    stored = checkpoint.get("hyper_parameters", {})
+    stored = _unfolded(checkpoint.get("hyper_parameters", {}))
     different = {
-        name: (stored[name], value) for name, value in settings.items() if name in stored and stored[name] != value
+        name: (stored[name], value)
+        for name, value in _unfolded(settings).items()
+        if name in stored and stored[name] != value
     }
     if different:
-        listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in different.items())
+        listed = ", ".join(f"{name}: {old!r:.60} there, {new!r:.60} here" for name, (old, new) in different.items())
         raise UserError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+
+
+def _unfolded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the arguments of a problem by names of their own."""
+    found = dict(settings)
+    problem = found.get("problem")
+    if isinstance(problem, Mapping):
+        found |= {f"problem.{name}": value for name, value in problem.get("init_args", {}).items()}
+        del found["problem"]
+    return found
 
 
 def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str, Any]]) -> None:
