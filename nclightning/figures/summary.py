@@ -21,6 +21,7 @@ QUANTITIES = {
     "optimality/distance": "distance",
     "optimality/grad_norm": "gradient norm",
     "nc/train/nc1": "NC1",
+    "nc/train/nc1_ratio": "NC1 of groups",
     "nc/train/nc2": "NC2",
     "nc/train/nc3": "NC3",
 }

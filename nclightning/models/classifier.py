@@ -228,6 +228,7 @@ class RegularizedClassifier(ResumableModule):
             self.check_parameters()
         self.check_trainer(self.trainer)
         self._begins = True
+        self._trained = self.objective, self.head, self.backbone
         self._interrupts = HeldInterrupts()
         if self.trainer.world_size > 1:
             self._interrupts.hold()
@@ -279,6 +280,7 @@ class RegularizedClassifier(ResumableModule):
         """Run iterations up to the next multiple of ``iterations_per_step`` or ``max_steps``."""
         trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, Optimizer)
+        self._check_unchanged()
         begins, self._begins = self._begins, False
         if begins and trainer.should_stop:
             return  # A resumed run that had stopped where it is.
@@ -316,6 +318,15 @@ class RegularizedClassifier(ResumableModule):
         if interrupted:
             self._interrupts.release()
             raise KeyboardInterrupt
+
+    def _check_unchanged(self) -> None:
+        """Raise if a part was replaced within a fit: what optimizer and monitors know is of the one before."""
+        for name, part in zip(("objective", "head", "backbone"), self._trained, strict=True):
+            if getattr(self, name) is not part:
+                raise UserError(
+                    f"{name} was replaced during the fit, and the optimizer and the monitors know the one before: end "
+                    "the fit, replace it, and fit again."
+                )
 
     def _step_schedulers(self, iteration: int) -> None:
         for config in self._schedules:

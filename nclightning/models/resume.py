@@ -26,6 +26,10 @@ _NEEDED = {
 }
 
 
+# Characters of a value that a message shows.
+_MOST_SHOWN = 60
+
+
 def check_resumable(checkpoint: Mapping[str, Any], weights_in_place: bool = False) -> None:
     """Refuse a checkpoint that lacks what a fit goes on from, as one saved with ``save_weights_only=True`` does.
 
@@ -96,8 +100,13 @@ def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
         if name in stored and stored[name] != value
     }
     if different:
-        listed = ", ".join(f"{name}: {old!r:.60} there, {new!r:.60} here" for name, (old, new) in different.items())
+        listed = ", ".join(_differ(name, f"{old!r}", f"{new!r}") for name, (old, new) in different.items())
         raise UserError(f"the checkpoint belongs to another problem ({listed}). Resume it with its own settings.")
+
+
+def _differ(name: str, old: str, new: str) -> str:
+    longest = max(len(old), len(new))
+    return f"{name}: {old} there, {new} here" if longest <= _MOST_SHOWN else f"{name}, of which each is long"
 
 
 def _unfolded(settings: Mapping[str, Any]) -> dict[str, Any]:

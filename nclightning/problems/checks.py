@@ -29,15 +29,20 @@ __all__ = [
     "rows_are_classes",
 ]
 
+# Of each kind, by which a loss is probed for convexity.
+_SEGMENTS = 256
+
 
 def check_groups(
-    targets: Tensor | Sequence[Sequence[float]] | None, counts: Tensor | Sequence[int], loss: Loss
+    targets: Tensor | Sequence[Sequence[float]] | str | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
     """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
     numbers = read_numbers(counts, "counts must be integers")
-    rows = check_table(torch.eye(numbers.numel()) if targets is None else targets, loss)
+    if targets is None or (isinstance(targets, str) and targets == "hard"):
+        targets = torch.eye(numbers.numel())
+    rows = check_table(targets, loss)
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
             f"counts must hold a number for each of the {len(rows)} rows of targets, got the shape "
@@ -46,16 +51,48 @@ def check_groups(
     if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
         given = torch.as_tensor(counts).tolist()
         raise UserError(f"counts must be integers, none negative and one positive, got {given}.")
+    if not type(loss).__module__.startswith("nclightning."):
+        _probe(loss, rows)
     return rows, numbers.long()
 
 
-def check_table(targets: Tensor | Sequence[Sequence[float]], loss: Loss) -> Tensor:
+def check_table(targets: Tensor | Sequence[Sequence[float]] | str, loss: Loss) -> Tensor:
     """Targets ``(M, K)`` float64 on the host, a copy, checked."""
     rows = read_numbers(targets, "targets must be numbers (M, K)").clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
     loss.check_targets(rows)
     return rows
+
+
+def _probe(loss: Loss, targets: Tensor) -> None:
+    """Refuse a loss that is seen not to be convex, or to fall below its lower bound: certified bounds would be wrong.
+
+    In the middle of a segment a convex loss is at most its mean at the ends. A thousand segments are tried, short and
+    long, in all coordinates and along single ones; that is no proof.
+    """
+    generator = torch.Generator().manual_seed(0)
+    K = targets.shape[1]
+    rows = targets[torch.randint(len(targets), (_SEGMENTS,), generator=generator)]
+    axes = torch.eye(K, dtype=targets.dtype)[torch.randint(K, (_SEGMENTS,), generator=generator)]
+    for size in (0.1, 1.0, 3.0, 10.0):
+        middle, dense = torch.randn(2, _SEGMENTS, K, dtype=targets.dtype, generator=generator)
+        for step in (0.1 * size * axes, size * axes, 0.1 * size * dense, size * dense):
+            low, high = (loss.value(size * middle + sign * step, rows) for sign in (-1, 1))
+            here = loss.value(size * middle, rows)
+            least = float(torch.stack([low, here, high]).min())
+            if least < loss.lower_bound - 1e-9 * (1 + abs(loss.lower_bound)):
+                raise UserError(
+                    f"{type(loss).__name__} takes the value {least:.6g}, below its lower_bound={loss.lower_bound:.6g}, "
+                    "which certified bounds rest on: set lower_bound to a number that it never falls below."
+                )
+            excess = here - (low + high) / 2
+            if bool((excess > 1e-9 * (1 + low.abs() + high.abs())).any()):
+                worst = int(excess.argmax())
+                raise UserError(
+                    f"loss must be convex in the logits, and {type(loss).__name__} is not: between two points it is "
+                    f"{float(excess[worst]):.3g} above their mean. Optimum and bounds are known of convex losses only."
+                )
 
 
 def rows_are_classes(targets: Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from nclightning.errors import UserError
@@ -32,7 +33,7 @@ def describe(problem: Problem) -> dict[str, Any]:
     Raises:
         ValueError: If the loss does not keep an argument.
     """
-    targets = None if problem.has_hard_labels else _plain(problem.targets)
+    targets = "hard" if problem.has_hard_labels else _plain(problem.targets)
     loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
     arguments = {"loss": loss, "targets": targets} | {name: _plain(getattr(problem, name)) for name in _FIELDS}
     return {"class_path": "nclightning.problems.Problem", "init_args": arguments}
@@ -71,7 +72,10 @@ def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None 
         raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
     if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
         expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
-        raise UserError(f"{name}: {path} is not {expected}.")
+        raise UserError(
+            f"{name}: {path} is not found as {expected}: it must stand at the top level of a module that can be "
+            "imported. A checkpoint can be loaded with problem= given anew."
+        )
     try:
         return maker(**arguments)
     except TypeError as error:
@@ -91,8 +95,16 @@ def _arguments_of(loss: Loss) -> dict[str, Any]:
             f"{type(loss).__name__} keeps no attribute {missing[0]!r} with the argument of that name, so that a "
             "checkpoint cannot hold it: set it in __init__, or make the loss a dataclass."
         )
+    others = [name for name in vars(loss) if name not in names and not name.startswith("_")]
+    if others:
+        raise UserError(
+            f"{type(loss).__name__} has the attribute {others[0]!r} beside the arguments of its constructor, so that a "
+            "checkpoint cannot hold it: make it an argument, or begin its name with an underscore if it follows from "
+            "the others."
+        )
     return {name: _plain(getattr(loss, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value
+    """Without tensors, arrays and numbers of NumPy, which a checkpoint that is read safely cannot hold."""
+    return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value

@@ -4,7 +4,7 @@ With :math:`\hat Z` the logits of the groups times the roots of their counts (wi
 
 .. math::
     \min_{\hat Z, b} \frac1N \sum_m n_m l_m\!\left(\hat z_m / \sqrt{n_m} + b\right)
-    + \kappa \|\hat Z\|_* + \frac{\lambda_b}2 \|b\|^2, \qquad \kappa = \sqrt{\lambda_W \lambda_H}.
+    + \rho \|\hat Z\|_* + \frac{\lambda_b}2 \|b\|^2, \qquad \rho = \sqrt{\lambda_W \lambda_H}.
 
 Letters of this package: M groups, K outputs, :math:`n_m` samples of group m, N of all, d features. ``Factors`` are
 :math:`\hat Z = U S V^\top`.

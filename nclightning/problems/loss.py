@@ -86,7 +86,8 @@ class Loss:
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product of each row's Hessian with a row of ``direction (B, K)``."""
-        product: Tensor = torch.func.jvp(lambda z: self.residual(z, targets), (logits,), (direction,))[1]
+        # The Hessian is symmetric, so the gradient again: many of torch's losses have no derivative in forward mode.
+        product: Tensor = torch.func.grad(lambda z: (self.residual(z, targets) * direction).sum())(logits)
         return product
 
     def hessian(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Problem(WithOptimum):
 
     Args:
         loss: The loss, a :class:`nclightning.problems.Loss`.
-        targets: ``(M, K)``, one row for each group; None for hard labels, where the groups are the classes.
+        targets: ``(M, K)``, one row for each group; None or ``"hard"`` for hard labels, where the groups are the
+            classes.
         counts: ``(M,)``, the samples of each group, 0 or more.
         feature_dim: d, at least 1.
         lambda_w: Penalty on the head, positive.
@@ -65,7 +66,7 @@ class Problem(WithOptimum):
     def __init__(
         self,
         loss: Loss,
-        targets: Tensor | Sequence[Sequence[float]] | None,
+        targets: Tensor | Sequence[Sequence[float]] | Literal["hard"] | None,
         counts: Tensor | Sequence[int],
         feature_dim: int,
         lambda_w: float,
@@ -144,7 +145,7 @@ class Problem(WithOptimum):
 
     @property
     def strength(self) -> float:
-        r""":math:`\kappa = \sqrt{\lambda_W \lambda_H}`, all that the optimal logits depend on."""
+        r""":math:`\rho = \sqrt{\lambda_W \lambda_H}`, all that the optimal logits depend on."""
         return math.sqrt(self.lambda_w) * math.sqrt(self.lambda_h)
 
     @property

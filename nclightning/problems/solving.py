@@ -1,7 +1,7 @@
 r"""The optimum of the problem of the groups where no formula is known, to round-off.
 
 The problem is solved in factors :math:`\hat Z = \hat H \hat W^\top` with the penalty
-:math:`\frac\kappa2 (\|\hat W\|^2 + \|\hat H\|^2)`: L-BFGS from a random start with factors as wide as they can be, then
+:math:`\frac\rho2 (\|\hat W\|^2 + \|\hat H\|^2)`: L-BFGS from a random start with factors as wide as they can be, then
 Newton steps by conjugate gradients with factors as wide as the rank found. Started at zero, conjugate gradients stay
 orthogonal to the null space of the Hessian, the rotations of the factors, and so take the step of the pseudo-inverse.
 """

@@ -101,7 +101,7 @@ class SquaredError(Loss):
 
         The bias takes :math:`1/(1 + \lambda_b)` of what the direction r of the roots of the counts adds to the loss.
         With :math:`P = I - r r^\top/(1 + \lambda_b)`, a singular triple :math:`(u, \sigma, v)` of the logits then adds
-        :math:`\frac{\sigma^2}{2N} u^\top P u - \frac\sigma N u^\top P \hat Y v + \kappa \sigma`. If no singular value
+        :math:`\frac{\sigma^2}{2N} u^\top P u - \frac\sigma N u^\top P \hat Y v + \rho \sigma`. If no singular value
         of :math:`\hat Y` exceeds y, that is least for u orthogonal to r with :math:`\hat Y v = y u`. As many of these
         as there are features are optimal. So all but one of the singular values of the logits must be of this kind.
         """

@@ -1,5 +1,6 @@
 """The unconstrained feature model of any problem: what it trains, what its checkpoints hold, what it refuses."""
 
+import lightning as L
 import pytest
 import torch
 
@@ -87,7 +88,7 @@ def test_a_run_goes_on_bit_for_bit_and_only_with_its_own_problem(tmp_path):
     quiet_trainer(tmp_path / "rest", max_steps=40).fit(rest, datamodule=IndexDataModule(), ckpt_path=path)
     assert torch.equal(rest.features, whole.features)
     other = ufm(of.label_smoothing([4, 4, 2], 0.2, 5, **PENALTIES))
-    with pytest.raises(ValueError, match=r"belongs to another problem \(problem.targets: .* there, .* here\)"):
+    with pytest.raises(ValueError, match=r"belongs to another problem \(problem.targets"):
         quiet_trainer(tmp_path / "other", max_steps=40).fit(other, datamodule=IndexDataModule(), ckpt_path=path)
 
 
@@ -162,3 +163,17 @@ def test_the_command_line_overrides_arguments_of_the_problem(tmp_path, monkeypat
     main(["fit", "--config", "own.yaml", "--model.init_args.problem.init_args.smoothing", "0.2", callback])
     model = UFM.load_from_checkpoint(next(tmp_path.rglob("last.ckpt")))
     assert model.problem.targets[0, 1] == pytest.approx(0.2 / 3)
+
+
+@pytest.mark.parametrize("part", ["objective", "head", "backbone"])
+def test_a_part_that_is_replaced_during_a_fit_ends_it(part, tmp_path):
+    """The search would go on from the value of the one before, and find no step."""
+
+    class Replace(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 20:
+                setattr(pl_module, part, getattr(ufm(MEMBERS["CE"]), part))
+
+    trainer = quiet_trainer(tmp_path, max_steps=40, callbacks=[Replace()])
+    with pytest.raises(ValueError, match=f"{part} was replaced during the fit"):
+        trainer.fit(ufm(MEMBERS["CE"]), datamodule=IndexDataModule())
