@@ -78,7 +78,8 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     configuration, else those at which no change of scale lowers F. All values are ``nan`` at scales that no penalties
     make optimal: zero, as far from collapse, and for MSE logits that are too large.
 
-    The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done.
+    The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done, and each of
+    them has a class: no label can be ignored.
 
     Args:
         every_n_iterations: Cadence on full-batch modules.
@@ -102,8 +103,9 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         exact: For other modules: as for :class:`nclightning.metrics.Optimality`; False leaves gap and distance out.
 
     Raises:
-        ValueError: If an argument is out of range, or at the start of a fit if the theory does not cover what the
-            module trains; at the latest with its first batch, before anything is logged.
+        ValueError: If an argument is out of range; at the start of a fit if the theory does not cover what the module
+            trains; of other modules with the first batch if head, targets or labels do not fit, and at the end of an
+            epoch if a label of a later batch is no class.
     """
 
     def __init__(

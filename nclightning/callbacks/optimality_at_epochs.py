@@ -72,7 +72,14 @@ class OptimalityAtEpochs(SharingMonitor):
             return
         self._first.begin(trainer, pl_module, batch, "sweep")
         assert self._reference is not None
-        self._reference.check_head(self._reader.head_of(pl_module))
+        head = self._reader.head_of(pl_module)
+        num_groups, _ = self._reference.check_head(head)
+        if num_groups != head.out_features:
+            raise UserError(
+                f"targets must have a row for each of the {head.out_features} outputs of the head {head.name!r}, got "
+                f"{num_groups} rows: the labels that OptimalityMonitor reads are classes of the head. Of other tables "
+                "nclightning.metrics.Optimality(loss, head, targets=...).update(features, labels) reads the labels."
+            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,9 +2,10 @@ r"""Gap, distance and certified gap from sums over samples, and the penalties th
 
 Weak duality bounds the minimum F* of the unconstrained feature model from below by the residuals of any point
 (:meth:`nclightning.problems.Problem.certified_lower_bound`). With the objective F of the features seen,
-``F - bound >= F - F* >= 0``: the certified gap needs no optimum. It vanishes to first order in the distance to the
-optimal set, where F - F* does to second order. So nothing is lost by subtracting: the rounding of F, ``eps F``, is
-reached only where the distance is of the size of rounding, too.
+``F - bound >= F - F* >= 0``: the certified gap needs no optimum. With features of at least as many dimensions as the
+rank of the optimum it vanishes to first order in the distance to the optimal set, where F - F* does to second order.
+So nothing is lost by subtracting: the rounding of F, ``eps F``, is reached only where the distance is of the size of
+rounding, too.
 
 Penalties that nobody knows are fitted to the scales. With :math:`S = \frac1N \sum_i \langle r_i, W h_i\rangle`, r the
 residuals, F changes by :math:`S + \lambda_W \|W\|^2` with the logarithm of the scale of the head, and by
@@ -244,8 +245,8 @@ def read_soft(sums: SoftSums, head: HeadLoss, reference: Reference) -> dict[str,
         raise UserError("there are no samples: call update before compute.")
     if free == -math.inf:
         raise UserError(
-            "targets must be rows for which the loss is defined, such as probabilities with the sum 1 for "
-            "cross-entropy: a row is outside of them."
+            "targets must be rows for which the loss is defined, for 'ce' not negative and not all zero, for 'bce' "
+            "between 0 and 1: a row came that is not. Pass rows in that range."
         )
     none = sums.totals.new_tensor(math.nan, dtype=torch.float64)
     penalties, fitted = reference.given, {}

@@ -34,7 +34,8 @@ class Optimality(NeuralCollapse):
       the norm of the optimum. ``nan`` where the optimum is not known; a warning says why, once.
     * ``certified_bound``, a number that F* is not below, from the residuals of the features seen alone, and
       ``certified_gap``, F minus that: ``F - bound >= F - F* >= 0`` for any loss, counts and d, up to rounding of about
-      ``1e-15 F``. Near an optimum it vanishes like the distance. Above 4096 classes they are left out.
+      ``1e-15 F``. Where d is at least the rank of the optimum it vanishes like the distance. Above 4096 classes they
+      are left out.
     * ``lambda_w`` and ``lambda_h`` if they are fitted, as :func:`nclightning.metrics.gaps.read_optimality` says.
 
     F is Problem (2) on the features seen; for a network, whose features are not free, F* is a lower bound. Nothing
@@ -42,7 +43,8 @@ class Optimality(NeuralCollapse):
     long.
 
     With ``update(features, targets)``, targets ``(B, K)`` of a floating dtype, each sample has a target of its own:
-    mixup, soft labels, several labels. Then there are the certified values only.
+    mixup, soft labels, several labels. Then there are the certified values only. Under ``"ce"`` a row whose sum is not
+    1 counts with its sum as a weight, as in ``torch.nn.functional.cross_entropy``.
 
     Args:
         problem: A :class:`nclightning.theory.UFMProblem` or :class:`nclightning.problems.Problem`; labels are its
@@ -153,7 +155,7 @@ class Optimality(NeuralCollapse):
             Float64 scalars by name.
 
         Raises:
-            ValueError: If a label was outside ``0..M-1``, or labels are not those of the problem.
+            ValueError: If there are no samples, a label was outside ``0..M-1``, or labels are not those of the problem.
         """
         return self.read(self.checked_statistics())
 
@@ -171,6 +173,8 @@ class Optimality(NeuralCollapse):
             if bool(stats.counts.any()):
                 raise UserError("labels must be integers in all batches or floating in all, got both since the reset.")
             return read_soft(self._soft, self._head_loss(), self.reference)
+        if not bool(stats.counts.any()):
+            raise UserError("there are no samples: call update before compute.")
         values, missing = read_optimality(stats, self._excess, self._head_loss(), self.reference)
         if missing is not None and not self._has_warned:
             self._has_warned = True

@@ -12,7 +12,7 @@ from nclightning.errors import UserError, UserTypeError, nearest
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
 from nclightning.probe.effects import check_effects, check_functions, words_of_layers
 from nclightning.probe.features import Pooling, class_last
-from nclightning.probe.found import POSITIONS, REPAIRS, Found
+from nclightning.probe.found import REPAIRS, Found, one_output, unpaired_words, why_linear
 from nclightning.probe.likeness import Like, Link, follows, links, logits_of, makes, pattern
 from nclightning.probe.observation import Observation, Run, observe
 from nclightning.probe.sweep import frozen
@@ -110,7 +110,7 @@ class _Search:
         if output.shape[-1] < 2 and not self._single:
             raise UserError(
                 f"the head {name!r} of {self._title} has one output, and neural collapse is about at least two "
-                "classes: train with an output for each class. " + self._layers()
+                f"classes: train with an output for each class. {one_output(self._like)}{self._layers()}"
             )
         reader, margin = self._reader(layer, name, features, output, named)
         pooling, link = self._pairing(layer, features.shape[:-1], reader, named, margin)
@@ -169,13 +169,11 @@ class _Search:
         elif per_sample and rows[1:].numel() == 1:  # What comes of it is not seen, and there is nothing to choose from.
             pooled, link = "mean", None
         elif shape is not None and shape not in (rows, torch.Size([*rows, 1])):
-            raise UserError(_unpaired(reader.name, (*rows, reader.in_features), shape, per_sample))
+            raise UserError(unpaired_words(reader.name, (*rows, reader.in_features), shape, per_sample, self._like))
         if self._like != "factor" and not margin:
             if link is None or link.like not in ("equal", self._like):
                 raise UserError(
-                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, and the optimum is known "
-                    "of a loss of that alone: a temperature, a bias or another term comes after it. Make it a part of "
-                    "the head, as with head= a function (model) -> (weight, bias) of the logits as the loss sees them."
+                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, {why_linear(self._like)}"
                 )
         elif named and not pooled:
             link = None
@@ -245,7 +243,7 @@ class _Search:
         if unpaired is not None:
             assert shape is not None
             per_sample = len(unpaired) > 1 and self._are_per_sample(unpaired)
-            raise UserError(_unpaired(name, (*unpaired, sizes[1]), shape, per_sample))
+            raise UserError(unpaired_words(name, (*unpaired, sizes[1]), shape, per_sample, self._like))
         raise UserError(
             f"head= returned a weight of shape {sizes}, and no layer of {self._title} has features h in its input or "
             f"output from which the output of the model follows as W h + b. {self._layers()} Let the features go "
@@ -275,7 +273,7 @@ class _Search:
             raise UserError(
                 f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
                 f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
-                f"cast. {self._layers()} {REPAIRS}"
+                f"cast. {one_output(self._like) if self._may_have_one_output() else ''}{self._layers()} {REPAIRS}"
             )
         raise UserError(
             f"cannot tell which layer of {self._title} is the head: the outputs of "
@@ -382,19 +380,8 @@ class _Search:
     def _title(self) -> str:
         return type(self._module).__name__
 
+    def _may_have_one_output(self) -> bool:
+        return not self._single and all(leaf.ndim < 2 or leaf.shape[-1] == 1 for leaf in self._seen.leaves.values())
+
     def _layers(self) -> str:
         return words_of_layers(self._module, self._seen)
-
-
-def _unpaired(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool) -> str:
-    more = (
-        " The output of the model is neither the mean of its logits over positions nor those of one position per "
-        f"sample. {POSITIONS}"
-        if per_sample
-        else ""
-    )
-    return (
-        f"there must be one label per feature row, got features of shape {features} at the head {name!r} and labels of "
-        f"shape {tuple(labels)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape {features[:-1]}, "
-        f"ignore_index where a position has none.{more}"
-    )

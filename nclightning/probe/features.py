@@ -195,7 +195,9 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
         raise UserTypeError(
             f"labels must be integers, got {labels.dtype} of shape {tuple(labels.shape)}: pass batch_fn=(batch) -> "
-            f"(inputs, labels) that makes integers of {means}. For real targets there is RegressionCollapseMonitor."
+            f"(inputs, labels) that makes integers of {means}. Several labels of a sample, and soft ones, are read by "
+            "nclightning.metrics.Optimality('bce', head).update(features, targets), real targets by "
+            "RegressionCollapseMonitor."
         )
     if labels.ndim == 2 and labels.shape[1] == 1 and features.ndim == 2:
         labels = labels.squeeze(1)

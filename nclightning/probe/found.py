@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nclightning.errors import UserError
 from nclightning.heads import HeadReader
 from nclightning.probe.features import FeatureSource, Pooling, class_last
-from nclightning.probe.likeness import Link, logits_of, makes
+from nclightning.probe.likeness import Like, Link, logits_of, makes
 from nclightning.probe.observation import float_leaves, record
 
-__all__ = ["POSITIONS", "REPAIRS", "Found"]
+__all__ = ["POSITIONS", "REPAIRS", "Found", "one_output", "unpaired_words", "why_linear"]
 
 REPAIRS = (
     "Pass head= the dotted name of the head, the module itself, or a function (model) -> (weight, bias); or pass "
@@ -148,3 +148,43 @@ class Found:
             "and does not any more: something that starts without effect, such as an adapter of zeros, comes "
             f"between. {repairs}"
         )
+
+
+def unpaired_words(name: str, features: tuple[int, ...], labels: torch.Size, per_sample: bool, like: Like) -> str:
+    """Say that labels do not pair with the features at a head, and what to do."""
+    more = (
+        " The output of the model is neither the mean of its logits over positions nor those of one position per "
+        f"sample. {POSITIONS}"
+        if per_sample
+        else ""
+    )
+    return (
+        f"there must be one label per feature row, got features of shape {features} at the head {name!r} and labels of "
+        f"shape {tuple(labels)}: pass batch_fn=(batch) -> (inputs, labels) with labels of shape {features[:-1]}"
+        f"{', ignore_index where a position has none' if like == 'factor' else ''}.{more}"
+    )
+
+
+def why_linear(like: Like) -> str:
+    """Say why the output of a model must be that of its head, and what to do where it is not."""
+    if like == "values":
+        return (
+            "and regression collapse is about a head that predicts targets by that alone: a bound such as tanh, a "
+            "scale or another term comes after it. Make a scale a part of the head, as with head= a function (model) "
+            "-> (weight, bias) of what is compared with the targets; take a bound back on both sides, by "
+            "forward_fn=(module, inputs) -> W h + b and batch_fn=(batch) -> (inputs, targets) before the bound."
+        )
+    return (
+        "and the optimum is known of a loss of that alone: a temperature, a bias or another term comes after it. Make "
+        "it a part of the head, as with head= a function (model) -> (weight, bias) of the logits as the loss sees them."
+    )
+
+
+def one_output(like: Like) -> str:
+    """Say what reads a head with one output where its optimum is asked for."""
+    if like == "factor":
+        return ""
+    return (
+        "Of a head with one output nclightning.metrics.Optimality('bce', head).update(features, labels) reads labels 0 "
+        "and 1. "
+    )

@@ -74,12 +74,16 @@ class OptimalityCollector:
             ValueError: If a label was outside ``0..M-1``, or labels are not those of the problem.
         """
         if stats is None:
-            assert self._metric is not None, "made without statistics of its own"
-            stats = self._metric.gathered()
-        elif left_out := count_over_ranks(self._num_seen, self._head.weight.device) - int(stats.counts.sum()):
+            metric = self._metric
+            assert metric is not None, "made without statistics of its own"
+            with metric.sync_context(
+                dist_sync_fn=metric.dist_sync_fn, distributed_available=metric.distributed_available_fn
+            ):
+                stats = metric.statistics
+        if left_out := count_over_ranks(self._num_seen, self._head.weight.device) - int(stats.counts.sum()):
             raise UserError(
                 f"{left_out} labels were outside 0..{len(stats.counts) - 1}: map labels to these classes in batch_fn, "
-                "or leave such samples out of the loader."
+                "or leave samples without a class out there or in the loader."
             )
         with torch.no_grad(), autocast_off(self._head.weight.device):
             parts = [ExcessLoss(*tensors) for tensors in gather_tensors(self._excess)]

@@ -26,7 +26,7 @@ _COEFFICIENTS = (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 
 # Above the first a probability times exp(t) is taken from its logarithm: the probability may be too small for a number.
 # Above the second it is too large for one, and so would be the sum of as many as there are classes.
 _LARGE_EXPONENT, _LARGEST_EXPONENT = 30.0, 680.0
-# K q is a product of two square roots: four roundings.
+# K q is a product of two square roots over a sum of two numbers: eight roundings of half a unit.
 _ROUNDING = 4 * 2.0**-52
 
 
@@ -167,15 +167,16 @@ class CrossEntropy(Loss):
         r"""Simplex ETF for balanced classes, with hard or smoothed labels.
 
         The logits of class k are :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` where :math:`q' < 1/K`,
-        :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`, the probability of each wrong class.
+        :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`, the probability of each wrong class. Both terms are divided
+        by the sum of a row of the targets, which that of a float32 table misses 1 by.
         """
         targets, K = groups.targets, groups.targets.shape[1]
-        off = float(targets[0, -1])
-        smoothed = torch.full_like(targets, off).fill_diagonal_(float(targets[0, 0]))
+        own, off = float(targets[0, 0]), float(targets[0, -1])
+        smoothed = torch.full_like(targets, off).fill_diagonal_(own)
         hard = len(targets) == K and torch.equal(targets, smoothed) and bool((groups.counts == groups.counts[0]).all())
         if not hard or self.offset is not None or self.class_weights is not None or K < 2:
             return None
-        wrong = off + math.sqrt(float(groups.counts[0])) * groups.strength
+        wrong = (off + math.sqrt(float(groups.counts[0])) * groups.strength) / (own + (K - 1) * off)
         slack = 1 - K * wrong
         bias = None if groups.lambda_b is None else targets.new_zeros(K)
         if not slack > _ROUNDING:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
-from nclightning.callbacks import OptimalityMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.objective import Objective
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError, label_smoothing
@@ -184,10 +184,62 @@ def test_exact_values_are_left_out_without_a_word(tmp_path, samples):
     assert values["certified_gap"] > 0
 
 
-def test_soft_labels_are_refused(tmp_path, samples):
-    monitor = OptimalityMonitor(loss="ce", batch_fn=lambda batch: (batch[0], torch.eye(K)[batch[1]]))
-    with pytest.raises(TypeError, match=r"labels must be integers, .*soft labels have no class"):
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_soft_and_several_labels_are_refused(loss, tmp_path, samples):
+    monitor = OptimalityMonitor(loss=loss, batch_fn=lambda batch: (batch[0], torch.eye(K)[batch[1]]))
+    message = (
+        r"labels must be integers, .*soft labels have no class.*Optimality\('bce', head\)\.update\(features, targets\)"
+    )
+    with pytest.raises(TypeError, match=message):
         fit(tmp_path, [monitor], loader(samples))
+
+
+@pytest.mark.parametrize("head", [None, "last"])
+def test_one_output_is_refused(head, tmp_path, samples):
+    class Binary(Watched):
+        def __init__(self):
+            super().__init__()
+            self.last, self.auxiliary = nn.Linear(8, 1), nn.Identity()
+
+        def step(self, batch):
+            return nn.functional.binary_cross_entropy_with_logits(self(batch[0]).squeeze(1), batch[1].float())
+
+    model = Binary()
+    message = r"one output nclightning\.metrics\.Optimality\('bce', head\)\.update\(features, labels\) reads"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, [OptimalityMonitor(loss="bce", head=head)], loader([samples[0], samples[1] % 2]), model)
+    assert model.steps == 0
+
+
+TABLES = {
+    "rows": (
+        [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+        "^targets must have a row for each of the 3 .*'last', got 2 rows: .*Opt",
+    ),
+    "columns": ([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], r"^targets must have a column for each of the 3 .*\(3, 2\)"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_targets_of_other_labels_are_refused_on_the_first_batch(case, tmp_path, samples):
+    targets, message = TABLES[case]
+    model = Watched()
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, [OptimalityMonitor(loss="ce", targets=targets)], loader(samples), model)
+    assert model.steps == 0
+
+
+@pytest.mark.parametrize("beside", [[], [NeuralCollapseMonitor]], ids=["alone", "beside"])
+def test_a_label_to_ignore_after_the_first_batch(beside, tmp_path, samples):
+    labels = samples[1].clone()
+    labels[-1] = -100
+    data = DataLoader(TensorDataset(samples[0], labels), batch_size=8)
+    monitors = [OptimalityMonitor(loss="ce"), *(make(ignore_index=-100) for make in beside)]
+    with pytest.raises(
+        ValueError, match=r"^1 labels were outside 0\.\.2: map labels .* in batch_fn, or leave"
+    ) as raised:
+        fit(tmp_path, monitors, data)
+    assert "ignore_index" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["targets that a transform mends", "a sampler that balances", "names"])

@@ -169,7 +169,7 @@ REFUSED = {
         lambda: Net(output=torch.tanh),
         lambda y: y,
         {"head": "last"},
-        r"output of Net is not W h \+ b of the head 'last'",
+        r"output of Net is not W h \+ b of the head 'last', and regression collapse .*: a bound such as tanh",
     ),
     "no tensor": (
         Net,

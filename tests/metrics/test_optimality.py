@@ -1,5 +1,6 @@
 """Gap and distance from streamed moments against the closed forms on all samples."""
 
+import contextlib
 import math
 
 import pytest
@@ -245,3 +246,47 @@ def test_bad_input(generator):
         problem.distance_from_moments(torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(()))
     with pytest.raises(ValueError, match="at least num_classes - 1 = 2 for a gap from moments"):
         UFMProblem("mse", 3, 4, 1, 1e-2, 3e-3).gap_from_moments(*[torch.zeros(3, 1)] * 2, *[torch.zeros(())] * 2)
+
+
+@pytest.mark.parametrize("num_ignored", [None, 0, 2])
+def test_without_samples_nothing_is_read(num_ignored):
+    metric = Optimality("ce", torch.zeros(3, 5), ignore_index=-100)
+    if num_ignored is None:
+        warns = pytest.warns(UserWarning, match="called before the ``update`` method")
+    else:
+        warns = contextlib.nullcontext()
+        metric.update(torch.zeros(num_ignored, 5), torch.full((num_ignored,), -100))
+    with warns, pytest.raises(ValueError, match=r"^there are no samples: call update before compute\.$"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_of_any_precision(dtype, generator):
+    features, weight = torch.randn(15, 5, generator=generator), torch.randn(3, 5, generator=generator)
+    metric = Optimality("ce", weight, 4e-3, 5e-2 / 15, targets=torch.eye(3, dtype=dtype) * 0.7 + 0.1)
+    metric.update(features, torch.arange(15) % 3)
+    values = metric.compute()
+    assert 0 < float(values["gap"]) <= float(values["certified_gap"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "row"), [("ce", [-0.1, 1.1]), ("ce", [0.0, 0.0]), ("bce", [0.5, 1.5]), ("bce", [math.nan, 0.0])]
+)
+def test_targets_of_samples_outside_of_the_loss(loss, row, generator):
+    metric = Optimality(loss, torch.randn(2, 4, generator=generator), 1e-2, 1e-2)
+    metric.update(torch.randn(2, 4, generator=generator), torch.tensor([[0.5, 0.5], row]))
+    with pytest.raises(ValueError, match=r"^targets must be rows .* for 'ce' not negative .* for 'bce' between 0"):
+        metric.compute()
+
+
+def test_targets_of_samples_count_with_their_sum(generator):
+    """As in PyTorch's cross-entropy."""
+    features, weight = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (6, 3))
+    targets = torch.rand(6, 3, generator=generator, dtype=torch.float64)
+    metric = Optimality("ce", weight, 1e-2, 1e-3)
+    metric.update(features, targets)
+    values = metric.compute()
+    expected = nn.functional.cross_entropy(features @ weight.T, targets)
+    expected = expected + 1e-2 / 2 * weight.square().sum() + 1e-3 / 2 * features.square().sum()
+    # The sum of both is F up to its rounding.
+    assert float(values["certified_gap"] + values["certified_bound"]) == pytest.approx(float(expected), rel=1e-14)

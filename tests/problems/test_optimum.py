@@ -69,6 +69,19 @@ def test_formulas_are_what_the_solver_finds(problem):
     assert abs(found.value / problem.optimal_value - 1) < 1e-13
 
 
+@pytest.mark.parametrize("bias", ["none", "free", 0.1])
+@pytest.mark.parametrize("smoothing", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("K", range(2, 11))
+def test_rows_of_float32_that_miss_the_sum_one(K, smoothing, bias):
+    table = torch.eye(K) * (1 - smoothing) + smoothing / K
+    problem = Problem(CrossEntropy(), table, [5] * K, 5 if K < 6 else K, 4e-3, 1e-2 / K, bias)
+    assert problem.optimum.method == "closed form"
+    assert abs(problem.optimum.duality_gap) < 1e-14
+    exact = problem.replace(targets=torch.eye(K, dtype=torch.float64) * (1 - smoothing) + smoothing / K)
+    # The loss has a slope of at most the largest logit, about 6, in each target.
+    assert abs(problem.optimal_value - exact.optimal_value) < 6 * torch.finfo(torch.float32).eps
+
+
 def test_label_smoothing_by_hand():
     K, n, delta, lw, lh = 4, 5, 0.1, 2e-3, 1e-3
     wrong = math.sqrt(n * lw * lh) + delta / K
