@@ -132,9 +132,11 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
     # The minimum is at most the value at zero; both come with rounding of that size.
     zero = torch.zeros_like(groups.targets)
     rounding = 64 * torch.finfo(zero.dtype).eps * abs(float(groups.mean_loss(zero)))
-    excess, blur = groups.excess(factors)
-    if not (gap <= tolerance * abs(value) + rounding and excess <= tolerance * abs(value) + blur):
-        gap = max(gap, excess)
+    accepted = gap <= tolerance * abs(value) + rounding
+    if accepted and rounding > tolerance * abs(value):  # Their difference tells nothing then.
+        excess, blur = groups.excess(factors)
+        accepted, gap = excess <= tolerance * abs(value) + blur, max(gap, excess)
+    if not accepted:
         raise NoAnswer(
             "optimum",
             f"the best point found has the value {value:.9g} with a certified gap of {gap:.3g}, above the tolerance of "

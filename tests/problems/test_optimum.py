@@ -17,6 +17,7 @@ from nclightning.problems import (
     balanced_mse,
     label_smoothing,
     logit_adjusted_ce,
+    mixup,
     mse_with_penalized_bias,
     mse_without_bias,
     multi_label_bce,
@@ -306,6 +307,18 @@ def test_many_small_groups_of_labels(bias, generator):
     for strength in (1e-6, 1e-5, 1e-4):
         problem = multi_label_bce(targets, [1000] + [1] * 44, 45, strength, strength, bias)
         assert problem.optimum.duality_gap < 1e-13
+
+
+@pytest.mark.parametrize("shares", [(0.3,), (0.5,)])
+@pytest.mark.parametrize("bias", ["none", "free", 1.0])
+@pytest.mark.parametrize("below", [1e-4, 1e-6, 1e-8, 1e-10])
+def test_just_below_the_threshold(shares, bias, below):
+    """Multipliers then exceed the strength by what the factors that are about to vanish cannot tell."""
+    problem = mixup(8, 3, 2, 8, 1.0, 1.0, shares, bias)
+    strength = math.sqrt(problem.threshold) * (1 - below)
+    optimum = problem.replace(lambda_w=strength, lambda_h=strength).optimum
+    assert optimum.duality_gap < 1e-10
+    assert optimum.value == pytest.approx(math.log(8), rel=1e-7)
 
 
 def test_counts_given_as_floats_are_read_in_full():
