@@ -72,10 +72,8 @@ def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None 
         raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
     if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
         expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
-        raise UserError(
-            f"{name}: {path} is not found as {expected}: it must stand at the top level of a module that can be "
-            "imported. A checkpoint can be loaded with problem= given anew."
-        )
+        local = " where it can be imported: define it at the top level of a module, or give problem= anew"
+        raise UserError(f"{name}: {path} is not {expected}{local if '<locals>' in path else ''}.")
     try:
         return maker(**arguments)
     except TypeError as error:

@@ -20,6 +20,7 @@ from nclightning.problems import (
     soft_labels,
     unbalanced_ce,
 )
+from nclightning.problems import problem as problem_module
 from nclightning.theory import UFMProblem
 from tests.problems.cases import CASES, SOFT, one_against_rest
 
@@ -189,7 +190,8 @@ def test_one_output_and_yes_or_no(generator):
     loss = binary_cross_entropy_with_logits(features @ weight.T + bias, labels.double().unsqueeze(1))
     objective = loss + 0.01 / 2 * weight.square().sum() + 0.002 / 2 * features.square().sum()
     assert values["certified_gap"] + values["certified_bound"] == pytest.approx(float(objective), rel=1e-13)
-    assert 0 < values["gap"] < values["certified_gap"]
+    # The bound may be F* itself, but for the rounding of F.
+    assert 0 < values["gap"] <= values["certified_gap"] * (1 + 1e-13)
     with pytest.raises(ValueError, match=r"targets must be given for a head with one output"):
         read(BinaryCrossEntropy(), (weight, features, labels, bias))
     with pytest.raises(ValueError, match="head must have at least two outputs for cross-entropy"):
@@ -254,10 +256,8 @@ def test_a_loss_of_ones_own_without_a_conjugate(generator):
 
 def test_an_optimum_is_found_once(generator, monkeypatch):
     found = []
-    monkeypatch.setattr(
-        "nclightning.problems.problem.find_optimum",
-        lambda *args, find=Problem.convex_optimum.func.__globals__["find_optimum"]: found.append(1) or find(*args),
-    )
+    find = problem_module.find_optimum
+    monkeypatch.setattr(problem_module, "find_optimum", lambda *args: found.append(1) or find(*args))
     metric = Optimality("ce", draw(generator, 4, 5), 1e-2, 1e-2)
     for _ in range(3):
         metric.reset()
