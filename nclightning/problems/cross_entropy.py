@@ -122,6 +122,12 @@ class CrossEntropy(Loss):
         centred = direction - (p * direction).sum(dim=1, keepdim=True)
         return self._weighted(targets).sum(dim=1, keepdim=True) * p * centred
 
+    def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """One product of matrices, where a loop over a thousand classes would take minutes."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        weighted = (shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p
+        return torch.diag(weighted.sum(dim=0)) - weighted.T @ p
+
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
         return self.divergence_along(logits - reference, reference, targets)
@@ -222,6 +228,10 @@ class BinaryCrossEntropy(Loss):
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
         """Product with ``diag(p (1 - p))``."""
         return torch.sigmoid(logits) * torch.sigmoid(-logits) * direction
+
+    def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Diagonal."""
+        return torch.diag(shares @ (torch.sigmoid(logits) * torch.sigmoid(-logits)))
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Sum over the classes of that of two classes, of which one has the logit zero."""

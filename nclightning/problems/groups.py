@@ -128,11 +128,7 @@ class Groups:
         assert self.lambda_b is not None
         K = logits.shape[1]
         axes = torch.eye(K, dtype=logits.dtype, device=logits.device)
-        shares = self.shares.unsqueeze(1)
-        columns = [
-            (shares * self.loss.curvature(logits, self.targets, axis.expand_as(logits))).sum(dim=0) for axis in axes
-        ]
-        return torch.stack(columns, dim=1) + self.lambda_b * axes
+        return self.loss.mean_hessian(logits, self.targets, self.shares) + self.lambda_b * axes
 
     def to(self, device: torch.device) -> Groups:
         """The same on a device."""

@@ -96,6 +96,12 @@ class Loss:
         columns = [self.curvature(logits, targets, axis.expand_as(logits)) for axis in axes]
         return torch.stack(columns, dim=2)
 
+    def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Sum of the Hessians of all rows with weights ``shares (B,)``, ``(K, K)``."""
+        axes = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        columns = [shares @ self.curvature(logits, targets, axis.expand_as(logits)) for axis in axes]
+        return torch.stack(columns, dim=1)
+
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         r"""Bregman divergence of each row from its reference, zero where they are equal.
 

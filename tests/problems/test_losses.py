@@ -53,6 +53,8 @@ def test_derivatives_are_those_of_the_value(loss, scale, generator):
     close(loss.curvature(z, y, a), plain.curvature(z, y, a), 1e-11, 1e-13)
     hessian = loss.hessian(z, y)
     close((hessian @ a.unsqueeze(2)).squeeze(2), loss.curvature(z, y, a), 1e-12, 1e-13)
+    shares = torch.rand(len(z), dtype=torch.float64, generator=generator)
+    close(loss.mean_hessian(z, y, shares), torch.einsum("b,bkl->kl", shares, hessian), 1e-11, 1e-12)
     assert float(torch.linalg.eigvalsh(hessian).min()) > -1e-14 * scale
 
 
