@@ -13,6 +13,7 @@ from nclightning.functional import ClassStatistics, sample_statistics
 from nclightning.metrics import RegressionCollapse
 from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
+from nclightning.problems.frames import one_hot
 
 __all__ = ["RegressionAtIterates"]
 
@@ -51,5 +52,5 @@ def _targets_of(pl_module: L.LightningModule) -> Tensor:
             "RegressionCollapseMonitor takes the targets of a full-batch run from its objective, and "
             f"{type(pl_module).__name__} has none: derive it from nclightning.models.RegularizedClassifier."
         )
-    hard = torch.eye(as_full_batch(pl_module).head.out_features, dtype=torch.float64)
-    return hard if objective.targets is None else torch.as_tensor(objective.targets)
+    targets = objective.targets
+    return targets if isinstance(targets, Tensor) else one_hot(as_full_batch(pl_module).head.out_features)

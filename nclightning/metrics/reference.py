@@ -17,6 +17,8 @@ from nclightning.errors import UserError
 from nclightning.functional import HeadLoss
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Loss, NoAnswer, Problem, SquaredError
+from nclightning.problems.checks import check_table
+from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
 from nclightning.theory import UFMProblem
 
@@ -86,7 +88,8 @@ class Reference:
             )
         if self.is_problem:
             for name in ("lambda_w", "lambda_h", "lambda_b", "targets"):
-                if getattr(self, name) is not None and getattr(self, name) != 0:
+                given = getattr(self, name)
+                if given is not None and (isinstance(given, Tensor) or given != 0):
                     raise UserError(f"{name} cannot go together with a problem, which says it: leave it out.")
         for name in ("lambda_w", "lambda_h"):
             value = getattr(self, name)
@@ -98,11 +101,7 @@ class Reference:
             alone, missing = ("lambda_w", "lambda_h") if self.lambda_h is None else ("lambda_h", "lambda_w")
             raise UserError(f"{alone} was given without {missing}: give both, or neither to have both fitted.")
         if self.targets is not None:
-            # Numbers of Python are read in full, which torch's default dtype would not do.
-            table = torch.as_tensor(self.targets, dtype=torch.float64, device="cpu").detach()
-            if table.ndim != 2 or not bool(table.isfinite().all()):
-                raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(table.shape)}.")
-            object.__setattr__(self, "targets", table)
+            object.__setattr__(self, "targets", check_table(self.targets, self.loss))
 
     @property
     def is_problem(self) -> bool:
@@ -139,9 +138,9 @@ class Reference:
         if isinstance(self.targets, Tensor):
             table = self.targets
         elif num_outputs > 1:
-            table = torch.eye(num_outputs, dtype=torch.float64)
+            table = one_hot(num_outputs)
         elif self.name is not None:
-            table = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+            table = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
         else:
             raise UserError(
                 "targets must be given for a head with one output: a row for each label, such as targets=[[0.0], "

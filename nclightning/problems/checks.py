@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
+from nclightning.problems.frames import one_hot
 from nclightning.problems.loss import Loss
 from nclightning.problems.orbit import Moments, Solution
 
@@ -41,7 +42,7 @@ def check_groups(
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
     numbers = read_numbers(counts, "counts must be integers")
     if targets is None or (isinstance(targets, str) and targets == "hard"):
-        targets = torch.eye(numbers.numel())
+        targets = one_hot(numbers.numel())
     rows = check_table(targets, loss)
     if tuple(numbers.shape) != rows.shape[:1]:
         raise UserError(
@@ -49,7 +50,7 @@ def check_groups(
             f"{tuple(numbers.shape)}."
         )
     if not (bool((numbers == numbers.round()).all()) and bool((numbers >= 0).all()) and bool((numbers > 0).any())):
-        given = torch.as_tensor(counts).tolist()
+        given = torch.as_tensor(counts, device="cpu").tolist()
         raise UserError(f"counts must be integers, none negative and one positive, got {given}.")
     if not type(loss).__module__.startswith("nclightning."):
         _probe(loss, rows)
@@ -71,12 +72,13 @@ def _probe(loss: Loss, targets: Tensor) -> None:
     In the middle of a segment a convex loss is at most its mean at the ends. A thousand segments are tried, short and
     long, in all coordinates and along single ones; that is no proof.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     K = targets.shape[1]
-    rows = targets[torch.randint(len(targets), (_SEGMENTS,), generator=generator)]
-    axes = torch.eye(K, dtype=targets.dtype)[torch.randint(K, (_SEGMENTS,), generator=generator)]
+    draw: Any = {"generator": generator, "device": "cpu"}  # Whatever torch's default device is.
+    rows = targets[torch.randint(len(targets), (_SEGMENTS,), **draw)]
+    axes = one_hot(K)[torch.randint(K, (_SEGMENTS,), **draw)]
     for size in (0.1, 1.0, 3.0, 10.0):
-        middle, dense = torch.randn(2, _SEGMENTS, K, dtype=targets.dtype, generator=generator)
+        middle, dense = torch.randn(2, _SEGMENTS, K, dtype=targets.dtype, **draw)
         for step in (0.1 * size * axes, size * axes, 0.1 * size * dense, size * dense):
             low, high = (loss.value(size * middle + sign * step, rows) for sign in (-1, 1))
             here = loss.value(size * middle, rows)

@@ -71,7 +71,7 @@ def _equal(rows: Tensor, tolerance: float) -> Iterator[Tensor]:
 
     Equal rows have equal components along any axis: only neighbours in that order are compared.
     """
-    axis = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype)
+    axis = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype, device=rows.device)
     along, order = (rows @ (axis / axis.norm())).sort()
     ends = torch.nonzero(along.diff() > tolerance).flatten() + 1
     for block in torch.tensor_split(order, ends.tolist()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class CrossEntropy(Loss):
             given = getattr(self, name)
             if given is not None:
                 # Numbers of Python are read in full, which torch's default dtype would not do.
-                object.__setattr__(self, name, torch.as_tensor(given, dtype=torch.float64))
+                object.__setattr__(self, name, torch.as_tensor(given, dtype=torch.float64, device="cpu"))
 
     def check_targets(self, targets: Tensor) -> None:
         """Rows must be distributions, and there must be as many classes as offsets and weights."""
@@ -77,9 +77,9 @@ class CrossEntropy(Loss):
         if classes < 2:
             raise UserError("targets must have at least two columns for cross-entropy, got 1.")
         for name, given in (("offset", self.offset), ("class_weights", self.class_weights)):
-            if given is not None and tuple(torch.as_tensor(given).shape) != (classes,):
+            if given is not None and tuple(cast(Tensor, given).shape) != (classes,):
                 raise UserError(f"{name} must hold a number for each of the {classes} classes, got {given!r}.")
-        if self.class_weights is not None and not bool((torch.as_tensor(self.class_weights) > 0).all()):
+        if self.class_weights is not None and not bool((cast(Tensor, self.class_weights) > 0).all()):
             raise UserError(f"class_weights must be positive, got {self.class_weights!r}.")
 
     def value(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class CrossEntropy(Loss):
         q = (dual + weighted) / mass.unsqueeze(1)
         value = -mass * torch.special.xlogy(q.clamp(min=0), q.clamp(min=0)).sum(dim=1)
         if self.offset is not None:
-            value = value + dual @ torch.as_tensor(self.offset).to(dual)
+            value = value + dual @ cast(Tensor, self.offset).to(dual)
         slack = 1e-12  # What the rounding of a sum of probabilities may be.
         inside = (q.min(dim=1).values >= -slack) & ((q.sum(dim=1) - 1).abs() <= slack * q.shape[1])
         return torch.where(inside, value, -torch.inf)
@@ -159,10 +159,10 @@ class CrossEntropy(Loss):
         return torch.where(lack.sum() > 0, kept + freed * lack / lack.sum() - weighted, dual)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        return logits if self.offset is None else logits + torch.as_tensor(self.offset).to(logits)
+        return logits if self.offset is None else logits + cast(Tensor, self.offset).to(logits)
 
     def _weighted(self, targets: Tensor) -> Tensor:
-        return targets if self.class_weights is None else targets * torch.as_tensor(self.class_weights).to(targets)
+        return targets if self.class_weights is None else targets * cast(Tensor, self.class_weights).to(targets)
 
     def unattained(self, targets: Tensor) -> str | None:
         """A class without samples has a logit that falls for ever."""

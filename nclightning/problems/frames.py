@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Centred", "Columns", "Frame", "OwnAndOther", "Rows", "Table"]
+__all__ = ["Centred", "Columns", "Frame", "OwnAndOther", "Rows", "Table", "one_hot"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,3 +103,8 @@ class OwnAndOther:
 
 
 Rows = Table | OwnAndOther
+
+
+def one_hot(num_classes: int) -> Tensor:
+    """Targets of hard labels, float64 on the host, whatever torch's default device is."""
+    return torch.eye(num_classes, dtype=torch.float64, device="cpu")

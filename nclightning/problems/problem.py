@@ -14,6 +14,7 @@ from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
 from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
 from nclightning.problems.description import describe, from_description
+from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
@@ -121,7 +122,7 @@ class Problem(WithOptimum):
     @cached_property
     def has_hard_labels(self) -> bool:
         """Whether the target of group m is row m of the identity."""
-        return self.num_groups == self.num_classes and torch.equal(self.targets, torch.eye(self.num_classes).double())
+        return self.num_groups == self.num_classes and torch.equal(self.targets, one_hot(self.num_classes))
 
     @cached_property
     def groups_are_classes(self) -> bool:

@@ -83,7 +83,8 @@ class WithOptimum(ABC):
     def labels(self, device: torch.device | str | None = None) -> Tensor:
         """Labels ``(N,)`` of the training set, group after group: ``0, .., 0, 1, .., 1, ..``."""
         groups, counts = torch.arange(self.num_groups, device=device), self.samples_per_group
-        return groups.repeat_interleave(counts.to(device) if isinstance(counts, Tensor) else counts)
+        counts = counts.to(groups.device) if isinstance(counts, Tensor) else counts
+        return groups.repeat_interleave(counts, output_size=self.num_samples)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise unless each group occurs as often as the problem says.

@@ -96,7 +96,7 @@ def _arguments_in_words(loss: Loss) -> list[str]:
 def _ends(value: Any) -> str:
     """Write a number as it is, and of several the least and the greatest."""
     try:
-        numbers = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        numbers = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # Losses of others may be made with anything.
         return str(value)[:_MOST_LETTERS]
     if not numbers.numel():

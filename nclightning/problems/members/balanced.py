@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from nclightning.problems.cross_entropy import CrossEntropy
-from nclightning.problems.members.counting import balanced, one_hot
+from nclightning.problems.frames import one_hot
+from nclightning.problems.members.counting import balanced
 from nclightning.problems.problem import Problem
 from nclightning.problems.squared_error import SquaredError
 

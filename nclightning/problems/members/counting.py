@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.problems.checks import read_numbers
 
-__all__ = ["balanced", "counts_of", "one_hot"]
+__all__ = ["balanced", "counts_of"]
 
 
 def balanced(num_classes: int, samples_per_class: int) -> list[int]:
@@ -27,8 +26,3 @@ def counts_of(counts: Sequence[int]) -> Tensor:
     if numbers.ndim != 1 or len(numbers) < 2:
         raise UserError(f"counts must hold the number of samples of each of at least two classes, got {counts!r}.")
     return numbers
-
-
-def one_hot(num_classes: int) -> Tensor:
-    """Targets of hard labels."""
-    return torch.eye(num_classes, dtype=torch.float64)

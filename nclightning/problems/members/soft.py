@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.problems.cross_entropy import CrossEntropy
-from nclightning.problems.members.counting import balanced, counts_of, one_hot
+from nclightning.problems.frames import one_hot
+from nclightning.problems.members.counting import balanced, counts_of
 from nclightning.problems.problem import Problem
 
 __all__ = ["label_smoothing", "mixup", "soft_labels"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nclightning.problems.members.counting import counts_of, one_hot
+from nclightning.problems.frames import one_hot
+from nclightning.problems.members.counting import counts_of
 from nclightning.problems.problem import Problem
 from nclightning.problems.squared_error import SquaredError
 

@@ -11,7 +11,8 @@ import torch
 from nclightning.errors import UserError
 from nclightning.problems.checks import read_numbers
 from nclightning.problems.cross_entropy import CrossEntropy
-from nclightning.problems.members.counting import counts_of, one_hot
+from nclightning.problems.frames import one_hot
+from nclightning.problems.members.counting import counts_of
 from nclightning.problems.problem import Problem
 
 __all__ = ["logit_adjusted_ce", "unbalanced_ce", "weighted_ce"]
