@@ -86,19 +86,20 @@ class FullBatchDataModule(L.LightningDataModule):
             ValueError: If a size is missing, out of range or differs from the model's.
         """
         hparams = {} if model is None else model.hparams
-        problem = hparams.get("problem")
-        if problem is None:
+        counts = _counts_in(hparams.get("problem"))
+        if counts is None:
             self._sizes = {name: self._size(name, given, hparams) for name, given in self._given.items()}
             self._counts = [self._sizes["samples_per_class"]] * self._sizes["num_classes"]
             return
-        counts = problem["init_args"]["counts"]
+        self._sizes, self._counts = {}, counts
         for name, given in self._given.items():
-            if given is not None and given != hparams.get(name):
+            if name not in ("num_classes", "samples_per_class"):
+                self._sizes[name] = self._size(name, given, hparams)
+            elif given is not None and given != hparams.get(name):
                 raise UserError(
                     f"{type(self).__name__}({name}={given}) differs from the model's problem, whose counts are "
                     f"{counts}. Leave it out."
                 )
-        self._counts = list(counts)
 
     def _size(self, name: str, given: int | None, hparams: Mapping[str, Any]) -> int:
         expected: int | None = hparams.get(name)
@@ -114,6 +115,16 @@ class FullBatchDataModule(L.LightningDataModule):
         assert size is not None
         check_sizes(**{name: size})
         return size
+
+    @property
+    def num_classes(self) -> int:
+        """K; of a problem M, the groups of samples with the same target."""
+        return len(self._counts)
+
+    @property
+    def samples_per_class(self) -> int | None:
+        """Samples in each class, n; None where classes differ."""
+        return self._counts[0] if len(set(self._counts)) == 1 else None
 
     @property
     def num_samples(self) -> int:
@@ -158,6 +169,13 @@ class FullBatchDataModule(L.LightningDataModule):
     def test_dataloader(self) -> FullBatchLoader:
         """Return the full batch once."""
         return self._loader(1)
+
+
+def _counts_in(problem: Any) -> list[int] | None:
+    """Counts of a problem as a model keeps it; None for anything else of that name."""
+    arguments = problem.get("init_args") if isinstance(problem, Mapping) else None
+    counts = arguments.get("counts") if isinstance(arguments, Mapping) else None
+    return list(counts) if isinstance(counts, list) else None
 
 
 class IndexDataModule(FullBatchDataModule):

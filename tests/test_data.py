@@ -6,6 +6,7 @@ import torch
 
 from nclightning.data import FullBatchLoader, GaussianDataModule, IndexDataModule
 from nclightning.models import UFM, TwoLayerMLP
+from nclightning.problems import unbalanced_ce
 from tests.trainers import quiet_trainer
 
 
@@ -115,3 +116,27 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
         else:
             again.fit(mlp(), GaussianDataModule(seed=seed), ckpt_path=tmp_path / "a.ckpt", weights_only=False)
             assert again.global_step == 8
+
+
+def test_sizes_that_a_problem_does_not_have_are_asked_for():
+    model = UFM(problem=unbalanced_ce([3, 1], feature_dim=2, lambda_w=0.1, lambda_h=0.1))
+    with pytest.raises(ValueError, match=r"GaussianDataModule\(input_dim=...\) is missing"):
+        GaussianDataModule().adopt(model)
+    data = GaussianDataModule(input_dim=6)
+    data.adopt(model)
+    x, labels = data.batch()
+    assert (tuple(x.shape), labels.tolist()) == ((4, 6), [0, 0, 0, 1])
+    assert (data.num_classes, data.samples_per_class, data.num_samples) == (2, None, 4)
+
+
+@pytest.mark.parametrize("problem", ["segmentation", {"kind": "toy"}, {"init_args": {"counts": 3}}, 3])
+def test_a_hyperparameter_of_that_name_may_mean_something_else(problem):
+    class Own(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"problem": problem, "num_classes": 3, "samples_per_class": 2})
+
+    data = IndexDataModule()
+    data.adopt(Own())
+    assert data.batch()[1].tolist() == [0, 0, 1, 1, 2, 2]
+    assert (data.num_classes, data.samples_per_class) == (3, 2)
