@@ -18,12 +18,12 @@ from nclightning.problems.cross_entropy import CrossEntropy
 from nclightning.problems.loss import Loss
 from nclightning.problems.squared_error import SquaredError
 
-__all__ = ["LossName", "Objective", "square_norm"]
+__all__ = ["LOSSES", "LossName", "Objective", "square_norm"]
 
 LossName = Literal["mse", "ce"]
 Scalar = TypeVar("Scalar", float, Tensor)
 
-_LOSSES: dict[str, Loss] = {"mse": SquaredError(), "ce": CrossEntropy()}
+LOSSES: dict[str, Loss] = {"mse": SquaredError(), "ce": CrossEntropy()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class Objective:
     @property
     def function(self) -> Loss:
         """The loss."""
-        return self.loss if isinstance(self.loss, Loss) else _LOSSES[self.loss]
+        return self.loss if isinstance(self.loss, Loss) else LOSSES[self.loss]
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):

@@ -71,7 +71,7 @@ class Gaps:
         check_balance(self.problem, labels)
         if world_size() > 1 and self._needs_all_samples:
             raise UserError(
-                f"gap and distance need feature_dim of at least {self.problem.rank_said} where processes share the "
+                f"gap and distance need feature_dim of at least {self.problem.rank_in_words} where processes share the "
                 f"features, got {self.problem.feature_dim}: set OptimalityMonitor(theory=False), or trainer.devices=1."
             )
 

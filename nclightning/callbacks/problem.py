@@ -32,8 +32,8 @@ AnyProblem = UFMProblem | Problem
 _WITHOUT = "set OptimalityMonitor(theory=False), on the command line --optimality.theory false"
 
 
-# What modules said last: one that makes its problem anew each time would have its optimum found each time.
-_said: WeakKeyDictionary[L.LightningModule, Problem] = WeakKeyDictionary()
+# The last problem of each module: one that makes its problem anew each time would have its optimum found each time.
+_last_problem: WeakKeyDictionary[L.LightningModule, Problem] = WeakKeyDictionary()
 
 
 def find_problem(pl_module: L.LightningModule, theory: bool = True) -> AnyProblem | None:
@@ -62,9 +62,9 @@ def find_problem(pl_module: L.LightningModule, theory: bool = True) -> AnyProble
             "--optimality.stop_distance null --optimality.stop_at_floor false."
         ) from error
     if isinstance(problem, Problem):
-        last = _said.get(pl_module)
+        last = _last_problem.get(pl_module)
         problem = last if last is not None and _are_equal(last, problem) else problem
-        _said[pl_module] = problem
+        _last_problem[pl_module] = problem
     return problem
 
 
@@ -166,14 +166,14 @@ def check_value(value: Tensor | float, known: Tensor, dtype: torch.dtype) -> Non
 
 
 def check_balance(problem: AnyProblem, labels: Tensor) -> None:
-    """Raise unless the labels of all processes are as many of each as the problem has.
+    """Raise unless each label occurs as often, over all processes, as the problem says.
 
     Args:
         problem: The problem.
         labels: Those of this process. Transfers to the host.
 
     Raises:
-        ValueError: If they are not.
+        ValueError: If one does not.
     """
     if world_size() > 1:
         groups = problem.num_groups

@@ -81,6 +81,18 @@ class StreamingMetric(OpenMetric):
         with self.as_before_on_error():
             return super().forward(*args, **kwargs)
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw values.
+
+        Args:
+            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
+            ax: Matplotlib axis; None makes one.
+
+        Returns:
+            Figure and axis.
+        """
+        return self.draw(val, ax)
+
     def persistent(self, mode: bool = False) -> None:
         """Choose whether ``state_dict`` has the states.
 

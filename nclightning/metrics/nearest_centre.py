@@ -130,18 +130,6 @@ class NearestClassCentre(StreamingMetric):
         self._check()
         return {name: (total / self.samples).double() for name, total in self._totals().items()}
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw values.
-
-        Args:
-            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
-            ax: Matplotlib axis; None makes one.
-
-        Returns:
-            Figure and axis.
-        """
-        return self.draw(val, ax)
-
     def merge_states(self, earlier: dict[str, Any]) -> None:
         """Add what was counted."""
         for name in (*_COUNTS, "margin"):

@@ -257,7 +257,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             Figure and axis.
         """
-        figure, axis = self.draw(val, ax)
+        figure, axis = super().plot(val, ax)
         for each in np.ravel(np.asarray(axis)):
             each.set_yscale("log")
         return figure, axis

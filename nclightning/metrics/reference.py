@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nclightning.errors import UserError
 from nclightning.functional import HeadLoss
 from nclightning.heads import Head, HeadReader, HeadSource, read_head, weight_shape
-from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Loss, NoAnswer, Problem, SquaredError
+from nclightning.objective import LOSSES
+from nclightning.problems import BinaryCrossEntropy, Loss, NoAnswer, Problem
 from nclightning.problems.checks import check_table
 from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
@@ -26,7 +27,7 @@ __all__ = ["LossLike", "Penalties", "Reference", "check_linear", "is_loss"]
 
 LossLike = Literal["mse", "ce", "bce"] | Loss
 
-_LOSSES: Mapping[str, Loss] = {"mse": SquaredError(), "ce": CrossEntropy(), "bce": BinaryCrossEntropy()}
+_LOSSES: Mapping[str, Loss] = {**LOSSES, "bce": BinaryCrossEntropy()}
 _AFFINE = tuple(layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 # Numbers of K x K matrices: 128 MiB, 4096 classes.
 _LARGEST_TABLE = 2**24

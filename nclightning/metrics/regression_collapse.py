@@ -152,18 +152,6 @@ class RegressionCollapse(StreamingMetric):
             "rank": rank,
         }
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw values.
-
-        Args:
-            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
-            ax: Matplotlib axis; None makes one.
-
-        Returns:
-            Figure and axis.
-        """
-        return self.draw(val, ax)
-
     def set_dtype(self, dst_type: Any) -> RegressionCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""
         self.prepare_sync()

@@ -106,6 +106,7 @@ class RegularizedClassifier(ResumableModule):
         self._make_optimizer = optimizer
         self._interrupts = HeldInterrupts()
         self._begins = True  # Whether a fit has made no iteration yet.
+        self._trained: tuple[Any, ...] = ()  # Objective, head and backbone of a fit.
         self._dtype_of_head = head.weight.dtype  # Before a trainer's precision converts it.
 
     def forward(self, x: Tensor) -> Tensor:
@@ -342,7 +343,7 @@ class RegularizedClassifier(ResumableModule):
     def teardown(self, stage: str) -> None:
         """Take interrupts as they come again."""
         self._interrupts.release()
-        self._ending = None
+        self._ending, self._trained = None, ()
 
     def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.

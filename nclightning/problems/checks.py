@@ -154,9 +154,9 @@ def _check_shapes(*given: tuple[str, Tensor, tuple[int, ...]]) -> None:
 def _check_bias(problem: WithOptimum, bias: Tensor | None, *, is_needed: bool, is_allowed: bool) -> None:
     came, shape = None if bias is None else tuple(bias.shape), (problem.num_classes,)
     if bias is not None and not is_allowed:
-        raise UserError(f"bias must be None for {problem.bias_said}: the optimum is that of a head without one.")
+        raise UserError(f"bias must be None for {problem.bias_argument}: the optimum is that of a head without one.")
     if came != shape and (is_needed or bias is not None):
-        raise UserError(f"bias must have shape {shape} for {problem.bias_said}, got {came}.")
+        raise UserError(f"bias must have shape {shape} for {problem.bias_argument}, got {came}.")
 
 
 def check_labels(problem: WithOptimum, labels: Tensor) -> None:

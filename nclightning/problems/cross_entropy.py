@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from nclightning.errors import UserError
 from nclightning.problems.groups import Factors, Groups
 from nclightning.problems.loss import Loss, target_rows
+from nclightning.problems.simplex import has_exchangeable_classes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,11 +178,9 @@ class CrossEntropy(Loss):
         by the sum of a row of the targets, which that of a float32 table misses 1 by.
         """
         targets, K = groups.targets, groups.targets.shape[1]
-        own, off = float(targets[0, 0]), float(targets[0, -1])
-        smoothed = torch.full_like(targets, off).fill_diagonal_(own)
-        hard = len(targets) == K and torch.equal(targets, smoothed) and bool((groups.counts == groups.counts[0]).all())
-        if not hard or self.offset is not None or self.class_weights is not None or K < 2:
+        if not has_exchangeable_classes(groups):
             return None
+        own, off = float(targets[0, 0]), float(targets[0, 1])
         wrong = (off + math.sqrt(float(groups.counts[0])) * groups.strength) / (own + (K - 1) * off)
         slack = 1 - K * wrong
         bias = None if groups.lambda_b is None else targets.new_zeros(K)

@@ -16,9 +16,10 @@ from nclightning.problems.loss import Loss
 if TYPE_CHECKING:
     from nclightning.problems.problem import Problem
 
-__all__ = ["describe", "from_description"]
+__all__ = ["ARGUMENTS", "describe", "from_description"]
 
-_FIELDS = ("counts", "feature_dim", "lambda_w", "lambda_h", "bias", "tolerance")
+# Of a problem, which keeps them as attributes.
+ARGUMENTS = ("loss", "targets", "counts", "feature_dim", "lambda_w", "lambda_h", "bias", "tolerance")
 
 
 def describe(problem: Problem) -> dict[str, Any]:
@@ -33,10 +34,10 @@ def describe(problem: Problem) -> dict[str, Any]:
     Raises:
         ValueError: If the loss does not keep an argument.
     """
-    targets = "hard" if problem.has_hard_labels else _plain(problem.targets)
     loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
-    arguments = {"loss": loss, "targets": targets} | {name: _plain(getattr(problem, name)) for name in _FIELDS}
-    return {"class_path": "nclightning.problems.Problem", "init_args": arguments}
+    special = {"loss": loss, "targets": "hard" if problem.has_hard_labels else _plain(problem.targets)}
+    others = {name: _plain(getattr(problem, name)) for name in ARGUMENTS if name not in special}
+    return {"class_path": "nclightning.problems.Problem", "init_args": special | others}
 
 
 def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:

@@ -38,6 +38,12 @@ class Solution(NamedTuple):
     labels: Tensor
     bias: Tensor | None
 
+    @property
+    def logits(self) -> Tensor:
+        """Logits ``(N, K)``, bias included."""
+        logits = self.features @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
 
 class Moments(NamedTuple):
     """A point with features by their moments, all that is needed of them here.
@@ -200,9 +206,9 @@ class Orbit:
         moments, own = self.moments(point), self.own(point.labels)
         weight, means = self.nearest(moments)
         step_w, step_h = point.weight - weight, self._roots * (moments.means - means)
-        logits, reference = point.features @ point.weight.T, means @ weight.T
+        logits, reference = point.logits, means @ weight.T
         if point.bias is not None and self.bias is not None:
-            logits, reference = logits + point.bias, reference + self.bias
+            reference = reference + self.bias
         targets = self.targets.of(torch.arange(self.num_groups, device=means.device), reference)
         divergence = self.loss.divergence(logits, reference.index_select(0, own), targets.index_select(0, own)).mean()
         multipliers = self._roots / len(logits) * self.loss.residual(reference, targets)

@@ -13,14 +13,14 @@ from torch import Tensor
 from nclightning.problems.answering import answers
 from nclightning.problems.answers import NoAnswer
 from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
-from nclightning.problems.description import describe, from_description
+from nclightning.problems.description import ARGUMENTS, describe, from_description
 from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
 from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
-from nclightning.problems.orbit import Orbit
+from nclightning.problems.orbit import Orbit, Solution
 from nclightning.problems.spectrum import Eigenvalue, spectrum
 from nclightning.problems.with_optimum import WithOptimum
 from nclightning.problems.wording import one_line
@@ -97,9 +97,7 @@ class Problem(WithOptimum):
         Returns:
             A new one.
         """
-        own = {name: getattr(self, name) for name in ("loss", "targets", "counts", "feature_dim")}
-        own |= {name: getattr(self, name) for name in ("lambda_w", "lambda_h", "bias", "tolerance")}
-        return type(self)(**own | changes)
+        return type(self)(**{name: getattr(self, name) for name in ARGUMENTS} | changes)
 
     def __repr__(self) -> str:
         """One line, however many classes."""
@@ -160,12 +158,12 @@ class Problem(WithOptimum):
         return self.counts
 
     @property
-    def bias_said(self) -> str:
+    def bias_argument(self) -> str:
         """The argument ``bias``."""
         return f"bias={self.bias!r}"
 
     @property
-    def rank_said(self) -> str:
+    def rank_in_words(self) -> str:
         """The rank of the optimal logits."""
         return f"{self.convex_optimum.rank}, the rank of the optimal logits,"
 
@@ -194,7 +192,7 @@ class Problem(WithOptimum):
             ValueError: If a shape does not fit.
         """
         check_point(self, weight, features, labels, bias, labels_too=False)
-        logits = features @ weight.T if bias is None else features @ weight.T + bias
+        logits = Solution(weight, features, labels, bias).logits
         targets = self.targets.to(logits).index_select(0, labels)
         value = self.loss.value(logits, targets).mean()
         value = value + self.lambda_w / 2 * weight.square().sum() + self.lambda_h / 2 * features.square().sum()
@@ -257,9 +255,7 @@ class Problem(WithOptimum):
         It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
         as in :meth:`gap`.
         """
-        point = admit(self, weight, features, labels, bias)
-        logits = point.features @ point.weight.T
-        logits = logits if point.bias is None else logits + point.bias
+        logits = admit(self, weight, features, labels, bias).logits
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
         means = (self._group_means(rows, labels) for rows in (residuals, logits))
         bound = self.certified_lower_bound_from_residuals(*means)

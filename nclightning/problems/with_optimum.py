@@ -59,12 +59,12 @@ class WithOptimum(ABC):
 
     @property
     @abstractmethod
-    def bias_said(self) -> str:
+    def bias_argument(self) -> str:
         """Argument that decides about the bias, as it was typed."""
 
     @property
     @abstractmethod
-    def rank_said(self) -> str:
+    def rank_in_words(self) -> str:
         """Least number of features at which the optimal logits are unique, in words."""
 
     @property
@@ -125,9 +125,7 @@ class WithOptimum(ABC):
         orbit = self.orbit(features.device)
         if orbit.is_cut:
             return orbit.expanded_gap(point)
-        logits = point.features @ point.weight.T
-        logits = logits if point.bias is None else logits + point.bias
-        return orbit.gap(orbit.moments(point), orbit.divergence(logits, labels).mean())
+        return orbit.gap(orbit.moments(point), orbit.divergence(point.logits, labels).mean())
 
     def distance(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
@@ -260,8 +258,8 @@ class WithOptimum(ABC):
         if orbit.is_cut:
             raise NoAnswer(
                 question,
-                f"feature_dim must be at least {self.rank_said} for a gap from moments, got {self.feature_dim}: the "
-                "optimal logits are not unique there, and the gap needs all samples. Take gap.",
+                f"feature_dim must be at least {self.rank_in_words} for a gap from moments, got {self.feature_dim}: "
+                "the optimal logits are not unique there, and the gap needs all samples. Take gap.",
             )
         return orbit
 

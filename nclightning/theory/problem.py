@@ -78,12 +78,12 @@ class UFMProblem(UFMConstants, WithOptimum):
         return self.gap(weight, features, labels, bias, check_labels=check_labels)
 
     @property
-    def bias_said(self) -> str:
+    def bias_argument(self) -> str:
         """The argument ``loss``."""
         return f"loss={self.loss!r}"
 
     @property
-    def rank_said(self) -> str:
+    def rank_in_words(self) -> str:
         """One less than the classes."""
         return f"num_classes - 1 = {self.num_classes - 1}"
 
