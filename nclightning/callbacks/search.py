@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.compat.lightning import trainer_of
+from nclightning.optim import ArmijoGD
 
 __all__ = ["search_readings", "step_taken"]
 
@@ -33,7 +34,7 @@ def step_taken(pl_module: L.LightningModule) -> float | None:
     if trainer_of(pl_module) is None or not pl_module.trainer.training:
         return None
     optimizer: Any = pl_module.optimizers(use_pl_optimizer=False)
-    if hasattr(optimizer, "outcome"):
+    if isinstance(optimizer, ArmijoGD):
         return 0.0 if optimizer.outcome is None else float(optimizer.outcome.step_size)
     if type(optimizer) is not torch.optim.SGD:
         return None

@@ -103,8 +103,9 @@ class UFMLine(LineObjective):
         *sums, square = self._pass(None, self._some, value=True)
         return self._objective.combine(sums[0], self._num_samples, *sums[1:]), square
 
-    def begin(self, start: Evaluation) -> None:
+    def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
         """Search along the gradient of the start, which is overwritten once a trial is accepted."""
+        assert along is None
         gradients = dict(zip(self._order, start.gradients, strict=True))
         self._bind([g for i in range(len(self._owners)) if (g := gradients[i]) is not None])
         # A value above the start is rejected, finite or not.
