@@ -1,12 +1,14 @@
 """Optimizers for deterministic objectives. Plain torch."""
 
 from nclightning.optim.armijo import ArmijoGD
+from nclightning.optim.lbfgs import ArmijoLBFGS
 from nclightning.optim.line import ClosureLine, LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
 
 __all__ = [
     "ArmijoGD",
+    "ArmijoLBFGS",
     "ClosureLine",
     "LineObjective",
     "LineSearchOptimizer",
