@@ -289,6 +289,7 @@ def closure_of(line, params):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@torch.no_grad()
 def test_values_whose_gradient_may_overflow_are_not_finite(dtype):
     line, _, _ = lines("mse", (4, 3, 6), dtype)
     line.begin(line.evaluate())
