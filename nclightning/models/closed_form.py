@@ -224,7 +224,8 @@ class UFMLine(LineObjective):
         """Bring what a pass returns to the host."""
         numbers = iter(_numbers([*chain(*sums)]))
         of_value, of_slope, of_square = ([next(numbers) for _ in part] for part in sums)
-        self._value = self._combine(of_value) if of_value else self._value
+        if of_value:
+            self._value = self._combine(of_value)
         self._slope = reduce(add, of_slope) if of_slope else None
         self._square = reduce(add, of_square) if of_square else math.nan
 
