@@ -253,8 +253,8 @@ class Objective:
 
 def wide(tensor: Tensor) -> Tensor:
     """All entries in float64, as a vector."""
-    flat = tensor.reshape(-1)
-    return flat if flat.dtype == torch.float64 else flat.double()  # Even a cast to the same dtype costs a microsecond.
+    flat = tensor if tensor.ndim == 1 else tensor.reshape(-1)
+    return flat if flat.dtype == torch.float64 else flat.double()
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ class UFMLine(LineObjective):
         self._objective, self._labels, self._num_samples, self._shared = objective, labels, num_samples, shared
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]
+        info = torch.finfo(features.dtype)
+        # From the root on the gradient may overflow, though the value, a float64, does not.
+        self._epsilon, self._largest = info.eps, math.sqrt(info.max)
         elements = _ELEMENTS_AT_A_TIME if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
         # Trial features exist some rows at a time, so that what happens to them happens in cache.
@@ -121,9 +124,7 @@ class UFMLine(LineObjective):
         """Search along a vector, or the gradient of the start, which is overwritten once a trial is accepted."""
         self._gradients = self._by_owner(start.gradients)
         self._along = list(self._gradients) if along is None else self._by_owner(along)
-        # From the root on the gradient may overflow, though the value, a float64, does not. A value above the start is
-        # rejected, finite or not.
-        self._limit = max(math.sqrt(torch.finfo(self._some.dtype).max), start.value)
+        self._limit = max(self._largest, start.value)  # A value above the start is rejected, finite or not.
 
     def _by_owner(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """Order vectors as features, weight, bias; a missing one is zero."""
@@ -180,16 +181,13 @@ class UFMLine(LineObjective):
         """Make the gradients at the trial those of the start, with the first, of the features, or without."""
         mine, others = self._gradients[first:], self._trial_gradients[first:]
         self._gradients[first:], self._trial_gradients[first:] = others, mine
-        epsilon = torch.finfo(self._some.dtype).eps
-        return Evaluation(self._value, epsilon, [self._gradients[i] for i in self._order], self._square)
+        return Evaluation(self._value, self._epsilon, [self._gradients[i] for i in self._order], self._square)
 
     def _pass(self, trial: Tensor | None, out: Tensor | None, value: bool = False) -> list[list[Tensor]]:
-        """Go through the rows once, for a value, a gradient or both. Of a short tensor rows are written over.
+        """Go through the rows once, for a value, a gradient or both; where a tensor is short, over its rows again.
 
-        Args:
-            trial: Takes the features at the trial; None stays at the parameters.
-            out: Takes the gradient of the features, that of the head goes to the trial gradients; None takes none.
-            value: Whether the residual is yet to be computed, and the value.
+        Features at the trial go to ``trial``, None stays at the parameters. Their gradient goes to ``out``, and that of
+        the head to the trial gradients; None takes none. The residual is computed with the value.
 
         Returns:
             What adds up to value, slope (unless the features are moved) and square, each empty if it was not computed.
@@ -215,7 +213,7 @@ class UFMLine(LineObjective):
             sum_all_over_ranks([*total, *gradients])
         objective.add_penalty_gradients_(gradients, head)
         return [
-            [*total[:2], *map(square_norm, head)] if value else [],
+            [*total[:2], *map(square_norm, head if objective.lambda_b else head[:1])] if value else [],
             [total[-2], *map(dot, gradients, self._along[1:])] if slope else [],
             [total[-1], *map(square_norm, gradients)] if gradients else [],
         ]
