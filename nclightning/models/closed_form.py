@@ -232,8 +232,9 @@ class UFMLine(LineObjective):
         self._square = reduce(add, of_square) if of_square else math.nan
 
     def _combine(self, sums: Sequence[Scalar]) -> Scalar:
-        losses, of_features, of_weight, *of_bias = sums
-        return self._objective.combine(losses, self._num_samples, of_weight, of_features, *of_bias)
+        losses, of_features, of_weight = sums[:3]
+        of_bias = sums[3] if len(sums) > 3 else None
+        return self._objective.combine(losses, self._num_samples, of_weight, of_features, of_bias)
 
     def _each(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
         """Yield some rows of each at a time, the tensors themselves where these are all."""

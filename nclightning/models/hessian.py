@@ -61,9 +61,10 @@ def hessian_product(
         targets, change = objective.targets_of(logits, y), linear(h, *turn_of_head).addmm_(v, weight.T)
         residual = objective.function.residual(logits, targets)
         bent = objective.function.curvature(logits, targets, change)
-        torch.mul(v, objective.lambda_h, out=out)
-        out.addmm_(bent, weight, alpha=scale).addmm_(residual, turn_of_head[0], alpha=scale)
-        of_weight.addmm_(bent.T, h, alpha=scale).addmm_(residual.T, v, alpha=scale)
+        # What is linear in the point changes as the gradient of the vector would with the same residual.
+        objective.gradient_of(v, turn_of_head, residual, num_samples, [of_weight], out)
+        out.addmm_(bent, weight, alpha=scale)
+        of_weight.addmm_(bent.T, h, alpha=scale)
         for product in of_bias:
             product.add_(bent.sum(dim=0), alpha=scale)
     if shared:
