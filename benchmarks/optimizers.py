@@ -133,7 +133,7 @@ def torch_lbfgs(params):
 
 
 OPTIMIZERS = {
-    "ArmijoGD": of_ours(lambda params: ArmijoGD(params, patience=1)),  # As the configurations have it.
+    "ArmijoGD": of_ours(ArmijoGD),
     "ArmijoLBFGS": of_ours(ArmijoLBFGS),
     "scipy L-BFGS-B": scipy_lbfgs,
     "torch LBFGS, strong Wolfe": of_torch(torch_lbfgs),

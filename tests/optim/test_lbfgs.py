@@ -402,7 +402,29 @@ def test_what_has_no_gradient_stays_and_may_get_one():
     assert unused.item() == pytest.approx(1.0, abs=1e-10)
 
 
-def test_tied_weights_and_scalars():
+def test_dtypes_and_devices_of_parameters_may_differ():
+    x, y = parameter(1.0, -2.0, dtype=torch.float32), parameter(3.0)
+    optimizer = ArmijoLBFGS([x, y])
+    f = lambda x, y: (x.double() - y).square().sum() + (y - 2).square().sum() + (x.double() ** 4).sum()  # noqa: E731
+    for _ in range(40):
+        optimizer.step(closure_of(optimizer, f, x, y))
+    gradients = torch.autograd.grad(f(x, y), (x, y))
+    assert max(float(g.abs().max()) for g in gradients) < 1e-6
+
+
+def test_a_schedule_says_where_each_search_begins():
+    x = parameter(1.0, 2.0)
+    optimizer = ArmijoLBFGS([x])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (i + 1))
+    sizes = []
+    for _ in range(4):
+        optimizer.step(closure_of(optimizer, lambda x: (x * x * x.new_tensor([0.1, 0.3])).sum(), x))
+        sizes.append(optimizer.outcome.step_size)
+        scheduler.step()
+    assert sizes == [1.0, 1 / 2, 1 / 3, 1 / 4]
+
+
+def test_parameters_without_dimensions():
     x, scalar = parameter(1.0, -2.0), nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
     optimizer = ArmijoLBFGS([x, scalar])
     for _ in range(60):
