@@ -6,7 +6,7 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from pydoc import locate
@@ -317,11 +317,14 @@ def run_training(args: list[str] | None) -> None:
         "epilog": _EPILOG,
         "formatter_class": HelpFormatter,
     }
+    words = sys.argv[1:] if args is None else args
+    kind = _of_one_command(words[0]) if words and words[0] in _PURPOSE else RunCLI
     parsers = {
-        name: texts | {"usage": _USAGE.format(command=name), "description": f"{purpose}\n\n{texts['description']}"}
-        for name, purpose in _PURPOSE.items()
+        name: texts
+        | {"usage": _USAGE.format(command=name), "description": f"{_PURPOSE[name]}\n\n{texts['description']}"}
+        for name in kind.subcommands()
     }
-    RunCLI(
+    kind(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -340,6 +343,12 @@ def run_training(args: list[str] | None) -> None:
         | parsers,
         args=args,
     )
+
+
+def _of_one_command(name: str) -> type[RunCLI]:
+    """Leave out the parsers of the others, each of which takes as long to make as this one."""
+    subcommands = {name: RunCLI.subcommands()[name]}
+    return type(RunCLI.__name__, (RunCLI,), {"subcommands": staticmethod(lambda: subcommands)})
 
 
 def _quieten_lightning() -> None:

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
@@ -160,9 +160,8 @@ def _measure_arrays(
         of_statistics = None if of_statistics is None else tuple(name for name in of_statistics if name not in left_out)
         of_decisions = tuple(name for name in of_decisions if name not in left_out)
     check_conventions(*conventions)
-    chosen = of_statistics
-    if chosen != ():
-        chosen = choose_measures(chosen, rows.shape[1], 0 if head is None else num_classes)
+    head_rows = 0 if head is None else num_classes
+    chosen = () if of_statistics == () else choose_measures(of_statistics, rows.shape[1], head_rows)
     stats = class_statistics(
         rows, labels, num_classes, scatter=need_scatter(chosen), ignore_index=ignore_index, copy=False
     )
