@@ -14,6 +14,7 @@ __all__ = ["COMMANDS", "TRAINING", "run_training"]
 
 def _of(module: str, function: str) -> Callable[[Any], None]:
     def run(words: Any) -> None:
+        """Import the command, and run it with these words."""
         getattr(import_module(f"nclightning.{module}"), function)(words)
 
     return run
