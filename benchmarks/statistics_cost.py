@@ -3,9 +3,9 @@
 The opponent is NC1 as it is usually written: class means in a first pass over all features, deviations and their
 covariance in a second, then the pseudo-inverse of the between-class covariance. In float64 it is as accurate as ours;
 in float32, as it is usually run, it is not, which the last column shows on features whose class means spread 1000:1.
-The library ``neural_collapse`` does the same with accumulators, in float32 unless told otherwise; it takes part where it
-is installed (``pip install git+https://github.com/rhubarbwu/neural-collapse.git``). Each side runs in a process of its
-own, taking turns; medians of the time, maxima of the memory above the features.
+The library ``neural_collapse`` does the same with accumulators, in float32 unless told otherwise; it takes part where
+it is installed (``pip install git+https://github.com/rhubarbwu/neural-collapse.git``). Each side runs in a process of
+its own, taking turns; medians of the time, maxima of the memory above the features.
 """
 
 import argparse
