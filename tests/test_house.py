@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nclightning"
 FLOORS = {
     "compat": -3,
+    "lazy": -3,
     "errors": -2,
     "overrides": -2,
     "sharding": -1,
