@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.compat.lightning import trainer_of
-from nclightning.optim import HeavyBall, Nesterov
+from nclightning.optim import ArmijoGD, HeavyBall, Nesterov
 
 __all__ = ["FixedStep", "search_readings", "step_found", "step_set"]
 
@@ -44,7 +44,7 @@ def search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
 def step_found(pl_module: L.LightningModule) -> float | None:
     """Return the step to the iterate that a line search along the gradient took, 0.0 before the first; else None."""
     optimizer = _optimizer_in_fit(pl_module)
-    if not hasattr(optimizer, "outcome"):
+    if not isinstance(optimizer, ArmijoGD):
         return None
     return 0.0 if optimizer.outcome is None else float(optimizer.outcome.step_size)
 

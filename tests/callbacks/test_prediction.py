@@ -88,7 +88,8 @@ def sgd(**options):
 
 FIXED = {
     "plain": sgd(lr=3.0),
-    "too long for the stiff modes": sgd(lr=8.0),
+    "stiff modes last": sgd(lr=9.8),
+    "stiff modes last, nesterov": sgd(lr=7.2, momentum=0.5, nesterov=True),
     "momentum": sgd(lr=1.0, momentum=0.7),
     "dampened": sgd(lr=5.0, momentum=0.6, dampening=0.6),
     "oscillating": sgd(lr=2.0, momentum=0.9),
@@ -146,9 +147,18 @@ def test_a_checkpoint_of_before_momentum_was_predicted_goes_on():
     assert monitor.state_dict()["decay"] == 0.25
 
 
-def in_two_groups(params):
-    features, *head = params
-    return torch.optim.SGD([{"params": features}, {"params": head, "lr": 0.2}], lr=0.1)
+def in_two_groups(lr):
+    def make(params):
+        features, *head = params
+        return torch.optim.SGD([{"params": features}, {"params": head, "lr": lr}], lr=0.1, momentum=0.5)
+
+    return make
+
+
+def test_groups_with_the_same_step_are_one(tmp_path):
+    decays = [fit(tmp_path / str(i), ufm(optimizer=make), max_steps=20).values[DECAY]
+              for i, make in enumerate((in_two_groups(0.1), sgd(lr=0.1, momentum=0.5)))]  # fmt: skip
+    np.testing.assert_array_equal(*decays)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +167,7 @@ def in_two_groups(params):
         lambda params: torch.optim.Adam(params, lr=1e-2),
         lambda params: torch.optim.RMSprop(params, lr=1e-3),
         sgd(lr=1e-3, momentum=1.0),
-        in_two_groups,
+        in_two_groups(0.2),
         type("Own", (torch.optim.SGD,), {}),
     ],
 )

@@ -194,7 +194,8 @@ def test_runs_contract_as_predicted(name, method, generator):
     corrected = np.array(logs) - np.log(1 + np.arange(1, len(logs) + 1) * (1 - best.contraction))
     half = len(logs) // 2
     slope = np.polyfit(np.arange(half, len(logs)), corrected[half:], 1)[0]
-    assert slope == pytest.approx(math.log(best.contraction), rel=0.05)
+    # Other modes are still dying out: 0.8% where many are almost as slow.
+    assert slope == pytest.approx(math.log(best.contraction), rel=0.02)
 
 
 def distance(view, x):
