@@ -2,9 +2,10 @@
 
     python benchmarks/momentum_starts.py
 
-Head and features start as normal entries of size 1. Each column after the first two starts where ArmijoGD first came
-within that part of the optimum's norm; its median number of iterations is in brackets. A run converges if its distance
-falls below 1e-8 of the optimum's norm within 3000 iterations. Three minutes on one thread.
+Head and features start as normal entries of size 1. With a warm-up the step grows from a hundredth over 200 iterations.
+The last columns start where ArmijoGD first came within that part of the optimum's norm; its median number of iterations
+is in brackets. A run converges if its distance falls below 1e-8 of the optimum's norm within 3000 iterations. Three
+minutes on one thread.
 """
 
 import statistics
@@ -59,10 +60,13 @@ class Run:
         distance = self.problem.distance(weight, features, self.labels, bias[0] if bias else None, check_labels=False)
         return float(distance) / self.problem.optimum_norm
 
-    def descend(self, optimizer, part, most):
+    def descend(self, optimizer, part, most, warmup=0):
         """Step until the distance is at most ``part``; return the iterations, None if it never is."""
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, warmup) if warmup else None
         for iteration in range(1, most + 1):
             optimizer.step(self.value)
+            if schedule is not None:
+                schedule.step()
             if iteration % 5 == 0:
                 distance = self.distance()
                 if distance <= part:
@@ -74,11 +78,13 @@ class Run:
 
 def main():
     """Print the table."""
-    print("| problem | L/mu | from the start | " + " | ".join(f"from {part:g}" for part in PARTS) + " |")
-    print("|" + "---|" * (3 + len(PARTS)))
+    print(
+        "| problem | L/mu | from the start | with a warm-up | " + " | ".join(f"from {part:g}" for part in PARTS) + " |"
+    )
+    print("|" + "---|" * (4 + len(PARTS)))
     for name, problem in PROBLEMS.items():
         cells = []
-        for part in (None, *PARTS):
+        for part, warmup in ((None, 0), (None, 200), *((part, 0) for part in PARTS)):
             counts, searched = {HeavyBall: 0, Nesterov: 0}, []
             for kind in counts:
                 for seed in SEEDS:
@@ -86,7 +92,7 @@ def main():
                     if part is not None:
                         searched.append(run.descend(ArmijoGD(run.parameters), part, 20_000))
                     optimizer = kind(run.parameters, problem.mu, problem.smoothness)
-                    counts[kind] += run.descend(optimizer, 1e-8, 3000) is not None
+                    counts[kind] += run.descend(optimizer, 1e-8, 3000, warmup) is not None
             after = f" ({statistics.median(searched):.0f})" if searched else ""
             cells.append(", ".join(str(count) for count in counts.values()) + after)
         print(f"| {name} | {problem.smoothness / problem.mu:.0f} | {' | '.join(cells)} |", flush=True)

@@ -94,7 +94,8 @@ class HeavyBall(MomentumFromCurvature):
 
     Near an optimum the distance falls by :math:`\sqrt\beta` per iteration
     (:meth:`nclightning.problems.Rates.heavy_ball`). Far from it, where F is not quadratic, it may cycle or diverge:
-    descend with :class:`~nclightning.optim.ArmijoGD` first.
+    let the step grow from a hundredth with :class:`torch.optim.lr_scheduler.LinearLR`, or descend with
+    :class:`~nclightning.optim.ArmijoGD` first.
 
     In a fit of :class:`nclightning.models.UFM` ``HeavyBall`` without numbers takes mu and L of the problem. It is
     :class:`torch.optim.SGD` with ``lr = t`` and ``momentum = beta``, which schedulers may write. Polyak (1964).

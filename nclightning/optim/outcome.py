@@ -111,6 +111,6 @@ def failure_of(optimizer: Optimizer, value: Any) -> Failure | None:
     if isinstance(optimizer, MomentumFromCurvature):
         reason = (
             f"{type(optimizer).__name__} has diverged, whose step and momentum are for starts near the optimum. "
-            "Descend with ArmijoGD first, or start from smaller numbers."
+            "Descend with ArmijoGD first, or let lr grow from a hundredth over some hundred iterations (LinearLR)."
         )
     return Failure(f"The objective is not finite any more: {reason}", True)
