@@ -16,6 +16,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
+from nclightning.optim import HeavyBall
 from tests import forked
 from tests.trainers import quiet_trainer
 
@@ -111,13 +112,13 @@ def adam_in_groups(params):
     return torch.optim.Adam([{"params": head}, {"params": [features]}], lr=0.01)
 
 
-@pytest.mark.parametrize("make", [sgd, adam_backwards, adam_in_groups])
+@pytest.mark.parametrize("make", [sgd, HeavyBall, adam_backwards, adam_in_groups])
 def test_what_optimizers_keep_of_shared_features_goes_into_the_checkpoint(make, tmp_path):
-    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make), IndexDataModule(), 1, max_steps=60)
-    fit(tmp_path / "together", ufm("mse", optimizer=make), IndexDataModule(), 2)
+    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 1, max_steps=60)
+    fit(tmp_path / "together", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 2)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
     for number in (1, 3):
-        model = ufm("mse", optimizer=make)
+        model = ufm("mse", optimizer=make, init_scale=0.1)
         resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(alone, resumed) < 1e-12
 
