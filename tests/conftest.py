@@ -12,11 +12,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Also in processes that tests start.
 import torch
+from lightning.fabric.utilities import registry
 
 # A forked process waits for ever for the pool of threads that only its parent had.
 torch.set_num_threads(1)
-
-from lightning.fabric.utilities import registry
 
 # Each Trainer looks through the metadata of all that is installed for callbacks of plugins; there is one answer.
 registry.entry_points = functools.cache(registry.entry_points)

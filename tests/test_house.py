@@ -147,9 +147,7 @@ for name in sys.argv[1:]:
 
 def test_lower_floors_do_not_load_lightning():
     units = [f"nclightning.{unit}" for unit in WITHOUT_LIGHTNING]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS, *units], check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", LOADS, *units], check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"0 {unit}" for unit in units], done.stderr
 
 
