@@ -39,10 +39,10 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
     | ``laws/nc0_residual`` | distance from the law since the last reading, relative to :math:`\sqrt K \|W\|_F` |
     | ``laws/nc0_forcing`` | of Adam and AdamW, which have no such law: the norm of what their steps add to the sum |
     | ``laws/bias_sum``, ``..._predicted``, ``..._residual``, ``..._forcing`` | the same of the sum of the bias |
-    | ``laws/balance`` | of free features: distance of :math:`\lambda_W W^\top W` from :math:`\lambda_H H^\top H`, relative |
+    | ``laws/balance`` | of free features: relative distance of :math:`\lambda_W W^\top W` and :math:`\lambda_H H^\top H` |
     | ``laws/balance_residual`` | the law by which the last step of gradient descent changed that, relative |
     | ``laws/sharpness`` | largest eigenvalue of the Hessian of the training objective |
-    | ``laws/sharpness_over_limit`` | that over the largest at which the optimizer is stable: 2/lr for gradient descent |
+    | ``laws/sharpness_over_limit`` | that over the largest that is stable: 2/lr for gradient descent |
 
     The law of NC0 is that of :func:`nclightning.functional.predict_row_sum`: with ``torch.optim.SGD`` in all its
     forms, or a line search, on a loss whose gradient in the logits sums to zero over the classes, such as
@@ -108,7 +108,9 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
         check_scales(penalty=penalty, bias_penalty=bias_penalty)
         if (data is None) != (loss_fn is None):
             missing = "loss_fn" if loss_fn is None else "data"
-            raise UserError(f"data and loss_fn belong together, and {missing} is missing: the sharpness is of the loss.")
+            raise UserError(
+                f"data and loss_fn belong together, and {missing} is missing: the sharpness is of the loss."
+            )
         loss = None if data is None or loss_fn is None else TrainingLoss(data, loss_fn)
         reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn)
         self._iterates = every_n_iterations, step_fn, sharpness_every_n_steps

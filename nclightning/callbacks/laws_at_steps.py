@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from nclightning.callbacks.head_law import HeadLaw
 from nclightning.callbacks.host import LightningHost

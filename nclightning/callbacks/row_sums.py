@@ -130,7 +130,8 @@ class RowSum:
         return tensor.detach().sum(dim=self._dim, dtype=torch.float64).flatten()
 
     def _norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self._parameter.detach(), dtype=torch.float64)
+        norm: Tensor = torch.linalg.vector_norm(self._parameter.detach(), dtype=torch.float64)
+        return norm
 
     def _start(self) -> _Prediction:
         total, buffer = self._sum(self._parameter), momentum_buffer(self._optimizer, self._parameter)

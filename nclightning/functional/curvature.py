@@ -156,7 +156,9 @@ def extreme_eigenvalues(
             high = _distinct(-ritz.flip(0), allowed, count)
             residual = float(torch.cat([errors[low], errors.flip(0)[high]]).max())
             # Ends that were just born may be others than the extreme ones; a generic start needs a few vectors more.
-            enough = len(low if ends == "both" else high) == count and residual <= allowed and len(basis) >= 2 * count + 2
+            enough = (
+                len(low if ends == "both" else high) == count and residual <= allowed and len(basis) >= 2 * count + 2
+            )
             if last or enough:
                 found = ritz.to(basis[0])
                 return ExtremeEigenvalues(found[low], found.flip(0)[high], residual, len(basis), residual <= allowed)
@@ -216,7 +218,9 @@ def _flat_scales(scales: Sequence[Tensor | float], params: Sequence[Tensor]) -> 
     if len(scales) != len(params):
         raise UserError(f"scales must have one entry for each of the {len(params)} params, got {len(scales)}.")
     dtype = _working_dtype(params)
-    return torch.cat([torch.as_tensor(s).to(p.device, dtype).expand_as(p).flatten() for s, p in zip(scales, params, strict=True)])
+    return torch.cat(
+        [torch.as_tensor(s).to(p.device, dtype).expand_as(p).flatten() for s, p in zip(scales, params, strict=True)]
+    )
 
 
 def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -71,10 +71,7 @@ class GradientStep:
             return (keep - self.lr * pull, 0.0), (0.0, 0.0)
         fresh = pull if self.is_first else (1 - self.dampening) * pull
         old = 0.0 if self.is_first else self.momentum
-        if self.nesterov:
-            step = pull + self.momentum * fresh, self.momentum * old
-        else:
-            step = fresh, old
+        step = (pull + self.momentum * fresh, self.momentum * old) if self.nesterov else (fresh, old)
         return (keep - self.lr * step[0], -self.lr * step[1]), (fresh, old)
 
     def next_row_sum(self, total: Tensor, velocity: Tensor | None = None) -> tuple[Tensor, Tensor]:

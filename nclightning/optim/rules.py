@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -140,7 +139,8 @@ def _scale_of_adam(optimizer: Optimizer, group: Mapping[str, Any], law: Gradient
         return None
     steps = float(state["step"])
     precondition = (1 - beta**steps) * ((squares.detach() / (1 - second**steps)).sqrt() + float(group["eps"]))
-    return scale / precondition.sqrt()
+    found: Tensor = scale / precondition.sqrt()
+    return found
 
 
 def _momentum_of(group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,0 +1,446 @@
+"""OptimizerLaws on modules that know nothing of it."""
+
+import logging
+import math
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from nclightning.callbacks import NeuralCollapseMonitor, OptimizerLaws
+from nclightning.errors import UserError
+from nclightning.functional import GradientStep
+from nclightning.loggers import RunLogger
+from nclightning.optim import ArmijoGD
+from tests.trainers import quiet_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+K, D = 4, 6
+
+
+class Net(L.LightningModule):
+    """Batch norm and dropout in float64, on unbalanced samples in batches of a random order."""
+
+    def __init__(self, optimizer, loss=F.cross_entropy, head=None, penalty=0.0, dropout=0.3, schedule=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, D), nn.BatchNorm1d(D), nn.Tanh(), nn.Dropout(dropout))
+        self.last = nn.Linear(D, K) if head is None else head
+        self.make, self.loss, self.penalty, self.schedule = optimizer, loss, penalty, schedule
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.body(x))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]), batch[1]) + self.penalty / 2 * self.last.weight.square().sum()
+
+    def configure_optimizers(self):
+        optimizer = self.make(self)
+        if not self.schedule:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def data(**options):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.multinomial(torch.tensor([0.6, 0.2, 0.1, 0.1]), 50, replacement=True, generator=generator)
+    x = torch.randn(50, 3, generator=generator).double() + y[:, None]
+    return DataLoader(TensorDataset(x, y), **({"batch_size": 8, "shuffle": True} | options))
+
+
+class Record(L.Callback):
+    """Keeps the values that callbacks see after each batch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.rows.append({tag: float(v) for tag, v in trainer.callback_metrics.items() if tag.startswith("laws/")})
+
+
+def fit(folder, laws, model, loader=None, seed=0, ckpt_path=None, **options):
+    torch.manual_seed(seed)
+    record = Record()
+    callbacks = [*([laws] if laws is not None else []), record, *options.pop("callbacks", [])]
+    trainer = quiet_trainer(folder, **({"max_epochs": 4, "callbacks": callbacks} | options))
+    trainer.fit(model, data() if loader is None else loader, ckpt_path=ckpt_path)
+    return record.rows, trainer
+
+
+def made(*args, seed=0, **options):
+    torch.manual_seed(seed)
+    return Net(*args, **options)
+
+
+def sgd(**options):
+    return lambda model: torch.optim.SGD(model.parameters(), **({"lr": 0.1} | options))
+
+
+def with_groups(model):
+    """Decay on weights alone, as is usual, and a step of its own for the head."""
+    decayed = [p for p in model.body.parameters() if p.ndim > 1]
+    others = [p for p in (*model.body.parameters(), model.last.bias) if p.ndim < 2]
+    groups = [{"params": others}, {"params": decayed, "weight_decay": 0.1}]
+    groups.append({"params": [model.last.weight], "weight_decay": 0.2, "lr": 0.3})
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.5)
+
+
+LINEAR = {
+    "plain": sgd(),
+    "decay": sgd(weight_decay=0.1),
+    "momentum": sgd(momentum=0.9, weight_decay=0.1),
+    "dampened": sgd(momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "nesterov": sgd(momentum=0.9, nesterov=True, weight_decay=0.1),
+    "nesterov, one tensor at a time": sgd(momentum=0.9, nesterov=True, foreach=False),
+    "fused": sgd(momentum=0.9, weight_decay=0.1, fused=True),
+    "groups": with_groups,
+    "step in a tensor": sgd(lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0.1, foreach=False),
+}
+
+
+def check_law(rows, trainer, names=("nc0", "bias_sum")):
+    """Each reading is that of the law, to the rounding of some tens of steps."""
+    size = math.sqrt(K) * float(trainer.model.last.weight.detach().norm())
+    norms = {"nc0": "laws/nc0_norm", "bias_sum": "laws/bias_sum"}
+    assert len(rows) > 5
+    for row in rows:
+        for name in names:
+            assert row[f"laws/{name}_residual"] < 1e-13, name
+            assert abs(row[norms[name]] - row[f"laws/{name}_predicted"]) < 1e-12 * max(size, 1), name
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 4])
+@pytest.mark.parametrize("make", LINEAR.values(), ids=LINEAR)
+def test_steps_that_are_linear_follow_the_law(make, every_n_steps, tmp_path):
+    model = made(make, schedule=True)
+    rows, trainer = fit(tmp_path, OptimizerLaws(every_n_steps=every_n_steps), model)
+    check_law(rows, trainer)
+    assert rows[-1]["laws/nc0_norm"] == pytest.approx(float(model.last.weight.sum(0).norm()), rel=1e-12)
+    assert rows[-1]["laws/bias_sum"] == pytest.approx(abs(float(model.last.bias.sum())), rel=1e-12, abs=1e-15)
+
+
+TRAINERS = {
+    "clipped by norm": {"gradient_clip_val": 1e-2},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "short epochs": {"limit_train_batches": 3},
+    "mixed precision": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
+def test_trainers_that_leave_the_law_as_it_is(options, tmp_path):
+    rows, trainer = fit(tmp_path, OptimizerLaws(every_n_steps=2), made(LINEAR["momentum"]), **options)
+    if "precision" in options:  # Gradients are rounded to eight bits before they are summed.
+        assert 1e-10 < rows[-1]["laws/nc0_residual"] < 1e-2
+    else:
+        check_law(rows, trainer)
+
+
+class Manual(Net):
+    """Manual optimization: two optimizers, of which one is not stepped with each batch."""
+
+    def __init__(self, *args, raw=False):
+        super().__init__(*args)
+        self.automatic_optimization, self.raw = False, raw
+
+    def training_step(self, batch, batch_idx):
+        body, head = self.optimizers(use_pl_optimizer=not self.raw)
+        body.zero_grad()
+        head.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        body.step()
+        if batch_idx % 2:
+            self.clip_gradients(head, 0.1, "norm")
+            head.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.body.parameters()), torch.optim.SGD(self.last.parameters(), 0.1, 0.9, 0, 0.1)]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_manual_optimization(raw, tmp_path):
+    torch.manual_seed(0)
+    rows, trainer = fit(tmp_path, OptimizerLaws(every_n_steps=2), Manual(None, raw=raw), max_epochs=3)
+    check_law(rows, trainer)
+    assert rows[-1]["laws/nc0_norm"] != rows[0]["laws/nc0_norm"]
+
+
+def test_a_penalty_in_the_loss(tmp_path):
+    def run(penalty, **options):
+        model = made(sgd(weight_decay=0.05), penalty=0.2)
+        return fit(tmp_path, OptimizerLaws(every_n_steps=2, penalty=penalty), model, **options)
+
+    check_law(*run(0.2))
+    rows, _ = run(0.1)
+    assert rows[-1]["laws/nc0_residual"] > 1e-4
+
+
+def test_a_line_search(tmp_path):
+    model = made(lambda net: ArmijoGD(net.parameters()), penalty=0.1, dropout=0.0)
+    rows, trainer = fit(
+        tmp_path, OptimizerLaws(every_n_steps=1, penalty=0.1), model, data(batch_size=50, shuffle=False), max_epochs=30
+    )
+    check_law(rows, trainer)
+    assert rows[-1]["laws/nc0_norm"] < 0.1 * rows[0]["laws/nc0_norm"]
+
+
+def test_an_optimizer_of_your_own(tmp_path):
+    class SGDW(torch.optim.SGD):
+        """Decoupled decay."""
+
+        def step(self, closure=None):
+            value = closure()
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.mul_(1 - 0.1 * 0.3)
+            super().step()
+            return value
+
+    def law(optimizer, group):
+        return GradientStep(group["lr"], group["momentum"], decoupled_decay=0.3)
+
+    model = made(lambda net: SGDW(net.parameters(), lr=0.1, momentum=0.9))
+    check_law(*fit(tmp_path, OptimizerLaws(every_n_steps=2, step_fn=law), model))
+
+
+# Violations.
+
+
+def test_other_losses_and_writes_are_seen(tmp_path):
+    class Write(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            with torch.no_grad():
+                pl_module.last.weight[0] += 1e-3
+
+    binary = made(sgd(), loss=lambda z, y: F.binary_cross_entropy_with_logits(z, F.one_hot(y, K).double()))
+    rows, _ = fit(tmp_path, OptimizerLaws(every_n_steps=1), binary)
+    assert min(row["laws/nc0_residual"] for row in rows) > 1e-5
+    rows, _ = fit(tmp_path, OptimizerLaws(every_n_steps=2), made(sgd()), callbacks=[Write()])
+    assert rows[-1]["laws/nc0_residual"] > 1e-5
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if "no exact law" in record.getMessage()]
+
+
+def adaptive(kind):
+    return lambda model: kind(model.parameters(), lr=0.02, weight_decay=0.05)
+
+
+@pytest.mark.parametrize(("kind", "vanishes"), [(torch.optim.Adam, True), (torch.optim.AdamW, False)])
+def test_decoupled_decay_leaves_nc0_and_coupled_decay_takes_it(kind, vanishes, tmp_path, caplog):
+    model = made(adaptive(kind), dropout=0.0, schedule=False)
+    whole = data(batch_size=50, shuffle=False)
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        rows, _ = fit(tmp_path, OptimizerLaws(every_n_steps=1), model, whole, max_epochs=1000)
+    size = math.sqrt(K) * float(model.last.weight.detach().norm())
+    assert (rows[-1]["laws/nc0_norm"] < 1e-4 * size) is vanishes
+    if not vanishes:
+        assert rows[-1]["laws/nc0_norm"] > 1e-2 * size
+        # At rest decay takes what the steps add.
+        assert rows[-1]["laws/nc0_forcing"] == pytest.approx(0.05 * rows[-1]["laws/nc0_norm"], rel=1e-2)
+    assert "laws/nc0_residual" not in rows[-1]
+    (sentence,) = said(caplog)
+    assert f"{kind.__name__} divides each entry" in sentence
+
+
+def test_forcing_is_what_steps_add(tmp_path):
+    model, sums = made(adaptive(torch.optim.AdamW), schedule=True), []
+
+    class Sums(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            sums.append((trainer.optimizers[0].param_groups[0]["lr"], pl_module.last.weight.detach().sum(0)))
+
+    rows, _ = fit(tmp_path, OptimizerLaws(every_n_steps=1), model, callbacks=[Sums()])
+    for row, (rate, before), (_, after) in zip(rows, sums, sums[1:], strict=False):
+        expected = float(((1 - rate * 0.05) * before - after).norm()) / rate
+        assert row["laws/nc0_forcing"] == pytest.approx(expected, rel=1e-10)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Tied(Net):
+    """The head is also used to embed labels."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.other = nn.Linear(D, K).double()
+        self.other.weight = self.last.weight
+
+
+def frozen(*args):
+    model = made(*args)
+    model.last.requires_grad_(False)
+    return model
+
+
+def left_out(model):
+    return torch.optim.SGD(model.body.parameters(), lr=0.1)
+
+
+WITHOUT = {
+    "cosine": (lambda: made(sgd(), head=Cosine(D, K, bias=False)), {"head": "last"}, {}, "cosine head"),
+    "frozen": (lambda: frozen(sgd()), {}, {}, "not trained"),
+    "not in the optimizer": (lambda: made(left_out), {}, {}, "not trained"),
+    "weight norm": (
+        lambda: made(sgd(), head=nn.utils.parametrizations.weight_norm(nn.Linear(D, K))),
+        {},
+        {},
+        "made of other parameters",
+    ),
+    "a function": (
+        lambda: made(sgd()),
+        {"head": lambda model: (model.last.weight, model.last.bias)},
+        {},
+        "made of other parameters",
+    ),
+    "tied": (lambda: Tied(sgd()), {}, {}, "another layer"),
+    "clipped by value": (
+        lambda: made(sgd()),
+        {},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        "entry by entry",
+    ),
+    "a penalty and clipping": (lambda: made(sgd()), {"penalty": 0.1}, {"gradient_clip_val": 1.0}, "rescale"),
+    "a penalty and accumulation": (lambda: made(sgd()), {"penalty": 0.1}, {"accumulate_grad_batches": 2}, "rescale"),
+    "unknown": (
+        lambda: made(lambda model: torch.optim.RMSprop(model.parameters())),
+        {},
+        {},
+        "steps of RMSprop are not known",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:'last' is a cosine head")
+@pytest.mark.parametrize(("make", "arguments", "options", "why"), WITHOUT.values(), ids=WITHOUT)
+def test_without_a_law_the_norm_is_read_and_that_said_once(make, arguments, options, why, tmp_path, caplog):
+    model = make()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        rows, trainer = fit(tmp_path, OptimizerLaws(every_n_steps=1, **arguments), model, max_epochs=2, **options)
+    (sentence,) = said(caplog)
+    assert why in sentence
+    assert not {"laws/nc0_predicted", "laws/nc0_residual", "laws/nc0_forcing"} & rows[-1].keys()
+    weight = F.normalize(model.last.weight) if why == "cosine head" else model.last.weight
+    assert rows[-1]["laws/nc0_norm"] == pytest.approx(float(weight.sum(0).norm()), rel=1e-12)
+    assert hooks_of(trainer) == 0
+
+
+# What is left behind.
+
+
+def hooks_of(trainer):
+    return sum(len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in trainer.optimizers)
+
+
+def loss_of(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+@pytest.mark.parametrize("name", ["momentum", "groups"])
+def test_a_run_is_the_same_without_it(name, sharp, tmp_path):
+    class Ends(L.Callback):
+        def on_train_end(self, trainer, pl_module):
+            self.state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+            self.modes = [child.training for child in pl_module.modules()]
+            self.grads = [p.grad for p in pl_module.parameters()]
+
+    runs, loader = [], data()
+    options = {"sharpness_every_n_steps": 2, "data": loader, "loss_fn": loss_of} if sharp else {}
+    for laws in (None, OptimizerLaws(every_n_steps=1, **options)):
+        ends = Ends()
+        model = made(LINEAR[name], schedule=True)
+        rows, trainer = fit(tmp_path, laws, model, loader, callbacks=[ends], max_epochs=3)
+        runs.append((model.state_dict(), trainer.optimizers[0].state_dict(), ends, hooks_of(trainer)))
+    assert ("laws/sharpness_over_limit" in rows[-1]) is (sharp and name == "momentum")
+    (bare, bare_state, bare_ends, _), (read, read_state, read_ends, hooks) = runs
+    assert all(torch.equal(a, b) for a, b in zip(bare.values(), read.values(), strict=True))
+    assert bare_state["param_groups"] == read_state["param_groups"]
+    for key, state in bare_state["state"].items():
+        assert all(torch.equal(v, read_state["state"][key][each]) for each, v in state.items())
+    assert all(torch.equal(a, b) for a, b in zip(bare_ends.grads, read_ends.grads, strict=True))
+    assert torch.equal(bare_ends.state[0], read_ends.state[0])
+    assert bare_ends.state[1:] == read_ends.state[1:]
+    assert bare_ends.modes == read_ends.modes
+    assert hooks == 0
+
+
+def test_no_hook_is_left_by_an_error(tmp_path):
+    class Fail(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.trainer = trainer
+            assert hooks_of(trainer)
+            raise RuntimeError("of the user")
+
+    fail = Fail()
+    with pytest.raises(RuntimeError, match="of the user"):
+        fit(tmp_path, OptimizerLaws(), made(sgd()), callbacks=[fail])
+    assert hooks_of(fail.trainer) == 0
+
+
+def test_a_resumed_run_predicts_from_the_start(tmp_path):
+    make = LINEAR["momentum"]
+    whole, _ = fit(tmp_path, OptimizerLaws(every_n_steps=1), made(make, schedule=True), data(shuffle=False))
+    _, trainer = fit(
+        tmp_path, OptimizerLaws(every_n_steps=1), made(make, schedule=True), data(shuffle=False), max_epochs=2
+    )
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rows, _ = fit(
+        tmp_path,
+        OptimizerLaws(every_n_steps=1),
+        made(make, seed=5, schedule=True),
+        data(shuffle=False),
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    own, expected = rows[0], whole[len(whole) - len(rows)]
+    # Dropout of the second half draws other masks, and the law does not depend on them.
+    assert own["laws/nc0_predicted"] == pytest.approx(expected["laws/nc0_predicted"], rel=1e-12)
+    assert own["laws/nc0_norm"] == pytest.approx(own["laws/nc0_predicted"], rel=1e-11)
+    assert max(row["laws/nc0_residual"] for row in rows) < 1e-13
+
+
+def test_values_reach_the_loggers_at_their_steps(tmp_path):
+    logger = RunLogger(str(tmp_path))
+    fit(tmp_path, OptimizerLaws(every_n_steps=5), made(sgd()), logger=logger, max_epochs=2, callbacks=[])
+    lines = (tmp_path / "lightning_logs/version_0/readings.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {"laws/nc0_norm", "laws/nc0_predicted", "laws/nc0_residual", "laws/bias_sum"} <= set(columns)
+    steps = [int(line.split(",")[0]) for line in lines[1:] if line.split(",")[columns.index("laws/nc0_norm")]]
+    assert steps == [0, 5, 10, 14]  # Seven batches an epoch, and the last state.
+
+
+def test_beside_another_monitor(tmp_path):
+    rows, trainer = fit(
+        tmp_path, OptimizerLaws(every_n_steps=1), made(sgd()), callbacks=[NeuralCollapseMonitor(measures=("nc0",))]
+    )
+    assert rows[-1]["laws/nc0_norm"] == pytest.approx(float(trainer.callback_metrics["nc/train/nc0"]), rel=1e-6)
+
+
+def test_two_of_them_are_refused(tmp_path):
+    with pytest.raises(UserError, match="both log 'laws/nc0_norm'"):
+        fit(tmp_path, OptimizerLaws(), made(sgd()), callbacks=[OptimizerLaws(every_n_steps=7)])
+
+
+def test_arguments_are_checked():
+    for arguments, words in (
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+        ({"sharpness_every_n_steps": 0}, "sharpness_every_n_steps must be at least 1"),
+        ({"penalty": -1.0}, "penalty must be finite and non-negative"),
+        ({"data": [1]}, "loss_fn is missing"),
+        ({"loss_fn": loss_of}, "data is missing"),
+    ):
+        with pytest.raises(UserError, match=words):
+            OptimizerLaws(**arguments)
