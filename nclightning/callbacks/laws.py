@@ -39,7 +39,7 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
     | ``laws/nc0_residual`` | distance from the law since the last reading, relative to :math:`\sqrt K \|W\|_F` |
     | ``laws/nc0_forcing`` | of Adam and AdamW, which have no such law: the norm of what their steps add to the sum |
     | ``laws/bias_sum``, ``..._predicted``, ``..._residual``, ``..._forcing`` | the same of the sum of the bias |
-    | ``laws/balance`` | of free features: relative distance of :math:`\lambda_W W^\top W` and :math:`\lambda_H H^\top H` |
+    | ``laws/balance`` | of free features: :math:`\lambda_W W^\top W` against :math:`\lambda_H H^\top H`, relative |
     | ``laws/balance_residual`` | the law by which the last step of gradient descent changed that, relative |
     | ``laws/sharpness`` | largest eigenvalue of the Hessian of the training objective |
     | ``laws/sharpness_over_limit`` | that over the largest that is stable: 2/lr for gradient descent |
