@@ -37,7 +37,8 @@ class LawsAtIterates(MonitorAtIterates):
     def __init__(self, every_n_iterations: int, step_fn: StepFn | None, sharpness_every_n_steps: int | None) -> None:
         super().__init__(every_n_iterations)
         self._step_fn = step_fn
-        self._sharpness = StepCadence(sharpness_every_n_steps)
+        self._sharp_steps = StepCadence(sharpness_every_n_steps)
+        self._sharpness: Sharpness | None = None
         self._law: HeadLaw | None = None
         self._loaded: Mapping[str, Any] = {}
         self._iteration = 0  # Of the reading that is taken.
@@ -50,17 +51,17 @@ class LawsAtIterates(MonitorAtIterates):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what cannot be read."""
-        if self._sharpness.is_on and trainer.world_size > 1:
+        if self._sharp_steps.is_on and trainer.world_size > 1:
             raise UserError(
                 "sharpness_every_n_steps needs the whole training set in one process, got "
                 f"{trainer.world_size}: set trainer.devices=1, or sharpness_every_n_steps=None."
             )
-        if self._sharpness.is_on and not hasattr(pl_module, "evaluate_objective"):
+        if self._sharp_steps.is_on and not hasattr(pl_module, "evaluate_objective"):
             raise UserError(
                 f"sharpness_every_n_steps needs {type(pl_module).__name__}.evaluate_objective(batch), the objective "
                 "with its graph, as nclightning.models.RegularizedClassifier has it: set it to None."
             )
-        self._sharpness.restart(-1)
+        self._sharp_steps.restart(-1)
         self._before = None
         super().on_fit_start(trainer, pl_module)
 
@@ -75,14 +76,16 @@ class LawsAtIterates(MonitorAtIterates):
             missing = _why_not_invariant(objective)
         self._law = HeadLaw(pl_module, head_reader(as_full_batch(pl_module)), penalties, self._step_fn, missing)
         self._law.load_state_dict(self._loaded)
+        self._sharpness = Sharpness(lambda module: module.evaluate_objective(batch))  # type: ignore[operator]
         self._loaded = {}
 
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Read the laws at the current parameters."""
         assert self._law is not None
         values = self._law.read() | self._read_balance(pl_module, batch)
-        if self._sharpness.is_due(self._iteration):
-            values |= Sharpness(lambda module: module.evaluate_objective(batch)).read(pl_module)  # type: ignore[operator]
+        if self._sharp_steps.is_due(self._iteration):
+            assert self._sharpness is not None
+            values |= self._sharpness.read(pl_module)
         return values
 
     @torch.no_grad()

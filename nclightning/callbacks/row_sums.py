@@ -161,8 +161,8 @@ class RowSum:
             values[predicted] = torch.linalg.vector_norm(self._run.value())
             scale = torch.maximum(size, self._size) * self._parameter.shape[self._dim] ** 0.5
             values[residual] = torch.where(difference == 0, 0.0, difference / scale)
-        elif self.is_known:
-            values[forcing] = difference / self._recent.length if self._recent.length else torch.nan
+        elif self._recent.length:
+            values[forcing] = difference / self._recent.length
         self._recent, self._size = now, size
         return values
 

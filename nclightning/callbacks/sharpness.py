@@ -127,6 +127,8 @@ class Sharpness:
         try:
             found = extreme_eigenvalues(value, params, ends="largest", scales=scales, **self._options)  # type: ignore[arg-type]
         except RuntimeError as error:
+            if not any(words in str(error) for words in ("derivative", "double backward")):
+                raise
             raise UserError(
                 f"the loss has no second derivative, which sharpness_every_n_steps needs: {error} Let loss_fn evaluate "
                 "it with parts that have one, such as attention within "

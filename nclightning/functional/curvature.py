@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
         From a vector ``(P,)``, all parameters flattened in their order, to the product ``(P,)`` of the same dtype.
 
     Raises:
-        ValueError: If there are no parameters, one does not require a gradient, or F is no differentiable scalar.
+        ValueError: If there are no parameters, one does not require a gradient, F is no differentiable scalar, or a
+            part of it is known to have no second derivative.
     """
     params = list(params)
     if not params or not all(p.requires_grad for p in params):
@@ -68,6 +69,7 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
     sizes = [p.numel() for p in params]
     # What F is linear in has a gradient without a graph.
     curved = {i: g for i, g in enumerate(_gradient(value, params)) if g is not None and g.requires_grad}
+    _check_twice_differentiable(curved.values())
 
     def product(vector: Tensor) -> Tensor:
         if tuple(vector.shape) != (sum(sizes),):
@@ -242,6 +244,21 @@ def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ..
                     "value must not call backward: return the scalar and leave the derivatives to this function."
                 ) from error
             raise
+
+
+def _check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Refuse what is marked with ``once_differentiable``: products would leave its part out, without an error."""
+    waiting: list[Any] = [g.grad_fn for g in gradients]
+    seen = set(waiting)
+    for node in waiting:  # It grows on the way.
+        if node.name() == "torch::autograd::Error":
+            raise UserError(
+                "value has no second derivative: a function in it is marked with once_differentiable. Evaluate it with "
+                "operations of torch."
+            )
+        new = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= new
+        waiting += new
 
 
 def _next_vector(product: Product, basis: Sequence[Tensor]) -> tuple[Tensor, float, float]:

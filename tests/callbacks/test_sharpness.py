@@ -10,6 +10,7 @@ from nclightning.callbacks import OptimizerLaws
 from nclightning.errors import UserError
 from nclightning.functional import dense_hessian
 from tests.callbacks.test_laws import LINEAR, K, Net, adaptive, data, fit, loss_of, made, repeated, sgd
+from tests.functional.test_curvature import Once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -140,19 +141,6 @@ def test_what_users_log_in_the_loss_stays_out(tmp_path):
         _, trainer = fit(tmp_path, laws, Logging(sgd()), max_epochs=2)
         values.append(float(trainer.callback_metrics["in_forward"]))
     assert values[0] == values[1]
-
-
-class Once(torch.autograd.Function):
-    """Has a first derivative and no second one, as fused attention."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):

@@ -258,3 +258,22 @@ def test_options_of_ends_and_scales_are_checked(generator):
         extreme_eigenvalues(value, params, ends="smallest")
     with pytest.raises(ValueError, match="one entry for each of the 1 params, got 2"):
         extreme_eigenvalues(value, params, scales=[1.0, 2.0])
+
+
+class Once(torch.autograd.Function):
+    """Torch's products with a Hessian leave out how such a gradient depends on what came in."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g
+
+
+def test_functions_that_can_be_differentiated_once_are_refused(generator):
+    x = torch.randn(3, generator=generator).requires_grad_()
+    with pytest.raises(ValueError, match="no second derivative"):
+        extreme_eigenvalues(lambda: Once.apply(x * x).square().sum(), [x])
