@@ -139,7 +139,7 @@ class LawsAtIterates(MonitorAtIterates):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         self.remove_hooks()
-        self._before = None
+        self._before = self._sharpness = None
         super().teardown(trainer, pl_module, stage)
 
     def state(self) -> dict[str, Any]:
