@@ -74,7 +74,7 @@ class RowSum:
     ) -> None:
         self._parameter, self._optimizer, self._dim, self._penalty = parameter, optimizer, dim, penalty
         self._step_fn = step_fn
-        self._is_first, self._place, self._depth = True, (0, 0), 0
+        self._is_first, self._place, self._waits = True, (0, 0), False
         first = self._step()
         self.is_known, self.is_exact = first is not None, first is not None and first.is_linear
         self._run, self._recent = self._start(), self._start()
@@ -113,14 +113,12 @@ class RowSum:
         return step_of(self._optimizer, self._group(), is_first=self._is_first)
 
     def _before(self, *_: Any) -> None:
-        # A step of a class made from one of torch's may call that one's, which calls the hooks again.
-        self._depth = 1 if self._step_fn is None else self._depth + 1
-        if self._depth == 1:
-            self._is_first = momentum_buffer(self._optimizer, self._parameter) is None
+        self._is_first, self._waits = momentum_buffer(self._optimizer, self._parameter) is None, True
 
     def _after(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth or self._parameter.grad is None or _was_skipped(self._optimizer):
+        # A step of a class made from one of torch's may call that one's, which calls the hooks, too.
+        waits, self._waits = self._waits, False
+        if not waits or self._parameter.grad is None or _was_skipped(self._optimizer):
             return
         step = self._step()
         assert step is not None

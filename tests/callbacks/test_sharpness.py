@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from nclightning.callbacks import OptimizerLaws
 from nclightning.errors import UserError
@@ -115,6 +116,30 @@ def test_a_ratio_of_one_parts_growth_from_decay(name, tmp_path):
 def test_dropout_is_drawn_alike_at_each_reading(tmp_path):
     rows, _ = fit(tmp_path, sharp(), made(sgd(lr=0.0)), max_epochs=1)
     assert len({row["laws/sharpness"] for row in rows}) == 1
+
+
+class Noisy(Dataset):
+    """Draws noise from a generator of its own."""
+
+    def __init__(self):
+        self.samples, self.generator = data().dataset, torch.Generator().manual_seed(3)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        x, y = self.samples[i]
+        return x + torch.randn(3, generator=self.generator).double(), y
+
+
+def test_generators_of_the_data_are_put_back(tmp_path):
+    ends = []
+    for laws in (None, sharp):
+        loader = DataLoader(Noisy(), batch_size=8)
+        model = made(sgd())
+        fit(tmp_path, None if laws is None else laws(data=loader), model, loader, max_epochs=2)
+        ends.append(model.last.weight.detach())
+    assert torch.equal(*ends)
 
 
 def test_the_cadence_of_its_own(tmp_path):
