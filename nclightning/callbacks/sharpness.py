@@ -62,10 +62,22 @@ class TrainingLoss:
             raise UserError("data has no batch, and the sharpness is that of the loss on it.")
 
     def __call__(self, pl_module: L.LightningModule) -> Tensor:
-        """Evaluate the loss with its graph."""
+        """Evaluate the loss with its graph.
+
+        Raises:
+            ValueError: If ``loss_fn`` returns something else than one number.
+        """
         count = sum(size for _, size in self._batches)
-        parts = [self._loss_fn(pl_module, batch) * (size / count) for batch, size in self._batches]
-        return torch.stack(parts).sum()
+        total: Tensor | None = None
+        for batch, size in self._batches:
+            loss = self._loss_fn(pl_module, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise UserError(f"loss_fn must return the mean loss of a batch, a tensor of one number, got {what}.")
+            part = loss.reshape(()) * (size / count)
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
 
 class Sharpness:
@@ -85,7 +97,7 @@ class Sharpness:
         self, loss: Callable[[L.LightningModule], Tensor], tolerance: float = 1e-4, max_products: int = 200
     ) -> None:
         self.loss, self._options = loss, {"tolerance": tolerance, "max_products": max_products}
-        self._told = False
+        self._told = set[str]()
 
     def read(self, pl_module: L.LightningModule) -> dict[str, Tensor | float]:
         """Read ``laws/sharpness`` and, where a limit is known, ``laws/sharpness_over_limit``.
@@ -114,7 +126,9 @@ class Sharpness:
         values: dict[str, Tensor | float] = {"laws/sharpness": sharpness}
         scales = curvature_scales(optimizer)
         if scales is None:
-            self._tell(optimizer)
+            if optimizer.state:  # Before the first step of Adam there is no preconditioner yet.
+                kind = type(optimizer).__name__
+                self._tell(f"laws/sharpness_over_limit is left out: the stable curvature of {kind} is not known.")
         elif all(isinstance(each, float) for each in scales) and len(set(scales)) == 1:
             values["laws/sharpness_over_limit"] = sharpness * float(scales[0]) ** 2
         else:
@@ -134,13 +148,15 @@ class Sharpness:
                 "it with parts that have one, such as attention within "
                 "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)."
             ) from error
+        if not found.converged:
+            self._tell(
+                f"laws/sharpness is a lower bound: Lanczos' method has not converged after {found.products} products "
+                "with the Hessian."
+            )
         return found.largest[0]
 
-    def _tell(self, optimizer: Optimizer) -> None:
-        """Say once why there is no limit; before the first step of an optimizer there is none yet."""
-        if not self._told and optimizer.state:
-            self._told = True
-            rank_zero_info(
-                f"laws/sharpness_over_limit is not logged: no largest stable curvature is known of "
-                f"{type(optimizer).__name__} with these groups."
-            )
+    def _tell(self, sentence: str) -> None:
+        """Say something once."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            rank_zero_info(sentence)

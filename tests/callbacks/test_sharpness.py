@@ -1,5 +1,7 @@
 """The sharpness of a run, against dense Hessians and runs at the edge of stability."""
 
+import logging
+
 import lightning as L
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from nclightning.callbacks import OptimizerLaws
+from nclightning.callbacks.sharpness import Sharpness
 from nclightning.errors import UserError
 from nclightning.functional import dense_hessian
 from tests.callbacks.test_laws import LINEAR, K, Net, adaptive, data, fit, loss_of, made, repeated, sgd
@@ -171,6 +174,9 @@ def test_what_users_log_in_the_loss_stays_out(tmp_path):
 def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UserError, match="data, batches to take the loss on, and loss_fn"):
         fit(tmp_path, OptimizerLaws(sharpness_every_n_steps=1), made(sgd()))
+    for loss in (lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"), lambda *_: 1.0):
+        with pytest.raises(UserError, match=r"loss_fn must return the mean loss .* got (shape \(8,\)|float)"):
+            fit(tmp_path, sharp(loss_fn=loss), made(sgd()))
     with pytest.raises(UserError, match="data has no batch"):
         fit(tmp_path, sharp(data=[]), made(sgd()))
 
@@ -192,7 +198,18 @@ def test_a_loss_without_second_derivative_is_refused(loss, tmp_path):
         fit(tmp_path, sharp(loss_fn=loss), made(sgd()))
 
 
-def test_where_no_limit_is_known_sharpness_is_read_alone(tmp_path):
-    rows, _ = fit(tmp_path, sharp(), made(lambda model: torch.optim.RMSprop(model.parameters())), max_epochs=1)
+def test_where_no_limit_is_known_sharpness_is_read_alone(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        rows, _ = fit(tmp_path, sharp(), made(lambda model: torch.optim.RMSprop(model.parameters())), max_epochs=1)
+    (said,) = [record.getMessage() for record in caplog.records if "sharpness_over_limit" in record.getMessage()]
+    assert "stable curvature of RMSprop is not known" in said
     assert rows[-1]["laws/sharpness"] > 0
     assert "laws/sharpness_over_limit" not in rows[-1]
+
+
+def test_it_is_said_that_lanczos_has_not_converged(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Sharpness.__init__, "__defaults__", (1e-12, 3))
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(tmp_path, sharp(), made(sgd()), max_epochs=1)
+    said = [record.getMessage() for record in caplog.records if "lower bound" in record.getMessage()]
+    assert len(said) == 1
