@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, UserTypeError
 from nclightning.functional import GradientStep
 from nclightning.optim.rules import Step, momentum_buffer, step_of
 
@@ -109,8 +109,13 @@ class RowSum:
 
     def _step(self) -> Step | None:
         if self._step_fn is not None:
-            return Step(replace(self._step_fn(self._optimizer, self._group()), is_first=self._is_first), True)
-        return step_of(self._optimizer, self._group(), is_first=self._is_first)
+            law = self._step_fn(self._optimizer, self._group())
+            if not isinstance(law, GradientStep):
+                raise UserTypeError(
+                    f"step_fn must return a nclightning.functional.GradientStep, it returned a {type(law).__name__}."
+                )
+            return Step(replace(law, is_first=self._is_first, penalty=law.penalty + self._penalty), True)
+        return step_of(self._optimizer, self._group(), is_first=self._is_first, penalty=self._penalty)
 
     def _before(self, *_: Any) -> None:
         self._is_first, self._waits = momentum_buffer(self._optimizer, self._parameter) is None, True
@@ -122,9 +127,8 @@ class RowSum:
             return
         step = self._step()
         assert step is not None
-        law = replace(step.law, penalty=step.law.penalty + self._penalty) if step.is_linear else step.law
-        self._run.take(law)
-        self._recent.take(law)
+        self._run.take(step.law)
+        self._recent.take(step.law)
 
     # Readings.
 

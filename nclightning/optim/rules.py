@@ -27,13 +27,16 @@ class Step(NamedTuple):
     is_linear: bool
 
 
-def step_of(optimizer: Optimizer, group: Mapping[str, Any], *, is_first: bool = False) -> Step | None:
+def step_of(
+    optimizer: Optimizer, group: Mapping[str, Any], *, is_first: bool = False, penalty: float = 0.0
+) -> Step | None:
     """Read the step that an optimizer takes, or has just taken, with the parameters of a group.
 
     Args:
         optimizer: ``SGD``, ``Adam`` or ``AdamW`` of ``torch.optim``, or :class:`nclightning.optim.ArmijoGD`.
         group: Of its ``param_groups``.
         is_first: Whether the parameter had no momentum buffer before the step.
+        penalty: On the parameter in the loss, as for :class:`nclightning.functional.GradientStep`.
 
     Returns:
         The step; None for another optimizer, also one derived from these, whose ``step`` may be another. Learning rates
@@ -42,7 +45,7 @@ def step_of(optimizer: Optimizer, group: Mapping[str, Any], *, is_first: bool = 
     kind = type(optimizer)
     if kind is ArmijoGD:
         outcome = optimizer.outcome  # type: ignore[attr-defined]
-        return Step(GradientStep(0.0 if outcome is None else float(outcome.step_size)), True)
+        return Step(GradientStep(0.0 if outcome is None else float(outcome.step_size), penalty=penalty), True)
     if kind is SGD:
         given = {name: float(group[name]) for name in ("lr", "momentum", "dampening")}
         return Step(
@@ -50,6 +53,7 @@ def step_of(optimizer: Optimizer, group: Mapping[str, Any], *, is_first: bool = 
                 **given,
                 nesterov=bool(group["nesterov"]),
                 decay=float(group["weight_decay"]),
+                penalty=penalty,
                 maximize=bool(group["maximize"]),
                 is_first=is_first,
             ),

@@ -277,6 +277,11 @@ def test_an_optimizer_of_your_own(tmp_path):
     check_law(*fit(tmp_path, OptimizerLaws(every_n_steps=2, step_fn=law), model))
 
 
+def test_a_step_fn_that_returns_something_else_is_refused(tmp_path):
+    with pytest.raises(UserError, match="must return a .*GradientStep, it returned a float"):
+        fit(tmp_path, OptimizerLaws(step_fn=lambda optimizer, group: group["lr"]), made(sgd()))
+
+
 # Violations.
 
 
