@@ -278,7 +278,7 @@ def test_an_optimizer_of_your_own(tmp_path):
 
 
 def test_a_step_fn_that_returns_something_else_is_refused(tmp_path):
-    with pytest.raises(UserError, match="must return a .*GradientStep, it returned a float"):
+    with pytest.raises(UserError, match=r"must return a .*GradientStep, it returned a float"):
         fit(tmp_path, OptimizerLaws(step_fn=lambda optimizer, group: group["lr"]), made(sgd()))
 
 
