@@ -62,7 +62,7 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
         head: The head of other modules: a dotted name, the module, or a function ``(model) -> (weight, bias)``; None
             finds it.
         penalty: Of other modules, whose loss has a term ``penalty / 2 * head.weight.square().sum()``. Weight decay of
-            the optimizer is none of that.
+            the optimizer does not count.
         bias_penalty: The same of the bias.
         sharpness_every_n_steps: Cadence of the sharpness in steps, or iterations of full-batch modules: it is read
             with the next reading. It takes tens of gradients. None reads none.

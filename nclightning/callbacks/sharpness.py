@@ -1,4 +1,4 @@
-"""The largest curvature of the training objective, against the largest that the optimizer bears."""
+"""The largest curvature of the training objective, against the largest at which the optimizer is stable."""
 
 from __future__ import annotations
 

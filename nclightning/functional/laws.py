@@ -1,4 +1,4 @@
-"""Laws of optimizer steps: sums over the rows of a head, balance of two factors, and the curvature that steps bear."""
+"""Laws of the steps of optimizers: sums over the rows of a head, balance of two factors, and stable curvature."""
 
 from __future__ import annotations
 

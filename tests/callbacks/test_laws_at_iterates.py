@@ -17,7 +17,7 @@ from nclightning.functional import dense_hessian
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.optim import ArmijoGD
-from tests.callbacks.test_laws import LINEAR, data, made, said
+from tests.callbacks.test_row_sums import LINEAR, data, loss_of, made, said
 from tests.trainers import quiet_trainer
 
 pytestmark = [
@@ -163,10 +163,12 @@ def test_a_configuration_makes_it():
 
 def test_two_processes_follow_the_law(tmp_path):
     options = {"devices": 2, "strategy": "ddp_fork", "logger": CSVLogger(tmp_path, name="csv"), "max_epochs": 3}
-    model, laws = made(LINEAR["groups"], schedule=True), OptimizerLaws(every_n_steps=1)
+    laws = OptimizerLaws(every_n_steps=1, sharpness_every_n_steps=5, data=data(), loss_fn=loss_of)
+    model = made(LINEAR["groups"], schedule=True)
     quiet_trainer(tmp_path, callbacks=[laws], **options).fit(model, data(drop_last=True))
     with (tmp_path / "csv/version_0/metrics.csv").open() as file:
         rows = [{tag: float(value) for tag, value in row.items() if value} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows if "laws/sharpness_over_limit" in row] == [0, 5]
     rows = [row for row in rows if "laws/nc0_norm" in row]
     assert [row["step"] for row in rows] == list(range(10))  # Three batches an epoch for each process.
     assert max(row["laws/nc0_residual"] for row in rows) < 1e-13
