@@ -135,7 +135,7 @@ def test_arguments_are_checked():
 
 
 def test_sharded_weights_are_refused(tmp_path):
-    class Sharded(nn.Linear):
+    class Sharded(torch.nn.Linear):
         """Looks like what fully_shard makes."""
 
         def set_reshard_after_forward(self, value):
@@ -145,4 +145,4 @@ def test_sharded_weights_are_refused(tmp_path):
             pass
 
     with pytest.raises(UserError, match="fully_shard shares them out"):
-        fit(tmp_path, OptimizerLaws(), made(sgd(), head=Sharded(D, K)))
+        fit(tmp_path, OptimizerLaws(), made(sgd(), head=Sharded(6, 4)))
