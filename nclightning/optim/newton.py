@@ -1,0 +1,225 @@
+"""Newton's method by conjugate gradients on products with the Hessian, with the line search of ArmijoGD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nclightning.optim.backtracking import Found
+from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import Hessian, LineObjective
+from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.optim.options import check_precision, largest_step
+from nclightning.sharding import own_shard
+
+__all__ = ["ArmijoNewtonCG", "NewtonByConjugateGradients"]
+
+_LEAST_SHARE = 0.5  # Of the gradient may always be left.
+_GROWTH = 4.0  # Of the step along the gradient while no curvature was measured.
+_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
+
+
+class ArmijoNewtonCG(LineSearchOptimizer):
+    r"""Newton's method without a matrix, with the line search of :class:`ArmijoGD`.
+
+    The descent vector p solves :math:`\nabla^2 F\, p = g` inexactly, by conjugate gradients from zero (Nocedal and
+    Wright 2006, Algorithm 7.1), until
+
+    .. math:: \|\nabla^2 F\, p - g\| \le \min(1/2, \sqrt{\|g\| / \|g_0\|})\, \|g\| ,
+
+    with the gradient :math:`g_0` of the first step; convergence is then faster than linear. A singular Hessian does no
+    harm and nothing is added to it: from zero, the iterates of conjugate gradients stay in its range. They end before
+    a direction d along which the curvature :math:`\langle d, \nabla^2 F\, d\rangle` is not positive beyond the error of
+    the products. If that is the gradient itself, p is the gradient, scaled by its curvature in absolute value where
+    this is negative, so that the step away from a maximum or a saddle is of the right length, and by the last scale,
+    which grows from step to step, where there is no curvature at all.
+
+    The first trial is t = 1. A trial is accepted on the conditions of :class:`ArmijoGD` with
+    :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`; a rejected one is followed by one where the parabola
+    through what is known is least. Where there is no step along p, the gradient is tried.
+
+    Products with the Hessian come from where they can be had:
+
+    - a :class:`~nclightning.optim.LineObjective` has its own, as the full-batch loop of the models does: in closed form
+      for the unconstrained feature model, by differentiating twice for networks (on weights that ``fully_shard``
+      shares out, by differences);
+    - the gradients that a closure leaves are differentiated once more if it calls ``backward(create_graph=True)``, on a
+      single process. It may call a function whose derivative can be differentiated only;
+    - for any other closure, a product is the difference of two gradients, at points
+      :math:`\sqrt\epsilon\, \|x\|` apart. Its relative error of about :math:`\sqrt\epsilon` changes few of the vectors,
+      which are inexact anyhow; but curvatures below :math:`\sqrt\epsilon` times the largest are not seen.
+
+    Each product counts as one evaluation, and so does the graph of the gradient that networks are differentiated
+    through: the cost of either is that of one or two gradients. All that :class:`ArmijoGD` says of closures, options,
+    writes between steps and processes holds here too. What is kept from step to step is some numbers, so that a
+    resumed run continues bit for bit.
+
+    Memory: 6 times the parameters.
+
+    Args:
+        params: Parameters or parameter groups. Real and dense, float32 or float64.
+        initial_step: First trial of the first step. 1 is Newton's.
+        max_products: Products with the Hessian per step before the vector is taken as it is.
+        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        shrink: Largest factor by which a rejected trial is shortened, in (0, 1).
+        max_trials: Trials along one vector before the search gives up.
+        noise: As for :class:`ArmijoGD`.
+        reuse_gradient: As for :class:`ArmijoGD`.
+
+    Raises:
+        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex, of half
+            precision, or occurs twice in a group.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = ArmijoNewtonCG([x])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     value = (x**4 * torch.tensor([1.0, 100.0])).sum() + x.square().sum()
+        ...     value.backward()
+        ...     return value
+        >>> for _ in range(12):
+        ...     value = optimizer.step(closure)
+        >>> value < 1e-20
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        initial_step: float = 1.0,
+        max_products: int = 200,
+        c1: float = 1e-4,
+        shrink: float = 0.5,
+        max_trials: int = 60,
+        noise: float | None = None,
+        reuse_gradient: bool = True,
+    ) -> None:
+        options: dict[str, Any] = {
+            "initial_step": initial_step,
+            "max_products": max_products,
+            "c1": c1,
+            "shrink": shrink,
+            "max_trials": max_trials,
+            "noise": noise,
+            "reuse_gradient": reuse_gradient,
+        }
+        super().__init__(params, options, NewtonByConjugateGradients())
+
+
+class NewtonByConjugateGradients(Direction):
+    """The inexact solution of Newton's equations."""
+
+    kind = "Newton's method by conjugate gradients"
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self._first = 0.0  # Norm of the first gradient.
+        self._unit = 0.0  # Length over which gradients are known to change.
+        self._length = 0.0  # Of the last vector.
+        self._is_gradient = False  # Whether that was along the gradient.
+        self._is_flat = False  # Whether no curvature was measured at it.
+        self._is_restarted = False
+
+    def restart(self) -> bool:
+        """Go along the gradient next."""
+        self._is_restarted = not self._is_gradient
+        return self._is_restarted
+
+    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
+        """Solve Newton's equations."""
+        check_precision(space.params, "ArmijoNewtonCG")
+        norm, evaluations = math.sqrt(start.square), 0
+        self._first = self._first or norm
+        along: list[Tensor | None] | None = None
+        if not self._is_restarted:
+            hessian = line.hessian(start, self._unit)
+            along, curvature, evaluations = _solve(hessian, start, self._tolerance(norm), line, space)
+            evaluations += hessian.evaluations
+        while True:
+            self._is_gradient, factor = along is None, self.scale
+            if along is None:
+                self._is_flat = self._is_restarted or curvature == 0
+                factor = self.scale if self._is_flat else 1 / abs(curvature)
+                along = [None if g is None else own_shard(g) * factor for g in start.gradients]
+            slope, square = line.inner_products([(start.gradients, along), (along, along)]).tolist()
+            self._length = math.sqrt(square)
+            noise = _ROUNDINGS * _epsilon(space.params) * norm * self._length
+            if noise < slope < math.inf or (self._is_restarted and self.scale == 1.0):
+                break
+            if self._is_restarted:
+                self.scale = 1.0  # It has left the numbers.
+            self._is_restarted, along = True, None
+        self.scale, self._is_restarted = self._length / norm or 1.0, False
+        return Descent(along, slope, evaluations)
+
+    def _tolerance(self, norm: float) -> float:
+        return min(_LEAST_SHARE, math.sqrt(norm / self._first))
+
+    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
+        """Remember the length, and lengthen the next step along the gradient where nothing else tells how long."""
+        self._unit = max(self._unit / 2, found.size * self._length)
+        if self._is_flat:
+            self.scale *= found.size * (_GROWTH if found.trials == 1 else 1)
+
+    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+        """Try 1."""
+        return 1.0, self.scale > largest_step(space.params)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the norm of the first gradient, the last length and the scale."""
+        return {"scale": self.scale, "first": self._first, "unit": self._unit}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.scale, self._first, self._unit = state["scale"], state["first"], state["unit"]
+
+
+def _epsilon(params: Sequence[Tensor]) -> float:
+    return max(torch.finfo(p.dtype).eps for p in params)
+
+
+def _solve(
+    hessian: Hessian, start: Evaluation, tolerance: float, line: LineObjective, space: Space
+) -> tuple[list[Tensor | None] | None, float, int]:
+    """Solve Newton's equations by conjugate gradients from zero.
+
+    Returns:
+        The vector, or None if the curvature along the gradient is not positive; that curvature, 0 for what may be
+        error; and the number of products.
+    """
+    rest = [None if g is None else own_shard(g).clone() for g in start.gradients]
+    turn = [None if r is None else r.clone() for r in rest]
+    vector: list[Tensor | None] = [None if r is None else torch.zeros_like(r) for r in rest]
+    square = length = start.square
+    largest, along_gradient = 0.0, 0.0
+    for number in range(1, space.options["max_products"] + 1):
+        products = hessian.multiply(turn)
+        bend, size = line.inner_products([(turn, products), (products, products)]).tolist()
+        largest = max(largest, math.sqrt(size / length))
+        curvature = bend / length
+        if abs(curvature) <= _ROUNDINGS * hessian.error * largest or not math.isfinite(size):
+            curvature = 0.0
+        if number == 1:
+            along_gradient = curvature
+        if curvature <= 0:
+            return (None if number == 1 else vector), along_gradient, number
+        step = square / bend
+        for v, r, d, h in zip(vector, rest, turn, products, strict=True):
+            if v is not None and r is not None and d is not None:
+                v.add_(d, alpha=step)
+                if h is not None:
+                    r.sub_(h, alpha=step)
+        after = float(line.inner_products([(rest, rest)])[0])
+        if after <= tolerance * tolerance * start.square:
+            break
+        for r, d in zip(rest, turn, strict=True):
+            if r is not None and d is not None:
+                d.mul_(after / square).add_(r)
+        square, length = after, after + (after / square) ** 2 * length
+    return vector, along_gradient, number
