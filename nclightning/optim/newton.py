@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,23 +21,28 @@ __all__ = ["ArmijoNewtonCG", "NewtonByConjugateGradients"]
 
 _LEAST_SHARE = 0.5  # Of the gradient may always be left.
 _GROWTH = 4.0  # Of the step along the gradient while no curvature was measured.
+_WIDENING = 2.0  # Of the radius.
 _ROUNDINGS = 8  # What is below so many roundings is taken for noise.
 
 
 class ArmijoNewtonCG(LineSearchOptimizer):
     r"""Newton's method without a matrix, with the line search of :class:`ArmijoGD`.
 
-    The descent vector p solves :math:`\nabla^2 F\, p = g` inexactly, by conjugate gradients from zero (Nocedal and
-    Wright 2006, Algorithm 7.1), until
+    The descent vector p solves :math:`\nabla^2 F\, p = g` inexactly, by conjugate gradients from zero within a radius
+    (Steihaug 1983; Nocedal and Wright 2006, Algorithms 7.1 and 7.2), until
 
-    .. math:: \|\nabla^2 F\, p - g\| \le \min(1/2, \sqrt{\|g\| / \|g_0\|})\, \|g\| ,
+    .. math:: \|\nabla^2 F\, p - g\| \le \min\big(1/2, (\|g\| / \|g_0\|)^{1/4}\big)\, \|g\| ,
 
-    with the gradient :math:`g_0` of the first step; convergence is then faster than linear. A singular Hessian does no
-    harm and nothing is added to it: from zero, the iterates of conjugate gradients stay in its range. They end before
-    a direction d along which the curvature :math:`\langle d, \nabla^2 F\, d\rangle` is not positive beyond the error of
-    the products. If that is the gradient itself, p is the gradient, scaled by its curvature in absolute value where
-    this is negative, so that the step away from a maximum or a saddle is of the right length, and by the last scale,
-    which grows from step to step, where there is no curvature at all.
+    with the gradient :math:`g_0` of the first step, or the left-hand side is below the round-off of the gradient.
+    Convergence is faster than linear. A singular Hessian does no harm and nothing is added to it: from zero, the
+    iterates of conjugate gradients stay in its range.
+
+    Along a direction d of which the curvature :math:`\langle d, \nabla^2 F\, d\rangle` is not positive beyond the error
+    of the products, p goes as far as the radius, so that negative curvature is made use of. The radius is infinite
+    until the search shortens a step; it then is the length of that step, and doubles with each step that reaches it
+    and is not shortened. While it is infinite, p ends before such a direction. If that is the gradient itself, p is the
+    gradient, scaled by its curvature in absolute value where this is negative, and where there is no curvature at all
+    by the last scale, which grows fourfold from step to step.
 
     The first trial is t = 1. A trial is accepted on the conditions of :class:`ArmijoGD` with
     :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`; a rejected one is followed by one where the parabola
@@ -125,6 +130,8 @@ class NewtonByConjugateGradients(Direction):
         self._is_gradient = False  # Whether that was along the gradient.
         self._is_flat = False  # Whether no curvature was measured at it.
         self._is_restarted = False
+        self._radius = math.inf  # Within which the quadratic model is trusted.
+        self._is_cut = False  # Whether the last vector ends there.
 
     def restart(self) -> bool:
         """Go along the gradient next."""
@@ -137,10 +144,12 @@ class NewtonByConjugateGradients(Direction):
         norm, evaluations = math.sqrt(start.square), 0
         self._first = self._first or norm
         along: list[Tensor | None] | None = None
+        self._is_flat = self._is_cut = False
         if not self._is_restarted:
             hessian = line.hessian(start, self._unit)
-            along, curvature, evaluations = _solve(hessian, start, self._tolerance(norm), line, space)
-            evaluations += hessian.evaluations
+            solution = _solve(hessian, start, self._tolerance(norm), self._radius, line, space)
+            along, curvature, evaluations = solution.vector, solution.curvature, solution.products + hessian.evaluations
+            self._is_cut = solution.is_cut
         while True:
             self._is_gradient, factor = along is None, self.scale
             if along is None:
@@ -159,11 +168,15 @@ class NewtonByConjugateGradients(Direction):
         return Descent(along, slope, evaluations)
 
     def _tolerance(self, norm: float) -> float:
-        return min(_LEAST_SHARE, math.sqrt(norm / self._first))
+        return min(_LEAST_SHARE, (norm / self._first) ** 0.25)
 
     def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
         """Remember the length, and lengthen the next step along the gradient where nothing else tells how long."""
         self._unit = max(self._unit / 2, found.size * self._length)
+        if found.trials > 1:
+            self._radius = found.size * self._length
+        elif self._is_cut:
+            self._radius *= _WIDENING
         if self._is_flat:
             self.scale *= found.size * (_GROWTH if found.trials == 1 else 1)
 
@@ -172,54 +185,78 @@ class NewtonByConjugateGradients(Direction):
         return 1.0, self.scale > largest_step(space.params)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the norm of the first gradient, the last length and the scale."""
-        return {"scale": self.scale, "first": self._first, "unit": self._unit}
+        """Return the norm of the first gradient and the lengths that were learnt."""
+        return {"scale": self.scale, "first": self._first, "unit": self._unit, "radius": self._radius}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.scale, self._first, self._unit = state["scale"], state["first"], state["unit"]
+        self._radius = state["radius"]
 
 
 def _epsilon(params: Sequence[Tensor]) -> float:
     return max(torch.finfo(p.dtype).eps for p in params)
 
 
-def _solve(
-    hessian: Hessian, start: Evaluation, tolerance: float, line: LineObjective, space: Space
-) -> tuple[list[Tensor | None] | None, float, int]:
-    """Solve Newton's equations by conjugate gradients from zero.
+class _Solution(NamedTuple):
+    """What conjugate gradients found.
 
-    Returns:
-        The vector, or None if the curvature along the gradient is not positive; that curvature, 0 for what may be
-        error; and the number of products.
+    Attributes:
+        vector: None if the curvature along the gradient is not positive and there is no radius.
+        curvature: Along the gradient; 0 for what may be error.
+        products: With the Hessian.
+        is_cut: Whether the vector ends at the radius.
     """
+
+    vector: list[Tensor | None] | None
+    curvature: float
+    products: int
+    is_cut: bool = False
+
+
+def _solve(
+    hessian: Hessian, start: Evaluation, tolerance: float, radius: float, line: LineObjective, space: Space
+) -> _Solution:
+    """Solve Newton's equations by conjugate gradients from zero, within a radius."""
     rest = [None if g is None else own_shard(g).clone() for g in start.gradients]
-    turn = [None if r is None else r.clone() for r in rest]
+    square = start.square  # Of what is left.
+    length = norm = math.sqrt(square)
+    turn = [None if r is None else r / length for r in rest]  # Of length 1: no square leaves the numbers.
     vector: list[Tensor | None] = [None if r is None else torch.zeros_like(r) for r in rest]
-    square = length = start.square
-    largest, along_gradient = 0.0, 0.0
+    reached = mixed = 0.0  # Squared length of the vector, and its inner product with the turn.
+    largest = along_gradient = 0.0
+    present = [None if g is None else p for p, g in zip(space.params, start.gradients, strict=True)]
+    rounding = _epsilon(space.params) * math.sqrt(float(line.inner_products([(present, present)])[0]))
     for number in range(1, space.options["max_products"] + 1):
         products = hessian.multiply(turn)
-        bend, size = line.inner_products([(turn, products), (products, products)]).tolist()
-        largest = max(largest, math.sqrt(size / length))
-        curvature = bend / length
-        if abs(curvature) <= _ROUNDINGS * hessian.error * largest or not math.isfinite(size):
+        curvature, size = line.inner_products([(turn, products), (products, products)]).tolist()
+        largest = max(largest, math.sqrt(size) if math.isfinite(size) else abs(curvature))
+        if not _ROUNDINGS * hessian.error * largest < abs(curvature) < math.inf:
             curvature = 0.0
-        if number == 1:
-            along_gradient = curvature
+        along_gradient = curvature if number == 1 else along_gradient
+        step = square / length / curvature if curvature > 0 else math.inf
+        if radius < math.inf and reached + step * (2 * mixed + step) >= radius * radius:
+            _add(vector, turn, math.sqrt(mixed * mixed + radius * radius - reached) - mixed)
+            return _Solution(vector, along_gradient, number, True)
         if curvature <= 0:
-            return (None if number == 1 else vector), along_gradient, number
-        step = square / bend
-        for v, r, d, h in zip(vector, rest, turn, products, strict=True):
-            if v is not None and r is not None and d is not None:
-                v.add_(d, alpha=step)
-                if h is not None:
-                    r.sub_(h, alpha=step)
+            return _Solution(None if number == 1 else vector, along_gradient, number)
+        _add(vector, turn, step)
+        _add(rest, products, -step)
         after = float(line.inner_products([(rest, rest)])[0])
-        if after <= tolerance * tolerance * start.square:
+        # What is below the round-off of the gradient would be divided by curvatures near zero.
+        if math.sqrt(after) <= max(tolerance * norm, rounding * largest):
             break
+        reached += step * (2 * mixed + step)
+        kept = after / square * length
+        square, length = after, math.sqrt(after + kept * kept)
+        mixed = kept / length * (mixed + step)
         for r, d in zip(rest, turn, strict=True):
             if r is not None and d is not None:
-                d.mul_(after / square).add_(r)
-        square, length = after, after + (after / square) ** 2 * length
-    return vector, along_gradient, number
+                d.mul_(kept).add_(r).div_(length)
+    return _Solution(vector, along_gradient, number)
+
+
+def _add(vector: Sequence[Tensor | None], other: Sequence[Tensor | None], factor: float) -> None:
+    for v, o in zip(vector, other, strict=True):
+        if v is not None and o is not None:
+            v.add_(o, alpha=factor)
