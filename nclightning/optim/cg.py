@@ -110,7 +110,8 @@ class ArmijoCG(LineSearchOptimizer):
 class ConjugateGradients(Direction):
     r"""The minimum of a quadratic model over the plane of the gradient and the last vector.
 
-    Of each parameter the optimizer's state has ``along``, the last vector p, and ``bend``, which is q.
+    Of each parameter the optimizer's state has ``along``, the last vector p, and ``bend``, which is q, both
+    times the step t: of the right length, their products do not leave the numbers.
     """
 
     kind = "conjugate gradients"
@@ -177,8 +178,8 @@ class ConjugateGradients(Direction):
         for p, along, change in zip(space.params, self._along, changes, strict=True):
             space.state.pop(p, None)
             if self._learnt and change is not None:
-                vector = torch.zeros_like(change) if along is None else along
-                space.state[p].update(along=vector, bend=change.div_(found.size))
+                vector = torch.zeros_like(change) if along is None else along.mul_(found.size)
+                space.state[p].update(along=vector, bend=change)
         self._along, self._before = [], []
 
     def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:

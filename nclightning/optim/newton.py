@@ -22,6 +22,7 @@ __all__ = ["ArmijoNewtonCG", "NewtonByConjugateGradients"]
 _LEAST_SHARE = 0.5  # Of the gradient may always be left.
 _GROWTH = 4.0  # Of the step along the gradient while no curvature was measured.
 _WIDENING = 2.0  # Of the radius.
+_FARTHER = 10.0  # Along a direction without positive curvature than what was reached before it.
 _ROUNDINGS = 8  # What is below so many roundings is taken for noise.
 
 
@@ -99,7 +100,7 @@ class ArmijoNewtonCG(LineSearchOptimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         initial_step: float = 1.0,
         max_products: int = 200,
-        c1: float = 1e-4,
+        c1: float = 0.2,
         shrink: float = 0.5,
         max_trials: int = 60,
         noise: float | None = None,
@@ -176,7 +177,7 @@ class NewtonByConjugateGradients(Direction):
         if found.trials > 1:
             self._radius = found.size * self._length
         elif self._is_cut:
-            self._radius *= _WIDENING
+            self._radius = _WIDENING * self._length
         if self._is_flat:
             self.scale *= found.size * (_GROWTH if found.trials == 1 else 1)
 
@@ -234,12 +235,14 @@ def _solve(
         if not _ROUNDINGS * hessian.error * largest < abs(curvature) < math.inf:
             curvature = 0.0
         along_gradient = curvature if number == 1 else along_gradient
+        if curvature <= 0 and number > 1 and radius == math.inf:
+            radius = _FARTHER * math.sqrt(reached)
         step = square / length / curvature if curvature > 0 else math.inf
         if radius < math.inf and reached + step * (2 * mixed + step) >= radius * radius:
             _add(vector, turn, math.sqrt(mixed * mixed + radius * radius - reached) - mixed)
             return _Solution(vector, along_gradient, number, True)
         if curvature <= 0:
-            return _Solution(None if number == 1 else vector, along_gradient, number)
+            return _Solution(None, along_gradient, number)
         _add(vector, turn, step)
         _add(rest, products, -step)
         after = float(line.inner_products([(rest, rest)])[0])
