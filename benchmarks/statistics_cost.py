@@ -3,10 +3,13 @@
 The opponent is NC1 as it is usually written: class means in a first pass over all features, deviations and their
 covariance in a second, then the pseudo-inverse of the between-class covariance. In float64 it is as accurate as ours;
 in float32, as it is usually run, it is not, which the last column shows on features whose class means spread 1000:1.
-Each side runs in a process of its own, taking turns; medians of the time, maxima of the memory above the features.
+The library ``neural_collapse`` does the same with accumulators, in float32 unless told otherwise; it takes part where
+it is installed (``pip install git+https://github.com/rhubarbwu/neural-collapse.git``). Each side runs in a process of
+its own, taking turns; medians of the time, maxima of the memory above the features.
 """
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -20,6 +23,8 @@ from nclightning.metrics import NeuralCollapse
 
 SIZES = [(10, 512, 50_000), (100, 2048, 20_000)]
 SIDES = ("ours", "pinv64", "pinv32")
+if importlib.util.find_spec("neural_collapse"):
+    SIDES += ("library",)
 BATCH = 1000
 
 
@@ -51,6 +56,22 @@ def two_pass(features, labels, K, dtype):
     return torch.trace(within @ torch.linalg.pinv(between)) / K
 
 
+def library(features, labels, K):
+    """NC1 as the README of ``neural_collapse`` has it: one pass for means, one for the covariance."""
+    from neural_collapse.accumulate import CovarAccumulator, MeanAccumulator  # noqa: PLC0415 - may be absent
+    from neural_collapse.measure import covariance_ratio  # noqa: PLC0415
+
+    batches = list(zip(features.split(BATCH), labels.split(BATCH), strict=True))
+    of_means = MeanAccumulator(K, features.shape[1], "cpu")
+    for h, y in batches:
+        of_means.accumulate(h, y)
+    means, center = of_means.compute()
+    of_covariance = CovarAccumulator(K, features.shape[1], "cpu", M=means)
+    for h, y in batches:
+        of_covariance.accumulate(h, y, means)
+    return covariance_ratio(of_covariance.compute(), means, center)
+
+
 def measure(side, size):
     """Run one side once warm and print time, memory and value."""
     quiet.settle()
@@ -59,6 +80,7 @@ def measure(side, size):
         "ours": lambda: ours(features, labels, size[0]),
         "pinv64": lambda: two_pass(features, labels, size[0], torch.float64),
         "pinv32": lambda: two_pass(features, labels, size[0], torch.float32),
+        "library": lambda: library(features, labels, size[0]),
     }[side]
     torch.randn(300, 300) @ torch.randn(300, 300)  # Threads and libraries are up before the clock starts.
     torch.linalg.svd(torch.randn(50, 50, dtype=torch.float64))

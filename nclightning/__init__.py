@@ -14,33 +14,19 @@ Where to find what:
 Nothing is imported here before it is asked for, so that the tensor parts load without Lightning.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nclightning.probe.measuring import measure
     from nclightning.probe.probing import Probe
     from nclightning.probe.results import Measurement
+else:
+    from nclightning.lazy import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {"probe.measuring": ("measure",), "probe.probing": ("Probe",), "probe.results": ("Measurement",)},
+    )
 
 __all__ = ["Measurement", "Probe", "measure"]
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is public here when it is first asked for."""
-    if name == "measure":
-        from nclightning.probe.measuring import measure  # noqa: PLC0415
-
-        return measure
-    if name == "Probe":
-        from nclightning.probe.probing import Probe  # noqa: PLC0415
-
-        return Probe
-    if name == "Measurement":
-        from nclightning.probe.results import Measurement  # noqa: PLC0415
-
-        return Measurement
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

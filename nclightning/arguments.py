@@ -6,11 +6,12 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nclightning.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "DtypeName",
@@ -129,6 +130,8 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
     """
     if name not in get_args(DtypeName):
         raise UserError(f"dtype must be 'float64' or 'float32', got {name!r}.")
+    import torch  # noqa: PLC0415  # A word of a command line can be refused before torch is loaded.
+
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from nclightning.compat.parsers import options_of
 from nclightning.errors import UserError
+from nclightning.wording import of_the_parser
 
 __all__ = ["command_parser"]
 
@@ -16,8 +17,6 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""
-        from nclightning.wording import of_the_parser  # noqa: PLC0415  # Loads Lightning.
-
         raise UserError(of_the_parser(message, (), options_of(self)))
 
 

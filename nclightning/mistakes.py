@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from nclightning.interrupts import status_of
+from nclightning.wording import of_the_user
 
 __all__ = ["mistakes_worded"]
 
@@ -32,8 +33,6 @@ def mistakes_worded() -> Iterator[None]:
             raise
         sys.exit(status)
     except Exception as error:
-        from nclightning.wording import of_the_user  # noqa: PLC0415  # Loads Lightning.
-
         sentence = of_the_user(error)
         if sentence is None:
             _ask_for_report(error)

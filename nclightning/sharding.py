@@ -35,7 +35,7 @@ def own_shard(tensor: Tensor) -> Tensor:
 
 
 def shard_of(tensor: Tensor, part: Any) -> Any:
-    """Make the part that this process has of something shaped like a sharded tensor a sharded tensor itself.
+    """Make a copy of the part that this process has of something shaped like a sharded tensor a sharded tensor.
 
     Args:
         tensor: Sharded or not.
@@ -47,6 +47,7 @@ def shard_of(tensor: Tensor, part: Any) -> Any:
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - not part of all builds of torch
 
     assert isinstance(tensor, DTensor)
+    part = part.clone()  # copy.deepcopy of torch 2.13 fails on a sharded tensor whose part begins within its memory.
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

@@ -10,12 +10,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pydoc import locate
 from traceback import walk_tb
 from typing import Any
-
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.loggers import Logger
 
 from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
@@ -69,12 +66,13 @@ _TYPES = {
     "dict": "a mapping",
     "Mapping": "a mapping",
 }
-_BASES: dict[str, type] = {
-    "model": LightningModule,
-    "data": LightningDataModule,
-    "callbacks": Callback,
-    "logger": Logger,
-    "optimizer": torch.optim.Optimizer,
+# By their paths: what refuses a class has loaded Lightning, and what refuses another word need not.
+_BASES = {
+    "model": "lightning.pytorch.LightningModule",
+    "data": "lightning.pytorch.LightningDataModule",
+    "callbacks": "lightning.pytorch.Callback",
+    "logger": "lightning.pytorch.loggers.Logger",
+    "optimizer": "torch.optim.Optimizer",
 }
 # Functions of this package that hand options to the constructors of others.
 _MAKES_OBJECTS = ("instantiate_classes", "before_fit", "configure_optimizers")
@@ -267,10 +265,10 @@ def _arguments(owner: str) -> list[str]:
 
 def _classes(path: Sequence[str]) -> list[str]:
     base = _BASES.get(path[-1].rpartition(".")[2].rstrip("+")) if path else None
-    return [] if base is None else [each.__name__ for each in _subclasses(base)]
+    return [] if base is None else [each.__name__ for each in _subclasses(locate(base))]
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: Any) -> Iterator[type]:
     derived: list[type] = base.__subclasses__()
     for each in derived:
         yield each

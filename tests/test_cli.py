@@ -17,7 +17,8 @@ import yaml
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nclightning.cli import main, shipped_configs
+from nclightning.cli import main
+from nclightning.configurations import shipped_configs
 from tests.faults import runs
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

@@ -30,6 +30,7 @@ from nclightning.compat import (
     hparams,
     parsers,
     progress,
+    recorded,
     tensorboard,
     torchmetrics,
     twins,
@@ -910,7 +911,7 @@ def test_events_of_records_are_read_again_in_all_steps(tmp_path):
     with (tmp_path / "events.out.tfevents.1.host").open("wb") as file:
         for record in records:
             tensorboard.RecordWriter(file).write(record.SerializeToString())
-    assert tensorboard.read_scalars(str(tmp_path)) == {"a": [(step, step / 2) for step in range(12_000)]}
+    assert recorded.read_scalars(str(tmp_path)) == {"a": [(step, step / 2) for step in range(12_000)]}
 
 
 def test_hyperparameters_are_what_the_tab_of_tensorboard_reads():
@@ -960,7 +961,7 @@ def test_prefixes_of_loggers(tmp_path):
     logger.log_metrics({"a": 1.0}, 0)
     assert experiments.prefixed(logger, "a") == "mine-a"
     logger.finalize("success")
-    assert list(tensorboard.read_scalars(logger.log_dir)) == ["mine-a"]
+    assert list(recorded.read_scalars(logger.log_dir)) == ["mine-a"]
     assert experiments.prefixed(TensorBoardLogger(tmp_path), "a") == experiments.prefixed(object(), "a") == "a"
 
 

@@ -79,7 +79,7 @@ class TensorBoardDashboard(L.Callback):
         with frozen(pl_module):
             features = as_full_batch(pl_module).features_of(inputs)
             head = head_reader(as_full_batch(pl_module)).read()
-            stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False))
+            stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False, copy=False))
         if not trainer.is_global_zero:
             return
         if int(stats.counts.sum()) == as_full_batch(pl_module).num_samples:  # The means of a part are other means.

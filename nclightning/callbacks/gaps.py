@@ -102,7 +102,7 @@ class Gaps:
         if self._needs_all_samples:
             point = head.weight, features, labels, head.bias
             return problem.gap(*point, check_labels=False), problem.distance(*point, check_labels=False)
-        stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False))
+        stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False, copy=False))
         divergence = torch.stack([problem.divergence(z, own).sum() for z, own in _logits(head, features, labels)]).sum()
         mean_divergence = sum_over_ranks(divergence) / problem.num_samples
         weight, bias, spread = *_double(head), stats.spreads.sum()
@@ -112,7 +112,7 @@ class Gaps:
 
 def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -> Gap:
     """F, and how far it is above the bound that the residuals at this point certify."""
-    stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False))
+    stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False, copy=False))
     targets = problem.targets.to(features.device)
     residuals, losses = torch.zeros_like(targets), []
     for logits, own in _logits(head, features, labels):

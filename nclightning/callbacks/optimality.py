@@ -57,8 +57,10 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     report an ``outcome``.
 
     The predicted decay is for runs of the unconstrained feature model, with :math:`\mu` the least nonzero eigenvalue of
-    the Hessian at the optimal set and :math:`t_k` the steps taken: those of a line search or the constant one of plain
-    ``torch.optim.SGD``. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
+    the Hessian at the optimal set and :math:`t_k` the steps taken: those of a line search along the gradient, or those
+    that the options of ``torch.optim.SGD`` set. With its momentum, of either kind, it is the square of what the slowest
+    mode becomes under the steps and momenta so far (:class:`nclightning.problems.Rates`). For other optimizers, such as
+    Adam, there is none. It starts at 1, so that its slope is what compares with the gap near the optimum, where the
     slowest mode is what is left. There is no free parameter. Where the spectrum is too large, that is said once.
 
     On any other module, with ``loss`` given, it makes one pass over the training set at ends of epochs, without a

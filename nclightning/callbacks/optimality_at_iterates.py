@@ -139,7 +139,7 @@ class OptimalityAtIterates(MonitorAtIterates):
         readings["optimality/grad_norm"] = grad_norm
         if "optimality/distance" in readings:
             readings["optimality/error_bound_ratio"] = readings["optimality/distance"] / grad_norm
-        if self._decay.mu is not None:
+        if self._decay.rates is not None:
             readings["optimality/predicted_decay"] = self._decay.value
         return readings | search_readings(pl_module)
 
@@ -220,7 +220,7 @@ class OptimalityAtIterates(MonitorAtIterates):
     def _log_pass(self, pl_module: L.LightningModule, batch: Batch) -> None:
         if count_over_ranks(len(batch[1]), batch[1].device) != as_full_batch(pl_module).num_samples:
             return  # A part of the data has no optimality gap.
-        self._gaps, self._decay.mu = self._find(pl_module), None
+        self._gaps, self._decay.rates = self._find(pl_module), None
         self._begin(pl_module, batch)
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-__all__ = ["Event", "EventFile", "OwnFileWriter", "RecordWriter", "SessionLog", "Summary", "read_scalars"]
+__all__ = ["Event", "EventFile", "OwnFileWriter", "RecordWriter", "SessionLog", "Summary"]
 
 
 class EventFile(FileWriter):
@@ -66,25 +66,3 @@ class OwnFileWriter(SummaryWriter):
             if start is not None:
                 self.file_writer.add_event(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
         return self.file_writer
-
-
-def read_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
-    """Read all scalars of the event files in a folder.
-
-    Non-public: ``tensorboard.backend.event_processing.event_accumulator`` (tensorboard 2.21). Without it the runs of
-    Lightning's own TensorBoard logger could not be drawn.
-
-    Args:
-        folder: Of a run.
-
-    Returns:
-        Steps and values by tag.
-    """
-    # Slow to import, and seldom needed.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
-
-    accumulator = EventAccumulator(folder, size_guidance={"scalars": 0})
-    accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
-    }

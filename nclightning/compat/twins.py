@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "is_callback",
@@ -37,10 +37,8 @@ _LOOKING = ("callback", "early_stopping", "progress", "timer")
 
 def _classes(module: str, name: str) -> tuple[type, ...]:
     """Find a class under both package names; what the user has not imported makes no objects."""
-    found: list[type] = [getattr(import_module(f"lightning.pytorch.{module}"), name)]
-    if _TWIN in sys.modules:
-        found.append(getattr(import_module(f"{_TWIN}.{module}"), name))
-    return tuple(found)
+    loaded = (package for package in _PACKAGES if package in sys.modules)
+    return tuple(getattr(import_module(f"{package}.{module}"), name) for package in loaded)
 
 
 def is_of_twin(thing: Any) -> bool:
@@ -171,11 +169,11 @@ def logging_nothing(trainer: Any, pl_module: nn.Module) -> Iterator[None]:
     names = ("log", "log_dict")
     modules = [vars(child) for child in lightning_modules(pl_module)]
     own = [{name: state[name] for name in names if name in state} for state in modules]
-    loggers = trainer.loggers
+    loggers, (nothing, *_) = trainer.loggers, _classes("loggers.logger", "DummyLogger")
     try:
         for state in modules:
             state.update(dict.fromkeys(names, _log_nothing))
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [nothing() for _ in loggers]
         yield
     finally:
         trainer.loggers = loggers

@@ -42,6 +42,8 @@ def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -
         yield _spectrum(problem.spectrum())
         yield _curvature(problem)
         yield _descent(problem)
+        if problem.mu:
+            yield _momentum(problem)
     except NoAnswer as missing:
         if missing.question == "spectrum":  # The others were said with the optimum.
             yield no_answer(missing)
@@ -148,6 +150,21 @@ def _descent(problem: UFMProblem | Problem) -> Table:
     if isinstance(problem, UFMProblem):
         table.caption += " *: heuristic."
         _add_metrics(table, problem, safe)
+    return table
+
+
+def _momentum(problem: UFMProblem | Problem) -> Table:
+    table = Table(title="Fixed step and momentum near the optimal set", title_justify="left", caption_justify="left")
+    table.caption = "With momentum the distance falls like k x factor^k."
+    table.add_column("", no_wrap=True)
+    for column in ("step", "momentum", "factor", "it./decade of the gap"):
+        table.add_column(column, justify="right", no_wrap=True)
+    plain = problem.best_step, 0.0, problem.contraction(), problem.iterations_per_decade()
+    rows = {"gradient descent": plain}
+    for name, best in (("Nesterov", problem.nesterov()), ("heavy ball", problem.heavy_ball())):
+        rows[name] = best.step, best.momentum, best.contraction, best.iterations_per_decade
+    for name, (step, momentum, factor, count) in rows.items():
+        table.add_row(name, f"{step:.7g}", f"{momentum:.6f}", f"{factor:.6f}", f"{count:.6g}")
     return table
 
 

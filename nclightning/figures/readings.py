@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nclightning.compat.tensorboard import read_scalars
+from nclightning.compat.recorded import read_scalars
 from nclightning.errors import UserError
 
 __all__ = ["Readings", "read_readings"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
-from nclightning.figures.many import Group
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.summary import QUANTITIES, RunSummary
 from nclightning.problems import NoAnswer, Problem
 from nclightning.theory import UFMProblem
+
+if TYPE_CHECKING:
+    from nclightning.figures.many import Group
 
 __all__ = ["rates_table", "settings_table", "titled_table"]
 

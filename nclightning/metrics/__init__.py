@@ -1,9 +1,25 @@
 """Neural collapse as torchmetrics."""
 
-from nclightning.metrics.measures import MEASURES
-from nclightning.metrics.nearest_centre import NearestClassCentre
-from nclightning.metrics.neural_collapse import NeuralCollapse
-from nclightning.metrics.optimality import Optimality
-from nclightning.metrics.regression_collapse import RegressionCollapse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nclightning.metrics.measures import MEASURES
+    from nclightning.metrics.nearest_centre import NearestClassCentre
+    from nclightning.metrics.neural_collapse import NeuralCollapse
+    from nclightning.metrics.optimality import Optimality
+    from nclightning.metrics.regression_collapse import RegressionCollapse
+else:
+    from nclightning.lazy import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "measures": ("MEASURES",),
+            "nearest_centre": ("NearestClassCentre",),
+            "neural_collapse": ("NeuralCollapse",),
+            "optimality": ("Optimality",),
+            "regression_collapse": ("RegressionCollapse",),
+        },
+    )
 
 __all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse", "Optimality", "RegressionCollapse"]

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional import ClassStatistics, cosine_margin, nearest_class_centre
-from nclightning.functional.decisions import decide
-from nclightning.functional.linear import product
-from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.functional import ClassStatistics
+from nclightning.heads import HeadSource, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
+from nclightning.metrics.decided import Decisions, count_decisions, totals_of
 from nclightning.metrics.groups import stand_apart
 
 __all__ = ["NearestClassCentre"]
@@ -86,30 +85,10 @@ class NearestClassCentre(StreamingMetric):
             features: ``(B, d)``.
             labels: ``(B,)`` int64.
         """
-        num_classes = len(self.reference.counts)
-        head = None if self._head.get() is None else read_head(self._head.get())
-        valid = (labels >= 0) & (labels < num_classes)
-        invalid = valid.logical_not()
-        if self.ignore_index is not None:
-            valid, invalid = valid & (labels != self.ignore_index), invalid & (labels != self.ignore_index)
-        # One bin more than classes takes the samples left out.
-        index = torch.where(valid, labels, num_classes)
-
-        def per_class(values: Tensor) -> Tensor:
-            return values.new_zeros(num_classes + 1).index_add_(0, index, values).narrow(0, 0, num_classes)
-
-        nearest = nearest_class_centre(features, self.reference)
-        self.samples = self.samples + per_class(valid.long())
-        self.ncc_right = self.ncc_right + per_class((nearest == labels).long())
-        self.num_invalid = self.num_invalid + invalid.sum()
-        if head is not None:
-            rows, known = features.detach().double(), torch.where(valid, labels, 0)
-            logits, own, other = product(rows, head.weight.double())
-            decided = decide(logits if head.bias is None else own * logits + other * head.bias.double())
-            margin = cosine_margin(rows, known, head.weight, self.reference.global_mean())
-            self.right = self.right + per_class((decided == labels).long())
-            self.mismatched = self.mismatched + per_class(((decided != nearest) | (nearest < 0)).long())
-            self.margin = self.margin + per_class(margin)
+        counted = count_decisions(features, labels, self.reference, self._head.get(), self.ignore_index)
+        for name, value in counted._asdict().items():
+            if value is not None:
+                setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
         """Read the shares over all samples.
@@ -136,14 +115,10 @@ class NearestClassCentre(StreamingMetric):
             setattr(self, name, getattr(self, name) + earlier[name])
 
     def _totals(self) -> dict[str, Tensor]:
-        totals = {"ncc_accuracy": self.ncc_right.double()}
+        counted = Decisions(self.samples, self.num_invalid, self.ncc_right)
         if self._head.get() is not None:
-            totals |= {
-                "ncc_mismatch": self.mismatched.double(),
-                "accuracy": self.right.double(),
-                "cosine_margin": self.margin,
-            }
-        return totals
+            counted = counted._replace(right=self.right, mismatched=self.mismatched, margin=self.margin)
+        return totals_of(counted)
 
     def _check(self) -> None:
         if int(self.num_invalid) > 0:

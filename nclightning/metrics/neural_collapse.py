@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,25 +12,21 @@ from torch import Tensor
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, StatisticsBuffer
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
-from nclightning.heads import HeadSource, read_head, weight_shape
+from nclightning.heads import HeadSource, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
-from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
-    MEASURES,
-    Reading,
-    per_class_values,
-    select_measures,
+from nclightning.metrics.choice import (
+    check_conventions,
+    choose_measures,
+    need_scatter,
+    read_measures,
+    reading_of,
 )
+from nclightning.metrics.groups import stand_apart
+from nclightning.metrics.measures import Reading, per_class_values
 from nclightning.metrics.states import states_of, statistics_of
 
 __all__ = ["NeuralCollapse"]
-
-# From here on the scatter takes more than a GiB in float64, and is not made unless it was asked for.
-_LARGEST_DEFAULT_DIM = 2**13 * 3 // 2
-_LIGHT_DEFAULT = ("nc1_ratio", "nc1_cdnv", "nc2", "nc3")
 
 
 class NeuralCollapse(StreamingMetric):
@@ -112,52 +107,16 @@ class NeuralCollapse(StreamingMetric):
         expected = (shape[0] if groups and shape is not None else num_classes, feature_dim)
         if shape not in (None, expected):
             raise UserError(f"head must have a weight of shape {expected}, got {shape}.")
-        self.measures = self._choose(measures, groups, 0 if shape is None else shape[0])
-        self.keeps_scatter = any(MEASURES[name].needs_scatter for name in self.measures)
+        self.measures = choose_measures(measures, feature_dim, 0 if shape is None else shape[0], groups)
+        self.keeps_scatter = need_scatter(self.measures)
         empty = ClassStatistics.empty(num_classes, feature_dim, dtype=dtype, scatter=self.keeps_scatter)
-        empty.between_root(global_mean, between_weights)  # Raises for a convention that does not exist.
+        check_conventions(global_mean, between_weights)
         states = states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
             # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
             self.add_state(name, default=value, dist_reduce_fx=None)
         stand_apart(self, ignore_index, dtype)
-
-    def _choose(self, measures: Sequence[str] | None, groups: bool, head_rows: int) -> tuple[str, ...]:
-        def needs_head(name: str) -> bool:
-            return MEASURES[name].needs_head and head_rows < 2
-
-        def needs_classes(name: str) -> bool:
-            return MEASURES[name].needs_classes and groups
-
-        def read(names: Sequence[str]) -> tuple[str, ...]:
-            return tuple(name for name in names if not needs_head(name) and not needs_classes(name))
-
-        if measures is None:
-            measures = DEFAULT_MEASURES_OF_GROUPS if groups else DEFAULT_MEASURES
-            if self.feature_dim > _LARGEST_DEFAULT_DIM and not groups:
-                measures = _LIGHT_DEFAULT
-                warnings.warn(
-                    f"feature_dim={self.feature_dim} would need {8 * self.feature_dim**2 / 2**30:.1f} GiB for the "
-                    "within-class scatter: reading nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
-                    stacklevel=3,
-                )
-            return read(measures)
-        chosen = select_measures(measures)
-        if tuple(measures) == ("all",):
-            return read(chosen)
-        if missing := [name for name in chosen if needs_classes(name)]:
-            raise UserError(
-                f"measures {missing} take each label for a class, and the labels here say groups of samples with the "
-                "same target: leave them out."
-            )
-        if missing := [name for name in chosen if needs_head(name)]:
-            raise UserError(
-                f"measures {missing} read the head: pass head=..., or leave them out."
-                if head_rows == 0
-                else f"measures {missing} compare rows of the head, and it has only one: leave them out."
-            )
-        return chosen
 
     @property
     def statistics(self) -> ClassStatistics:
@@ -228,8 +187,7 @@ class NeuralCollapse(StreamingMetric):
         Returns:
             As :meth:`compute`.
         """
-        reading = self._reading(stats)
-        return {name: MEASURES[name].read(reading) for name in self.measures}
+        return read_measures(self.measures, self._reading(stats))
 
     @without_autocast
     def per_class(self) -> dict[str, Tensor]:
@@ -263,11 +221,7 @@ class NeuralCollapse(StreamingMetric):
         return figure, axis
 
     def _reading(self, stats: ClassStatistics) -> Reading:
-        if self._head.get() is None:
-            return Reading(stats, None, None, self.global_mean, self.between_weights)
-        head, like = read_head(self._head.get()), stats.totals.means
-        bias = None if head.bias is None else head.bias.to(like)
-        return Reading(stats, head.weight.to(like), bias, self.global_mean, self.between_weights)
+        return reading_of(stats, self._head.get(), self.global_mean, self.between_weights)
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""

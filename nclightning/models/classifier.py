@@ -30,6 +30,7 @@ from nclightning.models.sharded import (
     shard_weights,
 )
 from nclightning.models.trainers import check_trainer
+from nclightning.models.tuning import tuned
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, LineObjective, LineSearchOptimizer
 from nclightning.optim.evaluation import parameters_of
@@ -220,8 +221,8 @@ class RegularizedClassifier(ResumableModule):
             shard_weights(self, self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer over all parameters."""
-        return self._make_optimizer(self.parameters())
+        """Build the optimizer over all parameters; one that waits for mu and L has those of the problem."""
+        return tuned(self._make_optimizer(self.parameters()), self)
 
     def on_fit_start(self) -> None:
         """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""

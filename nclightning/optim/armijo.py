@@ -77,6 +77,7 @@ class ArmijoGD(LineSearchOptimizer):
             occurs twice in a group.
 
     Example:
+        >>> import torch
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
         >>> optimizer = ArmijoGD([x], initial_step=1.0)
         >>> def closure():

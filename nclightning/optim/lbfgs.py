@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -47,7 +50,7 @@ class ArmijoLBFGS(LineSearchOptimizer):
     A ``state_dict`` has the pairs, per parameter and in its shape, so that a resumed run continues bit for bit. Pairs
     of parameters that processes share out are shared out alike.
 
-    Memory: ``2 * history + 3`` times the parameters.
+    Memory: up to ``2 * history + 4`` times the parameters beside what :class:`ArmijoGD` takes.
 
     Args:
         params: Parameters or parameter groups. Real and dense, float32 or float64.
@@ -125,8 +128,9 @@ class LimitedMemoryBFGS(Direction):
 
     def _forget(self) -> None:
         self._order: list[int] = []  # Rows of the pairs, from the oldest to the newest.
-        self._inner = torch.zeros(2, 0, 0, dtype=torch.float64, device="cpu")  # Products of S and Y with Y.
-        self._known: tuple[Evaluation, Tensor] | None = None  # Products of S and Y with the gradient there.
+        self._inner: list[list[float]] = []  # Products of the rows of S with those of Y.
+        self._squares: list[list[float]] = []  # Of the rows of Y with each other.
+        self._known: tuple[Evaluation, list[float]] | None = None  # Of the rows of S and Y with the gradient there.
         self._along: list[Tensor | None] = []
         self._length = 0.0
         self._measured = False  # Whether the last step made a pair.
@@ -179,7 +183,7 @@ class LimitedMemoryBFGS(Direction):
         changes = [None if pairs is None else pairs[count + free] for pairs in rows]
         products = _multiply(rows, changes, line)
         self._known = end, _multiply(rows, end.gradients, line)
-        curvature, square = float(products[free]), float(products[count + free])
+        curvature, square = products[free], products[count + free]
         noise = _ROUNDINGS * _epsilon(space.params) * factor * length * (math.sqrt(square) + factor * gradients)
         scale = curvature / square if square > 0 else math.inf
         self._along, self._measured = [], noise < curvature and 0 < scale < math.inf
@@ -189,11 +193,12 @@ class LimitedMemoryBFGS(Direction):
                     pairs[free].zero_()
                     pairs[count + free].zero_()
             return
-        if len(self._inner[0]) != count:
-            self._inner = self._inner.new_zeros(2, count, count)
+        if not self._order:
+            self._inner, self._squares = ([[0.0] * count for _ in range(count)] for _ in range(2))
         self._order = [*self._order, free][-count + 1 :]
-        self._inner[:, :, free] = products.view(2, count)
-        self._inner[1, free, :] = products[count:]
+        for i in range(count):
+            self._inner[i][free] = products[i]
+            self._squares[i][free] = self._squares[free][i] = products[count + i]
         self.scale = scale
 
     def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
@@ -229,27 +234,28 @@ class LimitedMemoryBFGS(Direction):
             return None
         if self._known is None or self._known[0] is not start:
             self._known = start, _multiply(rows, start.gradients, line)
-        order = torch.tensor(self._order, device="cpu")
-        steps, changes = self._known[1].view(2, count)[:, order].unsqueeze(-1)
-        inner, squares = self._inner[:, order][:, :, order]
-        upper, scale = inner.triu(), self.scale
-        alpha = torch.linalg.solve_triangular(upper, steps, upper=True)
-        right = upper.diagonal().unsqueeze(-1) * alpha + scale * (squares @ alpha - changes)
-        factors: Tensor = steps.new_zeros(2, count)
-        factors[0, order] = torch.linalg.solve_triangular(upper.T, right, upper=False).squeeze(-1)
-        factors[1, order] = -scale * alpha.squeeze(-1)
-        return factors.flatten()
+        steps, changes = self._known[1][:count], self._known[1][count:]
+        inner, squares, order, scale = self._inner, self._squares, self._order, self.scale
+        alpha, delta = [0.0] * count, [0.0] * count
+        for place in reversed(range(len(order))):
+            i = order[place]
+            rest = sum(inner[i][j] * alpha[j] for j in order[place + 1 :])
+            alpha[i] = (steps[i] - rest) / inner[i][i]
+        for place, i in enumerate(order):
+            right = inner[i][i] * alpha[i] + scale * (sum(squares[i][j] * alpha[j] for j in order) - changes[i])
+            delta[i] = (right - sum(inner[j][i] * delta[j] for j in order[:place])) / inner[i][i]
+        return torch.tensor([*delta, *(-scale * a for a in alpha)], dtype=torch.float64, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the order of the pairs, their inner products and the scale."""
-        return {"order": list(self._order), "inner": self._inner.tolist(), "scale": self.scale}
+        numbers = {"inner": self._inner, "squares": self._squares}
+        return {"order": list(self._order), "scale": self.scale} | copy.deepcopy(numbers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self._forget()
         self._order, self.scale, self._searched = list(state["order"]), state["scale"], None
-        if self._order:
-            self._inner = torch.tensor(state["inner"], dtype=torch.float64, device="cpu")
+        self._inner, self._squares = copy.deepcopy((state["inner"], state["squares"]))
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Return each pair by its row."""
@@ -300,17 +306,22 @@ def _rows_of(space: Space, p: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 def _columns(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Yield some columns of each at a time, in float64."""
-    for first in range(0, max(1, tensors[0].shape[-1]), _COLUMNS):
+    count = tensors[0].shape[-1]
+    if count <= _COLUMNS:
+        yield [each.double() for each in tensors]
+        return
+    for first in range(0, count, _COLUMNS):
         yield [each[..., first : first + _COLUMNS].double() for each in tensors]
 
 
-def _multiply(rows: Sequence[Tensor | None], vector: Sequence[Tensor | None], line: LineObjective) -> Tensor:
+def _multiply(rows: Sequence[Tensor | None], vector: Sequence[Tensor | None], line: LineObjective) -> list[float]:
     """Multiply all rows by a vector, over parameters and processes, and bring the products to the host."""
     products = [
-        None if pairs is None or part is None else torch.stack([a @ b for a, b in _columns(pairs, _flat(part))]).sum(0)
+        None if pairs is None or part is None else reduce(add, (a @ b for a, b in _columns(pairs, _flat(part))))
         for pairs, part in zip(rows, vector, strict=True)
     ]
-    return line.add_up(products).cpu()
+    numbers: list[float] = line.add_up(products).tolist()
+    return numbers
 
 
 def _combine(pairs: Tensor, factors: Tensor | None, gradient: Tensor, scale: float) -> Tensor:
@@ -319,4 +330,4 @@ def _combine(pairs: Tensor, factors: Tensor | None, gradient: Tensor, scale: flo
         return gradient * scale
     factors, flat = factors.to(pairs.device), gradient.reshape(-1)
     parts = [(factors @ a).add_(b, alpha=scale).to(gradient.dtype) for a, b in _columns(pairs, flat)]
-    return torch.cat(parts).view(gradient.shape)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(gradient.shape)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from nclightning.optim.momentum import MomentumFromCurvature
+
 __all__ = ["Failure", "SearchOutcome", "SearchStatus", "failure_of"]
 
 
@@ -106,4 +108,10 @@ def failure_of(optimizer: Optimizer, value: Any) -> Failure | None:
         return None if outcome.accepted else Failure(str(outcome.status.sentence), not ended_well)
     if math.isfinite(float(value)):
         return None
-    return Failure("The objective is not finite any more: the step is too large. Lower the optimizer's lr.", True)
+    reason = "the step is too large. Lower the optimizer's lr."
+    if isinstance(optimizer, MomentumFromCurvature):
+        reason = (
+            f"{type(optimizer).__name__} has diverged, whose step and momentum are for starts near the optimum. "
+            "Descend with ArmijoGD first, or let lr grow from a hundredth over some hundred iterations (LinearLR)."
+        )
+    return Failure(f"The objective is not finite any more: {reason}", True)

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from nclightning import metrics
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
-from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.metrics.measures import (
     DEFAULT_MEASURES,
     DEFAULT_MEASURES_OF_GROUPS,
+    MEASURES,
     Reading,
     select_measures,
 )
@@ -78,10 +79,10 @@ class Measuring:
         of_statistics = default if self.of_statistics is None else self.of_statistics
         return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
 
-    def metric(self, head: Head | HeadReader) -> NeuralCollapse:
+    def metric(self, head: Head | HeadReader) -> metrics.NeuralCollapse:
         """Make the metric of the head and its input."""
         measures = ("all",) if self.of_statistics == tuple(MEASURES) else self.of_statistics
-        return NeuralCollapse(
+        return metrics.NeuralCollapse(
             head.out_features if self.num_groups is None else self.num_groups,
             head.in_features,
             head,
@@ -136,7 +137,7 @@ class StatisticsCollector:
     def __init__(
         self,
         head: Head | HeadReader,
-        metric: NeuralCollapse,
+        metric: metrics.NeuralCollapse,
         reads: bool,
         ignore_index: int | None,
         tell: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
@@ -148,7 +149,7 @@ class StatisticsCollector:
         """Take rows ``(N, d)`` by name, which do not change any more, and their labels ``(N,)``."""
         for name, rows in features.items():
             if name not in self._metrics:
-                metric = NeuralCollapse(
+                metric = metrics.NeuralCollapse(
                     self._num_classes, rows.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
                 )
                 self._metrics[name] = metric.to(rows.device)
@@ -198,7 +199,7 @@ class DecisionsCollector:
     ) -> None:
         self._measures = measures
         self._metrics = {
-            name: NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
+            name: metrics.NearestClassCentre(stats, None if name else head, ignore_index).to(device_of(head))
             for name, stats in class_means.items()
         }
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
+from nclightning.functional.linear import autocast_off
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
-from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
-from nclightning.metrics.measures import DEFAULT_MEASURES
+from nclightning.metrics.choice import (
+    check_conventions,
+    choose_measures,
+    need_scatter,
+    read_measures,
+    reading_of,
+)
+from nclightning.metrics.decided import Decisions, count_decisions, totals_of
+from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES
 from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
 from nclightning.probe.collectors import Measuring
@@ -150,22 +159,20 @@ def _measure_arrays(
             raise UserError(f"measures {list(left_out)} read the head: pass weight=, or leave them out.")
         of_statistics = None if of_statistics is None else tuple(name for name in of_statistics if name not in left_out)
         of_decisions = tuple(name for name in of_decisions if name not in left_out)
-    # The lightest measure where only statistics are wanted.
-    chosen = ("nc1_ratio",) if of_statistics == () else of_statistics
-    metric = NeuralCollapse(num_classes, rows.shape[1], head, chosen, *conventions).to(rows.device)
+    check_conventions(*conventions)
+    head_rows = 0 if head is None else num_classes
+    chosen = () if of_statistics == () else choose_measures(of_statistics, rows.shape[1], head_rows)
     stats = class_statistics(
-        rows, labels, num_classes, scatter=metric.keeps_scatter, ignore_index=ignore_index, copy=False
+        rows, labels, num_classes, scatter=need_scatter(chosen), ignore_index=ignore_index, copy=False
     )
-    values = {} if of_statistics == () else metric.read(stats)
     of_classes = {}
-    if of_decisions:
-        decisions = NearestClassCentre(stats, head, ignore_index, sync_on_compute=False).to(rows.device)
-        for some, own in zip(torch.split(rows, _ROWS_AT_A_TIME), torch.split(labels, _ROWS_AT_A_TIME), strict=True):
-            decisions.update(some, own)
-        values |= _only(of_decisions, decisions.compute())
-        of_classes[""] = _only(of_decisions, decisions.per_class())
+    with autocast_off(rows.device):
+        values = read_measures(chosen, reading_of(stats, head, *conventions))
+        if of_decisions:
+            pieces = zip(torch.split(rows, _ROWS_AT_A_TIME), torch.split(labels, _ROWS_AT_A_TIME), strict=True)
+            counted = [count_decisions(some, own, stats, head, ignore_index) for some, own in pieces]
+            decided = reduce(Decisions.merge, counted)
+            totals, samples = totals_of(decided), decided.samples
+            values |= {name: totals[name].sum() / samples.sum() for name in of_decisions}
+            of_classes[""] = {name: totals[name] / samples for name in of_decisions}
     return build({"": stats}, in_order(values, measures), of_classes, head, conventions, start, left_out)
-
-
-def _only(names: Sequence[str], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values[name] for name in names}

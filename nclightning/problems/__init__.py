@@ -14,7 +14,7 @@ from nclightning.problems.members.unbalanced_ce import logit_adjusted_ce, unbala
 from nclightning.problems.optimum import Optimum
 from nclightning.problems.orbit import Solution
 from nclightning.problems.problem import Problem
-from nclightning.problems.rates import Rates
+from nclightning.problems.rates import Momentum, Rates
 from nclightning.problems.spectrum import Eigenvalue
 from nclightning.problems.squared_error import SquaredError
 from nclightning.problems.thresholds import rank_thresholds
@@ -25,6 +25,7 @@ __all__ = [
     "Eigenvalue",
     "KnownProblem",
     "Loss",
+    "Momentum",
     "NoAnswer",
     "Optimum",
     "Problem",

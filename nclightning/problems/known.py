@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nclightning.problems.orbit import Solution
+    from nclightning.problems.rates import Momentum
     from nclightning.problems.spectrum import Eigenvalue
 
 __all__ = ["KnownProblem"]
@@ -82,11 +83,17 @@ class KnownProblem(Protocol):
     def best_step(self) -> float:
         """Fixed step ``2 / (mu + L)`` of the fastest local convergence."""
 
-    def contraction(self, step: float | None = None) -> float:
-        """Predict the factor of the distance per step of gradient descent near the optimal set; None: best step."""
+    def contraction(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
+        """Predict the factor of the distance per iteration near the optimal set; None takes the best step."""
 
-    def iterations_per_decade(self, step: float | None = None) -> float:
-        """Predict the steps of gradient descent for a factor of ten of the gap; None takes the best step."""
+    def iterations_per_decade(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
+        """Predict the iterations for a factor of ten of the gap; None takes the best step."""
+
+    def heavy_ball(self, step: float | None = None) -> Momentum:
+        """Find step and momentum of the heavy ball of the fastest local convergence."""
+
+    def nesterov(self, step: float | None = None) -> Momentum:
+        """Find step and momentum of Nesterov's method of the fastest local convergence."""
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian at the optimal set, ascending."""

@@ -1,4 +1,4 @@
-"""What the curvature at the optimal set implies for descent."""
+"""What the curvature at the optimal set implies for descent, with and without momentum."""
 
 from __future__ import annotations
 
@@ -7,20 +7,71 @@ from dataclasses import dataclass
 
 from nclightning.errors import UserError
 
-__all__ = ["Rates"]
+__all__ = ["Momentum", "Rates", "decay_exponent"]
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """A fixed step with momentum, and its speed near the optimal set.
+
+    It is the iteration of ``torch.optim.SGD(params, lr=step, momentum=momentum, nesterov=nesterov)``.
+
+    Attributes:
+        step: Fixed step t.
+        momentum: Factor beta of the last displacement, in [0, 1).
+        nesterov: Whether gradients are taken at the extrapolated points, which are then what torch has as parameters.
+        contraction: Factor of the distance per iteration, a double root: k iterations leave about k times its power.
+        iterations_per_decade: Iterations for a factor of ten of the gap in the limit of many, as for :class:`Rates`.
+    """
+
+    step: float
+    momentum: float
+    nesterov: bool
+    contraction: float
+    iterations_per_decade: float
 
 
 @dataclass(frozen=True)
 class Rates:
-    r"""Error bound and speed of gradient descent near the optimal set.
+    r"""Error bound and speed of descent near the optimal set.
+
+    Gradient descent with step t and momentum :math:`\beta`, as :class:`torch.optim.SGD` has it, takes the deviation
+    along an eigenvector of the Hessian with eigenvalue :math:`\lambda` from iterate to iterate by a recurrence of two
+    terms. It falls by the larger absolute root z of
+
+    .. math::
+        z^2 - (1 + \beta - t\lambda) z + \beta = 0, \qquad
+        z^2 - (1 + \beta)(1 - t\lambda) z + \beta (1 - t\lambda) = 0,
+
+    the second for Nesterov's momentum. In both the root is largest at one end of the spectrum, so that :attr:`mu` and
+    :attr:`smoothness` are all that counts. Along the optimal set the roots are 1 and :math:`\beta`: what moves there
+    comes to rest, and the distance does not see it. Polyak (1964); Lessard, Recht and Packard (2016).
 
     Attributes:
         mu: Least nonzero eigenvalue of the Hessian there, 0.0 at a threshold.
         smoothness: Largest eigenvalue L.
+
+    Raises:
+        ValueError: If they are not in this order, or not finite.
+
+    Example:
+        >>> rates = Rates(mu=0.01, smoothness=1.0)
+        >>> [round(each.contraction, 4) for each in (rates.nesterov(), rates.heavy_ball())]
+        [0.8847, 0.8182]
+        >>> round(rates.contraction(), 4), round(rates.contraction(1.0, momentum=0.9), 4)
+        (0.9802, 0.9487)
     """
 
     mu: float
     smoothness: float
+
+    def __post_init__(self) -> None:
+        """Check them."""
+        if not (0 <= self.mu <= self.smoothness < math.inf and self.smoothness > 0):
+            raise UserError(
+                "mu and smoothness must be the least nonzero and the largest eigenvalue of the Hessian at a minimum, "
+                f"0 <= mu <= smoothness, got {self.mu!r} and {self.smoothness!r}."
+            )
 
     @property
     def error_bound_constant(self) -> float:
@@ -29,49 +80,138 @@ class Rates:
 
     @property
     def best_step(self) -> float:
-        r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence."""
+        r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence without momentum."""
         return 2 / (self.mu + self.smoothness)
 
-    def contraction(self, step: float | None = None) -> float:
-        r"""Predict the factor of the distance per iteration, :math:`\max(|1 - t\mu|, |1 - tL|)`.
+    def contraction(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
+        r"""Predict the factor of the distance per iteration; without momentum :math:`\max(|1 - t\mu|, |1 - tL|)`.
 
         Args:
-            step: Fixed step t; None takes the best one.
+            step: Fixed step t; None takes the best one without momentum.
+            momentum: Factor of the last displacement, in [0, 1).
+            nesterov: Whether it is Nesterov's.
 
         Returns:
             Dimensionless factor; the gap falls by its square.
 
         Raises:
-            ValueError: If the step is not positive and finite.
+            ValueError: If the step is not positive and finite or missing beside a momentum, or the momentum is out of
+                range.
         """
-        step = self.best_step if step is None else step
-        if not (math.isfinite(step) and step > 0):
-            raise UserError(f"step must be positive and finite, got {step!r}. The best one is best_step.")
-        return max(abs(1 - step * self.mu), abs(1 - step * self.smoothness))
+        return math.exp(-self.exponent(step, momentum, nesterov))
 
-    def iterations_per_decade(self, step: float | None = None) -> float:
+    def iterations_per_decade(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
         """Predict the iterations for a factor of ten of the gap; infinite where the factor is not below 1.
 
-        Args:
-            step: Fixed step; None takes the best one.
+        Arguments and errors as for :meth:`contraction`.
 
         Returns:
             Number of iterations.
+        """
+        return _decade(self.exponent(step, momentum, nesterov))
+
+    def exponent(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
+        """Compute ``-log`` of :meth:`contraction`, with the digits of a factor near 1; arguments and errors as there.
+
+        Returns:
+            Negative where descent diverges.
+        """
+        if not 0 <= momentum < 1:
+            raise UserError(f"momentum must be at least 0 and below 1, got {momentum!r}.")
+        if step is None and momentum:
+            raise UserError(
+                "step is missing: with a momentum give both, or take those of heavy_ball() or nesterov(), which have "
+                "their contraction."
+            )
+        step = self.best_step if step is None else step
+        if not (math.isfinite(step) and step > 0):
+            raise UserError(f"step must be positive and finite, got {step!r}. The best one is best_step.")
+        ends = step * self.mu, step * self.smoothness
+        return min(decay_exponent(curvature, momentum, nesterov) for curvature in ends)
+
+    def heavy_ball(self, step: float | None = None) -> Momentum:
+        r"""Find the heavy ball of the fastest local convergence.
+
+        .. math::
+            t = \frac4{(\sqrt L + \sqrt\mu)^2}, \quad
+            \beta = \Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}\Big)^2, \quad
+            \mathrm{factor} = \sqrt\beta
+
+        No method that is told gradients alone has a better factor for all quadratics. Away from the optimal set it may
+        diverge where gradient descent does not.
+
+        Args:
+            step: A shorter step t; its best momentum is :math:`(1 - \sqrt{t\mu})^2`, the factor
+                :math:`1 - \sqrt{t\mu}`.
+
+        Returns:
+            Step, momentum and speed.
 
         Raises:
-            ValueError: If the step is not positive and finite.
+            ValueError: If the step is longer than the best one or not positive, or at a threshold.
         """
-        step = self.best_step if step is None else step
-        factor = self.contraction(step)
-        if not self.mu > 0 or step * self.smoothness >= 2:
-            return math.inf
-        # The digits of a small step * mu would be lost in 1 - step * mu.
-        exponents = (_exponent(step * self.mu), _exponent(step * self.smoothness))
-        return math.log(10) / 2 / min(exponents) if factor > 0 else 0.0
+        return self._critical(False, step, 4 / (math.sqrt(self.smoothness) + math.sqrt(self.mu)) ** 2)
+
+    def nesterov(self, step: float | None = None) -> Momentum:
+        r"""Find the constant momentum of Nesterov's of the fastest local convergence.
+
+        .. math::
+            t = \frac4{3L + \mu}, \quad \beta = \frac{1 - \sqrt{t\mu}}{1 + \sqrt{t\mu}}, \quad
+            \mathrm{factor} = 1 - \sqrt{t\mu}
+
+        Args:
+            step: A shorter step t, with the same formula. The textbook's 1/L gives :math:`1 - \sqrt{\mu/L}`, and
+                converges on every convex function whose curvature is within mu and L.
+
+        Returns:
+            Step, momentum and speed.
+
+        Raises:
+            ValueError: If the step is longer than the best one or not positive, or at a threshold.
+        """
+        return self._critical(True, step, 4 / (3 * self.smoothness + self.mu))
+
+    def _critical(self, nesterov: bool, step: float | None, longest: float) -> Momentum:
+        """The momentum that makes the slowest mode a double root."""
+        if not self.mu > 0:
+            raise UserError("mu is 0: at a threshold nothing falls linearly, and no momentum is the best one.")
+        step = longest if step is None else step
+        if not 0 < step <= longest:
+            raise UserError(f"step must be positive and at most the best one, {longest:.7g}, got {step!r}.")
+        root = min(1.0, math.sqrt(step) * math.sqrt(self.mu))
+        momentum = (1 - root) / (1 + root) if nesterov else (1 - root) ** 2
+        exponent = -math.log1p(-root) if root < 1 else math.inf
+        return Momentum(step, momentum, nesterov and momentum > 0, 1 - root, _decade(exponent))
 
 
-def _exponent(x: float) -> float:
-    """``-log |1 - x|``, with the digits of a small x."""
-    if x == 1:
-        return math.inf
-    return -math.log1p(-x) if x < 1 else -math.log(x - 1)
+def decay_exponent(curvature: float, momentum: float = 0.0, nesterov: bool = False) -> float:
+    """Compute how fast a mode falls, with the digits of a slow one.
+
+    Args:
+        curvature: Step times eigenvalue, at least 0.
+        momentum: In [0, 1).
+        nesterov: Whether it is Nesterov's.
+
+    Returns:
+        ``-log |z|`` of the larger root z; negative where the mode grows.
+    """
+    # In terms of w = 1 - z both equations are w^2 - middle w + curvature = 0, with complex roots from low to high.
+    if nesterov:
+        low, high, scale = ((1 - momentum) / (1 + momentum)) ** 2, 1.0, 1 + momentum
+        total, middle = (1 + momentum) * (1 - curvature), 1 - momentum + (1 + momentum) * curvature
+    else:
+        root = math.sqrt(momentum)
+        low, high, scale = ((1 - momentum) / (1 + root)) ** 2, (1 + root) ** 2, 1.0
+        total, middle = 1 + momentum - curvature, 1 - momentum + curvature
+    if low < curvature < high:
+        return -(math.log(momentum) + (math.log1p(-curvature) if nesterov else 0.0)) / 2
+    apart = scale * math.sqrt(abs(low - curvature)) * math.sqrt(abs(high - curvature))
+    if total < 0:
+        return -math.log((apart - total) / 2)
+    nearest = 2 * curvature / (middle + apart)  # The smaller w, of which 1 - z would lose the digits.
+    return -math.log1p(-nearest) if nearest < 1 else math.inf
+
+
+def _decade(exponent: float) -> float:
+    """Iterations in which the square of ``exp(-exponent)`` falls by ten."""
+    return math.log(10) / 2 / exponent if exponent > 0 else math.inf

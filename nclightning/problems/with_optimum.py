@@ -12,12 +12,14 @@ from torch import Tensor
 from nclightning.problems.answers import NoAnswer
 from nclightning.problems.checks import admit, admit_moments, check_labels
 from nclightning.problems.orbit import Orbit, Solution
-from nclightning.problems.rates import Rates
+from nclightning.problems.rates import Momentum, Rates, decay_exponent
 
 if TYPE_CHECKING:
     from nclightning.problems.spectrum import Eigenvalue
 
 __all__ = ["WithOptimum"]
+
+_EQUALLY_SLOW = 1e-7  # Rounding moves a double root by the square root of its own size.
 
 
 class WithOptimum(ABC):
@@ -245,13 +247,40 @@ class WithOptimum(ABC):
         r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence."""
         return self.rates.best_step
 
-    def contraction(self, step: float | None = None) -> float:
+    def contraction(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
         """Predict the factor of the distance per iteration; see :meth:`nclightning.problems.Rates.contraction`."""
-        return self.rates.contraction(step)
+        return self.rates.contraction(step, momentum, nesterov)
 
-    def iterations_per_decade(self, step: float | None = None) -> float:
+    def iterations_per_decade(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
         """Predict the iterations for a factor of ten of the gap; see :class:`nclightning.problems.Rates`."""
-        return self.rates.iterations_per_decade(step)
+        return self.rates.iterations_per_decade(step, momentum, nesterov)
+
+    def heavy_ball(self, step: float | None = None) -> Momentum:
+        """Find step and momentum of the best heavy ball; see :meth:`nclightning.problems.Rates.heavy_ball`."""
+        return self.rates.heavy_ball(step)
+
+    def nesterov(self, step: float | None = None) -> Momentum:
+        """Find step and momentum of Nesterov's; see :meth:`nclightning.problems.Rates.nesterov`."""
+        return self.rates.nesterov(step)
+
+    def slowest_mode(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> Eigenvalue:
+        """Find which deviations fall the slowest near the optimal set.
+
+        Args:
+            step: As for :meth:`contraction`, like the others.
+            momentum: Factor of the last displacement.
+            nesterov: Whether it is Nesterov's.
+
+        Returns:
+            Their entry of the spectrum; of several that are equally slow, the one of the least eigenvalue.
+        """
+        least = self.rates.exponent(step, momentum, nesterov)
+        step = self.best_step if step is None else step
+        entries = self.spectrum()
+        if self.mu == 0:
+            return entries[0]
+        slow = least + _EQUALLY_SLOW
+        return next(e for e in entries if e.value > 0 and decay_exponent(step * e.value, momentum, nesterov) <= slow)
 
     def _whole_orbit(self, question: str, device: torch.device) -> Orbit:
         orbit = self.orbit(device)

@@ -8,10 +8,10 @@ import torch
 
 from nclightning.callbacks import LastCheckpoint, NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import GaussianDataModule, IndexDataModule
-from nclightning.figures import read_readings
+from nclightning.figures import read_readings, summarize
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
-from nclightning.optim import ArmijoLBFGS
+from nclightning.optim import ArmijoLBFGS, HeavyBall, Nesterov
 from tests.trainers import quiet_trainer
 
 GAP, DECAY, STEP = "optimality/gap", "optimality/predicted_decay", "line_search/step_size"
@@ -88,12 +88,96 @@ def test_a_checkpoint_without_a_decay_leaves_it_open():
     assert math.isnan(monitor.state_dict()["decay"])
 
 
-def momentum(params):
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+def sgd(**options):
+    return lambda params: torch.optim.SGD(params, **options)
 
 
-@pytest.mark.parametrize("optimizer", [momentum, lambda params: torch.optim.Adam(params, lr=1e-2)])
-def test_what_is_not_gradient_descent_has_no_prediction(optimizer, tmp_path):
+FIXED = {
+    "plain": sgd(lr=3.0),
+    "stiff modes last": sgd(lr=9.8),
+    "stiff modes last, nesterov": sgd(lr=7.2, momentum=0.5, nesterov=True),
+    "momentum": sgd(lr=1.0, momentum=0.7),
+    "dampened": sgd(lr=5.0, momentum=0.6, dampening=0.6),
+    "oscillating": sgd(lr=2.0, momentum=0.9),
+    "nesterov": sgd(lr=2.0, momentum=0.7, nesterov=True),
+    "HeavyBall": HeavyBall,
+    "Nesterov": Nesterov,
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_gap_falls_as_the_options_of_sgd_predict(name, tmp_path):
+    readings = fit(tmp_path, near_the_optimum(FIXED[name]))
+    # Over eighteen decades. Modes of almost the same speed, of which there are many under a momentum, beat.
+    measured = fall(readings, GAP, 1e-6, 1e-24)
+    assert fall(readings, DECAY, 1e-6, 1e-24) == pytest.approx(measured, rel=0.05)
+    summary = summarize(readings)
+    assert summary.predicted.slope == pytest.approx(summary.fits[GAP].slope, rel=0.05)
+
+
+def near_the_optimum(optimizer, loss="ce"):
+    model = ufm(loss, optimizer=optimizer)
+    optimum = model.problem.random_optimum(torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for p, best in ((model.head.weight, optimum.weight), (model.features, optimum.features)):
+            p.copy_(best + 0.05 * p)
+    return model
+
+
+def test_a_schedule_is_followed_step_by_step(tmp_path):
+    class Scheduled(UFM):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)]
+
+    torch.manual_seed(0)
+    model = Scheduled(4, 3, 6, "ce", lambda_=2e-2, iterations_per_step=10, optimizer=sgd(lr=3.0))
+    readings = fit(tmp_path, model, max_steps=12)
+    steps = 3.0 * 0.5 ** (np.arange(12) // 3)
+    expected = np.cumprod([1.0, *(1 - steps * model.problem.mu) ** 2])
+    np.testing.assert_allclose(readings.values[DECAY], expected, rtol=1e-13)
+
+
+def test_a_resumed_run_with_momentum_goes_on(tmp_path):
+    whole = fit(tmp_path / "whole", ufm(optimizer=Nesterov), max_steps=40)
+    fit(tmp_path / "parts", ufm(optimizer=Nesterov), LastCheckpoint(20), max_steps=20, save=True)
+    checkpoint = tmp_path / "parts" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    rest = fit(tmp_path / "rest", ufm(optimizer=Nesterov), max_steps=40, ckpt_path=checkpoint)
+    for tag in (DECAY, GAP, "loss"):
+        np.testing.assert_array_equal(rest.values[tag], whole.values[tag][20:])
+
+
+def test_a_checkpoint_of_before_momentum_was_predicted_goes_on():
+    monitor = OptimalityMonitor().at_iterates()
+    monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3, "decay": 0.25, "followed": 7})
+    assert monitor.state_dict()["decay"] == 0.25
+
+
+def in_two_groups(lr):
+    def make(params):
+        features, *head = params
+        return torch.optim.SGD([{"params": features}, {"params": head, "lr": lr}], lr=0.1, momentum=0.5)
+
+    return make
+
+
+def test_groups_with_the_same_step_are_one(tmp_path):
+    decays = [fit(tmp_path / str(i), ufm(optimizer=make), max_steps=20).values[DECAY]
+              for i, make in enumerate((in_two_groups(0.1), sgd(lr=0.1, momentum=0.5)))]  # fmt: skip
+    np.testing.assert_array_equal(*decays)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda params: torch.optim.Adam(params, lr=1e-2),
+        lambda params: torch.optim.RMSprop(params, lr=1e-3),
+        sgd(lr=1e-3, momentum=1.0),
+        in_two_groups(0.2),
+        type("Own", (torch.optim.SGD,), {}),
+    ],
+)
+def test_what_has_no_law_has_no_prediction(optimizer, tmp_path):
     assert DECAY not in fit(tmp_path, ufm(optimizer=optimizer), max_steps=20).values
 
 

@@ -118,7 +118,7 @@ def test_curves_of_two_cadences_are_lines(tmp_path, monkeypatch):
         drawn.append(figure)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    draw_convergence(tmp_path, tmp_path / "a.png")
+    draw_convergence(tmp_path, tmp_path / "a.pdf")
     curves = {line.get_label().partition(" ")[0]: line.get_xydata() for axes in drawn[0].axes for line in axes.lines}
     assert len(curves["gap"]) == 60
     np.testing.assert_allclose(curves["NC1"], [(k, 0.8**k) for k in range(1, 60, 2)])
@@ -162,6 +162,11 @@ def test_picture_is_drawn_from_the_table(run, tmp_path):
     assert picture.shape[:2] == (630, 1680)  # Two panels of 5.6 x 4.2 inches at 150 dots.
     assert picture[..., :3].std() > 0.05
     assert draw_convergence(run, tmp_path / "other.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_picture_drawn_once_is_that_of_savefig(run, tmp_path):
+    once, twice = (draw_convergence(run, tmp_path / name, title="A run") for name in ("a.png", "b.PNG"))
+    assert once.read_bytes() == twice.read_bytes()
 
 
 def test_runs_without_readings_are_refused(tmp_path):

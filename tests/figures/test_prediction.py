@@ -78,6 +78,23 @@ def multiplicities(text):
     return sum(int(multiplicity) for _, multiplicity, _ in cells)
 
 
+def test_momentum_stands_below_gradient_descent():
+    """Lessard, Recht and Packard (2016), Proposition 1, at kappa = 31.23712 and mu = 0.003719457."""
+    rows = printed(*prediction_tables(PAPER)).partition("Fixed step and momentum")[2].splitlines()
+    cells = [[cell.strip() for cell in row.split("│")[1:6]] for row in rows if row.startswith("│")]
+    root, far = math.sqrt(31.23712), math.sqrt(3 * 31.23712 + 1)
+    expected = {
+        "gradient descent": (16.67993, 0, 30.23712 / 32.23712),
+        "Nesterov": (4 / 0.003719457 / far**2, (far - 2) / (far + 2), 1 - 2 / far),
+        "heavy ball": (4 / 0.003719457 / (root + 1) ** 2, ((root - 1) / (root + 1)) ** 2, (root - 1) / (root + 1)),
+    }
+    assert [row[0] for row in cells] == list(expected)
+    for (_, *numbers), (step, momentum, factor) in zip(cells, expected.values(), strict=True):
+        decade = -math.log(10) / 2 / math.log(factor)
+        # Seven digits are printed.
+        assert [float(each) for each in numbers] == pytest.approx([step, momentum, factor, decade], rel=5e-6, abs=1e-6)
+
+
 def test_a_problem_and_the_papers_agree():
     """The closed form and the general theory print the same numbers for the same problem."""
     text = printed(*prediction_tables(balanced_ce(10, 10, 20, 5e-2, 5e-3)))
@@ -266,5 +283,6 @@ def test_only_runs_of_the_ufm_have_a_problem(tmp_path, run):
 def test_at_the_threshold_the_tables_say_so():
     text = printed(*prediction_tables(UFMProblem("mse", 4, 4, 3, 0.125, 0.125)))
     assert "at the threshold" in text
+    assert "heavy ball" not in text
     assert text.count("inf") >= 4
     assert math.isinf(UFMProblem("mse", 4, 4, 3, 0.125, 0.125).error_bound_constant)

@@ -1,6 +1,7 @@
 """Processes that share a training set take the steps of one that has all of it."""
 
 import csv
+import functools
 import math
 import os
 import sys
@@ -16,7 +17,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
-from nclightning.optim import ArmijoLBFGS
+from nclightning.optim import ArmijoLBFGS, HeavyBall
 from tests import forked
 from tests.trainers import quiet_trainer
 
@@ -65,23 +66,36 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.2, momentum=0.9)
 
 
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory):
+    """Give the models of a kind and a loss after 40 and 60 iterations, with the readings of the first; each once."""
+
+    @functools.cache
+    def runs(kind, loss):
+        make, data = MODELS[kind]
+        folder = tmp_path_factory.mktemp("alone")
+        alone = fit(folder / "alone", make(loss), data(), 1)
+        return alone, fit(folder / "whole", make(loss), data(), 1, max_steps=60), readings(folder / "alone")
+
+    return runs
+
+
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss, devices, tmp_path):
+def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss, devices, tmp_path, of_one_process):
     make, data = MODELS[kind]
-    alone = fit(tmp_path / "alone", make(loss), data(), 1)
+    alone, whole, one = of_one_process(kind, loss)
     together = fit(tmp_path / "together", make(loss), data(), devices)
     # Sums in another order: roundings, carried along by as many steps.
     assert difference(alone, together) < 1e-12
-    one, many = readings(tmp_path / "alone"), readings(tmp_path / "together")
+    many = readings(tmp_path / "together")
     assert [row["iteration"] for row in one] == [row["iteration"] for row in many] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     for row, other in zip(one, many, strict=True):
         for tag, value in row.items():
             # Near the optimum every reading is of differences that the iterates' roundings blur.
             assert other[tag] == pytest.approx(value, rel=1e-6, nan_ok=True), (row["iteration"], tag)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
-    whole = fit(tmp_path / "whole", make(loss), data(), 1, max_steps=60)
     for number in (1, 5 - devices):
         resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(whole, resumed) < 1e-11
@@ -112,13 +126,13 @@ def adam_in_groups(params):
     return torch.optim.Adam([{"params": head}, {"params": [features]}], lr=0.01)
 
 
-@pytest.mark.parametrize("make", [sgd, adam_backwards, adam_in_groups])
+@pytest.mark.parametrize("make", [sgd, HeavyBall, adam_backwards, adam_in_groups])
 def test_what_optimizers_keep_of_shared_features_goes_into_the_checkpoint(make, tmp_path):
-    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make), IndexDataModule(), 1, max_steps=60)
-    fit(tmp_path / "together", ufm("mse", optimizer=make), IndexDataModule(), 2)
+    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 1, max_steps=60)
+    fit(tmp_path / "together", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 2)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
     for number in (1, 3):
-        model = ufm("mse", optimizer=make)
+        model = ufm("mse", optimizer=make, init_scale=0.1)
         resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(alone, resumed) < 1e-12
 

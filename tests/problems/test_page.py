@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nclightning import problems
-from nclightning.cli import main, shipped_configs
+from nclightning.cli import main
+from nclightning.configurations import shipped_configs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 EXAMPLE = DOCS.parent / "examples" / "problems" / "squared_hinge.py"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nclightning.cli import main
-from nclightning.compat.tensorboard import read_scalars
+from nclightning.compat.recorded import read_scalars
 from nclightning.series import runner
 from nclightning.series.arrays import ArraySource
 from tests.series.forks import Killer, run_killed

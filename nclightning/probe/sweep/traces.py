@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import Metric, MetricCollection
 
 from nclightning.compat.torch import buffers_of, is_compiled
 from nclightning.heads import evaluating
@@ -57,10 +57,17 @@ def untouched(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch_states_kept(cuda_devices(modules)))
         stack.enter_context(_buffers_kept(modules))
+        kinds = _kinds_of_metrics()
         for child in modules:
-            if isinstance(child, Metric | MetricCollection):
+            if isinstance(child, kinds):
                 stack.enter_context(remembered(child))
         yield
+
+
+def _kinds_of_metrics() -> tuple[type, ...]:
+    """Classes of torchmetrics, which takes seconds to load: before that there is no object of them."""
+    library = sys.modules.get("torchmetrics")
+    return () if library is None else (library.Metric, library.MetricCollection)
 
 
 @contextmanager

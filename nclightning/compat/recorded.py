@@ -1,0 +1,27 @@
+"""Names of TensorBoard, by which its event files are read, that its documentation does not promise."""
+
+from __future__ import annotations
+
+__all__ = ["read_scalars"]
+
+
+def read_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
+    """Read all scalars of the event files in a folder.
+
+    Non-public: ``tensorboard.backend.event_processing.event_accumulator`` (tensorboard 2.21). Without it the runs of
+    Lightning's own TensorBoard logger could not be drawn.
+
+    Args:
+        folder: Of a run.
+
+    Returns:
+        Steps and values by tag.
+    """
+    # Slow to import, and seldom needed.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+
+    accumulator = EventAccumulator(folder, size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }

@@ -1,0 +1,130 @@
+"""Which measures are read, and of what: all of them but the states of a metric, so without torchmetrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nclightning.errors import UserError
+from nclightning.functional import ClassStatistics
+from nclightning.functional.statistics import BetweenWeights, GlobalMean
+from nclightning.heads import HeadSource, read_head
+from nclightning.metrics.measures import (
+    DEFAULT_MEASURES,
+    DEFAULT_MEASURES_OF_GROUPS,
+    MEASURES,
+    Reading,
+    select_measures,
+)
+
+__all__ = ["check_conventions", "choose_measures", "need_scatter", "read_measures", "reading_of"]
+
+# From here on the scatter takes more than a GiB in float64, and is not made unless it was asked for.
+_LARGEST_DEFAULT_DIM = 2**13 * 3 // 2
+_LIGHT_DEFAULT = ("nc1_ratio", "nc1_cdnv", "nc2", "nc3")
+
+
+def check_conventions(global_mean: GlobalMean, between_weights: BetweenWeights) -> None:
+    """Raise for a convention that does not exist.
+
+    Args:
+        global_mean: As for :class:`nclightning.metrics.NeuralCollapse`, as are all arguments of this module.
+        between_weights: The same.
+
+    Raises:
+        ValueError: If one of them is none.
+    """
+    ClassStatistics.empty(2, 1, scatter=False).between_root(global_mean, between_weights)
+
+
+def choose_measures(
+    measures: Sequence[str] | None, feature_dim: int, head_rows: int = 0, groups: bool = False
+) -> tuple[str, ...]:
+    """Return the names of what is read.
+
+    Args:
+        measures: Names, ``("all",)``, or None.
+        feature_dim: d.
+        head_rows: Rows of the head; 0 if there is none.
+        groups: Whether labels say groups.
+
+    Raises:
+        ValueError: If a name does not exist, or needs what is not there.
+    """
+
+    def needs_head(name: str) -> bool:
+        return MEASURES[name].needs_head and head_rows < 2
+
+    def needs_classes(name: str) -> bool:
+        return MEASURES[name].needs_classes and groups
+
+    def read(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if not needs_head(name) and not needs_classes(name))
+
+    if measures is None:
+        measures = DEFAULT_MEASURES_OF_GROUPS if groups else DEFAULT_MEASURES
+        if feature_dim > _LARGEST_DEFAULT_DIM and not groups:
+            measures = _LIGHT_DEFAULT
+            warnings.warn(
+                f"feature_dim={feature_dim} would need {8 * feature_dim**2 / 2**30:.1f} GiB for the "
+                "within-class scatter: reading nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
+                stacklevel=3,
+            )
+        return read(measures)
+    chosen = select_measures(measures)
+    if tuple(measures) == ("all",):
+        return read(chosen)
+    if missing := [name for name in chosen if needs_classes(name)]:
+        raise UserError(
+            f"measures {missing} take each label for a class, and the labels here say groups of samples with the "
+            "same target: leave them out."
+        )
+    if missing := [name for name in chosen if needs_head(name)]:
+        raise UserError(
+            f"measures {missing} read the head: pass head=..., or leave them out."
+            if head_rows == 0
+            else f"measures {missing} compare rows of the head, and it has only one: leave them out."
+        )
+    return chosen
+
+
+def need_scatter(measures: Sequence[str]) -> bool:
+    """Whether the light statistics are not enough.
+
+    Args:
+        measures: Chosen.
+    """
+    return any(MEASURES[name].needs_scatter for name in measures)
+
+
+def reading_of(
+    stats: ClassStatistics, head: HeadSource | None, global_mean: GlobalMean, between_weights: BetweenWeights
+) -> Reading:
+    """Put together what measures read, of the head as it is now.
+
+    Args:
+        stats: Statistics of the features.
+        head: The head, or None.
+        global_mean: Convention of NC1.
+        between_weights: The same.
+    """
+    if head is None:
+        return Reading(stats, None, None, global_mean, between_weights)
+    read, like = read_head(head), stats.totals.means
+    bias = None if read.bias is None else read.bias.to(like)
+    return Reading(stats, read.weight.to(like), bias, global_mean, between_weights)
+
+
+def read_measures(measures: Sequence[str], reading: Reading) -> dict[str, Tensor]:
+    """Evaluate measures, without a transfer to the host.
+
+    Args:
+        measures: Chosen.
+        reading: What they read.
+
+    Returns:
+        Scalars by name, in the dtype of the statistics.
+    """
+    return {name: MEASURES[name].read(reading) for name in measures}
