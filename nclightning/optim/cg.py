@@ -90,7 +90,7 @@ class ArmijoCG(LineSearchOptimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         initial_step: float = 1.0,
-        c1: float = 1e-4,
+        c1: float = 0.2,
         shrink: float = 0.5,
         max_trials: int = 60,
         noise: float | None = None,

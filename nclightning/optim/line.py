@@ -32,7 +32,7 @@ class Hessian(NamedTuple):
         evaluations: Spent to begin with. Each product counts one more.
     """
 
-    multiply: Callable[[Sequence[Tensor | None]], list[Tensor | None]]
+    multiply: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
     error: float
     evaluations: int = 0
 
@@ -364,9 +364,9 @@ def multiply_by_graph(
     Returns:
         The products; None where there is no gradient.
     """
-    known = [g is not None and g.requires_grad and v is not None for g, v in zip(gradients, vector, strict=True)]
+    known = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
+    outputs, weights = [g for g, v in known if v is not None], [v for _, v in known if v is not None]
     wanted = [i for i, g in enumerate(gradients) if g is not None]
-    outputs, weights = ([each for each, k in zip(pair, known, strict=True) if k] for pair in (gradients, vector))
     products = [None if g is None else torch.zeros_like(p) for g, p in zip(gradients, params, strict=True)]
     if not outputs:
         return products

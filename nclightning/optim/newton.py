@@ -19,7 +19,7 @@ from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoNewtonCG", "NewtonByConjugateGradients"]
 
-_LEAST_SHARE = 0.5  # Of the gradient may always be left.
+_MOST_LEFT = 0.5  # Of the gradient, by an inexact solution.
 _GROWTH = 4.0  # Of the step along the gradient while no curvature was measured.
 _WIDENING = 2.0  # Of the radius.
 _FARTHER = 10.0  # Along a direction without positive curvature than what was reached before it.
@@ -142,7 +142,7 @@ class NewtonByConjugateGradients(Direction):
     def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
         """Solve Newton's equations."""
         check_precision(space.params, "ArmijoNewtonCG")
-        norm, evaluations = math.sqrt(start.square), 0
+        norm, curvature, evaluations = math.sqrt(start.square), 0.0, 0
         self._first = self._first or norm
         along: list[Tensor | None] | None = None
         self._is_flat = self._is_cut = False
@@ -151,25 +151,22 @@ class NewtonByConjugateGradients(Direction):
             solution = _solve(hessian, start, self._tolerance(norm), self._radius, line, space)
             along, curvature, evaluations = solution.vector, solution.curvature, solution.products + hessian.evaluations
             self._is_cut = solution.is_cut
-        while True:
-            self._is_gradient, factor = along is None, self.scale
-            if along is None:
-                self._is_flat = self._is_restarted or curvature == 0
-                factor = self.scale if self._is_flat else 1 / abs(curvature)
-                along = [None if g is None else own_shard(g) * factor for g in start.gradients]
+        if along is not None:
             slope, square = line.inner_products([(start.gradients, along), (along, along)]).tolist()
             self._length = math.sqrt(square)
-            noise = _ROUNDINGS * _epsilon(space.params) * norm * self._length
-            if noise < slope < math.inf or (self._is_restarted and self.scale == 1.0):
-                break
-            if self._is_restarted:
-                self.scale = 1.0  # It has left the numbers.
-            self._is_restarted, along = True, None
+            if not _ROUNDINGS * _epsilon(space.params) * norm * self._length < slope < math.inf:
+                along, self._is_restarted = None, True
+        self._is_gradient = along is None
+        if along is None:
+            self._is_flat = self._is_restarted or curvature == 0
+            factor = self.scale if self._is_flat else 1 / abs(curvature)
+            along = [None if g is None else own_shard(g) * factor for g in start.gradients]
+            slope, self._length = factor * start.square, factor * norm
         self.scale, self._is_restarted = self._length / norm or 1.0, False
         return Descent(along, slope, evaluations)
 
     def _tolerance(self, norm: float) -> float:
-        return min(_LEAST_SHARE, (norm / self._first) ** 0.25)
+        return min(_MOST_LEFT, math.pow(norm / self._first, 0.25))
 
     def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
         """Remember the length, and lengthen the next step along the gradient where nothing else tells how long."""
