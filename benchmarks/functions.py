@@ -116,7 +116,7 @@ def run(function, make):
     ending, best = "", math.inf
     waited = 0
     try:
-        while waited < PATIENCE and best > 0:
+        while waited < PATIENCE:
             optimizer.step(closure)
             waited, best = (0, min(norms)) if min(norms) < best else (waited + 1, best)
             outcome = getattr(optimizer, "outcome", None)

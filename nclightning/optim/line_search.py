@@ -86,7 +86,7 @@ class LineSearchOptimizer(Optimizer):
 
     @property
     def total_evaluations(self) -> int:
-        """Calls of the closure in all steps so far; the one that a resume repeats is not counted."""
+        """Calls of the closure and products with the Hessian in all steps; what a resume repeats is not counted."""
         return self._total_evaluations
 
     def evaluation(self) -> Evaluation | None:

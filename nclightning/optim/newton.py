@@ -55,15 +55,18 @@ class ArmijoNewtonCG(LineSearchOptimizer):
       for the unconstrained feature model, by differentiating twice for networks (on weights that ``fully_shard``
       shares out, by differences);
     - the gradients that a closure leaves are differentiated once more if it calls ``backward(create_graph=True)``, on a
-      single process. It may call a function whose derivative can be differentiated only;
+      single process;
     - for any other closure, a product is the difference of two gradients, at points
       :math:`\sqrt\epsilon\, \|x\|` apart. Its relative error of about :math:`\sqrt\epsilon` changes few of the vectors,
       which are inexact anyhow; but curvatures below :math:`\sqrt\epsilon` times the largest are not seen.
 
-    Each product counts as one evaluation, and so does the graph of the gradient that networks are differentiated
-    through: the cost of either is that of one or two gradients. All that :class:`ArmijoGD` says of closures, options,
-    writes between steps and processes holds here too. What is kept from step to step is some numbers, so that a
-    resumed run continues bit for bit.
+    Each product counts as one evaluation, and so does the graph of the gradient through which networks are
+    differentiated: the cost of either is that of one or two gradients. All that :class:`ArmijoGD` says of closures,
+    options, writes between steps and processes holds here too. What is kept from step to step is some numbers, so that
+    a resumed run continues bit for bit.
+
+    At the round-off of the gradient it may go on taking steps of the length of round-off: end a run by
+    ``outcome.grad_norm``.
 
     Memory: 6 times the parameters.
 
