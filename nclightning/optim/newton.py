@@ -92,7 +92,7 @@ class ArmijoNewtonCG(LineSearchOptimizer):
         ...     value = (x**4 * torch.tensor([1.0, 100.0])).sum() + x.square().sum()
         ...     value.backward()
         ...     return value
-        >>> for _ in range(12):
+        >>> for _ in range(25):
         ...     value = optimizer.step(closure)
         >>> value < 1e-20
         True
