@@ -219,3 +219,19 @@ def _backward(x):
     x.grad = None
     (x.grad,) = torch.autograd.grad(value, x, create_graph=True)
     return value
+
+
+@pytest.mark.parametrize("lowest", [0.01, -0.01], ids=["convex", "saddle"])
+@pytest.mark.parametrize("radius", [0.3, 3.0, 8.0])
+def test_a_vector_that_is_cut_ends_at_the_radius(radius, lowest):
+    x = nn.Parameter(torch.full((6,), 4.0, dtype=torch.float64))
+    curvatures = torch.logspace(-1, 1, 6, dtype=torch.float64)
+    curvatures[0] = lowest
+    optimizer = ArmijoNewtonCG([x])
+    optimizer._direction._radius, optimizer._direction._first = radius, 1e40  # So that it solves closely.
+    before = x.detach().clone()
+    optimizer.step(GraphLine(lambda: (curvatures * x.square()).sum() / 2, [x]))
+    assert optimizer._direction._is_cut
+    assert optimizer.outcome.step_size == 1.0
+    assert float((x.detach() - before).norm()) == pytest.approx(radius, rel=1e-12)
+    assert optimizer._direction._radius == pytest.approx(2 * radius)
