@@ -2,6 +2,7 @@
 
 from nclightning.callbacks.checkpoint import LastCheckpoint
 from nclightning.callbacks.dashboard import TensorBoardDashboard
+from nclightning.callbacks.laws import OptimizerLaws
 from nclightning.callbacks.neural_collapse import NeuralCollapseMonitor
 from nclightning.callbacks.optimality import OptimalityMonitor
 from nclightning.callbacks.progress import IterationProgressBar
@@ -12,6 +13,7 @@ __all__ = [
     "LastCheckpoint",
     "NeuralCollapseMonitor",
     "OptimalityMonitor",
+    "OptimizerLaws",
     "RegressionCollapseMonitor",
     "TensorBoardDashboard",
 ]

@@ -27,6 +27,7 @@ from nclightning.functional.distance import CollapseDistance, distance_to_collap
 from nclightning.functional.duality import class_alignment, duality_difference, self_duality, uniform_duality
 from nclightning.functional.excess import ExcessLoss, HeadLoss
 from nclightning.functional.geometry import equiangularity, equinorm, etf_deviation, head_sum
+from nclightning.functional.laws import GradientStep, balance_deviation, balance_residual, predict_row_sum
 from nclightning.functional.mse import MSEDecomposition, mse_decomposition
 from nclightning.functional.ood import ood_orthogonality
 from nclightning.functional.regression import (
@@ -54,6 +55,7 @@ __all__ = [
     "CollapseDistance",
     "ExcessLoss",
     "ExtremeEigenvalues",
+    "GradientStep",
     "GramDeviation",
     "HeadLoss",
     "MSEDecomposition",
@@ -61,6 +63,8 @@ __all__ = [
     "StatisticsBuffer",
     "UnitResiduals",
     "accuracy",
+    "balance_deviation",
+    "balance_residual",
     "between_class_rank",
     "bias_collapse",
     "class_alignment",
@@ -85,6 +89,7 @@ __all__ = [
     "nearest_class_centre",
     "one_vs_rest_distance",
     "ood_orthogonality",
+    "predict_row_sum",
     "principal_residual",
     "row_space_residual",
     "sample_statistics",

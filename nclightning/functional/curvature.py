@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ __all__ = ["ExtremeEigenvalues", "dense_hessian", "dense_spectrum", "extreme_eig
 
 Value = Callable[[], Tensor]
 Product = Callable[[Tensor], Tensor]
+_Ends = Literal["both", "largest"]
 _MOST_DENSE = 10_000  # 800 MB in float64, and a minute for its eigenvalues.
 
 _OFTEN = 20  # Up to so many vectors convergence is tested after each, from then on after so many.
@@ -23,7 +24,8 @@ class ExtremeEigenvalues(NamedTuple):
     """Ends of a spectrum.
 
     Attributes:
-        smallest: Least distinct eigenvalues, ascending, ``(c,)`` with c at most the number asked for.
+        smallest: Least distinct eigenvalues, ascending, ``(c,)`` with c at most the number asked for; none if only the
+            largest were asked for.
         largest: Largest distinct eigenvalues, descending, ``(c,)``.
         residual: Largest distance of any of them from an eigenvalue, guaranteed up to round-off.
         products: Number of products with the Hessian.
@@ -54,7 +56,8 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
         From a vector ``(P,)``, all parameters flattened in their order, to the product ``(P,)`` of the same dtype.
 
     Raises:
-        ValueError: If there are no parameters, one does not require a gradient, or F is no differentiable scalar.
+        ValueError: If there are no parameters, one does not require a gradient, F is no differentiable scalar, or a
+            part of it is known to have no second derivative.
     """
     params = list(params)
     if not params or not all(p.requires_grad for p in params):
@@ -66,6 +69,7 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
     sizes = [p.numel() for p in params]
     # What F is linear in has a gradient without a graph.
     curved = {i: g for i, g in enumerate(_gradient(value, params)) if g is not None and g.requires_grad}
+    _check_twice_differentiable(curved.values())
 
     def product(vector: Tensor) -> Tensor:
         if tuple(vector.shape) != (sum(sizes),):
@@ -93,8 +97,10 @@ def extreme_eigenvalues(
     tolerance: float = 1e-8,
     max_products: int = 500,
     seed: int = 0,
+    ends: _Ends = "both",
+    scales: Sequence[Tensor | float] | None = None,
 ) -> ExtremeEigenvalues:
-    """Find both ends of the spectrum of the Hessian by Lanczos' method with full reorthogonalisation.
+    r"""Find the ends of the spectrum of the Hessian by Lanczos' method with full reorthogonalisation.
 
     It needs a few times as many products as there are well-separated eigenvalues, whatever P, and at most as many as
     there are distinct ones; it keeps one vector ``(P,)`` per product. An eigenvalue of any multiplicity is found once:
@@ -108,6 +114,10 @@ def extreme_eigenvalues(
             the parameters' dtype it cannot be met and that is taken.
         max_products: End unconverged after this many.
         seed: Of the starting vector, which comes from a generator of its own.
+        ends: ``"largest"`` leaves out the smallest eigenvalues, which often take longer.
+        scales: For each parameter a number or a tensor of its shape, together the diagonal matrix S: the spectrum is
+            that of :math:`S \nabla^2 F S`. Where an optimizer divides the entries of its step by P, the square roots
+            of 1/P give the curvature that it sees.
 
     Returns:
         Eigenvalues in the parameters' dtype (at least float32) on their device; fewer than ``count`` if the Hessian
@@ -121,8 +131,12 @@ def extreme_eigenvalues(
             "count and max_products must be at least 1 and tolerance positive, got "
             f"{count}, {max_products} and {tolerance}."
         )
+    if ends not in get_args(_Ends):
+        raise UserError(f"ends must be 'both' or 'largest', got {ends!r}.")
     params = list(params)
     product = hessian_vector_product(value, params)
+    if scales is not None:
+        product = _scaled(product, _flat_scales(scales, params))
     size = sum(p.numel() for p in params)
     draw = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     basis = [(draw / draw.norm()).to(device=params[0].device, dtype=_working_dtype(params))]
@@ -140,10 +154,13 @@ def extreme_eigenvalues(
             ritz, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
             errors = torch.zeros_like(ritz) if exhausted else left * vectors[-1].abs()
             allowed = max(tolerance, 100 * rounding) * scale
-            low, high = _distinct(ritz, allowed, count), _distinct(-ritz.flip(0), allowed, count)
+            low = _distinct(ritz, allowed, count) if ends == "both" else []
+            high = _distinct(-ritz.flip(0), allowed, count)
             residual = float(torch.cat([errors[low], errors.flip(0)[high]]).max())
             # Ends that were just born may be others than the extreme ones; a generic start needs a few vectors more.
-            enough = len(low) == count and residual <= allowed and len(basis) >= 2 * count + 2
+            enough = (
+                len(low if ends == "both" else high) == count and residual <= allowed and len(basis) >= 2 * count + 2
+            )
             if last or enough:
                 found = ritz.to(basis[0])
                 return ExtremeEigenvalues(found[low], found.flip(0)[high], residual, len(basis), residual <= allowed)
@@ -195,6 +212,19 @@ def dense_spectrum(value: Value, params: Iterable[Tensor]) -> Tensor:
     return eigenvalues
 
 
+def _scaled(product: Product, scales: Tensor) -> Product:
+    return lambda vector: scales * product(scales * vector)
+
+
+def _flat_scales(scales: Sequence[Tensor | float], params: Sequence[Tensor]) -> Tensor:
+    if len(scales) != len(params):
+        raise UserError(f"scales must have one entry for each of the {len(params)} params, got {len(scales)}.")
+    dtype = _working_dtype(params)
+    return torch.cat(
+        [torch.as_tensor(s).to(p.device, dtype).expand_as(p).flatten() for s, p in zip(scales, params, strict=True)]
+    )
+
+
 def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """Evaluate the function and its gradient with a graph, without moving random states."""
     cuda = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
@@ -214,6 +244,21 @@ def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ..
                     "value must not call backward: return the scalar and leave the derivatives to this function."
                 ) from error
             raise
+
+
+def _check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Refuse what is marked with ``once_differentiable``: products would leave its part out, without an error."""
+    waiting: list[Any] = [g.grad_fn for g in gradients]
+    seen = set(waiting)
+    for node in waiting:  # It grows on the way.
+        if node.name() == "torch::autograd::Error":
+            raise UserError(
+                "value has no second derivative: a function in it is marked with once_differentiable. Evaluate it with "
+                "operations of torch."
+            )
+        new = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= new
+        waiting += new
 
 
 def _next_vector(product: Product, basis: Sequence[Tensor]) -> tuple[Tensor, float, float]:

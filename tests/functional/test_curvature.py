@@ -224,3 +224,56 @@ def test_bad_options_are_refused():
     many = torch.ones(10_001, requires_grad=True)
     with pytest.raises(ValueError, match="at most 10000 numbers for a dense Hessian, got 10001: use extreme"):
         dense_hessian(lambda: many.square().sum(), [many])
+
+
+def test_the_largest_end_alone(generator):
+    value, params, _ = quadratic([0.0, 0.0, 1e-6, *torch.linspace(1, 4, 30).tolist(), 7.0], generator)
+    both, alone = extreme_eigenvalues(value, params), extreme_eigenvalues(value, params, ends="largest")
+    assert alone.largest.item() == pytest.approx(7, rel=1e-12)
+    assert not len(alone.smallest)
+    assert alone.converged
+    assert alone.products < both.products
+
+
+@pytest.mark.parametrize("ends", ["both", "largest"])
+def test_scales_of_parameters(ends):
+    net, value = network()
+    net.eval()
+    params = list(net.parameters())
+    torch.manual_seed(1)
+    scales = [torch.rand_like(params[0]) + 0.1, 0.5, *(torch.rand_like(p) for p in params[2:])]
+    diagonal = torch.cat(
+        [torch.as_tensor(s).double().expand_as(p).flatten() for s, p in zip(scales, params, strict=True)]
+    )
+    expected = torch.linalg.eigvalsh(diagonal[:, None] * dense_hessian(value, params) * diagonal)
+    found = extreme_eigenvalues(value, params, ends=ends, scales=scales)
+    assert found.largest.item() == pytest.approx(float(expected[-1]), rel=1e-9)
+    if ends == "both":
+        assert found.smallest.item() == pytest.approx(float(expected[0]), rel=1e-8)
+
+
+def test_options_of_ends_and_scales_are_checked(generator):
+    value, params, _ = quadratic([1.0, 2.0], generator)
+    with pytest.raises(ValueError, match="ends must be"):
+        extreme_eigenvalues(value, params, ends="smallest")
+    with pytest.raises(ValueError, match="one entry for each of the 1 params, got 2"):
+        extreme_eigenvalues(value, params, scales=[1.0, 2.0])
+
+
+class Once(torch.autograd.Function):
+    """Torch's products with a Hessian leave out how such a gradient depends on what came in."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g
+
+
+def test_functions_that_can_be_differentiated_once_are_refused(generator):
+    x = torch.randn(3, generator=generator).requires_grad_()
+    with pytest.raises(ValueError, match="no second derivative"):
+        extreme_eigenvalues(lambda: Once.apply(x * x).square().sum(), [x])
