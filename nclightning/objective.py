@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from nclightning.errors import UserError
 from nclightning.problems.checks import check_table
 from nclightning.problems.cross_entropy import CrossEntropy
-from nclightning.problems.loss import Loss
+from nclightning.problems.loss import Loss, target_rows
 from nclightning.problems.squared_error import SquaredError
 
-__all__ = ["LOSSES", "LossName", "Objective", "square_norm"]
+__all__ = ["LOSSES", "LossName", "Objective", "Scalar", "dot", "square_norm", "wide"]
 
 LossName = Literal["mse", "ce"]
 Scalar = TypeVar("Scalar", float, Tensor)
@@ -195,7 +195,12 @@ class Objective:
     def add_penalty_gradients_(self, of_head: Sequence[Tensor], head: Sequence[Tensor]) -> None:
         """Add the gradients of the head's penalties, in place; arguments as of :meth:`gradient_of`."""
         for gradient, part, penalty in zip(of_head, head, (self.lambda_w, self.lambda_b), strict=False):
-            gradient.add_(part, alpha=penalty)
+            if penalty:
+                gradient.add_(part, alpha=penalty)
+
+    def targets_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Target of each sample, of the shape and dtype of the logits."""
+        return target_rows(logits, self._table(logits), labels)
 
     def combine(
         self,
@@ -246,9 +251,20 @@ class Objective:
         return self.targets.to(device, dtype)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """All entries in float64, as a vector."""
+    flat = tensor if tensor.ndim == 1 else tensor.reshape(-1)
+    return flat if flat.dtype == torch.float64 else flat.double()
+
+
+def dot(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of the products of all entries, accumulated in float64 for every dtype; scalar."""
+    return torch.dot(wide(left), wide(right))
+
+
 def square_norm(tensor: Tensor) -> Tensor:
     """Squared Euclidean norm, accumulated in float64 for every dtype; scalar."""
-    flat = tensor.reshape(-1).double()
+    flat = wide(tensor)
     return torch.dot(flat, flat)
 
 

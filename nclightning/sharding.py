@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nclightning.errors import UserError
 
-__all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard"]
+__all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard", "shard_of"]
 
 # Told by the methods of their classes: where these are to be imported from changes with torch's version, and to ask a
 # module for what it has not takes ten times as long.
@@ -32,6 +32,25 @@ def own_shard(tensor: Tensor) -> Tensor:
     """Return the part of a sharded tensor that this process has, in the same memory; any other tensor as it is."""
     shard = getattr(tensor, "to_local", None)
     return tensor if shard is None else shard()
+
+
+def shard_of(tensor: Tensor, part: Any) -> Any:
+    """Make a copy of the part that this process has of something shaped like a sharded tensor a sharded tensor.
+
+    Args:
+        tensor: Sharded or not.
+        part: Tensor of the shape of its shard, which comes back as it is if the other is not sharded; so does what is
+            no tensor.
+    """
+    if own_shard(tensor) is tensor or not isinstance(part, Tensor):
+        return part
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - not part of all builds of torch
+
+    assert isinstance(tensor, DTensor)
+    part = part.clone()  # copy.deepcopy of torch 2.13 fails on a sharded tensor whose part begins within its memory.
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def gathered(tensor: Tensor) -> Tensor:

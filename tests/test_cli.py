@@ -80,9 +80,10 @@ INIT = "--model.init_args"
 SMALL = [f"{INIT}.samples_per_class", "6", f"{INIT}.input_dim", "80", f"{INIT}.hidden_dim", "40"]
 
 
+@pytest.mark.parametrize("optimizer", ["ArmijoGD", "ArmijoLBFGS"])
 @pytest.mark.parametrize("config", ["mlp_mse", "mlp_ce"])
-def test_the_network_takes_a_line_search(config):
-    fit(*SMALL, f"{INIT}.optimizer", "nclightning.optim.ArmijoGD", config=config)
+def test_the_network_takes_a_line_search(config, optimizer):
+    fit(*SMALL, f"{INIT}.optimizer", f"nclightning.optim.{optimizer}", config=config)
     recorded = rows()
     assert float(recorded[-1]["optimality/gap"]) < float(recorded[0]["optimality/gap"])
     assert int(float(recorded[-1]["line_search/evaluations"])) >= 21

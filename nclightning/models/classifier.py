@@ -32,7 +32,7 @@ from nclightning.models.sharded import (
 from nclightning.models.trainers import check_trainer
 from nclightning.models.tuning import tuned
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.optim import ArmijoGD, LineObjective, LineSearchOptimizer
 from nclightning.optim.evaluation import parameters_of
 from nclightning.optim.outcome import failure_of
 from nclightning.probe.features import capture_features
@@ -167,7 +167,7 @@ class RegularizedClassifier(ResumableModule):
         optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
         reshard(self)
         params = [p for p in self.parameters() if p.requires_grad]
-        if isinstance(optimizer, ArmijoGD):
+        if isinstance(optimizer, LineSearchOptimizer):
             moved = {id(p) for p in parameters_of(optimizer)}
             known = optimizer.evaluation() if moved == {id(p) for p in params} else None
             if known is not None:
@@ -293,7 +293,7 @@ class RegularizedClassifier(ResumableModule):
         params = parameters_of(optimizer)
         closure: Any = self.line(batch, params)
         trainable = [p.requires_grad for p in params]
-        alone = isinstance(optimizer, ArmijoGD) and not self._is_followed_by_others
+        alone = isinstance(optimizer, LineSearchOptimizer) and not self._is_followed_by_others
         done = 0
         # An interrupt between a step and its count would shift every iteration after a resume.
         with deferred_interrupt() as interrupt, optimizer.alone() if alone else nullcontext():  # type: ignore[attr-defined]

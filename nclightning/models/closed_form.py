@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from itertools import chain, starmap
+from operator import add
 
 import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.objective import Objective, square_norm
+from nclightning.models.hessian import hessian_product
+from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
@@ -33,8 +37,8 @@ _ELEMENTS_AT_A_TIME, _ELEMENTS_ON_A_GPU = 2**17, 2**24
 class UFMLine(LineObjective):
     """Problem (2) with free features, any loss and any targets, in closed form.
 
-    Parameters stay where they are until a trial is accepted; then their gradients are overwritten. Sums over rows are
-    accumulated in float64; those within a row of float32 features in float32 for the penalty on features.
+    Parameters stay where they are until a trial is accepted; then the gradients of the start are overwritten. Sums over
+    rows are accumulated in float64; those within a row of float32 features in float32 for the penalty on features.
 
     Args:
         objective: Loss, targets and penalties.
@@ -65,20 +69,18 @@ class UFMLine(LineObjective):
         self._objective, self._labels, self._num_samples, self._shared = objective, labels, num_samples, shared
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]
-        self._info = torch.finfo(features.dtype)
-        # From here on the gradient may overflow, though the value, a float64, does not.
-        self._limit = self._largest = math.sqrt(self._info.max)
+        info = torch.finfo(features.dtype)
+        # From the root on the gradient may overflow, though the value, a float64, does not.
+        self._epsilon, self._largest = info.eps, math.sqrt(info.max)
         elements = _ELEMENTS_AT_A_TIME if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
-        # The workspace. Trial features exist some rows at a time, so that what happens to them happens in cache: at
-        # K = 100, d = 512 an iteration takes 7% more with all at once in float64, a third more in float32.
+        # Trial features exist some rows at a time, so that what happens to them happens in cache.
         self._some = features.detach().new_empty(self._rows, features.shape[1])
         self._residual = self._some.new_empty(self._rows, len(head[0]))  # Of all rows from the first trial on.
         self._trial_head = [torch.empty_like(part.detach()) for part in head]
         self._gradients: list[Tensor] = []  # At the start.
         # That of the features is kept from the first slope on: to compute it anew takes a quarter more near an optimum.
-        self._trial_gradients = [self._some, *(torch.empty_like(part) for part in self._trial_head)]
-        self._slope: float | None = None  # At the trial, if it was taken.
+        self._trial_gradients = [self._some, *map(torch.empty_like, self._trial_head)]
         self._expects_slope = False  # As the last step did. Value and slope in one pass spare a tenth.
 
     def __call__(self) -> Tensor:
@@ -91,67 +93,84 @@ class UFMLine(LineObjective):
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient."""
-        self._bind(self._gradients or [torch.empty_like(owner) for owner in self._owners])
-        *sums, self._square = _numbers(self._pass(None, self._gradients[0], value=True))
-        self._value = self._objective.combine(sums[0], self._num_samples, *sums[1:])
+        self._gradients = self._gradients or [torch.empty_like(owner) for owner in self._owners]
+        self._read(self._pass(None, self._gradients[0], value=True))
         return self._swap(1)
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
         """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
-        self._bind(self._gradients)
-        *sums, square = self._pass(None, self._some, value=True)
-        return self._objective.combine(sums[0], self._num_samples, *sums[1:]), square
+        of_value, _, of_square = self._pass(None, self._some, value=True)
+        return self._combine(of_value), reduce(add, of_square)
 
-    def begin(self, start: Evaluation) -> None:
-        """Search along the gradient of the start, which is overwritten once a trial is accepted."""
-        gradients = dict(zip(self._order, start.gradients, strict=True))
-        self._bind([g for i in range(len(self._owners)) if (g := gradients[i]) is not None])
-        # A value above the start is rejected, finite or not.
-        self._limit = max(self._largest, start.value)
+    def is_shared_out(self, index: int) -> bool:
+        """Say whether it is the features of which processes have rows each."""
+        return self._shared and self._params[index] is self._owners[0]
 
-    def _bind(self, gradients: list[Tensor]) -> None:
-        """Find the parameters, whose memory may have been replaced."""
-        self._at, self._gradients = [owner.detach() for owner in self._owners], gradients
+    def inner_products(self, pairs: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]) -> Tensor:
+        """Multiply vectors in the order of the parameters, over all processes; one float64 per pair."""
+        features, head = [], []
+        for pair in pairs:
+            both, *rest = zip(*map(self._by_owner, pair), strict=True)
+            features.append(reduce(add, starmap(dot, self._each(*both))))
+            head.append(reduce(add, starmap(dot, rest)))
+        total = torch.stack(features)
+        return (sum_over_ranks(total) if self._shared else total) + torch.stack(head)
+
+    @torch.no_grad()
+    def hessian_product(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Multiply the Hessian at the current parameters by a vector; both in the order of the parameters."""
+        numbers = self._num_samples, self._shared, self._rows
+        products = hessian_product(self._objective, self._owners, self._by_owner(vectors), self._labels, *numbers)
+        return [products[i] for i in self._order]
+
+    def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
+        """Search along a vector, or the gradient of the start, which is overwritten once a trial is accepted."""
+        self._gradients = self._by_owner(start.gradients)
+        self._along = list(self._gradients) if along is None else self._by_owner(along)
+        self._limit = max(self._largest, start.value)  # A value above the start is rejected, finite or not.
+
+    def _by_owner(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Order vectors as features, weight, bias; a missing one is zero."""
+        given = dict(zip(self._order, vectors, strict=True))
+        return [torch.zeros_like(owner) if (v := given[i]) is None else v for i, owner in enumerate(self._owners)]
 
     def trial(self, size: float) -> float:
         """Evaluate the value at a step: one matrix product."""
-        self._length, self._slope = size, None
-        for x, g, t in zip(self._at[1:], self._gradients[1:], self._trial_head, strict=True):
-            torch.sub(x, g, alpha=size, out=t)
+        self._length = size
+        for x, p, t in zip(self._owners[1:], self._along[1:], self._trial_head, strict=True):
+            torch.sub(x, p, alpha=size, out=t)
         if len(self._residual) < len(self._labels):
             self._residual = self._residual.new_empty(len(self._labels), self._residual.shape[1])
-        sums = _numbers(self._pass(self._some, self._trial_gradients[0] if self._expects_slope else None, value=True))
-        if self._expects_slope:
-            *sums, self._slope, self._square = sums
-        self._value = self._objective.combine(sums[0], self._num_samples, *sums[1:])
+        self._read(self._pass(self._some, self._trial_gradients[0] if self._expects_slope else None, value=True))
         return self._value if self._value <= self._limit else math.inf
 
     def slope(self) -> float:
-        """Evaluate the gradient at the last trial against that of the start: two matrix products."""
+        """Evaluate the gradient at the last trial against the direction: two matrix products."""
         if self._slope is None:
             if self._trial_gradients[0] is self._some:
-                self._trial_gradients[0] = torch.empty_like(self._at[0])
-            self._slope, self._square = _numbers(self._pass(self._some, self._trial_gradients[0]))
+                self._trial_gradients[0] = torch.empty_like(self._gradients[0])
+            self._read(self._pass(self._some, self._trial_gradients[0]))
+        assert self._slope is not None
         return self._slope
 
     def stands_still(self) -> bool:
         """Compare the trial point with the start."""
-        rows = self._each(self._at[0], self._gradients[0], self._some)
-        moves = [(torch.sub(x, g, alpha=self._length, out=t) != x).any() for x, g, t in rows]
+        rows = self._each(self._owners[0], self._along[0], self._some)
+        moves = [(torch.sub(x, p, alpha=self._length, out=t) != x).any() for x, p, t in rows]
         moved = torch.stack(moves).any().double()
         if self._shared:
             sum_over_ranks(moved)
-        return not bool(moved) and all(map(torch.equal, self._trial_head, self._at[1:]))
+        return not bool(moved) and all(map(torch.equal, self._trial_head, self._owners[1:]))
 
     def accept(self) -> Evaluation:
         """Move, and replace the gradient: two matrix products, none after a slope."""
         self._expects_slope = self._slope is not None
         first = 0 if self._expects_slope else 1
-        for x, g in zip(self._at[first:], self._gradients[first:], strict=True):
-            x.sub_(g, alpha=self._length)
+        for x, p in zip(self._owners[first:], self._along[first:], strict=True):
+            x.sub_(p, alpha=self._length)
         if not self._expects_slope:
-            (self._square,) = _numbers(self._pass(self._at[0], self._gradients[0]))
+            self._read(self._pass(self._owners[0], self._gradients[0]))
         if not math.isfinite(self._square):
             raise UserError(
                 f"the gradient of {type(self._objective.function).__name__} is not finite where its value is: define "
@@ -166,59 +185,65 @@ class UFMLine(LineObjective):
         """Make the gradients at the trial those of the start, with the first, of the features, or without."""
         mine, others = self._gradients[first:], self._trial_gradients[first:]
         self._gradients[first:], self._trial_gradients[first:] = others, mine
-        return Evaluation(self._value, self._info.eps, [self._gradients[i] for i in self._order], self._square)
+        return Evaluation(self._value, self._epsilon, [self._gradients[i] for i in self._order], self._square)
 
-    def _pass(self, trial: Tensor | None, out: Tensor | None, value: bool = False) -> list[Tensor]:
-        """Go through the rows once, for a value, a gradient or both. Of a short tensor rows are written over.
+    def _pass(self, trial: Tensor | None, out: Tensor | None, value: bool = False) -> list[list[Tensor]]:
+        """Go through the rows once, for a value, a gradient or both; where a tensor is short, over its rows again.
 
-        Args:
-            trial: Takes the features at the trial; None stays at the parameters.
-            out: Takes the gradient of the features, that of the head goes to the trial gradients; None takes none.
-            value: Whether the residual is yet to be computed, and the value.
+        Features at the trial go to ``trial``, None stays at the parameters. Their gradient goes to ``out``, and that of
+        the head to the trial gradients; None takes none. The residual is computed with the value.
 
         Returns:
-            Scalars: what :meth:`Objective.combine` takes; the slope, if the start is kept; the square of the gradient.
+            What adds up to value, slope (unless the features are moved) and square, each empty if it was not computed.
         """
-        objective, head = self._objective, self._at[1:] if trial is None else self._trial_head
+        objective, head = self._objective, self._owners[1:] if trial is None else self._trial_head
         gradients = [] if out is None else self._trial_gradients[1:]
         slope = out is not None and trial is self._some
         for gradient in gradients:
             gradient.zero_()
-        start = self._some if trial is None else self._gradients[0]
+        along = self._some if trial is None else self._along[0]
         places = [self._some if place is None else place for place in (trial, out)]
-        total: Tensor | None = None
-        for x, y, r, g, t, o in self._each(self._at[0], self._labels, self._residual, start, *places):
-            features = x if trial is None else torch.sub(x, g, alpha=self._length, out=t)
+        total: list[Tensor] = []
+        for x, y, r, p, t, o in self._each(self._owners[0], self._labels, self._residual, along, *places):
+            features = x if trial is None else torch.sub(x, p, alpha=self._length, out=t)
             sums = objective.residual_of(features, head, y, r) if value else []
             if out is not None:
-                new = _wide(objective.gradient_of(features, head, r, self._num_samples, gradients, o))
-                sums += [torch.dot(new, _wide(g)), torch.dot(new, new)] if slope else [torch.dot(new, new)]
+                new = wide(objective.gradient_of(features, head, r, self._num_samples, gradients, o))
+                sums += [torch.dot(new, wide(p)), torch.dot(new, new)] if slope else [torch.dot(new, new)]
             # Added up as they come: those that waited would keep free memory between them from being used again.
-            total = torch.stack(sums) if total is None else total.add_(torch.stack(sums))
-        assert total is not None
+            total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
         if self._shared:
-            sum_all_over_ranks([total, *gradients])
-        scalars = [*total]
-        if value:
-            weight_square, *bias_square = [square_norm(part) for part in head]
-            scalars[1:2] = [weight_square, scalars[1], *bias_square]
-        if gradients:
-            objective.add_penalty_gradients_(gradients, head)
-            scalars[-1] = torch.stack([scalars[-1], *map(square_norm, gradients)]).sum()
-        if slope:
-            inner = [torch.dot(_wide(a), _wide(b)) for a, b in zip(gradients, self._gradients[1:], strict=True)]
-            scalars[-2] = scalars[-2] + torch.stack(inner).sum()
-        return scalars
+            total = [*torch.stack(total)]
+            sum_all_over_ranks([*total, *gradients])
+        objective.add_penalty_gradients_(gradients, head)
+        return [
+            [*total[:2], *map(square_norm, head if objective.lambda_b else head[:1])] if value else [],
+            [total[-2], *map(dot, gradients, self._along[1:])] if slope else [],
+            [total[-1], *map(square_norm, gradients)] if gradients else [],
+        ]
 
-    def _each(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """Yield some rows of each at a time."""
-        for first in range(0, len(self._labels), self._rows):
-            count = min(self._rows, len(self._labels) - first)
-            yield [each.narrow(0, first % len(each), count) for each in tensors]
+    def _read(self, sums: list[list[Tensor]]) -> None:
+        """Bring what a pass returns to the host."""
+        numbers = iter(_numbers([*chain(*sums)]))
+        of_value, of_slope, of_square = ([next(numbers) for _ in part] for part in sums)
+        if of_value:
+            self._value = self._combine(of_value)
+        self._slope = reduce(add, of_slope) if of_slope else None
+        self._square = reduce(add, of_square) if of_square else math.nan
 
+    def _combine(self, sums: Sequence[Scalar]) -> Scalar:
+        losses, of_features, of_weight = sums[:3]
+        of_bias = sums[3] if len(sums) > 3 else None
+        return self._objective.combine(losses, self._num_samples, of_weight, of_features, of_bias)
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).double()
+    def _each(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+        """Yield some rows of each at a time, the tensors themselves where these are all."""
+        count = len(self._labels)
+        if count == self._rows:
+            yield tensors
+            return
+        for first in range(0, count, self._rows):
+            yield [each.narrow(0, first % len(each), min(self._rows, count - first)) for each in tensors]
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.optim import ClosureLine
-from nclightning.optim.evaluation import Evaluation, inner_product, sum_of_products
+from nclightning.optim.evaluation import Evaluation
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["GraphLine"]
@@ -42,7 +42,7 @@ class GraphLine(ClosureLine):
         return self._evaluate_value()
 
     def slope(self) -> float:
-        """Evaluate the gradient, and multiply it by that of the start."""
+        """Evaluate the gradient, and multiply it by the descent vector."""
         self._end = self._differentiate()
         return super().slope()
 
@@ -55,7 +55,7 @@ class GraphLine(ClosureLine):
         value = self._evaluate_share()
         self._differentiate_share()
         gradients = self._gradients()
-        return value, sum_of_products(gradients, gradients)
+        return value, self._product(gradients, gradients)
 
     def _evaluate_value(self) -> float:
         self._value = float(self._evaluate_share())
@@ -74,7 +74,7 @@ class GraphLine(ClosureLine):
     def _differentiate(self) -> Evaluation:
         epsilon = self._differentiate_share()
         gradients = self._gradients()
-        return Evaluation(self._value, epsilon, gradients, inner_product(gradients, gradients))
+        return Evaluation(self._value, epsilon, gradients, float(self._product(gradients, gradients)))
 
     def _differentiate_share(self) -> float:
         """Set the gradients; return the machine epsilon of the value."""

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nclightning.compat.lightning import iterations_done
 from nclightning.errors import UserError
-from nclightning.optim import ArmijoGD
+from nclightning.optim import LineSearchOptimizer
 
 __all__ = ["check_problem", "check_resumable", "check_weights", "warn_of_optimizer_options"]
 
@@ -138,7 +138,7 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
         )
     for given, stored in zip(optimizer.param_groups, groups, strict=True):
         # What a scheduler or a line search writes is where the run was, and no option of it.
-        scheduled = "initial_lr" in stored or isinstance(optimizer, ArmijoGD)
+        scheduled = "initial_lr" in stored or isinstance(optimizer, LineSearchOptimizer)
         state = ("lr", "initial_lr") if scheduled else ()
         missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
         if missing and extra:  # One of them alone may be another version of torch.

@@ -20,7 +20,7 @@ from nclightning.models.known import check_known
 from nclightning.models.schedules import only_optimizer
 from nclightning.models.settings import Settings
 from nclightning.objective import LossName
-from nclightning.optim import ArmijoGD, LineObjective
+from nclightning.optim import ArmijoGD, LineObjective, LineSearchOptimizer
 from nclightning.optim.evaluation import parameters_of
 from nclightning.problems import Problem
 from nclightning.ranks import own_rows
@@ -30,7 +30,7 @@ __all__ = ["UFM"]
 
 _DRAWN_AT_A_TIME = 2**16
 _OPTIMIZERS_OF_SHARED_FEATURES = (
-    ArmijoGD,
+    LineSearchOptimizer,
     *(getattr(torch.optim, name) for name in ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam")),
     *(getattr(torch.optim, name) for name in ("RMSprop", "Rprop", "Adagrad", "Adadelta")),
 )

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nclightning.compat.torch import version_of
 from nclightning.optim.iterate import Iterate
-from nclightning.ranks import sum_over_ranks, world_size
+from nclightning.ranks import rank, sum_over_ranks, world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["Carried", "Evaluation", "average_over_ranks", "inner_product", "parameters_of", "sum_of_products"]
+__all__ = ["Carried", "Evaluation", "add_up", "average_over_ranks", "parameters_of", "products_of"]
 
 _Version = tuple[int, ...] | None
 _State = tuple[bool, _Version, _Version]  # Whether a parameter is trainable, its version and its gradient's.
@@ -118,24 +117,38 @@ def _version(tensor: Tensor | None) -> _Version:
     return version_of(tensor), version_of(shard), shard.data_ptr()
 
 
-def inner_product(left: list[Tensor | None], right: list[Tensor | None]) -> float:
-    """Inner product of two gradients in float64; a missing entry is zero."""
-    return float(sum_of_products(left, right))
+def products_of(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Inner products of what this process has of two vectors, parameter by parameter, in float64.
+
+    Returns:
+        Scalars on the devices of the parameters; None where an entry is missing, which is zero.
+    """
+    return [
+        None if a is None or b is None else torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten())
+        for a, b in zip(left, right, strict=True)
+    ]
 
 
-def sum_of_products(left: list[Tensor | None], right: list[Tensor | None]) -> Tensor:
-    """Inner product of two gradients as a scalar on the device; of sharded ones over all processes."""
-    pairs = [(a, b) for a, b in zip(left, right, strict=True) if a is not None and b is not None]
+def add_up(products: Sequence[Tensor | None], shared: Sequence[bool]) -> Tensor:
+    """Add up what this process has of inner products, over parameters and processes.
+
+    Args:
+        products: One tensor for each parameter, all of one shape; None is zero.
+        shared: Of which parameters each process has a part only. What all processes have counts once.
+
+    Returns:
+        Of the same shape, on the device of the first; the same bits on each process.
+    """
+    pairs = [(product, part) for product, part in zip(products, shared, strict=True) if product is not None]
     if not pairs:
         return torch.zeros((), dtype=torch.float64)
-    sharded = [own_shard(a) is not a for a, _ in pairs]
-    products = [torch.dot(own_shard(a).double().flatten(), own_shard(b).double().flatten()) for a, b in pairs]
-    parts = torch.stack([product.to(products[0].device) for product in products])  # Layers may be on several devices.
-    if not any(sharded):
-        return parts.sum()
-    if dist.get_rank() > 0:  # What all processes have counts once.
-        parts = torch.where(torch.tensor(sharded, device=parts.device), parts, 0)
-    return sum_over_ranks(parts.sum())
+    device = pairs[0][0].device  # Layers may be on several.
+    parts = torch.stack([product.to(device) for product, _ in pairs], dim=-1)
+    if not any(part for _, part in pairs):
+        return parts.sum(-1)
+    if rank() > 0:
+        parts = torch.where(torch.tensor([part for _, part in pairs], device=device), parts, 0)
+    return sum_over_ranks(parts.sum(-1))
 
 
 def average_over_ranks(value: Tensor) -> Tensor:

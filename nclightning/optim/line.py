@@ -1,4 +1,4 @@
-"""What a line search looks at: an objective along its negative gradient."""
+"""What a line search looks at: an objective along a descent vector."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
-from nclightning.optim.evaluation import Evaluation, average_over_ranks, inner_product
+from nclightning.optim.evaluation import Evaluation, add_up, average_over_ranks, products_of
 from nclightning.optim.iterate import Iterate, IterateCopy, remember
 from nclightning.ranks import count_over_ranks
 from nclightning.sharding import own_shard
@@ -47,11 +47,13 @@ class LineObjective(ABC):
         """
 
     @abstractmethod
-    def begin(self, start: Evaluation) -> None:
-        """Search from the current parameters along the negative gradient.
+    def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
+        """Search from the current parameters along a descent vector.
 
         Args:
             start: Value and gradient there.
+            along: The vector p, in the order of the gradients, with None where the gradient is None; of a sharded
+                parameter the shard of this process. It is not overwritten. None is the gradient itself.
         """
 
     @abstractmethod
@@ -59,15 +61,15 @@ class LineObjective(ABC):
         """Evaluate the value a step of this size away.
 
         Args:
-            size: Step t along the negative gradient g of the start.
+            size: Step t along the descent vector p.
 
         Returns:
-            F(x - t g); not finite where the gradient is not, and minus infinity if it fell beyond all numbers.
+            F(x - t p); not finite where the gradient is not, and minus infinity if it fell beyond all numbers.
         """
 
     @abstractmethod
     def slope(self) -> float:
-        """Evaluate the inner product of the gradients at the last trial and at the start."""
+        """Evaluate the inner product of the gradient at the last trial and the descent vector."""
 
     @abstractmethod
     def stands_still(self) -> bool:
@@ -84,6 +86,40 @@ class LineObjective(ABC):
     @abstractmethod
     def reject(self) -> None:
         """Put the parameters back, bit for bit."""
+
+    def is_shared_out(self, index: int) -> bool:
+        """Say whether each process has a part only of a parameter, given its number."""
+        return False
+
+    def add_up(self, products: Sequence[Tensor | None]) -> Tensor:
+        """Add up what this process has of inner products, over parameters and processes.
+
+        Args:
+            products: One tensor for each parameter, all of one shape; None is zero.
+
+        Returns:
+            Of the same shape, on the device.
+        """
+        return add_up(products, [self.is_shared_out(index) for index in range(len(products))])
+
+    def inner_products(self, pairs: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]) -> Tensor:
+        """Evaluate inner products of vectors like the gradient.
+
+        Args:
+            pairs: Of vectors in the order of the gradients; a missing entry is zero.
+
+        Returns:
+            One number per pair, float64, on the device, over all processes.
+        """
+        columns = zip(*(products_of(left, right) for left, right in pairs), strict=True)
+        products = []
+        for column in columns:
+            present = [product for product in column if product is not None]
+            zero = torch.zeros_like(present[0]) if present else None
+            stacked = [zero if product is None else product for product in column]
+            products.append(torch.stack(stacked) if present else None)  # type: ignore[arg-type]
+        total = self.add_up(products)
+        return total if total.ndim else total.expand(len(pairs))
 
     def iterate(self, params: Sequence[Tensor]) -> Iterate:
         """Remember parameters as they are.
@@ -107,10 +143,12 @@ class ClosureLine(LineObjective):
         closure: Clears the gradients, computes the objective at the current parameters, calls ``backward`` and returns
             the value.
         params: What it depends on.
+        owner: Class of the optimizer that steps it, for messages.
     """
 
-    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> None:
+    def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], owner: str = "optimizer") -> None:
         self.closure = closure
+        self._owner = owner
         self._params = params
         self._copies: list[Tensor | None] = [None] * len(params)  # Of where the search began, then of where it ended.
 
@@ -129,23 +167,23 @@ class ClosureLine(LineObjective):
         gradients = self._gradients()
         if all(g is None for g in gradients):
             raise UserError(
-                "the closure of ArmijoGD.step left no gradient at any parameter: it has to call backward() on the "
-                "objective after zero_grad(), and the objective has to depend on the parameters that the optimizer was "
-                "given."
+                f"the closure of {self._owner}.step left no gradient at any parameter: it has to call backward() on "
+                "the objective after zero_grad(), and the objective has to depend on the parameters that the optimizer "
+                "was given."
             )
         number, epsilon = float(average_over_ranks(value.detach())), self._epsilon_of(value)
-        return Evaluation(number, epsilon, gradients, inner_product(gradients, gradients))
+        return Evaluation(number, epsilon, gradients, float(self._product(gradients, gradients)))
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Call the closure for value and gradient, which it may bring to the host by itself."""
         here = self.evaluate()
         return torch.tensor(here.value, dtype=torch.float64), torch.tensor(here.square, dtype=torch.float64)
 
-    def begin(self, start: Evaluation) -> None:
+    def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
         """Remember the parameters."""
-        self._start = start
-        moving = [i for i, g in enumerate(start.gradients) if g is not None]
-        self._moving = [(own_shard(self._params[i]), own_shard(start.gradients[i])) for i in moving]  # type: ignore[arg-type]
+        self._start, self._along = start, start.gradients if along is None else along
+        moving = [i for i, v in enumerate(self._along) if v is not None]
+        self._moving = [(own_shard(self._params[i]), own_shard(self._along[i])) for i in moving]  # type: ignore[arg-type]
         self._in_shards = any(shard is not self._params[i] for i, (shard, _) in zip(moving, self._moving, strict=True))
         self._origin = [self._copy(i) for i in moving]
 
@@ -159,8 +197,8 @@ class ClosureLine(LineObjective):
         return -math.inf if fell else math.inf
 
     def slope(self) -> float:
-        """Multiply the two gradients."""
-        return inner_product(self._start.gradients, self._end.gradients)
+        """Multiply the gradient and the descent vector."""
+        return float(self._product(self._along, self._end.gradients))
 
     def stands_still(self) -> bool:
         """Compare with the parameters remembered."""
@@ -178,6 +216,13 @@ class ClosureLine(LineObjective):
         for (p, _), x in zip(self._moving, self._origin, strict=True):
             p.copy_(x)
 
+    def is_shared_out(self, index: int) -> bool:
+        """Say whether ``fully_shard`` shares it out."""
+        return own_shard(self._params[index]) is not self._params[index]
+
+    def _product(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
+        return self.add_up(products_of(left, right))
+
     def iterate(self, params: Sequence[Tensor]) -> Iterate:
         """Copy the trainable parameters to where they were copied at the start of the search."""
         return IterateCopy([self._copy(i) if p.requires_grad else None for i, p in enumerate(params)])
@@ -191,11 +236,11 @@ class ClosureLine(LineObjective):
         return copy.copy_(shard)
 
     def _move(self, size: float) -> None:
-        for (p, g), x in zip(self._moving, self._origin, strict=True):
+        for (p, v), x in zip(self._moving, self._origin, strict=True):
             if p.dtype in (torch.float16, torch.bfloat16):  # Their kernels would round the size to the same few digits.
-                p.copy_(torch.sub(x.float(), g.float(), alpha=size))
+                p.copy_(torch.sub(x.float(), v.float(), alpha=size))
             else:
-                torch.sub(x, g, alpha=size, out=p)
+                torch.sub(x, v, alpha=size, out=p)
 
     def _call(self) -> Tensor:
         # Own the gradients: a closure that zeroes in place must not reach those of the start.
@@ -206,7 +251,7 @@ class ClosureLine(LineObjective):
             result: Any = self.closure()
         if any(own_shard(p) is p and version_of(p) != v for p, v in zip(self._params, versions, strict=True)):
             raise UserError(
-                "the closure of ArmijoGD.step changed a parameter: it may only evaluate the objective where the "
+                f"the closure of {self._owner}.step changed a parameter: it may only evaluate the objective where the "
                 "parameters are. Clamp or normalise them between steps."
             )
         self._is_plain_number = isinstance(result, Real)
@@ -214,7 +259,8 @@ class ClosureLine(LineObjective):
             return torch.tensor(float(result), dtype=torch.float64)
         if not isinstance(result, Tensor) or result.numel() != 1 or not result.is_floating_point():
             raise UserError(
-                f"the closure of ArmijoGD.step must return the objective as one real number, got {_describe(result)}."
+                f"the closure of {self._owner}.step must return the objective as one real number, got "
+                f"{_describe(result)}."
             )
         return result
 
@@ -230,7 +276,7 @@ class ClosureLine(LineObjective):
         for g in gradients:
             if g is not None and g.layout != torch.strided:
                 raise UserError(
-                    "ArmijoGD needs dense gradients, got a sparse one. Build the embedding with sparse=False."
+                    f"{self._owner} needs dense gradients, got a sparse one. Build the embedding with sparse=False."
                 )
         return gradients
 

@@ -17,8 +17,12 @@ __all__ = ["check_group", "check_options", "common_options", "largest_step", "va
 _OF_OTHERS = ("betas", "dampening", "maximize", "momentum", "nesterov", "weight_decay")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], owner: str) -> None:
     """Raise unless each option is in its range.
+
+    Args:
+        options: Those that the optimizer has.
+        owner: Its class, for messages.
 
     Raises:
         ValueError: Naming the option.
@@ -28,23 +32,27 @@ def check_options(options: Mapping[str, Any]) -> None:
         ("shrink", "between 0 and 1", lambda v: 0 < v < 1),
         ("grow", "at least 1 and finite", lambda v: 1 <= v < math.inf),
         ("patience", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
+        ("history", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("c1", "between 0 and 1/2", lambda v: 0 < v < 0.5),
         ("max_trials", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("noise", "None or between 0 and 1", lambda v: v is None or 0 <= v < 1),
     )
     for name, expectation, holds in rules:
+        if name not in options:
+            continue
         value = options[name]
         number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
         if not (number and (value is None) <= (name == "noise") and holds(value)):
-            raise UserError(f"ArmijoGD({name}=...) must be {expectation}, got {value!r}.")
+            raise UserError(f"{owner}({name}=...) must be {expectation}, got {value!r}.")
 
 
-def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[dict[str, Any], float]:
+def common_options(groups: list[dict[str, Any]], names: Iterable[str], owner: str) -> tuple[dict[str, Any], float]:
     """Read the options and the first trial of the next search.
 
     Args:
         groups: Parameter groups.
         names: Of the options.
+        owner: Class of the optimizer, for messages.
 
     Returns:
         Options by name, unchecked, and ``lr``.
@@ -57,7 +65,7 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[
         for name in (*options, "lr"):
             if group[name] is not groups[0][name] and group[name] != groups[0][name]:
                 raise UserError(
-                    f"parameter groups of ArmijoGD share one search, but {name} is {groups[0][name]!r} in one and "
+                    f"parameter groups of {owner} share one search, but {name} is {groups[0][name]!r} in one and "
                     f"{group[name]!r} in another: write the same value to each."
                 )
     first = groups[0]["lr"]
@@ -67,18 +75,19 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str]) -> tuple[
         size = math.nan
     if not 0 < size < math.inf:
         raise UserError(
-            f"lr of ArmijoGD's parameter groups must be positive and finite, got {first!r}: it is the step that the "
+            f"lr of {owner}'s parameter groups must be positive and finite, got {first!r}: it is the step that the "
             "next search tries first. A scheduler has to keep it above zero."
         )
     return options, size
 
 
-def check_group(group: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_group(group: Mapping[str, Any], names: Iterable[str], owner: str) -> None:
     """Raise unless a new parameter group leaves the options to the optimizer and its parameters can be searched.
 
     Args:
         group: As the user gave it; parameters in a list.
         names: Of the options.
+        owner: Class of the optimizer, for messages.
 
     Raises:
         ValueError: With the reason.
@@ -86,16 +95,16 @@ def check_group(group: Mapping[str, Any], names: Iterable[str]) -> None:
     own = sorted(set(group) & {*names, *_OF_OTHERS})
     if own:
         others = set(own) <= set(_OF_OTHERS)
-        repair = "ArmijoGD has no such option; add penalties to the objective" if others else "Pass it to ArmijoGD(...)"
+        repair = f"{owner} has no such option; add penalties to the objective" if others else f"Pass it to {owner}(...)"
         raise UserError(
-            f"parameter groups of ArmijoGD share one search, so a group cannot set {', '.join(own)}. {repair} instead."
+            f"parameter groups of {owner} share one search, so a group cannot set {', '.join(own)}. {repair} instead."
         )
     params = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
     for p in params:
         if isinstance(p, Tensor) and p.is_complex():
-            raise UserError(f"ArmijoGD needs real parameters, got one of dtype {p.dtype}.")
+            raise UserError(f"{owner} needs real parameters, got one of dtype {p.dtype}.")
     if len({id(p) for p in params}) < len(params):
-        raise UserError("a parameter occurs twice in a group of ArmijoGD: pass each one once.")
+        raise UserError(f"a parameter occurs twice in a group of {owner}: pass each one once.")
 
 
 def largest_step(params: Iterable[Tensor]) -> float:

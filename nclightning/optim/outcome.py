@@ -60,15 +60,16 @@ _SENTENCES = {
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What one call of :meth:`ArmijoGD.step` did. All numbers belong to the iterate that it left behind.
+    """What one call of :meth:`LineSearchOptimizer.step` did. All numbers belong to the iterate that it left behind.
 
     Attributes:
         status: How the search ended.
         objective: Value at the new iterate.
         previous_objective: Value at the iterate before.
         grad_norm: Euclidean norm of the gradient at the new iterate, over all parameters.
-        previous_grad_norm: The same at the iterate before: ``step_size * previous_grad_norm`` is the length moved.
-        step_size: Step taken; 0 unless accepted.
+        previous_grad_norm: The same at the iterate before: along the gradient ``step_size * previous_grad_norm`` is the
+            length moved.
+        step_size: Step taken, a multiple of the descent vector; 0 unless accepted.
         evaluations: Calls of the closure in this step.
     """
 

@@ -16,13 +16,16 @@ from nclightning.optim.line import ClosureLine, LineObjective
 __all__ = ["check_parameters", "evaluate_start", "missing_closure", "warn_if_random"]
 
 
-def check_parameters(line: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None) -> None:
+def check_parameters(
+    line: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None, owner: str
+) -> None:
     """Refuse parameters that cannot be searched over.
 
     Args:
         line: The objective.
         params: Of the optimizer.
         own: Gradients that the last step left; None for none.
+        owner: Class of the optimizer, for messages.
 
     Raises:
         ValueError: If a gradient is another one, or parameters are frozen, without values or different on processes.
@@ -30,23 +33,23 @@ def check_parameters(line: LineObjective, params: Sequence[Tensor], own: Sequenc
     for p, g in zip(params, own or [None] * len(params), strict=True):
         if p.grad is not None and p.grad is not g:
             raise UserError(
-                "a parameter had a gradient before ArmijoGD.step: the search evaluates the objective itself and "
+                f"a parameter had a gradient before {owner}.step: the search evaluates the objective itself and "
                 "cannot add to accumulated gradients. Set accumulate_grad_batches=1 (Lightning), or call "
                 "zero_grad() before the first step."
             )
     if not any(p.requires_grad for p in params):
         raise UserError(
-            "no parameter of ArmijoGD requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
+            f"no parameter of {owner} requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
             "be trained."
         )
     if any(p.is_meta for p in params):
         raise UserError(
-            "a parameter of ArmijoGD is on the meta device and has no values: make the optimizer after the module "
+            f"a parameter of {owner} is on the meta device and has no values: make the optimizer after the module "
             "was materialised."
         )
     if type(line) is ClosureLine and differ_between_ranks(params):
         raise UserError(
-            "the parameters of ArmijoGD are not the same on all processes: broadcast them before the first step, "
+            f"the parameters of {owner} are not the same on all processes: broadcast them before the first step, "
             "as DistributedDataParallel does."
         )
 
@@ -71,21 +74,21 @@ def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
     return start
 
 
-def warn_if_random(known: Evaluation, start: Evaluation) -> None:
+def warn_if_random(known: Evaluation, start: Evaluation, owner: str) -> None:
     """Say that two evaluations at the same parameters have different values."""
     if abs(start.value - known.value) > 64 * start.epsilon * abs(known.value):
         warnings.warn(
-            f"the closure of ArmijoGD.step gave {known.value} and then {start.value} at the same parameters: a "
+            f"the closure of {owner}.step gave {known.value} and then {start.value} at the same parameters: a "
             "search needs an objective that is deterministic (no dropout, the same data). If it changes from step "
             "to step only, set reuse_gradient=False.",
             stacklevel=5,
         )
 
 
-def missing_closure() -> ValueError:
+def missing_closure(owner: str) -> ValueError:
     """Say what a step without a closure is a sign of."""
     return ValueError(
-        "ArmijoGD.step needs a closure that evaluates the objective; it was called without one. Under "
+        f"{owner}.step needs a closure that evaluates the objective; it was called without one. Under "
         "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
         "precision='32-true', '64-true' or 'bf16-mixed'."
     )

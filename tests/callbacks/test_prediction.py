@@ -11,7 +11,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.figures import read_readings, summarize
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
-from nclightning.optim import HeavyBall, Nesterov
+from nclightning.optim import ArmijoLBFGS, HeavyBall, Nesterov
 from tests.trainers import quiet_trainer
 
 GAP, DECAY, STEP = "optimality/gap", "optimality/predicted_decay", "line_search/step_size"
@@ -55,6 +55,12 @@ def test_decay_of_a_constant_step_is_geometric(tmp_path):
     expected = (1 - step * model.problem.mu) ** (2 * readings.iterations)
     np.testing.assert_allclose(readings.values[DECAY], expected, rtol=1e-10)  # A thousand products.
     assert fall(readings, DECAY) == pytest.approx(fall(readings, GAP), rel=1e-2)
+
+
+def test_the_decay_of_gradient_descent_is_not_that_of_another_direction(tmp_path):
+    readings = fit(tmp_path, ufm(optimizer=ArmijoLBFGS), max_steps=20)
+    assert DECAY not in readings.values
+    assert readings.values[STEP][-1] == 1.0
 
 
 def test_a_resumed_run_goes_on(tmp_path):

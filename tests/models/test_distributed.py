@@ -16,7 +16,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
-from nclightning.optim import HeavyBall
+from nclightning.optim import ArmijoLBFGS, HeavyBall
 from tests import forked
 from tests.trainers import quiet_trainer
 
@@ -121,6 +121,27 @@ def test_what_optimizers_keep_of_shared_features_goes_into_the_checkpoint(make, 
         model = ufm("mse", optimizer=make, init_scale=0.1)
         resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(alone, resumed) < 1e-12
+
+
+def armijo_lbfgs(params):
+    return ArmijoLBFGS(list(params)[::-1], history=4)
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_pairs_of_steps_and_gradients_of_shared_features_go_into_the_checkpoint(loss, tmp_path):
+    """Roundings grow faster than by descent: what is resumed is compared over few steps."""
+
+    def run(name, devices, max_steps, ckpt_path=None):
+        model = ufm(loss, optimizer=armijo_lbfgs)
+        return fit(tmp_path / name, model, IndexDataModule(), devices, max_steps, ckpt_path)
+
+    one, two = (run(f"{devices} to 20", devices, 20) for devices in (1, 2))
+    assert difference(one, two) < 1e-9
+    checkpoint = tmp_path / "2 to 20/lightning_logs/version_0/checkpoints/last.ckpt"
+    straight = run("2 to 26", 2, 26)
+    for devices in (1, 2, 3):
+        resumed = run(f"on {devices}", devices, 26, checkpoint)
+        assert difference(straight, resumed) < (1e-10 if devices != 2 else 1e-300)
 
 
 def test_a_checkpoint_of_several_processes_is_that_of_one(tmp_path):

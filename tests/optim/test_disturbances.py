@@ -62,17 +62,17 @@ class OwnLine(LineObjective):
     def measure(self):
         raise NotImplementedError
 
-    def begin(self, start):
-        self.start, self.origin = start, [p.detach().clone() for p in self.params]
+    def begin(self, start, along=None):
+        self.along, self.origin = along or start.gradients, [p.detach().clone() for p in self.params]
 
     def trial(self, size):
-        for p, x, g in zip(self.params, self.origin, self.start.gradients, strict=True):
+        for p, x, g in zip(self.params, self.origin, self.along, strict=True):
             p.copy_(x - size * g)
         self.end = self.evaluate()
         return self.end.value
 
     def slope(self):
-        return sum(float((a * b).sum()) for a, b in zip(self.start.gradients, self.end.gradients, strict=True))
+        return sum(float((a * b).sum()) for a, b in zip(self.along, self.end.gradients, strict=True))
 
     def stands_still(self):
         return all(torch.equal(p, x) for p, x in zip(self.params, self.origin, strict=True))

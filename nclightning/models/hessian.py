@@ -1,0 +1,73 @@
+"""Products with the Hessian of the unconstrained feature model without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from nclightning.objective import Objective
+from nclightning.ranks import sum_all_over_ranks
+
+__all__ = ["hessian_product"]
+
+
+def hessian_product(
+    objective: Objective,
+    point: Sequence[Tensor],
+    vector: Sequence[Tensor],
+    labels: Tensor,
+    num_samples: int,
+    shared: bool = False,
+    rows: int | None = None,
+) -> list[Tensor]:
+    r"""Multiply the Hessian of F by a vector.
+
+    With the point :math:`(H, W, b)`, the vector :math:`(V, U, u)`, the residual R, and C the product of the Hessians of
+    each sample's loss in its logits with the change of the logits, :math:`V W^\top + H U^\top + 1 u^\top`, it is
+
+    .. math::
+        \tfrac1N (C W + R U) + \lambda_H V, \quad
+        \tfrac1N (C^\top H + R^\top V) + \lambda_W U, \quad
+        \tfrac1N C^\top \mathbf 1 + \lambda_b u .
+
+    Args:
+        objective: F.
+        point: Features ``(B, d)``, weight ``(K, d)`` and perhaps bias ``(K,)``.
+        vector: Of the same shapes and dtype.
+        labels: Classes, or rows of the targets, ``(B,)`` int64.
+        num_samples: N, over all processes.
+        shared: Whether processes share the samples.
+        rows: How many samples at a time; None takes all at once.
+
+    Returns:
+        Of the same shapes and dtype.
+
+    Example:
+        >>> objective = Objective("mse", lambda_w=0.0, lambda_h=0.0)
+        >>> h, w = torch.tensor([[2.0]]), torch.tensor([[3.0]])  # F = (w h - 1)^2 / 2, one sample and one output.
+        >>> along_h = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> hessian_product(objective, (h, w), along_h, labels=torch.tensor([0]), num_samples=1)
+        [tensor([[9.]]), tensor([[11.]])]
+    """
+    (features, weight, *bias), (turn, *turn_of_head) = point, vector
+    of_features, of_weight, *of_bias = products = [torch.zeros_like(part) for part in point]
+    scale, count = 1 / num_samples, rows or len(labels)
+    parts = (torch.split(each, count) for each in (features, turn, labels, of_features))
+    for h, v, y, out in zip(*parts, strict=True):
+        logits = linear(h, weight, *bias)
+        targets, change = objective.targets_of(logits, y), linear(h, *turn_of_head).addmm_(v, weight.T)
+        residual = objective.function.residual(logits, targets)
+        bent = objective.function.curvature(logits, targets, change)
+        # What is linear in the point changes as the gradient of the vector would with the same residual.
+        objective.gradient_of(v, turn_of_head, residual, num_samples, [of_weight], out)
+        out.addmm_(bent, weight, alpha=scale)
+        of_weight.addmm_(bent.T, h, alpha=scale)
+        for product in of_bias:
+            product.add_(bent.sum(dim=0), alpha=scale)
+    if shared:
+        sum_all_over_ranks(products[1:])
+    objective.add_penalty_gradients_(products[1:], turn_of_head)
+    return products

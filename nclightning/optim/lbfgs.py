@@ -1,0 +1,338 @@
+"""Limited-memory BFGS with the line search of ArmijoGD."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nclightning.errors import UserError
+from nclightning.optim.backtracking import Found, grown
+from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import LineObjective
+from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.sharding import own_shard
+
+__all__ = ["ArmijoLBFGS", "LimitedMemoryBFGS"]
+
+_COLUMNS = 2**16  # At a time: narrow numbers are widened to float64 for inner products.
+_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
+_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
+
+
+class ArmijoLBFGS(LineSearchOptimizer):
+    r"""Limited-memory BFGS with the line search of :class:`ArmijoGD`.
+
+    The descent vector is p = H g, where H is the inverse BFGS matrix of the last pairs of steps
+    :math:`s_k = x_{k+1} - x_k` and changes of the gradient :math:`y_k = g_{k+1} - g_k`, begun at :math:`\gamma I` with
+    :math:`\gamma = \langle s, y\rangle / \langle y, y\rangle` of the last pair (Nocedal and Wright 2006, Sec. 7.2). It
+    is computed in the compact form (Byrd, Nocedal and Schnabel 1994), from inner products in float64.
+
+    The first trial is t = 1, and a trial is accepted on the conditions of :class:`ArmijoGD` with
+    :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`, by values and below their round-off by slopes. A rejected
+    trial is followed by one where the parabola through what is known is least. The very first step is along the
+    gradient and tries ``initial_step``; while no curvature was measured, first trials grow fourfold.
+
+    Three things keep it safe. A pair is left out where :math:`\langle s, y\rangle` is not above the round-off of
+    :math:`\|s\| (\|y\| + \|g_k\| + \|g_{k+1}\|)`: the objective is not convex there, or too flat to tell. Pairs are
+    forgotten where p is not a direction of descent beyond round-off, where there is no step along p, and where
+    parameters were frozen, added or given another shape; the step then goes along the gradient, scaled by
+    :math:`\gamma`. All that :class:`ArmijoGD` says of closures, options, writes between steps and processes holds here
+    too. Pairs stay when parameters are written to between steps: they are curvature that was measured.
+
+    A ``state_dict`` has the pairs, per parameter and in its shape, so that a resumed run continues bit for bit. Pairs
+    of parameters that processes share out are shared out alike.
+
+    Memory: up to ``2 * history + 4`` times the parameters beside what :class:`ArmijoGD` takes.
+
+    Args:
+        params: Parameters or parameter groups. Real and dense, float32 or float64.
+        initial_step: First trial of the first step, along the gradient.
+        history: Number of pairs.
+        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        shrink: Largest factor by which a rejected trial is shortened, in (0, 1).
+        max_trials: Trials along one vector before the search gives up.
+        noise: As for :class:`ArmijoGD`.
+        reuse_gradient: As for :class:`ArmijoGD`.
+
+    Raises:
+        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex, of half
+            precision, or occurs twice in a group.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = ArmijoLBFGS([x])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     value = (x * x * torch.tensor([1.0, 100.0])).sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> for _ in range(10):
+        ...     value = optimizer.step(closure)
+        >>> value < 1e-20
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        initial_step: float = 1.0,
+        history: int = 10,
+        c1: float = 1e-4,
+        shrink: float = 0.5,
+        max_trials: int = 60,
+        noise: float | None = None,
+        reuse_gradient: bool = True,
+    ) -> None:
+        options: dict[str, Any] = {
+            "initial_step": initial_step,
+            "history": history,
+            "c1": c1,
+            "shrink": shrink,
+            "max_trials": max_trials,
+            "noise": noise,
+            "reuse_gradient": reuse_gradient,
+        }
+        super().__init__(params, options, LimitedMemoryBFGS())
+
+
+class LimitedMemoryBFGS(Direction):
+    r"""The vector H g of the last pairs.
+
+    With S and Y, whose columns are the m pairs from the oldest to the newest, R the upper triangle of
+    :math:`S^\top Y` and D its diagonal,
+
+    .. math::
+        H g = \gamma g + S \delta - \gamma Y \alpha, \quad \alpha = R^{-1} S^\top g, \quad
+        \delta = R^{-\top} \big( D \alpha + \gamma (Y^\top Y \alpha - Y^\top g) \big) .
+
+    Of each parameter the optimizer's state has ``pairs``, rows of which the first m + 1 are those of S and the others
+    those of Y. One row of each is free: the next pair is made there while the oldest is still in use. Each pair is
+    multiplied by a number that brings its inner product near 1: this changes no vector, and keeps inner products from
+    underflow and overflow.
+    """
+
+    kind = "limited-memory BFGS"
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+        self._forget()
+
+    def _forget(self) -> None:
+        self._order: list[int] = []  # Rows of the pairs, from the oldest to the newest.
+        self._inner: list[list[float]] = []  # Products of the rows of S with those of Y.
+        self._squares: list[list[float]] = []  # Of the rows of Y with each other.
+        self._known: tuple[Evaluation, list[float]] | None = None  # Of the rows of S and Y with the gradient there.
+        self._along: list[Tensor | None] = []
+        self._length = 0.0
+        self._measured = False  # Whether the last step made a pair.
+
+    def restart(self) -> bool:
+        """Forget the pairs; the scale stays."""
+        learnt = bool(self._order)
+        self._forget()
+        return learnt
+
+    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
+        """Compute H g."""
+        self._check(space)
+        count = space.options["history"] + 1
+        rows = [_rows_of(space, p, g) for p, g in zip(space.params, start.gradients, strict=True)]
+        while True:
+            factors = self._factors(start, line, rows, count)
+            self._along = [
+                None if g is None or pairs is None else _combine(pairs, factors, own_shard(g), self.scale)
+                for pairs, g in zip(rows, start.gradients, strict=True)
+            ]
+            products = line.inner_products([(start.gradients, self._along), (self._along, self._along)])
+            slope, square = products.tolist()
+            self._length = math.sqrt(square)
+            noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(start.square) * self._length
+            if noise < slope < math.inf or (not self._order and self.scale == 1.0):
+                break
+            if not self.restart():  # The scale has left the numbers.
+                self.scale = 1.0
+        for pairs, g in zip(rows, start.gradients, strict=True):
+            if pairs is not None:  # The line may overwrite the gradient.
+                before = pairs[count + self._free(count)]
+                before.zero_() if g is None else before.copy_(_flat(g))
+        return Descent(self._along, slope)
+
+    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
+        """Make a pair of the step, and keep it if the curvature along it is positive."""
+        assert found.end is not None
+        end, count = found.end, space.options["history"] + 1
+        free, length = self._free(count), found.size * self._length
+        gradients = math.sqrt(start.square) + math.sqrt(end.square)
+        factor = _balancing(length, gradients, space.params)
+        rows = [_rows_of(space, p, g) for p, g in zip(space.params, end.gradients, strict=True)]
+        for pairs, along, g in zip(rows, self._along, end.gradients, strict=True):
+            if pairs is not None:
+                step, change = pairs[free], pairs[count + free]
+                step.zero_() if along is None else torch.mul(_flat(along), -found.size * factor, out=step)
+                change.neg_() if g is None else torch.sub(_flat(g), change, out=change)
+                change.mul_(factor)
+        changes = [None if pairs is None else pairs[count + free] for pairs in rows]
+        products = _multiply(rows, changes, line)
+        self._known = end, _multiply(rows, end.gradients, line)
+        curvature, square = products[free], products[count + free]
+        noise = _ROUNDINGS * _epsilon(space.params) * factor * length * (math.sqrt(square) + factor * gradients)
+        scale = curvature / square if square > 0 else math.inf
+        self._along, self._measured = [], noise < curvature and 0 < scale < math.inf
+        if not self._measured:
+            for pairs in rows:  # What is not a number there would be one nowhere.
+                if pairs is not None:
+                    pairs[free].zero_()
+                    pairs[count + free].zero_()
+            return
+        if not self._order:
+            self._inner, self._squares = ([[0.0] * count for _ in range(count)] for _ in range(2))
+        self._order = [*self._order, free][-count + 1 :]
+        for i in range(count):
+            self._inner[i][free] = products[i]
+            self._squares[i][free] = self._squares[free][i] = products[count + i]
+        self.scale = scale
+
+    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+        """Try 1 after a pair was made, else longer and longer steps."""
+        if self._measured:
+            return 1.0, False
+        return grown({**space.options, **_GROWTH}, streak, found, space.params)
+
+    def _check(self, space: Space) -> None:
+        """Forget pairs that do not belong to the parameters as they are."""
+        searched, count = tuple(p.requires_grad for p in space.params), space.options["history"] + 1
+        fits = searched == (self._searched or searched)
+        for p in space.params:
+            shard = own_shard(p)
+            if p.dtype not in (torch.float32, torch.float64):
+                raise UserError(
+                    f"ArmijoLBFGS needs parameters in float32 or float64, got one of dtype {p.dtype}, in which "
+                    "differences of gradients are mostly rounding: take ArmijoGD, or keep the parameters in float32 "
+                    "and let autocast compute in half precision."
+                )
+            if p in space.state:
+                pairs, shape = space.state[p]["pairs"], (2 * count, *shard.shape)
+                fits = fits and (pairs.shape, pairs.dtype, pairs.device) == (shape, shard.dtype, shard.device)
+        if not fits:
+            self.restart()
+            for p in space.params:
+                space.state.pop(p, None)
+        self._searched = searched
+
+    def _free(self, count: int) -> int:
+        return min(set(range(count)) - set(self._order))
+
+    def _factors(
+        self, start: Evaluation, line: LineObjective, rows: Sequence[Tensor | None], count: int
+    ) -> Tensor | None:
+        """Compute delta and - gamma alpha, row by row; None if there are no pairs."""
+        if not self._order:
+            return None
+        if self._known is None or self._known[0] is not start:
+            self._known = start, _multiply(rows, start.gradients, line)
+        steps, changes = self._known[1][:count], self._known[1][count:]
+        inner, squares, order, scale = self._inner, self._squares, self._order, self.scale
+        alpha, delta = [0.0] * count, [0.0] * count
+        for place in reversed(range(len(order))):
+            i = order[place]
+            rest = sum(inner[i][j] * alpha[j] for j in order[place + 1 :])
+            alpha[i] = (steps[i] - rest) / inner[i][i]
+        for place, i in enumerate(order):
+            right = inner[i][i] * alpha[i] + scale * (sum(squares[i][j] * alpha[j] for j in order) - changes[i])
+            delta[i] = (right - sum(inner[j][i] * delta[j] for j in order[:place])) / inner[i][i]
+        return torch.tensor([*delta, *(-scale * a for a in alpha)], dtype=torch.float64, device="cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the order of the pairs, their inner products and the scale."""
+        numbers = {"inner": self._inner, "squares": self._squares}
+        return {"order": list(self._order), "scale": self.scale} | copy.deepcopy(numbers)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self._forget()
+        self._order, self.scale, self._searched = list(state["order"]), state["scale"], None
+        self._inner, self._squares = copy.deepcopy((state["inner"], state["squares"]))
+
+    def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return each pair by its row."""
+        steps, changes = entries["pairs"].chunk(2)
+        named = (("step", steps), ("change", changes))
+        return {f"{name}_{row}": part[row] for name, part in named for row in self._order}
+
+    def loaded(self, entries: Mapping[str, Any], space: Space) -> dict[str, Any]:
+        """Put the pairs in their rows."""
+        count = space.options["history"] + 1
+        some = next(iter(entries.values()))
+        pairs = some.new_zeros(2 * count, *some.shape)
+        for first, name in ((0, "step"), (count, "change")):
+            for row in self._order:
+                pairs[first + row] = entries[f"{name}_{row}"]
+        return {"pairs": pairs}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_known": None, "_along": []}
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return own_shard(tensor).reshape(-1)
+
+
+def _epsilon(params: Sequence[Tensor]) -> float:
+    return max(torch.finfo(p.dtype).eps for p in params)
+
+
+def _balancing(length: float, gradient: float, params: Sequence[Tensor]) -> float:
+    """Return the power of two that brings the product of a step and a gradient of these norms near 1."""
+    if not (0 < length < math.inf and 0 < gradient < math.inf):
+        return 1.0
+    most = 1000 if _epsilon(params) < 1e-10 else 120  # What multiplies float64, and float32.
+    return 2.0 ** min(max(-round((math.log2(length) + math.log2(gradient)) / 2), -most), most)
+
+
+def _rows_of(space: Space, p: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """Return the pairs of a parameter, one per row; None if it has never had a gradient."""
+    if p not in space.state:
+        if gradient is None:
+            return None
+        shard = own_shard(p.detach())
+        space.state[p]["pairs"] = shard.new_zeros(2 * space.options["history"] + 2, *shard.shape)
+    pairs: Tensor = space.state[p]["pairs"]
+    return pairs.view(len(pairs), own_shard(p).numel())
+
+
+def _columns(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Yield some columns of each at a time, in float64."""
+    count = tensors[0].shape[-1]
+    if count <= _COLUMNS:
+        yield [each.double() for each in tensors]
+        return
+    for first in range(0, count, _COLUMNS):
+        yield [each[..., first : first + _COLUMNS].double() for each in tensors]
+
+
+def _multiply(rows: Sequence[Tensor | None], vector: Sequence[Tensor | None], line: LineObjective) -> list[float]:
+    """Multiply all rows by a vector, over parameters and processes, and bring the products to the host."""
+    products = [
+        None if pairs is None or part is None else reduce(add, (a @ b for a, b in _columns(pairs, _flat(part))))
+        for pairs, part in zip(rows, vector, strict=True)
+    ]
+    numbers: list[float] = line.add_up(products).tolist()
+    return numbers
+
+
+def _combine(pairs: Tensor, factors: Tensor | None, gradient: Tensor, scale: float) -> Tensor:
+    """Add multiples of all rows to a multiple of the gradient."""
+    if factors is None:
+        return gradient * scale
+    factors, flat = factors.to(pairs.device), gradient.reshape(-1)
+    parts = [(factors @ a).add_(b, alpha=scale).to(gradient.dtype) for a, b in _columns(pairs, flat)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(gradient.shape)
