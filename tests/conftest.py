@@ -1,5 +1,7 @@
 """Fixtures and guards for every test."""
 
+import functools
+import gc
 import logging
 import os
 import shutil
@@ -10,9 +12,19 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Also in processes that tests start.
 import torch
+from lightning.fabric.utilities import registry
 
 # A forked process waits for ever for the pool of threads that only its parent had.
 torch.set_num_threads(1)
+
+# Each Trainer looks through the metadata of all that is installed for callbacks of plugins; there is one answer.
+registry.entry_points = functools.cache(registry.entry_points)
+
+
+def pytest_collection_finish():
+    """Keep what all tests share from being searched for garbage after each of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Processes that share a training set take the steps of one that has all of it."""
 
 import csv
+import functools
 import math
 import os
 import sys
@@ -65,23 +66,36 @@ def sgd(params):
     return torch.optim.SGD(params, lr=0.2, momentum=0.9)
 
 
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory):
+    """Give the models of a kind and a loss after 40 and 60 iterations, with the readings of the first; each once."""
+
+    @functools.cache
+    def runs(kind, loss):
+        make, data = MODELS[kind]
+        folder = tmp_path_factory.mktemp("alone")
+        alone = fit(folder / "alone", make(loss), data(), 1)
+        return alone, fit(folder / "whole", make(loss), data(), 1, max_steps=60), readings(folder / "alone")
+
+    return runs
+
+
 @pytest.mark.parametrize("devices", [2, 3])
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss, devices, tmp_path):
+def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss, devices, tmp_path, of_one_process):
     make, data = MODELS[kind]
-    alone = fit(tmp_path / "alone", make(loss), data(), 1)
+    alone, whole, one = of_one_process(kind, loss)
     together = fit(tmp_path / "together", make(loss), data(), devices)
     # Sums in another order: roundings, carried along by as many steps.
     assert difference(alone, together) < 1e-12
-    one, many = readings(tmp_path / "alone"), readings(tmp_path / "together")
+    many = readings(tmp_path / "together")
     assert [row["iteration"] for row in one] == [row["iteration"] for row in many] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     for row, other in zip(one, many, strict=True):
         for tag, value in row.items():
             # Near the optimum every reading is of differences that the iterates' roundings blur.
             assert other[tag] == pytest.approx(value, rel=1e-6, nan_ok=True), (row["iteration"], tag)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
-    whole = fit(tmp_path / "whole", make(loss), data(), 1, max_steps=60)
     for number in (1, 5 - devices):
         resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=60, ckpt_path=checkpoint)
         assert difference(whole, resumed) < 1e-11

@@ -16,7 +16,7 @@ def test_a_random_start_comes_to_contract_as_predicted(name, generator):
     problem = CASES[name]()
     view, rates = _View(problem, generator), problem.rates
     flat = view.flat(view.optimum)
-    step = 1 / rates.smoothness
+    step = 1.5 / rates.smoothness  # A third fewer iterations; the fastest mode halves in each.
     direction = view.draw()
     x = flat + 1e-3 * (1 + float(flat.norm())) * direction / direction.norm()
     predicted = rates.contraction(step)

@@ -1,5 +1,6 @@
 """The study of the error bound, at a few numbers of classes."""
 
+import importlib
 import itertools
 import math
 
@@ -33,6 +34,11 @@ def readings():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(error_bound, "CLASSES", {"mse": (3,), "ce": (2, 5)})
         return study_error_bound()
+
+
+@pytest.fixture(scope="module")
+def constants():
+    return study_constants()
 
 
 def of(readings, kind, loss, K):
@@ -83,29 +89,31 @@ def test_claims_follow_the_readings():
     assert [c.held for c in check_error_bound(far)] == [True, True, True]
 
 
-def test_constants_of_fact_1_are_finite_and_ordered():
-    for constants in study_constants():
-        assert 0 < constants.kappa_1 < math.inf
-        assert 0 < constants.kappa_2 < math.inf
+def test_constants_of_fact_1_are_finite_and_ordered(constants):
+    assert [each.loss for each in constants] == ["mse", "ce"]
+    for each in constants:
+        assert 0 < each.kappa_1 < math.inf
+        assert 0 < each.kappa_2 < math.inf
         # Both are steps: the decrease is at least c1 = 0.3 times move^2 / step, the gradient move / step.
-        assert constants.kappa_1 <= constants.kappa_3
-        assert constants.steps > 100
+        assert each.kappa_1 <= each.kappa_3
+        assert each.steps > 100
 
 
-def test_tables_come_back_as_they_were(tmp_path, readings):
+def test_tables_come_back_as_they_were(tmp_path, readings, constants):
     write(tmp_path / "a.csv", readings[:7])
     assert read(tmp_path / "a.csv", Reading) == readings[:7]
-    constants = study_constants()[:1]
-    write(tmp_path / "b.csv", constants)
-    assert read(tmp_path / "b.csv", Constants) == constants
+    write(tmp_path / "b.csv", constants[:1])
+    assert read(tmp_path / "b.csv", Constants) == constants[:1]
 
 
-def test_the_command_studies_once_and_draws_again(tmp_path, monkeypatch):
+def test_the_command_studies_once_and_draws_again(tmp_path, monkeypatch, readings, constants):
+    module, studied = importlib.import_module("nclightning.reproduction.reproduce"), []
+    monkeypatch.setattr(module, "study_error_bound", lambda: studied.append("bound") or readings)
+    monkeypatch.setattr(module, "study_constants", lambda: studied.append("constants") or constants)
     report = reproduce(["error_bound"], out=tmp_path)
     text = report.read_text()
     assert "| Thm. 2 |" in text
     assert "| open |" in text
     assert matplotlib.image.imread(tmp_path / "error_bound.png").shape == (880, 2760, 4)
-    for name in ("_perturb", "_constants"):
-        monkeypatch.setattr(error_bound, name, lambda *_: pytest.fail("studied again"))
     assert reproduce(["error_bound"], out=tmp_path).read_text() == text
+    assert studied == ["bound", "constants"]
