@@ -8,13 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from nclightning.figures import Run, fit_rate, read_run
+from nclightning.figures import Run, draw_optimizers, fit_rate, read_run
 from nclightning.objective import LossName
 from nclightning.reproduction.claims import Claim
 from nclightning.reproduction.experiments import OPTIMIZERS, Experiment
 from nclightning.theory import UFMProblem
 
-__all__ = ["check_optimizers", "optimizer_experiments", "optimizer_section", "read_optimizers"]
+__all__ = [
+    "Runs",
+    "check_optimizers",
+    "draw_comparison",
+    "optimizer_experiments",
+    "optimizer_section",
+    "read_optimizers",
+]
 
 # By loss and name of the optimizer.
 Runs = Mapping[tuple[LossName, str], Run]
@@ -130,6 +137,20 @@ def read_optimizers(folder: Path) -> Runs:
     }
 
 
+def draw_comparison(runs: Runs, folder: Path) -> list[Path]:
+    """Draw the figure.
+
+    Args:
+        runs: Of :func:`read_optimizers`.
+        folder: Where to write.
+
+    Returns:
+        The PNG and the PDF.
+    """
+    titled = {loss: {METHODS[name].title: run for (of, name), run in runs.items() if of == loss} for loss in _LOSSES}
+    return draw_optimizers(titled, folder / OPTIMIZERS)
+
+
 def check_optimizers(runs: Runs) -> list[Claim]:
     """Decide what is claimed of the optimizers.
 
@@ -236,9 +257,9 @@ def optimizer_section(runs: Runs) -> Iterator[str]:
     yield f"![Gap and NC0 with seven optimizers]({OPTIMIZERS}.png)"
     yield ""
     yield (
-        f"The unconstrained feature model with K = n = 10, d = 20 and lambda_W = lambda_H = {_PENALTY:g}. All runs of a "
-        f"loss begin at the same point, whose entries have standard deviation {_INIT_SCALE:g}: from entries of size 1, "
-        "the start of the other figures, momentum with a fixed step diverges. Gradient descent has the step "
+        f"The unconstrained feature model with K = n = 10, d = 20 and lambda_W = lambda_H = {_PENALTY:g}. All runs of "
+        f"a loss begin at the same point, whose entries have standard deviation {_INIT_SCALE:g}: from entries of size "
+        "1, the start of the other figures, momentum with a fixed step diverges. Gradient descent has the step "
         "2/(L + mu), heavy ball and Nesterov's method have the step and momentum of their fastest convergence. Adam "
         "trains the same objective with lr 0.01. AdamW has lr 0.03 and no penalties in its objective, but a decoupled "
         f"decay of {_PENALTY:g}. Both are the variant AMSGrad: with a constant lr Adam itself ends in a cycle round "
