@@ -29,8 +29,8 @@ Runs = Mapping[tuple[LossName, str], Run]
 GAP, DISTANCE, NC = "optimality/gap", "optimality/distance", tuple(f"nc/train/nc{i}" for i in range(4))
 _EVALUATIONS = "line_search/evaluations"
 _LOSSES: tuple[LossName, ...] = ("mse", "ce")
-# AdamW has one decay for head and features. Its product with itself is that of penalties that are equal, too.
-_PENALTY = 1e-2
+# One number for head and features, because AdamW has one.
+_PENALTY = 5e-3
 # Momentum with a fixed step diverges from entries of size 1, and converges from these.
 _INIT_SCALE = 0.1
 _DISTANCE = 1e-10  # To the optimal set, at which evaluations are counted.
