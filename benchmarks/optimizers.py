@@ -23,7 +23,7 @@ from quiet import settle
 
 from nclightning.configurations import shipped_configs
 from nclightning.models import UFM
-from nclightning.optim import ArmijoGD, ArmijoLBFGS
+from nclightning.optim import ArmijoGD, ArmijoLBFGS, HeavyBall
 from nclightning.problems import Problem
 
 DISTANCES, MOST, SEEDS = (1e-10, 1e-12), 40_000, 5
@@ -103,7 +103,7 @@ def of_torch(make):
     """Step until nothing has come nearer for a while."""
 
     def run(objective):
-        optimizer, nearest, waited = make(objective.params), math.inf, 0
+        optimizer, nearest, waited = make(objective), math.inf, 0
         while waited < PATIENCE:
             optimizer.step(objective)
             waited = 0 if objective.nearest < nearest else waited + 1
@@ -126,15 +126,22 @@ def scipy_lbfgs(objective):
     scipy.optimize.minimize(evaluate, objective.vector().numpy(), jac=True, method="L-BFGS-B", options=options)
 
 
-def torch_lbfgs(params):
+def torch_lbfgs(objective):
     return torch.optim.LBFGS(
-        params, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
+        objective.params, history_size=10, line_search_fn="strong_wolfe", tolerance_grad=0.0, tolerance_change=0.0
     )
+
+
+def heavy_ball(objective):
+    optimizer = HeavyBall(objective.params)
+    optimizer.tune(objective.problem.mu, objective.problem.smoothness)
+    return optimizer
 
 
 OPTIMIZERS = {
     "ArmijoGD": of_ours(ArmijoGD),
     "ArmijoLBFGS": of_ours(ArmijoLBFGS),
+    "HeavyBall": of_torch(heavy_ball),
     "scipy L-BFGS-B": scipy_lbfgs,
     "torch LBFGS, strong Wolfe": of_torch(torch_lbfgs),
 }

@@ -56,7 +56,7 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     path = Path(run) / "convergence.png" if path is None else Path(path)
     with replaced(path) as partial:
         if path.suffix == ".png":
-            canvas.print_png(partial)  # The same bytes as of savefig, which draws twice.
+            canvas.print_png(partial)  # type: ignore[no-untyped-call] # The same bytes as of savefig, which draws twice.
         else:
             figure.savefig(partial, dpi=_DPI)
     return path

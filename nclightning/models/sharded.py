@@ -114,8 +114,8 @@ def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
-            "LBFGS takes inner products over all parameters, and weights are sharded: take ArmijoGD or an optimizer "
-            "that treats each number by itself, or set trainer.strategy=ddp."
+            "LBFGS takes inner products over all parameters, and weights are sharded: take ArmijoLBFGS, ArmijoGD or an "
+            "optimizer that treats each number by itself, or set trainer.strategy=ddp."
         )
 
 

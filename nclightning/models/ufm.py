@@ -170,8 +170,9 @@ class UFM(RegularizedClassifier):
         optimizer = self.optimizers(use_pl_optimizer=False)
         if self._is_shared and not isinstance(optimizer, _OPTIMIZERS_OF_SHARED_FEATURES):
             raise UserError(
-                f"{type(optimizer).__name__} may mix numbers that are shared out among processes: take ArmijoGD or an "
-                "optimizer that treats each number by itself, such as SGD and Adam, or set trainer.devices=1."
+                f"{type(optimizer).__name__} may mix numbers that are shared out among processes: take ArmijoGD, "
+                "ArmijoLBFGS or an optimizer that treats each number by itself, such as SGD and Adam, or set "
+                "trainer.devices=1."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,8 +11,11 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nclightning.functional import GradientStep
 from nclightning.optim.armijo import ArmijoGD
+from nclightning.optim.momentum import HeavyBall, Nesterov
 
 __all__ = ["Step", "curvature_scales", "momentum_buffer", "step_of", "weight_decays"]
+
+_SGD = (SGD, HeavyBall, Nesterov)  # The latter two set only the options of SGD.
 
 
 class Step(NamedTuple):
@@ -33,7 +36,8 @@ def step_of(
     """Read the step that an optimizer takes, or has just taken, with the parameters of a group.
 
     Args:
-        optimizer: ``SGD``, ``Adam`` or ``AdamW`` of ``torch.optim``, or :class:`nclightning.optim.ArmijoGD`.
+        optimizer: ``SGD``, ``Adam`` or ``AdamW`` of ``torch.optim``, or ``ArmijoGD``, ``HeavyBall`` or ``Nesterov`` of
+            :mod:`nclightning.optim`.
         group: Of its ``param_groups``.
         is_first: Whether the parameter had no momentum buffer before the step.
         penalty: On the parameter in the loss, as for :class:`nclightning.functional.GradientStep`.
@@ -46,7 +50,7 @@ def step_of(
     if kind is ArmijoGD:
         outcome = optimizer.outcome  # type: ignore[attr-defined]
         return Step(GradientStep(0.0 if outcome is None else float(outcome.step_size), penalty=penalty), True)
-    if kind is SGD:
+    if kind in _SGD:
         given = {name: float(group[name]) for name in ("lr", "momentum", "dampening")}
         return Step(
             GradientStep(
@@ -83,7 +87,7 @@ def weight_decays(optimizer: Optimizer) -> list[tuple[Tensor, float]]:
     """
     found = list[tuple[Tensor, float]]()
     for group in optimizer.param_groups:
-        coupled = type(optimizer) is SGD or (type(optimizer) is Adam and not _is_decoupled(Adam, group))
+        coupled = type(optimizer) in _SGD or (type(optimizer) is Adam and not _is_decoupled(Adam, group))
         decay = float(group["weight_decay"]) if coupled else 0.0
         found += [(p, decay) for p in group["params"] if p.requires_grad]
     return found

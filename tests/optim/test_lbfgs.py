@@ -187,6 +187,77 @@ def test_negative_curvature_makes_no_pair_and_longer_steps():
     assert x.item() == pytest.approx(1.0, abs=1e-12)
 
 
+class Rounded(torch.autograd.Function):
+    """The linear function -sum x, whose gradient is rounded up and down in turns."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        return -x.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Rounded.calls += 1
+        return -gradient.expand(3) * (1 + 2.0**-52 * (-1) ** Rounded.calls)
+
+
+def test_rounding_is_no_curvature():
+    x = parameter(1.0, 2.0, 3.0)
+    optimizer = ArmijoLBFGS([x])
+    Rounded.calls, sizes = 0, []
+    for _ in range(6):
+        optimizer.step(closure_of(optimizer, Rounded.apply, x))
+        sizes.append(optimizer.outcome.step_size)
+    assert sizes == [4.0**k for k in range(6)]
+
+
+def test_a_vector_that_is_uphill_gives_way_to_the_gradient():
+    model = network()
+    optimizer = ArmijoLBFGS(model.parameters())
+    step(optimizer, model, 12)
+    optimizer._direction.scale = -1e3  # As no run leaves it: the vector and the scaled gradient are uphill.
+    before = [p.detach().clone() for p in model.parameters()]
+    gradients = [p.grad.clone() for p in model.parameters()]
+    (outcome,) = step(optimizer, model, 1)
+    assert outcome.status is SearchStatus.ACCEPTED
+    for p, x, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(x - p.detach(), outcome.step_size * g, rtol=1e-12, atol=1e-15)
+    assert len(optimizer._direction._order) == 1
+
+
+def test_gradients_that_come_and_go():
+    """Of F = (x - 1)^2 + y^2, y is left out where x is negative."""
+    x, y = parameter(2.0), parameter(1.5)
+    optimizer = ArmijoLBFGS([x, y])
+    missing = []
+
+    def closure():
+        optimizer.zero_grad()
+        value = (2 * (x - 1).square() + (y.square() if x.item() > 0 else 0.0)).sum()
+        value.backward()
+        missing.append(y.grad is None)
+        return value
+
+    for number in range(12):
+        if number in (1, 5):
+            x.data.fill_(-1.0)
+        optimizer.step(closure)
+    assert {True, False} == set(missing)
+    assert (x.item(), y.item()) == pytest.approx((1.0, 0.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("disturb", ["freeze", "thaw"])
+def test_pairs_of_other_parameters_are_forgotten(disturb):
+    model = network()
+    weight = model[0].weight.requires_grad_(disturb == "freeze")
+    optimizer = ArmijoLBFGS(model.parameters())
+    step(optimizer, model, 12)
+    weight.requires_grad_(disturb == "thaw")
+    step(optimizer, model, 1)
+    assert len(optimizer._direction._order) == 1
+
+
 def test_pairs_that_mislead_are_forgotten_within_the_step():
     """Another objective from step 5 on, whose curvatures are those of the first one turned round."""
     curvatures = [torch.logspace(0, 8, 6, dtype=torch.float64)]

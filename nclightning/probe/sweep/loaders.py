@@ -27,6 +27,7 @@ from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_s
 from nclightning.compat.fabric import sampler_of_lightning
 from nclightning.errors import UserError
 from nclightning.probe.inputs import tensors_of
+from nclightning.probe.sweep.at_once import batches_at_once
 from nclightning.probe.sweep.checksums import fingerprint
 from nclightning.probe.sweep.online import or_online
 from nclightning.probe.sweep.states import drawing_apart, random_states_kept
@@ -155,15 +156,20 @@ def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoade
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
         }
+    at_once = batches_at_once(loader) if "batch_sampler" in plan else None
     return DataLoader(
-        dataset,
+        dataset if at_once is None else at_once,
         num_workers=loader.num_workers,
-        collate_fn=drawing_apart(loader.collate_fn),
+        collate_fn=drawing_apart(loader.collate_fn) if at_once is None else _as_it_is,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
         **plan,
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 # Loaders without indices.
