@@ -12,7 +12,7 @@ GAP, NC0, DECAY = "optimality/gap", "nc/train/nc0", "optimality/predicted_decay"
 
 def run(folder, *tags, per_decade=100.0, loss="ce"):
     iterations, values = geometric(per_decade, 20)
-    curves = {tag: (iterations, values) for tag in tags}
+    curves = dict.fromkeys(tags, (iterations, values))
     return record(folder, curves, loss=loss, lambda_w=5e-3, lambda_h=5e-3)
 
 
