@@ -147,7 +147,9 @@ def draw_comparison(runs: Runs, folder: Path) -> list[Path]:
     Returns:
         The PNG and the PDF.
     """
-    titled = {loss: {METHODS[name].title: run for (of, name), run in runs.items() if of == loss} for loss in _LOSSES}
+    titled: dict[str, dict[str, Run]] = {}
+    for (loss, name), run in runs.items():
+        titled.setdefault(loss, {})[METHODS[name].title] = run
     return draw_optimizers(titled, folder / OPTIMIZERS)
 
 
