@@ -269,8 +269,8 @@ def optimizer_section(runs: Runs) -> Iterator[str]:
     )
     yield ""
     yield (
-        "Iterations per decade of the gap are those of a line through its last 15 decades, or three quarters of all "
-        "decades if that is less; predicted ones are those of the predicted decay over the same iterations. "
+        "Iterations per decade are here those of a line through the last 15 decades of the gap, or three quarters of "
+        "all decades if that is less. Predicted ones are those of the predicted decay over the same iterations. "
         f"Evaluations of F and its gradient are counted to a distance of {_DISTANCE:g} to the optimal set. NC0 is the "
         "norm of the sum of the head's rows. NC0 to NC3 are those at the end, which is a distance of 1e-12, and for "
         "AdamW, whose objective has no minimum, a number of iterations."
