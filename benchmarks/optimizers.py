@@ -23,7 +23,7 @@ from quiet import settle
 
 from nclightning.configurations import shipped_configs
 from nclightning.models import UFM
-from nclightning.optim import ArmijoGD, ArmijoLBFGS, HeavyBall
+from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoLBFGS, ArmijoNewtonCG, HeavyBall
 from nclightning.problems import Problem
 
 DISTANCES, MOST, SEEDS = (1e-10, 1e-12), 40_000, 5
@@ -141,6 +141,8 @@ def heavy_ball(objective):
 OPTIMIZERS = {
     "ArmijoGD": of_ours(ArmijoGD),
     "ArmijoLBFGS": of_ours(ArmijoLBFGS),
+    "ArmijoCG": of_ours(ArmijoCG),
+    "ArmijoNewtonCG": of_ours(ArmijoNewtonCG),  # With closures: products are differences of gradients.
     "HeavyBall": of_torch(heavy_ball),
     "scipy L-BFGS-B": scipy_lbfgs,
     "torch LBFGS, strong Wolfe": of_torch(torch_lbfgs),

@@ -80,7 +80,7 @@ INIT = "--model.init_args"
 SMALL = [f"{INIT}.samples_per_class", "6", f"{INIT}.input_dim", "80", f"{INIT}.hidden_dim", "40"]
 
 
-@pytest.mark.parametrize("optimizer", ["ArmijoGD", "ArmijoLBFGS"])
+@pytest.mark.parametrize("optimizer", ["ArmijoGD", "ArmijoLBFGS", "ArmijoCG", "ArmijoNewtonCG"])
 @pytest.mark.parametrize("config", ["mlp_mse", "mlp_ce"])
 def test_the_network_takes_a_line_search(config, optimizer):
     fit(*SMALL, f"{INIT}.optimizer", f"nclightning.optim.{optimizer}", config=config)

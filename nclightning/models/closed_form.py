@@ -26,6 +26,7 @@ from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import Hessian
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["UFMLine"]
@@ -116,6 +117,10 @@ class UFMLine(LineObjective):
             head.append(reduce(add, starmap(dot, rest)))
         total = torch.stack(features)
         return (sum_over_ranks(total) if self._shared else total) + torch.stack(head)
+
+    def hessian(self, start: Evaluation, unit: float) -> Hessian:
+        """Multiply by the Hessian in closed form, at the cost of two gradients."""
+        return Hessian(self.hessian_product, self._epsilon)
 
     @torch.no_grad()
     def hessian_product(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from nclightning.errors import UserError
 from nclightning.optim import ClosureLine
 from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import Hessian, multiply_by_graph
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["GraphLine"]
@@ -49,6 +50,21 @@ class GraphLine(ClosureLine):
     def accept(self) -> Evaluation:
         """Evaluate the gradient, unless a slope did."""
         return self._end if self._share is None else self._differentiate()
+
+    def hessian(self, start: Evaluation, unit: float) -> Hessian:
+        """Differentiate twice. The graph of the gradient takes one evaluation."""
+        with torch.enable_grad():
+            share = self._call()
+            moving = [p for p, g in zip(self._params, start.gradients, strict=True) if g is not None]
+            found = iter(torch.autograd.grad(share, moving, create_graph=True))
+        gradients = [None if g is None else next(found) for g in start.gradients]
+
+        def multiply(vector: Sequence[Tensor | None]) -> list[Tensor | None]:
+            products = multiply_by_graph(gradients, self._params, vector)
+            sum_all_over_ranks([product for product in products if product is not None])
+            return products
+
+        return Hessian(multiply, self._rounding(start), evaluations=1)
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Evaluate value and squared norm of the gradient on the device."""

@@ -18,7 +18,9 @@ from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
-from nclightning.optim.evaluation import parameters_of
+from nclightning.optim import ClosureLine
+from nclightning.optim.evaluation import Evaluation, parameters_of
+from nclightning.optim.line import Hessian
 from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 
@@ -37,6 +39,10 @@ class ShardedLine(GraphLine):
     def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor], module: nn.Module) -> None:
         super().__init__(objective, params)
         self._module = module
+
+    def hessian(self, start: Evaluation, unit: float) -> Hessian:
+        """Take differences of two gradients: those of ``fully_shard`` have no graph."""
+        return ClosureLine.hessian(self, start, unit)
 
     def reject(self) -> None:
         """Put the parameters back, and give up the weights of the last trial."""

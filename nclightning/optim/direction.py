@@ -36,10 +36,12 @@ class Descent(NamedTuple):
         along: p, in the order of the parameters, with None where the gradient is None. Of a sharded parameter it is the
             shard of this process. None in place of the list is the gradient g.
         slope: The inner product of g and p, positive: the objective falls by t times as much to first order.
+        evaluations: Spent to find it.
     """
 
     along: Sequence[Tensor | None] | None
     slope: float
+    evaluations: int = 0
 
 
 class Direction(ABC):

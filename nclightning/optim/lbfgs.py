@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.errors import UserError
 from nclightning.optim.backtracking import Found, grown
 from nclightning.optim.direction import Descent, Direction, Space
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.optim.options import check_precision
 from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoLBFGS", "LimitedMemoryBFGS"]
@@ -209,16 +209,11 @@ class LimitedMemoryBFGS(Direction):
 
     def _check(self, space: Space) -> None:
         """Forget pairs that do not belong to the parameters as they are."""
+        check_precision(space.params, "ArmijoLBFGS")
         searched, count = tuple(p.requires_grad for p in space.params), space.options["history"] + 1
         fits = searched == (self._searched or searched)
         for p in space.params:
             shard = own_shard(p)
-            if p.dtype not in (torch.float32, torch.float64):
-                raise UserError(
-                    f"ArmijoLBFGS needs parameters in float32 or float64, got one of dtype {p.dtype}, in which "
-                    "differences of gradients are mostly rounding: take ArmijoGD, or keep the parameters in float32 "
-                    "and let autocast compute in half precision."
-                )
             if p in space.state:
                 pairs, shape = space.state[p]["pairs"], (2 * count, *shard.shape)
                 fits = fits and (pairs.shape, pairs.dtype, pairs.device) == (shape, shard.dtype, shard.device)

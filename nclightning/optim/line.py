@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,25 @@ from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, add_up, average_over_ranks, products_of
 from nclightning.optim.iterate import Iterate, IterateCopy, remember
-from nclightning.ranks import count_over_ranks
+from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["ClosureLine", "LineObjective"]
+__all__ = ["ClosureLine", "Hessian", "LineObjective"]
+
+
+class Hessian(NamedTuple):
+    """Products with the Hessian at one point.
+
+    Attributes:
+        multiply: Multiplies it by a vector in the order of the gradients, with None where the gradient is None. Of a
+            sharded parameter it is the shard of this process.
+        error: Of a product, relative to the largest eigenvalue times the length of the vector, roughly.
+        evaluations: Spent to begin with. Each product counts one more.
+    """
+
+    multiply: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
+    error: float
+    evaluations: int = 0
 
 
 class LineObjective(ABC):
@@ -121,6 +137,20 @@ class LineObjective(ABC):
         total = self.add_up(products)
         return total if total.ndim else total.expand(len(pairs))
 
+    def hessian(self, start: Evaluation, unit: float) -> Hessian:
+        """Make the Hessian at the current parameters, for as long as these stay.
+
+        Args:
+            start: Value and gradient there.
+            unit: A length over which the gradient is known to change, for products that are differences of gradients.
+
+        Raises:
+            ValueError: If this line has no products.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no products with the Hessian: define its method hessian, or take ArmijoLBFGS."
+        )
+
     def iterate(self, params: Sequence[Tensor]) -> Iterate:
         """Remember parameters as they are.
 
@@ -150,6 +180,7 @@ class ClosureLine(LineObjective):
         self.closure = closure
         self._owner = owner
         self._params = params
+        self._graph: tuple[Evaluation, list[Tensor | None], list[int]] | None = None  # Of the last gradients.
         self._copies: list[Tensor | None] = [None] * len(params)  # Of where the search began, then of where it ended.
 
     def has(self, params: Sequence[Tensor]) -> bool:
@@ -171,8 +202,14 @@ class ClosureLine(LineObjective):
                 "the objective after zero_grad(), and the objective has to depend on the parameters that the optimizer "
                 "was given."
             )
+        # A closure that calls backward(create_graph=True) says more than the evaluation needs, but not on several
+        # processes: they add up gradients outside of the graph.
+        with_graph = world_size() == 1 and any(g is not None and g.requires_grad for g in gradients)
+        plain = [g if g is None or not g.requires_grad else g.detach() for g in gradients]
         number, epsilon = float(average_over_ranks(value.detach())), self._epsilon_of(value)
-        return Evaluation(number, epsilon, gradients, float(self._product(gradients, gradients)))
+        end = Evaluation(number, epsilon, plain, float(self._product(plain, plain)))
+        self._graph = (end, gradients, [version_of(p) for p in self._params]) if with_graph else None
+        return end
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Call the closure for value and gradient, which it may bring to the host by itself."""
@@ -215,6 +252,33 @@ class ClosureLine(LineObjective):
         """Go back."""
         for (p, _), x in zip(self._moving, self._origin, strict=True):
             p.copy_(x)
+
+    def hessian(self, start: Evaluation, unit: float) -> Hessian:
+        """Differentiate the gradients of the start if they have a graph, else take differences of two gradients."""
+        graph = self._graph
+        if graph is not None and graph[0] is start and graph[2] == [version_of(p) for p in self._params]:
+            return Hessian(partial(multiply_by_graph, graph[1], self._params), self._rounding(start))
+        moving = [p if g is not None else None for p, g in zip(self._params, start.gradients, strict=True)]
+        extent = max(unit, math.sqrt(float(self._product(moving, moving)))) or math.sqrt(start.square)
+        length = math.sqrt(self._rounding(start)) * extent
+        return Hessian(partial(self._difference, start, length), math.sqrt(self._rounding(start)))
+
+    def _rounding(self, start: Evaluation) -> float:
+        return max([start.epsilon, *(torch.finfo(p.dtype).eps for p in self._params)])
+
+    def _difference(self, start: Evaluation, length: float, vector: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Evaluate the gradient this length away, for a product with the Hessian."""
+        size = length / math.sqrt(float(self._product(vector, vector)))
+        self.begin(start, vector)
+        try:
+            self._move(-size)
+            there = self.evaluate()
+        finally:
+            self.reject()
+        return [
+            None if v is None or h is None else (own_shard(h) if g is None else own_shard(h) - own_shard(g)) / size
+            for v, g, h in zip(vector, start.gradients, there.gradients, strict=True)
+        ]
 
     def is_shared_out(self, index: int) -> bool:
         """Say whether ``fully_shard`` shares it out."""
@@ -285,3 +349,28 @@ def _describe(result: Any) -> str:
     if isinstance(result, Tensor):
         return f"a tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
     return "nothing (None)" if result is None else f"an object of type {type(result).__name__}"
+
+
+def multiply_by_graph(
+    gradients: Sequence[Tensor | None], params: Sequence[Tensor], vector: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Multiply the Hessian by a vector.
+
+    Args:
+        gradients: With their graph, or None where it is missing.
+        params: That they are of.
+        vector: None is zero.
+
+    Returns:
+        The products; None where there is no gradient.
+    """
+    known = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
+    outputs, weights = [g for g, v in known if v is not None], [v for _, v in known if v is not None]
+    wanted = [i for i, g in enumerate(gradients) if g is not None]
+    products = [None if g is None else torch.zeros_like(p) for g, p in zip(gradients, params, strict=True)]
+    if not outputs:
+        return products
+    found = torch.autograd.grad(outputs, [params[i] for i in wanted], weights, retain_graph=True, allow_unused=True)
+    for i, product in zip(wanted, found, strict=True):
+        products[i] = products[i] if product is None else product
+    return products

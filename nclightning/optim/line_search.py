@@ -86,7 +86,7 @@ class LineSearchOptimizer(Optimizer):
 
     @property
     def total_evaluations(self) -> int:
-        """Calls of the closure in all steps so far; the one that a resume repeats is not counted."""
+        """Calls of the closure and products with the Hessian in all steps; what a resume repeats is not counted."""
         return self._total_evaluations
 
     def evaluation(self) -> Evaluation | None:
@@ -201,16 +201,20 @@ class LineSearchOptimizer(Optimizer):
             return self._finish(line, params, start, start, status, 0.0, spent)
 
         space = Space(params, self.state, self._options)
-        found = self._find_step(line, start, space)
-        spent += found.trials
+        found, evaluations = self._find_step(line, start, space)
+        spent += evaluations
         if found.end is None:
             return self._finish(line, params, start, start, found.status, 0.0, spent)
         self._adapt(start, found, line, space)
         return self._finish(line, params, start, found.end, found.status, found.size, spent)
 
-    def _find_step(self, line: LineObjective, start: Evaluation, space: Space) -> Found:
-        """Search along the descent vector, and along the gradient if there is no step along another vector."""
-        trials, direction = 0, self._direction
+    def _find_step(self, line: LineObjective, start: Evaluation, space: Space) -> tuple[Found, int]:
+        """Search along the descent vector, and along the gradient if there is no step along another vector.
+
+        Returns:
+            What was found, and how many evaluations that took.
+        """
+        trials, spent, direction = 0, 0, self._direction
         while True:
             try:
                 descent = direction.find(start, line, space)
@@ -220,12 +224,13 @@ class LineSearchOptimizer(Optimizer):
                 self._drop_gradients(space.params)
                 raise
             trials += found.trials
+            spent += descent.evaluations
             if found.end is not None:
                 break
             line.reject()
             if not direction.restart():
                 break
-        return found._replace(trials=trials)
+        return found._replace(trials=trials), trials + spent
 
     def _search_along(self, line: LineObjective, start: Evaluation, descent: Descent, space: Space) -> Found:
         interpolates = self._direction.interpolates

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 
-__all__ = ["check_group", "check_options", "common_options", "largest_step", "vanishing_step"]
+__all__ = ["check_group", "check_options", "check_precision", "common_options", "largest_step", "vanishing_step"]
 
 # Options of other optimizers that a parameter group may carry from there; they would be ignored without a word.
 _OF_OTHERS = ("betas", "dampening", "maximize", "momentum", "nesterov", "weight_decay")
@@ -33,6 +33,7 @@ def check_options(options: Mapping[str, Any], owner: str) -> None:
         ("grow", "at least 1 and finite", lambda v: 1 <= v < math.inf),
         ("patience", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("history", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
+        ("max_products", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("c1", "between 0 and 1/2", lambda v: 0 < v < 0.5),
         ("max_trials", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("noise", "None or between 0 and 1", lambda v: v is None or 0 <= v < 1),
@@ -105,6 +106,25 @@ def check_group(group: Mapping[str, Any], names: Iterable[str], owner: str) -> N
             raise UserError(f"{owner} needs real parameters, got one of dtype {p.dtype}.")
     if len({id(p) for p in params}) < len(params):
         raise UserError(f"a parameter occurs twice in a group of {owner}: pass each one once.")
+
+
+def check_precision(params: Iterable[Tensor], owner: str) -> None:
+    """Raise unless differences of gradients have digits.
+
+    Args:
+        params: Of the optimizer.
+        owner: Its class, for messages.
+
+    Raises:
+        ValueError: If a parameter is of half precision.
+    """
+    for p in params:
+        if p.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"{owner} needs parameters in float32 or float64, got one of dtype {p.dtype}, in which differences of "
+                "gradients are mostly rounding: take ArmijoGD, or keep the parameters in float32 and let autocast "
+                "compute in half precision."
+            )
 
 
 def largest_step(params: Iterable[Tensor]) -> float:

@@ -70,7 +70,7 @@ class SearchOutcome:
         previous_grad_norm: The same at the iterate before: along the gradient ``step_size * previous_grad_norm`` is the
             length moved.
         step_size: Step taken, a multiple of the descent vector; 0 unless accepted.
-        evaluations: Calls of the closure in this step.
+        evaluations: Calls of the closure in this step, and products with the Hessian.
     """
 
     status: SearchStatus

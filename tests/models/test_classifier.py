@@ -13,7 +13,7 @@ from nclightning.callbacks import LastCheckpoint
 from nclightning.data import FullBatchLoader, IndexDataModule
 from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD, ArmijoLBFGS, SearchStatus
+from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoLBFGS, ArmijoNewtonCG, SearchStatus
 from tests.trainers import quiet_trainer
 
 SIZES = {"num_classes": 4, "samples_per_class": 3, "feature_dim": 6}
@@ -66,7 +66,7 @@ class Automatic(L.LightningModule):
 
 
 # Roundings of another order, carried along: what is computed from differences of gradients amplifies them.
-@pytest.mark.parametrize(("make", "tolerance"), [(ArmijoGD, 1e-13), (ArmijoLBFGS, 1e-9)])
+@pytest.mark.parametrize(("make", "tolerance"), [(ArmijoGD, 1e-13), (ArmijoLBFGS, 1e-9), (ArmijoCG, 1e-9)])
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_plain_automatic_and_own_loop_agree(loss, make, tolerance, tmp_path):
     steps = 25
@@ -114,7 +114,7 @@ def test_whatever_else_is_logged_has_iterations_on_its_axis(tmp_path):
     assert [row.split(",")[1] for row in rows] == ["10", "20", "30"]
 
 
-@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS])
+@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS, ArmijoCG, ArmijoNewtonCG])
 def test_an_automatic_run_is_resumed_bit_for_bit(make, tmp_path):
     whole, first, rest = (Automatic(ufm(), make) for _ in range(3))
     quiet_trainer(tmp_path, max_steps=40).fit(whole)
@@ -125,7 +125,7 @@ def test_an_automatic_run_is_resumed_bit_for_bit(make, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest), strict=True))
 
 
-@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS])
+@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS, ArmijoCG, ArmijoNewtonCG])
 @pytest.mark.parametrize("stop", [10, 14, 20])
 def test_resume_is_bit_for_bit(stop, make, tmp_path):
     whole = ufm(iterations_per_step=10, optimizer=make)

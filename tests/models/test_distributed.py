@@ -17,7 +17,7 @@ from nclightning.data import GaussianDataModule, IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.models.backbones import FeatureTable
-from nclightning.optim import ArmijoLBFGS, HeavyBall
+from nclightning.optim import ArmijoCG, ArmijoLBFGS, ArmijoNewtonCG, HeavyBall
 from tests import forked
 from tests.trainers import quiet_trainer
 
@@ -141,13 +141,14 @@ def armijo_lbfgs(params):
     return ArmijoLBFGS(list(params)[::-1], history=4)
 
 
-@pytest.mark.parametrize("loss", ["mse", "ce"])
-def test_pairs_of_steps_and_gradients_of_shared_features_go_into_the_checkpoint(loss, tmp_path):
+@pytest.mark.parametrize(
+    ("loss", "make"), [("mse", armijo_lbfgs), ("ce", armijo_lbfgs), ("ce", ArmijoCG), ("ce", ArmijoNewtonCG)]
+)
+def test_what_directions_learnt_on_shared_features_goes_into_the_checkpoint(loss, make, tmp_path):
     """Roundings grow faster than by descent: what is resumed is compared over few steps."""
 
     def run(name, devices, max_steps, ckpt_path=None):
-        model = ufm(loss, optimizer=armijo_lbfgs)
-        return fit(tmp_path / name, model, IndexDataModule(), devices, max_steps, ckpt_path)
+        return fit(tmp_path / name, ufm(loss, optimizer=make), IndexDataModule(), devices, max_steps, ckpt_path)
 
     one, two = (run(f"{devices} to 20", devices, 20) for devices in (1, 2))
     assert difference(one, two) < 1e-9

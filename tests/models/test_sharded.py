@@ -15,7 +15,7 @@ from nclightning.data import FullBatchLoader, GaussianDataModule, IndexDataModul
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier, TwoLayerMLP
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD, ArmijoLBFGS
+from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoLBFGS, ArmijoNewtonCG
 from nclightning.ranks import sum_over_ranks
 from nclightning.sharding import own_shard
 from tests.processes import on
@@ -128,11 +128,16 @@ def pairs(params):
     return ArmijoLBFGS(params, history=4)
 
 
-def test_pairs_of_steps_and_gradients_are_shared_out_as_the_weights_are(tmp_path):
+# Newton's method takes differences of gradients where weights are shared out, and is exact on a single process: paths
+# differ as far as its inexact solutions do.
+@pytest.mark.parametrize(
+    ("make", "tensors", "tolerance"), [(pairs, 8, 1e-9), (ArmijoCG, 2, 1e-9), (ArmijoNewtonCG, 0, 1e-2)]
+)
+def test_what_directions_learnt_is_shared_out_as_the_weights_are(make, tensors, tolerance, tmp_path):
     """Roundings grow faster than by descent: what is resumed is compared over few steps."""
 
     def model():
-        return mlp("ce", optimizer=pairs)
+        return mlp("ce", optimizer=make)
 
     alone = weights(fit(tmp_path / "alone", 1, model(), 20))
     whole = weights(fit(tmp_path / "whole", 1, model(), 26, last(tmp_path / "alone")))
@@ -145,16 +150,16 @@ def test_pairs_of_steps_and_gradients_are_shared_out_as_the_weights_are(tmp_path
         return weights(first), weights(again), weights(straight), weights(taken)
 
     (together, again, straight, taken), _ = on(2, tmp_path, job)
-    assert difference(alone, together) < 1e-9
+    assert difference(alone, together) < tolerance
     assert difference(straight, again) == 0
-    assert difference(whole, taken) < 1e-10
+    assert difference(whole, taken) < tolerance
     resumed = weights(fit(tmp_path / "by itself", 1, model(), 26, last(tmp_path / "together")))
-    assert difference(straight, resumed) < 1e-10
+    assert difference(straight, resumed) < tolerance
     (state,) = torch.load(last(tmp_path / "together"), weights_only=True)["optimizer_states"]
     shapes = [p.shape for p in model().parameters()]
-    assert list(state["state"]) == list(range(len(shapes)))
+    assert list(state["state"]) == (list(range(len(shapes))) if tensors else [])
     for index, entries in state["state"].items():
-        assert len(entries) == 8
+        assert len(entries) == tensors
         assert all(type(value) is torch.Tensor and value.shape == shapes[index] for value in entries.values())
 
 

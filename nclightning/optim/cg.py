@@ -1,0 +1,236 @@
+"""Nonlinear conjugate gradients with the line search of ArmijoGD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nclightning.optim.backtracking import Found, grown
+from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.line import LineObjective
+from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.optim.options import check_precision
+from nclightning.sharding import own_shard
+
+__all__ = ["ArmijoCG", "ConjugateGradients"]
+
+_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
+_STEEPER = 1.5  # The curvature along the gradient, over what it is at least by the inequality of Cauchy and Schwarz.
+_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
+
+
+class ArmijoCG(LineSearchOptimizer):
+    r"""Nonlinear conjugate gradients with the line search of :class:`ArmijoGD`.
+
+    The formulas of Fletcher and Reeves, of Polak and Ribière, and of Hager and Zhang are made for searches that find
+    the minimum along a line closely. Backtracking does not. The descent vector is therefore the minimum of a quadratic
+    model over the plane of the gradient g and the last vector p (Yuan and Stoer 1995; Dai and Kou 2016):
+
+    .. math::
+        p_+ = \mu g + \nu p, \quad
+        \begin{pmatrix} \rho & \langle g, q\rangle \\ \langle g, q\rangle & \langle p, q\rangle \end{pmatrix}
+        \begin{pmatrix} \mu \\ \nu \end{pmatrix} =
+        \begin{pmatrix} \|g\|^2 \\ \langle g, p\rangle \end{pmatrix}, \quad
+        q = \frac{g_{-} - g}{t}, \quad \rho = \frac32 \frac{\|q\|^2}{\langle p, q\rangle} \|g\|^2 .
+
+    Here :math:`g_-` is the gradient before the last step, t that step, q the product of the Hessian and p, and
+    :math:`\rho` stands for the curvature along g. The matrix is positive definite, because
+    :math:`\langle g, q\rangle^2 \le \|g\|^2 \|q\|^2`, so that :math:`p_+` is a direction of descent after any step
+    along which the curvature :math:`\langle p, q\rangle` is positive. After an exact search on a quadratic it is along
+    the vector of Hestenes and Stiefel. It has a length of its own: the first trial is t = 1, and almost always the
+    only one.
+
+    A trial is accepted on the conditions of :class:`ArmijoGD` with :math:`\langle g, p\rangle` in place of
+    :math:`\|g\|^2`. A rejected trial is followed by one where the parabola through what is known is least. The very
+    first step is along the gradient and tries ``initial_step``; while no curvature was measured, first trials grow
+    fourfold.
+
+    It restarts along the gradient, scaled by :math:`\langle p, q\rangle / \|q\|^2`, where the curvature along the last
+    step was not positive beyond round-off, where :math:`p_+` is not a direction of descent beyond round-off, where
+    there is no step along it, and where parameters were frozen, added or given another shape. All that
+    :class:`ArmijoGD` says of closures, options, writes between steps and processes holds here too.
+
+    A ``state_dict`` has p and q, per parameter and in its shape, so that a resumed run continues bit for bit.
+
+    Memory: 4 times the parameters.
+
+    Args:
+        params: Parameters or parameter groups. Real and dense, float32 or float64.
+        initial_step: First trial of the first step, along the gradient.
+        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        shrink: Largest factor by which a rejected trial is shortened, in (0, 1).
+        max_trials: Trials along one vector before the search gives up.
+        noise: As for :class:`ArmijoGD`.
+        reuse_gradient: As for :class:`ArmijoGD`.
+
+    Raises:
+        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex, of half
+            precision, or occurs twice in a group.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = ArmijoCG([x])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     value = (x * x * torch.tensor([1.0, 100.0])).sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> for _ in range(20):
+        ...     value = optimizer.step(closure)
+        >>> value < 1e-20
+        True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        initial_step: float = 1.0,
+        c1: float = 0.2,
+        shrink: float = 0.5,
+        max_trials: int = 60,
+        noise: float | None = None,
+        reuse_gradient: bool = True,
+    ) -> None:
+        options: dict[str, Any] = {
+            "initial_step": initial_step,
+            "c1": c1,
+            "shrink": shrink,
+            "max_trials": max_trials,
+            "noise": noise,
+            "reuse_gradient": reuse_gradient,
+        }
+        super().__init__(params, options, ConjugateGradients())
+
+
+class ConjugateGradients(Direction):
+    r"""The minimum of a quadratic model over the plane of the gradient and the last vector.
+
+    Of each parameter the optimizer's state has ``along``, the last vector p, and ``bend``, which is q, both
+    times the step t: of the right length, their products do not leave the numbers.
+    """
+
+    kind = "conjugate gradients"
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self._learnt = False  # Whether the state has the last vector.
+        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+        self._along: list[Tensor | None] = []
+        self._before: list[Tensor | None] = []  # Gradient at the start.
+
+    def restart(self) -> bool:
+        """Forget the last vector; the scale stays."""
+        learnt, self._learnt = self._learnt, False
+        return learnt
+
+    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
+        """Solve the two equations."""
+        self._check(space)
+        self._before = [None if g is None else own_shard(g).clone() for g in start.gradients]
+        while True:
+            factor, last, turn = self.scale, [None] * len(space.params), 0.0
+            if self._learnt:
+                last = [space.state[p]["along"] if p in space.state else None for p in space.params]
+                factor, turn = self._solve(start, last, line, space)
+            self._along = [_combine(g, factor, p, turn) for g, p in zip(self._before, last, strict=True)]
+            products = line.inner_products([(self._before, self._along), (self._along, self._along)])
+            slope, square = products.tolist()
+            noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(start.square) * math.sqrt(square)
+            if noise < slope < math.inf or (not self._learnt and self.scale == 1.0):
+                return Descent(self._along, slope)
+            if not self.restart():  # The scale has left the numbers.
+                self.scale = 1.0
+
+    def _solve(
+        self, start: Evaluation, last: Sequence[Tensor | None], line: LineObjective, space: Space
+    ) -> tuple[float, float]:
+        """Return mu and nu; not numbers where the equations have left the numbers."""
+        bends = [space.state[p]["bend"] if p in space.state else None for p in space.params]
+        pairs = [(self._before, last), (self._before, bends), (last, bends), (bends, bends)]
+        descent, mixed, bend, square = line.inner_products(pairs).tolist()
+        if not bend > 0:
+            return math.nan, math.nan
+        norm, size = math.sqrt(start.square), math.sqrt(square)  # By which all is divided: squares would overflow.
+        descent, mixed, steep = descent / norm, mixed / norm, _STEEPER * size * (size / bend)
+        rest = steep * bend - mixed * mixed
+        if not rest > 0:
+            return math.nan, math.nan
+        return (bend - descent * mixed) / rest, (steep * descent - mixed) / rest * norm
+
+    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
+        """Measure the curvature along the step."""
+        assert found.end is not None
+        end = found.end
+        changes = [_difference(g, after) for g, after in zip(self._before, end.gradients, strict=True)]
+        pairs = [(self._along, changes), (changes, changes), (self._along, self._along)]
+        bend, square, length = line.inner_products(pairs).tolist()
+        gradients = math.sqrt(start.square) + math.sqrt(end.square)
+        noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(length) * (math.sqrt(square) + gradients)
+        scale = found.size * (bend / square) if square > 0 else math.inf
+        self._learnt = noise < bend and 0 < scale < math.inf
+        if self._learnt:
+            self.scale = scale
+        for p, along, change in zip(space.params, self._along, changes, strict=True):
+            space.state.pop(p, None)
+            if self._learnt and change is not None:
+                vector = torch.zeros_like(change) if along is None else along.mul_(found.size)
+                space.state[p].update(along=vector, bend=change)
+        self._along, self._before = [], []
+
+    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+        """Try 1 after a curvature was measured, else longer and longer steps."""
+        if self._learnt:
+            return 1.0, False
+        return grown({**space.options, **_GROWTH}, streak, found, space.params)
+
+    def _check(self, space: Space) -> None:
+        """Forget a vector that does not belong to the parameters as they are."""
+        check_precision(space.params, "ArmijoCG")
+        searched = tuple(p.requires_grad for p in space.params)
+        fits = searched == (self._searched or searched)
+        for p in space.params:
+            shard = own_shard(p)
+            if p in space.state:
+                along = space.state[p]["along"]
+                fits = fits and (along.shape, along.dtype, along.device) == (shard.shape, shard.dtype, shard.device)
+        if not fits:
+            self.restart()
+        self._searched = searched
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scale, and whether there is a last vector."""
+        return {"scale": self.scale, "learnt": self._learnt}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.scale, self._learnt, self._searched = state["scale"], state["learnt"], None
+
+    def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the tensors unless they were forgotten."""
+        return dict(entries) if self._learnt else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_along": [], "_before": []}
+
+
+def _epsilon(params: Sequence[Tensor]) -> float:
+    return max(torch.finfo(p.dtype).eps for p in params)
+
+
+def _combine(gradient: Tensor | None, factor: float, last: Tensor | None, turn: float) -> Tensor | None:
+    if gradient is None:
+        return None
+    vector = gradient * factor
+    return vector if last is None else vector.add_(last, alpha=turn)
+
+
+def _difference(gradient: Tensor | None, after: Tensor | None) -> Tensor | None:
+    """Subtract, in the memory of the first; a missing one is zero."""
+    if after is None:
+        return gradient
+    return -own_shard(after) if gradient is None else gradient.sub_(own_shard(after))
