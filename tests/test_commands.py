@@ -85,7 +85,7 @@ def test_plot_says_when_there_is_nothing_to_draw(tmp_path):
 
 
 def test_figures_are_checked_for_callers_from_python(tmp_path):
-    with pytest.raises(ValueError, match=r"figures must be out of 1, 2, 3, 4, 'error_bound', got \[5\]"):
+    with pytest.raises(ValueError, match=r"figures must be out of 1, 2, 3, 4, 'error_bound', 'optimizers', got \[5\]"):
         reproduce([5], out=tmp_path)
 
 

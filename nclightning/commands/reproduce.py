@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nclightning.command_parser import command_parser
 from nclightning.interrupts import SIGINT_STATUS, SIGTERM_STATUS, Terminated
 from nclightning.reproduction import reproduce
-from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES
+from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES, OPTIMIZERS
 
 __all__ = ["reproduce_figures"]
 
@@ -28,8 +28,14 @@ def reproduce_figures(words: Sequence[str]) -> None:
         "whether it held.\n\nFinished runs are kept: the same command goes on where it was stopped, and with nothing "
         "left to run it only draws again.",
     )
-    everything = [str(figure) for figure in (*FIGURES, ERROR_BOUND)]
-    parser.add_argument("--figures", nargs="+", choices=everything, default=everything, help="which (default: all)")
+    of_the_paper = [str(figure) for figure in (*FIGURES, ERROR_BOUND)]
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        choices=[*of_the_paper, OPTIMIZERS],
+        default=of_the_paper,
+        help="which (default: all of the paper's, without optimizers, which compares seven of them on one problem)",
+    )
     parser.add_argument("--out", help="folder for runs, figures and report (default: reproduction[_quick])")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, within four minutes")
     parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (default: number of cores)")

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from nclightning.figures.convergence import draw_convergence
     from nclightning.figures.error_bound import draw_error_bound
     from nclightning.figures.many import group_runs, thinned
+    from nclightning.figures.optimizers import draw_optimizers
     from nclightning.figures.rates import LinearFit, fit_rate, fit_straight
     from nclightning.figures.readings import Readings, read_readings
     from nclightning.figures.runs import Run, read_run
@@ -22,6 +23,7 @@ else:
             "convergence": ("draw_convergence",),
             "error_bound": ("draw_error_bound",),
             "many": ("group_runs", "thinned"),
+            "optimizers": ("draw_optimizers",),
             "rates": ("LinearFit", "fit_rate", "fit_straight"),
             "readings": ("Readings", "read_readings"),
             "runs": ("Run", "read_run"),
@@ -39,6 +41,7 @@ __all__ = [
     "draw_convergence",
     "draw_error_bound",
     "draw_gaps",
+    "draw_optimizers",
     "draw_spectrum",
     "fit_rate",
     "fit_straight",

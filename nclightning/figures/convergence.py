@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from nclightning.errors import UserError
 from nclightning.figures.readings import Readings, read_readings
-from nclightning.figures.summary import PREDICTED, QUANTITIES, RunSummary, summarize
+from nclightning.figures.summary import QUANTITIES, RunSummary, predicted_gap, summarize
 from nclightning.files import replaced
 
 __all__ = ["draw_convergence"]
@@ -85,13 +85,10 @@ def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, 
 
 
 def _draw_prediction(axes: Axes, readings: Readings, summary: RunSummary) -> None:
-    """The predicted decay, which knows no scale, through the middle of the fitted line of the gap."""
-    predicted, gap = summary.predicted, summary.fits.get("optimality/gap")
-    if predicted is None or gap is None:
+    """The predicted decay, through the middle of the fitted line of the gap."""
+    curve = predicted_gap(readings, summary)
+    if curve is None:
         return
-    middle = (gap.first + gap.last) / 2
-    shift = gap.intercept - predicted.intercept + (gap.slope - predicted.slope) * middle
-    inside = (readings.iterations >= gap.first) & np.isfinite(readings.values[PREDICTED])
-    values = readings.values[PREDICTED][inside] * 10.0**shift
-    label = f"gap, predicted   {predicted.iterations_per_decade:.3g} it./decade"
-    axes.plot(readings.iterations[inside], values, color="black", ls=(0, (1, 1)), lw=1.2, label=label)
+    assert summary.predicted is not None
+    label = f"gap, predicted   {summary.predicted.iterations_per_decade:.3g} it./decade"
+    axes.plot(*curve, color="black", ls=(0, (1, 1)), lw=1.2, label=label)

@@ -10,7 +10,7 @@ import numpy as np
 from nclightning.figures.rates import LinearFit, fit_range, fit_rate
 from nclightning.figures.readings import Array, Readings
 
-__all__ = ["PREDICTED", "QUANTITIES", "RunSummary", "summarize"]
+__all__ = ["PREDICTED", "QUANTITIES", "RunSummary", "predicted_gap", "summarize"]
 
 PREDICTED = "optimality/predicted_decay"
 Fit = Callable[[Array, Array], LinearFit | None]
@@ -73,3 +73,22 @@ def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
         if predicted is None or gap is None
         else fit_range(readings.iterations, predicted, gap.first, gap.last),
     )
+
+
+def predicted_gap(readings: Readings, summary: RunSummary) -> tuple[Array, Array] | None:
+    """Shift the predicted decay, which knows no scale, to the middle of the fitted line of the gap.
+
+    Args:
+        readings: Of a run.
+        summary: Of the same.
+
+    Returns:
+        Iterations from the first of that line on, and values; None without a prediction or a line.
+    """
+    predicted, gap = summary.predicted, summary.fits.get("optimality/gap")
+    if predicted is None or gap is None:
+        return None
+    middle = (gap.first + gap.last) / 2
+    shift = gap.intercept - predicted.intercept + (gap.slope - predicted.slope) * middle
+    inside = (readings.iterations >= gap.first) & np.isfinite(readings.values[PREDICTED])
+    return readings.iterations[inside], readings.values[PREDICTED][inside] * 10.0**shift

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ERROR_BOUND", "FIGURES", "Experiment", "experiments"]
+__all__ = ["ERROR_BOUND", "FIGURES", "OPTIMIZERS", "Experiment", "experiments"]
 
 FIGURES = (1, 2, 3, 4)
 ERROR_BOUND = "error_bound"  # A study of its own, which trains no run.
+OPTIMIZERS = "optimizers"  # A comparison of our own, which is run only when asked for.
 # Options common to all runs of a sweep; the rest is in the shipped configurations.
 _MODEL, _OPTIMIZER = "--model.init_args", "--model.init_args.optimizer.init_args"
 # A mild backtracking factor keeps the accepted steps, and with them the slope of a curve, nearly constant.
@@ -25,7 +26,7 @@ class Experiment:
     """
 
     name: str
-    figures: tuple[int, ...]
+    figures: tuple[int | str, ...]
     words: tuple[str, ...]
 
 

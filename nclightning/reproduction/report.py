@@ -12,6 +12,7 @@ from nclightning.figures.rates import LEAST_R_SQUARED
 from nclightning.files import replaced
 from nclightning.reproduction.claims import METRICS_REACH, NC_TAGS, Claim
 from nclightning.reproduction.error_bound import NEAR, Study, study_problem
+from nclightning.reproduction.optimizers import Runs, optimizer_section
 
 __all__ = ["write_report"]
 
@@ -26,7 +27,12 @@ _NAMES = {"optimality/gap": "gap", "nc/train/nc1": "NC1", "nc/train/nc2": "NC2",
 
 
 def write_report(
-    folder: Path, runs: Mapping[int, Sequence[Run]], claims: Sequence[Claim], quick: bool, study: Study | None = None
+    folder: Path,
+    runs: Mapping[int, Sequence[Run]],
+    claims: Sequence[Claim],
+    quick: bool,
+    study: Study | None = None,
+    compared: Runs | None = None,
 ) -> Path:
     """Write ``report.md``.
 
@@ -36,18 +42,23 @@ def write_report(
         claims: Decided.
         quick: Whether these are the shortened runs.
         study: Of the error bound, if it was made.
+        compared: Runs of several optimizers, if they were made.
 
     Returns:
         The file.
     """
     path = folder / "report.md"
     with replaced(path) as partial:
-        partial.write_text("\n".join(_lines(runs, claims, quick, study)) + "\n")
+        partial.write_text("\n".join(_lines(runs, claims, quick, study, compared)) + "\n")
     return path
 
 
 def _lines(
-    runs: Mapping[int, Sequence[Run]], claims: Sequence[Claim], quick: bool, study: Study | None
+    runs: Mapping[int, Sequence[Run]],
+    claims: Sequence[Claim],
+    quick: bool,
+    study: Study | None,
+    compared: Runs | None,
 ) -> Iterator[str]:
     yield "# The paper's figures, reproduced"
     yield ""
@@ -65,6 +76,9 @@ def _lines(
     if study is not None:
         yield ""
         yield from _study_section(study)
+    if compared:
+        yield ""
+        yield from optimizer_section(compared)
     yield ""
     yield from _method()
 

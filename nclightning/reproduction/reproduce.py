@@ -23,7 +23,13 @@ from nclightning.reproduction.error_bound import (
     study_error_bound,
     write,
 )
-from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES, Experiment, experiments
+from nclightning.reproduction.experiments import ERROR_BOUND, FIGURES, OPTIMIZERS, Experiment, experiments
+from nclightning.reproduction.optimizers import (
+    check_optimizers,
+    draw_comparison,
+    optimizer_experiments,
+    read_optimizers,
+)
 from nclightning.reproduction.report import write_report
 from nclightning.reproduction.runner import run_all
 
@@ -38,12 +44,13 @@ def reproduce(
     quick: bool = False,
     jobs: int | None = None,
 ) -> Path:
-    """Reproduce figures of the paper, and decide its claims about them.
+    """Reproduce figures of the paper, and decide its claims about them; compare optimizers where that is asked for.
 
     Runs that finished in an earlier call are not run again; one that was killed goes on from its checkpoint.
 
     Args:
-        figures: Out of 1, 2, 3, 4 and ``"error_bound"``, a study of the error bound.
+        figures: Out of 1, 2, 3, 4, ``"error_bound"``, a study of the error bound, and ``"optimizers"``, seven
+            optimizers on one problem.
         out: Folder for runs, figures and report; None is ``reproduction``, or ``reproduction_quick``.
         quick: Fewer and shorter runs, within a few minutes.
         jobs: Runs at a time, each with one thread; None is the number of cores.
@@ -56,12 +63,14 @@ def reproduce(
             if runs did not finish.
     """
     chosen = tuple(figure for figure in FIGURES if figure in figures)
-    if not figures or set(figures) - {*FIGURES, ERROR_BOUND}:
-        raise UserError(f"figures must be out of 1, 2, 3, 4, {ERROR_BOUND!r}, got {list(figures)}.")
+    if not figures or set(figures) - {*FIGURES, ERROR_BOUND, OPTIMIZERS}:
+        raise UserError(f"figures must be out of 1, 2, 3, 4, {ERROR_BOUND!r}, {OPTIMIZERS!r}, got {list(figures)}.")
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs must be at least 1, got {jobs}.")
     folder = Path(("reproduction_quick" if quick else "reproduction") if out is None else out)
     listed, console = experiments(chosen, quick), Console()
+    if OPTIMIZERS in figures:
+        listed = [*optimizer_experiments(quick), *listed]
     failures = run_all(folder, listed, jobs or _count_cores(), console)
     if failures:
         raise UserError(
@@ -69,19 +78,27 @@ def reproduce(
             f"{failures[0].reason}. What finished is kept; the same command goes on."
         )
     runs = {figure: _read(folder, listed, figure) for figure in chosen}
+    compared = read_optimizers(folder) if OPTIMIZERS in figures else {}
     try:
         for figure, own in runs.items():
-            for path in _DRAW[figure](own, folder / f"figure{figure}"):
-                console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+            _announce(console, _DRAW[figure](own, folder / f"figure{figure}"))
         claims, study = check_claims(runs), None
         if ERROR_BOUND in figures:
             study = _study(folder, console)
             claims += check_error_bound(study.readings)
-        report = write_report(folder, runs, claims, quick, study)
+        if compared:
+            _announce(console, draw_comparison(compared, folder))
+            claims += check_optimizers(compared)
+        report = write_report(folder, runs, claims, quick, study, compared)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}.") from error
-    console.print(f"wrote {report}", highlight=False, soft_wrap=True, markup=False)
+    _announce(console, [report])
     return report
+
+
+def _announce(console: Console, paths: Sequence[Path]) -> None:
+    for path in paths:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
@@ -101,8 +118,7 @@ def _study(folder: Path, console: Console) -> Study:
     perturbed, descents, threshold = (
         _curves(study.readings, kind) for kind in ("perturbation", "trajectory", "threshold")
     )
-    for path in draw_error_bound(perturbed, descents, threshold, folder / "error_bound"):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
+    _announce(console, draw_error_bound(perturbed, descents, threshold, folder / "error_bound"))
     return study
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from nclightning.figures import draw_convergence, draw_spectrum, summarize
 from nclightning.figures.prediction import describe_problem, prediction_tables
+from nclightning.figures.summary import predicted_gap
 from nclightning.figures.tables import rates_table
 from nclightning.problems import (
     NoAnswer,
@@ -258,6 +259,15 @@ def test_table_has_theory_below_measurement(run):
 def without_decay(run):
     run.readings.values.pop("optimality/predicted_decay")
     return run.readings
+
+
+def test_the_prediction_meets_the_middle_of_the_fitted_line(run):
+    fit = run.summary.fits["optimality/gap"]
+    iterations, values = predicted_gap(run.readings, run.summary)
+    middle = (fit.first + fit.last) / 2
+    assert np.interp(middle, iterations, np.log10(values)) == pytest.approx(fit.intercept + fit.slope * middle)
+    assert np.polyfit(iterations, np.log10(values), 1)[0] == pytest.approx(-1 / 38)
+    assert predicted_gap(run.readings, summarize(without_decay(run))) is None
 
 
 def test_picture_has_the_prediction(run, tmp_path):
