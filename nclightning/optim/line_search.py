@@ -325,6 +325,8 @@ class LineSearchOptimizer(Optimizer):
         count includes.
         """
         state, group, params = super().state_dict(), self.param_groups[0], parameters_of(self)
+        options = {name: group[name] for name in self._options}
+        as_left = options == self._options and group["lr"] == self._next_step  # Else the next step begins to count.
         saved = {index: self._direction.saved(entries) for index, entries in state["state"].items()}
         state["state"] = {
             index: {name: shard_of(params[index], value) for name, value in entries.items()}
@@ -334,7 +336,7 @@ class LineSearchOptimizer(Optimizer):
         outcome = self._outcome and asdict(self._outcome) | {"status": self._outcome.status.value}
         state["search"] = {
             "next_step": group["lr" if group["initial_step"] == self._options["initial_step"] else "initial_step"],
-            "streak": self._streak,
+            "streak": self._streak if as_left else 0,
             "total_evaluations": self._total_evaluations,
             "outcome": outcome,
             "direction": {"kind": self._direction.kind, **self._direction.state_dict()},

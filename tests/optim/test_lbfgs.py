@@ -363,6 +363,37 @@ def test_a_resumed_run_continues_bit_for_bit(dtype, done, in_memory, tmp_path):
     assert resumed.total_evaluations == optimizer.total_evaluations
 
 
+def write_history(optimizer, model, size):
+    optimizer.param_groups[0]["history"] = size
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda optimizer, model: write_history(optimizer, model, 2), None),
+        (lambda optimizer, model: write_history(optimizer, model, 9), None),
+        (None, lambda optimizer, model: model[0].requires_grad_(False)),
+    ],
+    ids=["fewer pairs", "more pairs", "frozen after the resume"],
+)
+def test_a_run_goes_on_bit_for_bit_from_a_state_that_is_written_to(before, after):
+    """Before it is saved, and after it is loaded."""
+    models, optimizers = [network(), network(seed=5)], []
+    for model in models:
+        optimizers.append(ArmijoLBFGS(model.parameters(), history=5))
+    step(optimizers[0], models[0], 12)
+    if before is not None:
+        before(optimizers[0], models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    if after is not None:
+        for optimizer, model in zip(optimizers, models, strict=True):
+            after(optimizer, model)
+    straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
+    assert [o.objective for o in resumed] == [o.objective for o in straight]
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
 def test_a_state_has_tensors_of_the_parameters_shapes_only():
     model = network()
     optimizer = ArmijoLBFGS(model.parameters(), history=4)
