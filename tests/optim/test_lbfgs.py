@@ -378,9 +378,8 @@ def write_history(optimizer, model, size):
 )
 def test_a_run_goes_on_bit_for_bit_from_a_state_that_is_written_to(before, after):
     """Before it is saved, and after it is loaded."""
-    models, optimizers = [network(), network(seed=5)], []
-    for model in models:
-        optimizers.append(ArmijoLBFGS(model.parameters(), history=5))
+    models = [network(), network(seed=5)]
+    optimizers = [ArmijoLBFGS(model.parameters(), history=5) for model in models]
     step(optimizers[0], models[0], 12)
     if before is not None:
         before(optimizers[0], models[0])
@@ -403,6 +402,24 @@ def test_a_state_has_tensors_of_the_parameters_shapes_only():
     for index, entries in state.items():
         assert len(entries) == 8
         assert all(value.shape == params[index].shape for value in entries.values())
+
+
+@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS])
+def test_a_run_whose_steps_ran_away_ends_where_it_is_after_a_resume_too(make):
+    f = (lambda x: torch.exp(-x).sum()) if make is ArmijoGD else (lambda x: -x.sum())
+    x = parameter(1.0, 2.0, dtype=torch.float32)
+    optimizer = make([x])
+    closure = closure_of(optimizer, f, x)
+    while optimizer.outcome is None or optimizer.outcome.accepted:
+        state, last = copy.deepcopy(optimizer.state_dict()), x.detach().clone()
+        optimizer.step(closure)
+    assert optimizer.outcome.status is SearchStatus.UNATTAINED
+    y = nn.Parameter(last.clone())
+    other = make([y])
+    other.load_state_dict(state)
+    other.step(closure_of(other, f, y))
+    assert other.outcome.status is SearchStatus.UNATTAINED
+    assert torch.equal(y.detach(), last)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
