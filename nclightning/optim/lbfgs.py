@@ -247,14 +247,17 @@ class LimitedMemoryBFGS(Direction):
         return torch.tensor([*delta, *(-scale * a for a in alpha)], dtype=torch.float64, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the order of the pairs, their inner products and the scale."""
+        """Return the order of the pairs, their inner products, the scale, and which parameters were trainable."""
+        searched = None if self._searched is None else list(self._searched)
         numbers = {"inner": self._inner, "squares": self._squares}
-        return {"order": list(self._order), "scale": self.scale} | copy.deepcopy(numbers)
+        return {"order": list(self._order), "scale": self.scale, "searched": searched} | copy.deepcopy(numbers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self._forget()
-        self._order, self.scale, self._searched = list(state["order"]), state["scale"], None
+        self._order, self.scale = list(state["order"]), state["scale"]
+        searched = state.get("searched")  # Older states have none.
+        self._searched = None if searched is None else tuple(searched)
         self._inner, self._squares = copy.deepcopy((state["inner"], state["squares"]))
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +268,7 @@ class LimitedMemoryBFGS(Direction):
 
     def loaded(self, entries: Mapping[str, Any], space: Space) -> dict[str, Any]:
         """Put the pairs in their rows."""
-        count = space.options["history"] + 1
+        count = len(self._inner)  # The option may have been written since: the next step then forgets them.
         some = next(iter(entries.values()))
         pairs = some.new_zeros(2 * count, *some.shape)
         for first, name in ((0, "step"), (count, "change")):

@@ -330,6 +330,8 @@ class LineSearchOptimizer(Optimizer):
         count includes.
         """
         state, group, params = super().state_dict(), self.param_groups[0], parameters_of(self)
+        options = {name: group[name] for name in self._options}
+        as_left = options == self._options and group["lr"] == self._next_step  # Else the next step begins to count.
         saved = {index: self._direction.saved(entries) for index, entries in state["state"].items()}
         state["state"] = {
             index: {name: shard_of(params[index], value) for name, value in entries.items()}
@@ -339,7 +341,8 @@ class LineSearchOptimizer(Optimizer):
         outcome = self._outcome and asdict(self._outcome) | {"status": self._outcome.status.value}
         state["search"] = {
             "next_step": group["lr" if group["initial_step"] == self._options["initial_step"] else "initial_step"],
-            "streak": self._streak,
+            "streak": self._streak if as_left else 0,
+            "steps_ran_away": self._steps_ran_away and as_left,
             "total_evaluations": self._total_evaluations,
             "outcome": outcome,
             "direction": {"kind": self._direction.kind, **self._direction.state_dict()},
@@ -364,7 +367,8 @@ class LineSearchOptimizer(Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
         options = {name: self.param_groups[0][name] for name in self._options}
         check_options(options, self._name)
-        self._options, self._streak, self._steps_ran_away, self._failed_with = options, search["streak"], False, None
+        self._options, self._streak, self._failed_with = options, search["streak"], None
+        self._steps_ran_away = search.get("steps_ran_away", False)  # Older states have none.
         self._set_next_step(search["next_step"])  # Older states have no lr.
         self._direction.load_state_dict(learnt)
         space = Space(parameters_of(self), self.state, self._options)

@@ -83,6 +83,11 @@ class MomentumFromCurvature(SGD):
             )
         super().add_param_group(param_group)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if _refuse_without_constants not in self._optimizer_step_pre_hooks.values():  # A copy has no hooks.
+            self.register_step_pre_hook(_refuse_without_constants)
+
 
 class HeavyBall(MomentumFromCurvature):
     r"""Polyak's heavy ball with the step and momentum of the fastest local convergence.

@@ -363,6 +363,36 @@ def test_a_resumed_run_continues_bit_for_bit(dtype, done, in_memory, tmp_path):
     assert resumed.total_evaluations == optimizer.total_evaluations
 
 
+def write_history(optimizer, model, size):
+    optimizer.param_groups[0]["history"] = size
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda optimizer, model: write_history(optimizer, model, 2), None),
+        (lambda optimizer, model: write_history(optimizer, model, 9), None),
+        (None, lambda optimizer, model: model[0].requires_grad_(False)),
+    ],
+    ids=["fewer pairs", "more pairs", "frozen after the resume"],
+)
+def test_a_run_goes_on_bit_for_bit_from_a_state_that_is_written_to(before, after):
+    """Before it is saved, and after it is loaded."""
+    models = [network(), network(seed=5)]
+    optimizers = [ArmijoLBFGS(model.parameters(), history=5) for model in models]
+    step(optimizers[0], models[0], 12)
+    if before is not None:
+        before(optimizers[0], models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    if after is not None:
+        for optimizer, model in zip(optimizers, models, strict=True):
+            after(optimizer, model)
+    straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
+    assert [o.objective for o in resumed] == [o.objective for o in straight]
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
 def test_a_state_has_tensors_of_the_parameters_shapes_only():
     model = network()
     optimizer = ArmijoLBFGS(model.parameters(), history=4)
@@ -372,6 +402,24 @@ def test_a_state_has_tensors_of_the_parameters_shapes_only():
     for index, entries in state.items():
         assert len(entries) == 8
         assert all(value.shape == params[index].shape for value in entries.values())
+
+
+@pytest.mark.parametrize("make", [ArmijoGD, ArmijoLBFGS])
+def test_a_run_whose_steps_ran_away_ends_where_it_is_after_a_resume_too(make):
+    f = (lambda x: torch.exp(-x).sum()) if make is ArmijoGD else (lambda x: -x.sum())
+    x = parameter(1.0, 2.0, dtype=torch.float32)
+    optimizer = make([x])
+    closure = closure_of(optimizer, f, x)
+    while optimizer.outcome is None or optimizer.outcome.accepted:
+        state, last = copy.deepcopy(optimizer.state_dict()), x.detach().clone()
+        optimizer.step(closure)
+    assert optimizer.outcome.status is SearchStatus.UNATTAINED
+    y = nn.Parameter(last.clone())
+    other = make([y])
+    other.load_state_dict(state)
+    other.step(closure_of(other, f, y))
+    assert other.outcome.status is SearchStatus.UNATTAINED
+    assert torch.equal(y.detach(), last)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])

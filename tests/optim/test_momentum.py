@@ -78,6 +78,16 @@ def test_without_constants_there_is_no_step(kind):
     assert optimizer.param_groups[0]["lr"] == kind([x], MU, SMOOTHNESS).param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_constants_a_copy_takes_no_step_either(kind, duplicate):
+    other = duplicate(kind([torch.nn.Parameter(torch.ones(6, dtype=torch.float64))]))
+    x = other.param_groups[0]["params"][0]
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no step and momentum"):
+        step(other, [x], quadratic())
+    assert torch.equal(x.detach(), torch.ones(6, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("make", "message"),

@@ -150,6 +150,37 @@ def test_states_without_lr_load():
         assert other.outcome == optimizer.outcome
 
 
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+@pytest.mark.parametrize("written", ["a schedule", "an option"])
+def test_a_run_resumes_bit_for_bit_after_a_write_to_its_groups(written, done):
+    """Growth is due after steps in a row that nobody wrote in between, before a checkpoint and after it."""
+
+    def made():
+        optimizer, closure = problem(0.01)
+        schedule = schedulers.LambdaLR(optimizer, lambda i: 0.5**i) if written == "a schedule" else None
+        return optimizer, closure, schedule
+
+    def write(optimizer, schedule):
+        if schedule is not None:
+            schedule.step()
+        else:
+            optimizer.param_groups[0]["c1"] *= 0.9
+
+    optimizer, closure, schedule = made()
+    for _ in range(done):
+        optimizer.step(closure)
+        write(optimizer, schedule)
+    other, other_closure, _ = made()
+    with torch.no_grad():
+        other.param_groups[0]["params"][0].copy_(optimizer.param_groups[0]["params"][0])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(6):
+        optimizer.step(closure)
+        other.step(other_closure)
+        assert other.outcome == optimizer.outcome
+        assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
 class Regression(L.LightningModule):
     """Somebody's module in automatic optimization: least squares on the whole data set."""
 
