@@ -36,7 +36,7 @@ def lazy_names(
             value = getattr(import_module(homes[name]), name)
             setattr(sys.modules[package], name, value)
             return value
-        if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+        if name.isidentifier() and not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 

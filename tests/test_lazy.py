@@ -57,6 +57,7 @@ def test_what_is_not_there_is_refused_as_python_does():
         exec("from nclightning.figures import draw_gap")
     assert not hasattr(nclightning, "__wrapped__")
     assert not hasattr(nclightning, "_private")
+    assert not hasattr(nclightning, "not.a.name")
 
 
 def test_modules_can_be_asked_for_without_an_import_of_their_own():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nclightning.callbacks.row_sums import RowSum, StepFn, place_of
+from nclightning.compat.twins import is_callback
+from nclightning.errors import UserError
 from nclightning.heads import HeadReader
 
 __all__ = ["HeadLaw"]
@@ -44,6 +46,7 @@ class HeadLaw:
         missing: str | None = None,
     ) -> None:
         self._reader, self._sums = reader, dict[str, RowSum]()
+        self._module, self._was_inside = pl_module, _is_inside(pl_module, reader)
         optimizers = list(pl_module.trainer.optimizers)
         reason = missing or _why_no_parameter(pl_module, reader, optimizers) or _why_changed(pl_module, penalties)
         if reason is None:
@@ -59,7 +62,16 @@ class HeadLaw:
 
     @torch.no_grad()
     def read(self) -> dict[str, Tensor | float]:
-        """Read the sums and what was predicted of them, by tag. Stays on the device."""
+        """Read the sums and what was predicted of them, by tag. Stays on the device.
+
+        Raises:
+            ValueError: If the head is no part of the module any more.
+        """
+        if self._was_inside and not _is_inside(self._module, self._reader):
+            raise UserError(
+                f"the head {self._reader.name!r} is no layer of the module any more: replace layers between fits, and "
+                "not within one."
+            )
         if not self._sums:
             total = self._reader.read().weight.sum(dim=0, dtype=torch.float64)
             return {_TAGS["weight"][0]: torch.linalg.vector_norm(total)}
@@ -82,6 +94,10 @@ class HeadLaw:
         """Leave no hook behind."""
         for row_sum in self._sums.values():
             row_sum.remove()
+
+
+def _is_inside(pl_module: nn.Module, reader: HeadReader) -> bool:
+    return any(child is reader.layer for child in pl_module.modules())
 
 
 def _mover(optimizers: Sequence[Optimizer], parameter: Any) -> Optimizer | None:
@@ -115,9 +131,12 @@ def _why_changed(pl_module: L.LightningModule, penalties: tuple[float, float]) -
     clips = bool(trainer.gradient_clip_val)
     if clips and trainer.gradient_clip_algorithm == "value":
         return "gradients are clipped entry by entry, after which their rows do not sum to zero."
-    if any(penalties) and (clips or trainer.accumulate_grad_batches > 1):
+    accumulates = trainer.accumulate_grad_batches > 1 or any(
+        is_callback(each, "GradientAccumulationScheduler") for each in getattr(trainer, "callbacks", ())
+    )
+    if any(penalties) and (clips or accumulates):
         return (
-            "gradient_clip_val and accumulate_grad_batches rescale the penalty in the loss from step to step: leave "
+            "gradient_clip_val and accumulated batches rescale the penalty in the loss from step to step: leave "
             "them out, or give the penalty to the optimizer as weight_decay."
         )
     return None

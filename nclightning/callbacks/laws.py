@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.row_sums import StepFn
 from nclightning.callbacks.sharpness import LossFn, TrainingLoss
-from nclightning.errors import UserError
+from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
 
@@ -70,7 +70,8 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
             one graph.
         loss_fn: Of other modules: ``(module, batch) -> loss``, the mean over the samples of a batch.
         step_fn: ``(optimizer, group) -> GradientStep`` of an optimizer of your own whose steps are linear in the
-            gradient, called after each step; None knows ``SGD``, ``Adam``, ``AdamW`` and ``ArmijoGD``.
+            gradient, called after each step. Momentum must be in the optimizer's state ``momentum_buffer``, as that
+            of ``SGD`` is. None knows ``SGD``, ``Adam``, ``AdamW`` and ``ArmijoGD``.
         batch_fn: Splits batches into input and labels, to find the head; None takes pairs and mappings.
         forward_fn: Runs other modules on the inputs of a batch, ``(module, inputs) -> output``; None calls them.
 
@@ -110,6 +111,10 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
             missing = "loss_fn" if loss_fn is None else "data"
             raise UserError(
                 f"data and loss_fn belong together, and {missing} is missing: the sharpness is of the loss."
+            )
+        if data is not None and (not isinstance(data, Iterable) or isinstance(data, Iterator)):
+            raise UserTypeError(
+                f"data must be batches that can be read in each fit, such as a loader, got {type(data).__name__}."
             )
         loss = None if data is None or loss_fn is None else TrainingLoss(data, loss_fn)
         reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn)

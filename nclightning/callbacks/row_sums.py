@@ -75,8 +75,11 @@ class RowSum:
         self._parameter, self._optimizer, self._dim, self._penalty = parameter, optimizer, dim, penalty
         self._step_fn = step_fn
         self._is_first, self._place, self._waits = True, (0, 0), False
-        first = self._step()
-        self.is_known, self.is_exact = first is not None, first is not None and first.is_linear
+        if step_fn is None:
+            first = self._step()
+            self.is_known, self.is_exact = first is not None, first is not None and first.is_linear
+        else:
+            self.is_known = self.is_exact = True  # It is called after steps, and may read what they leave.
         self._run, self._recent = self._start(), self._start()
         self._size = self._norm()
         self._handles: list[RemovableHandle] = []
@@ -127,6 +130,15 @@ class RowSum:
             return
         step = self._step()
         assert step is not None
+        if (
+            self._step_fn is not None
+            and step.law.momentum
+            and momentum_buffer(self._optimizer, self._parameter) is None
+        ):
+            raise UserError(
+                f"step_fn returned momentum={step.law.momentum}, and {self.title} has no state 'momentum_buffer' of "
+                "the head, which the law starts from: keep the buffer under that name, as torch.optim.SGD does."
+            )
         self._run.take(step.law)
         self._recent.take(step.law)
 

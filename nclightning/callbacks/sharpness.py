@@ -65,7 +65,7 @@ class TrainingLoss:
         """Evaluate the loss with its graph.
 
         Raises:
-            ValueError: If ``loss_fn`` returns something else than one number.
+            ValueError: If ``loss_fn`` returns something else than one number, or one without a graph.
         """
         count = sum(size for _, size in self._batches)
         total: Tensor | None = None
@@ -74,6 +74,11 @@ class TrainingLoss:
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise UserError(f"loss_fn must return the mean loss of a batch, a tensor of one number, got {what}.")
+            if not loss.requires_grad:
+                raise UserError(
+                    "loss_fn returned a loss without a graph, of which no curvature can be taken: leave out detach, "
+                    "item and torch.no_grad, and take the loss of the module that is passed."
+                )
             part = loss.reshape(()) * (size / count)
             total = part if total is None else total + part
         assert total is not None

@@ -68,7 +68,7 @@ class GradientStep:
         pull = self.decay + (-self.penalty if self.maximize else self.penalty)
         keep = 1 - self.lr * self.decoupled_decay
         if not self.momentum:
-            return (keep - self.lr * pull, 0.0), (0.0, 0.0)
+            return (keep - self.lr * pull, 0.0), (0.0, 1.0)  # torch keeps a buffer of earlier steps.
         fresh = pull if self.is_first else (1 - self.dampening) * pull
         old = 0.0 if self.is_first else self.momentum
         step = (pull + self.momentum * fresh, self.momentum * old) if self.nesterov else (fresh, old)
@@ -82,7 +82,7 @@ class GradientStep:
             velocity: Sum of the rows of the momentum buffer before it; None is zero.
 
         Returns:
-            Both sums after it, of the shape and dtype of ``total``. Without momentum the second is zero.
+            Both sums after it, of the shape and dtype of ``total``. A step without momentum leaves the second.
         """
         return _apply(self.matrix, total, torch.zeros_like(total) if velocity is None else velocity)
 

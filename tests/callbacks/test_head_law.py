@@ -6,10 +6,12 @@ import math
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.nn import functional as F
 
 from nclightning.callbacks import OptimizerLaws
+from nclightning.errors import UserError
 from tests.callbacks.test_row_sums import (
     D,
     K,
@@ -119,6 +121,12 @@ WITHOUT = {
     ),
     "a penalty and clipping": (lambda: made(sgd()), {"penalty": 0.1}, {"gradient_clip_val": 1.0}, "rescale"),
     "a penalty and accumulation": (lambda: made(sgd()), {"penalty": 0.1}, {"accumulate_grad_batches": 2}, "rescale"),
+    "a penalty and accumulation from a callback": (
+        lambda: made(sgd()),
+        {"penalty": 0.1},
+        {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+        "rescale",
+    ),
     "unknown": (
         lambda: made(lambda model: torch.optim.RMSprop(model.parameters())),
         {},
@@ -140,3 +148,14 @@ def test_without_a_law_the_norm_is_read_and_that_said_once(make, arguments, opti
     weight = F.normalize(model.last.weight) if why == "cosine head" else model.last.weight
     assert rows[-1]["laws/nc0_norm"] == pytest.approx(norm_of_sum(weight), rel=1e-12)
     assert hooks_of(trainer) == 0
+
+
+def test_a_head_that_is_replaced_within_a_fit_is_refused(tmp_path):
+    class Replace(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.last = nn.Linear(D, K).double()
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.last.parameters())})
+
+    with pytest.raises(UserError, match="'last' is no layer of the module any more"):
+        fit(tmp_path, OptimizerLaws(every_n_steps=1), made(sgd()), callbacks=[Replace()])

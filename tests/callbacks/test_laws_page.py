@@ -28,7 +28,7 @@ def test_the_table_has_the_tags_of_the_callback():
 
 def test_the_configuration_makes_it():
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (callback,) = yaml.safe_load(block)["callbacks"]
+    (callback,) = yaml.safe_load(block)["trainer"]["callbacks"]
     parser = ArgumentParser()
     parser.add_subclass_arguments(OptimizerLaws, "laws")
     assert isinstance(parser.instantiate_classes(parser.parse_object({"laws": callback})).laws, OptimizerLaws)

@@ -294,3 +294,40 @@ def test_an_optimizer_of_your_own(tmp_path):
 def test_a_step_fn_that_returns_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"must return a .*GradientStep, it returned a float"):
         fit(tmp_path, OptimizerLaws(step_fn=lambda optimizer, group: group["lr"]), made(sgd()))
+
+
+class OwnSGD(torch.optim.Optimizer):
+    """Heavy ball that keeps its momentum under a name of its own."""
+
+    def __init__(self, params, name):
+        super().__init__(params, {"lr": 0.1, "momentum": 0.9})
+        self.name = name
+
+    def step(self, closure=None):
+        value = closure()
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                buffer = self.state[p].setdefault(self.name, torch.zeros_like(p)).mul_(0.9).add_(p.grad)
+                p.mul_(1 - 0.1 * 0.3).sub_(buffer, alpha=0.1)
+        return value
+
+
+def test_step_fn_reads_what_a_step_left(tmp_path):
+    def law(optimizer, group):
+        assert optimizer.state[group["params"][0]]
+        return GradientStep(group["lr"], group["momentum"], decoupled_decay=0.3)
+
+    model = made(lambda net: OwnSGD(net.parameters(), "momentum_buffer"))
+    check_law(*fit(tmp_path, OptimizerLaws(every_n_steps=2, step_fn=law), model))
+    with pytest.raises(UserError, match="has no state 'momentum_buffer' of the head"):
+        fit(tmp_path, OptimizerLaws(step_fn=law), made(lambda net: OwnSGD(net.parameters(), "velocity")))
+
+
+def test_momentum_that_is_left_out_for_some_steps(tmp_path):
+    class Pause(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.optimizers[0].param_groups[0]["momentum"] = 0.0 if trainer.global_step % 5 in (2, 3) else 0.9
+
+    model = made(sgd(momentum=0.9, weight_decay=0.1))
+    check_law(*fit(tmp_path, OptimizerLaws(every_n_steps=1), model, callbacks=[Pause()]))
+    check_law(*fit(tmp_path, OptimizerLaws(every_n_steps=7), model, callbacks=[Pause()]))

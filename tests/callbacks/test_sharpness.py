@@ -3,6 +3,7 @@
 import logging
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -145,6 +146,32 @@ def test_generators_of_the_data_are_put_back(tmp_path):
     assert torch.equal(*ends)
 
 
+def in_eval_mode(model, batch):
+    model.eval()
+    return loss_of(model, batch)
+
+
+def mixed_up(model, batch):
+    share = np.random.beta(1.0, 1.0)
+    return share * loss_of(model, batch) + (1 - share) * loss_of(model, (batch[0], batch[1].flip(0)))
+
+
+@pytest.mark.parametrize("loss", [in_eval_mode, mixed_up])
+def test_what_the_loss_does_to_modes_and_random_states_is_undone(loss, tmp_path):
+    class Mixing(Net):
+        def training_step(self, batch, batch_idx):
+            return mixed_up(self, batch)
+
+    ends = []
+    for laws in (None, sharp(loss_fn=loss)):
+        np.random.seed(0)
+        torch.manual_seed(0)
+        model = Mixing(sgd())
+        fit(tmp_path, laws, model, max_epochs=2)
+        ends.append(list(model.state_dict().values()))
+    assert all(map(torch.equal, *ends))
+
+
 def test_the_cadence_of_its_own(tmp_path):
     read = []
 
@@ -177,8 +204,13 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     for loss in (lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"), lambda *_: 1.0):
         with pytest.raises(UserError, match=r"loss_fn must return the mean loss .* got (shape \(8,\)|float)"):
             fit(tmp_path, sharp(loss_fn=loss), made(sgd()))
+    with pytest.raises(UserError, match="a loss without a graph"):
+        fit(tmp_path, sharp(loss_fn=lambda model, batch: loss_of(model, batch).detach()), made(sgd(weight_decay=0.1)))
     with pytest.raises(UserError, match="data has no batch"):
         fit(tmp_path, sharp(data=[]), made(sgd()))
+    for data_once in (iter([]), 3):
+        with pytest.raises(TypeError, match="can be read in each fit"):
+            sharp(data=data_once)
 
 
 def attention(model, batch):

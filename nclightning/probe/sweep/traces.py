@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from nclightning.compat.torch import buffers_of, is_compiled
 from nclightning.heads import evaluating
 from nclightning.probe.nesting import measurement
 from nclightning.probe.sweep.snapshot import remembered
-from nclightning.probe.sweep.states import cuda_devices, random_states_kept, torch_states_kept
+from nclightning.probe.sweep.states import cuda_devices, random_states_kept
 from nclightning.sharding import reshard
 
 __all__ = ["compiled_parts", "eager", "frozen", "shared_buffers", "untouched"]
@@ -48,15 +48,17 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def untouched(module: nn.Module) -> Iterator[None]:
     """Run a module as it trains, without a trace.
 
-    Its buffers, the states of the torchmetrics among its submodules, and torch's random states are put back afterwards.
+    Its buffers, its modes, the states of the torchmetrics among its submodules, and the random states of Python, numpy
+    and torch are put back afterwards.
 
     Args:
-        module: Its modes stay, so that what is seen is what is trained.
+        module: Its modes are those of training, so that what is seen is what is trained.
     """
     modules = list(module.modules())
     with ExitStack() as stack:
-        stack.enter_context(torch_states_kept(cuda_devices(modules)))
+        stack.enter_context(random_states_kept(cuda_devices(modules)))
         stack.enter_context(_buffers_kept(modules))
+        stack.enter_context(_modes_kept(modules))
         kinds = _kinds_of_metrics()
         for child in modules:
             if isinstance(child, kinds):
@@ -68,6 +70,16 @@ def _kinds_of_metrics() -> tuple[type, ...]:
     """Classes of torchmetrics, which takes seconds to load: before that there is no object of them."""
     library = sys.modules.get("torchmetrics")
     return () if library is None else (library.Metric, library.MetricCollection)
+
+
+@contextmanager
+def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    modes = [child.training for child in modules]
+    try:
+        yield
+    finally:
+        for child, mode in zip(modules, modes, strict=True):
+            child.training = mode  # One by one: parts may be in eval mode while others train.
 
 
 @contextmanager

@@ -47,6 +47,18 @@ def test_untouched_restores_buffers_that_are_put_in_place_of_others():
     assert module.count == 0
 
 
+def test_untouched_restores_modes_and_all_random_states():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2))
+    module[2].eval()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    with untouched(module):
+        module.eval()
+        torch.rand(1), random.random(), np.random.rand()
+    assert [child.training for child in module.modules()] == [True, True, True, False]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
 class Measured(nn.Module):
     """Holds metrics in every way that there is, and updates them in each forward."""
 
