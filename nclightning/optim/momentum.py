@@ -85,7 +85,7 @@ class MomentumFromCurvature(SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if _refuse_without_constants not in self._optimizer_step_pre_hooks.values():  # A copy has no hooks.
+        if "defaults" in state:  # Of a new copy, which has no hooks yet; load_state_dict has none.
             self.register_step_pre_hook(_refuse_without_constants)
 
 
