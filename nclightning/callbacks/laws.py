@@ -116,11 +116,19 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
             raise UserTypeError(
                 f"data must be batches that can be read in each fit, such as a loader, got {type(data).__name__}."
             )
+        if data is not None and sharpness_every_n_steps is None:
+            raise UserError(
+                "data and loss_fn are for the sharpness alone, which is not read: set sharpness_every_n_steps, or "
+                "leave them out."
+            )
         loss = None if data is None or loss_fn is None else TrainingLoss(data, loss_fn)
         reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn)
         self._iterates = every_n_iterations, step_fn, sharpness_every_n_steps
         self._epochs = every_n_steps, reader, (penalty, bias_penalty), step_fn, loss, sharpness_every_n_steps
-        self._penalties = penalty, bias_penalty
+        # A full-batch module says these itself.
+        of_others = ("head", "data", "loss_fn", "batch_fn", "forward_fn")
+        self._of_others = [name for name in of_others if given[name] is not None]
+        self._of_others += [name for name in ("penalty", "bias_penalty") if given[name]]
 
     def make_at_iterates(self) -> LawsAtIterates:
         """Make the callback for full-batch modules."""
@@ -136,10 +144,10 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse arguments that mean nothing for a full-batch module."""
-        if full_batch(pl_module) and any(self._penalties):
+        if full_batch(pl_module) and self._of_others:
             raise UserError(
-                f"penalty and bias_penalty are of other modules than {type(pl_module).__name__}, which says its own: "
-                "leave them out."
+                f"{' and '.join(self._of_others)} of OptimizerLaws mean nothing for {type(pl_module).__name__}, which "
+                "says its head, objective and data itself: leave them out."
             )
         super().on_fit_start(trainer, pl_module)
 

@@ -129,6 +129,7 @@ def test_arguments_are_checked():
         ({"penalty": -1.0}, "penalty must be finite and non-negative"),
         ({"data": [1]}, "loss_fn is missing"),
         ({"loss_fn": loss_of}, "data is missing"),
+        ({"data": [1], "loss_fn": loss_of}, "set sharpness_every_n_steps"),
     ):
         with pytest.raises(UserError, match=words):
             OptimizerLaws(**arguments)

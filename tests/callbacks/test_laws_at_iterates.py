@@ -143,8 +143,13 @@ def test_a_resumed_run_goes_on(tmp_path):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(UserError, match="penalty and bias_penalty are of other modules"):
-        fit(tmp_path, ufm(OPTIMIZERS["plain"]), OptimizerLaws(penalty=0.1))
+    for arguments, words in (
+        ({"penalty": 0.1, "bias_penalty": 0.2}, "penalty and bias_penalty of OptimizerLaws mean nothing for UFM"),
+        ({"head": "fc"}, "head of OptimizerLaws mean"),
+        ({"data": [1], "loss_fn": loss_of, "sharpness_every_n_steps": 5}, "data and loss_fn of OptimizerLaws mean"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fit(tmp_path, ufm(OPTIMIZERS["plain"]), OptimizerLaws(**arguments))
 
 
 def test_a_configuration_makes_it():
