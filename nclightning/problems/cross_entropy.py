@@ -129,6 +129,16 @@ class CrossEntropy(Loss):
         weighted = (shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p
         return torch.diag(weighted.sum(dim=0)) - weighted.T @ p
 
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """Variances of the axes under the probabilities, from the entry of the likeliest class."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        top = p.argmax(dim=1, keepdim=True)
+        # What is left is small where the class is all but sure, and so is all that is subtracted.
+        p, start = p.scatter(1, top, 0.0), axes[top.squeeze(1)]
+        mass, mean = p.sum(dim=1, keepdim=True), p @ axes
+        variance = p @ axes.square() - 2 * start * mean + start.square() * mass - (mean - start * mass).square()
+        return self._weighted(targets).sum(dim=1, keepdim=True) * variance.clamp(min=0)
+
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
         return self.divergence_along(logits - reference, reference, targets)
@@ -231,6 +241,10 @@ class BinaryCrossEntropy(Loss):
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """Diagonal."""
         return torch.diag(shares @ (torch.sigmoid(logits) * torch.sigmoid(-logits)))
+
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """A product of matrices."""
+        return torch.sigmoid(logits) * torch.sigmoid(-logits) @ axes.square()
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Sum over the classes of that of two classes, of which one has the logit zero."""

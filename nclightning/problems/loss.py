@@ -102,6 +102,11 @@ class Loss:
         columns = [shares @ self.curvature(logits, targets, axis.expand_as(logits)) for axis in axes]
         return torch.stack(columns, dim=1)
 
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """Second derivatives of each row's loss along each column of ``axes (K, q)``, ``(B, q)``."""
+        rows = [self.curvature(logits, targets, axis.expand_as(logits)) @ axis for axis in axes.T]
+        return torch.stack(rows, dim=1)
+
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         r"""Bregman divergence of each row from its reference, zero where they are equal.
 

@@ -1,0 +1,220 @@
+r"""Coordinates of the points that permutations of like classes leave alone.
+
+Where classes of the same count are exchangeable, the optimal logits, which are unique, are invariant under their
+permutations. With C kinds of classes, :math:`m_c` classes of kind c, and Q the ``(K, C)`` matrix of the normalised
+sums over a kind, such scaled logits are
+
+.. math:: \hat Z = Q T Q^\top + \sum_c a_c (I_c - J_c / m_c),
+
+with a matrix T, the core, and one number a for each kind of more than one class, the difference of its classes. Norms
+and nuclear norms add up: :math:`\|\hat Z\|_* = \|T\|_* + \sum_c (m_c - 1) |a_c|`. A long tail of a thousand classes has
+some hundred kinds. Without exchangeable classes the core is all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nclightning.problems.groups import Factors, Groups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Coordinates", "Parts"]
+
+
+class Parts(NamedTuple):
+    """A point, direction or gradient in coordinates in which lengths are those of scaled logits and bias.
+
+    Attributes:
+        core: ``(R, C)``.
+        apart: a times the root of ``m - 1``, of the kinds with more than one class.
+        bias: ``(C,)``; empty without a bias.
+    """
+
+    core: Tensor
+    apart: Tensor
+    bias: Tensor
+
+    def map(self, function: Callable[..., Tensor], *others: Parts) -> Parts:
+        """Apply a function to each part."""
+        return Parts(*(function(*each) for each in zip(self, *others, strict=True)))
+
+    def plus(self, other: Parts, times: float = 1.0) -> Parts:
+        """Add a multiple."""
+        return self.map(lambda a, b: a + times * b, other)
+
+    def dot(self, other: Parts) -> float:
+        """Inner product."""
+        return float(sum((a * b).sum() for a, b in zip(self, other, strict=True)))
+
+    def norm(self) -> float:
+        """Length."""
+        return self.dot(self) ** 0.5
+
+
+class Coordinates:
+    """What maps such coordinates to the logits of one class of each kind, and gradients back.
+
+    A free bias takes the part of the core that is alike in all samples, ``d b^T`` with the roots of the counts in d: the
+    nuclear norm is least without it. The core then has a row less, in an orthonormal basis of what is orthogonal to d.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        kinds = _kinds(groups)
+        like = groups.targets
+        M, K = like.shape
+        self.kinds = kinds
+        if kinds is None:
+            self.first = torch.arange(M, device=like.device)
+            self.row_sizes, self.column_sizes = like.new_ones(M), like.new_ones(K)
+            self.many = like.new_zeros(0, dtype=torch.int64)
+        else:
+            self.row_sizes = self.column_sizes = torch.bincount(kinds).to(like)
+            C = len(self.row_sizes)
+            order = torch.arange(K - 1, -1, -1, device=like.device)
+            self.first = order.new_zeros(C).scatter_(0, kinds[order], order)
+            self.many = torch.nonzero(self.row_sizes > 1).flatten()
+        self.weights = (self.row_sizes[self.many] - 1).sqrt()
+        self.targets, self.counts = like[self.first], groups.counts[self.first]
+        self.total = groups.num_samples
+        self.has_bias = groups.lambda_b is not None
+        self.axis: Tensor | None = None
+        if groups.lambda_b == 0:
+            axis = (self.row_sizes * self.counts).sqrt()
+            axis = axis / axis.norm()
+            axis[0] += 1  # All entries are positive, so that nothing cancels.
+            self.axis = axis / axis.norm()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the core."""
+        return len(self.first) - (self.axis is not None), len(self.column_sizes)
+
+    def zero(self, bias: Tensor | None) -> Parts:
+        """Logits zero, and a bias ``(K,)``."""
+        like, size = self.targets, len(self.column_sizes)
+        folded = like.new_zeros(0) if bias is None else self._sums(bias.unsqueeze(0))[0] / self.column_sizes.sqrt()
+        assert bias is None or len(folded) == size
+        return Parts(like.new_zeros(self.shape), like.new_zeros(len(self.many)), folded)
+
+    def logits(self, parts: Parts) -> Tensor:
+        """Logits ``(R, K)`` of the first class of each kind; linear."""
+        rows = self.lifted(parts.core) / (self.row_sizes * self.counts).sqrt().unsqueeze(1)
+        roots = self.column_sizes.sqrt()
+        rows = rows / roots
+        if self.has_bias:
+            rows = rows + parts.bias / roots
+        if self.kinds is None:
+            return rows
+        apart = torch.zeros_like(self.counts)
+        apart[self.many] = parts.apart / self.weights
+        apart = apart / self.counts.sqrt()
+        rows = (rows - torch.diag(apart / self.row_sizes))[:, self.kinds]
+        rows[torch.arange(len(rows), device=rows.device), self.first] += apart
+        return rows
+
+    def gradient(self, residuals: Tensor) -> Parts:
+        """Gradient of the mean loss from that in the logits ``(R, K)``: the transpose of :meth:`logits`, weighted."""
+        sums = self._sums(residuals)
+        share = self.row_sizes * self.counts / self.total
+        roots = self.column_sizes.sqrt()
+        core = sums * (share / (self.row_sizes * self.counts).sqrt()).unsqueeze(1) / roots
+        apart = self.weights
+        if len(apart):
+            own = residuals[self.many, self.first[self.many]] - sums[self.many, self.many] / self.row_sizes[self.many]
+            apart = own * (share / self.counts.sqrt())[self.many] / self.weights
+        bias = share @ sums / roots if self.has_bias else sums.new_zeros(0)
+        return Parts(self._lowered(core), apart, bias)
+
+    def curvatures(self, logits: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Second derivatives of the mean loss along the core's ``u v^T``, for the columns of two matrices."""
+        bent = self._along(logits, right)
+        return self.lifted(left).square().T @ bent / self.total
+
+    def curvatures_of_rest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Second derivatives of the mean loss along each entry of ``apart`` and of the bias."""
+        loss, targets = self.groups.loss, self.targets
+        apart = self.weights
+        if len(apart):
+            step = Parts(torch.zeros(self.shape).to(logits), torch.ones_like(apart), torch.zeros_like(self.column_sizes))
+            rows = self.logits(step)
+            bent = (rows * loss.curvature(logits, targets, rows)).sum(dim=1)
+            apart = (bent * self.row_sizes * self.counts / self.total)[self.many]
+        if not self.has_bias:
+            return apart, apart.new_zeros(0)
+        axes = torch.eye(len(self.column_sizes)).to(logits)
+        return apart, (self.row_sizes * self.counts / self.total) @ self._along(logits, axes)
+
+    def factors(self, left: Tensor, singular: Tensor, right: Tensor, rest: Parts) -> Factors:
+        """Singular value decomposition of the scaled logits from that of the core, descending."""
+        parts = [(self._unfolded(self.lifted(left), self.row_sizes), singular, self._unfolded(right, self.column_sizes))]
+        for kind, apart in zip(self.many.tolist(), (rest.apart / self.weights).tolist(), strict=True):
+            if apart:
+                assert self.kinds is not None
+                members = torch.nonzero(self.kinds == kind).flatten()
+                frame = left.new_zeros(len(self.kinds), len(members) - 1)
+                frame[members] = _differences(len(members)).to(left)
+                parts.append((frame, left.new_full((len(members) - 1,), abs(apart)), frame if apart > 0 else -frame))
+        u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+        order = s.argsort(descending=True, stable=True)
+        bias = None if not self.has_bias else self._unfolded(rest.bias.unsqueeze(1), self.column_sizes)[:, 0]
+        return Factors(u[:, order], s[order], v[:, order], bias)
+
+    def lifted(self, core: Tensor) -> Tensor:
+        """All rows of the core."""
+        if self.axis is None:
+            return core
+        return self._reflected(torch.cat([core.new_zeros(1, core.shape[1]), core]))
+
+    def _lowered(self, core: Tensor) -> Tensor:
+        return core if self.axis is None else self._reflected(core)[1:]
+
+    def _reflected(self, core: Tensor) -> Tensor:
+        assert self.axis is not None
+        return core - 2 * torch.outer(self.axis, self.axis @ core)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """Sums over the columns of each kind."""
+        if self.kinds is None:
+            return rows
+        return rows.new_zeros(len(rows), len(self.column_sizes)).index_add_(1, self.kinds, rows)
+
+    def _along(self, logits: Tensor, axes: Tensor) -> Tensor:
+        axes = axes / self.column_sizes.sqrt().unsqueeze(1)
+        return self.groups.loss.curvature_along(logits, self.targets, axes if self.kinds is None else axes[self.kinds])
+
+    def _unfolded(self, columns: Tensor, sizes: Tensor) -> Tensor:
+        columns = columns / sizes.sqrt().unsqueeze(1)
+        return columns if self.kinds is None else columns[self.kinds]
+
+
+def _kinds(groups: Groups) -> Tensor | None:
+    """Kind of each class ``(K,)``; None if no two are of one kind."""
+    targets = groups.targets
+    if not groups.loss.exchangeable or targets.shape[0] != targets.shape[1]:
+        return None
+    marks = torch.stack([groups.counts, targets.diagonal()], dim=1)
+    unique, kinds = torch.unique(marks, dim=0, return_inverse=True)
+    if len(unique) == len(marks):
+        return None
+    # Any two classes may change places with two others of the same kinds.
+    size = len(unique)
+    pair = kinds.unsqueeze(1) * size + kinds
+    off = ~torch.eye(len(kinds), dtype=torch.bool, device=targets.device)
+    least, most = (
+        targets.new_zeros(size * size).scatter_reduce(0, pair[off], targets[off], how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    return kinds if torch.equal(least, most) else None
+
+
+def _differences(size: int) -> Tensor:
+    """Orthonormal basis ``(size, size - 1)`` of the vectors with sum zero."""
+    axis = torch.full((size, 1), size**-0.5, dtype=torch.float64)
+    axis[0] += 1
+    return (torch.eye(size, dtype=torch.float64) - axis @ axis.T * (2 / axis.square().sum()))[:, 1:]

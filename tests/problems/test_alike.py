@@ -1,0 +1,127 @@
+"""Coordinates of the points that permutations of like classes leave alone, against the points themselves."""
+
+import pytest
+import torch
+
+from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError
+from nclightning.problems.alike import Coordinates, Parts
+from nclightning.problems.groups import Groups
+
+EYE = torch.eye(6, dtype=torch.float64)
+COUNTS = torch.tensor([5.0, 2, 9, 2, 5, 5], dtype=torch.float64)
+PAIRED = EYE.clone()
+# Classes 1 and 3 may be confused with each other, and those of the other count with each other: still alike.
+PAIRED[1, 3] = PAIRED[3, 1] = 0.1
+BROKEN = EYE.clone()
+BROKEN[1, 3] = 0.1
+CASES = {
+    "hard labels": (CrossEntropy(), EYE, COUNTS, 3),
+    "smoothed labels": (CrossEntropy(), 0.9 * EYE + 0.1 / 6, COUNTS, 3),
+    "each class on its own": (BinaryCrossEntropy(), EYE, COUNTS, 3),
+    "squared error": (SquaredError(), EYE, COUNTS, 3),
+    "one count": (CrossEntropy(), EYE, torch.full_like(COUNTS, 4), 1),
+    "pairs": (CrossEntropy(), PAIRED, COUNTS, 3),
+    "targets tell classes apart": (CrossEntropy(), BROKEN, COUNTS, 6),
+    "diagonals tell classes apart": (BinaryCrossEntropy(), EYE * torch.linspace(0.5, 1, 6), COUNTS, 6),
+    "distinct counts": (CrossEntropy(), EYE, torch.arange(1.0, 7).double(), 6),
+    "the loss tells classes apart": (CrossEntropy(offset=torch.linspace(0, 1, 6)), EYE, COUNTS, 6),
+    "more groups than classes": (CrossEntropy(), torch.cat([EYE, EYE[:2] / 2 + EYE[2:4] / 2]), torch.ones(8), (8, 6)),
+    "fewer groups than outputs": (BinaryCrossEntropy(), EYE[:2], torch.ones(2), (2, 6)),
+}
+
+
+def make(name, lambda_b):
+    loss, targets, counts, size = CASES[name]
+    groups = Groups(loss, targets, counts.double(), 0.1, lambda_b)
+    rows, columns = size if isinstance(size, tuple) else (size, size)
+    coordinates = Coordinates(groups)
+    assert coordinates.shape == (rows - (lambda_b == 0), columns)
+    return groups, coordinates
+
+
+def draw(coordinates, generator):
+    zero = coordinates.zero(None if coordinates.groups.lambda_b is None else torch.zeros(6, dtype=torch.float64))
+    return Parts(*(torch.randn(part.shape, dtype=torch.float64, generator=generator) for part in zero))
+
+
+def whole(coordinates, parts):
+    """The point by its definition: scaled logits of all groups, and the bias."""
+    core, groups = coordinates.lifted(parts.core), coordinates.groups
+    if coordinates.kinds is None:
+        scaled, bias = core, parts.bias
+    else:
+        sums = torch.nn.functional.one_hot(coordinates.kinds).double()
+        frame = sums / sums.sum(dim=0).sqrt()
+        scaled = frame @ core @ frame.T
+        for kind, apart in zip(coordinates.many.tolist(), parts.apart.tolist(), strict=True):
+            inside, m = torch.diag(sums[:, kind]), sums[:, kind].sum()
+            scaled = scaled + apart / (m - 1).sqrt() * (inside - torch.outer(sums[:, kind], sums[:, kind]) / m)
+        bias = frame @ parts.bias if len(parts.bias) else parts.bias
+    return scaled, bias if groups.lambda_b is not None else None
+
+
+@pytest.mark.parametrize("lambda_b", [None, 0.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_coordinates_are_of_the_whole_point(name, lambda_b, generator):
+    groups, coordinates = make(name, lambda_b)
+    parts = draw(coordinates, generator)
+    scaled, bias = whole(coordinates, parts)
+    square = scaled.square().sum() + (0 if bias is None else bias.square().sum())
+    assert parts.norm() ** 2 == pytest.approx(float(square))
+    if lambda_b == 0:
+        assert float((groups.counts.sqrt() @ scaled).norm()) < 1e-13
+    left, singular, right = torch.linalg.svd(parts.core, full_matrices=False)
+    factors = coordinates.factors(left, singular, right.T, parts)
+    torch.testing.assert_close(factors.scaled_logits, scaled)
+    identity = torch.eye(len(factors.singular), dtype=torch.float64)
+    for axes in (factors.left, factors.right):
+        torch.testing.assert_close(axes.T @ axes, identity, rtol=0, atol=1e-13)
+    assert bool((factors.singular.diff() <= 0).all())
+    apart = (parts.apart.abs() * coordinates.weights).sum()
+    assert float(factors.singular.sum()) == pytest.approx(float(singular.sum() + apart))
+    assert (factors.bias is None) == (bias is None)
+    if bias is not None:
+        torch.testing.assert_close(factors.bias, bias)
+        torch.testing.assert_close(coordinates.zero(bias).bias, parts.bias)
+
+
+@pytest.mark.parametrize("lambda_b", [None, 0.0, 0.3])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_b, generator):
+    groups, coordinates = make(name, lambda_b)
+    parts = draw(coordinates, generator)
+
+    def mean_loss(*parts):
+        scaled, bias = whole(coordinates, Parts(*parts))
+        return groups.mean_loss(groups.logits(scaled, bias))
+
+    # By its definition a kind's number leaves the graph, so that gradients go along directions.
+    logits = coordinates.logits(parts)
+    torch.testing.assert_close(logits, groups.logits(*whole(coordinates, parts))[coordinates.first])
+    gradient = coordinates.gradient(groups.loss.residual(logits, coordinates.targets))
+    step = 1e-5
+    for _ in range(3):
+        move = draw(coordinates, generator)
+        slope = (mean_loss(*parts.plus(move, step)) - mean_loss(*parts.plus(move, -step))) / (2 * step)
+        assert gradient.dot(move) == pytest.approx(float(slope), rel=1e-6, abs=1e-9)
+
+    def along(move):
+        bent = groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
+        return move.dot(coordinates.gradient(bent))
+
+    zero = parts.plus(parts, -1.0)
+    u, v = (torch.randn(size, 2, dtype=torch.float64, generator=generator) for size in coordinates.shape)
+    found = coordinates.curvatures(logits, u, v)
+    # Of one column on each side the squares are along the product only if its rows do not mix.
+    rows = coordinates.curvatures(logits, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
+    if lambda_b != 0:
+        for i in range(2):
+            for j in range(2):
+                expected = along(zero._replace(core=torch.outer(u[:, i], v[:, j])))
+                assert float(found[i, j]) == pytest.approx(expected)
+                assert float(u[:, i].square() @ rows[:, j]) == pytest.approx(expected)
+    for part, values in zip(("apart", "bias"), coordinates.curvatures_of_rest(logits), strict=True):
+        for index, value in enumerate(values.tolist()):
+            axis = torch.zeros_like(values)
+            axis[index] = 1
+            assert value == pytest.approx(along(zero._replace(**{part: axis})))
