@@ -136,23 +136,29 @@ class Coordinates:
         bent = self._along(logits, right)
         return self.lifted(left).square().T @ bent / self.total
 
-    def curvatures_of_rest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Second derivatives of the mean loss along each entry of ``apart`` and of the bias."""
-        loss, targets = self.groups.loss, self.targets
-        apart = self.weights
-        if len(apart):
-            step = Parts(torch.zeros(self.shape).to(logits), torch.ones_like(apart), torch.zeros_like(self.column_sizes))
-            rows = self.logits(step)
-            bent = (rows * loss.curvature(logits, targets, rows)).sum(dim=1)
-            apart = (bent * self.row_sizes * self.counts / self.total)[self.many]
+    def curvatures_of_apart(self, logits: Tensor) -> Tensor:
+        """Second derivatives of the mean loss along each entry of ``apart``."""
+        if not len(self.weights):
+            return self.weights
+        like = self.column_sizes
+        rows = self.logits(Parts(logits.new_zeros(self.shape), torch.ones_like(self.weights), torch.zeros_like(like)))
+        bent = (rows * self.groups.loss.curvature(logits, self.targets, rows)).sum(dim=1)
+        return (bent * self.row_sizes * self.counts / self.total)[self.many]
+
+    def hessian_of_bias(self, logits: Tensor) -> Tensor:
+        """Hessian of the mean loss in the bias, ``(C, C)``; empty without one."""
         if not self.has_bias:
-            return apart, apart.new_zeros(0)
-        axes = torch.eye(len(self.column_sizes)).to(logits)
-        return apart, (self.row_sizes * self.counts / self.total) @ self._along(logits, axes)
+            return logits.new_zeros(0, 0)
+        share = self.row_sizes * self.counts / self.total
+        whole = self.groups.loss.mean_hessian(logits, self.targets, share)
+        roots = self.column_sizes.sqrt()
+        return self._sums(self._sums(whole).T) / roots / roots.unsqueeze(1)
 
     def factors(self, left: Tensor, singular: Tensor, right: Tensor, rest: Parts) -> Factors:
         """Singular value decomposition of the scaled logits from that of the core, descending."""
-        parts = [(self._unfolded(self.lifted(left), self.row_sizes), singular, self._unfolded(right, self.column_sizes))]
+        parts = [
+            (self._unfolded(self.lifted(left), self.row_sizes), singular, self._unfolded(right, self.column_sizes))
+        ]
         for kind, apart in zip(self.many.tolist(), (rest.apart / self.weights).tolist(), strict=True):
             if apart:
                 assert self.kinds is not None
@@ -163,6 +169,8 @@ class Coordinates:
         u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
         order = s.argsort(descending=True, stable=True)
         bias = None if not self.has_bias else self._unfolded(rest.bias.unsqueeze(1), self.column_sizes)[:, 0]
+        if bias is not None and self.groups.shift_is_free:
+            bias = bias - bias.mean()
         return Factors(u[:, order], s[order], v[:, order], bias)
 
     def lifted(self, core: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def test_coordinates_are_of_the_whole_point(name, lambda_b, generator):
     assert float(factors.singular.sum()) == pytest.approx(float(singular.sum() + apart))
     assert (factors.bias is None) == (bias is None)
     if bias is not None:
-        torch.testing.assert_close(factors.bias, bias)
+        expected = bias - bias.mean() if groups.shift_is_free else bias
+        torch.testing.assert_close(factors.bias, expected)
         torch.testing.assert_close(coordinates.zero(bias).bias, parts.bias)
 
 
@@ -120,8 +121,12 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
                 expected = along(zero._replace(core=torch.outer(u[:, i], v[:, j])))
                 assert float(found[i, j]) == pytest.approx(expected)
                 assert float(u[:, i].square() @ rows[:, j]) == pytest.approx(expected)
-    for part, values in zip(("apart", "bias"), coordinates.curvatures_of_rest(logits), strict=True):
-        for index, value in enumerate(values.tolist()):
-            axis = torch.zeros_like(values)
-            axis[index] = 1
-            assert value == pytest.approx(along(zero._replace(**{part: axis})))
+    for index, value in enumerate(coordinates.curvatures_of_apart(logits).tolist()):
+        axis = torch.zeros_like(parts.apart)
+        axis[index] = 1
+        assert value == pytest.approx(along(zero._replace(apart=axis)))
+    hessian = coordinates.hessian_of_bias(logits)
+    assert len(hessian) == len(parts.bias)
+    if len(hessian):
+        bias = torch.randn(parts.bias.shape, dtype=torch.float64, generator=generator)
+        assert float(bias @ hessian @ bias) == pytest.approx(along(zero._replace(bias=bias)))
