@@ -118,16 +118,27 @@ class CrossEntropy(Loss):
         return weighted.mul_(log_probability).sum(dtype=torch.float64).neg_()
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """Product with ``diag(p) - p p^T``."""
+        """Product with ``diag(p) - p p^T``.
+
+        Rows sum to zero, and the entry of the likeliest class is taken from that: where its probability is close to 1,
+        the difference would keep few digits.
+        """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        centred = direction - (p * direction).sum(dim=1, keepdim=True)
-        return self._weighted(targets).sum(dim=1, keepdim=True) * p * centred
+        bent = p * (direction - (p * direction).sum(dim=1, keepdim=True))
+        top = p.argmax(dim=1, keepdim=True)
+        bent = bent.scatter(1, top, 0.0)
+        bent = bent.scatter(1, top, -bent.sum(dim=1, keepdim=True))
+        return self._weighted(targets).sum(dim=1, keepdim=True) * bent
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """One product of matrices, where a loop over a thousand classes would take minutes."""
+        """One product of matrices, where a loop over a thousand classes would take minutes.
+
+        Rows sum to zero, and the diagonal is taken from that, as in :meth:`curvature`.
+        """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        weighted = (shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p
-        return torch.diag(weighted.sum(dim=0)) - weighted.T @ p
+        pairs = ((shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p).T @ p
+        pairs = pairs.fill_diagonal_(0.0)
+        return torch.diag(pairs.sum(dim=1)) - pairs
 
     def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
         """Variances of the axes under the probabilities, from the entry of the likeliest class."""

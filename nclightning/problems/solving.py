@@ -169,6 +169,8 @@ def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float) -> tuple
             break
         step = _System(smooth, state, smoothed=True).solve(0.1)
         slope = state.gradient.dot(step)
+        if not slope < 0:  # All that is left is rounding.
+            break
         # The slope along the step grows. Its values are those of the loss, whose rounding may be above the strength.
         low, low_slope, high, high_slope = 0.0, slope, math.inf, math.inf
         length = smooth.longest(state.logits, step)
