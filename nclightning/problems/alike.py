@@ -61,6 +61,7 @@ class Coordinates:
 
     A free bias takes the part of the core that is alike in all samples, ``d b^T`` with the roots of the counts in d: the
     nuclear norm is least without it. The core then has a row less, in an orthonormal basis of what is orthogonal to d.
+    Likewise it has a column less for a loss that does not see a shift of all logits of a sample.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -83,17 +84,14 @@ class Coordinates:
         self.targets, self.counts = like[self.first], groups.counts[self.first]
         self.total = groups.num_samples
         self.has_bias = groups.lambda_b is not None
-        self.axis: Tensor | None = None
-        if groups.lambda_b == 0:
-            axis = (self.row_sizes * self.counts).sqrt()
-            axis = axis / axis.norm()
-            axis[0] += 1  # All entries are positive, so that nothing cancels.
-            self.axis = axis / axis.norm()
+        # Of the core, what the bias takes and what the loss does not see.
+        self.row_axis = _mirror((self.row_sizes * self.counts).sqrt()) if groups.lambda_b == 0 else None
+        self.column_axis = _mirror(self.column_sizes.sqrt()) if groups.loss.shift_invariant else None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the core."""
-        return len(self.first) - (self.axis is not None), len(self.column_sizes)
+        return len(self.first) - (self.row_axis is not None), len(self.column_sizes) - (self.column_axis is not None)
 
     def zero(self, bias: Tensor | None) -> Parts:
         """Logits zero, and a bias ``(K,)``."""
@@ -104,7 +102,7 @@ class Coordinates:
 
     def logits(self, parts: Parts) -> Tensor:
         """Logits ``(R, K)`` of the first class of each kind; linear."""
-        rows = self.lifted(parts.core) / (self.row_sizes * self.counts).sqrt().unsqueeze(1)
+        rows = self.lifted_columns(self.lifted(parts.core).T).T / (self.row_sizes * self.counts).sqrt().unsqueeze(1)
         roots = self.column_sizes.sqrt()
         rows = rows / roots
         if self.has_bias:
@@ -129,11 +127,12 @@ class Coordinates:
             own = residuals[self.many, self.first[self.many]] - sums[self.many, self.many] / self.row_sizes[self.many]
             apart = own * (share / self.counts.sqrt())[self.many] / self.weights
         bias = share @ sums / roots if self.has_bias else sums.new_zeros(0)
-        return Parts(self._lowered(core), apart, bias)
+        core = _lowered(_lowered(core, self.row_axis).T, self.column_axis).T
+        return Parts(core, apart, bias)
 
     def curvatures(self, logits: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Second derivatives of the mean loss along the core's ``u v^T``, for the columns of two matrices."""
-        bent = self._along(logits, right)
+        bent = self._along(logits, self.lifted_columns(right))
         return self.lifted(left).square().T @ bent / self.total
 
     def curvatures_of_apart(self, logits: Tensor) -> Tensor:
@@ -156,15 +155,17 @@ class Coordinates:
 
     def factors(self, left: Tensor, singular: Tensor, right: Tensor, rest: Parts) -> Factors:
         """Singular value decomposition of the scaled logits from that of the core, descending."""
-        parts = [
-            (self._unfolded(self.lifted(left), self.row_sizes), singular, self._unfolded(right, self.column_sizes))
-        ]
+        left, right = self.lifted(left), self.lifted_columns(right)
+        parts = [(self._unfolded(left, self.row_sizes), singular, self._unfolded(right, self.column_sizes))]
         for kind, apart in zip(self.many.tolist(), (rest.apart / self.weights).tolist(), strict=True):
             if apart:
                 assert self.kinds is not None
                 members = torch.nonzero(self.kinds == kind).flatten()
                 frame = left.new_zeros(len(self.kinds), len(members) - 1)
-                frame[members] = _differences(len(members)).to(left)
+                frame[members] = _lifted(
+                    torch.eye(len(members) - 1, dtype=left.dtype, device=left.device),
+                    _mirror(left.new_ones(len(members))),
+                )
                 parts.append((frame, left.new_full((len(members) - 1,), abs(apart)), frame if apart > 0 else -frame))
         u, s, v = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
         order = s.argsort(descending=True, stable=True)
@@ -175,16 +176,11 @@ class Coordinates:
 
     def lifted(self, core: Tensor) -> Tensor:
         """All rows of the core."""
-        if self.axis is None:
-            return core
-        return self._reflected(torch.cat([core.new_zeros(1, core.shape[1]), core]))
+        return _lifted(core, self.row_axis)
 
-    def _lowered(self, core: Tensor) -> Tensor:
-        return core if self.axis is None else self._reflected(core)[1:]
-
-    def _reflected(self, core: Tensor) -> Tensor:
-        assert self.axis is not None
-        return core - 2 * torch.outer(self.axis, self.axis @ core)
+    def lifted_columns(self, columns: Tensor) -> Tensor:
+        """The same for its transpose."""
+        return _lifted(columns, self.column_axis)
 
     def _sums(self, rows: Tensor) -> Tensor:
         """Sums over the columns of each kind."""
@@ -221,8 +217,21 @@ def _kinds(groups: Groups) -> Tensor | None:
     return kinds if torch.equal(least, most) else None
 
 
-def _differences(size: int) -> Tensor:
-    """Orthonormal basis ``(size, size - 1)`` of the vectors with sum zero."""
-    axis = torch.full((size, 1), size**-0.5, dtype=torch.float64)
+def _mirror(axis: Tensor) -> Tensor:
+    """Unit vector whose reflection takes an axis with positive entries to the first coordinate."""
+    axis = axis / axis.norm()
     axis[0] += 1
-    return (torch.eye(size, dtype=torch.float64) - axis @ axis.T * (2 / axis.square().sum()))[:, 1:]
+    return axis / axis.norm()
+
+
+def _lifted(rows: Tensor, mirror: Tensor | None) -> Tensor:
+    """Rows in a basis of what is orthogonal to the axis, as rows."""
+    if mirror is None:
+        return rows
+    rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+    return rows - 2 * torch.outer(mirror, mirror @ rows)
+
+
+def _lowered(rows: Tensor, mirror: Tensor | None) -> Tensor:
+    """Transpose of that."""
+    return rows if mirror is None else (rows - 2 * torch.outer(mirror, mirror @ rows))[1:]

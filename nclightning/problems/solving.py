@@ -237,7 +237,7 @@ class _System:
         inner = coordinates.curvatures(logits, core.left, core.right) / smooth.strength
         rest = inner[:0, : core.size]
         if core.has_rest:
-            axes = torch.eye(coordinates.shape[0]).to(logits)
+            axes = torch.eye(coordinates.shape[0], dtype=logits.dtype, device=logits.device)
             rest = coordinates.curvatures(logits, axes, core.right) / smooth.strength
         self.inverse = inverse(self.bent, there, inner, rest)
         self.shapes = inner.shape, rest.shape, shrunk.apart.shape, shrunk.bias.shape

@@ -16,7 +16,7 @@ __all__ = ["Scales", "Threshold", "Turned"]
 
 
 class Turned(NamedTuple):
-    """A matrix D in the axes of another: ``U^T D V`` with all columns of V, and what ``D V`` has outside of U."""
+    """A matrix D in the axes of another: ``U^T D V``, and what ``D V`` has outside of U if U has not all axes."""
 
     inner: Tensor
     rest: Tensor
@@ -28,8 +28,9 @@ class Scales(NamedTuple):
     Attributes:
         same: ``(q, q)`` symmetric: factor of each entry.
         swapped: ``(q, q)`` symmetric: factor of its mirror image.
-        right: ``(q, 1)``, of the columns beyond the square.
-        rest: ``(1, q)``, of the rows outside of U.
+        right: ``(q, 1)`` or ``(q, K - q)``, of the columns beyond the square.
+        below: ``(q,)`` or ``(p - q, q)``, of the rows beyond the square.
+        rest: ``(q,)`` or ``(M, q)``, of the rows outside of U.
         square_there: Where the square is not excluded, ``(q, q)``.
         there: Which singular values are not excluded, ``(q,)``.
     """
@@ -37,6 +38,7 @@ class Scales(NamedTuple):
     same: Tensor
     swapped: Tensor
     right: Tensor
+    below: Tensor
     rest: Tensor
 
 
@@ -45,21 +47,22 @@ class Threshold:
 
     def __init__(self, matrix: Tensor, threshold: float) -> None:
         rows, columns = matrix.shape
-        # All axes of the columns, but of the rows only those that are needed.
-        self.left, self.values, right = torch.linalg.svd(matrix, full_matrices=rows < columns)
+        # All axes, but of the rows only those that are needed if there are many.
+        full = rows <= 2 * columns
+        self.left, self.values, right = torch.linalg.svd(matrix, full_matrices=full)
         self.right, self.size, self.threshold = right.T, len(self.values), threshold
         self.kept_values = (self.values - threshold).clamp(min=0)
-        self.has_rest = rows > columns
+        self.has_rest = not full
 
     @property
     def kept(self) -> Tensor:
         """What the threshold keeps."""
-        return self.left * self.kept_values @ self.right[:, : self.size].T
+        return self.left[:, : self.size] * self.kept_values @ self.right[:, : self.size].T
 
     @property
     def subgradient(self) -> Tensor:
         """Subgradient of the nuclear norm at what is kept."""
-        return self.left * (self.values / self.threshold).clamp(max=1) @ self.right[:, : self.size].T
+        return self.left[:, : self.size] * (self.values / self.threshold).clamp(max=1) @ self.right[:, : self.size].T
 
     def turn(self, matrix: Tensor) -> Turned:
         """Take a matrix into the axes."""
@@ -98,24 +101,27 @@ class Threshold:
             symmetric = torch.where(larger > t, below / (larger - t).clamp(min=tiny), 0)
             skew = torch.where(larger > t, (low.unsqueeze(1) + low) / (s.unsqueeze(1) + s).clamp(min=tiny), 0)
             beside = torch.where(y > t, t / s.clamp(min=tiny), 0)
-        bent = Scales((symmetric + skew) / (2 * t), (symmetric - skew) / (2 * t), beside.unsqueeze(1) / t, beside / t)
-        return bent, Scales(square_there, torch.zeros_like(square_there), there.unsqueeze(1), there)
+        bent = Scales(
+            (symmetric + skew) / (2 * t), (symmetric - skew) / (2 * t), beside.unsqueeze(1) / t, beside / t, beside / t
+        )
+        return bent, Scales(square_there, torch.zeros_like(square_there), there.unsqueeze(1), there, there)
 
 
 def apply(scales: Scales, turned: Turned) -> Turned:
     """Apply the operator."""
-    size = scales.same.shape[0]
-    square = turned.inner[:, :size]
-    square = scales.same * square + scales.swapped * square.T
-    if turned.inner.shape[1] > size:
-        square = torch.cat([square, scales.right * turned.inner[:, size:]], dim=1)
-    return Turned(square, scales.rest * turned.rest)
+    size = len(scales.same)
+    image = torch.empty_like(turned.inner)
+    square = turned.inner[:size, :size]
+    torch.addcmul(scales.same * square, scales.swapped, square.T, out=image[:size, :size])
+    image[:size, size:] = scales.right * turned.inner[:size, size:]
+    image[size:, :size] = scales.below * turned.inner[size:, :size]
+    return Turned(image, scales.rest * turned.rest)
 
 
 def inverse(bent: Scales, there: Scales, inner: Tensor, rest: Tensor) -> Scales:
     """Invert the operator plus a diagonal, where it is finite; zero elsewhere."""
     size = len(bent.same)
-    square = inner[:, :size]
+    square = inner[:size, :size]
     other = square.T + bent.same
     # The determinant of the two by two matrix of an entry and its mirror image, of terms that are not negative.
     alpha, beta = bent.same + bent.swapped, bent.same - bent.swapped
@@ -125,6 +131,7 @@ def inverse(bent: Scales, there: Scales, inner: Tensor, rest: Tensor) -> Scales:
     return Scales(
         there.same * other / det,
         -there.same * bent.swapped / det,
-        there.right / (inner[:, size:] + bent.right).clamp(min=tiny),
+        there.right / (inner[:size, size:] + bent.right).clamp(min=tiny),
+        there.below / (inner[size:, :size] + bent.below).clamp(min=tiny),
         there.rest / (rest + bent.rest).clamp(min=tiny),
     )

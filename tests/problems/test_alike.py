@@ -35,7 +35,7 @@ def make(name, lambda_b):
     groups = Groups(loss, targets, counts.double(), 0.1, lambda_b)
     rows, columns = size if isinstance(size, tuple) else (size, size)
     coordinates = Coordinates(groups)
-    assert coordinates.shape == (rows - (lambda_b == 0), columns)
+    assert coordinates.shape == (rows - (lambda_b == 0), columns - loss.shift_invariant)
     return groups, coordinates
 
 
@@ -46,7 +46,7 @@ def draw(coordinates, generator):
 
 def whole(coordinates, parts):
     """The point by its definition: scaled logits of all groups, and the bias."""
-    core, groups = coordinates.lifted(parts.core), coordinates.groups
+    core, groups = coordinates.lifted_columns(coordinates.lifted(parts.core).T).T, coordinates.groups
     if coordinates.kinds is None:
         scaled, bias = core, parts.bias
     else:
@@ -70,6 +70,8 @@ def test_coordinates_are_of_the_whole_point(name, lambda_b, generator):
     assert parts.norm() ** 2 == pytest.approx(float(square))
     if lambda_b == 0:
         assert float((groups.counts.sqrt() @ scaled).norm()) < 1e-13
+    if groups.loss.shift_invariant:
+        assert float(scaled.sum(dim=1).norm()) < 1e-13
     left, singular, right = torch.linalg.svd(parts.core, full_matrices=False)
     factors = coordinates.factors(left, singular, right.T, parts)
     torch.testing.assert_close(factors.scaled_logits, scaled)

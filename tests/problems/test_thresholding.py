@@ -5,14 +5,13 @@ import torch
 
 from nclightning.problems.thresholding import Threshold, apply, inverse
 
-SHAPES = [(4, 4), (3, 5), (5, 3), (1, 4), (4, 1)]
+SHAPES = [(4, 4), (3, 5), (5, 3), (7, 3), (1, 4), (4, 1)]
 # Of which some are below the threshold 1, and some are equal.
-VALUES = {"apart": [3.0, 2.0, 0.7, 0.2], "all kept": [4.0, 3.0, 2.0, 1.5], "none kept": [0.9, 0.5, 0.3, 0.1]}
+VALUES = {"apart": [3.0, 0.7, 2.0, 0.2], "all kept": [4.0, 3.0, 2.0, 1.5], "none kept": [0.9, 0.5, 0.3, 0.1]}
 EDGES = {"equal": [2.0, 2.0, 0.5, 0.5], "zero": [2.0, 0.5, 0.0, 0.0]}
 
 
 def make(shape, values, generator):
-    rows, columns = shape
     u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0] for n in shape)
     size = min(shape)
     singular = torch.tensor(values[:size], dtype=torch.float64)
