@@ -57,10 +57,11 @@ def solve(groups: Groups, bias_at_zero: Tensor | None) -> Factors:
     shrunk = _Shrunk(smooth.coordinates.weights, multipliers, 1.0)
     # Where the loss is a multiple of the squared error this is the largest singular value of the optimum.
     t = groups.num_samples * groups.strength * (shrunk.largest() - 1)
-    multipliers = shrunk.subgradient()
+    along, multipliers = shrunk.kept(), shrunk.subgradient()
+    along = along.map(lambda part: groups.num_samples * groups.strength * part)._replace(bias=torch.zeros_like(x.bias))
     best, least, near = shrunk, math.inf, 0.1
-    for _ in range(_OUTER):
-        x, shrunk = _augmented(smooth, x, multipliers, t)
+    for count in range(_OUTER):
+        x, shrunk = _augmented(smooth, x, multipliers, t, None if count else along)
         kept, multipliers = shrunk.kept(), shrunk.subgradient()
         if x.plus(kept, -1.0).norm() <= near * kept.norm():
             found, size = _newton(smooth, _Shrunk(smooth.coordinates.weights, kept.plus(multipliers, t), t))
@@ -155,8 +156,12 @@ class _State(NamedTuple):
         return self.gradient.norm() / self.shrunk.subgradient().norm()
 
 
-def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float) -> tuple[Parts, _Shrunk]:
-    """Minimize the augmented Lagrangian roughly: f plus the nuclear norm smoothed by t about the multipliers."""
+def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float, along: Parts | None) -> tuple[Parts, _Shrunk]:
+    """Minimize the augmented Lagrangian roughly: f plus the nuclear norm smoothed by t about the multipliers.
+
+    The first step goes along a direction that is given: at logits zero those of Newton's method would be so long that
+    some rows end far on the wrong side.
+    """
 
     def at(x: Parts) -> _State:
         shrunk = _Shrunk(smooth.coordinates.weights, x.plus(multipliers, t), t)
@@ -167,7 +172,7 @@ def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float) -> tuple
     for count in range(_INNER):
         if count and state.size <= _CLOSE:
             break
-        step = _System(smooth, state, smoothed=True).solve(0.1)
+        step = along if along is not None and not count else _System(smooth, state, smoothed=True).solve(0.1)
         slope = state.gradient.dot(step)
         if not slope < 0:  # All that is left is rounding.
             break
@@ -177,7 +182,7 @@ def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float) -> tuple
         for trial in range(30):
             after = at(state.point.plus(step, length))
             now = after.gradient.dot(step)
-            if abs(now) <= 0.5 * abs(slope):
+            if abs(now) <= (0.5 if count else 0.05) * abs(slope):
                 break
             if now < 0:
                 low, low_slope = length, now
@@ -186,7 +191,7 @@ def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float) -> tuple
             if high < math.inf:
                 root = low_slope / (low_slope - high_slope) if high_slope > low_slope else 0.5
                 length = low + (high - low) * min(max(root, 0.1), 0.9)
-            elif trial >= 3 or smooth.longest(state.logits, step, 2 * length) < 2 * length:
+            elif (count and trial >= 3) or smooth.longest(state.logits, step, 2 * length) < 2 * length:
                 break
             else:
                 length *= 2
