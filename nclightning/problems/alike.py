@@ -13,6 +13,7 @@ some hundred kinds. Without exchangeable classes the core is all.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,15 +54,15 @@ class Parts(NamedTuple):
 
     def norm(self) -> float:
         """Length."""
-        return self.dot(self) ** 0.5
+        return math.sqrt(self.dot(self))
 
 
 class Coordinates:
     """What maps such coordinates to the logits of one class of each kind, and gradients back.
 
-    A free bias takes the part of the core that is alike in all samples, ``d b^T`` with the roots of the counts in d: the
-    nuclear norm is least without it. The core then has a row less, in an orthonormal basis of what is orthogonal to d.
-    Likewise it has a column less for a loss that does not see a shift of all logits of a sample.
+    Where the bias is free, the core has no part ``d b^T`` with the roots of the counts in d, for the bias does the
+    same at no cost. It then has a row less, in an orthonormal basis of what is orthogonal to d. Likewise it has a column
+    less for a loss that does not see a shift of all logits of a sample.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -221,7 +222,8 @@ def _mirror(axis: Tensor) -> Tensor:
     """Unit vector whose reflection takes an axis with positive entries to the first coordinate."""
     axis = axis / axis.norm()
     axis[0] += 1
-    return axis / axis.norm()
+    mirror: Tensor = axis / axis.norm()
+    return mirror
 
 
 def _lifted(rows: Tensor, mirror: Tensor | None) -> Tensor:

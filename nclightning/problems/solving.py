@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["solve"]
 
-# Steps of the augmented Lagrangian, each with a smaller t; Newton steps for one of them: from logits zero the loss falls
-# by a factor of e in each. Steps of conjugate gradients.
+# Values of t; Newton steps with one of them, each of which may divide the probabilities of wrong classes by little more
+# than e; steps of conjugate gradients.
 _OUTER, _INNER, _CG_STEPS = 20, 150, 1000
 # Part of the multipliers that the gradient of the augmented Lagrangian is let be.
 _CLOSE = 1e-2
@@ -123,7 +123,8 @@ class _Shrunk:
 
     def largest(self) -> float:
         """Largest singular value."""
-        return max([*self.core.values[:1].tolist(), *(self.apart.abs() / self.weights).tolist()])
+        values: list[float] = [*self.core.values[:1].tolist(), *(self.apart.abs() / self.weights).tolist()]
+        return max(values)
 
     def kept(self) -> Parts:
         """The soft threshold."""
@@ -258,7 +259,7 @@ class _System:
         self.bias_inverse = self.bias_inverse / roots / roots.unsqueeze(1)
 
     def solve(self, part: float) -> Parts:
-        """Conjugate gradients from zero, until the residual in the norm of the preconditioner is a part of its first."""
+        """Conjugate gradients, until the residual in the norm of the preconditioner is a part of that at zero."""
         residual = -self._turn(self.state.gradient)
         x, direction = torch.zeros_like(residual), self._precondition(residual)
         square = first = float(residual @ direction)

@@ -7,12 +7,12 @@ the symmetric and the skew part of a matrix each.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Scales", "Threshold", "Turned"]
+__all__ = ["Scales", "Threshold", "Turned", "apply", "inverse"]
 
 
 class Turned(NamedTuple):
@@ -57,12 +57,16 @@ class Threshold:
     @property
     def kept(self) -> Tensor:
         """What the threshold keeps."""
-        return self.left[:, : self.size] * self.kept_values @ self.right[:, : self.size].T
+        return self._with(self.kept_values)
 
     @property
     def subgradient(self) -> Tensor:
         """Subgradient of the nuclear norm at what is kept."""
-        return self.left[:, : self.size] * (self.values / self.threshold).clamp(max=1) @ self.right[:, : self.size].T
+        return self._with((self.values / self.threshold).clamp(max=1))
+
+    def _with(self, values: Tensor) -> Tensor:
+        matrix: Tensor = self.left[:, : self.size] * values @ self.right[:, : self.size].T
+        return matrix
 
     def turn(self, matrix: Tensor) -> Turned:
         """Take a matrix into the axes."""
@@ -72,8 +76,9 @@ class Threshold:
 
     def turn_back(self, turned: Turned) -> Tensor:
         """Inverse of :meth:`turn`."""
-        matrix = self.left @ turned.inner
-        return (matrix + turned.rest if self.has_rest else matrix) @ self.right.T
+        columns = self.left @ turned.inner
+        matrix: Tensor = (columns + turned.rest if self.has_rest else columns) @ self.right.T
+        return matrix
 
     def without_left(self, rest: Tensor) -> Tensor:
         """Take off what rounding leaves within U."""
