@@ -60,9 +60,9 @@ class Parts(NamedTuple):
 class Coordinates:
     """What maps such coordinates to the logits of one class of each kind, and gradients back.
 
-    Where the bias is free, the core has no part ``d b^T`` with the roots of the counts in d: the bias does the same at no
-    cost. It then has a row less, in an orthonormal basis of what is orthogonal to d. Likewise it has a column less for a
-    loss that does not see a shift of all logits of a sample.
+    Where the bias is free, the core has no part ``d b^T`` with the roots of the counts in d: the bias does the same
+    at no cost. It then has a row less, in an orthonormal basis of what is orthogonal to d. Likewise it has a column
+    less for a loss that does not see a shift of all logits of a sample.
     """
 
     def __init__(self, groups: Groups) -> None:
