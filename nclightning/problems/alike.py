@@ -131,25 +131,32 @@ class Coordinates:
         core = _lowered(_lowered(core, self.row_axis).T, self.column_axis).T
         return Parts(core, apart, bias)
 
-    def curvatures(self, logits: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Second derivatives of the mean loss along the core's ``u v^T``, for the columns of two matrices."""
-        bent = self._along(logits, self.lifted_columns(right))
+    def curvatures(self, logits: Tensor, stress: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Second derivatives of the mean loss along the core's ``u v^T``, for the columns of two matrices.
+
+        Args:
+            logits: ``(R, K)``.
+            stress: Factor of each row's curvature, ``(R, 1)``.
+            left: ``(R, p)`` in coordinates of the core.
+            right: ``(C, q)``.
+        """
+        bent = stress * self._along(logits, self.lifted_columns(right))
         return self.lifted(left).square().T @ bent / self.total
 
-    def curvatures_of_apart(self, logits: Tensor) -> Tensor:
+    def curvatures_of_apart(self, logits: Tensor, stress: Tensor) -> Tensor:
         """Second derivatives of the mean loss along each entry of ``apart``."""
         if not len(self.weights):
             return self.weights
         like = self.column_sizes
         rows = self.logits(Parts(logits.new_zeros(self.shape), torch.ones_like(self.weights), torch.zeros_like(like)))
         bent = (rows * self.groups.loss.curvature(logits, self.targets, rows)).sum(dim=1)
-        return (bent * self.row_sizes * self.counts / self.total)[self.many]
+        return (stress[:, 0] * bent * self.row_sizes * self.counts / self.total)[self.many]
 
-    def hessian_of_bias(self, logits: Tensor) -> Tensor:
+    def hessian_of_bias(self, logits: Tensor, stress: Tensor) -> Tensor:
         """Hessian of the mean loss in the bias, ``(C, C)``; empty without one."""
         if not self.has_bias:
             return logits.new_zeros(0, 0)
-        share = self.row_sizes * self.counts / self.total
+        share = stress[:, 0] * self.row_sizes * self.counts / self.total
         whole = self.groups.loss.mean_hessian(logits, self.targets, share)
         roots = self.column_sizes.sqrt()
         return self._sums(self._sums(whole).T) / roots / roots.unsqueeze(1)

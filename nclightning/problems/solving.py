@@ -87,10 +87,23 @@ class _Smooth:
         logits = self.coordinates.logits(parts)
         return logits, self._back(self.loss.residual(logits, self.targets), parts.bias)
 
-    def product(self, logits: Tensor, move: Parts) -> Parts:
-        """Hessian at logits times a direction."""
+    def product(self, logits: Tensor, stress: Tensor, move: Parts) -> Parts:
+        """Hessian at logits times a direction, each row with a factor."""
         change = self.coordinates.logits(move)
-        return self._back(self.loss.curvature(logits, self.targets, change), move.bias)
+        return self._back(stress * self.loss.curvature(logits, self.targets, change), move.bias)
+
+    def stress(self, logits: Tensor, subgradient: Parts) -> Tensor:
+        """Factors of the curvatures of rows on flat parts of the loss, ``(R, 1)``.
+
+        Without them a step of such a row would be far longer than its logits, and all of the step would be about it.
+        """
+        pull = self.groups.num_samples * self.strength * self.coordinates.logits(subgradient)
+        rows = self.loss.residual(logits, self.targets) + pull
+        square = rows.square().sum(dim=1)
+        bent = (rows * self.loss.curvature(logits, self.targets, rows)).sum(dim=1)
+        longest = 3 + logits.max(dim=1).values - logits.min(dim=1).values
+        stress = square * square.sqrt() / (longest * bent).clamp(min=_TINY)
+        return stress.clamp(1, 1e8).unsqueeze(1)
 
     def _back(self, rows: Tensor, bias: Tensor) -> Parts:
         found = self.coordinates.gradient(rows / self.strength)
@@ -144,12 +157,13 @@ class _Shrunk:
 
 
 class _State(NamedTuple):
-    """A point, its soft threshold, and what Newton's method is to make zero."""
+    """A point, its soft threshold, what Newton's method is to make zero, and factors of the rows' curvatures."""
 
     point: Parts
     shrunk: _Shrunk
     logits: Tensor
     gradient: Parts
+    stress: Tensor
 
     @property
     def size(self) -> float:
@@ -167,7 +181,8 @@ def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float, along: P
     def at(x: Parts) -> _State:
         shrunk = _Shrunk(smooth.coordinates.weights, x.plus(multipliers, t), t)
         logits, gradient = smooth.gradient(x)
-        return _State(x, shrunk, logits, gradient.plus(shrunk.subgradient()))
+        subgradient = shrunk.subgradient()
+        return _State(x, shrunk, logits, gradient.plus(subgradient), smooth.stress(logits, subgradient))
 
     state = at(x)
     for count in range(_INNER):
@@ -207,7 +222,7 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
     def at(shrunk: _Shrunk) -> _State:
         kept = shrunk.kept()
         logits, gradient = smooth.gradient(kept)
-        return _State(kept, shrunk, logits, gradient.plus(shrunk.subgradient()))
+        return _State(kept, shrunk, logits, gradient.plus(shrunk.subgradient()), torch.ones_like(logits[:, :1]))
 
     state = at(start)
     best, least, waiting = state, state.size, 0
@@ -215,7 +230,7 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
         size = state.size
         step = _System(smooth, state, smoothed=False).solve(min(0.1, max(math.sqrt(size), 1e-16 / size)))
         # The step is one of the soft threshold; that of Y follows.
-        rest = smooth.product(state.logits, step).plus(state.gradient)
+        rest = smooth.product(state.logits, state.stress, step).plus(state.gradient)
         move = step.plus(rest._replace(bias=torch.zeros_like(rest.bias)), -t)
         y = state.point.plus(state.shrunk.subgradient(), t).plus(move)
         if not math.isfinite(y.norm()):
@@ -237,21 +252,21 @@ class _System:
 
     def __init__(self, smooth: _Smooth, state: _State, smoothed: bool) -> None:
         self.smooth, self.state = smooth, state
-        shrunk, coordinates, logits = state.shrunk, smooth.coordinates, state.logits
+        shrunk, coordinates, at = state.shrunk, smooth.coordinates, (state.logits, state.stress)
         core = self.core = shrunk.core
         self.bent, there = core.bend(smoothed)
-        inner = coordinates.curvatures(logits, core.left, core.right) / smooth.strength
+        inner = coordinates.curvatures(*at, core.left, core.right) / smooth.strength
         rest = inner[:0, : core.size]
         if core.has_rest:
-            axes = torch.eye(coordinates.shape[0], dtype=logits.dtype, device=logits.device)
-            rest = coordinates.curvatures(logits, axes, core.right) / smooth.strength
+            axes = torch.eye(coordinates.shape[0], dtype=inner.dtype, device=inner.device)
+            rest = coordinates.curvatures(*at, axes, core.right) / smooth.strength
         self.inverse = inverse(self.bent, there, inner, rest)
         self.shapes = inner.shape, rest.shape, shrunk.apart.shape, shrunk.bias.shape
         kept = shrunk.is_kept.to(inner)
         self.apart_bent = (1 - kept) / shrunk.t if smoothed else torch.zeros_like(kept)
-        apart = coordinates.curvatures_of_apart(logits) / smooth.strength + self.apart_bent
+        apart = coordinates.curvatures_of_apart(*at) / smooth.strength + self.apart_bent
         self.apart_inverse = (1 if smoothed else kept) / apart.clamp(min=_TINY)
-        hessian = coordinates.hessian_of_bias(logits) / smooth.strength
+        hessian = coordinates.hessian_of_bias(*at) / smooth.strength
         hessian.diagonal().add_(smooth.pull)
         roots = hessian.diagonal().clamp(min=_TINY).sqrt()
         # Classes of many samples and of few have curvatures that differ by more digits than a pseudo-inverse keeps.
@@ -279,7 +294,7 @@ class _System:
 
     def _product(self, flat: Tensor) -> Tensor:
         inner, rest, apart, _ = self._split(flat)
-        image = self._turn(self.smooth.product(self.state.logits, self._turn_back(flat)))
+        image = self._turn(self.smooth.product(self.state.logits, self.state.stress, self._turn_back(flat)))
         core = apply(self.bent, Turned(inner, rest))
         return image + _flat(*core, self.apart_bent * apart, torch.zeros_like(self.state.shrunk.bias))
 

@@ -108,26 +108,28 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
         slope = (mean_loss(*parts.plus(move, step)) - mean_loss(*parts.plus(move, -step))) / (2 * step)
         assert gradient.dot(move) == pytest.approx(float(slope), rel=1e-6, abs=1e-9)
 
+    stress = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
+
     def along(move):
-        bent = groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
+        bent = stress * groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
         return move.dot(coordinates.gradient(bent))
 
     zero = parts.plus(parts, -1.0)
     u, v = (torch.randn(size, 2, dtype=torch.float64, generator=generator) for size in coordinates.shape)
-    found = coordinates.curvatures(logits, u, v)
+    found = coordinates.curvatures(logits, stress, u, v)
     # Of one column on each side the squares are along the product only if its rows do not mix.
-    rows = coordinates.curvatures(logits, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
+    rows = coordinates.curvatures(logits, stress, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
     if lambda_b != 0:
         for i in range(2):
             for j in range(2):
                 expected = along(zero._replace(core=torch.outer(u[:, i], v[:, j])))
                 assert float(found[i, j]) == pytest.approx(expected)
                 assert float(u[:, i].square() @ rows[:, j]) == pytest.approx(expected)
-    for index, value in enumerate(coordinates.curvatures_of_apart(logits).tolist()):
+    for index, value in enumerate(coordinates.curvatures_of_apart(logits, stress).tolist()):
         axis = torch.zeros_like(parts.apart)
         axis[index] = 1
         assert value == pytest.approx(along(zero._replace(apart=axis)))
-    hessian = coordinates.hessian_of_bias(logits)
+    hessian = coordinates.hessian_of_bias(logits, stress)
     assert len(hessian) == len(parts.bias)
     if len(hessian):
         bias = torch.randn(parts.bias.shape, dtype=torch.float64, generator=generator)
