@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from nclightning.problems.groups import Factors, Groups
+from nclightning.problems.preconditioning import Leads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from nclightning.problems.curved import Curved, Flanks, Peaks
 
 __all__ = ["Coordinates", "Parts"]
 
@@ -131,35 +134,53 @@ class Coordinates:
         core = _lowered(_lowered(core, self.row_axis).T, self.column_axis).T
         return Parts(core, apart, bias)
 
-    def curvatures(self, logits: Tensor, stress: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def curvatures(self, curved: Curved | Flanks, left: Tensor, right: Tensor) -> Tensor:
         """Second derivatives of the mean loss along the core's ``u v^T``, for the columns of two matrices.
 
         Args:
-            logits: ``(R, K)``.
-            stress: Factor of each row's curvature, ``(R, 1)``.
+            curved: Hessians of the rows.
             left: ``(R, p)`` in coordinates of the core.
             right: ``(C, q)``.
         """
-        bent = stress * self._along(logits, self.lifted_columns(right))
+        axes = self.lifted_columns(right) / self.column_sizes.sqrt().unsqueeze(1)
+        bent = curved.along(axes if self.kinds is None else axes[self.kinds])
         return self.lifted(left).square().T @ bent / self.total
 
-    def curvatures_of_apart(self, logits: Tensor, stress: Tensor) -> Tensor:
+    def curvatures_of_apart(self, curved: Curved | Flanks) -> Tensor:
         """Second derivatives of the mean loss along each entry of ``apart``."""
+        like = self.column_sizes
         if not len(self.weights):
             return self.weights
-        like = self.column_sizes
-        rows = self.logits(Parts(logits.new_zeros(self.shape), torch.ones_like(self.weights), torch.zeros_like(like)))
-        bent = (rows * self.groups.loss.curvature(logits, self.targets, rows)).sum(dim=1)
-        return (stress[:, 0] * bent * self.row_sizes * self.counts / self.total)[self.many]
+        rows = self.logits(Parts(like.new_zeros(self.shape), torch.ones_like(self.weights), torch.zeros_like(like)))
+        return (curved.square(rows) * self.row_sizes * self.counts / self.total)[self.many]
 
-    def hessian_of_bias(self, logits: Tensor, stress: Tensor) -> Tensor:
+    def hessian_of_bias(self, curved: Curved | Flanks) -> Tensor:
         """Hessian of the mean loss in the bias, ``(C, C)``; empty without one."""
         if not self.has_bias:
-            return logits.new_zeros(0, 0)
-        share = stress[:, 0] * self.row_sizes * self.counts / self.total
-        whole = self.groups.loss.mean_hessian(logits, self.targets, share)
+            return self.targets.new_zeros(0, 0)
+        whole = curved.summed(self.row_sizes * self.counts / self.total)
         roots = self.column_sizes.sqrt()
         return self._sums(self._sums(whole).T) / roots / roots.unsqueeze(1)
+
+    def leads(self, peaks: Peaks, left: Tensor, right: Tensor) -> Leads:
+        """Vectors whose squares sum to the Hessian of the mean of the peaks, one for each row.
+
+        Args:
+            peaks: Of the rows.
+            left: Orthonormal columns ``(R, p)``, in coordinates of the core.
+            right: ``(C, q)``.
+        """
+        sums, roots = self._sums(peaks.axes), self.column_sizes.sqrt()
+        share = self.row_sizes * self.counts / self.total
+        heights = (share * peaks.heights[:, 0]).sqrt()
+        lefts = (heights / (self.row_sizes * self.counts).sqrt()).unsqueeze(1) * self.lifted(left)
+        own = peaks.axes[self.many, self.first[self.many]] - sums[self.many, self.many] / self.row_sizes[self.many]
+        apart = heights.new_zeros(len(heights), len(self.many))
+        apart[self.many, torch.arange(len(self.many), device=self.many.device)] = (
+            heights[self.many] * own / self.counts[self.many].sqrt() / self.weights
+        )
+        bias = heights.unsqueeze(1) * sums / roots if self.has_bias else sums[:, :0]
+        return Leads(lefts, sums / roots @ self.lifted_columns(right), apart, bias)
 
     def factors(self, left: Tensor, singular: Tensor, right: Tensor, rest: Parts) -> Factors:
         """Singular value decomposition of the scaled logits from that of the core, descending."""
@@ -195,10 +216,6 @@ class Coordinates:
         if self.kinds is None:
             return rows
         return rows.new_zeros(len(rows), len(self.column_sizes)).index_add_(1, self.kinds, rows)
-
-    def _along(self, logits: Tensor, axes: Tensor) -> Tensor:
-        axes = axes / self.column_sizes.sqrt().unsqueeze(1)
-        return self.groups.loss.curvature_along(logits, self.targets, axes if self.kinds is None else axes[self.kinds])
 
     def _unfolded(self, columns: Tensor, sizes: Tensor) -> Tensor:
         columns = columns / sizes.sqrt().unsqueeze(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
+from nclightning.problems.curved import Flanks, Peaks
 from nclightning.problems.groups import Factors, Groups
 from nclightning.problems.loss import Loss, target_rows
 from nclightning.problems.simplex import has_exchangeable_classes
@@ -149,6 +150,16 @@ class CrossEntropy(Loss):
         mass, mean = p.sum(dim=1, keepdim=True), p @ axes
         variance = p @ axes.square() - 2 * start * mean + start.square() * mass - (mean - start * mass).square()
         return self._weighted(targets).sum(dim=1, keepdim=True) * variance.clamp(min=0)
+
+    def peaks(self, logits: Tensor, targets: Tensor) -> Peaks:
+        """The likeliest class against the others, and what these have among themselves."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        top = p.argmax(dim=1, keepdim=True)
+        wrong = p.scatter(1, top, 0.0)
+        mass = wrong.sum(dim=1, keepdim=True)
+        others = wrong / mass.clamp(min=torch.finfo(p.dtype).tiny)
+        mass = self._weighted(targets).sum(dim=1, keepdim=True) * mass
+        return Peaks(mass * p.gather(1, top), (-others).scatter(1, top, 1.0), Flanks(mass, others))
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""

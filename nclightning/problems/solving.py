@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from nclightning.problems.alike import Coordinates, Parts
-from nclightning.problems.thresholding import Threshold, Turned, apply, inverse
+from nclightning.problems.curved import Curved, Flanks, Peaks
+from nclightning.problems.preconditioning import Bends, Diagonal, Peaked, Pieces
+from nclightning.problems.thresholding import Threshold, Turned, apply
 
 if TYPE_CHECKING:
     from nclightning.problems.groups import Factors, Groups
@@ -87,10 +89,13 @@ class _Smooth:
         logits = self.coordinates.logits(parts)
         return logits, self._back(self.loss.residual(logits, self.targets), parts.bias)
 
-    def product(self, logits: Tensor, stress: Tensor, move: Parts) -> Parts:
-        """Hessian at logits times a direction, each row with a factor."""
-        change = self.coordinates.logits(move)
-        return self._back(stress * self.loss.curvature(logits, self.targets, change), move.bias)
+    def curved(self, logits: Tensor, stress: Tensor) -> Curved:
+        """Hessians of the rows of the loss."""
+        return Curved(self.loss, logits, self.targets, stress)
+
+    def product(self, curved: Curved, move: Parts) -> Parts:
+        """Hessian times a direction."""
+        return self._back(curved.product(self.coordinates.logits(move)), move.bias)
 
     def stress(self, logits: Tensor, subgradient: Parts) -> Tensor:
         """Factors of the curvatures of rows on flat parts of the loss, ``(R, 1)``.
@@ -228,9 +233,10 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
     best, least, waiting = state, state.size, 0
     while least > _ROUNDING and waiting <= (0 if least <= 1e-2 * _SOLVED else _PATIENCE):
         size = state.size
-        step = _System(smooth, state, smoothed=False).solve(min(0.1, max(math.sqrt(size), 1e-16 / size)))
+        system = _System(smooth, state, smoothed=False)
+        step = system.solve(min(0.1, max(math.sqrt(size), 1e-16 / size)))
         # The step is one of the soft threshold; that of Y follows.
-        rest = smooth.product(state.logits, state.stress, step).plus(state.gradient)
+        rest = smooth.product(system.curved, step).plus(state.gradient)
         move = step.plus(rest._replace(bias=torch.zeros_like(rest.bias)), -t)
         y = state.point.plus(state.shrunk.subgradient(), t).plus(move)
         if not math.isfinite(y.norm()):
@@ -243,7 +249,7 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
 
 
 class _System:
-    """The equations of a Newton step, symmetric, and its preconditioner.
+    """The equations of a Newton step, symmetric, and their preconditioners.
 
     The unknown is the step of the soft threshold, in the axes of the singular vectors, as one vector. The matrix is the
     Hessian of f plus that of the nuclear norm: of the smoothed one, or of the norm itself, which is infinite across
@@ -252,32 +258,26 @@ class _System:
 
     def __init__(self, smooth: _Smooth, state: _State, smoothed: bool) -> None:
         self.smooth, self.state = smooth, state
-        shrunk, coordinates, at = state.shrunk, smooth.coordinates, (state.logits, state.stress)
-        core = self.core = shrunk.core
-        self.bent, there = core.bend(smoothed)
-        inner = coordinates.curvatures(*at, core.left, core.right) / smooth.strength
-        rest = inner[:0, : core.size]
-        if core.has_rest:
-            axes = torch.eye(coordinates.shape[0], dtype=inner.dtype, device=inner.device)
-            rest = coordinates.curvatures(*at, axes, core.right) / smooth.strength
-        self.inverse = inverse(self.bent, there, inner, rest)
-        self.shapes = inner.shape, rest.shape, shrunk.apart.shape, shrunk.bias.shape
-        kept = shrunk.is_kept.to(inner)
-        self.apart_bent = (1 - kept) / shrunk.t if smoothed else torch.zeros_like(kept)
-        apart = coordinates.curvatures_of_apart(*at) / smooth.strength + self.apart_bent
-        self.apart_inverse = (1 if smoothed else kept) / apart.clamp(min=_TINY)
-        hessian = coordinates.hessian_of_bias(*at) / smooth.strength
-        hessian.diagonal().add_(smooth.pull)
-        roots = hessian.diagonal().clamp(min=_TINY).sqrt()
-        # Classes of many samples and of few have curvatures that differ by more digits than a pseudo-inverse keeps.
-        self.bias_inverse = torch.linalg.pinv(hessian / roots / roots.unsqueeze(1), hermitian=True)
-        self.bias_inverse = self.bias_inverse / roots / roots.unsqueeze(1)
+        self.curved = smooth.curved(state.logits, state.stress)
+        shrunk, core = state.shrunk, state.shrunk.core
+        self.core = core
+        kept = shrunk.is_kept.to(shrunk.apart)
+        apart = (1 - kept) / shrunk.t if smoothed else torch.zeros_like(kept)
+        self.bends = Bends(*core.bend(smoothed), apart, torch.ones_like(kept) if smoothed else kept, smooth.pull)
+        columns = 0 if not core.has_rest else smooth.coordinates.shape[0]
+        self.shapes = (
+            (core.left.shape[1], core.right.shape[1]),
+            (columns, core.size),
+            shrunk.apart.shape,
+            shrunk.bias.shape,
+        )
 
     def solve(self, part: float) -> Parts:
         """Conjugate gradients, until the residual in the norm of the preconditioner is a part of that at zero."""
         residual = -self._turn(self.state.gradient)
-        x, direction = torch.zeros_like(residual), self._precondition(residual)
-        square = first = float(residual @ direction)
+        precondition, direction = self._preconditioned(residual)
+        x, square = torch.zeros_like(residual), float(residual @ direction)
+        first = square
         for _ in range(_CG_STEPS):
             image = self._product(direction)
             curvature = float(direction @ image)
@@ -285,37 +285,56 @@ class _System:
                 break
             x = x + square / curvature * direction
             residual = residual - square / curvature * image
-            image = self._precondition(residual)
+            image = self._applied(precondition, residual)
             before, square = square, float(residual @ image)
             if not square > part**2 * first:
                 break
             direction = image + square / before * direction
         return self._turn_back(x)
 
-    def _product(self, flat: Tensor) -> Tensor:
-        inner, rest, apart, _ = self._split(flat)
-        image = self._turn(self.smooth.product(self.state.logits, self.state.stress, self._turn_back(flat)))
-        core = apply(self.bent, Turned(inner, rest))
-        return image + _flat(*core, self.apart_bent * apart, torch.zeros_like(self.state.shrunk.bias))
+    def _preconditioned(self, residual: Tensor) -> tuple[Diagonal | Peaked, Tensor]:
+        """The better preconditioner that there is, and what it makes of the residual."""
+        peaks = None if self.core.has_rest else self.curved.peaks()
+        if peaks is not None:
+            left, right = self.core.left, self.core.right
+            roots = Peaks(peaks.heights / self.smooth.strength, *peaks[1:])
+            leads = self.smooth.coordinates.leads(roots, left, right)
+            peaked = Peaked(self.bends, self._curvatures(peaks.flanks), leads)
+            if peaked.is_valid:
+                image = self._applied(peaked, residual)
+                if float(residual @ image) > 0:
+                    return peaked, image
+        diagonal = Diagonal(self.bends, self._curvatures(self.curved))
+        return diagonal, self._applied(diagonal, residual)
 
-    def _precondition(self, flat: Tensor) -> Tensor:
+    def _curvatures(self, curved: Curved | Flanks) -> Pieces:
+        """Second derivatives of f without the penalty on the bias, of which the Hessian."""
+        coordinates, core = self.smooth.coordinates, self.core
+        inner = coordinates.curvatures(curved, core.left, core.right)
+        rest = inner[:0, : core.size]
+        if core.has_rest:
+            axes = torch.eye(coordinates.shape[0], dtype=inner.dtype, device=inner.device)
+            rest = coordinates.curvatures(curved, axes, core.right)
+        found = inner, rest, coordinates.curvatures_of_apart(curved), coordinates.hessian_of_bias(curved)
+        return Pieces(*(part / self.smooth.strength for part in found))
+
+    def _product(self, flat: Tensor) -> Tensor:
         inner, rest, apart, bias = self._split(flat)
-        core = apply(self.inverse, Turned(inner, rest))
-        return _flat(
-            core.inner, self.core.without_left(core.rest), self.apart_inverse * apart, self.bias_inverse @ bias
-        )
+        image = self._turn(self.smooth.product(self.curved, self._turn_back(flat)))
+        core = apply(self.bends.core, Turned(inner, rest))
+        return image + Pieces(*core, self.bends.apart * apart, torch.zeros_like(bias)).flat()
+
+    def _applied(self, precondition: Diagonal | Peaked, flat: Tensor) -> Tensor:
+        image = precondition(self._split(flat))
+        return image._replace(rest=self.core.without_left(image.rest)).flat()
 
     def _turn(self, parts: Parts) -> Tensor:
-        return _flat(*self.core.turn(parts.core), parts.apart, parts.bias)
+        return Pieces(*self.core.turn(parts.core), parts.apart, parts.bias).flat()
 
     def _turn_back(self, flat: Tensor) -> Parts:
         inner, rest, apart, bias = self._split(flat)
         return Parts(self.core.turn_back(Turned(inner, rest)), apart, bias)
 
-    def _split(self, flat: Tensor) -> list[Tensor]:
+    def _split(self, flat: Tensor) -> Pieces:
         pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
-
-
-def _flat(*parts: Tensor) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
+        return Pieces(*(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)))

@@ -5,6 +5,7 @@ import torch
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError
 from nclightning.problems.alike import Coordinates, Parts
+from nclightning.problems.curved import Curved
 from nclightning.problems.groups import Groups
 
 EYE = torch.eye(6, dtype=torch.float64)
@@ -109,6 +110,7 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
         assert gradient.dot(move) == pytest.approx(float(slope), rel=1e-6, abs=1e-9)
 
     stress = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
+    curved = Curved(groups.loss, logits, coordinates.targets, stress)
 
     def along(move):
         bent = stress * groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
@@ -116,20 +118,20 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
 
     zero = parts.plus(parts, -1.0)
     u, v = (torch.randn(size, 2, dtype=torch.float64, generator=generator) for size in coordinates.shape)
-    found = coordinates.curvatures(logits, stress, u, v)
+    found = coordinates.curvatures(curved, u, v)
     # Of one column on each side the squares are along the product only if its rows do not mix.
-    rows = coordinates.curvatures(logits, stress, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
+    rows = coordinates.curvatures(curved, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
     if lambda_b != 0:
         for i in range(2):
             for j in range(2):
                 expected = along(zero._replace(core=torch.outer(u[:, i], v[:, j])))
                 assert float(found[i, j]) == pytest.approx(expected)
                 assert float(u[:, i].square() @ rows[:, j]) == pytest.approx(expected)
-    for index, value in enumerate(coordinates.curvatures_of_apart(logits, stress).tolist()):
+    for index, value in enumerate(coordinates.curvatures_of_apart(curved).tolist()):
         axis = torch.zeros_like(parts.apart)
         axis[index] = 1
         assert value == pytest.approx(along(zero._replace(apart=axis)))
-    hessian = coordinates.hessian_of_bias(logits, stress)
+    hessian = coordinates.hessian_of_bias(curved)
     assert len(hessian) == len(parts.bias)
     if len(hessian):
         bias = torch.randn(parts.bias.shape, dtype=torch.float64, generator=generator)
