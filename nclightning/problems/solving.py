@@ -35,8 +35,10 @@ _OUTER, _INNER, _CG_STEPS = 20, 150, 1000
 _CLOSE = 1e-2
 # Gradient, as part of the multipliers, that a solution has, and that rounding explains.
 _SOLVED, _ROUNDING = 1e-10, 1e-15
-# Newton steps for the condition without a gradient below half of the least.
-_PATIENCE = 3
+# Roundings of the residuals that a gradient may come from where Newton's method makes it no smaller.
+_ROUNDINGS = 16
+# Newton steps for the condition without a gradient below half of the least; factor of the least that is given up at.
+_PATIENCE, _DIVERGED = 3, 100
 # Part of its curvature that a row of the loss must keep along a step.
 _KEPT_CURVATURE = 0.1
 _TINY = torch.finfo(torch.float64).tiny
@@ -69,7 +71,7 @@ def solve(groups: Groups, bias_at_zero: Tensor | None) -> Factors:
             found, size = _newton(smooth, _Shrunk(smooth.coordinates.weights, kept.plus(multipliers, t), t))
             if size < least:
                 best, least = found, size
-            if least <= _SOLVED:
+            if least <= max(_SOLVED, smooth.noise / multipliers.norm()):
                 break
             near *= 0.1
         t /= 3
@@ -83,6 +85,9 @@ class _Smooth:
         self.groups, self.coordinates = groups, Coordinates(groups)
         self.loss, self.targets, self.strength = groups.loss, self.coordinates.targets, groups.strength
         self.pull = (groups.lambda_b or 0.0) / groups.strength
+        # What the gradient may be where the residuals have the rounding of the targets.
+        self.noise = _ROUNDINGS * torch.finfo(self.targets.dtype).eps * self.coordinates.gradient(self.targets).norm()
+        self.noise /= self.strength
 
     def gradient(self, parts: Parts) -> tuple[Tensor, Parts]:
         """Logits of a point, and the gradient there."""
@@ -242,6 +247,8 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
         if not math.isfinite(y.norm()):
             break
         state = at(_Shrunk(weights, y, t))
+        if not state.size <= _DIVERGED * least:
+            break
         waiting = 0 if state.size <= 0.5 * least else waiting + 1
         if state.size < least:
             best, least = state, state.size
