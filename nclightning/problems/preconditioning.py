@@ -156,5 +156,5 @@ class Peaked:
             swapped = left[rows, :size].unsqueeze(2) * scales.swapped * right[rows, :size].unsqueeze(1)
             images[:, :size, :size] += swapped.mT
             matrix[rows, start:] += ((left[start:] @ images) * right[start:]).sum(dim=2)
-        upper = matrix.triu()
+        upper: Tensor = matrix.triu()
         return upper + upper.triu(1).T

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError
+from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError, optimum, unbalanced_ce
 from nclightning.problems.alike import Coordinates, Parts
 from nclightning.problems.curved import Curved
 from nclightning.problems.groups import Groups
+from nclightning.problems.preconditioning import Pieces
+from nclightning.problems.solving import solve
 
 EYE = torch.eye(6, dtype=torch.float64)
 COUNTS = torch.tensor([5.0, 2, 9, 2, 5, 5], dtype=torch.float64)
@@ -136,3 +138,52 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
     if len(hessian):
         bias = torch.randn(parts.bias.shape, dtype=torch.float64, generator=generator)
         assert float(bias @ hessian @ bias) == pytest.approx(along(zero._replace(bias=bias)))
+
+
+@pytest.mark.parametrize("lambda_b", [None, 0.0, 0.3])
+@pytest.mark.parametrize("name", [name for name in CASES if isinstance(CASES[name][0], CrossEntropy)])
+def test_squares_of_the_leads_are_the_hessian_of_the_peaks(name, lambda_b, generator):
+    groups, coordinates = make(name, lambda_b)
+    logits = coordinates.logits(draw(coordinates, generator))
+    stress = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
+    heights, axes, flanks = peaks = Curved(groups.loss, logits, coordinates.targets, stress).peaks()
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator).double())[0] for n in coordinates.shape)
+    leads = coordinates.leads(peaks, left, right)
+    for move in (draw(coordinates, generator) for _ in range(3)):
+        change = coordinates.logits(move)
+        bent = coordinates.gradient(heights * axes * (axes * change).sum(dim=1, keepdim=True))
+        turned = Pieces(left.T @ move.core @ right, left[:0], move.apart, move.bias)
+        factors = leads.transposed(turned)
+        assert float(factors.square().sum()) == pytest.approx(move.dot(bent))
+        back = leads.combined(factors, left[:0])
+        torch.testing.assert_close(left @ back.inner @ right.T, bent.core)
+        torch.testing.assert_close(back.apart, bent.apart)
+        torch.testing.assert_close(back.bias, bent.bias)
+    apart = coordinates.curvatures_of_apart(flanks)
+    bias = coordinates.hessian_of_bias(flanks)
+    _, of_apart, of_bias = leads.squares()
+    whole = Curved(groups.loss, logits, coordinates.targets, stress)
+    torch.testing.assert_close(apart + of_apart, coordinates.curvatures_of_apart(whole))
+    if lambda_b is not None:
+        torch.testing.assert_close(bias + of_bias, coordinates.hessian_of_bias(whole))
+    inner = coordinates.curvatures(flanks, left, right) + leads.squares()[0]
+    torch.testing.assert_close(inner, coordinates.curvatures(whole, left, right))
+
+
+@pytest.mark.parametrize("counts", [[9, 9, 4, 4, 1, 1], [1, 4, 9, 1, 4, 9], [5, 5, 5, 5, 1]])
+def test_the_solver_is_told_of_like_classes(counts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optimum, "solve", lambda groups, bias: seen.append(Coordinates(groups)) or solve(groups, bias))
+    problem = unbalanced_ce(counts, 6, 0.01, 0.01)
+    assert problem.optimum.duality_gap < 1e-13
+    (coordinates,) = seen
+    assert len(coordinates.first) == len(set(counts))
+
+
+def test_joined_groups_keep_their_order():
+    targets = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.9, 0.1]], dtype=torch.float64)
+    counts = torch.arange(1.0, 6).double()
+    merged, index = optimum._merged(Groups(CrossEntropy(), targets, counts, 0.1, None))
+    torch.testing.assert_close(merged.targets, targets[[0, 1, 3]], rtol=0, atol=0)
+    assert index.tolist() == [0, 1, 0, 2, 1]
+    assert merged.counts.tolist() == [4, 7, 4]
