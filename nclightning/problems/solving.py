@@ -37,6 +37,8 @@ _CLOSE = 1e-2
 _SOLVED, _ROUNDING = 1e-10, 1e-15
 # Roundings of the residuals that a gradient may come from where Newton's method makes it no smaller.
 _ROUNDINGS = 16
+# Gradient, as part of the multipliers, from which Newton's method is tried on the condition.
+_NEAR = 0.3
 # Newton steps for the condition without a gradient below half of the least; factor of the least that is given up at.
 _PATIENCE, _DIVERGED = 3, 100
 # Part of its curvature that a row of the loss must keep along a step.
@@ -63,17 +65,15 @@ def solve(groups: Groups, bias_at_zero: Tensor | None) -> Factors:
     t = groups.num_samples * groups.strength * (shrunk.largest() - 1)
     along, multipliers = shrunk.kept(), shrunk.subgradient()
     along = along.map(lambda part: groups.num_samples * groups.strength * part)._replace(bias=torch.zeros_like(x.bias))
-    best, least, near = shrunk, math.inf, 0.1
+    best, least = shrunk, math.inf
     for count in range(_OUTER):
         x, shrunk = _augmented(smooth, x, multipliers, t, None if count else along)
         kept, multipliers = shrunk.kept(), shrunk.subgradient()
-        if x.plus(kept, -1.0).norm() <= near * kept.norm():
-            found, size = _newton(smooth, _Shrunk(smooth.coordinates.weights, kept.plus(multipliers, t), t))
-            if size < least:
-                best, least = found, size
-            if least <= max(_SOLVED, smooth.noise / multipliers.norm()):
-                break
-            near *= 0.1
+        found, size = _newton(smooth, _Shrunk(smooth.coordinates.weights, kept.plus(multipliers, t), t))
+        if size < least:
+            best, least = found, size
+        if least <= max(_SOLVED, smooth.noise / multipliers.norm()):
+            break
         t /= 3
     return best.factors(smooth.coordinates)
 
@@ -236,10 +236,12 @@ def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
 
     state = at(start)
     best, least, waiting = state, state.size, 0
+    if least > _NEAR:
+        return start, least
     while least > _ROUNDING and waiting <= (0 if least <= 1e-2 * _SOLVED else _PATIENCE):
         size = state.size
         system = _System(smooth, state, smoothed=False)
-        step = system.solve(min(0.1, max(math.sqrt(size), 1e-16 / size)))
+        step = system.solve(min(1e-3, max(math.sqrt(size), 1e-16 / size)))
         # The step is one of the soft threshold; that of Y follows.
         rest = smooth.product(system.curved, step).plus(state.gradient)
         move = step.plus(rest._replace(bias=torch.zeros_like(rest.bias)), -t)
