@@ -7,7 +7,7 @@ an equation for Y, ends it. Both need f to be strictly convex on what the loss t
 Hessian in factors :math:`Z = H W^\top`, the system is regular also at thresholds, where a direction is about to vanish.
 
 The systems are solved by conjugate gradients in the axes of the singular vectors of Y. The derivative of the threshold
-is diagonal there, and the preconditioner takes that of the loss to be so.
+is diagonal there, and the preconditioner takes that of the loss to be so, but for the likeliest class of each row.
 """
 
 from __future__ import annotations
