@@ -85,8 +85,9 @@ class _Smooth:
         self.groups, self.coordinates = groups, Coordinates(groups)
         self.loss, self.targets, self.strength = groups.loss, self.coordinates.targets, groups.strength
         self.pull = (groups.lambda_b or 0.0) / groups.strength
-        # What the gradient may be where the residuals have the rounding of the targets.
-        self.noise = _ROUNDINGS * torch.finfo(self.targets.dtype).eps * self.coordinates.gradient(self.targets).norm()
+        # What the gradient may be where residuals have the rounding of targets, which those of 0 and 1 have not.
+        rounding = self.coordinates.gradient(self.targets * (1 - self.targets)).norm()
+        self.noise = _ROUNDINGS * torch.finfo(self.targets.dtype).eps * rounding
         self.noise /= self.strength
 
     def gradient(self, parts: Parts) -> tuple[Tensor, Parts]:
