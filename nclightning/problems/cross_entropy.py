@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
+from nclightning.problems.curved import Flanks, Peaks
 from nclightning.problems.groups import Factors, Groups
 from nclightning.problems.loss import Loss, target_rows
 from nclightning.problems.simplex import has_exchangeable_classes
@@ -118,16 +119,47 @@ class CrossEntropy(Loss):
         return weighted.mul_(log_probability).sum(dtype=torch.float64).neg_()
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """Product with ``diag(p) - p p^T``."""
+        """Product with ``diag(p) - p p^T``.
+
+        Rows sum to zero, and the entry of the likeliest class is taken from that: where its probability is close to 1,
+        the difference would keep few digits.
+        """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        centred = direction - (p * direction).sum(dim=1, keepdim=True)
-        return self._weighted(targets).sum(dim=1, keepdim=True) * p * centred
+        bent = p * (direction - (p * direction).sum(dim=1, keepdim=True))
+        top = p.argmax(dim=1, keepdim=True)
+        bent = bent.scatter(1, top, 0.0)
+        bent = bent.scatter(1, top, -bent.sum(dim=1, keepdim=True))
+        return self._weighted(targets).sum(dim=1, keepdim=True) * bent
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """One product of matrices, where a loop over a thousand classes would take minutes."""
+        """One product of matrices, where a loop over a thousand classes would take minutes.
+
+        Rows sum to zero, and the diagonal is taken from that, as in :meth:`curvature`.
+        """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        weighted = (shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p
-        return torch.diag(weighted.sum(dim=0)) - weighted.T @ p
+        pairs = ((shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p).T @ p
+        pairs = pairs.fill_diagonal_(0.0)
+        return torch.diag(pairs.sum(dim=1)) - pairs
+
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """Variances of the axes under the probabilities, from the entry of the likeliest class."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        top = p.argmax(dim=1, keepdim=True)
+        # What is left is small where the class is all but sure, and so is all that is subtracted.
+        p, start = p.scatter(1, top, 0.0), axes[top.squeeze(1)]
+        mass, mean = p.sum(dim=1, keepdim=True), p @ axes
+        variance = p @ axes.square() - 2 * start * mean + start.square() * mass - (mean - start * mass).square()
+        return self._weighted(targets).sum(dim=1, keepdim=True) * variance.clamp(min=0)
+
+    def peaks(self, logits: Tensor, targets: Tensor) -> Peaks:
+        """The likeliest class against the others, and what these have among themselves."""
+        p = torch.softmax(self._adjusted(logits), dim=1)
+        top = p.argmax(dim=1, keepdim=True)
+        wrong = p.scatter(1, top, 0.0)
+        mass = wrong.sum(dim=1, keepdim=True)
+        others = wrong / mass.clamp(min=torch.finfo(p.dtype).tiny)
+        mass = self._weighted(targets).sum(dim=1, keepdim=True) * mass
+        return Peaks(mass * p.gather(1, top), (-others).scatter(1, top, 1.0), Flanks(mass, others))
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
@@ -231,6 +263,10 @@ class BinaryCrossEntropy(Loss):
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """Diagonal."""
         return torch.diag(shares @ (torch.sigmoid(logits) * torch.sigmoid(-logits)))
+
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """A product of matrices."""
+        return torch.sigmoid(logits) * torch.sigmoid(-logits) @ axes.square()
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Sum over the classes of that of two classes, of which one has the logit zero."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from nclightning.problems.curved import Peaks
     from nclightning.problems.groups import Factors, Groups
 
 __all__ = ["Loss", "target_rows"]
@@ -101,6 +102,15 @@ class Loss:
         axes = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         columns = [shares @ self.curvature(logits, targets, axis.expand_as(logits)) for axis in axes]
         return torch.stack(columns, dim=1)
+
+    def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
+        """Second derivatives of each row's loss along each column of ``axes (K, q)``, ``(B, q)``."""
+        rows = [self.curvature(logits, targets, axis.expand_as(logits)) @ axis for axis in axes.T]
+        return torch.stack(rows, dim=1)
+
+    def peaks(self, logits: Tensor, targets: Tensor) -> Peaks | None:
+        """Split off the Hessians the direction of each row in which it may be far the largest; None by default."""
+        return None
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         r"""Bregman divergence of each row from its reference, zero where they are equal.

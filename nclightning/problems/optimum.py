@@ -161,7 +161,12 @@ def _solved(groups: Groups) -> Factors:
 
 def _merged(groups: Groups) -> tuple[Groups, Tensor]:
     """Join groups with equal targets, and say which became which."""
-    targets, index = torch.unique(groups.targets, dim=0, return_inverse=True)
+    unique, index = torch.unique(groups.targets, dim=0, return_inverse=True)
+    # In the order in which they come: the solver knows like classes by the diagonal.
+    rows = torch.arange(len(index), device=index.device)
+    first = rows.new_full((len(unique),), len(rows)).scatter_reduce(0, index, rows, "amin")
+    order = first.argsort()
+    targets, index = groups.targets[first[order]], order.argsort()[index]
     counts = groups.counts.new_zeros(len(targets)).index_add_(0, index, groups.counts)
     return Groups(groups.loss, targets, counts, groups.strength, groups.lambda_b), index
 

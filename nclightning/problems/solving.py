@@ -1,281 +1,350 @@
 r"""The optimum of the problem of the groups where no formula is known, to round-off.
 
-The problem is solved in factors :math:`\hat Z = \hat H \hat W^\top` with the penalty
-:math:`\frac\rho2 (\|\hat W\|^2 + \|\hat H\|^2)`: L-BFGS from a random start with factors as wide as they can be, then
-Newton steps by conjugate gradients with factors as wide as the rank found. Started at zero, conjugate gradients stay
-orthogonal to the null space of the Hessian, the rotations of the factors, and so take the step of the pseudo-inverse.
+In units of the strength the problem is :math:`\min f(Z) + \|Z\|_*`, with f the mean loss and the penalty on a bias. A
+point is optimal iff it is the soft threshold of :math:`Y = Z - t \nabla f(Z)`. Newton's method on the augmented
+Lagrangian, which is smooth and convex, comes close to the optimum from anywhere; Newton's method on that condition, as
+an equation for Y, ends it. Both need f to be strictly convex on what the loss tells apart, and no more: unlike the
+Hessian in factors :math:`Z = H W^\top`, the system is regular also at thresholds, where a direction is about to vanish.
+
+The systems are solved by conjugate gradients in the axes of the singular vectors of Y. The derivative of the threshold
+is diagonal there, and the preconditioner takes that of the loss to be so, but for the likeliest class of each row.
 """
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nclightning.problems.groups import Factors
+from nclightning.problems.alike import Coordinates, Parts
+from nclightning.problems.curved import Curved, Flanks, Peaks
+from nclightning.problems.preconditioning import Bends, Diagonal, Peaked, Pieces
+from nclightning.problems.thresholding import Threshold, Turned, apply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from nclightning.problems.groups import Groups
+    from nclightning.problems.groups import Factors, Groups
 
 __all__ = ["solve"]
 
-# Singular values of the logits below this part of the largest one are those of directions that vanish: a factor that
-# vanishes is small on both sides.
-_RANK = 1e-10
-# Multipliers may exceed the strength by this part before the rank is raised.
-_EXCESS = 1e-9
-_HISTORY, _LBFGS_STEPS, _NEWTON_STEPS, _CG_STEPS = 20, 3000, 60, 3000
-# Change of the value, relative to it, at which descent ends; gradient, relative to the point, that tells a solution.
-_LEAST_CHANGE, _GRADIENT = 1e-10, 1e-9
-# Newton steps without a gradient below half of the least.
-_PATIENCE = 10
+# Values of t; Newton steps with one of them, each of which may divide the probabilities of wrong classes by little more
+# than e; steps of conjugate gradients.
+_OUTER, _INNER, _CG_STEPS = 20, 150, 1000
+# Part of the multipliers that the gradient of the augmented Lagrangian is let be.
+_CLOSE = 1e-2
+# Gradient, as part of the multipliers, that a solution has, and that rounding explains.
+_SOLVED, _ROUNDING = 1e-10, 1e-15
+# Roundings of the residuals that a gradient may come from where Newton's method makes it no smaller.
+_ROUNDINGS = 16
+# Gradient, as part of the multipliers, from which Newton's method is tried on the condition.
+_NEAR = 0.3
+# Newton steps for the condition without a gradient below half of the least; factor of the least that is given up at.
+_PATIENCE, _DIVERGED = 3, 100
+# Part of its curvature that a row of the loss must keep along a step.
+_KEPT_CURVATURE = 0.1
+_TINY = torch.finfo(torch.float64).tiny
 
 
-class _Point(NamedTuple):
-    weight: Tensor
-    features: Tensor
-    bias: Tensor | None
-
-    def flat(self) -> Tensor:
-        return torch.cat([t.reshape(-1) for t in self if t is not None])
-
-
-class _State(NamedTuple):
-    """Value, gradient and what the products with the Hessian need at a point. The unit is the strength."""
-
-    point: _Point
-    logits: Tensor
-    multipliers: Tensor
-    value: float
-    gradient: Tensor
-
-
-class _Factored:
-    """The objective in factors, divided by the strength."""
-
-    def __init__(self, groups: Groups) -> None:
-        self.groups = groups
-        self.roots = groups.counts.sqrt().unsqueeze(1)
-        self.num_groups, self.num_classes = groups.targets.shape
-
-    def split(self, flat: Tensor) -> _Point:
-        K, M = self.num_classes, self.num_groups
-        outputs = 0 if self.groups.lambda_b is None else K
-        width = (len(flat) - outputs) // (K + M)
-        weight, features, bias = torch.split(flat, [K * width, M * width, outputs])
-        return _Point(weight.view(K, width), features.view(M, width), bias if outputs else None)
-
-    def at(self, flat: Tensor) -> _State:
-        groups, point = self.groups, self.split(flat)
-        weight, features, bias = point
-        logits = groups.logits(features @ weight.T, bias)
-        residual = groups.loss.residual(logits, groups.targets)
-        multipliers = groups.scaled(residual) / groups.strength
-        value = float(groups.mean_loss(logits)) / groups.strength
-        value += float(weight.square().sum() + features.square().sum()) / 2
-        parts = [multipliers.T @ features + weight, multipliers @ weight + features]
-        if bias is not None:
-            pull = groups.shares @ residual
-            if groups.lambda_b:
-                pull = pull + groups.lambda_b * bias
-                value += groups.lambda_b / groups.strength / 2 * float(bias.square().sum())
-            parts.append(pull / groups.strength)
-        gradient = torch.cat([part.reshape(-1) for part in parts])
-        return _State(point, logits, multipliers, value, gradient)
-
-    def across(self, state: _State) -> Tensor:
-        """Gradient without what rounding leaves of it along rotations of the factors, and shifts of a free bias."""
-        weight, features, bias = self.split(state.gradient.clone())
-        w, h, _ = state.point
-        values, axes = torch.linalg.eigh(w.T @ w + h.T @ h)
-        along = axes.T @ (w.T @ weight + h.T @ features) @ axes
-        sums = values.unsqueeze(1) + values
-        # Directions that have vanished in both factors cannot be told from their rotations.
-        there = sums > torch.finfo(sums.dtype).eps * values.max()
-        turn = axes @ torch.where(there, (along - along.T) / sums, 0) @ axes.T
-        if bias is not None and self.groups.shift_is_free:
-            bias = bias - bias.mean()
-        return _Point(weight - w @ turn, features - h @ turn, bias).flat()
-
-    def product(self, state: _State, flat: Tensor) -> Tensor:
-        """Hessian times a vector."""
-        groups, move = self.groups, self.split(flat)
-        change = move.features @ state.point.weight.T + state.point.features @ move.weight.T
-        change = change / self.roots if move.bias is None else change / self.roots + move.bias
-        bent = groups.loss.curvature(state.logits, groups.targets, change)
-        scaled = groups.scaled(bent) / groups.strength
-        parts = [
-            scaled.T @ state.point.features + state.multipliers.T @ move.features + move.weight,
-            scaled @ state.point.weight + state.multipliers @ move.weight + move.features,
-        ]
-        if move.bias is not None:
-            assert groups.lambda_b is not None
-            parts.append((groups.shares @ bent + groups.lambda_b * move.bias) / groups.strength)
-        return torch.cat([part.reshape(-1) for part in parts])
-
-
-def solve(groups: Groups, bias_at_zero: Tensor | None, seed: int = 0) -> Factors:
+def solve(groups: Groups, bias_at_zero: Tensor | None) -> Factors:
     """Find the optimum.
 
     Args:
         groups: The problem, whose optimum is not zero.
         bias_at_zero: Best bias for logits zero, None without a bias.
-        seed: Of the start.
 
     Returns:
-        Its factors, balanced and sorted by singular value.
+        Its factors, sorted by singular value; the best point found if the method does not converge.
     """
-    objective = _Factored(groups)
-    start = _start(groups, bias_at_zero, torch.Generator().manual_seed(seed))
-    flat = _descend(objective, start.flat(), _LEAST_CHANGE)
-    for attempt in range(1, 5):
-        narrow, least = _newton(objective, _balanced(_decompose(objective.split(flat))).flat())
-        factors = _decompose(objective.split(narrow))
-        if least > _GRADIENT * float(narrow.norm()):  # The start was too far away.
-            flat = _descend(objective, flat, _LEAST_CHANGE * 1e-2**attempt)
-            continue
-        missing = _missing_direction(groups, factors)
-        if missing is None:
+    smooth = _Smooth(groups)
+    x = smooth.coordinates.zero(bias_at_zero)
+    _, gradient = smooth.gradient(x)
+    multipliers = gradient.map(torch.neg)
+    shrunk = _Shrunk(smooth.coordinates.weights, multipliers, 1.0)
+    # Where the loss is a multiple of the squared error this is the largest singular value of the optimum.
+    t = groups.num_samples * groups.strength * (shrunk.largest() - 1)
+    along, multipliers = shrunk.kept(), shrunk.subgradient()
+    along = along.map(lambda part: groups.num_samples * groups.strength * part)._replace(bias=torch.zeros_like(x.bias))
+    best, least = shrunk, math.inf
+    for count in range(_OUTER):
+        x, shrunk = _augmented(smooth, x, multipliers, t, None if count else along)
+        kept, multipliers = shrunk.kept(), shrunk.subgradient()
+        found, size = _newton(smooth, _Shrunk(smooth.coordinates.weights, kept.plus(multipliers, t), t))
+        if size < least:
+            best, least = found, size
+        if least <= max(_SOLVED, smooth.noise / multipliers.norm()):
             break
-        flat = _descend(objective, _widened(factors, missing).flat(), _LEAST_CHANGE)
-    return factors
+        t /= 3
+    return best.factors(smooth.coordinates)
 
 
-def _start(groups: Groups, bias: Tensor | None, generator: torch.Generator) -> _Point:
-    """Small factors along the multipliers at zero, and noise, so that no direction is left out."""
-    zero = torch.zeros_like(groups.targets)
-    multipliers = groups.multipliers(zero if bias is None else zero + bias) / groups.strength
-    left, singular, right = torch.linalg.svd(-multipliers, full_matrices=False)
-    # Where the loss is locally a multiple of the squared error this is the optimum, up to a factor.
-    size = (groups.num_samples * groups.strength * (singular - 1).clamp(min=0)).sqrt()
-    noise = 0.01 * float(size.max()) / math.sqrt(len(size))
-    draw = [noise * torch.randn(s.shape, dtype=s.dtype, device="cpu", generator=generator) for s in (right.T, left)]
-    return _Point(right.T * size + draw[0], left * size + draw[1], bias)
+class _Smooth:
+    """f, the part of the objective that is smooth."""
 
+    def __init__(self, groups: Groups) -> None:
+        self.groups, self.coordinates = groups, Coordinates(groups)
+        self.loss, self.targets, self.strength = groups.loss, self.coordinates.targets, groups.strength
+        self.pull = (groups.lambda_b or 0.0) / groups.strength
+        # What the gradient may be where residuals have the rounding of targets, which those of 0 and 1 have not.
+        rounding = self.coordinates.gradient(self.targets * (1 - self.targets)).norm()
+        self.noise = _ROUNDINGS * torch.finfo(self.targets.dtype).eps * rounding
+        self.noise /= self.strength
 
-def _descend(objective: _Factored, start: Tensor, least_change: float) -> Tensor:
-    """L-BFGS, begun again until that gains nothing.
+    def gradient(self, parts: Parts) -> tuple[Tensor, Parts]:
+        """Logits of a point, and the gradient there."""
+        logits = self.coordinates.logits(parts)
+        return logits, self._back(self.loss.residual(logits, self.targets), parts.bias)
 
-    When the value hardly changes, torch's optimizer, which takes no curvature from products of step and change below
-    1e-10, has become steepest descent: it ends at changes of ``least_change`` times the value, and the Newton steps
-    take over.
-    """
-    x, value = start, objective.at(start).value
-    for _ in range(20):
-        before, x = value, _lbfgs(objective, x, least_change * abs(value))
-        value = objective.at(x).value
-        if before - value <= 1e4 * least_change * abs(value):
-            break
-    return x
+    def curved(self, logits: Tensor, stress: Tensor) -> Curved:
+        """Hessians of the rows of the loss."""
+        return Curved(self.loss, logits, self.targets, stress)
 
+    def product(self, curved: Curved, move: Parts) -> Parts:
+        """Hessian times a direction."""
+        return self._back(curved.product(self.coordinates.logits(move)), move.bias)
 
-def _lbfgs(objective: _Factored, start: Tensor, least_change: float) -> Tensor:
-    x = start.clone().requires_grad_()
-    scale = float(start.norm()) / math.sqrt(len(start))
-    optimizer = torch.optim.LBFGS(
-        [x],
-        max_iter=_LBFGS_STEPS,
-        max_eval=2 * _LBFGS_STEPS,
-        tolerance_grad=1e-6 * scale,
-        tolerance_change=least_change,
-        history_size=_HISTORY,
-        line_search_fn="strong_wolfe",
-    )
+    def stress(self, logits: Tensor, subgradient: Parts) -> Tensor:
+        """Factors of the curvatures of rows on flat parts of the loss, ``(R, 1)``.
 
-    def closure() -> float:
-        state = objective.at(x.detach())
-        x.grad = state.gradient
-        return state.value
+        Without them a step of such a row would be far longer than its logits, and all of the step would be about it.
+        """
+        pull = self.groups.num_samples * self.strength * self.coordinates.logits(subgradient)
+        rows = self.loss.residual(logits, self.targets) + pull
+        square = rows.square().sum(dim=1)
+        bent = (rows * self.loss.curvature(logits, self.targets, rows)).sum(dim=1)
+        longest = 3 + logits.max(dim=1).values - logits.min(dim=1).values
+        stress = square * square.sqrt() / (longest * bent).clamp(min=_TINY)
+        return stress.clamp(1, 1e8).unsqueeze(1)
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return x.detach()
+    def _back(self, rows: Tensor, bias: Tensor) -> Parts:
+        found = self.coordinates.gradient(rows / self.strength)
+        return found._replace(bias=found.bias + self.pull * bias)
 
+    def longest(self, logits: Tensor, move: Parts, length: float = 1.0) -> float:
+        """Shorten a step until the curvature collapses in no row: from there Newton's method would not come back."""
+        change = self.coordinates.logits(move)
+        share = self.coordinates.row_sizes * self.coordinates.counts
 
-def _newton(objective: _Factored, start: Tensor) -> tuple[Tensor, float]:
-    """Newton steps; the point with the least gradient, and its norm.
+        def bent(at: Tensor) -> Tensor:
+            return share * (change * self.loss.curvature(at, self.targets, change)).sum(dim=1)
 
-    Close to a threshold a factor w that vanishes has a gradient like w^3, and a step of its own size moves the gradient
-    of the others like w^2, which the next step corrects. So the gradient may grow for a while.
-    """
-    state = objective.at(start)
-    x, size = start, float(state.gradient.norm())
-    best, least, waiting = x, size, 0
-    for _ in range(_NEWTON_STEPS):
-        norm = float(x.norm())
-        rounding = 1e-16 * norm
-        if least <= rounding or waiting > (2 if least < 1e-13 * norm else _PATIENCE):
-            break
-        goal = max(min(0.1, math.sqrt(size / norm)) * size, 2 * rounding)
-        step = _conjugate_gradients(partial(objective.product, state), -objective.across(state), goal)
-        # Of a step that is out of all proportion only a part is taken.
-        longest = max(size, math.sqrt(size * norm))
-        for halving in range(20):
-            trial = x + 0.5**halving * step
-            after = objective.at(trial)
-            if float(after.gradient.norm()) <= longest:
+        before = bent(logits)
+        counted = before > 1e-6 * before.sum()
+        for _ in range(40):
+            if bool((bent(logits + length * change) >= _KEPT_CURVATURE * before)[counted].all()):
                 break
-        else:
+            length *= 0.5
+        return length
+
+
+class _Shrunk:
+    """The soft threshold at a point Y, of all its singular values."""
+
+    def __init__(self, weights: Tensor, parts: Parts, t: float) -> None:
+        self.core, self.t = Threshold(parts.core, t), t
+        self.weights, self.apart, self.bias = weights, parts.apart, parts.bias
+        self.is_kept = parts.apart.abs() > t * weights
+
+    def largest(self) -> float:
+        """Largest singular value."""
+        values: list[float] = [*self.core.values[:1].tolist(), *(self.apart.abs() / self.weights).tolist()]
+        return max(values)
+
+    def kept(self) -> Parts:
+        """The soft threshold."""
+        apart = torch.where(self.is_kept, self.apart - self.t * self.weights * self.apart.sign(), 0)
+        return Parts(self.core.kept, apart, self.bias)
+
+    def subgradient(self) -> Parts:
+        """Subgradient of the nuclear norm at the soft threshold."""
+        apart = torch.where(self.is_kept, self.weights * self.apart.sign(), self.apart / self.t)
+        return Parts(self.core.subgradient, apart, torch.zeros_like(self.bias))
+
+    def factors(self, coordinates: Coordinates) -> Factors:
+        """Decompose the soft threshold."""
+        rank = int((self.core.kept_values > 0).sum())
+        left, right = (axes[:, :rank] for axes in (self.core.left, self.core.right))
+        return coordinates.factors(left, self.core.kept_values[:rank], right, self.kept())
+
+
+class _State(NamedTuple):
+    """A point, its soft threshold, what Newton's method is to make zero, and factors of the rows' curvatures."""
+
+    point: Parts
+    shrunk: _Shrunk
+    logits: Tensor
+    gradient: Parts
+    stress: Tensor
+
+    @property
+    def size(self) -> float:
+        """Norm of the gradient, as part of that of the multipliers."""
+        return self.gradient.norm() / self.shrunk.subgradient().norm()
+
+
+def _augmented(smooth: _Smooth, x: Parts, multipliers: Parts, t: float, along: Parts | None) -> tuple[Parts, _Shrunk]:
+    """Minimize the augmented Lagrangian roughly: f plus the nuclear norm smoothed by t about the multipliers.
+
+    The first step goes along a direction that is given: at logits zero those of Newton's method would be so long that
+    some rows end far on the wrong side.
+    """
+
+    def at(x: Parts) -> _State:
+        shrunk = _Shrunk(smooth.coordinates.weights, x.plus(multipliers, t), t)
+        logits, gradient = smooth.gradient(x)
+        subgradient = shrunk.subgradient()
+        return _State(x, shrunk, logits, gradient.plus(subgradient), smooth.stress(logits, subgradient))
+
+    state = at(x)
+    for count in range(_INNER):
+        if count and state.size <= _CLOSE:
             break
-        x, state, size = trial, after, float(after.gradient.norm())
-        best, least, waiting = (x, size, 0) if size < 0.5 * least else (best, least, waiting + 1)
-    return best, least
-
-
-def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor, goal: float) -> Tensor:
-    """Solve until the residual has the norm ``goal``; at negative curvature the step so far is returned."""
-    x, residual = torch.zeros_like(right), right.clone()
-    direction, square = residual.clone(), float(residual.square().sum())
-    for _ in range(min(_CG_STEPS, 20 * len(right))):
-        image = product(direction)
-        curvature = float(direction @ image)
-        if curvature <= 0:
-            return x if bool(x.any()) else right
-        step = square / curvature
-        x = x + step * direction
-        residual = residual - step * image
-        before, square = square, float(residual.square().sum())
-        if math.sqrt(square) <= goal:
+        step = along if along is not None and not count else _System(smooth, state, smoothed=True).solve(0.1)
+        slope = state.gradient.dot(step)
+        if not slope < 0:  # All that is left is rounding.
             break
-        direction = residual + (square / before) * direction
-    return x
+        # The slope along the step grows. Its values are those of the loss, whose rounding may be above the strength.
+        low, low_slope, high, high_slope = 0.0, slope, math.inf, math.inf
+        length = smooth.longest(state.logits, step)
+        for trial in range(30):
+            after = at(state.point.plus(step, length))
+            now = after.gradient.dot(step)
+            if abs(now) <= (0.5 if count else 0.05) * abs(slope):
+                break
+            if now < 0:
+                low, low_slope = length, now
+            else:
+                high, high_slope = length, now
+            if high < math.inf:
+                root = low_slope / (low_slope - high_slope) if high_slope > low_slope else 0.5
+                length = low + (high - low) * min(max(root, 0.1), 0.9)
+            elif (count and trial >= 3) or smooth.longest(state.logits, step, 2 * length) < 2 * length:
+                break
+            else:
+                length *= 2
+        state = after
+    return state.point, state.shrunk
 
 
-def _decompose(point: _Point) -> Factors:
-    """Singular values of the product of the factors, from those of their triangles."""
-    q_h, r_h = torch.linalg.qr(point.features)
-    q_w, r_w = torch.linalg.qr(point.weight)
-    left, singular, right = torch.linalg.svd(r_h @ r_w.T)
-    kept = singular > _RANK * singular.max() if len(singular) else singular > 0
-    return Factors((q_h @ left)[:, kept], singular[kept], (q_w @ right.T)[:, kept], point.bias)
+def _newton(smooth: _Smooth, start: _Shrunk) -> tuple[_Shrunk, float]:
+    """Solve the condition of the optimum; the best point, and its gradient as part of the multipliers."""
+    t, weights = start.t, start.weights
+
+    def at(shrunk: _Shrunk) -> _State:
+        kept = shrunk.kept()
+        logits, gradient = smooth.gradient(kept)
+        return _State(kept, shrunk, logits, gradient.plus(shrunk.subgradient()), torch.ones_like(logits[:, :1]))
+
+    state = at(start)
+    best, least, waiting = state, state.size, 0
+    if least > _NEAR:
+        return start, least
+    while least > _ROUNDING and waiting <= (0 if least <= 1e-2 * _SOLVED else _PATIENCE):
+        size = state.size
+        system = _System(smooth, state, smoothed=False)
+        step = system.solve(min(1e-3, max(math.sqrt(size), 1e-16 / size)))
+        # The step is one of the soft threshold; that of Y follows.
+        rest = smooth.product(system.curved, step).plus(state.gradient)
+        move = step.plus(rest._replace(bias=torch.zeros_like(rest.bias)), -t)
+        y = state.point.plus(state.shrunk.subgradient(), t).plus(move)
+        if not math.isfinite(y.norm()):
+            break
+        state = at(_Shrunk(weights, y, t))
+        if not state.size <= _DIVERGED * least:
+            break
+        waiting = 0 if state.size <= 0.5 * least else waiting + 1
+        if state.size < least:
+            best, least = state, state.size
+    return best.shrunk, least
 
 
-def _balanced(factors: Factors) -> _Point:
-    root = factors.singular.sqrt()
-    return _Point(factors.right * root, factors.left * root, factors.bias)
+class _System:
+    """The equations of a Newton step, symmetric, and their preconditioners.
 
+    The unknown is the step of the soft threshold, in the axes of the singular vectors, as one vector. The matrix is the
+    Hessian of f plus that of the nuclear norm: of the smoothed one, or of the norm itself, which is infinite across
+    directions that are not kept; there the step is zero.
+    """
 
-def _missing_direction(groups: Groups, factors: Factors) -> tuple[Tensor, Tensor] | None:
-    """A direction outside of the factors whose multiplier is above the strength."""
-    multipliers = groups.multipliers(groups.logits(factors.scaled_logits, factors.bias)) / groups.strength
-    rest = multipliers - factors.left @ (factors.left.T @ multipliers)
-    rest = rest - (rest @ factors.right) @ factors.right.T
-    left, singular, right = torch.linalg.svd(-rest, full_matrices=False)
-    if float(singular[0]) <= 1 + _EXCESS:
-        return None
-    over = singular > 1 + _EXCESS
-    return left[:, over], right[over].T
+    def __init__(self, smooth: _Smooth, state: _State, smoothed: bool) -> None:
+        self.smooth, self.state = smooth, state
+        self.curved = smooth.curved(state.logits, state.stress)
+        shrunk, core = state.shrunk, state.shrunk.core
+        self.core = core
+        kept = shrunk.is_kept.to(shrunk.apart)
+        apart = (1 - kept) / shrunk.t if smoothed else torch.zeros_like(kept)
+        self.bends = Bends(*core.bend(smoothed), apart, torch.ones_like(kept) if smoothed else kept, smooth.pull)
+        columns = 0 if not core.has_rest else smooth.coordinates.shape[0]
+        self.shapes = (
+            (core.left.shape[1], core.right.shape[1]),
+            (columns, core.size),
+            shrunk.apart.shape,
+            shrunk.bias.shape,
+        )
 
+    def solve(self, part: float) -> Parts:
+        """Conjugate gradients, until the residual in the norm of the preconditioner is a part of that at zero."""
+        residual = -self._turn(self.state.gradient)
+        precondition, direction = self._preconditioned(residual)
+        x, square = torch.zeros_like(residual), float(residual @ direction)
+        first = square
+        for _ in range(_CG_STEPS):
+            image = self._product(direction)
+            curvature = float(direction @ image)
+            if not curvature > 0:
+                break
+            x = x + square / curvature * direction
+            residual = residual - square / curvature * image
+            image = self._applied(precondition, residual)
+            before, square = square, float(residual @ image)
+            if not square > part**2 * first:
+                break
+            direction = image + square / before * direction
+        return self._turn_back(x)
 
-def _widened(factors: Factors, missing: tuple[Tensor, Tensor]) -> _Point:
-    point, (left, right) = _balanced(factors), missing
-    size = 1e-3 * float(factors.singular.max()) ** 0.5 if len(factors.singular) else 1e-3
-    return _Point(
-        torch.cat([point.weight, size * right], dim=1),
-        torch.cat([point.features, size * left], dim=1),
-        point.bias,
-    )
+    def _preconditioned(self, residual: Tensor) -> tuple[Diagonal | Peaked, Tensor]:
+        """The better preconditioner that there is, and what it makes of the residual."""
+        peaks = None if self.core.has_rest else self.curved.peaks()
+        if peaks is not None:
+            left, right = self.core.left, self.core.right
+            roots = Peaks(peaks.heights / self.smooth.strength, *peaks[1:])
+            leads = self.smooth.coordinates.leads(roots, left, right)
+            peaked = Peaked(self.bends, self._curvatures(peaks.flanks), leads)
+            if peaked.is_valid:
+                image = self._applied(peaked, residual)
+                if float(residual @ image) > 0:
+                    return peaked, image
+        diagonal = Diagonal(self.bends, self._curvatures(self.curved))
+        return diagonal, self._applied(diagonal, residual)
+
+    def _curvatures(self, curved: Curved | Flanks) -> Pieces:
+        """Second derivatives of f without the penalty on the bias, of which the Hessian."""
+        coordinates, core = self.smooth.coordinates, self.core
+        inner = coordinates.curvatures(curved, core.left, core.right)
+        rest = inner[:0, : core.size]
+        if core.has_rest:
+            axes = torch.eye(coordinates.shape[0], dtype=inner.dtype, device=inner.device)
+            rest = coordinates.curvatures(curved, axes, core.right)
+        found = inner, rest, coordinates.curvatures_of_apart(curved), coordinates.hessian_of_bias(curved)
+        return Pieces(*(part / self.smooth.strength for part in found))
+
+    def _product(self, flat: Tensor) -> Tensor:
+        inner, rest, apart, bias = self._split(flat)
+        image = self._turn(self.smooth.product(self.curved, self._turn_back(flat)))
+        core = apply(self.bends.core, Turned(inner, rest))
+        return image + Pieces(*core, self.bends.apart * apart, torch.zeros_like(bias)).flat()
+
+    def _applied(self, precondition: Diagonal | Peaked, flat: Tensor) -> Tensor:
+        image = precondition(self._split(flat))
+        return image._replace(rest=self.core.without_left(image.rest)).flat()
+
+    def _turn(self, parts: Parts) -> Tensor:
+        return Pieces(*self.core.turn(parts.core), parts.apart, parts.bias).flat()
+
+    def _turn_back(self, flat: Tensor) -> Parts:
+        inner, rest, apart, bias = self._split(flat)
+        return Parts(self.core.turn_back(Turned(inner, rest)), apart, bias)
+
+    def _split(self, flat: Tensor) -> Pieces:
+        pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes])
+        return Pieces(*(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)))

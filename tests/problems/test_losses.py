@@ -6,6 +6,7 @@ import torch
 from mpmath import mp, mpf
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Loss, Problem, SquaredError
+from nclightning.problems.curved import Curved
 from tests.problems.cases import one_against_rest
 from tests.problems.test_accuracy import LOSSES
 
@@ -56,6 +57,33 @@ def test_derivatives_are_those_of_the_value(loss, scale, generator):
     shares = torch.rand(len(z), dtype=torch.float64, generator=generator)
     close(loss.mean_hessian(z, y, shares), torch.einsum("b,bkl->kl", shares, hessian), 1e-11, 1e-12)
     assert float(torch.linalg.eigvalsh(hessian).min()) > -1e-14 * scale
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("cross")])
+def test_peaks_and_flanks_are_the_hessian(name, scale, generator):
+    loss = KINDS[name]
+    z, a, y = draw(loss, generator, scale)
+    stress = torch.rand(len(z), 1, dtype=torch.float64, generator=generator)
+    curved = Curved(loss, z, y, stress)
+    heights, axes, flanks = curved.peaks()
+    peak = heights.unsqueeze(2) * axes.unsqueeze(2) * axes.unsqueeze(1)
+    identity = torch.eye(K, dtype=torch.float64)
+    flank = flanks.masses.unsqueeze(2) * (
+        torch.diag_embed(flanks.others) - flanks.others.unsqueeze(2) * flanks.others.unsqueeze(1)
+    )
+    close(peak + flank, stress.unsqueeze(2) * loss.hessian(z, y), 1e-12, 1e-15)
+    shares = torch.rand(len(z), dtype=torch.float64, generator=generator)
+    for part, hessian in ((curved, peak + flank), (flanks, flank)):
+        close(part.square(a), torch.einsum("bk,bkl,bl->b", a, hessian, a), 1e-12, 1e-13)
+        close(part.along(identity), hessian.diagonal(dim1=1, dim2=2), 1e-12, 1e-15)
+        close(part.summed(shares), torch.einsum("b,bkl->kl", shares, hessian), 1e-12, 1e-15)
+
+
+def test_other_losses_have_no_peaks(generator):
+    for name in ("squared error", "binary cross-entropy"):
+        z, _, y = draw(KINDS[name], generator)
+        assert Curved(KINDS[name], z, y, torch.ones(len(z), 1)).peaks() is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])

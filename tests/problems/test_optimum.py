@@ -274,8 +274,7 @@ def test_the_head_of_regression():
 
 
 def test_no_optimum_above_the_tolerance(monkeypatch):
-    monkeypatch.setattr("nclightning.problems.solving._lbfgs", lambda objective, start, least_change: start)
-    monkeypatch.setattr("nclightning.problems.solving._NEWTON_STEPS", 0)
+    monkeypatch.setattr("nclightning.problems.solving._OUTER", 0)
     problem = unbalanced_ce([9, 4, 1], 3, 0.01, 0.01)
     with pytest.raises(NoAnswer, match=r"certified gap of .*, above the tolerance of 1e-10 .*Raise tolerance"):
         _ = problem.optimal_value
@@ -285,14 +284,10 @@ def test_no_optimum_above_the_tolerance(monkeypatch):
 @pytest.mark.parametrize("bias", ["none", "free", 0.1])
 @pytest.mark.parametrize("counts", [[10, 10, 1, 1], [1000, 100, 10, 1, 1]])
 def test_penalties_within_the_rounding_of_the_loss(counts, bias):
-    """The whole minimum is within the rounding of the loss at zero: right all the same, or refused."""
+    """The whole minimum is within the rounding of the loss at zero: right all the same."""
     for strength in (1e-12, 1e-16, 1e-20, 1e-30):
         problem = unbalanced_ce(counts, 5, strength, strength, bias)
-        try:
-            optimum = problem.optimum
-        except NoAnswer:
-            assert strength < 1e-12
-            continue
+        optimum = problem.optimum
         multipliers = optimum.groups.multipliers(optimum.logits)
         assert float(torch.linalg.matrix_norm(multipliers, 2)) == pytest.approx(strength, rel=1e-9)
         along = -float((multipliers * optimum.factors.scaled_logits).sum())
