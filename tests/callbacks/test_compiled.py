@@ -195,9 +195,7 @@ def test_a_validation_of_its_own_compiles_nothing_with_hooks(samples, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_compiled_by_the_default_compiler(samples, tmp_path, monkeypatch):
-    # To find out which vector instructions there are takes it longer than to compile the model.
-    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list, raising=False)
+def test_a_model_compiled_by_the_default_compiler(samples, tmp_path):
     model, trainer = fit(tmp_path, [NeuralCollapseMonitor()], data_of(samples), whole({})(), max_epochs=2)
     assert read(trainer) == pytest.approx(measure(inner_of(model), samples), rel=1e-5)
     expected = measure(inner_of(model), tuple(p[:30] for p in samples))

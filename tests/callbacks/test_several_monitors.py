@@ -123,9 +123,9 @@ def test_a_checkpoint_of_before_is_loaded(options, samples, tmp_path):
 
 def test_an_old_state_of_a_full_batch_run_is_loaded():
     monitor = OptimalityMonitor().at_iterates()
-    monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3, "decay": 0.5})
-    later = {"followed": 0, "stopped_at": None, "distance": math.nan}
-    assert monitor.state_dict() == {"last": {}, "smallest": 1.0, "smallest_at": 3, "decay": 0.5} | later
+    monitor.load_state_dict({"smallest": 1.0, "smallest_at": 3, "decay": 0.25})  # A power of 4 has an exact root.
+    later = {"modes": [0.5, 0.0, 0.0, 0.0], "followed": 0, "stopped_at": None, "distance": math.nan}
+    assert monitor.state_dict() == {"last": {}, "smallest": 1.0, "smallest_at": 3, "decay": 0.25} | later
 
 
 @pytest.mark.parametrize("tag", ["optimality/gap", "log10/optimality/distance", "nc/train/nc1", "loss"])
