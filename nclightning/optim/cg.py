@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found, grown
-from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.backtracking import Found
+from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
@@ -19,9 +19,7 @@ from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoCG", "ConjugateGradients"]
 
-_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
 _STEEPER = 1.5  # The curvature along the gradient, over what it is at least by the inequality of Cauchy and Schwarz.
-_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
 
 
 class ArmijoCG(LineSearchOptimizer):
@@ -107,7 +105,7 @@ class ArmijoCG(LineSearchOptimizer):
         super().__init__(params, options, ConjugateGradients())
 
 
-class ConjugateGradients(Direction):
+class ConjugateGradients(LearningDirection):
     r"""The minimum of a quadratic model over the plane of the gradient and the last vector.
 
     Of each parameter the optimizer's state has ``along``, the last vector p, and ``bend``, which is q, both
@@ -117,15 +115,13 @@ class ConjugateGradients(Direction):
     kind = "conjugate gradients"
 
     def __init__(self) -> None:
-        self.scale = 1.0
-        self._learnt = False  # Whether the state has the last vector.
-        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+        super().__init__()
         self._along: list[Tensor | None] = []
         self._before: list[Tensor | None] = []  # Gradient at the start.
 
     def restart(self) -> bool:
         """Forget the last vector; the scale stays."""
-        learnt, self._learnt = self._learnt, False
+        learnt, self._measured = self._measured, False
         return learnt
 
     def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
@@ -134,14 +130,13 @@ class ConjugateGradients(Direction):
         self._before = [None if g is None else own_shard(g).clone() for g in start.gradients]
         while True:
             factor, last, turn = self.scale, [None] * len(space.params), 0.0
-            if self._learnt:
+            if self._measured:
                 last = [space.state[p]["along"] if p in space.state else None for p in space.params]
                 factor, turn = self._solve(start, last, line, space)
             self._along = [_combine(g, factor, p, turn) for g, p in zip(self._before, last, strict=True)]
             products = line.inner_products([(self._before, self._along), (self._along, self._along)])
             slope, square = products.tolist()
-            noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(start.square) * math.sqrt(square)
-            if noise < slope < math.inf or (not self._learnt and self.scale == 1.0):
+            if is_descent(start, slope, math.sqrt(square), space) or (not self._measured and self.scale == 1.0):
                 return Descent(self._along, slope)
             if not self.restart():  # The scale has left the numbers.
                 self.scale = 1.0
@@ -170,29 +165,22 @@ class ConjugateGradients(Direction):
         pairs = [(self._along, changes), (changes, changes), (self._along, self._along)]
         bend, square, length = line.inner_products(pairs).tolist()
         gradients = math.sqrt(start.square) + math.sqrt(end.square)
-        noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(length) * (math.sqrt(square) + gradients)
+        noise = ROUNDINGS * epsilon_of(space.params) * math.sqrt(length) * (math.sqrt(square) + gradients)
         scale = found.size * (bend / square) if square > 0 else math.inf
-        self._learnt = noise < bend and 0 < scale < math.inf
-        if self._learnt:
+        self._measured = noise < bend and 0 < scale < math.inf
+        if self._measured:
             self.scale = scale
         for p, along, change in zip(space.params, self._along, changes, strict=True):
             space.state.pop(p, None)
-            if self._learnt and change is not None:
+            if self._measured and change is not None:
                 vector = torch.zeros_like(change) if along is None else along.mul_(found.size)
                 space.state[p].update(along=vector, bend=change)
         self._along, self._before = [], []
 
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
-        """Try 1 after a curvature was measured, else longer and longer steps."""
-        if self._learnt:
-            return 1.0, False
-        return grown({**space.options, **_GROWTH}, streak, found, space.params)
-
     def _check(self, space: Space) -> None:
         """Forget a vector that does not belong to the parameters as they are."""
         check_precision(space.params, "ArmijoCG")
-        searched = tuple(p.requires_grad for p in space.params)
-        fits = searched == (self._searched or searched)
+        fits = self.trains_the_same(space)
         for p in space.params:
             shard = own_shard(p)
             if p in space.state:
@@ -200,26 +188,22 @@ class ConjugateGradients(Direction):
                 fits = fits and (along.shape, along.dtype, along.device) == (shard.shape, shard.dtype, shard.device)
         if not fits:
             self.restart()
-        self._searched = searched
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scale, and whether there is a last vector."""
-        return {"scale": self.scale, "learnt": self._learnt}
+        """Return also whether there is a last vector."""
+        return super().state_dict() | {"learnt": self._measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self.scale, self._learnt, self._searched = state["scale"], state["learnt"], None
+        """Restore it."""
+        super().load_state_dict(state)
+        self._measured = state["learnt"]
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tensors unless they were forgotten."""
-        return dict(entries) if self._learnt else {}
+        return dict(entries) if self._measured else {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_along": [], "_before": []}
-
-
-def _epsilon(params: Sequence[Tensor]) -> float:
-    return max(torch.finfo(p.dtype).eps for p in params)
 
 
 def _combine(gradient: Tensor | None, factor: float, last: Tensor | None, turn: float) -> Tensor | None:

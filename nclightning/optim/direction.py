@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nclightning.optim.backtracking import Found, Options, grown
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import LineObjective
 
-__all__ = ["Descent", "Direction", "Space", "SteepestDescent"]
+__all__ = [
+    "ROUNDINGS",
+    "Descent",
+    "Direction",
+    "LearningDirection",
+    "Space",
+    "SteepestDescent",
+    "epsilon_of",
+    "is_descent",
+]
+
+ROUNDINGS = 8  # What is below so many roundings is taken for noise.
+_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
 
 
 class Space(NamedTuple):
@@ -137,3 +151,50 @@ class SteepestDescent(Direction):
     def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
         """Lengthen the step where that is due."""
         return grown(space.options, streak, found, space.params)
+
+
+class LearningDirection(Direction):
+    """A direction that learns from the curvature along accepted steps, and keeps tensors of the parameters' shapes."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+        self._measured = False  # Whether the last step showed a positive curvature.
+        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+
+    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+        """Try 1 after a curvature was measured, else longer and longer steps."""
+        if self._measured:
+            return 1.0, False
+        return grown({**space.options, **_GROWTH}, streak, found, space.params)
+
+    def trains_the_same(self, space: Space) -> bool:
+        """Say whether the same parameters are trainable as at the last call."""
+        searched = tuple(p.requires_grad for p in space.params)
+        before, self._searched = self._searched, searched
+        return before is None or before == searched
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scale, and which parameters were trainable."""
+        return {"scale": self.scale, "searched": None if self._searched is None else list(self._searched)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        searched = state.get("searched")  # Older states have none.
+        self.scale, self._searched = state["scale"], None if searched is None else tuple(searched)
+
+
+def epsilon_of(params: Sequence[Tensor]) -> float:
+    """Return the machine epsilon of the narrowest parameter."""
+    return max(torch.finfo(p.dtype).eps for p in params)
+
+
+def is_descent(start: Evaluation, slope: float, length: float, space: Space) -> bool:
+    """Say whether a vector is a direction of descent beyond round-off.
+
+    Args:
+        start: Value and gradient.
+        slope: Inner product of gradient and vector.
+        length: Of the vector.
+        space: What is searched over.
+    """
+    return ROUNDINGS * epsilon_of(space.params) * math.sqrt(start.square) * length < slope < math.inf

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found, grown
-from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.backtracking import Found
+from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
@@ -23,8 +23,6 @@ from nclightning.sharding import own_shard
 __all__ = ["ArmijoLBFGS", "LimitedMemoryBFGS"]
 
 _COLUMNS = 2**16  # At a time: narrow numbers are widened to float64 for inner products.
-_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
-_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
 
 
 class ArmijoLBFGS(LineSearchOptimizer):
@@ -103,7 +101,7 @@ class ArmijoLBFGS(LineSearchOptimizer):
         super().__init__(params, options, LimitedMemoryBFGS())
 
 
-class LimitedMemoryBFGS(Direction):
+class LimitedMemoryBFGS(LearningDirection):
     r"""The vector H g of the last pairs.
 
     With S and Y, whose columns are the m pairs from the oldest to the newest, R the upper triangle of
@@ -122,8 +120,7 @@ class LimitedMemoryBFGS(Direction):
     kind = "limited-memory BFGS"
 
     def __init__(self) -> None:
-        self.scale = 1.0
-        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+        super().__init__()
         self._forget()
 
     def _forget(self) -> None:
@@ -155,8 +152,7 @@ class LimitedMemoryBFGS(Direction):
             products = line.inner_products([(start.gradients, self._along), (self._along, self._along)])
             slope, square = products.tolist()
             self._length = math.sqrt(square)
-            noise = _ROUNDINGS * _epsilon(space.params) * math.sqrt(start.square) * self._length
-            if noise < slope < math.inf or (not self._order and self.scale == 1.0):
+            if is_descent(start, slope, self._length, space) or (not self._order and self.scale == 1.0):
                 break
             if not self.restart():  # The scale has left the numbers.
                 self.scale = 1.0
@@ -184,7 +180,7 @@ class LimitedMemoryBFGS(Direction):
         products = _multiply(rows, changes, line)
         self._known = end, _multiply(rows, end.gradients, line)
         curvature, square = products[free], products[count + free]
-        noise = _ROUNDINGS * _epsilon(space.params) * factor * length * (math.sqrt(square) + factor * gradients)
+        noise = ROUNDINGS * epsilon_of(space.params) * factor * length * (math.sqrt(square) + factor * gradients)
         scale = curvature / square if square > 0 else math.inf
         self._along, self._measured = [], noise < curvature and 0 < scale < math.inf
         if not self._measured:
@@ -201,17 +197,10 @@ class LimitedMemoryBFGS(Direction):
             self._squares[i][free] = self._squares[free][i] = products[count + i]
         self.scale = scale
 
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
-        """Try 1 after a pair was made, else longer and longer steps."""
-        if self._measured:
-            return 1.0, False
-        return grown({**space.options, **_GROWTH}, streak, found, space.params)
-
     def _check(self, space: Space) -> None:
         """Forget pairs that do not belong to the parameters as they are."""
         check_precision(space.params, "ArmijoLBFGS")
-        searched, count = tuple(p.requires_grad for p in space.params), space.options["history"] + 1
-        fits = searched == (self._searched or searched)
+        fits, count = self.trains_the_same(space), space.options["history"] + 1
         for p in space.params:
             shard = own_shard(p)
             if p in space.state:
@@ -221,7 +210,6 @@ class LimitedMemoryBFGS(Direction):
             self.restart()
             for p in space.params:
                 space.state.pop(p, None)
-        self._searched = searched
 
     def _free(self, count: int) -> int:
         return min(set(range(count)) - set(self._order))
@@ -247,17 +235,15 @@ class LimitedMemoryBFGS(Direction):
         return torch.tensor([*delta, *(-scale * a for a in alpha)], dtype=torch.float64, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the order of the pairs, their inner products, the scale, and which parameters were trainable."""
-        searched = None if self._searched is None else list(self._searched)
-        numbers = {"inner": self._inner, "squares": self._squares}
-        return {"order": list(self._order), "scale": self.scale, "searched": searched} | copy.deepcopy(numbers)
+        """Return also the order of the pairs and their inner products."""
+        numbers = {"order": self._order, "inner": self._inner, "squares": self._squares}
+        return super().state_dict() | copy.deepcopy(numbers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self._forget()
-        self._order, self.scale = list(state["order"]), state["scale"]
-        searched = state.get("searched")  # Older states have none.
-        self._searched = None if searched is None else tuple(searched)
+        super().load_state_dict(state)
+        self._order = list(state["order"])
         self._inner, self._squares = copy.deepcopy((state["inner"], state["squares"]))
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,15 +270,11 @@ def _flat(tensor: Tensor) -> Tensor:
     return own_shard(tensor).reshape(-1)
 
 
-def _epsilon(params: Sequence[Tensor]) -> float:
-    return max(torch.finfo(p.dtype).eps for p in params)
-
-
 def _balancing(length: float, gradient: float, params: Sequence[Tensor]) -> float:
     """Return the power of two that brings the product of a step and a gradient of these norms near 1."""
     if not (0 < length < math.inf and 0 < gradient < math.inf):
         return 1.0
-    most = 1000 if _epsilon(params) < 1e-10 else 120  # What multiplies float64, and float32.
+    most = 1000 if epsilon_of(params) < 1e-10 else 120  # What multiplies float64, and float32.
     return 2.0 ** min(max(-round((math.log2(length) + math.log2(gradient)) / 2), -most), most)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nclightning.optim.backtracking import Found
-from nclightning.optim.direction import Descent, Direction, Space
+from nclightning.optim.direction import ROUNDINGS, Descent, Direction, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line import Hessian, LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
@@ -23,7 +23,6 @@ _MOST_LEFT = 0.5  # Of the gradient, by an inexact solution.
 _GROWTH = 4.0  # Of the step along the gradient while no curvature was measured.
 _WIDENING = 2.0  # Of the radius.
 _FARTHER = 10.0  # Along a direction without positive curvature than what was reached before it.
-_ROUNDINGS = 8  # What is below so many roundings is taken for noise.
 
 
 class ArmijoNewtonCG(LineSearchOptimizer):
@@ -157,7 +156,7 @@ class NewtonByConjugateGradients(Direction):
         if along is not None:
             slope, square = line.inner_products([(start.gradients, along), (along, along)]).tolist()
             self._length = math.sqrt(square)
-            if not _ROUNDINGS * _epsilon(space.params) * norm * self._length < slope < math.inf:
+            if not is_descent(start, slope, self._length, space):
                 along, self._is_restarted = None, True
         self._is_gradient = along is None
         if along is None:
@@ -195,10 +194,6 @@ class NewtonByConjugateGradients(Direction):
         self._radius = state["radius"]
 
 
-def _epsilon(params: Sequence[Tensor]) -> float:
-    return max(torch.finfo(p.dtype).eps for p in params)
-
-
 class _Solution(NamedTuple):
     """What conjugate gradients found.
 
@@ -227,12 +222,12 @@ def _solve(
     reached = mixed = 0.0  # Squared length of the vector, and its inner product with the turn.
     largest = along_gradient = 0.0
     present = [None if g is None else p for p, g in zip(space.params, start.gradients, strict=True)]
-    rounding = _epsilon(space.params) * math.sqrt(float(line.inner_products([(present, present)])[0]))
+    rounding = epsilon_of(space.params) * math.sqrt(float(line.inner_products([(present, present)])[0]))
     for number in range(1, space.options["max_products"] + 1):
         products = hessian.multiply(turn)
         curvature, size = line.inner_products([(turn, products), (products, products)]).tolist()
         largest = max(largest, math.sqrt(size) if math.isfinite(size) else abs(curvature))
-        if not _ROUNDINGS * hessian.error * largest < abs(curvature) < math.inf:
+        if not ROUNDINGS * hessian.error * largest < abs(curvature) < math.inf:
             curvature = 0.0
         along_gradient = curvature if number == 1 else along_gradient
         if curvature <= 0 and number > 1 and radius == math.inf:

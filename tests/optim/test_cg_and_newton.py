@@ -274,3 +274,17 @@ def test_options_are_validated(options, message, make):
     with pytest.raises(ValueError, match="must be") as refusal:
         make([parameter(1.0)], **options)
     assert make.__name__ + message in str(refusal.value)
+
+
+@BOTH
+def test_a_resumed_run_sees_what_is_frozen_after_it(make):
+    models = [network(), network(seed=5)]
+    optimizers = [make(model.parameters()) for model in models]
+    step(optimizers[0], models[0], 12)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for optimizer, model in zip(optimizers, models, strict=True):
+        freeze(model, optimizer)
+    straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
+    assert [o.objective for o in resumed] == [o.objective for o in straight]
+    assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
