@@ -20,20 +20,20 @@ __all__ = [
     "MEASURES",
     "Meaning",
     "Measure",
-    "Reading",
+    "MeasureInput",
     "meaning_of",
     "per_class_values",
     "select_measures",
 ]
 
 
-class Reading(NamedTuple):
-    """What a measure reads.
+class MeasureInput(NamedTuple):
+    """The input of a measure.
 
     Attributes:
         stats: Statistics of the features.
-        weight: Head ``(K, d)`` in the dtype of the statistics; None if unknown.
-        bias: Its bias ``(K,)``, or None.
+        weight: Weight of the head ``(K, d)`` in the dtype of the statistics; None without a head.
+        bias: Bias of the head ``(K,)``; None without one.
         global_mean: Convention of NC1.
         between_weights: Convention of NC1.
     """
@@ -46,43 +46,43 @@ class Reading(NamedTuple):
 
     @property
     def head(self) -> Tensor:
-        """The weight of the head, known to be there."""
+        """The weight of the head. Only measures with ``needs_head`` use it."""
         assert self.weight is not None
         return self.weight
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
-        """Centred class means and which of them are present."""
+        """Centred class means, and which of them are present."""
         return self.stats.centred_means, self.stats.present
 
     @property
     def alignment(self) -> Tensor:
-        """Cosines of head and class means; zero for absent classes, ``nan`` only where one is undefined."""
+        """Cosines between head and class means: zero for absent classes, ``nan`` where the cosine is undefined."""
         return torch.where(self.stats.present, F.class_alignment(self.stats, self.head), 0)
 
     @property
     def conventions(self) -> tuple[GlobalMean, BetweenWeights]:
-        """Of the between-class covariance."""
+        """The conventions of the between-class covariance."""
         return self.global_mean, self.between_weights
 
 
-# Value at collapse: a number, or a function of the number of classes and of features; None where nothing is known.
+# Value at collapse: a number, or a function of K and d; None where it is not known.
 Collapsed = float | Callable[[int, int], float | None] | None
 
 
 class Meaning(NamedTuple):
-    """What a value tells.
+    """The meaning of a value.
 
     Attributes:
-        text: In a few words.
-        collapsed: Its value at neural collapse.
+        text: The meaning in a few words.
+        collapsed: The value at neural collapse.
     """
 
     text: str = ""
     collapsed: Collapsed = 0.0
 
     def at_collapse(self, num_classes: int, feature_dim: int) -> float | None:
-        """Return the value at collapse of so many classes in so many dimensions; None if it is not known."""
+        """Return the value at collapse for given sizes; None if it is not known."""
         return self.collapsed(num_classes, feature_dim) if callable(self.collapsed) else self.collapsed
 
 
@@ -90,15 +90,15 @@ class Measure(NamedTuple):
     """A measure and what it needs.
 
     Attributes:
-        read: Evaluates it to a scalar.
-        text: What it tells, in a few words.
+        read: Function that evaluates the measure to a scalar.
+        text: Its meaning in a few words.
         collapsed: Its value at neural collapse.
-        needs_head: Whether it reads the head.
-        needs_scatter: Whether the light statistics are not enough.
-        needs_classes: Whether it takes labels for classes, each with a row of the head or a direction of its own.
+        needs_head: Whether it needs the head.
+        needs_scatter: Whether it needs the ``(d, d)`` scatter.
+        needs_classes: Whether labels must be classes, each with its own row of the head or direction of the mean.
     """
 
-    read: Callable[[Reading], Tensor]
+    read: Callable[[MeasureInput], Tensor]
     text: str = ""
     collapsed: Collapsed = 0.0
     needs_head: bool = False
@@ -111,7 +111,7 @@ def _worst(alignment: Tensor, present: Tensor) -> Tensor:
 
 
 def _of_an_etf(value: Callable[[int], float]) -> Collapsed:
-    """Give the value for a simplex ETF, which has room in K - 1 dimensions."""
+    """Return a value for the sizes for which a simplex ETF exists, K <= d + 1, and None for others."""
     return lambda num_classes, feature_dim: value(num_classes) if 2 <= num_classes <= feature_dim + 1 else None
 
 
@@ -272,7 +272,7 @@ MEASURES: dict[str, Measure] = {
         needs_classes=True,
     ),
 }
-# What is read of samples one by one, or of two data sets.
+# Measures that need single samples or two data sets, and not the statistics alone.
 _FURTHER_MEANINGS = {
     "ncc_accuracy": Meaning("share of samples whose nearest class mean is their own", 1.0),
     "ncc_mismatch": Meaning("share of samples on which network and nearest class mean differ (NC4)"),
@@ -286,10 +286,10 @@ _FURTHER_MEANINGS = {
 
 
 def meaning_of(name: str) -> Meaning:
-    """Return what a value tells by the name under which it is logged, without the set or layer before it.
+    """Return the meaning of a logged value.
 
     Args:
-        name: Of a measure, a decision or ``nc5``; of others nothing is known.
+        name: Its name without the data set or layer in front of it. Unknown names have an empty meaning.
     """
     if name in MEASURES:
         return Meaning(MEASURES[name].text, MEASURES[name].collapsed)
@@ -304,14 +304,14 @@ def select_measures(names: Sequence[str], further: Sequence[str] = ()) -> tuple[
     """Check names of measures.
 
     Args:
-        names: Names; ``("all",)`` stands for every one.
-        further: Names of others, which the caller takes.
+        names: Names; ``("all",)`` stands for all of them.
+        further: Further names that the caller accepts; they are only mentioned in the error.
 
     Returns:
         The names.
 
     Raises:
-        ValueError: If a name does not exist, stands twice, or there is none.
+        ValueError: If a name is unknown or occurs twice, or if there are no names.
     """
     if isinstance(names, str):
         raise UserError(f"measures must be a sequence of names, got the string {names!r}; write ({names!r},).")
@@ -327,17 +327,17 @@ def select_measures(names: Sequence[str], further: Sequence[str] = ()) -> tuple[
     return tuple(names)
 
 
-def per_class_values(reading: Reading, pairs: bool = True) -> dict[str, Tensor]:
-    """Evaluate what can be told class by class.
+def per_class_values(given: MeasureInput, pairs: bool = True) -> dict[str, Tensor]:
+    """Evaluate the measures that have a value for each class.
 
     Args:
-        reading: Statistics and head.
-        pairs: Whether also ``cdnv`` and ``equiangularity``, which look at all pairs of classes.
+        given: Statistics and head.
+        pairs: Whether to include ``cdnv`` and ``equiangularity``, which need all pairs of classes.
 
     Returns:
-        As :meth:`nclightning.metrics.NeuralCollapse.per_class`.
+        As for :meth:`nclightning.metrics.NeuralCollapse.per_class`.
     """
-    stats = reading.stats
+    stats = given.stats
     values = {
         "count": stats.counts,
         "variance": stats.spreads / stats.counts,
@@ -345,8 +345,8 @@ def per_class_values(reading: Reading, pairs: bool = True) -> dict[str, Tensor]:
     }
     if pairs:
         values["cdnv"] = F.class_distance_normalized_variance(stats, "none")
-        values["equiangularity"] = F.equiangularity(*reading.means, reduction="none")
-    if reading.weight is not None:
-        values["head_norm"] = norm(reading.weight, dim=1)
-        values["nc3_cosine"] = F.class_alignment(stats, reading.weight)
+        values["equiangularity"] = F.equiangularity(*given.means, reduction="none")
+    if given.weight is not None:
+        values["head_norm"] = norm(given.weight, dim=1)
+        values["nc3_cosine"] = F.class_alignment(stats, given.weight)
     return values

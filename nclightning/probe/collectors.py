@@ -16,7 +16,7 @@ from nclightning.metrics.measures import (
     DEFAULT_MEASURES,
     DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
-    Reading,
+    MeasureInput,
     select_measures,
 )
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
@@ -180,7 +180,7 @@ class StatisticsCollector:
         values = self._metrics[""].read(statistics[""]) if self._reads else {}
         for name, stats in statistics.items():
             if name:
-                values |= {f"{name}/{measure}": MEASURES[measure].read(Reading(stats)) for measure in _OF_A_LAYER}
+                values |= {f"{name}/{measure}": MEASURES[measure].read(MeasureInput(stats)) for measure in _OF_A_LAYER}
         return values
 
 

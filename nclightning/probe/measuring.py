@@ -17,9 +17,9 @@ from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics.choice import (
     check_conventions,
     choose_measures,
+    evaluate_measures,
+    measure_input,
     need_scatter,
-    read_measures,
-    reading_of,
 )
 from nclightning.metrics.decided import Decisions, count_decisions, totals_of
 from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES
@@ -156,7 +156,7 @@ def _measure_arrays(
             name for name in wanted if (MEASURES[name].needs_head if name in MEASURES else name != "ncc_accuracy")
         )
         if left_out and measures is not None and tuple(measures) != ("all",):
-            raise UserError(f"measures {list(left_out)} read the head: pass weight=, or leave them out.")
+            raise UserError(f"measures {list(left_out)} need the head: pass weight=, or leave them out.")
         of_statistics = None if of_statistics is None else tuple(name for name in of_statistics if name not in left_out)
         of_decisions = tuple(name for name in of_decisions if name not in left_out)
     check_conventions(*conventions)
@@ -167,7 +167,7 @@ def _measure_arrays(
     )
     of_classes = {}
     with autocast_off(rows.device):
-        values = read_measures(chosen, reading_of(stats, head, *conventions))
+        values = evaluate_measures(chosen, measure_input(stats, head, *conventions))
         if of_decisions:
             pieces = zip(torch.split(rows, _ROWS_AT_A_TIME), torch.split(labels, _ROWS_AT_A_TIME), strict=True)
             counted = [count_decisions(some, own, stats, head, ignore_index) for some, own in pieces]
