@@ -110,3 +110,35 @@ def test_light_things_load_no_heavy_libraries(code, loads):
     assert "Traceback" not in ended.stderr
     loaded = set(ended.stderr.splitlines()[-1].split("|")[1:])
     assert loaded == loads
+
+
+THEORY = (
+    "import atexit, gc, runpy, sys\n"
+    "sys.argv[1:] = ['theory', '--config', 'ufm_mse']\n"
+    "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 100_000, file=sys.stderr))\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("runpy.run_module('nclightning', run_name='__main__', alter_sys=True)", "True True"),
+        ("from nclightning.cli import main; main()", "True False"),
+        ("gc.disable(); from nclightning.cli import main; main()", "False False"),
+    ],
+)
+def test_only_a_process_of_its_own_leaves_imports_out_of_searches_for_garbage(code, said):
+    ended = subprocess.run([sys.executable, "-c", THEORY + code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1] == said
+
+
+def test_a_command_is_imported_without_searches_for_garbage():
+    code = (
+        "from nclightning.cli import main\n"
+        "searches = []\n"
+        "module = lambda: sys.modules.get('nclightning.commands.theory')\n"
+        "gc.callbacks.append(lambda *_: searches.append(hasattr(module(), 'print_theory')))\n"
+        "main()\n"
+        "assert searches and all(searches), searches"
+    )
+    subprocess.run([sys.executable, "-c", THEORY + code], cwd=ROOT, check=True, capture_output=True)
