@@ -1,6 +1,7 @@
 """Rules of the house that a machine can keep."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -344,13 +345,17 @@ COMPAT = sorted((PACKAGE / "compat").glob("*.py"))
 OTHERS = [path for path in FILES if path not in COMPAT]
 # Texts of our own that look like names of others: a state of metrics, a subparser.
 OWN_TEXTS = {"_apart_"}
-OWN = {name for path in FILES for name in members(ast.parse(path.read_text()))} | OWN_TEXTS
+
+
+@functools.cache
+def own_names():
+    return {name for path in FILES for name in members(ast.parse(path.read_text()))} | OWN_TEXTS
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_compat_uses_what_other_libraries_do_not_promise(path):
     """The rule is that of ``foreign_uses``."""
-    assert list(foreign_uses(path.read_text(), OWN)) == []
+    assert list(foreign_uses(path.read_text(), own_names())) == []
 
 
 def classes_of(path):
