@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pydoc import ErrorDuringImport, locate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from torch import Tensor
@@ -43,10 +43,13 @@ def describe(problem: Problem) -> dict[str, Any]:
 def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
     """Make the problem that :func:`describe` wrote, or that a configuration names.
 
+    A description may come from somebody else's checkpoint. So nothing is called unless it says of itself that it makes
+    a problem; the module that ``class_path`` names is imported.
+
     Args:
         kind: :class:`nclightning.problems.Problem`.
-        description: ``class_path``, :class:`nclightning.problems.Problem` or a function that makes a problem, and
-            ``init_args``.
+        description: ``class_path``, :class:`nclightning.problems.Problem` or a function whose annotation of what it
+            returns is that class, and ``init_args``.
 
     Returns:
         The problem.
@@ -60,25 +63,36 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
     loss = arguments.get("loss")
     if isinstance(loss, Mapping) and "class_path" in loss:
         arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
-    made = _made(description["class_path"], arguments, "problem")
+    made = _made(description["class_path"], arguments, "problem", kind, functions=True)
     if not isinstance(made, kind):
         raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
     return made
 
 
-def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type, functions: bool = False) -> Any:
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:
         raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
-    if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
-        expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
+    made = maker if isinstance(maker, type) else _declared(maker) if functions else None
+    if not (isinstance(made, type) and issubclass(made, kind)):
+        expected = f"a subclass of {kind.__name__}"
+        if functions:
+            expected = f"a function that makes a {kind.__name__} and says so, `def make(...) -> {kind.__name__}`"
         local = " where it can be imported: define it at the top level of a module, or give problem= anew"
         raise UserError(f"{name}: {path} is not {expected}{local if '<locals>' in path else ''}.")
     try:
         return maker(**arguments)
     except TypeError as error:
         raise UserError(f"{name}: {path}: {error}.") from error
+
+
+def _declared(function: Any) -> Any:
+    """Return the annotation of what a function returns; None if it has none."""
+    try:
+        return get_type_hints(function).get("return")
+    except (TypeError, NameError):  # It is no function, or is annotated with names that are there for types alone.
+        return None
 
 
 def _path_of(cls: type) -> str:

@@ -35,7 +35,8 @@ _EPILOG = """examples:
   python -m nclightning measure checkpoints/*.ckpt --model my_project.models:Net --data my_project.data:CIFAR10
   python -m nclightning measure output/ --data reviews.csv --text review --labels sentiment
 
-Checkpoints and .pt files are loaded with weights_only=True, so that nothing in them can run."""
+Checkpoints and .pt files are loaded with weights_only=True, so that nothing in them can run. The config.yaml of a
+run folder names classes, which are imported and made: read it first if the folder is not yours."""
 # Options that mean something for some kinds of files only.
 _OF_KINDS = {
     "weight": ("arrays",), "bias": ("arrays",), "features": ("arrays",), "set": ("arrays",),
