@@ -212,7 +212,6 @@ INCOMPLETE = {
     "problems.Problem",
     "problems.Rates",
     "problems.SquaredError",
-    "problems.assert_problem_contract",
     "problems.balanced_ce",
     "problems.balanced_mse",
     "problems.label_smoothing",

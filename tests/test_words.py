@@ -67,16 +67,6 @@ REMAINING = {
     "probe/likeness:apart",
     "probe/sweep/snapshot:room",
     "probe/sweep/states:drawing_apart",
-    "problems/alike:apart",
-    "problems/alike:curvatures_of_apart",
-    "problems/preconditioning:Bends",
-    "problems/preconditioning:apart",
-    "problems/preconditioning:apart_there",
-    "problems/preconditioning:bends",
-    "problems/rates:apart",
-    "problems/solving:apart",
-    "problems/solving:bends",
-    "problems/thresholding:bend",
 }
 
 

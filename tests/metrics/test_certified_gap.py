@@ -421,7 +421,7 @@ def test_targets_that_cannot_be_read(generator):
         Optimality("ce", (weight, bias)).update(features, targets)
     with pytest.raises(ValueError, match=r"floating targets \(B, 4\), got \(6, 5\) and \(6,\)"):
         Optimality("ce", weight).update(features, targets[:, 0])
-    with pytest.raises(ValueError, match="labels must be int64, the rows of the targets"):
+    with pytest.raises(ValueError, match="labels must be int64, row numbers of the given targets"):
         Optimality(unbalanced_ce([3, 2, 1, 0], 5, 0.1, 0.1), weight).update(features, targets)
     metric = Optimality("ce", weight)
     metric.update(features, 2 * targets - 0.5)
