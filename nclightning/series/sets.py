@@ -102,12 +102,12 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
     measuring = options.measuring()
     training = "train" in options.stages
     trained = {name: data for name, data in named.items() if name.partition("/")[0] == "train"}
-    if not training and not measuring.of_decisions:
+    if not training and not measuring.decision_measures:
         trained = {}
-    if measuring.of_decisions and not trained:
+    if measuring.decision_measures and not trained:
         raise UserError(
-            f"{', '.join(measuring.of_decisions)} compare with the class means of the training set, and the data have "
-            "no training loader: leave them out of --measures."
+            f"{', '.join(measuring.decision_measures)} compare with the class means of the training set, and the data "
+            "have no training loader: leave them out of --measures."
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
     reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
