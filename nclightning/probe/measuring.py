@@ -155,8 +155,8 @@ def _measure_arrays(
 ) -> Measurement:
     rows, labels, num_classes, head = given
     of_statistics, of_decisions, left_out = (
-        measuring.of_statistics,
-        measuring.of_decisions,
+        measuring.statistics_measures,
+        measuring.decision_measures,
         tuple[str, ...](),
     )
     if head is None:
