@@ -76,7 +76,9 @@ def test_the_description_on_pypi_points_at_nothing_that_is_not_there():
 @pytest.mark.parametrize("name", ["CHANGELOG", "CONTRIBUTING", "README", "RELEASING", "SECURITY"])
 def test_links_of_the_pages_at_the_root_lead_somewhere(name):
     text = (ROOT / f"{name}.md").read_text()
-    anchors = {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in re.findall(r"^#+ (.*)$", text, re.M)}
+    anchors = {
+        re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
     for target in re.findall(r"\]\((?!https?:|<)([^)]+)\)", text):
         path, _, anchor = target.partition("#")
         # A forge's own files are no part of the source distribution.

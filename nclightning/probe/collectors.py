@@ -192,11 +192,9 @@ class StatisticsCollector:
         values = self._metrics[""].read(statistics[""]) if self._reads else {}
         for name, stats in statistics.items():
             if name:
-<<<<<<< HEAD
-                values |= {f"{name}/{measure}": MEASURES[measure].read(MeasureInput(stats)) for measure in _OF_A_LAYER}
-=======
-                values |= {f"{name}/{measure}": MEASURES[measure].read(Reading(stats)) for measure in _LAYER_MEASURES}
->>>>>>> words2
+                values |= {
+                    f"{name}/{measure}": MEASURES[measure].read(MeasureInput(stats)) for measure in _LAYER_MEASURES
+                }
         return values
 
 

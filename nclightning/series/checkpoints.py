@@ -218,8 +218,7 @@ class Training:
         if path is not None:
             return import_named(option, path)
         if "class_path" in section:
-<<<<<<< HEAD
-            kind = named(f"{where}: {part}.class_path", str(section["class_path"]))
+            kind = import_named(f"{where}: {part}.class_path", str(section["class_path"]))
             if not _is_lightnings(kind, _BASES[part]):
                 # The configuration is found beside the checkpoints: what it names is called only if it can be meant.
                 raise UserError(
@@ -227,9 +226,6 @@ class Training:
                     f"If it is a function of yours that makes one, name it by {option} module:function."
                 )
             return kind
-=======
-            return import_named(f"{where}: {part}.class_path", str(section["class_path"]))
->>>>>>> words2
         raise UserError(
             f"the class of the {part} is not known"
             + (f", {where} has no {part}.class_path" if self._config_path else "")
@@ -318,8 +314,8 @@ def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> A
             if found is None:
                 raise
             raise UserError(
-                f"{where}: {kind.__name__} needs {found[1]}, which {path} does not have as hyperparameters: give a --config "
-                "with its init_args, or call save_hyperparameters() in its constructor."
+                f"{where}: {kind.__name__} needs {found[1]}, which {path} does not have as hyperparameters: give a "
+                "--config with its init_args, or call save_hyperparameters() in its constructor."
             ) from error
         except RuntimeError as error:
             raise _other_model(error, path) from error
