@@ -13,16 +13,14 @@ from nclightning import metrics
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
     Reading,
     select_measures,
 )
+from nclightning.quantities import DECISION_NAMES, DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
-    "DECISIONS",
     "DecisionsCollector",
     "LayerStatistics",
     "Measuring",
@@ -31,7 +29,6 @@ __all__ = [
     "orthogonality",
 ]
 
-DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
 _OF_A_LAYER = ("nc1", "nc1_cdnv")
 
 # Statistics of the input of the head, under the empty name, and of further layers.
@@ -42,8 +39,8 @@ class Measuring:
     """The measures that a user chose: those of statistics, and those of decisions, which need the class means first.
 
     Args:
-        measures: Names out of ``MEASURES`` and ``DECISIONS``; None leaves the choice to the metric, ``("all",)`` takes
-            all.
+        measures: Names out of ``MEASURES`` and ``DECISION_NAMES``; None leaves the choice to the metric, ``("all",)``
+            takes all.
         ignore_index: Label of samples to leave out.
         conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
 
@@ -65,13 +62,13 @@ class Measuring:
         if measures is None:
             return
         if not isinstance(measures, str):
-            measures = (*MEASURES, *DECISIONS) if tuple(measures) == ("all",) else tuple(measures)
-            self.of_decisions = tuple(name for name in DECISIONS if name in measures)
+            measures = (*MEASURES, *DECISION_NAMES) if tuple(measures) == ("all",) else tuple(measures)
+            self.of_decisions = tuple(name for name in DECISION_NAMES if name in measures)
             if len(set(measures)) == len(measures) == len(self.of_decisions) > 0:
                 self.of_statistics = ()
                 return
-            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
-        self.of_statistics = select_measures(measures, DECISIONS)
+            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISION_NAMES)
+        self.of_statistics = select_measures(measures, DECISION_NAMES)
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return the names of the measures of a data set, and one name for each further layer."""

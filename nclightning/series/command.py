@@ -13,6 +13,7 @@ from nclightning.command_parser import command_parser
 from nclightning.configurations import find_configuration
 from nclightning.errors import UserError
 from nclightning.interrupts import Terminated
+from nclightning.quantities import NC
 from nclightning.series.arrays import NAMES, ArraysSettings, array_sources
 from nclightning.series.opening import paths_of
 from nclightning.series.places import KINDS, Place, find_config, place_of
@@ -101,7 +102,7 @@ def _parser() -> ArgumentParser:
     arrays = parser.add_argument_group("saved features: .npz, .pt, .safetensors, .npy")
     for role in NAMES:
         arrays.add_argument(f"--{role}", metavar="NAME", help=f"array or file; looked for: {', '.join(NAMES[role])}")
-    arrays.add_argument("--set", metavar="NAME", help="what the samples are, in the tags nc/SET/... (default: train)")
+    arrays.add_argument("--set", metavar="NAME", help=f"what the samples are, in tags {NC}/SET/... (default: train)")
     models = parser.add_argument_group("checkpoints of Lightning, and model folders of Hugging Face")
     models.add_argument("--config", metavar="FILE", help="as LightningCLI saved it; found beside the checkpoints")
     models.add_argument("--model", metavar="MODULE:CLASS", help="hyperparameters come from the checkpoint")
