@@ -154,18 +154,15 @@ def _measure_arrays(
     start: float,
 ) -> Measurement:
     rows, labels, num_classes, head = given
-    of_statistics, of_decisions, left_out = (
-        measuring.statistics_measures,
-        measuring.decision_measures,
-        tuple[str, ...](),
-    )
+    of_statistics, of_decisions = measuring.statistics_measures, measuring.decision_measures
+    left_out = tuple[str, ...]()
     if head is None:
         wanted = (*(DEFAULT_MEASURES if of_statistics is None else of_statistics), *of_decisions)
         left_out = tuple(
             name for name in wanted if (MEASURES[name].needs_head if name in MEASURES else name != "ncc_accuracy")
         )
         if left_out and measures is not None and tuple(measures) != ("all",):
-            raise UserError(f"measures {list(left_out)} read the head: pass weight=, or leave them out.")
+            raise UserError(f"measures {list(left_out)} need the head: pass weight=, or leave them out.")
         of_statistics = None if of_statistics is None else tuple(name for name in of_statistics if name not in left_out)
         of_decisions = tuple(name for name in of_decisions if name not in left_out)
     check_conventions(*conventions)

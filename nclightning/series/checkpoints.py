@@ -301,8 +301,8 @@ def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> A
             if found is None:
                 raise
             raise UserError(
-                f"{where}: {kind.__name__} needs {found[1]}, which {path} does not have as hyperparameters: give a --config "
-                "with its init_args, or call save_hyperparameters() in its constructor."
+                f"{where}: {kind.__name__} needs {found[1]}, which {path} does not have as hyperparameters: give a "
+                "--config with its init_args, or call save_hyperparameters() in its constructor."
             ) from error
         except RuntimeError as error:
             raise _other_model(error, path) from error

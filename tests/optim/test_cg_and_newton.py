@@ -183,7 +183,7 @@ def test_copies_continue_on_their_own(duplicate, make):
 @BOTH
 def test_a_state_of_another_direction_is_refused(make):
     x = parameter(1.0)
-    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it searched by"):
+    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it is a state of"):
         make([x]).load_state_dict(ArmijoGD([x]).state_dict())
 
 
