@@ -12,8 +12,9 @@ from torch import Tensor
 from nclightning.optim.backtracking import Found
 from nclightning.optim.direction import ROUNDINGS, Descent, Direction, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.hessian import Hessian
 from nclightning.optim.line_search import LineSearchOptimizer
-from nclightning.optim.objectives import Hessian, LineObjective
+from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import check_precision, largest_step
 from nclightning.sharding import own_shard
 

@@ -481,7 +481,7 @@ MISUSES = {
     "read before the end": (["for x, y in epoch.batches(loader): model(x)", "epoch.measurement"], "after the block"),
     "two passes": (["for _ in range(2):", "    for x, y in epoch.batches(loader): model(x)"], "called twice"),
     "nested": (["with probe.online() as other: pass"], "is already measuring an epoch"),
-    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) anew"),
+    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) again"),
     "a copy": (["for x, y in epoch.batches(loader): copy.deepcopy(model)(x)"], "did not run on any of 4 batches"),
     "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on other inputs than"),
     "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on other inputs than"),
