@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nclightning.commands import COMMANDS, TRAINING, run_training
 from nclightning.errors import UserError, nearest
-from nclightning.mistakes import user_errors_in_one_line
+from nclightning.mistakes import user_errors_handled
 
 __all__ = ["main"]
 
@@ -19,7 +19,7 @@ def main(args: list[str] | None = None) -> None:
         args: The words after the program's name; None for those of the process.
     """
     words = sys.argv[1:] if args is None else args
-    with user_errors_in_one_line():
+    with user_errors_handled():
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
         elif not {*words} & {*TRAINING, "-h", "--help"}:

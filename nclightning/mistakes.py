@@ -11,7 +11,7 @@ from types import TracebackType
 from nclightning.interrupts import status_of
 from nclightning.wording import message_for_user
 
-__all__ = ["user_errors_in_one_line"]
+__all__ = ["user_errors_handled"]
 
 _BUG = (
     "This is a bug in nclightning or in code that it calls, not an error of yours. "
@@ -20,7 +20,7 @@ _BUG = (
 
 
 @contextmanager
-def user_errors_in_one_line() -> Iterator[None]:
+def user_errors_handled() -> Iterator[None]:
     """End the process with one line and status 1 after an error of the user in the block.
 
     If a signal ended the block, the exit status is the one that shells expect. Any other exception is a bug, and keeps
