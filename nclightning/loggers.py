@@ -227,9 +227,8 @@ class RunLogger(WriterLogger):
         try:
             with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
                 if status == "success" and self._held and self._held[-1][0] > self.table.last:
-                    self.written(
-                        self._held[-1][0]
-                    )  # A resumed run that was already complete, whose last row is missing because it was killed.
+                    # A resumed run that was already complete, whose last row is missing because it was killed.
+                    self.written(self._held[-1][0])
                 begun = self.experiment.matters if self.has_writer else status == "success"
                 if not begun and (status != "success" or self._continued is not None):
                     self._leave_nothing()

@@ -449,7 +449,7 @@ def single_output_hint():
 @case
 def more_outputs_than_classes():
     form = plain(lambda m, h: m.out(h), out=nn.Linear(D, 2 * K))
-    form.warns = "the head 'net.out' has 8 outputs, and the labels hold 4 classes"
+    form.warns = "the head 'net.out' has 8 outputs, and the labels have 4 classes"
     return form
 
 
@@ -1058,7 +1058,7 @@ def masked_language_model():
         return rows[:, 2], m.cls.predictions.decoder.weight, b["labels"][:, 2]
 
     form = Case(model, {"input_ids": ids, "labels": labels}, pair, step=own_step)
-    form.warns = "5 outputs, and the labels hold 4 classes"
+    form.warns = "5 outputs, and the labels have 4 classes"
     return form
 
 

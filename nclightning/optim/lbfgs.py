@@ -136,9 +136,9 @@ class LimitedMemoryBFGS(LearningDirection):
 
     def restart(self) -> bool:
         """Forget the pairs, and keep the scale."""
-        learnt = bool(self._order)
+        had_history = bool(self._order)
         self._forget()
-        return learnt
+        return had_history
 
     def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
         """Return H g."""

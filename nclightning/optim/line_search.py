@@ -363,10 +363,10 @@ class LineSearchOptimizer(Optimizer):
         if "search" not in state_dict:
             raise UserError(f"this state_dict was not made by {self._name}: it has no entry 'search'.")
         search, outcome = state_dict["search"], state_dict["search"]["outcome"]
-        learnt = search.get("direction", {"kind": "steepest descent"})  # Older states have no direction.
-        if learnt["kind"] != self._direction.kind:
+        saved_direction = search.get("direction", {"kind": "steepest descent"})  # Older states have no direction.
+        if saved_direction["kind"] != self._direction.kind:
             raise UserError(
-                f"this state_dict was not made by {self._name}: it is a state of {learnt['kind']}, not of "
+                f"this state_dict was not made by {self._name}: it is a state of {saved_direction['kind']}, not of "
                 f"{self._direction.kind}."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
@@ -375,7 +375,7 @@ class LineSearchOptimizer(Optimizer):
         self._options, self._streak, self._failed_with = options, search["streak"], None
         self._steps_ran_away = search.get("steps_ran_away", False)  # Older states have none.
         self._set_next_step(search["next_step"])  # Older states have no lr.
-        self._direction.load_state_dict(learnt)
+        self._direction.load_state_dict(saved_direction)
         space = Space(parameters_of(self), self.state, self._options)
         for p in list(self.state):
             entries = {name: own_shard(value) for name, value in self.state[p].items()}

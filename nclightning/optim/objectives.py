@@ -241,7 +241,7 @@ class ClosureObjective(LineObjective):
         return torch.tensor(here.value, dtype=torch.float64), torch.tensor(here.square, dtype=torch.float64)
 
     def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
-        """Remember the parameters."""
+        """Copy the parameters at the start of the search."""
         self._start, self._along = start, start.gradients if along is None else along
         moving = [i for i, v in enumerate(self._along) if v is not None]
         self._moving = [(own_shard(self._params[i]), own_shard(self._along[i])) for i in moving]  # type: ignore[arg-type]

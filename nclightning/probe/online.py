@@ -103,7 +103,7 @@ class OnlineEpoch:
         if self._loader is not None:
             raise UserError(
                 "epoch.batches was called twice in a block, which measures one pass over one loader: call "
-                "probe.online() anew for each epoch, and leave validation loaders as they are."
+                "probe.online() again for each epoch, and leave validation loaders as they are."
             )
         self._loader = loader_of_fabric(loader)
         if self._host.world_size > 1 and not isinstance(self._loader, DataLoader):

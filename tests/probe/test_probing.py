@@ -532,7 +532,7 @@ def test_what_cannot_be_read_online():
 
 
 def test_a_data_set_of_one_class_is_named():
-    with pytest.raises(ValueError, match="the labels of the data set 'val' hold only one: pass samples of two classes"):
+    with pytest.raises(ValueError, match="the labels of the data set 'val' have only one: pass samples of two classes"):
         Probe(made()).read({"train": loader(), "val": loader(slice(0, N, K))})
 
 
