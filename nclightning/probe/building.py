@@ -16,7 +16,7 @@ from nclightning.functional import ClassStatistics, between_class_rank
 from nclightning.functional.linear import unit_rows
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import Head
-from nclightning.metrics.measures import Reading, per_class_values
+from nclightning.metrics.measures import MeasureInput, per_class_values
 from nclightning.probe.results import Measurement
 
 __all__ = ["Conventions", "build", "build_unlabelled"]
@@ -115,7 +115,7 @@ def _table(
     pairs: bool,
 ) -> dict[str, NDArray[Any]]:
     weight = None if head is None else head.weight.to(stats.means)
-    columns = per_class_values(Reading(stats, weight, None, *conventions), pairs) | dict(decisions)
+    columns = per_class_values(MeasureInput(stats, weight, None, *conventions), pairs) | dict(decisions)
     names = list(columns)
     values = torch.stack([columns[name].double() for name in names]).cpu().numpy()
     table: dict[str, NDArray[Any]] = dict(zip(names, values, strict=True))

@@ -17,12 +17,12 @@ from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics.choice import (
     check_conventions,
     choose_measures,
+    evaluate_measures,
+    measure_input,
     need_scatter,
-    read_measures,
-    reading_of,
 )
 from nclightning.metrics.decided import Decisions, count_decisions, totals_of
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES
+from nclightning.metrics.measures import MEASURES
 from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
 from nclightning.probe.collectors import Measuring
@@ -31,6 +31,7 @@ from nclightning.probe.probing import Probe, in_order
 from nclightning.probe.reader import BatchFn, ForwardFn
 from nclightning.probe.results import Measurement
 from nclightning.probe.validation import readable
+from nclightning.quantities import DEFAULT_MEASURES
 
 __all__ = ["measure"]
 
@@ -173,7 +174,7 @@ def _measure_arrays(
     )
     of_classes = {}
     with autocast_off(rows.device):
-        values = read_measures(chosen, reading_of(stats, head, *conventions))
+        values = evaluate_measures(chosen, measure_input(stats, head, *conventions))
         if of_decisions:
             pieces = zip(torch.split(rows, _ROWS_AT_A_TIME), torch.split(labels, _ROWS_AT_A_TIME), strict=True)
             counted = [count_decisions(some, own, stats, head, ignore_index) for some, own in pieces]
