@@ -350,8 +350,8 @@ def _law(name: str, meaning: str, collapsed: float | None = None, *, mirrored: b
     )
 
 
-# For each sum: its norm, its prediction, the distance of the two, and the contribution of a step of Adam. The logarithms
-# of predictions are not logged, because predictions fall far below rounding and would stretch the axis.
+# For each sum: its norm, its prediction, the distance of the two, and the contribution of a step of Adam. Logarithms of
+# predictions are not logged, because predictions fall far below rounding and would stretch the axis.
 HEAD_SUM = (
     _law("nc0_norm", "norm of the sum of the head's rows", mirrored=True),
     _law("nc0_predicted", "norm of that sum if the law of the steps holds"),
@@ -497,7 +497,8 @@ def measure_named(name: str) -> Quantity:
     return QUANTITIES.get(tag_of(NC, name), Quantity(name, NC))
 
 
-# Quantities that converge to zero in a run of the unconstrained feature model, by tag. Tables and legends have this order.
+# Quantities that converge to zero in a run of the unconstrained feature model, by tag, in the order of tables and
+# legends.
 CONVERGING = {each.tag(): each for each in (GAP, CERTIFIED_GAP, DISTANCE, GRAD_NORM)} | {
     each.tag("train"): each for each in (NC1, NC2, NC3)
 }
