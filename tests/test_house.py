@@ -50,7 +50,7 @@ FLOORS = {
     "reproduction": 8,
     "summaries": 8,
     "closing": 9,
-    "refusals": 7,
+    "library_errors": 7,
     "wording": 8,
     "parsing": 9,
     "command_parser": 9,

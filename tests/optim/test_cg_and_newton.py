@@ -183,7 +183,7 @@ def test_copies_continue_on_their_own(duplicate, make):
 @BOTH
 def test_a_state_of_another_direction_is_refused(make):
     x = parameter(1.0)
-    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it searched by"):
+    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it is a state of"):
         make([x]).load_state_dict(ArmijoGD([x]).state_dict())
 
 
@@ -288,3 +288,15 @@ def test_a_resumed_run_sees_what_is_frozen_after_it(make):
     straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
     assert [o.objective for o in resumed] == [o.objective for o in straight]
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_an_older_state_of_conjugate_gradients_is_loaded():
+    """Its tensors had other names."""
+    models = network(), network()
+    optimizers = [ArmijoCG(model.parameters()) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        step(optimizer, model, 5)
+    state, older = optimizers[0].state_dict(), {"step": "along", "change": "bend"}
+    state["state"] = {i: {older[name]: value for name, value in each.items()} for i, each in state["state"].items()}
+    optimizers[1].load_state_dict(state)
+    assert step(optimizers[1], models[1], 5) == step(optimizers[0], models[0], 5)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from nclightning import optim
 from nclightning.optim import ArmijoGD, SearchStatus
 
 
@@ -373,3 +374,10 @@ def test_degenerate_minima_are_stationary(power, dtype):
         if not optimizer.outcome.accepted:
             break
     assert optimizer.outcome.status is SearchStatus.STATIONARY
+
+
+def test_the_earlier_name_of_closure_objectives_warns():
+    with pytest.warns(DeprecationWarning, match="ClosureLine is now called ClosureObjective"):
+        assert optim.ClosureLine is optim.ClosureObjective
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = optim.Nothing
