@@ -1,7 +1,6 @@
 """Draws the pictures of the pages in this folder.
 
-python docs/numbers/pictures.py           # all of them
-python docs/numbers/pictures.py nc1 nc2   # some
+``python docs/numbers/pictures.py`` draws all of them, ``python docs/numbers/pictures.py nc1 nc2`` some.
 """
 
 from __future__ import annotations
