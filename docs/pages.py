@@ -5,7 +5,8 @@
 
 A page says that it is one by the comment ``<!-- printed by docs/pages.py -->``. Its Python blocks run in their order,
 with one set of variables, in an empty folder; modules beside the page can be imported. What a block prints stands in
-the block of text that follows it. ``tests/test_pages.py`` compares both.
+the block of text that follows it. ``tests/test_pages.py`` compares both. Of its shell blocks those lines run that begin
+with ``python -m nclightning``, and what they print is not shown.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
+_COMMAND = "python -m nclightning "
 MARK = "<!-- printed by docs/pages.py -->"
-_BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<shown>.*?)```\n)?", re.DOTALL)
+_BLOCK = re.compile(r"```(?P<kind>python|bash)\n(?P<code>.*?)```\n(?:\n```text\n(?P<shown>.*?)```\n)?", re.DOTALL)
 
 
 def pages() -> list[Path]:
@@ -47,7 +50,11 @@ def printed(page: Path, scope: dict[str, Any] | None = None) -> list[str]:
     with _elsewhere(page.parent):
         for number, match in enumerate(_BLOCK.finditer(page.read_text())):
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(compile(match["code"], f"{page}, block {number}", "exec"), scope)
+                if match["kind"] == "bash":
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        _run_commands(match["code"])
+                else:
+                    exec(compile(match["code"], f"{page}, block {number}", "exec"), scope)
             outputs.append(output.getvalue())
     return outputs
 
@@ -58,9 +65,17 @@ def write(page: Path) -> None:
 
     def replaced(match: re.Match[str]) -> str:
         output = next(outputs)
-        return f"```python\n{match['code']}```\n" + (f"\n```text\n{output}```\n" if output else "")
+        return f"```{match['kind']}\n{match['code']}```\n" + (f"\n```text\n{output}```\n" if output else "")
 
     page.write_text(_BLOCK.sub(replaced, page.read_text()))
+
+
+def _run_commands(lines: str) -> None:
+    from nclightning.cli import main  # noqa: PLC0415  # Few pages need what it imports.
+
+    for line in lines.splitlines():
+        if line.startswith(_COMMAND):
+            main(shlex.split(line.removeprefix(_COMMAND), comments=True))
 
 
 @contextlib.contextmanager

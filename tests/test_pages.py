@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nclightning import pictures
 from nclightning.metrics import MEASURES
 from nclightning.probe.collectors import DECISIONS
 
@@ -36,6 +37,17 @@ def assert_same_figures(printed, shown):
         assert abs(float(now) - float(then)) <= 2 * unit_of_last_digit(then), (now, then)
 
 
+@pytest.fixture
+def _nothing_stays():
+    """What pages register is forgotten."""
+    measures, loggers = dict(MEASURES), dict(pictures._registered)
+    yield
+    for registered, before in ((MEASURES, measures), (pictures._registered, loggers)):
+        registered.clear()
+        registered.update(before)
+
+
+@pytest.mark.usefixtures("_nothing_stays")
 @pytest.mark.parametrize("page", PAGES.pages(), ids=lambda page: str(page.relative_to(DOCS)))
 def test_blocks_print_what_the_page_shows(page):
     for printed, shown in zip(PAGES.printed(page), PAGES.shown(page), strict=True):
