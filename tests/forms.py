@@ -435,7 +435,7 @@ def rows_of_norm_one_at_the_start_online():
 
 
 @case
-def one_output():
+def single_output_hint():
     form = plain(lambda m, h: m.out(h), out=nn.Linear(D, 1), refused="has one output")
     form.batch = form.batch[0], classes(B, count=2)
     form.step = lambda model, batch: F.binary_cross_entropy_with_logits(model(batch[0])[:, 0], batch[1].float())

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
-from nclightning.problems.curved import Flanks, Peaks
 from nclightning.problems.groups import Factors, Groups
 from nclightning.problems.loss import Loss, target_rows
+from nclightning.problems.row_hessians import Flanks, Peaks
 from nclightning.problems.simplex import has_exchangeable_classes
 
 if TYPE_CHECKING:
@@ -125,11 +125,11 @@ class CrossEntropy(Loss):
         the difference would keep few digits.
         """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        bent = p * (direction - (p * direction).sum(dim=1, keepdim=True))
+        product = p * (direction - (p * direction).sum(dim=1, keepdim=True))
         top = p.argmax(dim=1, keepdim=True)
-        bent = bent.scatter(1, top, 0.0)
-        bent = bent.scatter(1, top, -bent.sum(dim=1, keepdim=True))
-        return self._weighted(targets).sum(dim=1, keepdim=True) * bent
+        product = product.scatter(1, top, 0.0)
+        product = product.scatter(1, top, -product.sum(dim=1, keepdim=True))
+        return self._weighted(targets).sum(dim=1, keepdim=True) * product
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """One product of matrices, where a loop over a thousand classes would take minutes.
@@ -261,7 +261,7 @@ class BinaryCrossEntropy(Loss):
         return torch.sigmoid(logits) * torch.sigmoid(-logits) * direction
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Diagonal."""
+        """DiagonalInverse."""
         return torch.diag(shares @ (torch.sigmoid(logits) * torch.sigmoid(-logits)))
 
     def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:

@@ -195,8 +195,8 @@ class Groups:
         if bias is not None and self.lambda_b:
             pull = factor * (self.shares @ residuals)
             excess += float((self.lambda_b * bias + pull).square().sum()) / (2 * self.lambda_b)
-        bent = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
-        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * bent).sum())
+        product = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
+        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * product).sum())
 
     def _admissible(self, residuals: Tensor) -> Tensor:
         """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""

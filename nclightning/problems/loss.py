@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nclightning.problems.curved import Peaks
     from nclightning.problems.groups import Factors, Groups
+    from nclightning.problems.row_hessians import Peaks
 
 __all__ = ["Loss", "target_rows"]
 
@@ -134,8 +134,8 @@ class Loss:
         plain = now - before - slope
         integral = torch.zeros_like(plain)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-            bent = self.curvature(reference + node * step, targets, step)
-            integral = integral + weight * (1 - node) * (bent * step).sum(dim=1)
+            product = self.curvature(reference + node * step, targets, step)
+            integral = integral + weight * (1 - node) * (product * step).sum(dim=1)
         safe = plain > _SAFE_DIFFERENCE * torch.maximum(now.abs(), torch.maximum(before.abs(), slope.abs()))
         return torch.where(safe, plain, integral.clamp(min=0))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nclightning.problems.answers import NoAnswer
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum
 

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
 from nclightning.problems.groups import Factors, Groups
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.solving import solve
 
 __all__ = ["Multipliers", "Optimum", "find_optimum", "multipliers_at_zero"]

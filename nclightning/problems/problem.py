@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nclightning.problems.answering import answers
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
+from nclightning.problems.answers import answers
+from nclightning.problems.checks import check_arguments, check_groups, check_point, checked_point, rows_are_classes
 from nclightning.problems.description import ARGUMENTS, describe, from_description
 from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
 from nclightning.problems.orbit import Orbit, Solution
@@ -255,7 +255,7 @@ class Problem(WithOptimum):
         It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
         as in :meth:`gap`.
         """
-        logits = admit(self, weight, features, labels, bias).logits
+        logits = checked_point(self, weight, features, labels, bias).logits
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
         means = (self._group_means(rows, labels) for rows in (residuals, logits))
         bound = self.certified_lower_bound_from_residuals(*means)

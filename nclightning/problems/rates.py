@@ -205,10 +205,10 @@ def decay_exponent(curvature: float, momentum: float = 0.0, nesterov: bool = Fal
         total, middle = 1 + momentum - curvature, 1 - momentum + curvature
     if low < curvature < high:
         return -(math.log(momentum) + (math.log1p(-curvature) if nesterov else 0.0)) / 2
-    apart = scale * math.sqrt(abs(low - curvature)) * math.sqrt(abs(high - curvature))
+    separation = scale * math.sqrt(abs(low - curvature)) * math.sqrt(abs(high - curvature))
     if total < 0:
-        return -math.log((apart - total) / 2)
-    nearest = 2 * curvature / (middle + apart)  # The smaller w, of which 1 - z would lose the digits.
+        return -math.log((separation - total) / 2)
+    nearest = 2 * curvature / (middle + separation)  # The smaller w, of which 1 - z would lose the digits.
     return -math.log1p(-nearest) if nearest < 1 else math.inf
 
 

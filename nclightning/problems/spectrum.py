@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.symmetry import is_symmetric, symmetric_values
+from nclightning.problems.balanced_spectrum import is_symmetric, symmetric_values
+from nclightning.problems.no_answer import NoAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,8 +143,8 @@ def _range_matrix(optimal: OptimalSet, width: int) -> Tensor:
         torch.einsum("m,kl->mkl", roots, eye_k)[:, :, :outputs],
     ]
     change = torch.cat(parts, dim=2)
-    bent = torch.einsum("mkl,mlx->mkx", groups.loss.hessian(logits, groups.targets), change)
-    matrix = torch.einsum("mkx,mky->xy", change, bent) / groups.num_samples
+    product = torch.einsum("mkl,mlx->mkx", groups.loss.hessian(logits, groups.targets), change)
+    matrix = torch.einsum("mkx,mky->xy", change, product) / groups.num_samples
     heads, means = K * width, M * width
     diagonal = matrix.diagonal()
     diagonal[:heads] += optimal.lambda_w

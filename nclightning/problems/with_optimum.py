@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_labels
+from nclightning.problems.checks import check_labels, checked_moments, checked_point
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.orbit import Orbit, Solution
 from nclightning.problems.rates import Momentum, Rates, decay_exponent
 
@@ -123,7 +123,7 @@ class WithOptimum(ABC):
             ValueError: If the point does not fit the problem.
             NoAnswer: If the optimum is not known.
         """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        point = checked_point(self, weight, features, labels, bias, labels_too=check_labels)
         orbit = self.orbit(features.device)
         if orbit.is_cut:
             return orbit.expanded_gap(point)
@@ -136,7 +136,7 @@ class WithOptimum(ABC):
 
         Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
         """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        point = checked_point(self, weight, features, labels, bias, labels_too=check_labels)
         orbit = self.orbit(features.device)
         return orbit.distance(orbit.moments(point))
 
@@ -148,7 +148,7 @@ class WithOptimum(ABC):
         Returns:
             Member with rows in the order of ``labels``.
         """
-        point = admit(self, weight, features, labels, bias)
+        point = checked_point(self, weight, features, labels, bias)
         orbit = self.orbit(features.device)
         return self._solution(orbit, *orbit.nearest(orbit.moments(point)), point.labels)
 
@@ -204,14 +204,14 @@ class WithOptimum(ABC):
             NoAnswer: If the optimum is not known, or its logits are not unique for want of features.
         """
         orbit = self._whole_orbit("gap_from_moments", weight.device)
-        point = admit_moments(self, weight, means, spread, bias, needs_bias=orbit.lambda_b > 0)
+        point = checked_moments(self, weight, means, spread, bias, needs_bias=orbit.lambda_b > 0)
         return orbit.gap(orbit.only_present(point), divergence.detach().double())
 
     def distance_from_moments(
         self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap; it needs the bias."""
-        point = admit_moments(self, weight, means, spread, bias, needs_bias=self.has_bias)
+        point = checked_moments(self, weight, means, spread, bias, needs_bias=self.has_bias)
         orbit = self.orbit(weight.device)
         return orbit.distance(orbit.only_present(point))
 

@@ -27,8 +27,8 @@ from nclightning.series.store import Store
 __all__ = ["run_series"]
 
 # What a process takes beside the weights, and how often it holds them: the file, the model, and a batch's activations.
-_OF_A_PROCESS, _COPIES, _SHARE = 700 * 2**20, 4, 0.8
-_MOST_SHOWN = 40
+_PROCESS_BYTES, _COPIES, _SHARE = 700 * 2**20, 4, 0.8
+_MAX_ROWS_SHOWN = 40
 
 
 def run_series(
@@ -89,16 +89,16 @@ def _affordable(waiting: Sequence[Source], jobs: int, console: Console) -> int:
     wanted = min(jobs, len(waiting))
     if jobs == 1 or wanted < 1:
         return 1
-    each = _OF_A_PROCESS + _COPIES * max(source.size for source in waiting)
+    each = _PROCESS_BYTES + _COPIES * max(source.size for source in waiting)
     available = available_memory()
-    held = wanted if available is None else max(1, min(wanted, int(_SHARE * available / each)))
+    limited = wanted if available is None else max(1, min(wanted, int(_SHARE * available / each)))
     free = "" if available is None else f", of {available / 2**30:.1f} GiB that are free"
     console.print(
-        f"Measuring {held} at a time (--jobs {jobs}; about {each / 2**30:.1f} GiB for each{free}).",
+        f"Measuring {limited} at a time (--jobs {jobs}; about {each / 2**30:.1f} GiB for each{free}).",
         highlight=False,
         soft_wrap=True,
     )
-    return held
+    return limited
 
 
 def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterator[tuple[Source, dict[str, float]]]:
@@ -110,7 +110,7 @@ def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterat
         return
     # A forked child could not use a GPU that this process has used.
     context = multiprocessing.get_context("spawn")
-    with ends_with_launcher(), ProcessPoolExecutor(processes, context, _begin, (waiting, threads)) as pool:
+    with ends_with_launcher(), ProcessPoolExecutor(processes, context, _start_worker, (waiting, threads)) as pool:
         futures = [pool.submit(_measure, i) for i in range(len(waiting))]
         try:
             for source, future in zip(waiting, futures, strict=True):
@@ -127,7 +127,7 @@ def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterat
 _waiting: Sequence[Source] = ()  # In a process of the pool.
 
 
-def _begin(waiting: Sequence[Source], threads: int) -> None:
+def _start_worker(waiting: Sequence[Source], threads: int) -> None:
     global _waiting  # noqa: PLW0603
     follow_launcher()
     torch.set_num_threads(threads)
@@ -142,7 +142,7 @@ def _show(store: Store) -> None:
     """Print the rows as a table, evenly thinned if they are many, and say where everything is."""
     console = Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=200)
     steps = sorted(store.rows)
-    stride = -(-len(steps) // _MOST_SHOWN)
+    stride = -(-len(steps) // _MAX_ROWS_SHOWN)
     shown = [step for i, step in enumerate(reversed(steps)) if i % stride == 0][::-1]
     tags = list(dict.fromkeys(tag for step in steps for tag in store.rows[step]))
     thinned = "" if stride == 1 else f" (one of {stride})"

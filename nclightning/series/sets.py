@@ -14,6 +14,7 @@ from nclightning.probe.collectors import Measuring
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
+from nclightning.quantities import NC, tagged
 
 __all__ = ["ModelOptions", "chosen_device", "floats", "values_of"]
 
@@ -55,7 +56,7 @@ class ModelOptions:
         """Make the reader of features and labels."""
         return PairReader(self.head, self.layers, self.layer_pooling, ignore_index=self.ignore_index)
 
-    def held(self, data: DataSet) -> DataSet:
+    def limited(self, data: DataSet) -> DataSet:
         """Hold a set to the limit, too."""
         limits = [each for each in (data.limit, self.limit) if each is not None]
         return DataSet(data.loader, min(limits, default=None))
@@ -92,7 +93,9 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
         ValueError: If there is nothing to measure.
     """
     named = {
-        f"{stage}/{name}" if name else stage: options.held(data) for stage, each in sets.items() for name, data in each
+        f"{stage}/{name}" if name else stage: options.limited(data)
+        for stage, each in sets.items()
+        for name, data in each
     }
     wanted = {name: data for name, data in named.items() if name.partition("/")[0] in options.stages}
     if not wanted:
@@ -102,16 +105,16 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
     measuring = options.measuring()
     training = "train" in options.stages
     trained = {name: data for name, data in named.items() if name.partition("/")[0] == "train"}
-    if not training and not measuring.of_decisions:
+    if not training and not measuring.decision_measures:
         trained = {}
-    if measuring.of_decisions and not trained:
+    if measuring.decision_measures and not trained:
         raise UserError(
-            f"{', '.join(measuring.of_decisions)} compare with the class means of the training set, and the data have "
-            "no training loader: leave them out of --measures."
+            f"{', '.join(measuring.decision_measures)} compare with the class means of the training set, and the data "
+            "have no training loader: leave them out of --measures."
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
     reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
-    return floats({f"nc/{tag}": value for tag, value in reading.values.items()})
+    return floats(tagged(reading.values, NC))
 
 
 def floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -397,7 +397,7 @@ def test_groups_of_samples_are_no_rows_of_the_head():
 
 
 def test_measures_that_need_classes_are_refused_of_groups_or_left_out():
-    with pytest.raises(ValueError, match=r"measures \['nc1', 'nc3'\] take each label for a class"):
+    with pytest.raises(ValueError, match=r"measures \['nc1', 'nc3'\] need labels that are classes"):
         of_groups(measures=("nc1", "nc2", "nc3"))
     names = of_groups(measures=("all",))[0].compute().keys()
     assert names == {name for name, measure in MEASURES.items() if not measure.needs_classes}

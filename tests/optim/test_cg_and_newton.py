@@ -165,7 +165,7 @@ def test_a_state_has_tensors_of_the_parameters_shapes_only(make):
     state, params = optimizer.state_dict()["state"], list(model.parameters())
     assert list(state) == ([] if make is ArmijoNewtonCG else list(range(len(params))))
     for index, entries in state.items():
-        assert sorted(entries) == ["along", "bend"]
+        assert sorted(entries) == ["change", "step"]
         assert all(value.shape == params[index].shape for value in entries.values())
 
 

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nclightning.optim import ArmijoGD, LineObjective, SearchStatus
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.iterate import Fingerprint, remember
+from nclightning.optim.unchanged import Fingerprint, remember
 
 CURVATURES = torch.tensor([1.0, 0.5, 0.2, 0.9], dtype=torch.float64)
 

@@ -129,7 +129,7 @@ def here(files, monkeypatch, tmp_path):
         ),
         (["good.npz", "--measures", "nc9"], "good.npz: measures must be different names out of"),
         (["good.npz", "--measures", "nc1,nc_2"], r"got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
-        (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. read the head: pass weight="),
+        (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. need the head: pass weight="),
         (["h.npy", "w.npy"], "h.npy has no number in its name, by which several files are put in order"),
         (["good.npz", "good.ckpt"], "good.npz is about saved features and good.ckpt about checkpoints"),
         (["good.npz", "--jobs", "0"], "--jobs, --limit and --batch_size must be at least 1"),

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, SquaredError, optimum, unbalanced_ce
-from nclightning.problems.alike import Coordinates, Parts
-from nclightning.problems.curved import Curved
 from nclightning.problems.groups import Groups
+from nclightning.problems.invariant_points import Coordinates, Parts
 from nclightning.problems.preconditioning import Pieces
+from nclightning.problems.row_hessians import RowHessians
 from nclightning.problems.solving import solve
 
 EYE = torch.eye(6, dtype=torch.float64)
@@ -24,10 +24,10 @@ CASES = {
     "squared error": (SquaredError(), EYE, COUNTS, 3),
     "one count": (CrossEntropy(), EYE, torch.full_like(COUNTS, 4), 1),
     "pairs": (CrossEntropy(), PAIRED, COUNTS, 3),
-    "targets tell classes apart": (CrossEntropy(), BROKEN, COUNTS, 6),
-    "diagonals tell classes apart": (BinaryCrossEntropy(), EYE * torch.linspace(0.5, 1, 6), COUNTS, 6),
+    "targets tell classes differences": (CrossEntropy(), BROKEN, COUNTS, 6),
+    "diagonals tell classes differences": (BinaryCrossEntropy(), EYE * torch.linspace(0.5, 1, 6), COUNTS, 6),
     "distinct counts": (CrossEntropy(), EYE, torch.arange(1.0, 7).double(), 6),
-    "the loss tells classes apart": (CrossEntropy(offset=torch.linspace(0, 1, 6)), EYE, COUNTS, 6),
+    "the loss tells classes differences": (CrossEntropy(offset=torch.linspace(0, 1, 6)), EYE, COUNTS, 6),
     "more groups than classes": (CrossEntropy(), torch.cat([EYE, EYE[:2] / 2 + EYE[2:4] / 2]), torch.ones(8), (8, 6)),
     "fewer groups than outputs": (BinaryCrossEntropy(), EYE[:2], torch.ones(2), (2, 6)),
 }
@@ -56,9 +56,9 @@ def whole(coordinates, parts):
         sums = torch.nn.functional.one_hot(coordinates.kinds).double()
         frame = sums / sums.sum(dim=0).sqrt()
         scaled = frame @ core @ frame.T
-        for kind, apart in zip(coordinates.many.tolist(), parts.apart.tolist(), strict=True):
+        for kind, differences in zip(coordinates.many.tolist(), parts.differences.tolist(), strict=True):
             inside, m = torch.diag(sums[:, kind]), sums[:, kind].sum()
-            scaled = scaled + apart / (m - 1).sqrt() * (inside - torch.outer(sums[:, kind], sums[:, kind]) / m)
+            scaled = scaled + differences / (m - 1).sqrt() * (inside - torch.outer(sums[:, kind], sums[:, kind]) / m)
         bias = frame @ parts.bias if len(parts.bias) else parts.bias
     return scaled, bias if groups.lambda_b is not None else None
 
@@ -82,8 +82,8 @@ def test_coordinates_are_of_the_whole_point(name, lambda_b, generator):
     for axes in (factors.left, factors.right):
         torch.testing.assert_close(axes.T @ axes, identity, rtol=0, atol=1e-13)
     assert bool((factors.singular.diff() <= 0).all())
-    apart = (parts.apart.abs() * coordinates.weights).sum()
-    assert float(factors.singular.sum()) == pytest.approx(float(singular.sum() + apart))
+    differences = (parts.differences.abs() * coordinates.weights).sum()
+    assert float(factors.singular.sum()) == pytest.approx(float(singular.sum() + differences))
     assert (factors.bias is None) == (bias is None)
     if bias is not None:
         expected = bias - bias.mean() if groups.shift_is_free else bias
@@ -111,29 +111,29 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
         slope = (mean_loss(*parts.plus(move, step)) - mean_loss(*parts.plus(move, -step))) / (2 * step)
         assert gradient.dot(move) == pytest.approx(float(slope), rel=1e-6, abs=1e-9)
 
-    stress = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
-    curved = Curved(groups.loss, logits, coordinates.targets, stress)
+    row_factors = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
+    hessians = RowHessians(groups.loss, logits, coordinates.targets, row_factors)
 
     def along(move):
-        bent = stress * groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
+        bent = row_factors * groups.loss.curvature(logits, coordinates.targets, coordinates.logits(move))
         return move.dot(coordinates.gradient(bent))
 
     zero = parts.plus(parts, -1.0)
     u, v = (torch.randn(size, 2, dtype=torch.float64, generator=generator) for size in coordinates.shape)
-    found = coordinates.curvatures(curved, u, v)
+    found = coordinates.curvatures(hessians, u, v)
     # Of one column on each side the squares are along the product only if its rows do not mix.
-    rows = coordinates.curvatures(curved, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
+    rows = coordinates.curvatures(hessians, torch.eye(coordinates.shape[0], dtype=torch.float64), v)
     if lambda_b != 0:
         for i in range(2):
             for j in range(2):
                 expected = along(zero._replace(core=torch.outer(u[:, i], v[:, j])))
                 assert float(found[i, j]) == pytest.approx(expected)
                 assert float(u[:, i].square() @ rows[:, j]) == pytest.approx(expected)
-    for index, value in enumerate(coordinates.curvatures_of_apart(curved).tolist()):
-        axis = torch.zeros_like(parts.apart)
+    for index, value in enumerate(coordinates.curvatures_of_differences(hessians).tolist()):
+        axis = torch.zeros_like(parts.differences)
         axis[index] = 1
-        assert value == pytest.approx(along(zero._replace(apart=axis)))
-    hessian = coordinates.hessian_of_bias(curved)
+        assert value == pytest.approx(along(zero._replace(differences=axis)))
+    hessian = coordinates.hessian_of_bias(hessians)
     assert len(hessian) == len(parts.bias)
     if len(hessian):
         bias = torch.randn(parts.bias.shape, dtype=torch.float64, generator=generator)
@@ -145,28 +145,28 @@ def test_logits_gradient_and_curvatures_are_those_of_the_mean_loss(name, lambda_
 def test_squares_of_the_leads_are_the_hessian_of_the_peaks(name, lambda_b, generator):
     groups, coordinates = make(name, lambda_b)
     logits = coordinates.logits(draw(coordinates, generator))
-    stress = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
-    heights, axes, flanks = peaks = Curved(groups.loss, logits, coordinates.targets, stress).peaks()
+    row_factors = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) + 1
+    heights, axes, flanks = peaks = RowHessians(groups.loss, logits, coordinates.targets, row_factors).peaks()
     left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator).double())[0] for n in coordinates.shape)
-    leads = coordinates.leads(peaks, left, right)
+    low_rank = coordinates.low_rank(peaks, left, right)
     for move in (draw(coordinates, generator) for _ in range(3)):
         change = coordinates.logits(move)
         bent = coordinates.gradient(heights * axes * (axes * change).sum(dim=1, keepdim=True))
-        turned = Pieces(left.T @ move.core @ right, left[:0], move.apart, move.bias)
-        factors = leads.transposed(turned)
+        in_axes = Pieces(left.T @ move.core @ right, left[:0], move.differences, move.bias)
+        factors = low_rank.transposed(in_axes)
         assert float(factors.square().sum()) == pytest.approx(move.dot(bent))
-        back = leads.combined(factors, left[:0])
+        back = low_rank.combined(factors, left[:0])
         torch.testing.assert_close(left @ back.inner @ right.T, bent.core)
-        torch.testing.assert_close(back.apart, bent.apart)
+        torch.testing.assert_close(back.differences, bent.differences)
         torch.testing.assert_close(back.bias, bent.bias)
-    apart = coordinates.curvatures_of_apart(flanks)
+    differences = coordinates.curvatures_of_differences(flanks)
     bias = coordinates.hessian_of_bias(flanks)
-    _, of_apart, of_bias = leads.squares()
-    whole = Curved(groups.loss, logits, coordinates.targets, stress)
-    torch.testing.assert_close(apart + of_apart, coordinates.curvatures_of_apart(whole))
+    _, of_apart, of_bias = low_rank.squares()
+    whole = RowHessians(groups.loss, logits, coordinates.targets, row_factors)
+    torch.testing.assert_close(differences + of_apart, coordinates.curvatures_of_differences(whole))
     if lambda_b is not None:
         torch.testing.assert_close(bias + of_bias, coordinates.hessian_of_bias(whole))
-    inner = coordinates.curvatures(flanks, left, right) + leads.squares()[0]
+    inner = coordinates.curvatures(flanks, left, right) + low_rank.squares()[0]
     torch.testing.assert_close(inner, coordinates.curvatures(whole, left, right))
 
 

@@ -52,11 +52,11 @@ class _Hessian:
     def __call__(self, move: _Deviation) -> _Deviation:
         groups, roots = self.groups, self.groups.counts.sqrt().unsqueeze(1)
         change = (move.means @ self.weight.T + self.features @ move.head.T) / roots
-        bent = groups.loss.curvature(self.logits, groups.targets, change + move.bias)
-        scaled = groups.scaled(bent)
+        product = groups.loss.curvature(self.logits, groups.targets, change + move.bias)
+        scaled = groups.scaled(product)
         head = scaled.T @ self.features + self.multipliers.T @ move.means + self.optimal.lambda_w * move.head
         means = scaled @ self.weight + self.multipliers @ move.head + self.optimal.lambda_h * move.means
-        return _Deviation(head, means, groups.shares @ bent + (groups.lambda_b or 0.0) * move.bias)
+        return _Deviation(head, means, groups.shares @ product + (groups.lambda_b or 0.0) * move.bias)
 
 
 def symmetric_values(optimal: OptimalSet) -> list[tuple[float, int]]:

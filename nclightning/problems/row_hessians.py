@@ -1,4 +1,4 @@
-"""Hessians of the rows of a loss, as the solver asks for them: second derivatives in some directions, and their sum."""
+"""Hessians of the loss of each row, in the forms that the solver needs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nclightning.problems.loss import Loss
 
-__all__ = ["Curved", "Flanks", "Peaks"]
+__all__ = ["Flanks", "Peaks", "RowHessians"]
 
 
-class Curved(NamedTuple):
-    """Hessians of a loss, each with a factor.
+class RowHessians(NamedTuple):
+    """The Hessian of the loss of each row, multiplied by a factor.
 
     Attributes:
         loss: The loss.
         logits: ``(R, K)``.
         targets: ``(R, K)``.
-        stress: ``(R, 1)``.
+        row_factors: Factors of the Hessians, ``(R, 1)``.
     """
 
     loss: Loss
     logits: Tensor
     targets: Tensor
-    stress: Tensor
+    row_factors: Tensor
 
     def product(self, direction: Tensor) -> Tensor:
-        """Product of each Hessian with a row."""
-        return self.stress * self.loss.curvature(self.logits, self.targets, direction)
+        """Multiply each Hessian with its row of ``direction (R, K)``."""
+        return self.row_factors * self.loss.curvature(self.logits, self.targets, direction)
 
     def square(self, direction: Tensor) -> Tensor:
         """Second derivative of each row along a row, ``(R,)``."""
@@ -38,23 +38,23 @@ class Curved(NamedTuple):
 
     def along(self, axes: Tensor) -> Tensor:
         """Second derivatives of each row along each column of ``axes (K, q)``, ``(R, q)``."""
-        return self.stress * self.loss.curvature_along(self.logits, self.targets, axes)
+        return self.row_factors * self.loss.curvature_along(self.logits, self.targets, axes)
 
     def summed(self, shares: Tensor) -> Tensor:
-        """Sum of the Hessians with weights ``(R,)``."""
-        return self.loss.mean_hessian(self.logits, self.targets, shares * self.stress[:, 0])
+        """Sum the Hessians with weights ``shares (R,)``."""
+        return self.loss.mean_hessian(self.logits, self.targets, shares * self.row_factors[:, 0])
 
     def peaks(self) -> Peaks | None:
-        """Split off one direction of each row."""
+        """Split each Hessian into its peak and the rest; None if the loss does not support it."""
         peaks = self.loss.peaks(self.logits, self.targets)
         if peaks is None:
             return None
         heights, axes, (masses, others) = peaks
-        return Peaks(heights * self.stress, axes, Flanks(masses * self.stress, others))
+        return Peaks(heights * self.row_factors, axes, Flanks(masses * self.row_factors, others))
 
 
 class Flanks(NamedTuple):
-    """Hessians ``m (diag(q) - q q^T)``.
+    """Hessians without their peaks: ``m (diag(q) - q q^T)``.
 
     Attributes:
         masses: m, ``(R, 1)``.
@@ -74,19 +74,21 @@ class Flanks(NamedTuple):
         return self.masses * (self.others @ axes.square() - (self.others @ axes).square()).clamp(min=0)
 
     def summed(self, shares: Tensor) -> Tensor:
-        """Sum of the Hessians with weights ``(R,)``."""
+        """Sum the Hessians with weights ``shares (R,)``."""
         pairs = ((shares * self.masses[:, 0]).unsqueeze(1) * self.others).T @ self.others
         pairs = pairs.fill_diagonal_(0.0)
         return torch.diag(pairs.sum(dim=1)) - pairs
 
 
 class Peaks(NamedTuple):
-    """Hessians ``c v v^T`` plus flanks, of which the first may be far the larger: the likeliest class against the rest.
+    """Hessians ``c v v^T`` plus flanks. The first term, the peak, may be much larger than the second.
+
+    For cross-entropy, v is the direction of the likeliest class against all others.
 
     Attributes:
         heights: c, ``(R, 1)``.
         axes: v, ``(R, K)``.
-        flanks: What is left.
+        flanks: The Hessians without their peaks.
     """
 
     heights: Tensor
