@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nclightning.figures.summary import PREDICTED, predicted_gap
-from nclightning.report.quantities import label_of, panel_of
+from nclightning.figures.summary import predicted_gap
+from nclightning.quantities import PREDICTED_DECAY
+from nclightning.report.quantities import is_log, label_of, panel_of
 from nclightning.report.recorded import Record
 
 __all__ = ["charts_of", "thin"]
@@ -44,7 +45,7 @@ def charts_of(records: Sequence[Record]) -> list[dict[str, Any]]:
         title = panel_of(tag) if len(drawn) == 1 else label_of(tag)
         for i, record in drawn:
             assert record.run is not None
-            if tag in record.run.readings.values and (len(drawn) == 1 or tag != PREDICTED):
+            if tag in record.run.readings.values and (len(drawn) == 1 or tag != PREDICTED_DECAY.tag()):
                 charts.setdefault(title, []).append((i, tag))
     number = sum(map(len, charts.values()))
     most = int(np.clip(_MOST_POINTS // max(number, 1), _LEAST_OF_A_CURVE, _MOST_OF_A_CURVE))
@@ -65,10 +66,13 @@ def _chart(
     for i, tag in members:
         x, y = _curve_of(records[i], tag)
         finite = np.isfinite(y)  # Rows of another cadence have no value, and would tear the curve.
-        curves.append((i, tag, x[finite], y[finite], len(y)))
-    log = panel_of(members[0][1]).startswith(_ALWAYS_LOG) or _spans_decades([y for _, _, _, y, _ in curves])
+        curves.append((i, tag, x[finite], y[finite]))
+    wanted = {is_log(tag) for _, tag in members} - {None}
+    values = np.concatenate([y for _, _, _, y in curves])
+    # A quantity that rose and fell by little reads better on a linear axis, unless it falls to zero.
+    log = panel_of(members[0][1]).startswith(_ALWAYS_LOG) or (wanted != {False} and _spans_decades(values))
     chart: dict[str, Any] = {"title": title, "log": log, "x": unit, "curves": [], "notes": []}
-    for place, (i, tag, x, y, _) in enumerate(curves):
+    for place, (i, tag, x, y) in enumerate(curves):
         name = label_of(tag) if single else records[i].name
         hidden = int(np.count_nonzero(y <= 0)) if log else 0
         if hidden:
@@ -96,13 +100,12 @@ def _curve_of(record: Record, tag: str) -> tuple[Array, Array]:
     """Iterations and values; the predicted decay is shifted to the curve of the gap, since it knows no scale."""
     assert record.run is not None
     readings = record.run.readings
-    if tag == PREDICTED:
+    if tag == PREDICTED_DECAY.tag():
         return predicted_gap(readings, record.run.summary) or (np.array([]), np.array([]))
     return readings.iterations, readings.values[tag]
 
 
-def _spans_decades(curves: Sequence[Array]) -> bool:
-    values = np.concatenate(list(curves))
+def _spans_decades(values: Array) -> bool:
     positive = values[values > 0]
     return bool(positive.size and not (values < 0).any() and positive.max() >= _LOG_FROM * positive.min())
 

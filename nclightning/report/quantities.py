@@ -1,42 +1,24 @@
-"""Labels, panels and axes of what is recorded."""
+"""Labels, panels and axes of recorded tags, from the registry of quantities."""
 
 from __future__ import annotations
 
-from nclightning.figures.summary import PREDICTED, QUANTITIES
+from nclightning.quantities import NC, NC1, NC2, NC3, NRC, parse_tag, quantity_of
 
-__all__ = ["NC_STAGES", "label_of", "panel_of"]
+__all__ = ["OF_COLLAPSE", "falls_to_zero", "is_log", "label_of", "panel_of"]
 
-# Other sets on which the monitors measure.
-NC_STAGES = ("val", "test")
-_PANELS = {
-    "optimality/gap": "Optimality",
-    "optimality/certified_gap": "Optimality",
-    "optimality/distance": "Optimality",
-    "optimality/relative_distance": "Optimality",
-    "optimality/grad_norm": "Optimality",
-    PREDICTED: "Optimality",
-    "optimality/error_bound_ratio": "Error bound",
-}
-_LABELS = {
-    **QUANTITIES,
-    PREDICTED: "decay predicted by the theory",
-    "optimality/relative_distance": "relative distance",
-    "optimality/error_bound_ratio": "distance / gradient norm",
-    "loss": "objective F",
-}
+OF_COLLAPSE = (NC1.name, NC2.name, NC3.name)
+_TRAIN = "train"
 
 
 def label_of(tag: str) -> str:
-    """Name what a tag is of.
+    """Name what a tag is of, and where it was measured if that is not the training set.
 
     Args:
         tag: As recorded.
     """
-    if tag in _LABELS:
-        return _LABELS[tag]
-    group, _, name = tag.rpartition("/")
-    label = _LABELS.get(f"nc/train/{name}", name)
-    return f"{label} ({group.removeprefix('nc/')})" if group.startswith("nc/") and group != "nc/train" else label
+    _, place, name, _ = parse_tag(tag)
+    quantity = quantity_of(tag)
+    return (quantity.text if quantity is not None else name) + _place(place)
 
 
 def panel_of(tag: str) -> str:
@@ -45,12 +27,36 @@ def panel_of(tag: str) -> str:
     Args:
         tag: As recorded.
     """
-    if tag in _PANELS:
-        return _PANELS[tag]
-    group, _, name = tag.rpartition("/")
-    if group == "nc/train" or group.startswith("nc/"):
-        stage = "" if group == "nc/train" else f", {group.removeprefix('nc/')}"
-        return f"Neural collapse{stage}" if name in ("nc1", "nc2", "nc3") else f"Further measures{stage}"
-    if group.startswith(("nrc", "laws", "line_search")):
-        return {"nrc": "Regression collapse", "laws": "Laws of the optimizer"}.get(group.split("/")[0], "Line search")
-    return ""
+    group, place, name, is_log10 = parse_tag(tag)
+    quantity = quantity_of(tag)
+    if is_log10 or (quantity is None and group not in (NC, NRC)):
+        return ""
+    if group == NC and name not in OF_COLLAPSE and (quantity is None or quantity.maker == "measure"):
+        return f"Further measures{_place(place)}"
+    return f"{quantity.chart if quantity is not None else group}{_place(place)}"
+
+
+def is_log(tag: str) -> bool | None:
+    """Whether a tag is drawn on a logarithmic axis; None where that is not known.
+
+    Args:
+        tag: As recorded.
+    """
+    quantity = quantity_of(tag)
+    return None if quantity is None else quantity.axis == "log"
+
+
+def falls_to_zero(tag: str) -> bool:
+    """Whether a tag is of NC1, NC2 or NC3 of some set, which are zero at collapse.
+
+    Args:
+        tag: As recorded.
+    """
+    group, _, name, is_log10 = parse_tag(tag)
+    return group == NC and name in OF_COLLAPSE and not is_log10
+
+
+def _place(place: str) -> str:
+    """Stage, loader and layer behind a label; the training set goes without saying."""
+    shown = place.removeprefix(_TRAIN).removeprefix("/")
+    return f" ({shown})" if shown else ""

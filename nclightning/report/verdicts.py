@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nclightning.figures.summary import QUANTITIES
 from nclightning.figures.tables import error_bound_constant_of
 from nclightning.problems import NoAnswer, Problem
 from nclightning.problems.coincidence import coinciding_groups
-from nclightning.report.quantities import NC_STAGES, label_of
+from nclightning.quantities import CONVERGING, GAP, parse_tag
+from nclightning.report.quantities import OF_COLLAPSE, falls_to_zero, label_of
 from nclightning.report.recorded import Record
 from nclightning.report.trends import LEAST_READINGS, Trend, trend_of
 from nclightning.theory import UFMProblem
@@ -26,7 +26,6 @@ TARGET = 1e-12  # To which a falling curve is continued.
 # deviations, so that their limit is the square.
 _ROUNDOFF = {"float64": 1e-12, "float32": 1e-5}
 _SECOND_ORDER = ("gap", "certified_gap", "nc1", "nc1_ratio", "nc1_cdnv")
-_OF_COLLAPSE = ("nc1", "nc2", "nc3")
 _FAR = 1e3  # By which an objective or a gradient has grown in a run that is called diverged.
 _LARGE = 400**2  # Groups times classes from which on an optimum may take minutes.
 _BELOW_FLOOR = 1e-3  # Rounding of a float32 table may put a value below its least one.
@@ -102,26 +101,26 @@ def _on_run(record: Record) -> Iterator[Verdict]:
     yield from _on_sizes(record.settings, last)
     yield from _on_collapse(trends, dtype)
     unit = "iterations" if record.has_iterations else "steps"
-    for tag in (*QUANTITIES, *(f"nc/{stage}/{name}" for stage in NC_STAGES for name in _OF_COLLAPSE)):
+    for tag in dict.fromkeys((*CONVERGING, *filter(falls_to_zero, trends))):
         if tag in trends:
-            yield _on_trend(label_of(tag), tag.rpartition("/")[2], trends[tag], dtype, unit)
+            yield _on_trend(label_of(tag), parse_tag(tag).name, trends[tag], dtype, unit)
     yield from _on_rate(record)
 
 
 def _on_collapse(trends: Mapping[str, Trend], dtype: str) -> Iterator[Verdict]:
     """Say whether the training set has collapsed, which needs all three measures."""
-    found = {name: trends[tag] for name in _OF_COLLAPSE if (tag := f"nc/train/{name}") in trends}
+    found = {name: trends[tag] for name in OF_COLLAPSE if (tag := f"nc/train/{name}") in trends}
     found = {name: trend for name, trend in found.items() if trend.kind != "none"}
     if not found:
         return
-    missing = [name.upper() for name in _OF_COLLAPSE if name not in found]
+    missing = [name.upper() for name in OF_COLLAPSE if name not in found]
     values = ", ".join(f"{name.upper()} = {trend.last:.2g}" for name, trend in found.items())
-    limits = ", ".join(f"{name.upper()} at most {roundoff_of(name, dtype):.2g}" for name in _OF_COLLAPSE)
+    limits = ", ".join(f"{name.upper()} at most {roundoff_of(name, dtype):.2g}" for name in OF_COLLAPSE)
     rule = f"in the last reading {limits}{_said_dtype(dtype)}"
     at_floor = [name for name, trend in found.items() if _is_roundoff(name, trend, dtype)]
     if missing:
         yield Verdict("open", f"Not decided whether collapsed: {_and(missing)} not recorded", values, rule)
-    elif len(at_floor) == len(_OF_COLLAPSE):
+    elif len(at_floor) == len(OF_COLLAPSE):
         yield Verdict("good", "Collapsed to round-off", values, rule)
     else:
         far = _and([name.upper() for name in found if name not in at_floor])
@@ -180,7 +179,7 @@ def _on_fall(label: str, trend: Trend, number: str, unit: str) -> Verdict:
 def _on_rate(record: Record) -> Iterator[Verdict]:
     assert record.run is not None
     summary = record.run.summary
-    gap, predicted = summary.fits.get("optimality/gap"), summary.predicted
+    gap, predicted = summary.fits.get(GAP.tag()), summary.predicted
     if gap is not None and predicted is not None and predicted.slope < 0:
         quotient = gap.iterations_per_decade / predicted.iterations_per_decade
         near = 1 / 1.2 <= quotient <= 1.2
