@@ -46,7 +46,9 @@ FLOORS = {
     "saved_config": 6,
     "callbacks": 6,
     "integrations": 6,
+    "environment": 0,
     "figures": 7,
+    "report": 8,
     "reproduction": 8,
     "summaries": 8,
     "closing": 9,
@@ -115,6 +117,7 @@ def test_files_of_a_package_import_in_one_direction(package):
 WITHOUT_LIGHTNING = [
     *("objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"),
     "problems",
+    "report",
     "integrations.trained",
     "series.command",
 ]
