@@ -8,10 +8,9 @@ import torch
 
 from nclightning.models.graph import GraphLine
 from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoNewtonCG, SearchStatus
-from tests.optim.problems import FUNCTIONS, beale, rosenbrock
-from tests.optim.test_closures import FALLING
-from tests.optim.test_lbfgs import (
+from tests.optim.closures import (
     DISTURBANCES,
+    FALLING,
     closure_of,
     freeze,
     logistic,
@@ -21,6 +20,7 @@ from tests.optim.test_lbfgs import (
     shorten_history,
     step,
 )
+from tests.optim.problems import FUNCTIONS, beale, rosenbrock
 
 BOTH = pytest.mark.parametrize("make", [ArmijoCG, ArmijoNewtonCG])
 
