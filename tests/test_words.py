@@ -54,19 +54,6 @@ REMAINING = {
     "models/closed_form:UFMLine",
     "models/graph:GraphLine",
     "models/sharded:ShardedLine",
-    "optim/backtracking:bend",
-    "optim/cg:bend",
-    "optim/cg:bends",
-    "optim/evaluation:Carried",
-    "optim/iterate:room",
-    "optim/line:ClosureLine",
-    "optim/line_search:_carried",
-    "optim/line_search:_line_of",
-    "optim/line_search:carried",
-    "probe/collectors:_told",
-    "probe/likeness:apart",
-    "probe/sweep/snapshot:room",
-    "probe/sweep/states:drawing_apart",
 }
 
 

@@ -115,7 +115,7 @@ class CollapseAtEpochs(SharingMonitor):
     def _needs_class_means(self) -> bool:
         chosen = self._when
         return chosen.reads_training == "sweep" or bool(
-            set(chosen.ood) & chosen.datasets.keys() or self._measuring.of_decisions
+            set(chosen.ood) & chosen.datasets.keys() or self._measuring.decision_measures
         )
 
     def _other_sets(self, trainer: L.Trainer) -> dict[str, DataSet]:

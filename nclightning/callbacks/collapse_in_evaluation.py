@@ -75,7 +75,7 @@ class CollapseInEvaluation(HookingMonitor):
             host, sets = LightningHost(pl_module), self._training.needed()
             return merged({name: self._sets.statistics(host, data) for name, data in sets.items()})
 
-        needed = bool(self._measuring.of_decisions or self._ood)
+        needed = bool(self._measuring.decision_measures or self._ood)
         measurement = StepMeasurement(self._reader, self._measuring, self._ood, of_training if needed else None)
         self._steps = TrainerSteps(measurement, self._on_error)
 

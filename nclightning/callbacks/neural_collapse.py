@@ -139,7 +139,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         self._every_n_iterations, self._layers = every_n_iterations, tuple(layers)
         self._measuring = Measuring(measures, ignore_index, global_mean=global_mean, between_weights=between_weights)
         if source == "online":
-            check_online(stages, self._measuring.of_decisions, every_n_steps, pictures_every_n_epochs)
+            check_online(stages, self._measuring.decision_measures, every_n_steps, pictures_every_n_epochs)
         self._reader = PairReader(head, self._layers, layer_pooling, batch_fn, forward_fn, ignore_index)
         self._at_epochs = EpochSettings(
             every_n_epochs=every_n_epochs,

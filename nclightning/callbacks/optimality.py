@@ -21,8 +21,8 @@ from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
 from nclightning.metrics.reference import LossLike, Reference, is_loss
+from nclightning.probe.agreement import Agreement
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.likeness import Like
 from nclightning.probe.reader import PairReader
 
 __all__ = ["OptimalityMonitor"]
@@ -146,8 +146,8 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         self._at_iterates = every_n_iterations, theory, stop_distance, stop_at_floor
         self._every_n_epochs = every_n_epochs
         # Logits up to a shift of each row are enough where the loss does not see one.
-        like: Like = "shift" if reference.loss.shift_invariant else "equal"
-        self._reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
+        agreement: Agreement = "shift" if reference.loss.shift_invariant else "equal"
+        self._reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn, agreement=agreement)
 
     def make_at_iterates(self) -> OptimalityAtIterates:
         """Make the callback for full-batch modules."""

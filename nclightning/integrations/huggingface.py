@@ -21,7 +21,6 @@ from nclightning.probe.collectors import DECISIONS, Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import check_loader
 from nclightning.probe.features import NoLabelsError
-from nclightning.probe.given import names_of, plain_name
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
 from nclightning.probe.sweep import (
@@ -30,8 +29,9 @@ from nclightning.probe.sweep import (
     frozen,
     num_planned_batches,
     sequential_loader,
-    without_online,
+    without_online_hint,
 )
+from nclightning.probe.validation import names_of, plain_name
 from nclightning.probe.watch import FirstStepHooks
 from nclightning.ranks import failing_together, rank_zero_warn
 
@@ -232,7 +232,7 @@ class NeuralCollapseCallback(TrainerCallback):
         names = {prefix, prefix.removeprefix("eval_").removeprefix("test_")}
         is_ood = not names.isdisjoint(self._ood)
         trained = dict[str, DataSet]()
-        if is_ood or self._measuring.of_decisions:
+        if is_ood or self._measuring.decision_measures:
             if train_dataloader is None and trainer.train_dataset is None:
                 raise UserError(
                     "decisions by nearest centre and nc5 need the class means of the training set, and the trainer has "
@@ -371,7 +371,7 @@ class NeuralCollapseCallback(TrainerCallback):
             evaluated: Name of a set whose evaluation is done, and goes on without labels as the trainer's does.
         """
         try:
-            with without_online():
+            with without_online_hint():
                 yield
         except Exception as error:
             self._remove()

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.optim import ClosureLine
+from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import Hessian, multiply_by_graph
+from nclightning.optim.objectives import Hessian, multiply_by_graph
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["GraphLine"]
 
 
-class GraphLine(ClosureLine):
+class GraphLine(ClosureObjective):
     """Line of an objective whose gradient autograd finds, and only where it is asked for.
 
     Args:

@@ -18,9 +18,9 @@ from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import GraphLine
-from nclightning.optim import ClosureLine
+from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation, parameters_of
-from nclightning.optim.line import Hessian
+from nclightning.optim.objectives import Hessian
 from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 
@@ -42,7 +42,7 @@ class ShardedLine(GraphLine):
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
         """Take differences of two gradients: those of ``fully_shard`` have no graph."""
-        return ClosureLine.hessian(self, start, unit)
+        return ClosureObjective.hessian(self, start, unit)
 
     def reject(self) -> None:
         """Put the parameters back, and give up the weights of the last trial."""

@@ -205,7 +205,9 @@ def test_one_output_is_refused(head, tmp_path, samples):
             return nn.functional.binary_cross_entropy_with_logits(self(batch[0]).squeeze(1), batch[1].float())
 
     model = Binary()
-    message = r"one output nclightning\.metrics\.Optimality\('bce', head\)\.update\(features, labels\) reads"
+    message = (
+        r"one output and labels 0 and 1 use nclightning\.metrics\.Optimality\('bce', head\)\.update\(features, labels\)"
+    )
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, [OptimalityMonitor(loss="bce", head=head)], loader([samples[0], samples[1] % 2]), model)
     assert model.steps == 0

@@ -134,7 +134,7 @@ def test_a_loader_that_runs_out_is_said(tmp_path, samples):
         def __iter__(self):
             return self.batches
 
-    with pytest.raises(ValueError, match=r"is empty for process 0 of 1: it must .* begin anew in each pass"):
+    with pytest.raises(ValueError, match=r"no batch for process 0 of 1: .* a loader that starts again in each pass"):
         fit(tmp_path, [NeuralCollapseMonitor(datasets={"once": Once(list(loader(samples)))})], loader(samples))
 
 

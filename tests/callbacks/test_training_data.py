@@ -177,7 +177,7 @@ class NotPlain(DataLoader):
     [
         (
             lambda samples: DataLoader(OneShot(samples), batch_size=5),
-            "would move its OneShot on, which cannot be copied",
+            "would advance its OneShot, which cannot be copied",
         ),
         (lambda samples: NotPlain(TensorDataset(*samples)), "NotPlain is a DataLoader with an __iter__ of its own"),
     ],

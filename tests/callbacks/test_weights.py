@@ -110,7 +110,7 @@ def test_weights_swapped_inside_a_step(samples, tmp_path):
 
 def test_class_means_of_weights_swapped_inside_a_step_are_refused(samples, tmp_path):
     data = loader(samples), whole(samples)
-    with pytest.raises(ValueError, match="the step changes weights inside: swap them in on_validation_epoch_start"):
+    with pytest.raises(ValueError, match="the step itself swaps weights: swap them in on_validation_epoch_start"):
         fit(tmp_path, [NeuralCollapseMonitor(measures=MEASURES)], data, SwapsInside())
 
 

@@ -11,7 +11,7 @@ from nclightning.models import UFM, closed_form
 from nclightning.models.closed_form import UFMLine
 from nclightning.models.graph import GraphLine
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD, ClosureLine
+from nclightning.optim import ArmijoGD, ClosureObjective
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError
 from tests.problems.cases import one_against_rest
 
@@ -63,7 +63,7 @@ def lines(loss, shape, dtype=torch.float64, **options):
         value.backward()
         return value.detach()
 
-    return UFMLine(objective, features, head, labels, params, len(labels)), ClosureLine(closure, params), params
+    return UFMLine(objective, features, head, labels, params, len(labels)), ClosureObjective(closure, params), params
 
 
 @pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
@@ -116,7 +116,7 @@ def any_lines(name, dtype, with_bias=True, scale=1.0):
         return value.detach()
 
     ours = UFMLine(objective, params[-1], params[:-1], labels, params, 12)
-    return ours, ClosureLine(closure, twins), params, twins
+    return ours, ClosureObjective(closure, twins), params, twins
 
 
 @pytest.mark.usefixtures("rows_at_a_time")
@@ -269,7 +269,7 @@ def test_a_line_continues_from_the_gradient_of_another(loss):
     optimizer, other = ArmijoGD(params), ArmijoGD(twins)
     for step in range(12):
         fresh = UFMLine(one._objective, params[-1], params[:-1], one._labels, params, 12)
-        optimizer.step([one, fresh, ClosureLine(closure_of(one, params), params)][step % 3])
+        optimizer.step([one, fresh, ClosureObjective(closure_of(one, params), params)][step % 3])
         other.step(autograd)
     assert optimizer.total_evaluations == other.total_evaluations
     for p, q in zip(params, twins, strict=True):

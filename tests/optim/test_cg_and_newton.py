@@ -165,7 +165,7 @@ def test_a_state_has_tensors_of_the_parameters_shapes_only(make):
     state, params = optimizer.state_dict()["state"], list(model.parameters())
     assert list(state) == ([] if make is ArmijoNewtonCG else list(range(len(params))))
     for index, entries in state.items():
-        assert sorted(entries) == ["along", "bend"]
+        assert sorted(entries) == ["change", "step"]
         assert all(value.shape == params[index].shape for value in entries.values())
 
 
@@ -183,7 +183,7 @@ def test_copies_continue_on_their_own(duplicate, make):
 @BOTH
 def test_a_state_of_another_direction_is_refused(make):
     x = parameter(1.0)
-    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it searched by"):
+    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it is a state of"):
         make([x]).load_state_dict(ArmijoGD([x]).state_dict())
 
 

@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from nclightning.optim import ArmijoGD, LineObjective, SearchStatus
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.iterate import Fingerprint, remember
+from nclightning.optim.unchanged import Fingerprint, remember
 
 CURVATURES = torch.tensor([1.0, 0.5, 0.2, 0.9], dtype=torch.float64)
 
@@ -244,7 +244,7 @@ def test_a_line_objective_of_frozen_parameters_is_refused():
     optimizer.step(line)
     params[0].requires_grad_(False)
     line.evaluate = lambda: Evaluation(1.0, 1e-16, [torch.ones(2, dtype=torch.float64)] * 2, 4.0)
-    with pytest.raises(ValueError, match="OwnLine has a gradient for a parameter that was frozen since"):
+    with pytest.raises(ValueError, match="OwnLine has a gradient for a parameter that was frozen after it was made"):
         optimizer.step(line)
 
 

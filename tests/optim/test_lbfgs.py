@@ -435,7 +435,7 @@ def test_copies_continue_on_their_own(duplicate):
 def test_a_state_of_another_direction_is_refused():
     x = parameter(1.0)
     for one, other in ((ArmijoGD, ArmijoLBFGS), (ArmijoLBFGS, ArmijoGD)):
-        with pytest.raises(ValueError, match=f"not made by {one.__name__}: it searched by"):
+        with pytest.raises(ValueError, match=f"not made by {one.__name__}: it is a state of"):
             one([x]).load_state_dict(other([x]).state_dict())
     with pytest.raises(ValueError, match="not made by ArmijoLBFGS"):
         ArmijoLBFGS([x]).load_state_dict(torch.optim.SGD([x], lr=1.0).state_dict())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nclightning.models.graph import GraphLine
-from nclightning.optim import ArmijoNewtonCG, ClosureLine, LineObjective
+from nclightning.optim import ArmijoNewtonCG, ClosureObjective, LineObjective
 from nclightning.optim.evaluation import Evaluation
 from tests.optim.problems import FUNCTIONS, rosenbrock
 from tests.optim.test_disturbances import OwnLine, parameters
@@ -49,9 +49,9 @@ def closure_with(model, **options):
 
 
 LINES = {
-    "differences": (lambda m: ClosureLine(closure_with(m), list(m.parameters())), 1e-6, 0),
+    "differences": (lambda m: ClosureObjective(closure_with(m), list(m.parameters())), 1e-6, 0),
     "graph of a closure": (
-        lambda m: ClosureLine(closure_with(m, create_graph=True), list(m.parameters())),
+        lambda m: ClosureObjective(closure_with(m, create_graph=True), list(m.parameters())),
         1e-13,
         0,
     ),
@@ -83,7 +83,7 @@ def test_products_are_those_of_the_hessian_and_leave_everything_as_it_is(make, t
 def test_differences_in_float32_have_half_of_its_digits():
     model, reference = network(torch.float32), network()
     reference.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    matrix, line = whole_hessian(reference), ClosureLine(closure_with(model), list(model.parameters()))
+    matrix, line = whole_hessian(reference), ClosureObjective(closure_with(model), list(model.parameters()))
     vector = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in model.parameters()]
     with torch.no_grad():
         found = line.hessian(line.evaluate(), 0.0).multiply(vector)
@@ -205,7 +205,7 @@ def test_a_closure_and_a_line_end_at_the_same_minimum():
 def test_a_gradient_written_to_by_others_is_differentiated_anew():
     """The graph of a gradient is of the parameters at that time: after a write it is not used."""
     x = parameter(3.0, 4.0)
-    line = ClosureLine(lambda: _backward(x), [x])
+    line = ClosureObjective(lambda: _backward(x), [x])
     with torch.no_grad():
         start = line.evaluate()
         assert isinstance(start, Evaluation)

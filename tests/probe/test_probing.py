@@ -378,7 +378,7 @@ def test_a_batch_that_is_skipped_is_left_out_aloud():
                     step(model, sgd(model), x, y)
         return epoch
 
-    with pytest.warns(UserWarning, match="Net ran on 3 batches of the epoch, .* did not on 1,"):
+    with pytest.warns(UserWarning, match="Net ran on 3 batches of the epoch, .* not on 1,"):
         epoch = run()
     assert epoch.measurement.num_samples == N - 8
 
@@ -477,15 +477,15 @@ def in_a_block(*lines):
 
 
 MISUSES = {
-    "no batches": (["model(torch.randn(8, 5).double())"], "no batch came through it"),
+    "no batches": (["model(torch.randn(8, 5).double())"], "it yielded no batch"),
     "read before the end": (["for x, y in epoch.batches(loader): model(x)", "epoch.measurement"], "after the block"),
     "two passes": (["for _ in range(2):", "    for x, y in epoch.batches(loader): model(x)"], "called twice"),
-    "nested": (["with probe.online() as other: pass"], "measures an epoch already"),
+    "nested": (["with probe.online() as other: pass"], "is already measuring an epoch"),
     "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) anew"),
     "a copy": (["for x, y in epoch.batches(loader): copy.deepcopy(model)(x)"], "did not run on any of 4 batches"),
-    "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on something else than"),
-    "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on something else than"),
-    "part of a batch": (["for x, y in epoch.batches(loader): model(x[:4])"], "on something else than"),
+    "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on other inputs than"),
+    "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on other inputs than"),
+    "part of a batch": (["for x, y in epoch.batches(loader): model(x[:4])"], "on other inputs than"),
     "head left out": (["for x, y in epoch.batches(loader): model.body(x)"], "the head did not run here"),
 }
 
@@ -514,9 +514,9 @@ def test_an_error_in_the_loop_leaves_nothing():
     assert states(model)[:2] == before
     with pytest.raises(ValueError, match="only if no error ended"):
         epoch.measurement  # noqa: B018
-    with pytest.raises(ValueError, match="inside of the block"):
+    with pytest.raises(ValueError, match="inside the block"):
         next(kept[0])
-    with pytest.raises(ValueError, match="inside of the block"):
+    with pytest.raises(ValueError, match="inside the block"):
         epoch.batches(loader())
     with probe.online() as again:
         for x, _ in again.batches(loader()):

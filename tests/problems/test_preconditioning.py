@@ -83,7 +83,7 @@ def test_inverse(shape, smoothed, has_low_rank, generator, monkeypatch):
     expected = torch.zeros_like(found)
     matrix = dense(norm_hessian, curvatures, low_rank if has_low_rank else None, shape)
     expected[kept.unsqueeze(1), kept] = torch.linalg.inv(matrix[kept][:, kept])
-    # The floor of the diagonal is 1e-9 of the low-rank term, whose squares are below 1e4; the least of it is above 1e-3.
+    # The floor of the diagonal is 1e-9 of the low-rank term, whose squares are below 1e4; its least is above 1e-3.
     torch.testing.assert_close(
         found, expected, rtol=1e-4 if has_low_rank else 1e-9, atol=1e-5 if has_low_rank else 1e-11
     )

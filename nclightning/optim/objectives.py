@@ -1,4 +1,4 @@
-"""What a line search looks at: an objective along a descent vector."""
+"""Objectives that a line search can evaluate along a descent vector."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, add_up, average_over_ranks, products_of
-from nclightning.optim.iterate import Iterate, IterateCopy, remember
+from nclightning.optim.unchanged import Iterate, IterateCopy, remember
 from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["ClosureLine", "Hessian", "LineObjective"]
+__all__ = ["ClosureObjective", "Hessian", "LineObjective"]
 
 
 class Hessian(NamedTuple):
     """Products with the Hessian at one point.
 
     Attributes:
-        multiply: Multiplies it by a vector in the order of the gradients, with None where the gradient is None. Of a
-            sharded parameter it is the shard of this process.
-        error: Of a product, relative to the largest eigenvalue times the length of the vector, roughly.
-        evaluations: Spent to begin with. Each product counts one more.
+        multiply: Function that multiplies the Hessian by a vector. The vector has one entry per parameter, None where
+            the gradient is None; for a sharded parameter, the shard of this process.
+        error: Rough error of a product, relative to the largest eigenvalue times the length of the vector.
+        evaluations: Number of evaluations that it took to set up. Each product counts one more.
     """
 
     multiply: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
@@ -38,12 +38,34 @@ class Hessian(NamedTuple):
 
 
 class LineObjective(ABC):
-    """An objective that knows more than a closure: values without gradients, and how to move.
+    """Base class of objectives that can be evaluated along a descent vector without a gradient at each trial.
 
-    It is a closure in torch's sense as well: a call sets the gradients at the current parameters and returns the value,
-    so that any optimizer can step it. A search goes ``begin``, then ``trial`` as often as needed, each perhaps followed
-    by ``slope``, then ``accept`` or ``reject``, all under ``torch.no_grad``. On several processes all numbers that it
-    returns are those of the whole objective, the same bits on each.
+    An instance is a closure in torch's sense as well: a call sets the gradients at the current parameters and returns
+    the value, so that any optimizer can use it. A line search calls ``begin``, then ``trial`` as often as needed, each
+    perhaps followed by ``slope``, then ``accept`` or ``reject``, all under ``torch.no_grad``. On several processes
+    every returned number is that of the whole objective, bitwise the same on each.
+
+    Example:
+        :class:`ClosureObjective` is the implementation for closures:
+
+        >>> import torch
+        >>> from nclightning.optim import ClosureObjective, LineObjective
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> def closure():
+        ...     x.grad = None
+        ...     value = x.square().sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> objective: LineObjective = ClosureObjective(closure, [x])
+        >>> with torch.no_grad():
+        ...     start = objective.evaluate()
+        ...     objective.begin(start)
+        ...     values = start.value, objective.trial(0.5), objective.trial(1.0)
+        ...     objective.reject()
+        >>> values
+        (12.5, 3.125, 0.0)
+        >>> x.tolist()
+        [3.0, -4.0]
     """
 
     @abstractmethod
@@ -64,36 +86,37 @@ class LineObjective(ABC):
 
     @abstractmethod
     def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
-        """Search from the current parameters along a descent vector.
+        """Begin a search from the current parameters along a descent vector.
 
         Args:
-            start: Value and gradient there.
-            along: The vector p, in the order of the gradients, with None where the gradient is None; of a sharded
-                parameter the shard of this process. It is not overwritten. None is the gradient itself.
+            start: Value and gradient at the current parameters.
+            along: The descent vector p, one entry per parameter, None where the gradient is None; for a sharded
+                parameter the shard of this process. It is not overwritten. None in place of the list is the gradient.
         """
 
     @abstractmethod
     def trial(self, size: float) -> float:
-        """Evaluate the value a step of this size away.
+        """Move the parameters by a step along the descent vector, and return the value.
 
         Args:
             size: Step t along the descent vector p.
 
         Returns:
-            F(x - t p); not finite where the gradient is not, and minus infinity if it fell beyond all numbers.
+            F(x - t p). Infinity if value or gradient is not finite, minus infinity if that is because they overflowed
+            while the value decreased.
         """
 
     @abstractmethod
     def slope(self) -> float:
-        """Evaluate the inner product of the gradient at the last trial and the descent vector."""
+        """Return the inner product of the gradient at the last trial and the descent vector."""
 
     @abstractmethod
     def stands_still(self) -> bool:
-        """Say whether the last trial was too short to change any parameter."""
+        """Return whether the step of the last trial was too short to change any parameter."""
 
     @abstractmethod
     def accept(self) -> Evaluation:
-        """Leave the parameters at the last trial, with its gradient.
+        """Leave the parameters at the last trial.
 
         Returns:
             Value and gradient there. The gradient of the start may have been overwritten.
@@ -101,31 +124,31 @@ class LineObjective(ABC):
 
     @abstractmethod
     def reject(self) -> None:
-        """Put the parameters back, bit for bit."""
+        """Restore the parameters of the start, bit for bit."""
 
     def is_shared_out(self, index: int) -> bool:
-        """Say whether each process has a part only of a parameter, given its number."""
+        """Return whether the parameter with this index is split between processes."""
         return False
 
     def add_up(self, products: Sequence[Tensor | None]) -> Tensor:
-        """Add up what this process has of inner products, over parameters and processes.
+        """Sum this process's inner products over parameters and processes.
 
         Args:
-            products: One tensor for each parameter, all of one shape; None is zero.
+            products: One tensor per parameter, all of one shape; None is zero.
 
         Returns:
-            Of the same shape, on the device.
+            The sum, of the same shape, on the device of the first product.
         """
         return add_up(products, [self.is_shared_out(index) for index in range(len(products))])
 
     def inner_products(self, pairs: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]) -> Tensor:
-        """Evaluate inner products of vectors like the gradient.
+        """Return inner products of vectors with one entry per parameter.
 
         Args:
-            pairs: Of vectors in the order of the gradients; a missing entry is zero.
+            pairs: Pairs of vectors. A missing entry is zero.
 
         Returns:
-            One number per pair, float64, on the device, over all processes.
+            One number per pair, over all processes, in float64 on the device.
         """
         columns = zip(*(products_of(left, right) for left, right in pairs), strict=True)
         products = []
@@ -138,53 +161,68 @@ class LineObjective(ABC):
         return total if total.ndim else total.expand(len(pairs))
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
-        """Make the Hessian at the current parameters, for as long as these stay.
+        """Return the Hessian at the current parameters. It is valid until they change.
 
         Args:
-            start: Value and gradient there.
-            unit: A length over which the gradient is known to change, for products that are differences of gradients.
+            start: Value and gradient at the current parameters.
+            unit: A distance over which the gradient is known to change, for products by differences of gradients.
 
         Raises:
-            ValueError: If this line has no products.
+            ValueError: If the objective has no products with its Hessian.
         """
         raise UserError(
-            f"{type(self).__name__} has no products with the Hessian: define its method hessian, or take ArmijoLBFGS."
+            f"{type(self).__name__} has no products with the Hessian: define its method hessian, or use ArmijoLBFGS."
         )
 
     def iterate(self, params: Sequence[Tensor]) -> Iterate:
-        """Remember parameters as they are.
+        """Record the values of the parameters.
 
         Args:
-            params: All that the optimizer has.
+            params: All parameters of the optimizer.
 
         Returns:
-            To be asked later whether they still are there.
+            The record, which can later be compared with the parameters.
         """
         return remember(params)
 
 
-class ClosureLine(LineObjective):
-    """Line of a standard closure, which brings value and gradient at each call.
+class ClosureObjective(LineObjective):
+    """The objective of a standard closure, which computes value and gradient at each call.
 
-    On several processes values are averaged; gradients must be synchronised by the closure. Of parameters that
-    ``fully_shard`` shares out each process moves its own part.
+    On several processes values are averaged, and the closure must synchronise the gradients. Of a parameter that
+    ``fully_shard`` splits, each process moves its own shard.
 
     Args:
-        closure: Clears the gradients, computes the objective at the current parameters, calls ``backward`` and returns
-            the value.
-        params: What it depends on.
-        owner: Class of the optimizer that steps it, for messages.
+        closure: Function that clears the gradients, computes the objective at the current parameters, calls
+            ``backward`` and returns the value.
+        params: The parameters that the objective depends on.
+        owner: Name of the optimizer's class, for messages.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.optim import ClosureObjective
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> def closure():
+        ...     x.grad = None
+        ...     value = x.square().sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> start = ClosureObjective(closure, [x]).evaluate()
+        >>> start.value, start.square
+        (12.5, 25.0)
     """
 
     def __init__(self, closure: Callable[[], Any], params: Sequence[Tensor], owner: str = "optimizer") -> None:
         self.closure = closure
         self._owner = owner
         self._params = params
-        self._graph: tuple[Evaluation, list[Tensor | None], list[int]] | None = None  # Of the last gradients.
-        self._copies: list[Tensor | None] = [None] * len(params)  # Of where the search began, then of where it ended.
+        self._graph: tuple[Evaluation, list[Tensor | None], list[int]] | None = None  # The last evaluation.
+        self._copies: list[Tensor | None] = [None] * len(
+            params
+        )  # Parameters at the start, then at the end of a search.
 
     def has(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are its parameters."""
+        """Return whether these are the parameters of the objective."""
         return len(params) == len(self._params) and all(p is q for p, q in zip(params, self._params, strict=True))
 
     def __call__(self) -> Tensor:
@@ -202,8 +240,8 @@ class ClosureLine(LineObjective):
                 "the objective after zero_grad(), and the objective has to depend on the parameters that the optimizer "
                 "was given."
             )
-        # A closure that calls backward(create_graph=True) says more than the evaluation needs, but not on several
-        # processes: they add up gradients outside of the graph.
+        # After backward(create_graph=True) the gradients can be differentiated again for products with the Hessian.
+        # On several processes they cannot, because the sum over processes is not part of the graph.
         with_graph = world_size() == 1 and any(g is not None and g.requires_grad for g in gradients)
         plain = [g if g is None or not g.requires_grad else g.detach() for g in gradients]
         number, epsilon = float(average_over_ranks(value.detach())), self._epsilon_of(value)
@@ -212,7 +250,7 @@ class ClosureLine(LineObjective):
         return end
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Call the closure for value and gradient, which it may bring to the host by itself."""
+        """Call the closure for value and gradient. The closure itself may transfer them to the host."""
         here = self.evaluate()
         return torch.tensor(here.value, dtype=torch.float64), torch.tensor(here.square, dtype=torch.float64)
 
@@ -234,27 +272,27 @@ class ClosureLine(LineObjective):
         return -math.inf if fell else math.inf
 
     def slope(self) -> float:
-        """Multiply the gradient and the descent vector."""
+        """Compute the inner product from the gradient of the last trial."""
         return float(self._product(self._along, self._end.gradients))
 
     def stands_still(self) -> bool:
-        """Compare with the parameters remembered."""
+        """Compare the parameters with the copies of the start."""
         still = all(torch.equal(p, x) for (p, _), x in zip(self._moving, self._origin, strict=True))
         if not self._in_shards:
             return still
         return count_over_ranks(int(not still), self._moving[0][0].device) == 0
 
     def accept(self) -> Evaluation:
-        """Stay."""
+        """Return the evaluation of the last trial, where the parameters are."""
         return self._end
 
     def reject(self) -> None:
-        """Go back."""
+        """Copy the parameters of the start back."""
         for (p, _), x in zip(self._moving, self._origin, strict=True):
             p.copy_(x)
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
-        """Differentiate the gradients of the start if they have a graph, else take differences of two gradients."""
+        """Multiply by differentiating the gradients of the start if they have a graph, else by their differences."""
         graph = self._graph
         if graph is not None and graph[0] is start and graph[2] == [version_of(p) for p in self._params]:
             return Hessian(partial(multiply_by_graph, graph[1], self._params), self._rounding(start))
@@ -267,7 +305,7 @@ class ClosureLine(LineObjective):
         return max([start.epsilon, *(torch.finfo(p.dtype).eps for p in self._params)])
 
     def _difference(self, start: Evaluation, length: float, vector: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Evaluate the gradient this length away, for a product with the Hessian."""
+        """Return a product with the Hessian: the change of the gradient over this length, divided by the length."""
         size = length / math.sqrt(float(self._product(vector, vector)))
         self.begin(start, vector)
         try:
@@ -281,14 +319,14 @@ class ClosureLine(LineObjective):
         ]
 
     def is_shared_out(self, index: int) -> bool:
-        """Say whether ``fully_shard`` shares it out."""
+        """Return whether ``fully_shard`` splits the parameter."""
         return own_shard(self._params[index]) is not self._params[index]
 
     def _product(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
         return self.add_up(products_of(left, right))
 
     def iterate(self, params: Sequence[Tensor]) -> Iterate:
-        """Copy the trainable parameters to where they were copied at the start of the search."""
+        """Copy the trainable parameters into the copies of the start, which are no longer needed."""
         return IterateCopy([self._copy(i) if p.requires_grad else None for i, p in enumerate(params)])
 
     def _copy(self, index: int) -> Tensor:
@@ -301,13 +339,13 @@ class ClosureLine(LineObjective):
 
     def _move(self, size: float) -> None:
         for (p, v), x in zip(self._moving, self._origin, strict=True):
-            if p.dtype in (torch.float16, torch.bfloat16):  # Their kernels would round the size to the same few digits.
+            if p.dtype in (torch.float16, torch.bfloat16):  # Their kernels round the step to this dtype.
                 p.copy_(torch.sub(x.float(), v.float(), alpha=size))
             else:
                 torch.sub(x, v, alpha=size, out=p)
 
     def _call(self) -> Tensor:
-        # Own the gradients: a closure that zeroes in place must not reach those of the start.
+        # A closure that zeroes gradients in place must not overwrite those of the start.
         for p in self._params:
             p.grad = None
         versions = [version_of(p) for p in self._params]
@@ -315,8 +353,8 @@ class ClosureLine(LineObjective):
             result: Any = self.closure()
         if any(own_shard(p) is p and version_of(p) != v for p, v in zip(self._params, versions, strict=True)):
             raise UserError(
-                f"the closure of {self._owner}.step changed a parameter: it may only evaluate the objective where the "
-                "parameters are. Clamp or normalise them between steps."
+                f"the closure of {self._owner}.step changed a parameter: it may only evaluate the objective at the "
+                "current parameters. Clamp or normalise them between steps."
             )
         self._is_plain_number = isinstance(result, Real)
         if isinstance(result, Real):
@@ -329,7 +367,7 @@ class ClosureLine(LineObjective):
         return result
 
     def _epsilon_of(self, value: Tensor) -> float:
-        """Return the machine epsilon of what limits a value: its own dtype, or parameters below float32."""
+        """Return the machine epsilon that limits a value: that of its dtype, or of parameters below float32."""
         of_params = {torch.finfo(p.dtype).eps for p in self._params}
         if self._is_plain_number:
             return max(of_params)
@@ -357,12 +395,12 @@ def multiply_by_graph(
     """Multiply the Hessian by a vector.
 
     Args:
-        gradients: With their graph, or None where it is missing.
-        params: That they are of.
-        vector: None is zero.
+        gradients: The gradients with their graph; None where a parameter has none.
+        params: The parameters of the gradients.
+        vector: One entry per parameter; None is zero.
 
     Returns:
-        The products; None where there is no gradient.
+        The product, one entry per parameter; None where there is no gradient.
     """
     known = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
     outputs, weights = [g for g, v in known if v is not None], [v for _, v in known if v is not None]

@@ -1,4 +1,4 @@
-"""What Python objects hold, and how to put it back into the same objects."""
+"""Saving and restoring the state of Python objects in place: containers, attributes, arrays, generators, functions."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["LEAVES", "Kept", "keep"]
+__all__ = ["LEAVES", "SavedState", "save_state"]
 
-# Types of which nothing can be changed.
+# Types of immutable objects.
 LEAVES = frozenset(
     {type(None), bool, int, float, complex, str, bytes, range, slice, type(...), types.ModuleType, types.CodeType}
     | {types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size}
 )
-# A longer container holds data: what it contains is put back, but not what its items contain.
+# Longer containers are taken for data: the list of their items is restored, but not the state of the items.
 _LONGEST_SEARCHED = 10_000
-# Packages whose objects are not searched: what they hold is not the model's, or is of this measurement itself.
+# Packages whose objects are not searched, because they belong to the trainer, a logger or this measurement.
 _NOT_SEARCHED = {"lightning", "lightning_fabric", "pytorch_lightning", "nclightning", "wandb", "tensorboard"}
-# Modules of the standard library whose objects are.
+# Modules of the standard library whose objects are searched.
 _SEARCHED = {"__main__", "collections", "functools", "itertools", "types", "random"}
 _INSIDE_TORCH = ("torch._", "torch.fx", "torch.jit", "torch.distributed", "torch.utils.tensorboard")
 
@@ -37,34 +37,35 @@ Restore = Callable[[dict[int, Any]], str | None]
 Children = Iterable[tuple[Any, Any]]
 
 
-class Kept(NamedTuple):
-    """What an object holds.
+class SavedState(NamedTuple):
+    """The saved state of an object.
 
     Attributes:
-        restore: Puts it back, given objects that take the place of others by their ``id``. Returns why it could not.
-        children: Objects in it, with the name or number under which it holds each.
-        instead: Takes the place of the object itself, whose state cannot be set.
+        restore: Function that restores it. It gets a mapping from the ``id`` of objects to their replacements, and
+            returns why it failed, or None.
+        children: The objects that it refers to, with their names or numbers.
+        replacement: A replacement for the object itself, if its state cannot be set.
     """
 
     restore: Restore | None = None
     children: Children = ()
-    instead: Any = None
+    replacement: Any = None
 
 
-def keep(value: Any) -> Kept:
-    """Remember what an object holds, without what the objects in it hold.
+def save_state(value: Any) -> SavedState:
+    """Save the state of an object, but not the state of the objects that it refers to.
 
     Args:
-        value: Anything but a tensor.
+        value: Any object except a tensor.
     """
-    return _how(type(value))(value)  # type: ignore[arg-type]
+    return _saver_of(type(value))(value)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=4096)
-def _how(kind: type) -> Callable[[Any], Kept]:
+def _saver_of(kind: type) -> Callable[[Any], SavedState]:
     if hasattr(kind, "cache_clear") and hasattr(kind, "cache_info"):
         return _cache
-    return next((how for kinds, how in _HOW if issubclass(kind, kinds)), _object)
+    return next((how for kinds, how in _SAVERS if issubclass(kind, kinds)), _object)
 
 
 def _numbered(values: Iterable[Any]) -> Children:
@@ -75,8 +76,8 @@ def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
     return all(map(operator.is_, some, others))
 
 
-def _mapping(value: dict[Any, Any]) -> Kept:
-    # Not by methods of the object's own class, which may do something else.
+def _mapping(value: dict[Any, Any]) -> SavedState:
+    # Methods of the base class are used, because a subclass may override them.
     base: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
     saved = dict(base.items(value))
     if not saved:
@@ -88,8 +89,8 @@ def _mapping(value: dict[Any, Any]) -> Kept:
     else:
         children = ()
 
-    def restore(instead: dict[int, Any]) -> None:
-        wanted = {key: instead.get(id(item), item) for key, item in saved.items()} if instead else saved
+    def restore(replacements: dict[int, Any]) -> None:
+        wanted = {key: replacements.get(id(item), item) for key, item in saved.items()} if replacements else saved
         same = base.__len__(value) == len(wanted) and _same(base.keys(value), wanted)
         if same and _same(base.values(value), wanted.values()):
             return
@@ -97,15 +98,15 @@ def _mapping(value: dict[Any, Any]) -> Kept:
         for key, item in wanted.items():
             base.__setitem__(value, key, item)
 
-    kept = Kept(restore, children)
-    return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept
+    saved_state = SavedState(restore, children)
+    return _combined(saved_state, _attributes(value)) if getattr(value, "__dict__", None) else saved_state
 
 
-def _container(value: Any) -> Kept:
+def _container(value: Any) -> SavedState:
     saved = list(value)
 
-    def restore(instead: dict[int, Any]) -> None:
-        wanted = [instead.get(id(item), item) for item in saved] if instead else saved
+    def restore(replacements: dict[int, Any]) -> None:
+        wanted = [replacements.get(id(item), item) for item in saved] if replacements else saved
         if len(value) == len(wanted) and _same(value, wanted):
             return
         if isinstance(value, collections.deque):
@@ -119,26 +120,26 @@ def _container(value: Any) -> Kept:
         else:
             value[:] = wanted
 
-    kept = Kept(restore, () if isinstance(value, bytearray | array.array) else _numbered(saved))
-    return _both(kept, _attributes(value)) if getattr(value, "__dict__", None) else kept
+    saved_state = SavedState(restore, () if isinstance(value, bytearray | array.array) else _numbered(saved))
+    return _combined(saved_state, _attributes(value)) if getattr(value, "__dict__", None) else saved_state
 
 
-def _array(value: np.ndarray[Any, Any]) -> Kept:
+def _array(value: np.ndarray[Any, Any]) -> SavedState:
     if not value.flags.writeable:
-        return Kept()
+        return SavedState()
     saved = value.copy()
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         if value.shape != saved.shape:
             value.resize(saved.shape, refcheck=False)
         if value.dtype == object or value.tobytes() != saved.tobytes():
             value[...] = saved
 
-    return Kept(restore)
+    return SavedState(restore)
 
 
-def _state(value: Any) -> Kept:
-    """Keep the state of a random generator."""
+def _state(value: Any) -> SavedState:
+    """Save the state of a random generator."""
     bits = getattr(value, "bit_generator", value)
     saved: Any
     if isinstance(bits, random.Random):
@@ -146,7 +147,7 @@ def _state(value: Any) -> Kept:
     else:
         saved = copy.deepcopy(bits.state) if isinstance(bits, np.random.BitGenerator) else bits.get_state()
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         if isinstance(bits, random.Random):
             bits.setstate(saved)
         elif isinstance(bits, np.random.BitGenerator):
@@ -154,43 +155,43 @@ def _state(value: Any) -> Kept:
         else:
             bits.set_state(saved)
 
-    return Kept(restore)
+    return SavedState(restore)
 
 
-def _cell(value: types.CellType) -> Kept:
+def _cell(value: types.CellType) -> SavedState:
     try:
         saved = value.cell_contents
-    except ValueError:  # It is empty.
-        return Kept()
+    except ValueError:  # The cell is empty.
+        return SavedState()
 
-    def restore(instead: dict[int, Any]) -> None:
-        value.cell_contents = instead.get(id(saved), saved)
+    def restore(replacements: dict[int, Any]) -> None:
+        value.cell_contents = replacements.get(id(saved), saved)
 
-    return Kept(restore, (("a variable", saved),))
+    return SavedState(restore, (("a variable", saved),))
 
 
-def _function(value: types.FunctionType) -> Kept:
+def _function(value: types.FunctionType) -> SavedState:
     root = (value.__module__ or "").partition(".")[0]
     if root in _NOT_SEARCHED | sys.stdlib_module_names - _SEARCHED or root in {"torch", "numpy", "torchmetrics"}:
-        return Kept()
+        return SavedState()
     inside: list[Any] = [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
     children = [("a variable", each) for each in inside if each is not None]
-    kept = _attributes(value)
-    kept = _both(Kept(None, children), kept) if vars(value) else Kept(None, children)
-    return kept if _is_library(value.__module__) else _both(kept, _globals(value))
+    saved_state = _attributes(value)
+    saved_state = _combined(SavedState(None, children), saved_state) if vars(value) else SavedState(None, children)
+    return saved_state if _is_library(value.__module__) else _combined(saved_state, _globals(value))
 
 
-def _globals(value: types.FunctionType) -> Kept:
-    """Keep the global variables that a function names."""
+def _globals(value: types.FunctionType) -> SavedState:
+    """Save the global variables that a function names."""
     space = value.__globals__
     saved = {name: space[name] for name in _names(value.__code__) if name in space}
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         for name, item in saved.items():
-            if space.get(name) is not (wanted := instead.get(id(item), item)):
+            if space.get(name) is not (wanted := replacements.get(id(item), item)):
                 space[name] = wanted
 
-    return Kept(restore, saved.items())
+    return SavedState(restore, saved.items())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -199,52 +200,52 @@ def _names(code: types.CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
-def _class(value: type) -> Kept:
+def _class(value: type) -> SavedState:
     saved = {name: item for name, item in vars(value).items() if not name.startswith("__")}
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         now = {name for name in vars(value) if not name.startswith("__")}
         for name in now - saved.keys():
             delattr(value, name)
         for name, item in saved.items():
-            if vars(value).get(name) is not (wanted := instead.get(id(item), item)):
+            if vars(value).get(name) is not (wanted := replacements.get(id(item), item)):
                 setattr(value, name, wanted)
 
     bases = (("a base class", base) for base in value.__bases__ if not _is_library(base.__module__))
-    return Kept(restore, [*saved.items(), *bases])
+    return SavedState(restore, [*saved.items(), *bases])
 
 
-def _cache(value: Any) -> Kept:
-    """Keep a cache of results empty. One that has entries may get more: results of the same arguments are the same."""
+def _cache(value: Any) -> SavedState:
+    """Save that a cache of results is empty. A cache with entries may grow, which changes no result."""
     is_empty = not value.cache_info().currsize
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         if is_empty:
             value.cache_clear()
 
-    return Kept(restore, (("the function", value.__wrapped__),))
+    return SavedState(restore, (("the function", value.__wrapped__),))
 
 
-def _generator(value: types.GeneratorType[Any, Any, Any]) -> Kept:
+def _generator(value: types.GeneratorType[Any, Any, Any]) -> SavedState:
     where = _position(value)
 
-    def restore(instead: dict[int, Any]) -> str | None:
+    def restore(replacements: dict[int, Any]) -> str | None:
         return None if _position(value) == where else "a generator cannot be rewound"
 
-    return Kept(restore)
+    return SavedState(restore)
 
 
-def _iterator(value: Any) -> Kept:
+def _iterator(value: Any) -> SavedState:
     if isinstance(value, io.IOBase):
-        return Kept()
+        return SavedState()
     try:
-        return Kept(None, _numbered(value.__reduce__()[1]), _copy_of(value))
+        return SavedState(None, _numbered(value.__reduce__()[1]), _copy_of(value))
     except (TypeError, IndexError):
-        return Kept()
+        return SavedState()
 
 
 def _copy_of(value: Any) -> Any:
-    """Copy an iterator with those that it goes through."""
+    """Copy an iterator, and the iterators that it reads."""
     make, arguments, *state = value.__reduce__()
     plain = (isinstance(each, Iterator) and not hasattr(each, "__dict__") for each in arguments)
     made = make(*(_copy_of(each) if is_one else each for each, is_one in zip(arguments, plain, strict=True)))
@@ -258,36 +259,40 @@ def _position(value: types.GeneratorType[Any, Any, Any]) -> Any:
     return None if frame is None else (frame.f_lasti, {name: id(item) for name, item in frame.f_locals.items()})
 
 
-def _object(value: Any) -> Kept:
-    """Keep the attributes of an object, if it can be one of the model's."""
+def _object(value: Any) -> SavedState:
+    """Save the attributes of an object, unless it belongs to a library that is not searched."""
     kind = type(value)
     if not isinstance(value, nn.Module):
         if kind.__module__.partition(".")[0] in sys.stdlib_module_names - _SEARCHED:
-            return Kept()
+            return SavedState()
         modules = [base.__module__ for base in kind.__mro__]
         if any(name.partition(".")[0] in _NOT_SEARCHED or name.startswith(_INSIDE_TORCH) for name in modules):
-            return Kept()
-    kept = _attributes(value)
-    return kept if _is_library(kind.__module__) else _both(kept, Kept(None, (("its class", kind),)))
+            return SavedState()
+    saved_state = _attributes(value)
+    return (
+        saved_state
+        if _is_library(kind.__module__)
+        else _combined(saved_state, SavedState(None, (("its class", kind),)))
+    )
 
 
-def _attributes(value: Any) -> Kept:
-    kept = Kept()
+def _attributes(value: Any) -> SavedState:
+    saved_state = SavedState()
     state = getattr(value, "__dict__", None)
     if isinstance(state, dict):
-        kept = _mapping(state)
+        saved_state = _mapping(state)
     kind: Any = type(value)
     names = _slots(kind)
     if not names or isinstance(value, types.FunctionType | type):
-        return kept
+        return saved_state
     saved = {name: getattr(value, name) for name in names if hasattr(value, name)}
 
-    def restore(instead: dict[int, Any]) -> None:
+    def restore(replacements: dict[int, Any]) -> None:
         for name, item in saved.items():
-            if getattr(value, name, None) is not (wanted := instead.get(id(item), item)):
+            if getattr(value, name, None) is not (wanted := replacements.get(id(item), item)):
                 object.__setattr__(value, name, wanted)
 
-    return _both(kept, Kept(restore, saved.items()))
+    return _combined(saved_state, SavedState(restore, saved.items()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -296,17 +301,17 @@ def _slots(kind: type) -> tuple[str, ...]:
     return tuple(name for name, slot in found if isinstance(slot, types.MemberDescriptorType))
 
 
-def _both(one: Kept, other: Kept) -> Kept:
-    def restore(instead: dict[int, Any]) -> str | None:
-        reasons = [each.restore(instead) for each in (one, other) if each.restore is not None]
+def _combined(one: SavedState, other: SavedState) -> SavedState:
+    def restore(replacements: dict[int, Any]) -> str | None:
+        reasons = [each.restore(replacements) for each in (one, other) if each.restore is not None]
         return next((reason for reason in reasons if reason), None)
 
-    return Kept(restore, [*one.children, *other.children])
+    return SavedState(restore, [*one.children, *other.children])
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_library(module: str | None) -> bool:
-    """Whether a module is not of the user's own code: its global variables and classes are left alone."""
+    """Return whether a module is a library and not the user's own code. Its variables and classes are left alone."""
     root = (module or "").partition(".")[0]
     if root in _NOT_SEARCHED or root in sys.stdlib_module_names - {"__main__"}:
         return True
@@ -314,20 +319,20 @@ def _is_library(module: str | None) -> bool:
     return "site-packages" in file or "dist-packages" in file
 
 
-def _slots_of(*names: str) -> Callable[[Any], Kept]:
-    return lambda value: Kept(None, [(name, getattr(value, name)) for name in names])
+def _slots_of(*names: str) -> Callable[[Any], SavedState]:
+    return lambda value: SavedState(None, [(name, getattr(value, name)) for name in names])
 
 
-_HOW: tuple[tuple[Any, Callable[[Any], Kept]], ...] = (
+_SAVERS: tuple[tuple[Any, Callable[[Any], SavedState]], ...] = (
     (dict, _mapping),
     ((list, collections.deque, set, bytearray, array.array), _container),
-    ((tuple, frozenset), lambda value: Kept(None, _numbered(value))),
-    (types.ModuleType, lambda _: Kept()),
+    ((tuple, frozenset), lambda value: SavedState(None, _numbered(value))),
+    (types.ModuleType, lambda _: SavedState()),
     (np.ndarray, _array),
     ((torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator), _state),
     (types.FunctionType, _function),
     (types.MethodType, _slots_of("__self__", "__func__")),
-    (type, lambda value: Kept() if _is_library(value.__module__) else _class(value)),
+    (type, lambda value: SavedState() if _is_library(value.__module__) else _class(value)),
     (types.CellType, _cell),
     ((staticmethod, classmethod), _slots_of("__func__")),
     (property, _slots_of("fget", "fset")),

@@ -1,4 +1,4 @@
-"""What a user gives to be measured: checked before anything runs."""
+"""Checks of the model, the data and the layer names that a user passes, before anything runs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Unwrapped(NamedTuple):
     """A model without its wrappers.
 
     Attributes:
-        module: The model inside. A single layer, such as a linear probe, comes as a part of a ``Sequential``: a head is
-            sought among parts.
-        is_compiled: Whether one of them was ``torch.compile``.
-        precision: That of Fabric, if one of them was Fabric's.
+        module: The model inside the wrappers. A single layer, such as a linear probe, is put into a ``Sequential``,
+            because the head is searched among submodules.
+        is_compiled: Whether ``torch.compile`` was one of the wrappers.
+        precision: Fabric's precision, if Fabric was one of the wrappers.
     """
 
     module: nn.Module
@@ -39,13 +39,14 @@ class Unwrapped(NamedTuple):
 
 
 def unwrapped(model: nn.Module, head: Any = None) -> Unwrapped:
-    """Return the model inside of wrappers for training, whose forward is the same.
+    """Remove the wrappers that a model has for training.
 
-    ``DistributedDataParallel`` would have all processes wait for each other in each forward, ``DataParallel`` runs
-    copies that hooks of the model do not see, and compiled graphs see no hooks, either.
+    The forward of the model inside is the same. The wrappers are in the way: ``DistributedDataParallel`` makes all
+    processes wait for each other in each forward, ``DataParallel`` runs copies without hooks, and compiled graphs do
+    not call hooks either.
 
     Args:
-        model: Any.
+        model: Any model.
         head: The head that the user named.
     """
     is_compiled, precision = False, None
@@ -63,11 +64,11 @@ def unwrapped(model: nn.Module, head: Any = None) -> Unwrapped:
 
 
 def plain_name(name: Any, model: nn.Module) -> Any:
-    """Return the name of a part as it is without the wrappers; anything else as it is.
+    """Remove the prefixes of wrappers from the name of a submodule.
 
     Args:
-        name: As the user gave it.
-        model: Unwrapped.
+        name: The name as the user typed it. Anything but a name is returned as it is.
+        model: The model without its wrappers.
     """
     plain = name
     while isinstance(plain, str) and (prefix := next((each for each in _WRAPPED if plain.startswith(each)), "")):
@@ -78,14 +79,14 @@ def plain_name(name: Any, model: nn.Module) -> Any:
 
 
 def checked_model(model: Any, device: torch.device | str | None) -> nn.Module:
-    """Return a model that can be measured where it is.
+    """Return a model if it can be measured on its device.
 
     Args:
-        model: Any.
-        device: Where its batches are to go; None if where it is.
+        model: The model as the user passed it.
+        device: Device for the batches; None for that of the model.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
         ValueError: If it is on another device, or has no weights yet.
     """
     if not isinstance(model, nn.Module):
@@ -123,10 +124,11 @@ def checked_model(model: Any, device: torch.device | str | None) -> nn.Module:
 
 
 def names_of(layers: Any) -> tuple[str, ...]:
-    """Return names of layers.
+    """Return names of layers as a tuple.
 
     Raises:
-        TypeError: If they are none.
+        TypeError: If they are not a sequence of names.
+        ValueError: If a name occurs twice, or is empty.
     """
     if isinstance(layers, str):
         raise UserTypeError(f"layers must be a sequence of names: write ({layers!r},).")
@@ -141,15 +143,15 @@ def names_of(layers: Any) -> tuple[str, ...]:
 
 
 def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
-    """Return an iterable of batches that an evaluation pass can read.
+    """Return data as an iterable of batches that an evaluation pass can read.
 
     Args:
-        data: Any.
-        once_more: What needs a second pass over it.
+        data: The data as the user passed them.
+        once_more: Names of options that need a second pass over the data.
 
     Raises:
-        TypeError: If it is no iterable of batches.
-        ValueError: If it can be read once, and is to be read twice.
+        TypeError: If they are not an iterable of batches.
+        ValueError: If they can be read only once, and a second pass is needed.
     """
     data = loader_of_fabric(data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -169,23 +171,23 @@ def readable(data: Any, once_more: Sequence[str] = ()) -> Iterable[Any]:
         if once_more:
             raise UserError(
                 f"{', '.join(once_more)} need a second pass over data, and a {type(data).__name__} can be read once: "
-                "pass a DataLoader, a list, or another iterable that begins anew."
+                "pass a DataLoader, a list, or another iterable that starts again."
             )
-        return _AsItIs(data)
+        return _PlainIterable(data)
     inner = origin_of(data).loader
     if isinstance(inner, DataLoader) and type(inner).__iter__ is not DataLoader.__iter__:
-        return _AsItIs(data)  # What it yields cannot be had from its data set.
+        return _PlainIterable(data)  # Its data set need not contain what it yields.
     batches: Iterable[Any] = data
     return batches
 
 
 def _is_pair(data: Any) -> bool:
-    """Whether it is inputs and labels. Batches are no tensors: they have labels, too."""
+    """Return whether data are a pair of inputs and labels. A list of two batches has no tensor in the second place."""
     return isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
-class _AsItIs:
-    """Hides what kind of iterable it is, so that it is iterated and nothing else."""
+class _PlainIterable:
+    """Hides the type of an iterable, so that it is iterated over and not replaced by another loader."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self._data = data
@@ -195,13 +197,13 @@ class _AsItIs:
 
 
 def check_samples(counts: Tensor, means: Tensor, head: str, name: str = "") -> None:
-    """Refuse data without two classes, and say aloud that features are not finite. Transfers to the host.
+    """Raise if data have fewer than two classes, and warn if features are not finite. Transfers to the host.
 
     Args:
-        counts: Samples of each class.
+        counts: Number of samples of each class.
         means: Class means.
         head: Name of the head.
-        name: Of the data set, if there are several.
+        name: Name of the data set, if there are several.
 
     Raises:
         ValueError: If there are fewer than two classes.
@@ -215,6 +217,6 @@ def check_samples(counts: Tensor, means: Tensor, head: str, name: str = "") -> N
         )
     if not finite:
         rank_zero_warn(
-            f"features of {which} at the head {head!r} have numbers that are not finite, so that what is measured of "
-            "them is nan: measure weights of before training diverged, or inputs without nan."
+            f"features of {which} at the head {head!r} have numbers that are not finite, so that their measures are "
+            "nan: measure weights from before training diverged, or inputs without nan."
         )

@@ -1,4 +1,4 @@
-"""Batches of samples that are rows of tensors: taken at once, where a loader takes sample by sample."""
+"""Fast batches for a ``TensorDataset``: whole batches are indexed at once, and not sample by sample."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
-__all__ = ["batches_at_once"]
+__all__ = ["row_batches"]
 
 
 class _Rows(Dataset[Any]):
-    """Gives the batches that ``default_collate`` makes of the samples of a data set.
+    """A data set that returns the same batches as ``default_collate`` makes of its samples.
 
     Args:
-        dataset: The data set.
-        tensors: Whose rows the samples are.
-        places: Numbers of the rows, ``(N,)``; None of all.
+        dataset: The original data set.
+        tensors: The tensors whose rows are the samples.
+        places: Indices of the rows, ``(N,)``; None for all.
     """
 
     def __init__(self, dataset: Dataset[Any], tensors: Sequence[Tensor], places: Tensor | None) -> None:
@@ -32,17 +32,18 @@ class _Rows(Dataset[Any]):
         return [each.index_select(0, rows.to(each.device)) for each in self._tensors]
 
 
-def batches_at_once(loader: DataLoader[Any]) -> Dataset[Any] | None:
-    """Return a data set whose ``__getitems__`` gives whole batches, the same as a loader makes, bit for bit.
+def row_batches(loader: DataLoader[Any]) -> Dataset[Any] | None:
+    """Return a data set whose ``__getitems__`` returns whole batches, bit for bit those of a loader.
 
     Args:
-        loader: Any, with batches of samples.
+        loader: A loader with batches of samples.
 
     Returns:
-        None unless samples are rows of a ``TensorDataset``, or of a subset of one, and collated as by default.
+        The data set. None if samples are not rows of a ``TensorDataset`` or a subset of one, or ``collate_fn`` is not
+        the default.
     """
     dataset, places = loader.dataset, None
-    # In workers, functions of the user's may ask for the data set.
+    # In worker processes the user's functions may refer to the data set.
     if loader.collate_fn is not default_collate or loader.num_workers > 0:
         return None
     while type(dataset) is Subset:
@@ -56,7 +57,7 @@ def batches_at_once(loader: DataLoader[Any]) -> Dataset[Any] | None:
 
 
 def _as_places(indices: Any) -> Tensor | None:
-    """Return the numbers of a subset; None where they may mean something else than rows from the start."""
+    """Return the indices of a subset as a tensor; None if they are not all non-negative integers."""
     try:
         places = torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):

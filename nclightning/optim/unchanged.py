@@ -1,4 +1,4 @@
-"""Whether parameters still are where a step left them, bit for bit, also after writes that torch does not count."""
+"""Detection of changed parameters, bit for bit, also after writes that torch's version counters miss."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from nclightning.sharding import own_shard
 __all__ = ["Iterate", "IterateCopy", "differ_between_ranks", "remember"]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_COPIED_BYTES = 2**20  # So few are copied and compared several times faster than they are hashed.
-_PART = 2**14  # Words that are added up with weights of their own.
-_ROWS = 4  # Parts at a time: they stay in a CPU's cache.
+_COPIED_BYTES = 2**20  # Up to this size, copying and comparing is several times faster than hashing.
+_PART = 2**14  # Number of 64-bit words that are summed at once, each with its own weight.
+_ROWS = 4  # Number of parts per operation, which then fit in the CPU's cache.
 
 
 class Iterate(ABC):
-    """The values that parameters had when it was made."""
+    """A record of the values that parameters had at one time."""
 
     @abstractmethod
     def matches(self, params: Sequence[Tensor]) -> bool:
-        """Say whether they have them still. On several processes it speaks for this one alone."""
+        """Return whether the parameters have the recorded values. On several processes: on this one."""
 
 
 class IterateCopy(Iterate):
-    """Compares with copies.
+    """A record that keeps copies.
 
     Args:
-        copies: One per parameter; None where nothing is to be compared.
+        copies: One copy per parameter; None for a parameter that is not compared.
     """
 
     def __init__(self, copies: Sequence[Tensor | None]) -> None:
@@ -48,12 +48,12 @@ class IterateCopy(Iterate):
 
 
 class Fingerprint(Iterate):
-    """Compares 64-bit hashes, for parameters of which there is no memory for a copy.
+    """A record that keeps 64-bit hashes, for parameters that are too large to copy.
 
-    A change that goes unnoticed has a chance of about one in 2^32.
+    A change goes unnoticed with a probability of about 2^-32.
 
     Args:
-        params: As they are.
+        params: The parameters with the values to record.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -65,13 +65,13 @@ class Fingerprint(Iterate):
 
 
 def remember(params: Sequence[Tensor]) -> Iterate:
-    """Remember parameters as they are: by copies where these are small, else by hashes.
+    """Record the values of parameters: in copies if these are small, else in hashes.
 
     Args:
-        params: All that an optimizer has.
+        params: All parameters of an optimizer.
 
     Returns:
-        To be asked later whether they still are there.
+        The record, which can later be compared with the parameters.
     """
     shards = [own_shard(p.detach()) for p in params]
     if sum(shard.numel() * shard.element_size() for shard in shards) <= _COPIED_BYTES:
@@ -80,12 +80,12 @@ def remember(params: Sequence[Tensor]) -> Iterate:
 
 
 def differ_between_ranks(params: Sequence[Tensor]) -> bool:
-    """Say, on all processes alike, whether parameters that each has as a whole are not the same on each."""
+    """Return whether parameters differ between processes; every process returns the same. Shards are not compared."""
     whole = [p for p in params if own_shard(p) is p]
     if world_size() == 1 or not whole:
         return False
     hashes = _hashes(whole).to(whole[0].device)
-    extremes = torch.stack([hashes, ~hashes])  # The complement turns the order round: one message for both ends.
+    extremes = torch.stack([hashes, ~hashes])  # max(~x) is ~min(x): one message gives both.
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     return not torch.equal(extremes[0], ~extremes[1])
 
@@ -103,27 +103,27 @@ def _hashes(params: Sequence[Tensor]) -> Tensor:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    """Add bits up with weights, modulo 2^64: where a number sits counts."""
+    """Return a weighted sum of the bits modulo 2^64, which depends on the position of each number."""
     words = _words(tensor.reshape(-1))
     while len(words) > _PART:
         count = len(words) // _PART
-        # Everything has its place beforehand: results that wait would keep the memory between them from being reused.
-        shorter, room = words.new_empty(len(words) - count * (_PART - 1)), words.new_empty(_ROWS, _PART)
+        # All memory is allocated before the loop. Results allocated within it would fragment the memory between them.
+        shorter, buffer = words.new_empty(len(words) - count * (_PART - 1)), words.new_empty(_ROWS, _PART)
         shorter[count:] = words[count * _PART :]
         for rows, sums in zip(
             torch.split(words[: count * _PART].view(count, _PART), _ROWS),
             torch.split(shorter[:count], _ROWS),
             strict=True,
         ):
-            _add_up(rows, room[: len(rows)], sums)
+            _add_up(rows, buffer[: len(rows)], sums)
         words = shorter
     total = words.new_empty(1)
     _add_up(words.view(1, -1), words.new_empty(1, len(words)), total)
-    return total[0] + tensor.numel()  # Padded by zeros it would be the same sum.
+    return total[0] + tensor.numel()  # Trailing zeros would not change the sum.
 
 
 def _words(flat: Tensor) -> Tensor:
-    """Return the bits as int64: narrow entries several at a time where memory allows it."""
+    """Return the bits as int64: several narrow entries per word if the memory is aligned, else one entry per word."""
     bits, per_word = _bits(flat), 8 // flat.element_size()
     whole = len(bits) // per_word * per_word
     if bits.storage_offset() % per_word or not whole:
@@ -132,14 +132,14 @@ def _words(flat: Tensor) -> Tensor:
     return words if whole == len(bits) else torch.cat([words, bits[whole:].long()])
 
 
-def _add_up(rows: Tensor, room: Tensor, sums: Tensor) -> None:
-    """Write the weighted sum of each row."""
+def _add_up(rows: Tensor, buffer: Tensor, sums: Tensor) -> None:
+    """Write the weighted sum of each row to ``sums``. ``buffer`` has the shape of ``rows``."""
     low, high = _weights(rows.device)[:, : rows.shape[1]]
-    on_cpu = rows.device.type == "cpu"  # Elsewhere there are no products of integer matrices.
-    sums.copy_(torch.mv(rows, low) if on_cpu else torch.mul(rows, low, out=room).sum(dim=1))
-    # Signs and exponents are the upper bits, of which a product modulo 2^64 would keep little.
-    torch.bitwise_right_shift(rows, 32, out=room)
-    sums.add_(torch.mv(room, high) if on_cpu else room.mul_(high).sum(dim=1))
+    on_cpu = rows.device.type == "cpu"  # Other devices have no product of integer matrices.
+    sums.copy_(torch.mv(rows, low) if on_cpu else torch.mul(rows, low, out=buffer).sum(dim=1))
+    # Signs and exponents are in the upper bits, of which a product modulo 2^64 keeps little.
+    torch.bitwise_right_shift(rows, 32, out=buffer)
+    sums.add_(torch.mv(buffer, high) if on_cpu else buffer.mul_(high).sum(dim=1))
 
 
 @lru_cache(maxsize=8)
