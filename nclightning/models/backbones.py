@@ -61,7 +61,7 @@ class FeatureTable(OwnEntries):
         """
         return self.features.index_select(0, index - self.first_row if self.first_row else index)
 
-    def holds(self, index: Tensor) -> bool:
+    def has_all_rows(self, index: Tensor) -> bool:
         """Say whether indices are those of all rows here, in order. One transfer to the host."""
         own = torch.arange(self.first_row, self.first_row + len(self.features), device=index.device)
         return torch.equal(index, own)

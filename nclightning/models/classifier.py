@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from nclightning.compat.lightning import count_iterations, trainer_of
 from nclightning.errors import UserError
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.models.known import check_known, features_are_free
 from nclightning.models.resumable import ResumableModule
 from nclightning.models.schedules import check_optimization
 from nclightning.models.sharded import (
-    ShardedLine,
+    ShardedObjective,
     check_sharding,
     keep_optimizers_whole,
     shard_weights,
@@ -174,7 +174,7 @@ class RegularizedClassifier(ResumableModule):
                 return known.value, math.sqrt(known.square)
         gradients = [p.grad for p in params]
         try:
-            value, square = self.line(batch, params, measuring=True).measure()
+            value, square = self.make_closure(batch, params, measuring=True).measure()
         finally:
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -291,7 +291,7 @@ class RegularizedClassifier(ResumableModule):
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
         params = parameters_of(optimizer)
-        closure: Any = self.line(batch, params)
+        closure: Any = self.make_closure(batch, params)
         trainable = [p.requires_grad for p in params]
         alone = isinstance(optimizer, LineSearchOptimizer) and not self._is_followed_by_others
         done = 0
@@ -300,7 +300,7 @@ class RegularizedClassifier(ResumableModule):
             try:
                 for _ in range(count):
                     if not alone and trainable != [p.requires_grad for p in params]:  # A hook froze or unfroze some.
-                        closure, trainable = self.line(batch, params), [p.requires_grad for p in params]
+                        closure, trainable = self.make_closure(batch, params), [p.requires_grad for p in params]
                     value = optimizer.step(closure)
                     done += 1
                     self._step_schedulers(start + done)
@@ -346,7 +346,7 @@ class RegularizedClassifier(ResumableModule):
         self._interrupts.release()
         self._ending, self._trained = None, ()
 
-    def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
+    def make_closure(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
         """Make F on the training set a closure and a line for optimizers.
 
         Args:
@@ -364,7 +364,7 @@ class RegularizedClassifier(ResumableModule):
         def objective() -> Tensor:
             return share * self.evaluate_objective(batch)
 
-        return ShardedLine(objective, params, self) if is_sharded(self) else GraphLine(objective, params)
+        return ShardedObjective(objective, params, self) if is_sharded(self) else AutogradObjective(objective, params)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""

@@ -29,13 +29,13 @@ from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.objectives import Hessian
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
-__all__ = ["UFMLine"]
+__all__ = ["UFMObjective"]
 
 # Elements of the features that a CPU's cache holds beside their gradient; a GPU wants large products.
-_ELEMENTS_AT_A_TIME, _ELEMENTS_ON_A_GPU = 2**17, 2**24
+_ELEMENTS_PER_STEP, _ELEMENTS_ON_A_GPU = 2**17, 2**24
 
 
-class UFMLine(LineObjective):
+class UFMObjective(LineObjective):
     """Problem (2) with free features, any loss and any targets, in closed form.
 
     Parameters stay where they are until a trial is accepted; then the gradients of the start are overwritten. Sums over
@@ -73,7 +73,7 @@ class UFMLine(LineObjective):
         info = torch.finfo(features.dtype)
         # From the root on the gradient may overflow, though the value, a float64, does not.
         self._epsilon, self._largest = info.eps, math.sqrt(info.max)
-        elements = _ELEMENTS_AT_A_TIME if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
+        elements = _ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
         # Trial features exist some rows at a time, so that what happens to them happens in cache.
         self._some = features.detach().new_empty(self._rows, features.shape[1])

@@ -13,10 +13,10 @@ from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.objectives import Hessian, multiply_by_graph
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
-__all__ = ["GraphLine"]
+__all__ = ["AutogradObjective"]
 
 
-class GraphLine(ClosureObjective):
+class AutogradObjective(ClosureObjective):
     """Line of an objective whose gradient autograd finds, and only where it is asked for.
 
     Args:

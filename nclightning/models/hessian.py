@@ -52,22 +52,22 @@ def hessian_product(
         >>> hessian_product(objective, (h, w), along_h, labels=torch.tensor([0]), num_samples=1)
         [tensor([[9.]]), tensor([[11.]])]
     """
-    (features, weight, *bias), (turn, *turn_of_head) = point, vector
+    (features, weight, *bias), (direction, *direction_of_head) = point, vector
     of_features, of_weight, *of_bias = products = [torch.zeros_like(part) for part in point]
     scale, count = 1 / num_samples, rows or len(labels)
-    parts = (torch.split(each, count) for each in (features, turn, labels, of_features))
+    parts = (torch.split(each, count) for each in (features, direction, labels, of_features))
     for h, v, y, out in zip(*parts, strict=True):
         logits = linear(h, weight, *bias)
-        targets, change = objective.targets_of(logits, y), linear(h, *turn_of_head).addmm_(v, weight.T)
+        targets, change = objective.targets_of(logits, y), linear(h, *direction_of_head).addmm_(v, weight.T)
         residual = objective.function.residual(logits, targets)
-        bent = objective.function.curvature(logits, targets, change)
+        curved = objective.function.curvature(logits, targets, change)
         # What is linear in the point changes as the gradient of the vector would with the same residual.
-        objective.gradient_of(v, turn_of_head, residual, num_samples, [of_weight], out)
-        out.addmm_(bent, weight, alpha=scale)
-        of_weight.addmm_(bent.T, h, alpha=scale)
+        objective.gradient_of(v, direction_of_head, residual, num_samples, [of_weight], out)
+        out.addmm_(curved, weight, alpha=scale)
+        of_weight.addmm_(curved.T, h, alpha=scale)
         for product in of_bias:
-            product.add_(bent.sum(dim=0), alpha=scale)
+            product.add_(curved.sum(dim=0), alpha=scale)
     if shared:
         sum_all_over_ranks(products[1:])
-    objective.add_penalty_gradients_(products[1:], turn_of_head)
+    objective.add_penalty_gradients_(products[1:], direction_of_head)
     return products

@@ -18,7 +18,7 @@ __all__ = ["check_known", "features_are_free"]
 
 _PACKAGE = __name__.rpartition(".")[0]
 # What decides about the objective and about the features that are measured.
-_METHODS = ("evaluate_objective", "forward", "features_of", "line")
+_METHODS = ("evaluate_objective", "forward", "features_of", "make_closure")
 
 
 def features_are_free(module: RegularizedClassifier) -> bool:

@@ -17,17 +17,17 @@ from nclightning.compat.lightning import change_checkpointing, splits_layers, wr
 from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation, parameters_of
 from nclightning.optim.objectives import Hessian
 from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 
-__all__ = ["ShardedLine", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
+__all__ = ["ShardedObjective", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
 
 
-class ShardedLine(GraphLine):
+class ShardedObjective(AutogradObjective):
     """Line of an objective whose weights are gathered at each forward. Points and gradients are in shards.
 
     Args:

@@ -15,7 +15,7 @@ from nclightning.compat.torch import has_hooks, leave_out_of_ddp, sees_gradients
 from nclightning.errors import UserError
 from nclightning.models.backbones import FeatureTable, undefined_linear
 from nclightning.models.classifier import Batch, RegularizedClassifier
-from nclightning.models.closed_form import UFMLine
+from nclightning.models.closed_form import UFMObjective
 from nclightning.models.known import check_known
 from nclightning.models.schedules import only_optimizer
 from nclightning.models.settings import Settings
@@ -211,8 +211,8 @@ class UFM(RegularizedClassifier):
             rows * self.features[0].numel() * self.features.requires_grad if rows else 0
         )
 
-    def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
-        """Make F as :meth:`RegularizedClassifier.line` does, in closed form unless head or backbone were changed.
+    def make_closure(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
+        """Make F as :meth:`RegularizedClassifier.make_closure` does, in closed form unless head or backbone were changed.
 
         Raises:
             ValueError: If features are shared by processes and there is no closed form.
@@ -225,9 +225,9 @@ class UFM(RegularizedClassifier):
                 "features shared by processes are trained in closed form only, which needs head and features as they "
                 "come, all trainable and without hooks, and a batch of all their rows: set trainer.devices=1."
             )
-        return closed or super().line(batch, params)
+        return closed or super().make_closure(batch, params)
 
-    def _closed_form(self, batch: Batch, params: Sequence[Tensor]) -> UFMLine | None:
+    def _closed_form(self, batch: Batch, params: Sequence[Tensor]) -> UFMObjective | None:
         """Make the closed form; None if what is trained is not Problem (2) as it stands on all rows."""
         index, labels = batch
         if not self._is_plain():
@@ -236,10 +236,10 @@ class UFM(RegularizedClassifier):
         if {id(p) for p in params} != {id(p) for p in (features, *head)}:
             return None
         if not self._is_all_rows(index):
-            if not self._table.holds(index):
+            if not self._table.has_all_rows(index):
                 return None
             self._all_rows = index, version_of(index)
-        return UFMLine(self.objective, features, head, labels, params, self.num_samples, self._is_shared)
+        return UFMObjective(self.objective, features, head, labels, params, self.num_samples, self._is_shared)
 
     def features_of(self, x: Tensor) -> Tensor:
         """Return the features of samples; those of the training set are not copied.
