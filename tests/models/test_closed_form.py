@@ -63,7 +63,11 @@ def lines(loss, shape, dtype=torch.float64, **options):
         value.backward()
         return value.detach()
 
-    return UFMObjective(objective, features, head, labels, params, len(labels)), ClosureObjective(closure, params), params
+    return (
+        UFMObjective(objective, features, head, labels, params, len(labels)),
+        ClosureObjective(closure, params),
+        params,
+    )
 
 
 @pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
