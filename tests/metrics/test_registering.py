@@ -46,7 +46,7 @@ def test_what_it_needs_is_asked_for():
     register_measure("of_head", "sum of the bias", needs_head=True)(lambda reading: reading.bias.sum())
     register_measure("of_scatter", "spread", needs_scatter=True)(lambda reading: reading.stats.root.square().sum())
     arguments = {"features": FEATURES, "labels": LABELS}
-    with pytest.raises(ValueError, match=r"of_head.* read the head"):
+    with pytest.raises(ValueError, match=r"of_head.* need the head"):
         nclightning.measure(**arguments, measures=("of_head",))
     assert "of_head" not in nclightning.measure(**arguments, measures=("all",))
     found = nclightning.measure(

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from nclightning.models.closed_form import UFMLine
+from nclightning.models.closed_form import UFMObjective
 from nclightning.objective import Objective
 from nclightning.optim import ClosureObjective
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError
@@ -66,7 +66,7 @@ def lines(loss, shape, dtype=torch.float64, **options):
         value.backward()
         return value.detach()
 
-    return UFMLine(objective, features, head, labels, params, len(labels)), ClosureObjective(closure, params), params
+    return UFMObjective(objective, features, head, labels, params, len(labels)), ClosureObjective(closure, params), params
 
 
 def any_lines(name, dtype, with_bias=True, scale=1.0):
@@ -89,5 +89,5 @@ def any_lines(name, dtype, with_bias=True, scale=1.0):
         value.backward()
         return value.detach()
 
-    ours = UFMLine(objective, params[-1], params[:-1], labels, params, 12)
+    ours = UFMObjective(objective, params[-1], params[:-1], labels, params, 12)
     return ours, ClosureObjective(closure, twins), params, twins

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoNewtonCG, SearchStatus
 from tests.optim.closures import (
     DISTURBANCES,
@@ -190,7 +190,7 @@ def test_a_state_of_another_direction_is_refused(make):
 def test_conjugate_gradients_take_the_steps_of_a_closure_along_a_line_bit_for_bit():
     plain, lazy = network(), network()
     optimizer, other = ArmijoCG(plain.parameters()), ArmijoCG(lazy.parameters())
-    line = GraphLine(lambda: loss_of(lazy), list(lazy.parameters()))
+    line = AutogradObjective(lambda: loss_of(lazy), list(lazy.parameters()))
     assert step(optimizer, plain, 30) == step(other, lazy, 30, line)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), lazy.parameters(), strict=True))
 

@@ -9,7 +9,7 @@ import scipy.optimize
 import torch
 from torch import nn
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoGD, ArmijoLBFGS, SearchStatus
 from tests.optim.closures import (
     DISTURBANCES,
@@ -396,7 +396,7 @@ def test_a_state_of_another_direction_is_refused():
 def test_a_line_takes_the_steps_of_a_closure_bit_for_bit():
     plain, lazy = network(), network()
     optimizer, other = ArmijoLBFGS(plain.parameters()), ArmijoLBFGS(lazy.parameters())
-    line = GraphLine(lambda: loss_of(lazy), list(lazy.parameters()))
+    line = AutogradObjective(lambda: loss_of(lazy), list(lazy.parameters()))
     assert step(optimizer, plain, 30) == step(other, lazy, 30, line)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), lazy.parameters(), strict=True))
 
