@@ -60,8 +60,8 @@ def register_measure(
         >>> from nclightning import measure
         >>> measure(features=[[3.0], [3.0], [-3.0]], labels=[0, 0, 1], measures=["mean_size"])["mean_size"]
         3.0
-        >>> from nclightning.metrics import MEASURES
-        >>> del MEASURES["mean_size"]
+        >>> from nclightning.quantities import QUANTITIES
+        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]
     """
     if not name.isidentifier():
         raise UserError(f"name must be an identifier such as 'effective_rank', got {name!r}.")

@@ -8,16 +8,19 @@ from torch import nn
 
 import nclightning
 from nclightning.metrics import MEASURES, NeuralCollapse, register_measure
+from nclightning.quantities import QUANTITIES
 
 FEATURES, LABELS = torch.tensor([[2.0, 0.0], [2.0, 1.0], [-2.0, 0.0]]), torch.tensor([0, 0, 1])
 
 
 @pytest.fixture(autouse=True)
 def _forget():
-    before = dict(MEASURES)
+    registries = MEASURES, QUANTITIES
+    before = [dict(each) for each in registries]
     yield
-    MEASURES.clear()
-    MEASURES.update(before)
+    for each, entries in zip(registries, before, strict=True):
+        each.clear()
+        each.update(entries)
 
 
 def twice_the_samples(**options):
