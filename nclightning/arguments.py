@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -57,7 +56,7 @@ def check_cadences(**cadences: int | None) -> None:
     for name, value in cadences.items():
         if value is None:
             continue
-        if not isinstance(value, Integral):
+        if not hasattr(value, "__index__"):  # Integers of numpy have it, too.
             raise UserTypeError(f"{name} must be an integer, got {value!r}.")
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
