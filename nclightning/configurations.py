@@ -213,6 +213,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag:
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield the nodes below a node. Raise if a mapping has the same key twice."""
     if isinstance(node, yaml.SequenceNode):
         yield from node.value
     elif isinstance(node, yaml.MappingNode):

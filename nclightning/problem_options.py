@@ -154,6 +154,7 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
 
 
 def _path_of(name: Any, option: str) -> str:
+    """Return the import path of a problem by its name."""
     if isinstance(name, str) and "." in name:
         return name
     if name not in problem_names():

@@ -144,6 +144,7 @@ def _takes_batches(logger: Any) -> bool:
 
 
 def _write(logger: Any, batch: Sequence[Any]) -> None:
+    """Send values to MLflow, in as many requests as its limit requires."""
     for start in range(0, len(batch), _MOST_IN_A_BATCH):  # One row may have more values than a batch.
         part = batch[start : start + _MOST_IN_A_BATCH]
         logger.experiment.log_batch(run_id=logger.run_id, metrics=part, **batch_options(logger))

@@ -217,6 +217,7 @@ def _expectation(lines: Sequence[str], at: int) -> str:
 
 
 def _described(expected: str) -> str:
+    """Return the name of a type in plain words."""
     name = re.sub(r"<class '([^']+)'>", r"\1", expected)
     if name == expected and "[" not in name and "." not in name:
         return name  # A value, not a type.
@@ -241,6 +242,7 @@ def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str |
 
 
 def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> str:
+    """Suggest an option for a misspelt one."""
     if name == "--lambda":
         return " Did you mean model.init_args.lambda?"
     options = [*options, "--config", "--lambda"]

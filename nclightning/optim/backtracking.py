@@ -131,6 +131,7 @@ class _Verdict(NamedTuple):
 def _judge(
     options: Options, start: Evaluation, descent: float, value: float, size: float, objective: LineObjective
 ) -> _Verdict:
+    """Decide on a trial: by values, or by slopes where the change of the value is below round-off."""
     if not math.isfinite(value):
         return _Verdict(None, math.inf)
     c1, change = options["c1"], value - start.value

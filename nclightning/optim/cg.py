@@ -218,6 +218,7 @@ class ConjugateGradients(LearningDirection):
 
 
 def _combine(gradient: Tensor | None, factor: float, last: Tensor | None, turn: float) -> Tensor | None:
+    """Return ``factor * gradient + turn * last``; None without a gradient."""
     if gradient is None:
         return None
     vector = gradient * factor

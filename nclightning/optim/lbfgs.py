@@ -126,6 +126,7 @@ class LimitedMemoryBFGS(LearningDirection):
         self._forget()
 
     def _forget(self) -> None:
+        """Remove all pairs and everything that was computed from them."""
         self._order: list[int] = []  # Rows of the pairs, from the oldest to the newest.
         self._inner: list[list[float]] = []  # Inner products of steps with gradient changes, by row.
         self._squares: list[list[float]] = []  # Inner products of gradient changes with each other, by row.

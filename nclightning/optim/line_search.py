@@ -177,11 +177,13 @@ class LineSearchOptimizer(Optimizer):
         self._set_next_step(first)
 
     def _set_next_step(self, size: float) -> None:
+        """Set the first trial of the next search, in the groups as well."""
         self._next_step = size
         for group in self.param_groups:
             group["lr"] = size
 
     def _objective_of(self, closure: Callable[[], Any], params: list[Tensor]) -> LineObjective:
+        """Return the objective of a closure, which keeps its copies of the parameters."""
         if isinstance(closure, LineObjective):
             return closure
         if self._closure_objective is None or not self._closure_objective.has(params):
@@ -190,6 +192,7 @@ class LineSearchOptimizer(Optimizer):
         return self._closure_objective
 
     def _search(self, objective: LineObjective, params: list[Tensor]) -> float:
+        """Take a step: evaluate the start if needed, search, and record the outcome."""
         stored = self._recall(params)
         spent = 0
         if stored is not None and self._may_search_from(stored):
@@ -234,6 +237,7 @@ class LineSearchOptimizer(Optimizer):
         return found._replace(trials=trials), trials + spent
 
     def _search_along(self, objective: LineObjective, start: Evaluation, descent: Descent, space: Space) -> Found:
+        """Search along a descent vector, and restore the parameters after an exception."""
         interpolates = self._direction.interpolates
         try:
             return backtrack(
@@ -289,6 +293,7 @@ class LineSearchOptimizer(Optimizer):
         size: float,
         evaluations: int,
     ) -> float:
+        """Set gradients, stored evaluation, counts and outcome at the end of a step; return the objective."""
         for p, g in zip(params, end.gradients, strict=True):
             p.grad = g
         self._stored = StoredEvaluation(end, params, None if self._alone else objective.iterate(params))
@@ -322,6 +327,7 @@ class LineSearchOptimizer(Optimizer):
                 p.grad = None if p.grad is g else p.grad
 
     def _drop_gradients(self, params: Sequence[Tensor]) -> None:
+        """Drop all gradients after an exception."""
         for p in params:
             p.grad = None
         self._stored = None

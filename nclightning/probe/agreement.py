@@ -87,6 +87,7 @@ class Link(NamedTuple):
         return _nearest(rows, logit_rows.flatten(1, -2), tolerance(output, logits))[0]
 
     def _both(self, output: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits, and the rows of an output with its function inverted, in a common dtype."""
         wide = torch.promote_types(torch.promote_types(output.dtype, logits.dtype), torch.float32)
         rows = _rows(output.detach().to(wide), logits.shape[-1], self.second)
         return logits.detach().to(wide), _inverted(rows, self.undo)

@@ -114,6 +114,7 @@ def _table(
     decisions: Mapping[str, Tensor],
     pairs: bool,
 ) -> dict[str, NDArray[Any]]:
+    """Return the values for each class, as columns of a table."""
     weight = None if head is None else head.weight.to(stats.means)
     columns = per_class_values(MeasureInput(stats, weight, None, *conventions), pairs) | dict(decisions)
     names = list(columns)
@@ -128,6 +129,7 @@ def _evenly_spaced(num_classes: int) -> NDArray[np.int64]:
 
 
 def _cosines(stats: ClassStatistics, classes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the cosines of the centred means of some classes; nan for a class without samples."""
     index = torch.from_numpy(classes).to(stats.means.device)
     rows = unit_rows(stats.centred_means.index_select(0, index))
     rows = torch.where(stats.present.index_select(0, index).unsqueeze(1), rows, torch.nan)

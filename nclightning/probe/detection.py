@@ -78,6 +78,7 @@ class _Search:
             self._most = int(counted.max()) if counted.numel() else -1
 
     def find(self, head: HeadArgument) -> tuple[FoundHead, Observation]:
+        """Return the head and the observed run, for any form of the argument ``head``."""
         if head is None:
             layer = self._detect()
         elif isinstance(head, str):
@@ -102,6 +103,7 @@ class _Search:
     # A layer that is known to be the head.
 
     def _found(self, layer: nn.Module, named: bool) -> FoundHead:
+        """Return a layer as the head, after all checks."""
         name, runs = self._names[layer], self._seen.of(layer)
         if len(runs) != 1:
             what = "did not run" if not runs else f"ran {len(runs)} times"
@@ -130,6 +132,7 @@ class _Search:
     def _reader(
         self, layer: nn.Module, name: str, features: Tensor, output: Tensor, named: bool
     ) -> tuple[HeadReader, bool]:
+        """Return a reader of the layer's weight that reproduces its output, and whether it has a margin."""
         readable, more = has_weight(layer), has_more_than_a_weight(layer)
         plain = [("weight", False), ("transposed", False)] if readable and not more else []
         if more or named:
@@ -220,6 +223,8 @@ class _Search:
     # A head that is a function of the model.
 
     def _found_by_values(self, head: Callable[[Any], Any]) -> FoundHead:
+        """Return the head of a function that returns weight and bias, with the place of its features."""
+
         def pair() -> Any:
             return head(self._module)
 
@@ -265,6 +270,7 @@ class _Search:
     # Detection.
 
     def _detect(self) -> nn.Module:
+        """Return the layer that is seen to be the head."""
         matches = self._matches()
         if len(matches) > 1:
             fed = {a for a in matches for b in matches if a is not b and self._feeds(a, b)}
@@ -359,6 +365,7 @@ class _Search:
         return [layer for layer in layers if not any(o in set(layer.modules()) for o in layers if o is not layer)]
 
     def _feeds(self, layer: nn.Module, other: nn.Module) -> bool:
+        """Return whether the output of a layer changes the input of another one."""
         seen = observe(self._module, self._call, {layer: pattern})
         before, after = self._seen.of(other), seen.of(other)
         return len(before) != len(after) or any(
@@ -366,6 +373,7 @@ class _Search:
         )
 
     def _has_place_for_labels(self, layer: nn.Module) -> bool:
+        """Return whether the output of a layer has the rows and classes of the labels."""
         output = class_last(layer, self._seen.of(layer)[-1].output)
         rows, labels = output.shape[:-1], self._labels
         fits_shape = labels is None or labels.shape in (rows, rows[:1], torch.Size([*rows[:1], 1]))

@@ -105,6 +105,7 @@ def _is_constant(parameter: Tensor) -> bool:
 def _breaks(
     module: nn.Module, call: Callable[[], Any], layer: nn.Module, link: Link, changed: Mapping[str, Tensor]
 ) -> bool:
+    """Return whether the output no longer follows from the logits if parameters have other values."""
     try:
         with _replaced(changed):
             seen = observe(module, call)
@@ -114,6 +115,7 @@ def _breaks(
 
 
 def _misses(seen: Observation, layer: nn.Module, link: Link) -> bool:
+    """Return whether an output did not follow from the logits of a layer in a run."""
     runs, leaf = seen.of(layer), seen.leaves.get(link.part)
     if len(runs) != 1 or leaf is None:
         return False  # The model took another path, which says nothing about this one.

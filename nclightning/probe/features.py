@@ -381,6 +381,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def _pool(tensor: Tensor) -> Tensor:
+    """Average a tensor over all dimensions except samples and channels."""
     if tensor.ndim == 3:
         return tensor.mean(dim=1)
     return tensor.flatten(2).mean(dim=2) if tensor.ndim > 3 else tensor

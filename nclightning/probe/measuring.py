@@ -154,6 +154,7 @@ def _measure_arrays(
     conventions: Conventions,
     start: float,
 ) -> Measurement:
+    """Measure features that are given as arrays."""
     rows, labels, num_classes, head = given
     of_statistics, of_decisions = measuring.statistics_measures, measuring.decision_measures
     left_out = tuple[str, ...]()

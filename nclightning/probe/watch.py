@@ -141,6 +141,7 @@ class Watch:
         self._kept_of, self._other, self._logits, self._settled = None, None, None, False
 
     def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Find out whether the model runs on the inputs of the batch, as a hook where inputs enter it."""
         tensor = first_argument(args, kwargs)
         if tensor is None:
             return
@@ -175,6 +176,7 @@ class Watch:
         return self._kept_of == self._matches
 
     def _keep_logits(self, args: Any, output: Any) -> None:
+        """Keep the output of the head, as a hook after its forward."""
         if (
             (not self._in_steps or self._wants())
             and self._logits is None
@@ -236,6 +238,7 @@ class Watch:
         return kept
 
     def _is_unsure(self, runs: int) -> bool:
+        """Return whether it is not known that the features belong to the inputs of the batch."""
         if self._kept_of == "yes":
             return False
         return runs > 1 or (self._online and self._kept_of == "no")
@@ -253,6 +256,7 @@ class Watch:
             raise self._refusal()
 
     def _refusal(self) -> UserError:
+        """Return the error for features that do not belong to the batch."""
         name, title = self._found.reader.name, type(self._module).__name__
         if self._online:
             return UserError(
@@ -297,11 +301,14 @@ class FirstStepHooks:
             self._handles.append(hook_call(module.get_submodule(name), self._compare_with(value)))
 
     def _count(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Count the calls of the head."""
         self._runs += 1
         if self._head_only:
             self.remove()
 
     def _compare_with(self, value: Tensor) -> Any:
+        """Return a hook that compares the input of a module with an earlier one."""
+
         def compare(args: Any, kwargs: dict[str, Any]) -> None:
             tensor = first_argument(args, kwargs)
             if tensor is not None and tensor.device == value.device:

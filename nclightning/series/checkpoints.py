@@ -68,6 +68,7 @@ class CheckpointSource:
         self.step = int(self._load()["global_step"])
 
     def _load(self, checked: bool = False) -> dict[str, Any]:
+        """Load the checkpoint, and raise unless it has a step and weights."""
         options = self._training.options
         content = load_torch(self.path, options.weights_only, checked)
         if not isinstance(content, dict) or "global_step" not in content or "state_dict" not in content:
@@ -178,6 +179,7 @@ class Training:
     # Model and data.
 
     def _build(self, checkpoint: dict[str, Any], name: str) -> _Built:
+        """Construct model, data and trainer."""
         seed = self.config.get("seed_everything")
         L.seed_everything(seed if type(seed) is int else self.options.seed, verbose=False)
         module = self._make("model", checkpoint, name)
@@ -205,6 +207,7 @@ class Training:
             self._kind("data")
 
     def _section(self, part: str) -> dict[str, Any]:
+        """Return the section of the configuration for the model or the data."""
         section = self.config.get(part)
         if isinstance(section, str):  # The path of a separate file, relative to the configuration.
             assert self._config_path is not None
@@ -322,6 +325,7 @@ def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> A
 
 
 def _other_model(error: RuntimeError, name: object) -> Exception:
+    """Return a user error if weights have other shapes than the model's, else the error itself."""
     found = re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", str(error))
     if found is None:
         return error

@@ -80,6 +80,7 @@ class _Snapshot:
         self._tensors = _Tensors(self._search())
 
     def _search(self) -> list[tuple[int, Tensor]]:
+        """Save the states of all objects that the module refers to, and return the tensors among them."""
         objects, origins, tensors = self._objects, self._origins, list[tuple[int, Tensor]]()
         seen = {id(objects[0])}
         for at, value in enumerate(objects):  # The loop appends to this list.
@@ -156,6 +157,7 @@ class _Tensors:
         self._before = fingerprint([value for _, value in watched])
 
     def restore(self) -> list[tuple[int, str | None]]:
+        """Restore values and gradients. Return the tensors for which this is not possible, with the reasons."""
         shards = [self._redirected(value, view) for value, view, _ in self._copied]
         copies = [copy for _, _, copy in self._copied]
         for changed, shard, copy in zip(_differ(shards, copies), shards, copies, strict=True):

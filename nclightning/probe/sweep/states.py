@@ -66,6 +66,7 @@ def generators_kept(data: Any) -> Iterator[None]:
 
 
 def _generators_in(data: Any) -> list[Any]:
+    """Return the random generators that an object refers to."""
     objects, found = [data], list[Any]()
     seen = {id(data)}
     for each in objects:  # The loop appends to this list.
@@ -80,6 +81,7 @@ def _generators_in(data: Any) -> list[Any]:
 
 
 def _held_by(value: Any) -> list[Any]:
+    """Return the objects that an object refers to directly."""
     if isinstance(value, Tensor | np.ndarray | type):
         return []
     held: list[Any] = []
