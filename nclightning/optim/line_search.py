@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
-from nclightning.optim.backtracking import Found, backtrack
+from nclightning.optim.backtracking import SearchResult, backtrack
 from nclightning.optim.direction import Descent, Direction, Space
 from nclightning.optim.evaluation import Evaluation, StoredEvaluation, parameters_of
 from nclightning.optim.objectives import ClosureObjective, LineObjective
@@ -216,7 +216,7 @@ class LineSearchOptimizer(Optimizer):
         self._adapt(start, found, objective, space)
         return self._finish(objective, params, start, found.end, found.status, found.size, spent)
 
-    def _find_step(self, objective: LineObjective, start: Evaluation, space: Space) -> tuple[Found, int]:
+    def _find_step(self, objective: LineObjective, start: Evaluation, space: Space) -> tuple[SearchResult, int]:
         """Search along the descent vector, then along the gradient. Return the result and the number of evaluations."""
         trials, spent, direction = 0, 0, self._direction
         while True:
@@ -236,7 +236,9 @@ class LineSearchOptimizer(Optimizer):
                 break
         return found._replace(trials=trials), trials + spent
 
-    def _search_along(self, objective: LineObjective, start: Evaluation, descent: Descent, space: Space) -> Found:
+    def _search_along(
+        self, objective: LineObjective, start: Evaluation, descent: Descent, space: Space
+    ) -> SearchResult:
         """Search along a descent vector, and restore the parameters after an exception."""
         interpolates = self._direction.interpolates
         try:
@@ -275,7 +277,7 @@ class LineSearchOptimizer(Optimizer):
             return SearchStatus.UNATTAINED if vanished else SearchStatus.STATIONARY
         return SearchStatus.UNATTAINED if self._steps_ran_away else None
 
-    def _adapt(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def _adapt(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Update the direction after an accepted step, and choose the first trial of the next one."""
         self._streak = self._streak + 1 if found.trials == 1 else 0
         self._direction.accept(start, found, objective, space)
