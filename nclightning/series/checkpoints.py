@@ -170,6 +170,7 @@ class Training:
             raise UserError(f"{name}: {error}") from error
 
     def _measure_full_batch(self, built: _Built) -> dict[str, float]:
+        """Measure a model that is trained on the full batch."""
         batch = next(iter(built.sets["train"][0][1].loader))
         monitor = CollapseAtIterates(1, self.options.measuring())
         monitor.prepare(built.module, batch)
@@ -252,6 +253,7 @@ class Training:
         return _from_checkpoint(kind, Path(name), self.options.weights_only, f"--{part} {self._paths[part]}")
 
     def _trainer(self, package: str, checkpoint: dict[str, Any]) -> Any:
+        """Construct a trainer with the precision and the limits of training."""
         device = chosen_device(self.options.device)
         given = self._trainer_options
         precision = self._precision or given.get("precision") or _precision_of(checkpoint[self.options.state_dict])
