@@ -92,7 +92,7 @@ _LIBRARY_MESSAGES = (
     (("Error(s) in loading state_dict",), "the checkpoint does not fit the model: {}."),
 )
 _TOP_LEVEL = ("nclightning", "torch", "lightning", "torchmetrics")
-_MOST_SHOWN = 60
+_MAX_SHOWN = 60
 
 
 def word_parser_error(message: str, words: Sequence[str], options: Iterable[str], source: str = "") -> str:
@@ -282,7 +282,7 @@ def _subclasses(base: Any) -> Iterator[type]:
 
 
 def _shortened(value: str) -> str:
-    return repr(value if len(value) <= _MOST_SHOWN else f"{value[: _MOST_SHOWN - 3]}...")
+    return repr(value if len(value) <= _MAX_SHOWN else f"{value[: _MAX_SHOWN - 3]}...")
 
 
 def one_line(text: object, most: int = 400) -> str:

@@ -19,7 +19,7 @@ from nclightning.sharding import is_sharded
 
 __all__ = ["check_effects", "check_functions", "describe_layers"]
 
-_MOST_LISTED = 12
+_MAX_LISTED = 12
 # Scale of logits as in a trained network, which a clamp would change.
 _LARGE = 100
 
@@ -149,11 +149,11 @@ def describe_layers(module: nn.Module, seen: Observation) -> str:
     scripted = [n for child, n in names.items() if _is_scripted(child)]
     outer = [repr(n) for n in scripted if not any(n.startswith(f"{other}.") for other in scripted)]
     listed = list(ran.values())
-    more = f" and {len(listed) - _MOST_LISTED} before" if len(listed) > _MOST_LISTED else ""
+    more = f" and {len(listed) - _MAX_LISTED} before" if len(listed) > _MAX_LISTED else ""
     outputs = ", ".join(f"{name or 'a tensor'} {tuple(t.shape)}" for name, t in seen.leaves.items())
     return (
-        f"Layers with a weight that ran are: {', '.join(listed[-_MOST_LISTED:]) or 'none'}{more}"
-        + (f"; that did not run: {', '.join(idle[-_MOST_LISTED:])}" if idle else "")
+        f"Layers with a weight that ran are: {', '.join(listed[-_MAX_LISTED:]) or 'none'}{more}"
+        + (f"; that did not run: {', '.join(idle[-_MAX_LISTED:])}" if idle else "")
         + (f"; scripted or traced, where no head can be seen: {', '.join(outer)}" if outer else "")
         + f". The model returned {outputs or 'no floating tensor'}."
     )
