@@ -297,9 +297,9 @@ class _Search:
         if not matches:
             hint = single_output_hint(self._agreement) if self._may_have_one_output() else ""
             raise UserError(
-                f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
-                f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
-                f"cast. {hint}{self._layers()} {REPAIRS}"
+                f"no layer of {self._title} was seen to be the head: none returns the output of the model, or "
+                f"logits from which it follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a cast. "
+                f"{hint}{self._layers()} {REPAIRS}"
             )
         raise UserError(
             f"cannot tell which layer of {self._title} is the head: the outputs of "
