@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from nclightning import environment
 from nclightning.compat.lightning import WriterLogger, write_hyperparameters
 from nclightning.compat.tensorboard import Summary
 from nclightning.errors import UserError
@@ -216,6 +217,8 @@ class RunLogger(WriterLogger):
             if not hparams.exists():
                 with replaced(hparams) as partial:
                     write_hyperparameters(partial, self.hparams)
+                with replaced(Path(self.log_dir) / environment.FILE_NAME) as partial:
+                    partial.write_text(environment.environment_as_json())
             self._write_held()
             self.experiment.flush()
             self.table.sync()

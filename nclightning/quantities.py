@@ -50,6 +50,7 @@ __all__ = [
     "SHARPNESS",
     "SHARPNESS_OVER_LIMIT",
     "STEP_SIZE",
+    "Collapsed",
     "Quantity",
     "Tag",
     "log10_tag",

@@ -51,9 +51,6 @@ REMAINING = {
     "callbacks/laws_at_iterates:_copy_before_reading",
     "callbacks/optimality_at_iterates:_told",
     "callbacks/sharpness:_told",
-    "models/closed_form:UFMLine",
-    "models/graph:GraphLine",
-    "models/sharded:ShardedLine",
 }
 
 

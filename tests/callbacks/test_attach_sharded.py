@@ -11,7 +11,7 @@ from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.functional import etf_deviation
 from nclightning.metrics import Optimality
 from nclightning.theory import UFMProblem
-from tests.callbacks.test_attach import K, Net, loader, measure, read
+from tests.callbacks.attached import K, Net, loader, measure, read
 from tests.processes import on
 from tests.trainers import quiet_trainer
 

@@ -21,26 +21,14 @@ from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.probe.batches import RowBuffer
 from nclightning.probe.collectors import StatisticsCollector
 from nclightning.quantities import DECISION_NAMES
-from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
+from tests.callbacks.attached import K, N, Net, features_of, fit, hooks_of, loader, measure, metrics
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
 ]
-
-
-def metrics(trainer, prefix="nc/"):
-    return {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-
-
-def features_of(model, x):
-    model.eval()
-    with torch.no_grad():
-        return model.body(x)
 
 
 class Conv(Net):

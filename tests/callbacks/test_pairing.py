@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_head_forms import oracle
+from tests.forms import oracle
 from tests.trainers import quiet_trainer
 
 K, D, N, B = 4, 6, 48, 8

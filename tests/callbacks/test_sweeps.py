@@ -12,18 +12,14 @@ from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import IndexDataModule
 from nclightning.functional import class_statistics, ood_orthogonality, within_class_variability
 from nclightning.models import UFM
-from tests.callbacks.test_attach import K, N, Net, fit, loader, samples
-from tests.callbacks.test_monitor_options import features_of, metrics, pytestmark
+from tests.callbacks.attached import K, N, Net, Pair, features_of, fit, loader, metrics
 from tests.trainers import quiet_trainer
 
-__all__ = ["pytestmark", "samples"]
-
-
-class Pair(Net):
-    """Takes batches of two loaders."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
+]
 
 
 def test_several_training_loaders(tmp_path, samples):

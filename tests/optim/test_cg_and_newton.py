@@ -6,12 +6,11 @@ import pickle
 import pytest
 import torch
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoNewtonCG, SearchStatus
-from tests.optim.problems import FUNCTIONS, beale, rosenbrock
-from tests.optim.test_closures import FALLING
-from tests.optim.test_lbfgs import (
+from tests.optim.closures import (
     DISTURBANCES,
+    FALLING,
     closure_of,
     freeze,
     logistic,
@@ -21,6 +20,7 @@ from tests.optim.test_lbfgs import (
     shorten_history,
     step,
 )
+from tests.optim.problems import FUNCTIONS, beale, rosenbrock
 
 BOTH = pytest.mark.parametrize("make", [ArmijoCG, ArmijoNewtonCG])
 
@@ -190,7 +190,7 @@ def test_a_state_of_another_direction_is_refused(make):
 def test_conjugate_gradients_take_the_steps_of_a_closure_along_a_line_bit_for_bit():
     plain, lazy = network(), network()
     optimizer, other = ArmijoCG(plain.parameters()), ArmijoCG(lazy.parameters())
-    line = GraphLine(lambda: loss_of(lazy), list(lazy.parameters()))
+    line = AutogradObjective(lambda: loss_of(lazy), list(lazy.parameters()))
     assert step(optimizer, plain, 30) == step(other, lazy, 30, line)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), lazy.parameters(), strict=True))
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from nclightning import optim
 from nclightning.optim import ArmijoGD, SearchStatus
+from tests.optim.closures import FALLING
 
 
 def bowl(x):
@@ -313,20 +314,6 @@ def test_a_copy_of_an_optimizer_with_a_scheduler_steps_its_own_parameters(duplic
 
     twin.step(closure)
     assert (x.item(), y.item()) == (1.0, 0.5)
-
-
-CLASSES = torch.tensor([0, 0, 1, 1])
-FALLING = {
-    "-x^2": (lambda x: -x.square().sum(), SearchStatus.UNBOUNDED),
-    "-x^4": (lambda x: -(x**4).sum(), SearchStatus.UNBOUNDED),
-    "-x": (lambda x: -x.sum(), None),
-    "-log x": (lambda x: -x.log().sum(), None),
-    "exp(-x)": (lambda x: (-x).exp().sum(), SearchStatus.UNATTAINED),
-    "separable": (
-        lambda x: cross_entropy(torch.outer(x.new_tensor([1.0, 2.0, -1.0, -2.0]), torch.stack([x[0], -x[0]])), CLASSES),
-        SearchStatus.UNATTAINED,
-    ),
-}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

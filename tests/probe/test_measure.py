@@ -32,8 +32,7 @@ from torch.utils.data import (
 from nclightning import measure
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.metrics import NearestClassCentre, NeuralCollapse
-from tests.callbacks.test_head_forms import Wrapped, oracle
-from tests.forms import CASES
+from tests.forms import CASES, Wrapped, oracle
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorData
 from nclightning import Probe, measure, ranks
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat.torch import default_store
-from tests.probe.test_probing import EXACT, Wrapped, X, Y, loader, made, sgd, states, step
+from tests.probe.loops import EXACT, Wrapped, X, Y, loader, made, sgd, states, step
 from tests.trainers import forget_accelerator, quiet_trainer
 
 accelerate = pytest.importorskip("accelerate")
