@@ -11,6 +11,7 @@ from nclightning.metrics import MEASURES
 from nclightning.probe.collectors import DECISIONS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SLOW = {"tutorials/digits.md", "tutorials/depth.md"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -37,6 +38,11 @@ def assert_same_figures(printed, shown):
         assert abs(float(now) - float(then)) <= 2 * unit_of_last_digit(then), (now, then)
 
 
+def case(page):
+    name = str(page.relative_to(DOCS))
+    return pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+
+
 @pytest.fixture
 def _nothing_stays():
     """What pages register is forgotten."""
@@ -48,7 +54,7 @@ def _nothing_stays():
 
 
 @pytest.mark.usefixtures("_nothing_stays")
-@pytest.mark.parametrize("page", PAGES.pages(), ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", map(case, PAGES.pages()))
 def test_blocks_print_what_the_page_shows(page):
     for printed, shown in zip(PAGES.printed(page), PAGES.shown(page), strict=True):
         assert_same_figures(printed, shown)
@@ -87,3 +93,21 @@ def test_pictures_of_the_numbers_are_drawn_and_shown(monkeypatch):
     pages = (page.read_text() for page in (DOCS / "numbers").glob("*.md"))
     shown = {name for text in pages for name in re.findall(r"!\[[^\]]+\]\(images/(\w+)\.png\)", text)}
     assert drawn == shown == {path.stem for path in (DOCS / "numbers" / "images").glob("*.png")}
+
+
+@pytest.mark.parametrize("script", PAGES.tutorials(), ids=lambda script: script.stem)
+def test_pages_of_tutorials_are_those_of_their_scripts(script):
+    page = script.with_suffix(".md")
+    assert PAGES.without_outputs(page) == PAGES.page_of(script), "run: python docs/pages.py"
+    saved = set(re.findall(r'savefig\("([\w.]+)"', script.read_text()))
+    shown = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", page.read_text()))
+    assert saved == shown
+    assert all((page.parent / "images" / name).exists() for name in saved)
+    assert f"]({page.name})" in (page.parent / "index.md").read_text()
+
+
+def test_links_lead_somewhere():
+    for folder in ("numbers", "extend", "tutorials"):
+        for page in [*(DOCS / folder).glob("*.md"), DOCS / "start.md"]:
+            for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+                assert (page.parent / target).exists(), (page, target)
