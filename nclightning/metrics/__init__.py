@@ -1,4 +1,4 @@
-"""Neural collapse as torchmetrics."""
+"""Measures of neural collapse as torchmetrics classes."""
 
 from typing import TYPE_CHECKING
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError, UserTypeError
-from nclightning.metrics.measures import MEASURES, Collapsed, Measure, Reading, meaning_of
+from nclightning.metrics.measures import MEASURES, Measure, MeasureInput
+from nclightning.quantities import NC, NC1, QUANTITIES, Collapsed, Quantity
 
 __all__ = ["register_measure"]
 
-_OF_THE_PACKAGE = frozenset(MEASURES)
+_PACKAGE_TAGS = frozenset(QUANTITIES)
 
-Read = Callable[[Reading], Tensor | float]
+Read = Callable[[MeasureInput], Tensor | float]
 
 
 def register_measure(
@@ -30,7 +31,7 @@ def register_measure(
 
     From then on ``measures=(name,)`` and ``measures=("all",)`` evaluate it wherever measures are chosen by name:
     :func:`nclightning.measure`, :class:`nclightning.Probe`, :class:`nclightning.metrics.NeuralCollapse` and the
-    monitors. The function gets a :class:`nclightning.metrics.measures.Reading`: ``stats``, the
+    monitors. The function gets a :class:`nclightning.metrics.measures.MeasureInput`: ``stats``, the
     :class:`nclightning.functional.ClassStatistics` of all samples, ``weight`` and ``bias`` of the head. It never sees
     single samples. Each process registers for itself: where processes are started anew, register in a module that they
     import. A name may be registered again, as when a cell of a notebook runs twice; names of the package may not.
@@ -59,23 +60,25 @@ def register_measure(
         >>> from nclightning import measure
         >>> measure(features=[[3.0], [3.0], [-3.0]], labels=[0, 0, 1], measures=["mean_size"])["mean_size"]
         3.0
-        >>> from nclightning.metrics import MEASURES
-        >>> del MEASURES["mean_size"]
+        >>> from nclightning.quantities import QUANTITIES
+        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]
     """
     if not name.isidentifier():
         raise UserError(f"name must be an identifier such as 'effective_rank', got {name!r}.")
-    if name in _OF_THE_PACKAGE or (name not in MEASURES and meaning_of(name).text):
+    quantity = Quantity(name, NC, text, collapsed=at_collapse, chart=NC1.chart, maker="measure")
+    if quantity.tag() in _PACKAGE_TAGS:
         raise UserError(f"name={name!r} is a measure of the package; choose another name.")
 
     def register(read: Read) -> Read:
-        def evaluate(reading: Reading) -> Tensor:
+        def evaluate(reading: MeasureInput) -> Tensor:
             value = read(reading)
             if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise UserTypeError(f"the function of the measure {name!r} must return one number, got {got}.")
             return torch.as_tensor(value).to(reading.stats.means).reshape(())
 
-        MEASURES[name] = Measure(evaluate, text, at_collapse, needs_head, needs_scatter, needs_classes)
+        QUANTITIES[quantity.tag()] = quantity
+        MEASURES[name] = Measure(evaluate, needs_head, needs_scatter, needs_classes)
         return read
 
     return register

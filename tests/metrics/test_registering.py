@@ -8,16 +8,19 @@ from torch import nn
 
 import nclightning
 from nclightning.metrics import MEASURES, NeuralCollapse, register_measure
+from nclightning.quantities import QUANTITIES
 
 FEATURES, LABELS = torch.tensor([[2.0, 0.0], [2.0, 1.0], [-2.0, 0.0]]), torch.tensor([0, 0, 1])
 
 
 @pytest.fixture(autouse=True)
 def _forget():
-    before = dict(MEASURES)
+    registries = MEASURES, QUANTITIES
+    before = [dict(each) for each in registries]
     yield
-    MEASURES.clear()
-    MEASURES.update(before)
+    for each, entries in zip(registries, before, strict=True):
+        each.clear()
+        each.update(entries)
 
 
 def twice_the_samples(**options):
@@ -46,7 +49,7 @@ def test_what_it_needs_is_asked_for():
     register_measure("of_head", "sum of the bias", needs_head=True)(lambda reading: reading.bias.sum())
     register_measure("of_scatter", "spread", needs_scatter=True)(lambda reading: reading.stats.root.square().sum())
     arguments = {"features": FEATURES, "labels": LABELS}
-    with pytest.raises(ValueError, match=r"of_head.* read the head"):
+    with pytest.raises(ValueError, match=r"of_head.* need the head"):
         nclightning.measure(**arguments, measures=("of_head",))
     assert "of_head" not in nclightning.measure(**arguments, measures=("all",))
     found = nclightning.measure(
