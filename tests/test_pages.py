@@ -8,7 +8,7 @@ import pytest
 
 from nclightning import pictures
 from nclightning.metrics import MEASURES
-from nclightning.probe.collectors import DECISIONS
+from nclightning.quantities import DECISION_NAMES, QUANTITIES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SLOW = {"tutorials/digits.md", "tutorials/depth.md"}
@@ -46,15 +46,16 @@ def case(page):
 @pytest.fixture
 def _nothing_stays():
     """What pages register is forgotten."""
-    measures, loggers = dict(MEASURES), dict(pictures._registered)
+    registries = MEASURES, QUANTITIES, pictures._registered
+    before = [dict(each) for each in registries]
     yield
-    for registered, before in ((MEASURES, measures), (pictures._registered, loggers)):
-        registered.clear()
-        registered.update(before)
+    for each, entries in zip(registries, before, strict=True):
+        each.clear()
+        each.update(entries)
 
 
 @pytest.mark.usefixtures("_nothing_stays")
-@pytest.mark.parametrize("page", map(case, PAGES.pages()))
+@pytest.mark.parametrize("page", [case(page) for page in PAGES.pages()])
 def test_blocks_print_what_the_page_shows(page):
     for printed, shown in zip(PAGES.printed(page), PAGES.shown(page), strict=True):
         assert_same_figures(printed, shown)
@@ -82,9 +83,9 @@ def test_every_measure_has_its_place_on_a_page():
     lines = [line for page in pages for line in page.read_text().splitlines()]
     places = [line for line in lines if line.startswith("#")] + [line.split("|")[1] for line in lines if "|" in line]
     of_pages = {name for place in places for name in re.findall(r"`(\w+)`", place)}
-    assert {*MEASURES, *DECISIONS, "nc5", "gap", "distance", "certified_gap", "nrc1", "nrc2", "nrc3"} <= of_pages
+    assert {*MEASURES, *DECISION_NAMES, "nc5", "gap", "distance", "certified_gap", "nrc1", "nrc2", "nrc3"} <= of_pages
     questions = (DOCS / "numbers" / "index.md").read_text().partition("## When to trust")[0]
-    assert {*MEASURES, *DECISIONS} <= set(re.findall(r"`(\w+)`", questions))
+    assert {*MEASURES, *DECISION_NAMES} <= set(re.findall(r"`(\w+)`", questions))
 
 
 def test_pictures_of_the_numbers_are_drawn_and_shown(monkeypatch):
