@@ -12,7 +12,7 @@ import numpy as np
 from nclightning.figures.tables import error_bound_constant_of
 from nclightning.problems import NoAnswer, Problem
 from nclightning.problems.coincidence import coinciding_groups
-from nclightning.quantities import CONVERGING, GAP, parse_tag
+from nclightning.quantities import CONVERGING, ERROR_BOUND_RATIO, GAP, parse_tag, quantity_of
 from nclightning.report.quantities import OF_COLLAPSE, falls_to_zero, label_of
 from nclightning.report.recorded import Record
 from nclightning.report.trends import LEAST_READINGS, Trend, trend_of
@@ -202,7 +202,7 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
     readings = record.run.readings
     rule = "a recorded value is infinite; or all values are nan to the end; or loss or gradient norm grew 1000-fold"
     for tag, values in readings.values.items():
-        if not tag.startswith("log10/") and np.isinf(values).any() and "error_bound_ratio" not in tag:
+        if not parse_tag(tag).is_log10 and np.isinf(values).any() and quantity_of(tag) is not ERROR_BOUND_RATIO:
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return
