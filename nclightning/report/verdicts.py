@@ -81,13 +81,15 @@ def least_nc2(num_classes: int, feature_dim: int) -> float:
     r"""Return the least NC2 and NC3 of K classes in d dimensions, :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}` for K > d + 1.
 
     Args:
-        num_classes: K, at least 2.
+        num_classes: K.
         feature_dim: d, at least 1.
 
     Returns:
         0 where a simplex ETF fits.
     """
-    return math.sqrt(2 - 2 * math.sqrt(min(1.0, feature_dim / (num_classes - 1))))
+    if num_classes <= feature_dim + 1:
+        return 0.0
+    return math.sqrt(2 - 2 * math.sqrt(feature_dim / (num_classes - 1)))
 
 
 def sizes_of(settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -316,18 +318,19 @@ def _on_sizes(sizes: Mapping[str, Any], measured: Mapping[str, float]) -> Iterat
     K, d = sizes_of(sizes)
     if not K:
         return
-    found = {name: measured[name] for name in _OF_FRAMES if math.isfinite(measured.get(name, math.nan))}
-    if found and d + 1 < K:
-        least = least_nc2(K, d)
-        values = ", ".join(f"{name.upper()} = {value:.4g}" for name, value in found.items())
-        rule = "a simplex ETF of K classes needs K - 1 dimensions; the least value is sqrt(2 - 2 sqrt(d / (K - 1)))"
-        number = f"K = {K}, d = {d}: at least {least:.4g}; {values}"
-        if min(found.values()) < least * (1 - _BELOW_FLOOR):
-            yield Verdict("open", "Not decided: a value is below the least that these sizes allow", number, rule)
-        else:
-            yield Verdict("note", f"{_and([name.upper() for name in found])} cannot vanish: K > d + 1", number, rule)
-    rank = measured.get("nc1_rank", math.nan)
     present = K - _absent(sizes)
+    least = {NC2.name: least_nc2(K, d), NC3.name: least_nc2(present, d)}  # NC3 leaves absent classes out.
+    found = {name: measured[name] for name in _OF_FRAMES if math.isfinite(measured.get(name, math.nan)) and least[name]}
+    if found:
+        values = ", ".join(f"{name.upper()} = {value:.4g}, at least {least[name]:.4g}" for name, value in found.items())
+        rule = "a simplex ETF of K classes needs K - 1 dimensions; the least value is sqrt(2 - 2 sqrt(d / (K - 1)))"
+        if any(value < least[name] * (1 - _BELOW_FLOOR) for name, value in found.items()):
+            words = "Not decided: a value is below the least that these sizes allow"
+            yield Verdict("open", words, f"K = {K}, d = {d}: {values}", rule)
+        else:
+            words = f"{_and([name.upper() for name in found])} cannot vanish: K > d + 1"
+            yield Verdict("note", words, f"K = {K}, d = {d}: {values}", rule)
+    rank = measured.get("nc1_rank", math.nan)
     if math.isfinite(rank) and rank < min(present - 1, d):
         rule = "nc1_rank below min(K - 1, d), with K the classes that have samples"
         number = f"{rank:.0f} of {min(present - 1, d)} directions"
