@@ -51,22 +51,6 @@ REMAINING = {
     "callbacks/laws_at_iterates:_copy_before_reading",
     "callbacks/optimality_at_iterates:_told",
     "callbacks/sharpness:_told",
-    "models/closed_form:UFMLine",
-    "models/graph:GraphLine",
-    "models/sharded:ShardedLine",
-    "optim/backtracking:bend",
-    "optim/cg:bend",
-    "optim/cg:bends",
-    "optim/evaluation:Carried",
-    "optim/iterate:room",
-    "optim/line:ClosureLine",
-    "optim/line_search:_carried",
-    "optim/line_search:_line_of",
-    "optim/line_search:carried",
-    "probe/collectors:_told",
-    "probe/likeness:apart",
-    "probe/sweep/snapshot:room",
-    "probe/sweep/states:drawing_apart",
 }
 
 

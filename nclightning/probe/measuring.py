@@ -155,11 +155,8 @@ def _measure_arrays(
     start: float,
 ) -> Measurement:
     rows, labels, num_classes, head = given
-    of_statistics, of_decisions, left_out = (
-        measuring.statistics_measures,
-        measuring.decision_measures,
-        tuple[str, ...](),
-    )
+    of_statistics, of_decisions = measuring.statistics_measures, measuring.decision_measures
+    left_out = tuple[str, ...]()
     if head is None:
         wanted = (*(DEFAULT_MEASURES if of_statistics is None else of_statistics), *of_decisions)
         left_out = tuple(

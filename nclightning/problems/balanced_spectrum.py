@@ -1,10 +1,15 @@
-r"""The part of the spectrum that is within the range of the features, for balanced classes, however many.
+r"""The part of the spectrum within the range of the features, for any number of balanced classes.
 
-Permuting classes permutes head rows and features alike, so that the Hessian splits by the representations of the
-permutations. A deviation of the head or of the mean features is a matrix ``(K, r)``, or ``(K, K)`` in coordinates of
-the classes. Matrices that a permutation of all classes but the first leaves alone are five: they see the trivial and
-the standard representation. What is left of a matrix is symmetric with zero sums and diagonal, or skew with zero sums;
-one matrix of each kind is enough. So products of the Hessian with some fifteen vectors give all eigenvalues.
+The Hessian commutes with permutations of the classes, so that it splits by the irreducible representations of the
+permutation group. A deviation of the head or of the mean features is a matrix ``(K, r)``, or ``(K, K)`` in coordinates
+of the classes.
+
+- Five matrices are invariant under the permutations that fix the first class. They give the eigenvalues in the trivial
+  and in the standard representation.
+- The remaining matrices are either symmetric with zero row sums and zero diagonal, or skew with zero row sums. One
+  matrix of each kind gives its eigenvalue.
+
+So the products of the Hessian with about fifteen vectors give all eigenvalues.
 """
 
 from __future__ import annotations
@@ -23,14 +28,14 @@ __all__ = ["is_symmetric", "symmetric_values"]
 
 
 def is_symmetric(optimal: OptimalSet) -> bool:
-    """Whether the classes are exchangeable, and the features span all their differences."""
+    """Whether the classes are exchangeable, and the optimal features span all differences of classes."""
     groups, rank, d = optimal.optimum.groups, optimal.optimum.rank, optimal.feature_dim
     K = groups.targets.shape[1]
     return K >= 4 and d >= rank >= K - 1 and has_exchangeable_classes(groups)
 
 
 class _Deviation(NamedTuple):
-    """Of head and scaled mean features, in coordinates of the range, and of the bias."""
+    """A deviation of head and scaled mean features, in coordinates of the range, and of the bias."""
 
     head: Tensor
     means: Tensor
@@ -41,7 +46,7 @@ class _Deviation(NamedTuple):
 
 
 class _Hessian:
-    """The second variation at an optimum, within the range."""
+    """The Hessian at an optimum, for deviations within the range."""
 
     def __init__(self, optimal: OptimalSet) -> None:
         self.optimal, self.groups = optimal, optimal.optimum.groups
@@ -60,7 +65,7 @@ class _Hessian:
 
 
 def symmetric_values(optimal: OptimalSet) -> list[tuple[float, int]]:
-    """Eigenvalues with multiplicities, of head, mean features and bias within the range."""
+    """Return the eigenvalues with multiplicities of deviations of head, mean features and bias within the range."""
     hessian = _Hessian(optimal)
     K = optimal.optimum.groups.targets.shape[1]
     one = torch.zeros(K, dtype=torch.float64, device=optimal.optimum.groups.targets.device)
@@ -85,7 +90,7 @@ def symmetric_values(optimal: OptimalSet) -> list[tuple[float, int]]:
 
 
 def _copies(optimal: OptimalSet, matrices: list[Tensor], biases: list[Tensor]) -> list[_Deviation]:
-    """Each matrix as a deviation of the head and of the mean features, each vector as one of the bias."""
+    """Return each matrix as a deviation of the head and as one of the mean features, each vector as one of the bias."""
     frame = optimal.optimum.factors.right
     found = []
     for matrix in matrices:
@@ -99,7 +104,7 @@ def _copies(optimal: OptimalSet, matrices: list[Tensor], biases: list[Tensor]) -
 
 
 def _values(hessian: _Hessian, moves: list[_Deviation], without: list[_Deviation]) -> list[float]:
-    """Eigenvalues on the span of some deviations, which is invariant, but for those on the span of others in it."""
+    """Return the eigenvalues on the span of ``moves`` orthogonal to the span of ``without``; both are invariant."""
     left_out = _orthonormal(without, [])
     basis = _orthonormal(moves, left_out)
     images = [hessian(move) for move in basis]
@@ -109,7 +114,7 @@ def _values(hessian: _Hessian, moves: list[_Deviation], without: list[_Deviation
 
 
 def _orthonormal(moves: list[_Deviation], others: list[_Deviation]) -> list[_Deviation]:
-    """Gram and Schmidt, twice; moves that depend on those before, or are rounding, are dropped."""
+    """Orthonormalise by Gram-Schmidt, applied twice; moves that depend on earlier ones up to rounding are dropped."""
     basis: list[_Deviation] = []
     for move in moves:
         size, now = max(1.0, move.dot(move) ** 0.5), move

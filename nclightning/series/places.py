@@ -1,4 +1,4 @@
-"""Which kind of files the user has named: saved features, checkpoints of Lightning or models of Hugging Face."""
+"""Detection of the kind of files: saved features, checkpoints of Lightning, or models of Hugging Face."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FileSet(NamedTuple):
 
     Attributes:
         kind: A key of ``KINDS``.
-        paths: Files, or folders of models.
+        paths: The files, or model folders.
     """
 
     kind: str
@@ -34,17 +34,17 @@ class FileSet(NamedTuple):
 
 
 def find_files(paths: Sequence[Path]) -> FileSet:
-    """Find the files to measure, in the folders among the paths, too.
+    """Return the files to measure, including those in folders.
 
     Raises:
-        ValueError: If a folder has none, a file is of no known kind, or they are of several.
+        ValueError: If a folder has none, the kind of a file is not known, or there are several kinds.
     """
     found = [_in_folder(path) if path.is_dir() else FileSet(_kind_of(path), [path]) for path in paths]
     for place, path in zip(found, paths, strict=True):
         if place.kind != found[0].kind:
             raise UserError(
-                f"{paths[0]} is about {KINDS[found[0].kind]} and {path} about {KINDS[place.kind]}: measure each "
-                "kind by itself."
+                f"{paths[0]} has {KINDS[found[0].kind]} and {path} has {KINDS[place.kind]}: measure each kind "
+                "separately."
             )
     return FileSet(found[0].kind, list(dict.fromkeys(each for place in found for each in place.paths)))
 
@@ -63,7 +63,10 @@ def _in_folder(folder: Path) -> FileSet:
         kinds = {_kind_of(each): each for each in files}
         if len(kinds) == 1:
             return FileSet(next(iter(kinds)), files)
-        raise UserError(f"{folder} holds {' and '.join(map(str, kinds.values()))}, of two kinds: name the files.")
+        raise UserError(
+            f"{folder} has files of two kinds, {' and '.join(map(str, kinds.values()))}: give the files, not the "
+            "folder."
+        )
     raise UserError(
         f"{folder} has nothing to measure: no checkpoints (*.ckpt, also in checkpoints/), no checkpoint-N folders of "
         "Hugging Face, no saved features (.npz, .npy, .pt, .safetensors)."
@@ -92,12 +95,12 @@ def _is_checkpoint(path: Path) -> bool:
     try:
         content = load_torch(path, weights_only=True)
     except UserError:
-        return False  # Said later, with the options of the user.
+        return False  # The error is raised later, with the options of the user.
     return isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()
 
 
 def find_config(checkpoints: Sequence[Path]) -> Path | None:
-    """Find the configuration that a LightningCLI has saved in the folder of a run; None if there is none."""
+    """Return the configuration that LightningCLI saved in the run folder of checkpoints; None if there is none."""
     folder = checkpoints[0].parent
     places = [folder, folder.parent] if folder.resolve().name == "checkpoints" else [folder]
     return next((each / "config.yaml" for each in places if (each / "config.yaml").is_file()), None)

@@ -430,7 +430,7 @@ def test_targets_that_cannot_be_read(generator):
     metric.reset()
     metric.update(features, targets)
     metric.update(features, torch.arange(6) % 4)
-    with pytest.raises(ValueError, match="integers in all batches or floating in all"):
+    with pytest.raises(ValueError, match="integers in all batches, or floating in all"):
         metric.compute()
 
 

@@ -212,7 +212,7 @@ def test_notes_say_what_is_missing():
     found = measure(features=given["features"][kept], labels=given["labels"][kept], weight=given["weight"])
     assert "1 of 4 classes have no samples; measures of class means leave them out." in repr(found)
     assert "Class means spread along 2 of at most 2 directions." in repr(found)
-    assert "Left out, since they read the head: nc2, nc3." in repr(
+    assert "Left out because they need the head: nc2, nc3." in repr(
         measure(features=given["features"], labels=given["labels"])
     )
 
@@ -238,7 +238,7 @@ def test_a_notebook_shows_the_same_table_with_names_escaped():
     assert reader.open == []
     assert "layer <script>alert(1)</script>&" in reader.cells
     assert "Measurement of 24 samples, 4 classes, 8 features, head '<b>', 1.5 s" in reader.cells
-    assert "Left out, since they read the head: nc3." in reader.cells
+    assert "Left out because they need the head: nc3." in reader.cells
     assert {"nc1", "0.5", "1e-09", "inf"} <= set(reader.cells)
 
 
