@@ -1,4 +1,4 @@
-"""Problems as plain values, as configurations and checkpoints hold them, and back."""
+"""Conversion of problems to plain values, for configurations and checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ARGUMENTS", "describe", "from_description"]
 
-# Of a problem, which keeps them as attributes.
+# Arguments of a Problem, which are also its attributes.
 ARGUMENTS = ("loss", "targets", "counts", "feature_dim", "lambda_w", "lambda_h", "bias", "tolerance")
 
 
 def describe(problem: Problem) -> dict[str, Any]:
-    """Write a problem as mappings, lists, numbers and texts.
+    """Describe a problem by mappings, lists, numbers and strings.
 
     Args:
-        problem: Its loss must keep the arguments that it was made with as attributes of the same names.
+        problem: The problem. Its loss must have an attribute for each argument of its constructor, of the same name.
 
     Returns:
-        ``class_path`` and ``init_args`` of :class:`nclightning.problems.Problem`, as a configuration has them.
+        ``class_path`` and ``init_args`` of :class:`nclightning.problems.Problem`, as in a configuration.
 
     Raises:
-        ValueError: If the loss does not keep an argument.
+        ValueError: If the loss lacks such an attribute.
     """
     loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
     special = {"loss": loss, "targets": "hard" if problem.has_hard_labels else _plain(problem.targets)}
@@ -41,21 +41,21 @@ def describe(problem: Problem) -> dict[str, Any]:
 
 
 def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
-    """Make the problem that :func:`describe` wrote, or that a configuration names.
+    """Make a problem from the result of :func:`describe`, or from a configuration.
 
-    A description may come from somebody else's checkpoint. So nothing is called unless it says of itself that it makes
-    a problem; the module that ``class_path`` names is imported.
+    A description may come from somebody else's checkpoint. A function is called only if its return annotation says that
+    it makes a problem. The module that ``class_path`` names is imported in any case.
 
     Args:
         kind: :class:`nclightning.problems.Problem`.
-        description: ``class_path``, :class:`nclightning.problems.Problem` or a function whose annotation of what it
-            returns is that class, and ``init_args``.
+        description: ``class_path`` and ``init_args``. The path names :class:`nclightning.problems.Problem`, or a
+            function whose return annotation is that class.
 
     Returns:
         The problem.
 
     Raises:
-        ValueError: If it says no problem.
+        ValueError: If the description is not that of a problem.
     """
     if "class_path" not in description:
         raise UserError(f"problem: class_path is missing, got {', '.join(description)}.")
@@ -65,7 +65,7 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
         arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
     made = _made(description["class_path"], arguments, "problem", kind, functions=True)
     if not isinstance(made, kind):
-        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
+        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__} instead of a Problem.")
     return made
 
 
@@ -119,5 +119,5 @@ def _arguments_of(loss: Loss) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Without tensors, arrays and numbers of NumPy, which a checkpoint that is read safely cannot hold."""
+    """Convert tensors and NumPy values to Python numbers: a checkpoint that is loaded safely cannot contain them."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
