@@ -59,7 +59,7 @@ def compare(loss, dtype, samples_per_class=100, near_optimum=False):
     index = torch.arange(model.num_samples)
     labels = index // samples_per_class
     params = list(model.parameters())
-    optimizer, line = ArmijoGD(params), model.line((index, labels), params)
+    optimizer, line = ArmijoGD(params), model.make_closure((index, labels), params)
     features, weight = model.features.detach().clone(), model.head.weight.detach().clone()
     logits, product, gradient = features @ weight.T, torch.empty_like(weight), torch.empty_like(features)
 

@@ -57,14 +57,14 @@ class Counted:
     def __init__(self, model):
         self.model, self.params = model, [p for p in model.parameters() if p.requires_grad]
         self.problem, self.labels = model.problem, model.problem.labels()
-        self.line = model.line((torch.arange(len(self.labels)), self.labels), self.params)
+        self.line = model.make_closure((torch.arange(len(self.labels)), self.labels), self.params)
         self.evaluations, self.nearest, self.reached = 0, math.inf, {}
 
     def __call__(self):
         """Set the gradients and return the value."""
         for p in self.params:
             p.grad = None
-        value = self.line()
+        value = self.make_closure()
         for p in self.params:
             p.grad = p.grad.clone()  # The line keeps its own.
         self.evaluations += 1

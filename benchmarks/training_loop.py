@@ -76,7 +76,7 @@ def bare(loss, folder, closed_form=False, tensorboard=False):
         value.backward()
         return value.detach()
 
-    step = model.line((index, labels), params) if closed_form else closure
+    step = model.make_closure((index, labels), params) if closed_form else closure
     for iteration in range(1, ITERATIONS + 1):
         optimizer.step(step)
         if iteration % CADENCE == 0:

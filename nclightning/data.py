@@ -1,4 +1,4 @@
-"""Full-batch data that lives on the training device."""
+"""Full-batch data on the training device."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ __all__ = ["FullBatchDataModule", "FullBatchLoader", "GaussianDataModule", "Inde
 
 
 class FullBatchLoader:
-    """Yields the same resident batch again and again: no workers, no copies, no random numbers.
+    """A loader that yields the same batch again and again, without workers, copies or random numbers.
 
     Args:
-        batch: What to yield.
-        length: Batches per epoch.
+        batch: The batch ``(x, labels)``.
+        length: Number of batches per epoch.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.data import FullBatchLoader
+        >>> batch = torch.arange(4), torch.tensor([0, 0, 1, 1])
+        >>> [len(labels) for x, labels in FullBatchLoader(batch, length=3)]
+        [4, 4, 4]
     """
 
     def __init__(self, batch: tuple[Tensor, Tensor], length: int) -> None:
@@ -37,30 +44,40 @@ class FullBatchLoader:
         for _ in range(self.length):
             yield self.batch
 
-    # All batches are equal, so a loader that resumes within an epoch has nothing to remember.
+    # All batches are equal, so that there is no position within an epoch to save.
     def state_dict(self) -> dict[str, Any]:
         """Return an empty state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Accept it."""
+        """Accept an empty state."""
 
 
 class FullBatchDataModule(L.LightningDataModule):
-    """A training set that is one batch ``(x, labels)`` on the device, class after class.
+    """A training set that is one batch ``(x, labels)`` on the device, sorted by class.
 
-    Each class has exactly n samples; with a model that was made with a problem, each group as many as the problem says.
-
-    ``validate`` and ``test`` get the same batch once; there is no other data. Of several processes each gets its share
-    of the rows. Sizes that are None are taken from the hyperparameters of the model, which is where they are set; a
-    value that differs from the model's is refused.
+    Each class has exactly n samples. If the model was made with a problem, each group has the count of the problem.
+    ``validate`` and ``test`` use the same batch once; there is no other data. With several processes, each has its
+    share of the rows. Sizes that are None are taken from the hyperparameters of the model. A size that differs from
+    the model's is an error.
 
     Args:
-        steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
-        sizes: By name; the model's hyperparameters of the same names.
+        steps_per_epoch: Lightning steps per epoch. It only sets how often epoch hooks run.
+        sizes: Sizes by name, such as ``num_classes``, which the model has as hyperparameters.
 
     Raises:
         ValueError: If a size is missing or differs from the model's.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.data import FullBatchDataModule
+        >>> class Ramp(FullBatchDataModule):
+        ...     def inputs(self, device):
+        ...         return torch.linspace(0, 1, self.num_samples, device=device)
+        >>> data = Ramp(steps_per_epoch=1, num_classes=2, samples_per_class=2)
+        >>> data.adopt(None)  # without a model
+        >>> data.batch()[1]
+        tensor([0, 0, 1, 1])
     """
 
     def __init__(self, steps_per_epoch: int, **sizes: int | None) -> None:
@@ -73,14 +90,14 @@ class FullBatchDataModule(L.LightningDataModule):
         self._counts: list[int] = []  # Samples of each group.
 
     def setup(self, stage: str) -> None:
-        """Take the sizes over from the model, or check them against it."""
+        """Take the sizes from the model, or check them against it."""
         self.adopt(None if self.trainer is None else self.trainer.lightning_module)
 
     def adopt(self, model: L.LightningModule | None) -> None:
-        """Take the sizes over from a model, or check them against it.
+        """Take the sizes from a model, or check them against it.
 
         Args:
-            model: With the sizes among its hyperparameters; None if there is none.
+            model: A model with the sizes among its hyperparameters; None without a model.
 
         Raises:
             ValueError: If a size is missing, out of range or differs from the model's.
@@ -118,12 +135,12 @@ class FullBatchDataModule(L.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """K; of a problem M, the groups of samples with the same target."""
+        """K; for a problem M, the number of groups of samples with the same target."""
         return len(self._counts)
 
     @property
     def samples_per_class(self) -> int | None:
-        """Samples in each class, n; None where classes differ."""
+        """n, the number of samples of each class; None if classes differ."""
         return self._counts[0] if len(set(self._counts)) == 1 else None
 
     @property
@@ -139,7 +156,7 @@ class FullBatchDataModule(L.LightningDataModule):
         """Build the training set.
 
         Args:
-            device: Where to put it.
+            device: Device of the tensors.
 
         Returns:
             Inputs ``(N, ...)`` and labels ``(N,)``, int64.
@@ -162,7 +179,7 @@ class FullBatchDataModule(L.LightningDataModule):
         return self._loader(self.steps_per_epoch)
 
     def val_dataloader(self) -> FullBatchLoader | list[Any]:
-        """Return the full batch once; nothing during a fit, where the readings cover it already."""
+        """Return the full batch once; during a fit nothing, since the readings cover the training set already."""
         assert self.trainer is not None
         return [] if self.trainer.state.fn == "fit" else self._loader(1)
 
@@ -172,7 +189,7 @@ class FullBatchDataModule(L.LightningDataModule):
 
 
 def _counts_in(problem: Any) -> list[int] | None:
-    """Counts of a problem as a model keeps it; None for anything else of that name."""
+    """Return the counts of a problem in a model's hyperparameters; None if there is no such problem."""
     arguments = problem.get("init_args") if isinstance(problem, Mapping) else None
     counts = arguments.get("counts") if isinstance(arguments, Mapping) else None
     return list(counts) if isinstance(counts, list) else None
@@ -183,11 +200,19 @@ class IndexDataModule(FullBatchDataModule):
 
     Args:
         num_classes: K; None takes it from the model.
-        samples_per_class: n, likewise.
-        steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
+        samples_per_class: n; None takes it from the model.
+        steps_per_epoch: Lightning steps per epoch. It only sets how often epoch hooks run.
 
     Raises:
         ValueError: If a size is missing or differs from the model's.
+
+    Example:
+        >>> from nclightning.data import IndexDataModule
+        >>> from nclightning.models import UFM
+        >>> data = IndexDataModule()
+        >>> data.adopt(UFM(num_classes=2, samples_per_class=3, feature_dim=2, loss="mse", lambda_=0.01))
+        >>> data.batch()
+        (tensor([0, 1, 2, 3, 4, 5]), tensor([0, 0, 0, 1, 1, 1]))
     """
 
     def __init__(
@@ -201,22 +226,33 @@ class IndexDataModule(FullBatchDataModule):
 
 
 class GaussianDataModule(FullBatchDataModule):
-    r"""Inputs :math:`x \sim N(0, \mathrm{variance} \cdot I_D)` with labels that say nothing about them (paper, Sec. 3).
+    r"""Normally distributed inputs, with labels that are independent of them (paper, Sec. 3).
 
-    The paper draws labels uniformly; here each class has exactly n samples, as its closed forms need (erratum E9).
-    Inputs are drawn in float64 from a generator of their own, so that initialisations can be varied on the same data.
+    .. math:: x \sim N(0, \mathrm{variance} \cdot I_D)
+
+    The paper draws labels uniformly. Here each class has exactly n samples, which its closed forms require (erratum
+    E9). Inputs are drawn in float64 from a separate generator, so that different initialisations can be compared on the
+    same data.
 
     Args:
         num_classes: K; None takes it from the model.
-        samples_per_class: n, likewise.
-        input_dim: D, likewise.
-        variance: Of each coordinate.
-        seed: Of the inputs.
-        steps_per_epoch: Lightning steps per epoch; it only sets how often epoch hooks run.
+        samples_per_class: n; None takes it from the model.
+        input_dim: D; None takes it from the model.
+        variance: Variance of each coordinate.
+        seed: Seed of the inputs.
+        steps_per_epoch: Lightning steps per epoch. It only sets how often epoch hooks run.
 
     Raises:
-        ValueError: If the variance is not positive, or a size is missing or differs from the model's; at a resume, if
-            the checkpoint was trained on other data.
+        ValueError: If the variance is not positive, or a size is missing or differs from the model's. When a run is
+            resumed, also if the checkpoint was trained on other data.
+
+    Example:
+        >>> from nclightning.data import GaussianDataModule
+        >>> data = GaussianDataModule(num_classes=2, samples_per_class=50, input_dim=3, seed=1)
+        >>> data.adopt(None)  # without a model
+        >>> x, labels = data.batch()
+        >>> x.shape, labels.bincount()
+        (torch.Size([100, 3]), tensor([50, 50]))
     """
 
     def __init__(
@@ -240,10 +276,10 @@ class GaussianDataModule(FullBatchDataModule):
         self._dtype = torch.float64
 
     def adopt(self, model: L.LightningModule | None) -> None:
-        """Take sizes and dtype over from a model.
+        """Take sizes and dtype from a model.
 
         Args:
-            model: With the sizes and ``dtype`` among its hyperparameters; None leaves float64.
+            model: A model with the sizes and ``dtype`` among its hyperparameters; None means float64.
 
         Raises:
             ValueError: If a size is missing, out of range or differs from the model's.
@@ -254,16 +290,16 @@ class GaussianDataModule(FullBatchDataModule):
     def inputs(self, device: torch.device | str | None) -> Tensor:
         """Draw ``(N, D)`` in the model's dtype."""
         shape = (self.num_samples, self._sizes["input_dim"])
-        generator = torch.Generator().manual_seed(self.seed)  # On the host: the same data for every device.
+        generator = torch.Generator().manual_seed(self.seed)  # On the host, so that all devices have the same data.
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(math.sqrt(self.variance))
         return drawn.to(device, self._dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the data depend on beyond the sizes."""
+        """Return what the data depend on besides the sizes."""
         return {"variance": self.variance, "seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other data, whose curves would be continued under a wrong name."""
+        """Refuse a checkpoint of other data: a resumed run would mix two training sets in one curve."""
         if state_dict != self.state_dict():
             raise UserError(
                 f"the checkpoint was trained on data with {state_dict}, not {self.state_dict()}. Resume it with its "

@@ -1,4 +1,4 @@
-"""The weight and the bias of a head, whatever holds them."""
+"""Reading the weight and the bias of a head from any kind of layer, tensor or function."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Head:
         bias: ``(K,)``, or None.
         normalizes: Whether it is a cosine head. Then the rows of ``weight`` have norm 1, and features must be divided
             by their norms, too.
-        name: How messages call it.
+        name: Its name in messages.
     """
 
     weight: Tensor
@@ -65,32 +65,33 @@ class Head:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return self.weight.device
 
     def snapshot(self) -> Head:
-        """Copy the tensors, which may be the parameters that training goes on to change."""
+        """Copy the tensors, which may be parameters that training changes."""
         bias = None if self.bias is None else self.bias.clone()
         return Head(self.weight.clone(), bias, self.normalizes, self.name)
 
 
 def read_head(source: Any) -> Head:
-    """Read weight and bias as they are now, in eval mode and without a trace.
+    """Read the current weight and bias, in eval mode and without changing anything.
 
-    In training mode the weight of a layer with ``spectral_norm`` cannot be read without changing training: each read
-    runs a power iteration. Layers under the older, hook-based ``weight_norm``, ``spectral_norm`` and pruning hold the
-    weight of their last forward; here it is formed from the parameters.
+    In training mode the weight of a layer with ``spectral_norm`` cannot be read without changing training, since each
+    access runs a power iteration. Layers with the older, hook-based ``weight_norm``, ``spectral_norm`` or pruning store
+    the weight of their last forward; here it is computed from the parameters.
 
     Args:
         source: A module with a weight ``(K, d)``, such as ``nn.Linear``, or a convolution with kernels of size 1; a
-            weight ``(K, d)``; a pair of weight and bias; a :class:`HeadReader`; or a :class:`Head`, returned as it is.
+            weight ``(K, d)``; a pair of weight and bias; a :class:`HeadReader`; or a :class:`Head`, which is returned
+            unchanged.
 
     Returns:
-        Weight and bias, detached; of sharded weights whole ones, for which all processes must ask.
+        Weight and bias, detached. Sharded weights are gathered, for which all processes must call this.
 
     Raises:
-        TypeError: If it is nothing of these.
-        ValueError: If the shapes are others.
+        TypeError: If the source is none of these.
+        ValueError: If the shapes do not fit.
     """
     if isinstance(source, Head):
         return source
@@ -122,7 +123,7 @@ def weight_shape(source: Any) -> tuple[int, ...]:
 
 
 def device_of(source: Any) -> torch.device:
-    """Return where the weight is, without gathering it from other processes."""
+    """Return the device of the weight, without gathering it from other processes."""
     return source.device if isinstance(source, Head | HeadReader | Tensor) else _first_of(source).device
 
 
@@ -133,13 +134,13 @@ def _first_of(source: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class HeadReader:
-    """Reads a head again and again, in the way that was found to be right for it.
+    """A head, and the way in which its weight and bias are read each time.
 
     Attributes:
         source: The layer; or a function without arguments that returns weight and bias.
-        name: How messages call it.
-        form: ``"weight"`` reads ``source.weight`` as ``(K, d)``, ``"transposed"`` as ``(d, K)``; ``"probed"`` applies
-            the layer to the unit vectors, for layers that make their weight in the forward, such as LoRA.
+        name: Its name in messages.
+        form: ``"weight"`` reads ``source.weight`` as ``(K, d)``, ``"transposed"`` as ``(d, K)``. ``"probed"`` applies
+            the layer to the unit vectors, for layers whose forward computes the weight, such as LoRA.
         normalizes: Whether it is a cosine head.
         out_features: K.
         in_features: d.
@@ -154,17 +155,17 @@ class HeadReader:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return _first_of(self.source).device if isinstance(self.source, nn.Module) else self.read().device
 
     @property
     def layer(self) -> nn.Module | None:
-        """The layer; None of a function."""
+        """The layer; None if the source is a function."""
         return self.source if isinstance(self.source, nn.Module) else None
 
     @torch.no_grad()
     def read(self) -> Head:
-        """Read weight and bias as they are now; see :func:`read_head`.
+        """Read the current weight and bias; see :func:`read_head`.
 
         Raises:
             ValueError: If their shapes have changed.
@@ -182,7 +183,7 @@ class HeadReader:
         if head.weight.shape != (self.out_features, self.in_features):
             raise UserError(
                 f"the head {self.name!r} had a weight of shape {(self.out_features, self.in_features)} when it was "
-                f"found, and has one of shape {tuple(head.weight.shape)} now: begin a new fit after such a change."
+                f"found, and now has one of shape {tuple(head.weight.shape)}: start a new fit after such a change."
             )
         return Head(normalize(head.weight), None, True, self.name) if self.normalizes else head
 
@@ -191,16 +192,17 @@ HeadSource = nn.Module | Tensor | tuple[Tensor, Tensor | None] | Head | HeadRead
 
 
 def fits(head: Head, features: Tensor, output: Tensor, away_from: Tensor | None = None) -> bool:
-    """Whether a head makes an output from features, up to a positive factor of a cosine head.
+    """Whether a head maps features to an output, for a cosine head up to a positive factor.
 
     Args:
         head: The head.
-        features: What entered the layer, ``(..., d)``.
-        output: What came out, ``(..., K)``.
-        away_from: Labels whose entries are left out, for heads with a margin at the label.
+        features: Input of the layer, ``(..., d)``.
+        output: Output of the layer, ``(..., K)``.
+        away_from: Labels whose entries are not compared, for heads with a margin at the label.
 
     Returns:
-        Whether it is the same up to round-off of the lower precision of the two. Transfers to the host.
+        Whether the output is that of the head, up to round-off of the lower precision of features and output. This
+        needs transfers to the host.
     """
     rows = features.detach().reshape(-1, features.shape[-1]).to(torch.promote_types(features.dtype, torch.float32))
     seen = output.detach().reshape(-1, output.shape[-1]).to(rows.dtype)
@@ -208,9 +210,9 @@ def fits(head: Head, features: Tensor, output: Tensor, away_from: Tensor | None 
         return False
     rows = normalize(rows) if head.normalizes else rows
     made = linear(rows, head.weight.to(rows), None if head.bias is None else head.bias.to(rows))
-    if away_from is None and not head.normalizes and torch.equal(made, seen):  # The rest takes ten times as long.
+    if away_from is None and not head.normalizes and torch.equal(made, seen):  # The rest is ten times slower.
         return True
-    finite = made.isfinite().all(dim=1) & seen.isfinite().all(dim=1)  # The others show nothing.
+    finite = made.isfinite().all(dim=1) & seen.isfinite().all(dim=1)  # Other rows cannot be compared.
     made, seen = (torch.where(finite.unsqueeze(1), each, 0) for each in (made, seen))
     if away_from is not None:
         others = torch.ones_like(made, dtype=torch.bool).scatter_(1, away_from.reshape(-1, 1).to(made.device), False)
@@ -225,19 +227,19 @@ def fits(head: Head, features: Tensor, output: Tensor, away_from: Tensor | None 
 
 
 def tolerance(*tensors: Tensor) -> float:
-    """Relative error within which values count as equal: generous to round-off, far below a real difference."""
+    """Relative difference up to which values are taken for equal: well above round-off, far below real differences."""
     eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
     on_host = all(tensor.device.type == "cpu" for tensor in tensors)
-    # On other devices float32 products may be of ten bits.
+    # On other devices float32 products may have ten bits only (TF32).
     return max(eps**0.5 / 4 if on_host or eps > 1e-4 else 1e-2, 1e-6)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set a module and its parts to eval mode, and put back the modes one by one."""
+    """Set a module and its children to eval mode, and restore the mode of each one."""
     modes = [(child, child.training) for child in module.modules()]
     try:
-        # Not eval(): what layers do when their mode changes, such as merging, is a trace.
+        # Not by eval(): some layers change when their mode does, such as LoRA layers that merge their weights.
         for child, training in modes:
             if training:
                 child.training = False
@@ -249,7 +251,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def has_weight(module: nn.Module) -> bool:
-    """Whether a module holds a weight that :func:`read_head` can read, or its transpose."""
+    """Whether a module has a weight, or its transpose, that :func:`read_head` can read."""
     with evaluating(module):
         try:
             return not isinstance(module, nn.Embedding) and _weight_of(module).ndim == 2
@@ -258,14 +260,14 @@ def has_weight(module: nn.Module) -> bool:
 
 
 def has_more_than_a_weight(module: nn.Module) -> bool:
-    """Whether other parameters than those that make ``weight`` and ``bias`` take part in a module's output."""
+    """Whether a module has parameters besides those that determine ``weight`` and ``bias``."""
     legacy = {"weight_g", "weight_v", "weight_orig"}
     names = {name for name, _ in module.named_parameters() if not name.startswith("parametrizations.")}
     return bool(names - legacy - {"weight", "bias"})
 
 
 def _weight_of(module: nn.Module) -> Tensor:
-    """Form the weight of a layer in eval mode, as a matrix."""
+    """Compute the weight of a layer in eval mode, as a matrix."""
     weight: Any = getattr(module, "weight", None)
     plain = isinstance(weight, nn.Parameter)
     parameters = {} if plain else dict(module.named_parameters(recurse=False))
@@ -281,19 +283,19 @@ def _weight_of(module: nn.Module) -> Tensor:
         weight = parameters["weight_orig"]
         weight = weight / torch.dot(buffers["weight_u"], weight.flatten(1) @ buffers["weight_v"])
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise UserTypeError(f"{type(module).__name__} has no weight that a head could be read from.")
+        raise UserTypeError(f"{type(module).__name__} has no weight, so that it is not a head.")
     if isinstance(module, _POINTWISE):
         if module.groups != 1 or any(size != 1 for size in module.kernel_size):
             raise UserError(
                 f"{type(module).__name__} with kernel_size={module.kernel_size} and groups={module.groups} is no head: "
-                "only convolutions with kernels of size 1 and one group act on each feature row alone."
+                "only convolutions with kernels of size 1 and one group are linear layers of each position."
             )
         weight = weight.flatten(1)
     return torch.as_tensor(weight)
 
 
 def _probe(module: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
-    """Apply an affine layer to zero and to the unit vectors, in float64 where it allows that."""
+    """Compute weight and bias of an affine layer from zero and the unit vectors, in float64 if it supports that."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     own = next((t for t in tensors.values() if t.is_floating_point()), torch.empty(()))
     for dtype in (torch.float64, own.dtype):
@@ -307,13 +309,13 @@ def _probe(module: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
             if dtype is own.dtype:
                 raise
             continue
-        if bias.dtype == dtype:  # Else it goes on in its own precision.
+        if bias.dtype == dtype:  # Otherwise the layer has converted to its own precision, which is used instead.
             break
     return torch.cat(rows).t(), bias
 
 
 class _Bare(nn.Module):
-    """Runs a layer without its own hooks, which are for forwards of the model."""
+    """Runs a layer without its hooks, which are meant for forwards of the model only."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -327,7 +329,7 @@ class _Bare(nn.Module):
 
 
 def pair_of(value: Any) -> tuple[Any, Any]:
-    """Take what a user's ``head`` function returned as a weight and a bias."""
+    """Convert the result of a user's ``head`` function to a weight and a bias."""
     if isinstance(value, nn.Module):
         head = read_head(value)
         return head.weight, head.bias

@@ -35,7 +35,7 @@ class Objective:
             + \frac{\lambda_W}2 \|W\|_F^2 + \frac{\lambda_H}2 \|H\|_F^2 + \frac{\lambda_b}2 \|b\|^2
 
     with :math:`L = \frac12\|z - e_y\|^2` (``"mse"``), :math:`-\log \mathrm{softmax}(z)_y` (``"ce"``) or any other loss.
-    The feature penalty is a **sum** over all N samples while the loss is a mean. The value has the dtype of the
+    The feature penalty is a **sum** over all N samples, while the loss is a mean. The value has the dtype of the
     inputs. Paper: Eq. (2), (5), (8).
 
     Args:
@@ -43,13 +43,15 @@ class Objective:
         lambda_w: Penalty on the head's weight, non-negative.
         lambda_h: Penalty on the features, non-negative.
         lambda_b: Penalty on the head's bias, non-negative. The paper's results need 0.
-        targets: ``(M, K)``, whose row m is the target of all samples with label m; None for hard labels.
+        targets: ``(M, K)``; row m is the target of all samples with label m. None for hard labels.
 
     Raises:
         ValueError: If the loss is unknown, a penalty is negative or not finite, or the loss is not defined for the
             targets.
 
     Example:
+        >>> import torch
+        >>> from nclightning.objective import Objective
         >>> from nclightning.problems import BinaryCrossEntropy
         >>> objective = Objective(BinaryCrossEntropy(), lambda_w=0.1, lambda_h=0.1, targets=[[1, 0, 1], [0, 0, 0]])
         >>> objective(torch.zeros(3, 2), torch.zeros(4, 2), labels=torch.tensor([0, 1, 1, 0]))
@@ -74,7 +76,7 @@ class Objective:
 
     @property
     def function(self) -> Loss:
-        """The loss."""
+        """The loss, as an object."""
         return self.loss if isinstance(self.loss, Loss) else LOSSES[self.loss]
 
     def __eq__(self, other: object) -> bool:
@@ -122,7 +124,7 @@ class Objective:
         bias: Tensor | None = None,
         num_samples: int | None = None,
     ) -> Tensor:
-        """Evaluate F where the head has been applied already, so that hooks on the head have fired.
+        """Evaluate F from logits that the head has computed, so that hooks on the head have run.
 
         Args:
             logits: Head output ``(B, K)``.
@@ -130,8 +132,9 @@ class Objective:
             features: Head input ``(B, d)``.
             labels: Class indices, or rows of the targets, ``(B,)``.
             bias: Head bias ``(K,)`` or None.
-            num_samples: N, if the batch is a part of the training set: the feature penalty of the batch is then
-                multiplied by ``N / B``, its unbiased estimate. None means that the batch is the training set.
+            num_samples: N, if the batch is a part of the training set. The feature penalty of the batch is then
+                multiplied by ``N / B``, which makes it an unbiased estimate. None means that the batch is the whole
+                training set.
 
         Returns:
             Scalar of the inputs' dtype.
@@ -145,13 +148,13 @@ class Objective:
         return value
 
     def residual_of(self, features: Tensor, head: Sequence[Tensor], labels: Tensor, residual: Tensor) -> list[Tensor]:
-        """Compute the residual of some samples, the gradient of each one's loss in its logits, without autograd.
+        """Compute the residual of samples, the gradient of each sample's loss in its logits, without autograd.
 
         Args:
             features: ``(B, d)``.
             head: Weight ``(K, d)`` and perhaps bias ``(K,)``.
             labels: Class indices, or rows of the targets, ``(B,)``.
-            residual: Takes it, ``(B, K)``.
+            residual: Output tensor ``(B, K)``, which is overwritten.
 
         Returns:
             Sum of the losses and squared norm of the features, float64.
@@ -159,7 +162,7 @@ class Objective:
         torch.mm(features, head[0].T, out=residual)
         for bias in head[1:]:
             residual.add_(bias)
-        # A double of each float32 would take 4% of an iteration.
+        # Converting all float32 features to float64 would take 4% of an iteration.
         norms = features if features.dtype == torch.float64 else torch.linalg.vector_norm(features, dim=1)
         losses = self.function.sum_and_residual_(residual, self._table(residual), labels)
         return [losses, square_norm(norms)]
@@ -173,15 +176,15 @@ class Objective:
         of_head: Sequence[Tensor],
         out: Tensor,
     ) -> Tensor:
-        """Compute the gradient of F in the features of some samples, and add up that in the head.
+        """Compute the gradient of F in the features of samples, and add their part of the gradient in the head.
 
         Args:
             features: ``(B, d)``.
             head: Weight and perhaps bias.
-            residual: Of these samples.
+            residual: Residual of these samples.
             num_samples: N.
-            of_head: Gradients of weight and bias, to which those of the mean loss of these samples are added.
-            out: Takes the gradient, perhaps in place of the features.
+            of_head: Gradients of weight and bias. The part of these samples is added in place.
+            out: Output tensor for the gradient in the features. It may be ``features`` itself.
 
         Returns:
             ``out``.
@@ -199,7 +202,7 @@ class Objective:
                 gradient.add_(part, alpha=penalty)
 
     def targets_of(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Target of each sample, of the shape and dtype of the logits."""
+        """Return the target of each sample, in the shape and dtype of the logits."""
         return target_rows(logits, self._table(logits), labels)
 
     def combine(
@@ -210,14 +213,14 @@ class Objective:
         features_square: Scalar,
         bias_square: Scalar | None = None,
     ) -> Scalar:
-        """Put F together from sums.
+        """Compute F from sums over all samples.
 
         Args:
             losses: Sum of the losses of all samples.
             num_samples: N.
             weight_square: Squared norm of the head's weight.
             features_square: Squared norm of all features.
-            bias_square: Squared norm of the head's bias; None without one.
+            bias_square: Squared norm of the head's bias; None without a bias.
 
         Returns:
             F.
@@ -230,10 +233,10 @@ class Objective:
         return {}
 
     def _table(self, logits: Tensor) -> Tensor | None:
-        """Targets of the dtype and on the device of logits, checked and made once; None for hard labels."""
+        """Return the targets in the dtype and on the device of logits; None for hard labels. They are made once."""
         key = logits.shape[1], logits.dtype, logits.device
         if key not in self._tables:
-            # It is kept, and what is made in inference mode could not be used outside of it.
+            # Tensors made in inference mode could not be used outside of it later.
             with torch.inference_mode(False):
                 self._tables[key] = self._table_for(*key)
         return self._tables[key]
@@ -252,18 +255,18 @@ class Objective:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """All entries in float64, as a vector."""
+    """Return all entries as a vector in float64."""
     flat = tensor if tensor.ndim == 1 else tensor.reshape(-1)
     return flat if flat.dtype == torch.float64 else flat.double()
 
 
 def dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of the products of all entries, accumulated in float64 for every dtype; scalar."""
+    """Compute the inner product of two tensors, accumulated in float64 for every dtype; scalar."""
     return torch.dot(wide(left), wide(right))
 
 
 def square_norm(tensor: Tensor) -> Tensor:
-    """Squared Euclidean norm, accumulated in float64 for every dtype; scalar."""
+    """Compute the squared Euclidean norm, accumulated in float64 for every dtype; scalar."""
     flat = wide(tensor)
     return torch.dot(flat, flat)
 

@@ -5,6 +5,8 @@ import itertools
 from collections import namedtuple
 from types import SimpleNamespace
 
+import lightning as L
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -208,10 +210,10 @@ def functional(finish, **options):
 
 
 CASES["relu_in_place_of_a_function_before_the_head"] = lambda: functional(
-    lambda m, h: F.relu(h, inplace=True), refused="no layer of .* has features h .*nn.Identity"
+    lambda m, h: F.relu(h, inplace=True), refused="no layer of .* has an input or output h .*nn.Identity"
 )
 CASES["skip_added_in_place_before_the_head"] = lambda: functional(
-    lambda m, h: h.add_(1.0), refused="no layer of .* has features h .*nn.Identity"
+    lambda m, h: h.add_(1.0), refused="no layer of .* has an input or output h .*nn.Identity"
 )
 
 
@@ -300,7 +302,7 @@ def class_head_without_a_layer_beside_a_layer():
         rows=nn.Parameter(draw(K, D)),
         bias=nn.Parameter(draw(K)),
     )
-    form.refused = "a weight without a layer of its own the part '0'"
+    form.refused = "a weight that belongs to no layer computes the part '0'"
     return form
 
 
@@ -371,14 +373,16 @@ def adapter_that_starts_at_zero():
     return plain(
         lambda m, h: m.out(h) + h @ m.more,
         more=nn.Parameter(torch.zeros(D, K)),
-        refused="only while the parameter 'net.more', which starts without effect.*Pass head='net.out'",
+        refused="only as long as the parameter 'net.more' keeps its initial value.*Pass head='net.out'",
     )
 
 
 @case
 def scale_of_each_class_that_starts_at_one():
     return plain(
-        lambda m, h: m.out(h) * m.scale, scale=nn.Parameter(torch.ones(K)), refused="'net.scale', which starts"
+        lambda m, h: m.out(h) * m.scale,
+        scale=nn.Parameter(torch.ones(K)),
+        refused="'net.scale' keeps its initial value",
     )
 
 
@@ -387,7 +391,7 @@ def bias_apart_that_starts_at_zero():
     return plain(
         lambda m, h: m.out(h) + m.bias,
         bias=nn.Parameter(torch.zeros(K)),
-        refused="'net.bias', which starts without effect.*Pass head='net.out'",
+        refused="'net.bias' keeps its initial value.*Pass head='net.out'",
     )
 
 
@@ -407,7 +411,9 @@ def bias_apart_by_name_of_the_head():
 
 @case
 def second_head_that_starts_at_zero():
-    form = plain(lambda m, h: m.out(h) + m.second(h), second=nn.Linear(D, K), refused="'net.second.*starts without")
+    form = plain(
+        lambda m, h: m.out(h) + m.second(h), second=nn.Linear(D, K), refused="'net.second.*keeps its initial value"
+    )
     nn.init.zeros_(form.model.second.weight)
     nn.init.zeros_(form.model.second.bias)
     return form
@@ -415,7 +421,7 @@ def second_head_that_starts_at_zero():
 
 @case
 def clamped_logits():
-    return plain(lambda m, h: m.out(h).clamp(-10, 10), refused="only while logits are small.*Pass head='net.out'")
+    return plain(lambda m, h: m.out(h).clamp(-10, 10), refused="only as long as logits are small.*Pass head='net.out'")
 
 
 @case
@@ -423,7 +429,7 @@ def rows_of_norm_one_at_the_start():
     """What a function forgets to divide by is seen once it is not 1 any more."""
     form = plain(lambda m, h: 30 * F.linear(h, F.normalize(m.rows)), rows=nn.Parameter(F.normalize(draw(K, D))))
     form.options, form.late = {"head": lambda m: (m.net.rows, None)}, 1
-    form.refused = "followed from the head .* on the first batch and does not any more"
+    form.refused = "followed from the head .* on the first batch and no longer does"
     return form
 
 
@@ -435,7 +441,7 @@ def rows_of_norm_one_at_the_start_online():
 
 
 @case
-def one_output():
+def single_output_hint():
     form = plain(lambda m, h: m.out(h), out=nn.Linear(D, 1), refused="has one output")
     form.batch = form.batch[0], classes(B, count=2)
     form.step = lambda model, batch: F.binary_cross_entropy_with_logits(model(batch[0])[:, 0], batch[1].float())
@@ -445,7 +451,7 @@ def one_output():
 @case
 def more_outputs_than_classes():
     form = plain(lambda m, h: m.out(h), out=nn.Linear(D, 2 * K))
-    form.warns = "the head 'net.out' has 8 outputs, and the labels hold 4 classes"
+    form.warns = "the head 'net.out' has 8 outputs, and the labels have 4 classes"
     return form
 
 
@@ -892,7 +898,7 @@ def lengths(first, later, source):
 
     form = Case(Model(forward, body=body(), out=nn.Linear(D, K)), padded(first), options={"source": source})
     form.later, form.late = [padded(later)], 2
-    form.refused = "was the mean over positions of what the head 'net.out' makes on the first batch.*forward_fn"
+    form.refused = "was the mean over positions of the logits of the head 'net.out' on the first batch.*forward_fn"
     return form
 
 
@@ -903,7 +909,7 @@ CASES["mask_in_a_later_batch_online"] = lambda: lengths(WHOLE, SHORTER, "online"
 
 @case
 def one_step_in_the_first_batch():
-    form = steps(lambda z: z[:, -1], refused="was the mean over positions.*on the first batch, and is not on a later")
+    form = steps(lambda z: z[:, -1], refused="was the mean over positions.*on the first batch but not on a later")
     form.batch, form.later, form.late = (draw(B, 1, 5), classes(B)), [(draw(B, 7, 5), classes(B))], 2
     return form
 
@@ -915,7 +921,7 @@ def head_chosen_by_the_batch():
 
     model = Model(forward, body=body(), one=nn.Linear(D, K), other=nn.Linear(D, K))
     x, y = vectors()
-    form = Case(model, (x.abs(), y), refused="ran on the first batch, and does not on a later one.*forward_fn")
+    form = Case(model, (x.abs(), y), refused="ran on the first batch but not on a later one.*forward_fn")
     form.later, form.late = [(-x.abs(), y)], 2
     return form
 
@@ -1054,7 +1060,7 @@ def masked_language_model():
         return rows[:, 2], m.cls.predictions.decoder.weight, b["labels"][:, 2]
 
     form = Case(model, {"input_ids": ids, "labels": labels}, pair, step=own_step)
-    form.warns = "5 outputs, and the labels hold 4 classes"
+    form.warns = "5 outputs, and the labels have 4 classes"
     return form
 
 
@@ -1260,7 +1266,7 @@ CASES["sequence_classification_with_padding"] = lambda: at_the_last_token(with_p
 def sequence_classification_with_padding_in_a_later_batch():
     form = at_the_last_token(sentences())
     form.later, form.late = [{"input_ids": with_padding(), "labels": classes(B)}], 2
-    form.refused = "at one position per sample on the first batch, and on a later one that cannot be told.*forward_fn"
+    form.refused = "at one position per sample on the first batch, and .* cannot be determined.*forward_fn"
     return form
 
 
@@ -1291,3 +1297,58 @@ def no_forward_by_forward_fn():
 
 
 assert all(callable(make) for make in itertools.chain(CASES.values()))
+
+
+class Wrapped(L.LightningModule):
+    """A network in a LightningModule that knows nothing of the monitor."""
+
+    def __init__(self, form, rate):
+        super().__init__()
+        self.net, self.rate = form.model, rate
+        self.anchor = nn.Parameter(torch.zeros(()))  # Something to train where the rest stands still.
+        self._step = form.step or (lambda model, batch: nn.functional.cross_entropy(first(model(batch[0])), batch[1]))
+
+    def forward(self, *args, **kwargs):
+        return self.net(*args, **kwargs)
+
+    def training_step(self, batch, batch_idx):
+        self.trainer.steps = batch_idx + 1
+        return self._step(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate)
+
+
+def first(output):
+    """The first tensor of as many columns as labels need, whatever it means."""
+    values = [output]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, torch.Tensor):
+            return value.flatten(1) if value.ndim != 4 or value.shape[2] == 1 else value
+        values += list(
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, tuple | list)
+            else vars(value).values()
+        )
+    raise AssertionError
+
+
+def oracle(features, weight, labels):
+    """NC1, NC2 and NC3 by the book."""
+    h, w, y = (t.detach().double().numpy() if t.is_floating_point() else t.numpy() for t in (features, weight, labels))
+    present = np.unique(y)
+    means = np.stack([h[y == k].mean(0) for k in present])
+    centred, noise = means - means.mean(0), h - means[np.searchsorted(present, y)]
+    between = centred.T @ centred / len(present)
+    within = noise.T @ noise / len(y)
+    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-9)) / len(present)
+    etf = (np.eye(len(w)) - 1 / len(w)) / np.sqrt(len(w) - 1)
+    gram = w @ w.T
+    read = {"nc1": nc1, "nc2": np.linalg.norm(gram / np.linalg.norm(gram) - etf)}
+    if len(present) == len(w):
+        product = w @ centred.T
+        read["nc3"] = np.linalg.norm(product / np.linalg.norm(product) - etf)
+    return read

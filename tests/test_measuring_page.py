@@ -8,24 +8,14 @@ from pathlib import Path
 import lightning  # noqa: F401  # Not in a test, where what its import sets would be taken for a leak.
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nclightning
 from nclightning.metrics import MEASURES
-from nclightning.metrics.measures import meaning_of
-from nclightning.probe.collectors import DECISIONS
+from nclightning.quantities import DECISION_NAMES, measure_named
+from tests.pages import Net
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "measuring.md").read_text()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.fc = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.fc(self.body(x))
 
 
 def test_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):
@@ -69,12 +59,14 @@ def test_options_of_the_page_exist():
 def test_the_table_of_measures_is_that_of_the_package():
     section = PAGE.split("## Measures")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", section, re.MULTILINE)
-    assert [name for name, *_ in rows] == [*MEASURES, *DECISIONS]
+    assert [name for name, *_ in rows] == [*MEASURES, *DECISION_NAMES]
     sizes = {"K": 4, "d": 8, "log": math.log, "min": min}
     for name, text, collapsed in rows:
-        meaning = meaning_of(name)
-        assert text == meaning.text, name
+        quantity = measure_named(name)
+        assert text == quantity.meaning, name
         formula = collapsed.replace("2K", "2*K").removesuffix(" *")
         value = eval(formula, sizes) if formula else None
-        assert value == pytest.approx(meaning.at_collapse(4, 8)), name
-        assert collapsed.endswith("*") == (meaning.at_collapse(9, 3) is None and meaning.at_collapse(4, 8) is not None)
+        assert value == pytest.approx(quantity.at_collapse(4, 8)), name
+        assert collapsed.endswith("*") == (
+            quantity.at_collapse(9, 3) is None and quantity.at_collapse(4, 8) is not None
+        )

@@ -83,10 +83,10 @@ class FirstTrainingStep:
         reader.check_batch(host, parts[0])
         for other in parts[1:] if reads else []:
             labels = labels_of(reader.split, other)
-            check_range(labels, reader.head_of(pl_module), reader.ignore_index, reader.like == "factor")
+            check_range(labels, reader.head_of(pl_module), reader.ignore_index, reader.agreement == "factor")
         if reads == "sweep" and (rest := num_left_over(trainer)):
             check_rest(reader, host, parts[0], rest)
-        if reads == "online" and not reader.knows(pl_module):  # The forward made the head, and it was put back.
+        if reads == "online" and not reader.has_examined(pl_module):  # The forward made the head, and it was put back.
             self._wait(pl_module, batch)
         elif reads:
             self._step = reader.watch_first_step(pl_module)

@@ -59,7 +59,7 @@ def tell_unknown_ood(ood: Sequence[str], datasets: Iterable[str], loaders: Any, 
 
 
 def check_online(
-    stages: Sequence[str], of_decisions: Sequence[str], every_n_steps: int | None, pictures: int | None
+    stages: Sequence[str], decision_measures: Sequence[str], every_n_steps: int | None, pictures: int | None
 ) -> None:
     """Refuse what cannot be read of the forwards of training.
 
@@ -68,9 +68,10 @@ def check_online(
     """
     if every_n_steps is not None or pictures is not None:
         raise UserError("source='online' reads once an epoch: leave out every_n_steps and pictures_every_n_epochs.")
-    if "train" in stages and of_decisions:
+    if "train" in stages and decision_measures:
         raise UserError(
-            f"measures {list(of_decisions)} need fixed class means: use source='sweep', or leave 'train' out of stages."
+            f"measures {list(decision_measures)} need fixed class means: use source='sweep', or leave 'train' out of "
+            "stages."
         )
 
 

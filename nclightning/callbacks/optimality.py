@@ -21,9 +21,10 @@ from nclightning.callbacks.publishing import changed_settings
 from nclightning.callbacks.stopping import goes_on
 from nclightning.errors import UserError
 from nclightning.metrics.reference import LossLike, Reference, is_loss
+from nclightning.probe.agreement import Agreement
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.likeness import Like
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import DISTANCE, GAP, GRAD_NORM, LOSS
 
 __all__ = ["OptimalityMonitor"]
 
@@ -146,8 +147,8 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
         self._at_iterates = every_n_iterations, theory, stop_distance, stop_at_floor
         self._every_n_epochs = every_n_epochs
         # Logits up to a shift of each row are enough where the loss does not see one.
-        like: Like = "shift" if reference.loss.shift_invariant else "equal"
-        self._reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn, like=like)
+        agreement: Agreement = "shift" if reference.loss.shift_invariant else "equal"
+        self._reader = PairReader(head, batch_fn=batch_fn, forward_fn=forward_fn, agreement=agreement)
 
     def make_at_iterates(self) -> OptimalityAtIterates:
         """Make the callback for full-batch modules."""
@@ -159,7 +160,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that each of these monitors logs."""
-        return {"loss", "optimality/grad_norm"} if full_batch(pl_module) else {"optimality/gap", "optimality/distance"}
+        return {each.tag() for each in ((LOSS, GRAD_NORM) if full_batch(pl_module) else (GAP, DISTANCE))}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a full-batch fit whose optimum is not known, before anything is written."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from nclightning.callbacks.modules import name_loaders
 from nclightning.compat.lightning import batches_read
 from nclightning.errors import UserError
-from nclightning.probe.evaluation import left_over
+from nclightning.probe.evaluation import leftover_error
 from nclightning.probe.features import describe
 from nclightning.probe.first_batch import IGNORED
 from nclightning.probe.host import Host
@@ -150,7 +150,7 @@ def check_rest(reader: PairReader, host: Host, batch: Any, rest: int) -> None:
     except TraceError:
         raise
     except Exception as error:
-        raise left_over(host.module, error, rest) from error
+        raise leftover_error(host.module, error, rest) from error
 
 
 def num_left_over(trainer: L.Trainer) -> int:

@@ -34,18 +34,19 @@ from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
 from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
+from nclightning.quantities import NC
 from nclightning.resuming import continue_elsewhere
 from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
-from nclightning.wording import refusals_worded
+from nclightning.wording import library_errors_worded
 
 __all__ = ["run_training"]
 
 _USAGE = "python -m nclightning {command} --config NAME [--KEY VALUE ...]"
 _PURPOSE = {
     "fit": "Train to the optimum, measure on the way, and leave a run folder in lightning_logs/.",
-    "validate": "Measure a checkpoint (tags nc/val/...) and print the values; no run folder is made.",
-    "test": "Measure a checkpoint (tags nc/test/...) and print the values; no run folder is made.",
+    "validate": f"Measure a checkpoint (tags {NC}/val/...) and print the values; no run folder is made.",
+    "test": f"Measure a checkpoint (tags {NC}/test/...) and print the values; no run folder is made.",
 }
 _DESCRIPTION = """nclightning: neural collapse, trained to its closed-form optimum and measured on the way.
 
@@ -125,7 +126,7 @@ class RunCLI(GivenConfigurationCLI):
 
     def instantiate_classes(self) -> None:
         """Make the objects; a value that Lightning or torch refuses is the user's."""
-        with refusals_worded(self._words):
+        with library_errors_worded(self._words):
             super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
@@ -167,7 +168,7 @@ class RunCLI(GivenConfigurationCLI):
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
-            with refusals_worded(self._words, "model.init_args.optimizer"):
+            with library_errors_worded(self._words, "model.init_args.optimizer"):
                 self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):

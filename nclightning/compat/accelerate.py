@@ -1,4 +1,4 @@
-"""Loaders of Hugging Face's accelerate and transformers, and what they were made from. Loads neither of them."""
+"""The original data set and samplers of loaders that accelerate or transformers prepared. Imports neither library."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _STREAM_SHARDS = (_LOADERS, "transformers.trainer_pt_utils")
 
 
 class Origin(NamedTuple):
-    """What the loader of a process was made from, for all processes together.
+    """The loader, data set and samplers of all processes from which the loader of one process was made.
 
     Attributes:
-        loader: The loader of torch inside; the loader itself where it was not prepared.
-        dataset: Its data set, not that of one process.
-        batch_sampler: Its batch sampler, not that of one process; None if it has none.
-        sampler: The same of its sampler.
-        per_step: How many of its batches all processes together read while each reads one of its own.
-        streams: What processes do with a stream: all go through the ``"same"`` one, each through its ``"own"`` part,
-            or it is not known.
+        loader: The torch loader inside; the loader itself if it was not prepared.
+        dataset: The data set of all processes.
+        batch_sampler: The batch sampler of all processes; None if there is none.
+        sampler: The sampler of all processes; None if there is none.
+        per_step: Number of its batches that all processes read together in one step.
+        streams: How processes read a stream: all read the ``"same"`` one, or each its ``"own"`` part; empty if it is
+            not known, or there is no stream.
     """
 
     loader: Any
@@ -36,19 +36,19 @@ class Origin(NamedTuple):
 
 
 def origin_of(loader: Any) -> Origin:
-    """Look through what ``Accelerator.prepare``, ``skip_first_batches`` and the shards of both libraries put around.
+    """Remove the wrappers of ``Accelerator.prepare``, ``skip_first_batches`` and the shards of both libraries.
 
     Non-public: ``DataLoaderShard``, ``DataLoaderDispatcher``, ``SkipDataLoader`` with ``base_dataloader``,
     ``BatchSamplerShard``, ``SkipBatchSampler``, ``IterableDatasetShard`` with what they wrap (accelerate 1.15,
     transformers 5.24). Without them a prepared loader would be read as it is: shuffled by the next epoch's seed, and
-    with the samples that are repeated at its end counted twice.
+    with the repeated samples at its end counted twice.
 
     Args:
-        loader: Any.
+        loader: Any loader.
     """
     inner, per_step, streams = loader, 1, ""
     kinds = _named(_LOADERS, "DataLoaderShard", "DataLoaderDispatcher", "SkipDataLoader")
-    # Not isinstance: a subclass with an __iter__ of its own yields what only that knows.
+    # isinstance is not used, because a subclass with its own __iter__ may yield other batches.
     is_prepared = hasattr(loader, "__iter__") and any(type(loader).__iter__ is kind.__iter__ for kind in kinds)
     if is_prepared:
         inner, streams = loader.base_dataloader, "own"
@@ -67,19 +67,21 @@ def origin_of(loader: Any) -> Origin:
 
 
 def num_real_samples(loader: Any) -> int | None:
-    """Count the samples of an epoch of this process that accelerate does not repeat to make all processes even.
+    """Return the number of samples of this process in an epoch that are not repeated by accelerate.
 
-    They come first. Non-public: as for :func:`origin_of`, ``_drop_last`` (accelerate 1.15). Without them samples
-    that are repeated would count twice in measurements of forwards that run anyway.
+    Accelerate repeats samples at the end of an epoch to give each process equally many.
+
+    Non-public: as for :func:`origin_of`, and ``_drop_last`` (accelerate 1.15). Without them repeated samples would
+    count twice in measurements from training's own forwards.
 
     Args:
-        loader: Any.
+        loader: Any loader.
 
     Returns:
-        How many; None if all are real, or the loader is not accelerate's.
+        The number; None if no sample is repeated, or the loader is not accelerate's.
 
     Raises:
-        LookupError: If samples are repeated, and it is not known how many.
+        LookupError: If samples are repeated and their number is not known.
     """
     shards = _wrappers(getattr(loader, "batch_sampler", None)) or _wrappers(getattr(loader, "sampler", None))
     skipped = sum(each.skip_batches for each in shards if hasattr(each, "skip_batches"))
@@ -104,21 +106,21 @@ def num_real_samples(loader: Any) -> int | None:
     batch = loader.batch_sampler.batch_size if batch is None else batch
     of_step = batch if loader.split_batches else batch * processes
     whole, rest = divmod(total, of_step)
-    size = math.ceil(rest / processes)  # Of the last, which is cut into equal parts.
+    size = math.ceil(rest / processes)  # Size of the last batch, which is split into equal parts.
     own = whole * (of_step // processes) + min(max(rest - size * loader.state.process_index, 0), size)
     return max(int(own - skipped * (of_step // processes)), 0)
 
 
 def is_seedable_random(sampler: Any) -> bool:
-    """Whether a sampler shuffles its whole data set as accelerate's ``SeedableRandomSampler`` does.
+    """Return whether a sampler is accelerate's ``SeedableRandomSampler``, which shuffles its whole data set.
 
-    Non-public: the class (accelerate 1.15). Without it, indices would be those of one pass over a copy of it.
+    Non-public: the class (accelerate 1.15). Without it indices would be found by running a copy of the sampler.
     """
     return any(type(sampler).__iter__ is kind.__iter__ for kind in _named(_LOADERS, "SeedableRandomSampler"))
 
 
 def _named(module: str, *names: str) -> tuple[Any, ...]:
-    """Return classes of a library, if it was loaded: else nothing is of them."""
+    """Return classes of a library by name; none if it is not imported, because then they have no instances."""
     library = sys.modules.get(module)
     return () if library is None else tuple(getattr(library, name) for name in names if hasattr(library, name))
 
@@ -146,7 +148,7 @@ def _inside(sampler: Any) -> Any:
 
 
 def _count(batches: Any) -> int:
-    """Count the samples of an epoch of a batch sampler for all processes."""
+    """Return the number of samples in an epoch of a batch sampler of all processes."""
     try:
         return len(batches.sampler)
     except (AttributeError, TypeError) as error:
@@ -154,7 +156,7 @@ def _count(batches: Any) -> int:
 
 
 def _share(total: int, batch: int, processes: int, index: int, *, split: bool) -> int:
-    """Count samples of a process: of each batch its slice, or of batches every so many."""
+    """Return the number of samples of a process, which reads a slice of each batch (``split``) or every n-th batch."""
     whole, rest = divmod(total, batch)
     if split:
         part = batch // processes

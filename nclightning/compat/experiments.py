@@ -1,4 +1,4 @@
-"""Names of Lightning's experiment loggers that their documentation does not promise."""
+"""Undocumented names of Lightning's experiment loggers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def prefixed(logger: Any, tag: str) -> str:
     """Return a tag as a logger writes it.
 
     Non-public: ``Logger._prefix`` of Lightning's loggers (lightning 2.6); the character after it is public. Without it
-    pictures of a logger with ``prefix=`` would stand apart from its curves.
+    pictures of a logger with ``prefix=`` would be grouped separately from its curves.
 
     Args:
-        logger: Of any kind.
+        logger: Any logger.
         tag: The tag.
     """
     prefix = getattr(logger, "_prefix", None)

@@ -1,6 +1,6 @@
-"""Names of Lightning Fabric that its documentation does not promise. Lightning is not loaded here.
+"""Undocumented names of Lightning Fabric. Lightning is not imported here.
 
-Fabric's wrappers cannot be told by ``isinstance`` before somebody has imported it, so that they are told by name.
+Fabric's wrappers are therefore recognised by the name of their class, and not by ``isinstance``.
 """
 
 from __future__ import annotations
@@ -14,39 +14,39 @@ _WRAPPERS = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 
 def precision_of_fabric(module: Any) -> Any:
-    """Return the precision in which what ``fabric.setup(model)`` returned runs; None of any other module.
+    """Return the precision of a module that ``fabric.setup(model)`` returned; None for any other module.
 
-    Its ``convert_input`` and ``forward_context`` are documented, and so is ``module``, the model inside.
+    Its methods ``convert_input`` and ``forward_context`` are documented, and so is ``module``, the model inside.
 
     Non-public: ``_FabricModule._strategy`` (lightning 2.6). Without it a model that trains in ``bf16-mixed`` would be
     measured in single precision, and one in ``16-true`` could not be run on its batches.
 
     Args:
-        module: Any.
+        module: Any module.
     """
     return module._strategy.precision if _is_wrapper(module, "_FabricModule") else None
 
 
 def loader_of_fabric(loader: Any) -> Any:
-    """Return the loader inside what ``fabric.setup_dataloaders(loader)`` returned; any other as it is.
+    """Return the loader inside the one that ``fabric.setup_dataloaders(loader)`` returned; any other loader unchanged.
 
     Non-public: ``_FabricDataLoader._dataloader`` (lightning 2.6). Without it an evaluation pass would see samples in
     a random order, those that a distributed sampler pads with twice, and would change the order of the next epoch.
 
     Args:
-        loader: Any.
+        loader: Any loader.
     """
     return loader._dataloader if _is_wrapper(loader, "_FabricDataLoader") else loader
 
 
 def sampler_of_lightning(sampler: Any) -> Any:
-    """Return the user's own sampler inside of the one by which Lightning shares it out over processes; else None.
+    """Return the user's sampler inside the one by which Lightning divides it between processes; None for any other.
 
-    Non-public: ``DistributedSamplerWrapper`` and ``_DatasetSamplerWrapper._sampler`` (lightning 2.6). Without them what
-    a ``WeightedRandomSampler`` can yield is not known: several processes would read other samples than one.
+    Non-public: ``DistributedSamplerWrapper`` and ``_DatasetSamplerWrapper._sampler`` (lightning 2.6). Without them
+    the indices of a ``WeightedRandomSampler`` are not known, and several processes would read other samples than one.
 
     Args:
-        sampler: Any.
+        sampler: Any sampler.
     """
     if not _is_wrapper(sampler, "DistributedSamplerWrapper", _SAMPLERS):
         return None

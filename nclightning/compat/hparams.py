@@ -1,8 +1,8 @@
-"""Names of TensorBoard's HPARAMS tab, which its documentation shows with TensorFlow only.
+"""Undocumented names of TensorBoard's HPARAMS tab, whose documentation is for TensorFlow.
 
 Non-public: ``tensorboard.plugins.hparams.metadata``, ``tensorboard.plugins.hparams.api_pb2`` and
 ``tensorboard.plugins.hparams.plugin_data_pb2`` (tensorboard 2.21). torch imports the same. Without them the tab would
-show no run: ``SummaryWriter.add_hparams`` begins a folder of its own for each call, and knows no columns.
+show no run: ``SummaryWriter.add_hparams`` creates a new folder at each call, and cannot set columns.
 """
 
 from tensorboard.plugins.hparams import metadata

@@ -1,4 +1,4 @@
-"""Names of argparse and jsonargparse that their documentation does not promise."""
+"""Undocumented names of argparse and jsonargparse."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["groups_of", "options_of"]
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """List the options of a parser as they are typed.
+    """Return the options of a parser as they are typed.
 
-    Non-public: ``ArgumentParser._actions`` (Python 3.10-3.13). Without it a misspelt option would be refused without
-    the one that was meant.
+    Non-public: ``ArgumentParser._actions`` (Python 3.10-3.13). Without it the error for a misspelt option could not
+    suggest the right one.
 
     Args:
-        parser: Of argparse.
+        parser: A parser of argparse.
     """
     return [option for action in parser._actions for option in action.option_strings]
 
 
 def groups_of(parser: Any) -> Iterable[str]:
-    """Return the names of the groups of options that a configuration may have as sections.
+    """Return the names of the groups of options, which may be sections of a configuration.
 
-    Non-public: ``ArgumentParser.groups`` (jsonargparse 4.53). Without it a section that holds a number would be refused
-    without its name.
+    Non-public: ``ArgumentParser.groups`` (jsonargparse 4.53). Without it the error for a section that is a number would
+    not name the section.
 
     Args:
-        parser: Of jsonargparse.
+        parser: A parser of jsonargparse.
     """
     names: Iterable[str] = parser.groups
     return names

@@ -1,4 +1,4 @@
-"""Names of TensorBoard, by which its event files are read, that its documentation does not promise."""
+"""Undocumented names of TensorBoard for reading event files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def read_scalars(folder: str) -> dict[str, list[tuple[int, float]]]:
     Lightning's own TensorBoard logger could not be drawn.
 
     Args:
-        folder: Of a run.
+        folder: The run folder.
 
     Returns:
-        Steps and values by tag.
+        Pairs of step and value by tag.
     """
-    # Slow to import, and seldom needed.
+    # Slow to import, and rarely needed.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
 
     accumulator = EventAccumulator(folder, size_guidance={"scalars": 0})

@@ -1,6 +1,6 @@
-"""Names of TensorBoard, and of torch's writer for it, that their documentation does not promise.
+"""Undocumented names of TensorBoard, and of torch's writer for it.
 
-TensorBoard documents how to write summaries with TensorFlow and how to look at them; what its files hold is documented
+TensorBoard documents how to write summaries with TensorFlow, and how to view them. The content of its files is defined
 by its protocol buffers.
 
 Non-public: ``tensorboard.compat.proto.event_pb2``, ``tensorboard.compat.proto.summary_pb2``,
@@ -21,13 +21,13 @@ __all__ = ["Event", "EventFile", "OwnFileWriter", "RecordWriter", "SessionLog", 
 
 
 class EventFile(FileWriter):
-    """Turns summaries into events for anything that takes them.
+    """A writer that converts summaries to events, and passes them to any object that accepts events.
 
     Non-public: ``torch.utils.tensorboard.writer.FileWriter`` and its ``event_writer`` (torch 2.13). Without it event
-    files would be written from a thread of TensorBoard's own, whose errors, such as a full disk, nobody hears.
+    files would be written in a separate thread of TensorBoard, whose errors, such as a full disk, are lost.
 
     Args:
-        event_writer: With ``add_event``, ``flush``, ``close`` and ``get_logdir``.
+        event_writer: An object with ``add_event``, ``flush``, ``close`` and ``get_logdir``.
     """
 
     def __init__(self, event_writer: Any) -> None:
@@ -35,26 +35,26 @@ class EventFile(FileWriter):
 
 
 class OwnFileWriter(SummaryWriter):
-    """TensorBoard's writer with an :class:`EventFile` of its own.
+    """TensorBoard's writer with an :class:`EventFile`.
 
     Non-public: ``SummaryWriter._get_file_writer`` and the attributes ``file_writer``, ``all_writers``, ``purge_step``,
-    ``max_queue`` and ``flush_secs`` (torch 2.13). Without them a run that is refused at its start would leave an event
-    file, and rows would be written value by value.
+    ``max_queue`` and ``flush_secs`` (torch 2.13). Without them a run that ends with an error at its start
+    would leave an event file, and rows would be written value by value.
     """
 
     def make_event_file(self, max_queue: int, flush_secs: float, start: int | None) -> EventFile:
-        """Make what summaries are written to.
+        """Construct the writer of events.
 
         Args:
-            max_queue: Events that wait at most.
-            flush_secs: For so long at most.
-            start: Step from which a run goes on; None for a new one.
+            max_queue: Largest number of events in memory.
+            flush_secs: Number of seconds after which the next event is written to the file, with those before it.
+            start: Step from which a run continues; None for a new run.
         """
         raise NotImplementedError
 
     @property
     def event_file(self: Any) -> EventFile:
-        """What summaries are written to."""
+        """The writer of events."""
         file: EventFile = self._get_file_writer()
         return file
 

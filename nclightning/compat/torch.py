@@ -1,4 +1,4 @@
-"""Names of torch that its documentation does not promise."""
+"""Undocumented names of torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 HOLDERS = frozenset({"_parameters", "_buffers", "_modules"})
-"""Dictionaries in which a module keeps its parts.
+"""Names of the dictionaries in which a module keeps parameters, buffers and submodules.
 
 Non-public: ``Module._parameters``, ``Module._buffers``, ``Module._modules`` (torch 2.13). Without them messages would
 name a layer ``_modules.head`` where the user wrote ``head``.
@@ -34,22 +34,22 @@ name a layer ``_modules.head`` where the user wrote ``head``.
 
 
 def version_of(tensor: Tensor) -> int:
-    """Count the writes to a tensor; -1 where nobody counts them, as in inference mode.
+    """Return the number of writes to a tensor; -1 if torch does not count them, as in inference mode.
 
     Non-public: ``Tensor._version`` (torch 2.13). Without it a write to a parameter between two steps, or to a head
-    between two passes, is not seen: gradients and statistics of other values would be taken for those of now.
+    between two passes, would go unnoticed, and outdated gradients and statistics would be used.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     return -1 if tensor.is_inference() else tensor._version
 
 
 def parameters_of(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
-    """Return the parameters of a module by name, without those of its submodules, however often they are shared.
+    """Return the parameters of a module by name, without those of its submodules.
 
-    Non-public: ``Module._parameters`` (torch 2.13). ``named_parameters(recurse=False)`` does the same ten times slower,
-    which a full-batch run pays at each reading for each layer.
+    Non-public: ``Module._parameters`` (torch 2.13). ``named_parameters(recurse=False)`` is ten times slower, which a
+    full-batch run pays at each measurement for each layer. It also leaves out repeated parameters.
 
     Args:
         module: Any module.
@@ -58,10 +58,10 @@ def parameters_of(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the dictionary in which a module keeps its buffers, to read and to put them back.
+    """Return the dictionary in which a module keeps its buffers, for reading and restoring them.
 
-    Non-public: ``Module._buffers`` (torch 2.13). ``setattr`` would put a buffer that a forward has deleted back as a
-    plain attribute, which ``state_dict`` leaves out.
+    Non-public: ``Module._buffers`` (torch 2.13). ``setattr`` would restore a deleted buffer as a plain attribute,
+    which ``state_dict`` leaves out.
 
     Args:
         module: Any module.
@@ -70,46 +70,46 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 COMPILED_PREFIX = "_orig_mod."
-"""What ``torch.compile(module)`` puts before the names of parts.
+"""The prefix that ``torch.compile(module)`` adds to the names of submodules and parameters.
 
-Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it ``head="fc"`` could not be written as the names of
-``named_modules()`` are.
+Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it a name that the user copied from ``named_modules()``
+of the compiled model would not be found.
 """
 
 
 def uncompiled(module: nn.Module) -> nn.Module | None:
-    """Return the module inside what ``torch.compile(module)`` returned; None of any other.
+    """Return the module inside one that ``torch.compile(module)`` returned; None for any other module.
 
-    Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it a compiled model could not be measured, as its
-    graphs show nothing to hooks.
+    Non-public: ``OptimizedModule._orig_mod`` (torch 2.13). Without it a compiled model could not be measured, because
+    its graphs do not call hooks.
     """
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` runs a module or a function in its attributes as a graph, in which no new hook fires.
+    """Return whether a module, or a function in its attributes, is compiled to a graph, in which new hooks do not fire.
 
     Non-public: ``_torchdynamo_orig_callable`` of a compiled function (torch 2.13). Without it a compiled model would be
     measured with hooks that never fire.
 
     Args:
-        module: Any module; its submodules do not count.
+        module: Any module. Its submodules are not looked at.
     """
-    # What torch.compile(module) and module.compile() make has a compiled function among its attributes, too.
+    # torch.compile(module) and module.compile() also set an attribute that is a compiled function.
     return any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(module).values())
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody is to see each forward or backward of a module, by a hook on it or on all modules.
+    """Return whether one of several modules has a forward or backward hook, or there is one for all modules.
 
     Non-public: ``Module._forward_hooks``, ``_forward_pre_hooks``, ``_backward_hooks``, ``_backward_pre_hooks``, and
     ``_global_forward_hooks``, ``_global_forward_pre_hooks``, ``_global_backward_hooks``,
     ``_global_backward_pre_hooks`` of ``torch.nn.modules.module`` (torch 2.13). Without them the closed form of the
-    unconstrained feature model, which calls no module, would pass over hooks that change what is trained.
+    unconstrained feature model, which calls no module, would ignore hooks that change training.
 
     Args:
-        modules: Each with hooks of its own; those of submodules do not count.
+        modules: The modules. Their submodules are not looked at.
     """
     return any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS) or any(
         getattr(module, name) for module in modules for name in _HOOKS
@@ -117,62 +117,62 @@ def has_hooks(modules: Iterable[nn.Module]) -> bool:
 
 
 def sees_gradients(tensor: Tensor) -> bool:
-    """Whether a hook is to see, and may change, the gradient of a tensor.
+    """Return whether a tensor has a hook on its gradient, which may change it.
 
     Non-public: ``Tensor._backward_hooks``, ``Tensor._post_accumulate_grad_hooks`` (torch 2.13). Without them the closed
-    form of the unconstrained feature model would pass over hooks that change gradients.
+    form of the unconstrained feature model would ignore hooks that change gradients.
 
     Args:
-        tensor: A leaf.
+        tensor: A leaf tensor.
     """
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
 def leave_out_of_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Let ``DistributedDataParallel`` leave parameters as they are on each process.
+    """Exclude parameters from the synchronisation of ``DistributedDataParallel``.
 
     Non-public: ``_ddp_params_and_buffers_to_ignore`` of a module (torch 2.13, lightning 2.6). Without it the features
-    of the unconstrained feature model, of which each process has rows of its own, would be made equal.
+    of the unconstrained feature model, of which each process has its own rows, would be overwritten.
 
     Args:
-        module: What is to be wrapped.
-        names: Dotted names in it.
+        module: The module that will be wrapped.
+        names: Dotted names of the parameters.
     """
     module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
 def default_store() -> Any:
-    """Return the store by which processes found each other; None if this torch keeps it elsewhere.
+    """Return the store with which torch.distributed was initialised; None if this version has no such function.
 
     Non-public: ``torch.distributed.distributed_c10d._get_default_store`` (torch 2.13). Without it a process that
-    measures alone would wait in a collective, which those of the others that train would be taken for.
+    measures alone could only communicate by a collective, which would mix with the collectives of training.
     """
     make = getattr(dist.distributed_c10d, "_get_default_store", None)
     return None if make is None else make()
 
 
 class OwnEntries(nn.Module):
-    """A module that has a say in its own entries of a ``state_dict``.
+    """A module that can change its own entries of a ``state_dict``.
 
     Non-public: ``Module._save_to_state_dict``, ``Module._load_from_state_dict`` (torch 2.13). The public hooks are
     bound to an instance, so that a copy of a module would run those of the original, and torch 2.4 has them for saving
-    only. Without them each process would save the rows of the features that it has, as if they were all.
+    only. Without them each process would save its own rows of the features as if they were all rows.
     """
 
     def change_saved(self, entries: dict[str, Any], prefix: str) -> None:
-        """Change what is saved, in place.
+        """Change the saved entries in place.
 
         Args:
-            entries: Of the whole ``state_dict``.
-            prefix: Of those of this module.
+            entries: The entries of the whole ``state_dict``.
+            prefix: Prefix of the names of this module's entries.
         """
 
     def change_loaded(self, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Return the entries that are to be loaded.
+        """Return the entries to load.
 
         Args:
-            entries: Of the whole ``state_dict``; what is deleted from them counts as loaded.
-            prefix: Of those of this module.
+            entries: The entries of the whole ``state_dict``. Entries that are deleted from it count as loaded.
+            prefix: Prefix of the names of this module's entries.
         """
         return entries
 

@@ -1,4 +1,4 @@
-"""Names of torchmetrics that its documentation does not promise."""
+"""Undocumented names of torchmetrics."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _BOOKS = (
 
 
 class OpenMetric(OwnEntries, Metric):
-    """A metric that has a say in how its states are gathered, merged, saved and put back.
+    """A metric that can change how its states are gathered, merged, saved and restored.
 
     Non-public: ``Metric._sync_dist``, ``Metric._reduce_states`` (torchmetrics 1.9). The first is overridden to give the
-    states equal shapes on all processes, without which gathering them waits for ever. The second is overridden because
-    what torchmetrics makes of states with ``dist_reduce_fx=None``, a stack or a list, is no state of these metrics.
+    states equal shapes on all processes, without which gathering never ends. The second is overridden because
+    torchmetrics merges states with ``dist_reduce_fx=None`` to a stack or a list, which is no valid state here.
     """
 
     def prepare_sync(self) -> None:
-        """Bring the states into the form in which they are gathered from all processes."""
+        """Convert the states to the form in which they are gathered from all processes."""
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
-        """Add states that were set aside to those of now, for ``forward`` and ``merge_state``.
+        """Merge earlier states into the current ones, for ``forward`` and ``merge_state``.
 
         Args:
-            earlier: By name.
+            earlier: The earlier states by name.
         """
         super()._reduce_states(earlier)
 
@@ -53,15 +53,15 @@ class OpenMetric(OwnEntries, Metric):
 
     @contextmanager
     def as_before_on_error(self) -> Iterator[None]:
-        """Put the states and the books of a metric back if the block raises.
+        """Restore states and internal attributes of a metric if the block raises.
 
         Non-public: ``Metric._defaults``, ``_update_count``, ``_to_sync``, ``_should_unsync``, ``_enable_grad``,
-        ``_is_synced``, ``_forward_cache``, ``_computed`` (torchmetrics 1.9). ``forward`` changes them for
-        the time in which it reads a batch. Without them a batch that is refused would empty the metric and leave it
+        ``_is_synced``, ``_forward_cache``, ``_computed`` (torchmetrics 1.9). ``forward`` changes them
+        temporarily while it evaluates a batch. Without them an error on a batch would empty the metric and leave it
         unable to synchronise.
         """
         states = {name: getattr(self, name) for name in (*self._defaults, *_BOOKS)}
-        # Lists are emptied in place.
+        # Lists are copied, because torchmetrics empties them in place.
         before = {name: list(value) if isinstance(value, list) else value for name, value in states.items()}
         try:
             yield
@@ -72,27 +72,27 @@ class OpenMetric(OwnEntries, Metric):
             raise
 
     def leave_unsaved(self, prefix: str) -> None:
-        """Leave states out of ``state_dict`` by the beginning of their names.
+        """Exclude states from ``state_dict`` by the prefix of their names.
 
         Non-public: ``Metric._persistent`` (torchmetrics 1.9). ``add_state(persistent=False)`` is undone by
-        ``persistent(True)``. Without it a ``state_dict`` would hold names that are those of one instance alone.
+        ``persistent(True)``. Without it a ``state_dict`` would contain names that only one instance has.
 
         Args:
-            prefix: Beginning of a name.
+            prefix: Prefix of the names.
         """
         for name in self._persistent:
             if name.startswith(prefix):
                 self._persistent[name] = False
 
     def change_default(self, name: str, value: Any) -> None:
-        """Change what ``reset`` sets a state to.
+        """Change the value to which ``reset`` sets a state.
 
         Non-public: ``Metric._defaults`` (torchmetrics 1.9). ``set_dtype`` changes the dtype of integer defaults, too.
         Without it counts would be floats after the next ``reset``.
 
         Args:
-            name: Of the state.
-            value: Its default.
+            name: Name of the state.
+            value: The new default.
         """
         self._defaults[name] = value
 
@@ -103,11 +103,11 @@ class OpenMetric(OwnEntries, Metric):
         ``plot`` fails.
 
         Args:
-            val: As of ``plot``.
-            ax: The same.
+            val: As for ``plot``.
+            ax: As for ``plot``.
 
         Returns:
-            Figure and axis, or several.
+            Figure and axis, or axes.
         """
         return self._plot(val, ax)
 

@@ -1,4 +1,4 @@
-"""Names of Hugging Face's transformers that its documentation does not promise. Does not load it."""
+"""Undocumented names of Hugging Face's transformers, which is not imported here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["calling", "prefix_of", "prepared_inputs", "shares_batches"]
 
 
 def calling(kind: type) -> Any:
-    """Return the object of a class in one of whose methods this runs, the nearest first; None if there is none.
+    """Return the nearest instance of a class among the callers of this function; None if there is none.
 
-    Hooks of callbacks get no trainer. Non-public: that methods of ``Trainer`` call ``CallbackHandler``, which calls the
-    hooks, in one thread, and name their first argument ``self`` (transformers 5.24). Without it a callback would have
-    to be given its trainer after that was made.
+    Callbacks use it to find their trainer, which is not passed to their hooks. Non-public: that methods of ``Trainer``
+    call ``CallbackHandler``, which calls the hooks, in one thread, and name their first argument ``self`` (transformers
+    5.24). Without it the user would have to pass the trainer to the callback after its construction.
 
     Args:
         kind: The class.
@@ -28,10 +28,10 @@ def calling(kind: type) -> Any:
 
 
 def prepared_inputs(trainer: Any, batch: Any) -> Any:
-    """Bring a batch of a loader into the form in which a step of the trainer gives it to the model.
+    """Convert a batch of a loader to the form in which the trainer passes it to the model.
 
-    Non-public: ``Trainer._prepare_inputs`` (transformers 5.24), which subclasses override. Without it, models would be
-    measured on other inputs than theirs.
+    Non-public: ``Trainer._prepare_inputs`` (transformers 5.24), which subclasses override. Without it models would be
+    measured on other inputs than in training.
 
     Args:
         trainer: The trainer.
@@ -41,11 +41,11 @@ def prepared_inputs(trainer: Any, batch: Any) -> Any:
 
 
 def shares_batches(trainer: Any) -> bool:
-    """Whether several processes have parts of one model or of one sample, so that each needs the same batch.
+    """Return whether several processes have parts of one model or one sample, so that each needs the same batch.
 
     Non-public: ``Trainer.get_tp_size``, ``get_cp_size``, ``get_sp_size``, ``accelerator.state.deepspeed_plugin`` with
-    ``zero_stage`` (transformers 5.24, accelerate 1.15). Without them, forwards of an evaluation pass would wait for
-    each other for ever.
+    ``zero_stage`` (transformers 5.24, accelerate 1.15). Without them the forwards of an evaluation pass would wait
+    for each other for ever.
 
     Args:
         trainer: The trainer.
@@ -56,14 +56,14 @@ def shares_batches(trainer: Any) -> bool:
 
 
 def prefix_of(metrics: Mapping[str, Any] | None, default: str) -> str:
-    """Return what the names of an evaluation's metrics begin with, such as ``eval`` or ``eval_<data set>``.
+    """Return the prefix of the metrics of an evaluation, such as ``eval`` or ``eval_<data set>``.
 
-    Hooks do not get it. Non-public: that ``Trainer`` adds ``<prefix>_runtime`` and ``<prefix>_samples_per_second``
-    (transformers 5.24). Without it all data sets would be named ``default``.
+    It is not passed to hooks. Non-public: that ``Trainer`` adds ``<prefix>_runtime`` and
+    ``<prefix>_samples_per_second`` (transformers 5.24). Without it all data sets would be named ``default``.
 
     Args:
-        metrics: By name.
-        default: The prefix if it cannot be told.
+        metrics: The metrics by name.
+        default: The prefix to return if it is not found.
     """
     names = list(metrics or ())
     ends = [name.removesuffix("_runtime") for name in names if name.endswith("_runtime")]

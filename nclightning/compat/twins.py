@@ -1,7 +1,7 @@
 """Lightning under its two package names.
 
-``lightning.pytorch`` and ``pytorch_lightning`` are the same code installed twice, whose classes know nothing of each
-other. Modules and trainers of either can be monitored: what is asked of their classes is asked here.
+``lightning.pytorch`` and ``pytorch_lightning`` have the same code, but separate classes. Modules and trainers of both
+can be monitored. The functions here test classes of either package.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ __all__ = [
 
 _TWIN = "pytorch_lightning"
 _PACKAGES = ("lightning.pytorch", _TWIN)
-# Where callbacks are defined that do nothing at the end of an epoch of training, or show what they see.
+# Modules of Lightning's callbacks that change neither model nor data.
 _LOOKING = ("callback", "early_stopping", "progress", "timer")
 
 
 def _classes(module: str, name: str) -> tuple[type, ...]:
-    """Find a class under both package names; what the user has not imported makes no objects."""
+    """Return a class of each imported package. A package that is not imported has no instances."""
     loaded = (package for package in _PACKAGES if package in sys.modules)
     return tuple(getattr(import_module(f"{package}.{module}"), name) for package in loaded)
 
 
 def is_of_twin(thing: Any) -> bool:
-    """Whether something, such as a trainer, is of ``pytorch_lightning``.
+    """Return whether an object, such as a trainer, comes from ``pytorch_lightning``.
 
     Args:
-        thing: Of that class or one made from it.
+        thing: The object. Its class may be a subclass.
     """
     return any(base.__module__.partition(".")[0] == _TWIN for base in type(thing).__mro__)
 
 
 def lightning_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and its submodules that are LightningModules, of either package.
+    """Yield all LightningModules among a module and its submodules.
 
     Args:
         module: Any module.
@@ -61,27 +61,27 @@ def lightning_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_callback(callback: Any, name: str) -> bool:
-    """Whether a callback is of one of Lightning's classes, of either package.
+    """Return whether a callback is an instance of one of Lightning's classes.
 
     Args:
-        callback: Of a trainer.
-        name: Of the class in ``lightning.pytorch.callbacks``.
+        callback: The callback.
+        name: Name of the class in ``lightning.pytorch.callbacks``.
     """
     return isinstance(callback, _classes("callbacks", name))
 
 
 def is_strategy(strategy: Any, *names: str) -> bool:
-    """Whether a strategy is of one of Lightning's classes, of either package.
+    """Return whether a strategy is an instance of one of several classes of Lightning.
 
     Args:
-        strategy: Of a trainer.
-        *names: Of the classes in ``lightning.pytorch.strategies``.
+        strategy: The strategy.
+        *names: Names of classes in ``lightning.pytorch.strategies``.
     """
     return any(isinstance(strategy, _classes("strategies", name)) for name in names)
 
 
 def is_torch_checkpoint_io(plugin: Any) -> bool:
-    """Whether a checkpoint is written and read by Lightning's own ``TorchCheckpointIO`` and by no class made from it.
+    """Return whether checkpoints are written and read by Lightning's ``TorchCheckpointIO`` itself, not a subclass.
 
     Args:
         plugin: ``trainer.strategy.checkpoint_io``.
@@ -90,37 +90,37 @@ def is_torch_checkpoint_io(plugin: Any) -> bool:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether Lightning refuses what the user asks for.
+    """Return whether an error is Lightning's ``MisconfigurationException``, about options of the user.
 
     Non-public: ``lightning.pytorch.utilities.exceptions`` (lightning 2.6). Without it the command line would show such
-    a refusal as a fault of the program, with a traceback.
+    an error as a bug of the program, with a traceback.
 
     Args:
-        error: Any.
+        error: Any error.
     """
     return isinstance(error, _classes("utilities.exceptions", "MisconfigurationException"))
 
 
 def is_termination(error: BaseException) -> bool:
-    """Whether Lightning ends a fit because the process was asked to by SIGTERM.
+    """Return whether an error is the one by which Lightning ends a fit after SIGTERM.
 
     Non-public: ``lightning.pytorch.utilities.exceptions`` (lightning 2.6). Without it a run that a scheduler ends would
     be saved only on a single process, and would end with the status of success.
 
     Args:
-        error: Any.
+        error: Any error.
     """
     return isinstance(error, _classes("utilities.exceptions", "SIGTERMException"))
 
 
 def termination(trainer: Any) -> BaseException:
-    """Make the exception by which a trainer ends a fit on SIGTERM.
+    """Return the exception by which a trainer ends a fit after SIGTERM.
 
     Non-public: ``lightning.pytorch.utilities.exceptions`` (lightning 2.6). Without it the other processes would end
     with an error.
 
     Args:
-        trainer: Of either package, which takes its own exception only.
+        trainer: The trainer. It accepts only the exception of its own package.
     """
     kinds = _classes("utilities.exceptions", "SIGTERMException")
     made: BaseException = kinds[-1 if is_of_twin(trainer) else 0]()
@@ -128,11 +128,11 @@ def termination(trainer: Any) -> BaseException:
 
 
 def only_looks(callback: Any, hook: str) -> bool:
-    """Whether a hook of a callback is one of this package, or of those of Lightning that change neither model nor data.
+    """Return whether a hook of a callback is defined in this package, or in one of Lightning's that change nothing.
 
     Args:
-        callback: Any; the hook may have been set on the object alone.
-        hook: Its name.
+        callback: The callback. The hook may be an attribute of the object.
+        hook: Name of the hook.
     """
     function = getattr(callback, hook)
     module = getattr(getattr(function, "__func__", function), "__module__", None) or ""
@@ -142,14 +142,14 @@ def only_looks(callback: Any, hook: str) -> bool:
 
 
 def run_last(trainer: Any, callback: Any) -> None:
-    """Let a checkpoint callback run after all others, as a trainer does with those of its own package by itself.
+    """Move a checkpoint callback behind all others, as a trainer does for those of its own package.
 
     Non-public: that ``Trainer.callbacks`` can be set in the hook ``setup`` (lightning 2.6). Without it a checkpoint
-    would not have what other callbacks measure at its step.
+    would not include what other callbacks measure at its step.
 
     Args:
-        trainer: Of either package.
-        callback: In its list.
+        trainer: The trainer.
+        callback: One of its callbacks.
     """
     if is_of_twin(trainer):
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not callback), callback]
@@ -157,14 +157,14 @@ def run_last(trainer: Any, callback: Any) -> None:
 
 @contextmanager
 def logging_nothing(trainer: Any, pl_module: nn.Module) -> Iterator[None]:
-    """Let calls of ``log`` and ``log_dict`` of a module and of its trainer's loggers do nothing.
+    """Turn off ``log`` and ``log_dict`` of a module, and the loggers of its trainer, within the block.
 
-    Non-public: that ``Trainer.loggers`` can be set to any loggers (lightning 2.6). Without it a sweep would add to the
-    values that the user logs.
+    Non-public: that ``Trainer.loggers`` can be set to any loggers (lightning 2.6). Without it an evaluation pass would
+    add to the values that the user logs.
 
     Args:
-        trainer: Of either package.
-        pl_module: With the LightningModules in it.
+        trainer: The trainer.
+        pl_module: The module. The LightningModules in it are included.
     """
     names = ("log", "log_dict")
     modules = [vars(child) for child in lightning_modules(pl_module)]
@@ -184,4 +184,4 @@ def logging_nothing(trainer: Any, pl_module: nn.Module) -> Iterator[None]:
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for ``LightningModule.log``."""
+    """Do nothing, in place of ``LightningModule.log``."""

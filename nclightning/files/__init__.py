@@ -1,7 +1,7 @@
-"""The file layer: all that the package writes, renames, deletes, makes, brings to disk or locks goes through here.
+"""The file layer. Every file or folder that the package writes, renames, deletes or locks goes through here.
 
-A crash, a kill or a full disk leaves what was there before. What the disk refuses is a :class:`WriteError`, which names
-the file.
+A crash, a killed process or a full disk leaves the earlier files intact. An operation that fails raises
+:class:`WriteError`, which names the file.
 """
 
 from nclightning.files.checkpoints import check_checkpoint, is_sound, save_checkpoint

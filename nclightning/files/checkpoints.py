@@ -1,4 +1,4 @@
-"""Checkpoints whose every byte is checked before one of them is used."""
+"""Writing of checkpoints, and verification of their checksums before they are read."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from nclightning.files.operations import WriteError, replaced
 
 __all__ = ["check_checkpoint", "is_sound", "save_checkpoint"]
 
-_FOLDER = 0x10  # Of a part that is marked so the reader of torch returns memory that it did not fill.
+_FOLDER = 0x10  # Attribute of a folder in an archive. Torch returns uninitialised memory for a part that has it.
 
 
 def save_checkpoint(content: Any, path: Path) -> None:
-    """Write a checkpoint straight to the disk, in one step.
+    """Write a checkpoint to the disk, and replace an earlier file in one step.
 
     Args:
-        content: What ``torch.save`` takes.
+        content: The object to save with ``torch.save``.
         path: The file.
 
     Raises:
-        WriteError: If the disk refuses; the file is as it was.
+        WriteError: If it cannot be written. An earlier file is then unchanged.
     """
     with replaced(path) as partial:
         try:
             torch.save(content, partial)
         except RuntimeError as error:
-            # The writer of torch has no error of its own for a disk that is full.
+            # Torch raises a plain RuntimeError if the disk is full.
             if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
                 raise
-            raise WriteError(errno.EIO, "the disk is full, or does not take the file", str(path)) from error
+            raise WriteError(errno.EIO, "the disk is full, or the file cannot be written", str(path)) from error
 
 
-# Of the last file that was checked and not used yet.
+# Identity of the last file that was checked with ``hand_over``.
 _handed_over: set[tuple[int, ...]] = set()
 
 
@@ -50,17 +50,17 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def check_checkpoint(path: Path, name: str | None = None, hand_over: bool = False) -> None:
-    """Raise unless each part of a checkpoint has the checksum that it was written with.
+    """Raise unless each part of a checkpoint has the checksum with which it was written.
 
-    ``torch.load`` checks none: weights with a flipped bit load without a word.
+    ``torch.load`` does not verify checksums, and would load weights with a flipped bit silently.
 
     Args:
-        path: File that ``torch.save`` wrote.
-        name: How the user named it.
-        hand_over: Whether the next check is to take the word of this one, if the file is still the same by then.
+        path: A file that ``torch.save`` wrote.
+        name: The path as the user typed it.
+        hand_over: Whether the next check can be skipped if the file is still the same.
 
     Raises:
-        ValueError: If it is damaged or no checkpoint. A good one beside it is named.
+        ValueError: If it is damaged, or is not a checkpoint. The message names a good checkpoint beside it.
     """
     seen = _identity(path)
     known = seen is not None and seen in _handed_over
@@ -73,25 +73,25 @@ def check_checkpoint(path: Path, name: str | None = None, hand_over: bool = Fals
     previous = path.with_name("previous.ckpt")
     repair = "Take another checkpoint."
     if path.name != previous.name and previous.is_file() and is_sound(previous):
-        repair = f"The one saved before it, {previous}, is good."
+        repair = f"The checkpoint saved before it, {previous}, is good."
     raise UserError(f"{name or path}: not a readable checkpoint ({damage}). {repair}")
 
 
 def is_sound(path: Path) -> bool:
-    """Say whether each part of a checkpoint has the checksum that it was written with."""
+    """Return whether each part of a checkpoint has the checksum with which it was written."""
     return _damage(path) is None
 
 
 def _damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if nothing is."""
+    """Return what is wrong with a checkpoint; None if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
             parts = archive.infolist()
     except OSError as error:
         return error.strerror or str(error)
-    except Exception:  # What a damaged header leads to is as manifold as the damages.
-        return "it is damaged, cut off, or something else"
+    except Exception:  # A damaged header can raise anything.
+        return "it is damaged, cut off, or not a checkpoint"
     if broken is not None:
         return f"its part {broken.partition('/')[2] or broken} is damaged"
     if any(part.external_attr & _FOLDER for part in parts):

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written through this layer."""
+"""TensorBoard's event files, written through the file layer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _serial = count()
 
 
 class _EventFile:
-    """Stands in for TensorBoard's ``EventFileWriter``, which writes from a thread of its own.
+    """A replacement for TensorBoard's ``EventFileWriter``, which writes from a separate thread.
 
-    The file is made when there is something in it that matters, or the writer is told that it does: a run that is
-    refused leaves none. TensorBoard reads the files of a folder by name, which begins with a second: the name is later
-    than all that are there, whatever the clock says.
+    The file is created with the first value, or when ``matters`` is set, so that a run that ends with an error at its
+    start leaves no file. TensorBoard reads the files of a folder in the order of their names, which begin with a time
+    in seconds. The new name is later than all existing ones, independent of the clock.
     """
 
     def __init__(self, folder: Path, max_queue: int, flush_secs: float, start: int | None) -> None:
@@ -54,7 +54,7 @@ class _EventFile:
             self.flush()
 
     def _has_value(self, event: Event) -> bool:
-        """Whether an event holds a value that is not there yet: no layout, and nothing from where the run goes on."""
+        """Return whether an event has a new value: not a layout, and later than the step from which a run continues."""
         if self._start is not None and event.step <= self._start:
             return False
         return any(not value.tag.startswith(_LAYOUTS) for value in event.summary.value)
@@ -72,7 +72,7 @@ class _EventFile:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what waits."""
+        """Drop the events that are not written yet."""
         self._waiting = bytearray()
         self._count = 0
         self._since = time.monotonic()
@@ -81,51 +81,51 @@ class _EventFile:
 
 
 class _Record(bytearray):
-    """Where TensorBoard puts a record."""
+    """A buffer to which TensorBoard writes a record."""
 
     write = bytearray.extend
 
 
 def _later_name(folder: Path) -> str:
-    """Name for a new event file that TensorBoard reads after those of a folder."""
+    """Return the name for a new event file that TensorBoard reads after the files of a folder."""
     seconds = [int(found[1]) for path in folder.iterdir() if (found := _NAME.match(path.name))]
     second = max(int(time.time()), *(each + 1 for each in seconds), 0)
     return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{next(_serial)}"
 
 
 def write_events(folder: Path, events: Iterable[Event], suffix: str) -> None:
-    """Write a whole event file, which appears in one step and is read after those that are there.
+    """Write a complete event file in one step. TensorBoard reads it after the existing ones.
 
     Args:
-        folder: Made if it is not there.
-        events: Its content.
-        suffix: End of its name.
+        folder: The folder. It is created if it does not exist.
+        events: The events.
+        suffix: End of the file's name.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If it cannot be written.
     """
     make_folder(folder)
     records = _records([Event(wall_time=time.time(), file_version="brain.Event:2"), *events])
-    # TensorBoard reads whatever has "tfevents" in its name.
+    # The partial file has another name, because TensorBoard reads every file with "tfevents" in its name.
     with replaced(folder / f"{_later_name(folder)}{suffix}", ".events.partial") as partial:
         partial.write_bytes(records)
 
 
 class EventRows:
-    """The one event file of a folder whose rows are kept in a table: of each row one event.
+    """A single event file with one event per row of a table.
 
     Args:
-        folder: It exists.
+        folder: The folder, which must exist.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "events.out.tfevents.0000000000.rows"
 
     def begin(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Write the file anew with the rows of the table: what a kill has left of it may be short, or torn.
+        """Write the file again with the rows of the table, because a killed process may have left it incomplete.
 
         Raises:
-            WriteError: If the disk refuses.
+            WriteError: If it cannot be written.
         """
         records = _records([Event(wall_time=time.time(), file_version="brain.Event:2"), *map(_row_event, rows)])
         with replaced(self.path, ".events.partial") as partial:
@@ -135,7 +135,7 @@ class EventRows:
         """Add a row.
 
         Raises:
-            WriteError: If the disk refuses.
+            WriteError: If it cannot be written.
         """
         append(self.path, _records([_row_event((step, values))]))
 
@@ -156,10 +156,10 @@ class EventWriter(EventFile):
     """Writes summaries to an event file in a folder.
 
     Args:
-        folder: Made if it is not there.
-        max_queue: Events that wait at most before they are written.
-        flush_secs: For so long at most, once others come.
-        start: Step from which a run goes on; None for a new one.
+        folder: The folder. It is created if it does not exist.
+        max_queue: Largest number of events in memory.
+        flush_secs: Number of seconds after which the next event is written to the file, with those before it.
+        start: Step from which a run continues; None for a new run.
     """
 
     def __init__(self, folder: Path, max_queue: int = 10, flush_secs: float = 120, start: int | None = None) -> None:
@@ -167,15 +167,15 @@ class EventWriter(EventFile):
 
 
 class RunWriter(OwnFileWriter):
-    """TensorBoard's writer for a run folder, which makes its file with the first value."""
+    """TensorBoard's writer for a run folder. It creates its file with the first value."""
 
     def make_event_file(self, max_queue: int, flush_secs: float, start: int | None) -> EventFile:
-        """Make what summaries are written to; see :class:`EventWriter`."""
+        """Construct the writer of events; see :class:`EventWriter`."""
         return EventWriter(Path(self.log_dir), max_queue, flush_secs, start)
 
     @property
     def matters(self) -> bool:
-        """Whether the event file is to be written: with its first value, or once this is set."""
+        """Whether the event file is written: from the first value on, or once this is set."""
         matters: bool = self.event_file.event_writer.matters
         return matters
 
@@ -184,5 +184,5 @@ class RunWriter(OwnFileWriter):
         self.event_file.event_writer.matters = matters
 
     def discard(self) -> None:
-        """Forget what was not written."""
+        """Drop the events that are not written yet."""
         self.event_file.event_writer.discard()

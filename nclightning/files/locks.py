@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""A lock by which only one process writes to a folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["FolderLock"]
 
 
 class FolderLock:
-    """Keeps other processes out of a folder, by its file ``.lock``.
+    """A lock on a folder for this process, by a file ``.lock`` in it.
 
-    The system frees the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, also if it is killed.
 
     Args:
-        folder: It exists.
+        folder: The folder, which must exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,11 +27,11 @@ class FolderLock:
         self._lock: Any = None
 
     def acquire(self) -> None:
-        """Take it; once more does nothing.
+        """Acquire the lock. Further calls do nothing.
 
         Raises:
-            ValueError: If another process has it.
-            WriteError: If the disk refuses.
+            ValueError: If another process has the lock.
+            WriteError: If the file cannot be written.
         """
         if self._lock is not None:
             return
@@ -41,19 +41,19 @@ class FolderLock:
             with operation("lock", path):
                 try:
                     lock.acquire(timeout=0)
-                except Timeout as error:  # Which is an OSError, but none of the disk's.
+                except Timeout as error:  # A subclass of OSError, but not an error of the disk.
                     raise UserError(
                         f"another process is writing {self.folder}. Wait until it ends, or choose another folder."
                     ) from error
         except NotImplementedError:
-            return  # The file system knows no locks.
+            return  # The file system does not support locks.
         self._lock = lock
 
     def release(self) -> None:
-        """Let others in; once more does nothing."""
+        """Release the lock. Further calls do nothing."""
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_lock": None}  # A process that this one spawns writes in its name.
+        return {"folder": self.folder, "_lock": None}  # A child process writes under the lock of its parent.

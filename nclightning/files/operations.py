@@ -1,4 +1,4 @@
-"""What can be done to files and folders; each operation announces itself to observers."""
+"""Operations on files and folders. Each one is announced to observers, by which tests let it fail."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Operation(NamedTuple):
     """One operation on a file or folder.
 
     Attributes:
-        name: Such as ``append`` or ``replace``.
-        path: What it acts on.
-        done: False when it is about to act, True when it has acted.
+        name: Name of the operation, such as ``append`` or ``replace``.
+        path: The file or folder.
+        done: False before the operation, True after it.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Operation(NamedTuple):
     done: bool
 
 
-# Each is called before and after every operation. What one raises is raised as if by the disk: tests count the
-# operations of a run with this, and fail or kill at each of them.
+# Functions that are called before and after every operation. An OSError that they raise counts as an error of the disk.
+# Tests count the operations of a run with them, and let each one fail or kill the process.
 observers: list[Callable[[Operation], None]] = []
 
 
 class WriteError(UserError, OSError):
-    """The disk refuses: it is full, read-only, not ours, or the folder is gone.
+    """A file cannot be written: the disk is full or read-only, permissions are missing, or the folder is gone.
 
     Args:
-        number: ``errno``.
-        reason: In words.
-        path: File or folder.
+        number: The ``errno``.
+        reason: The reason in words.
+        path: The file or folder.
     """
 
     def __init__(self, number: int | None, reason: str, path: str) -> None:
@@ -67,7 +67,7 @@ class WriteError(UserError, OSError):
 
 @contextmanager
 def operation(name: str, path: Path) -> Iterator[None]:
-    """Announce an operation before and after the block, and turn what the disk refuses into a :class:`WriteError`."""
+    """Announce an operation before and after the block, and convert an ``OSError`` to a :class:`WriteError`."""
     try:
         for observer in observers:
             observer(Operation(name, path, done=False))
@@ -82,17 +82,17 @@ def operation(name: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path, partial_name: str | None = None) -> Iterator[Path]:
-    """Write a file under another name, and let it take its place in one step once it is on the disk.
+    """Write a file under a temporary name, and rename it in one step once it is on the disk.
 
     Args:
         path: The file, which may exist.
-        partial_name: The other name, where those who look for files like this one would take it for one.
+        partial_name: The temporary name; None for one with the same ending. Needed if readers would find that one.
 
     Yields:
-        Where to write; with the same ending, in the same folder. Nothing is left of it after an error.
+        The temporary path in the same folder. The file is deleted after an error.
 
     Raises:
-        WriteError: If the disk refuses; the file is as it was.
+        WriteError: If it cannot be written. An existing file is then unchanged.
     """
     partial = path.with_name(partial_name or f".{path.stem}.partial{path.suffix}")
     try:
@@ -109,20 +109,20 @@ def replaced(path: Path, partial_name: str | None = None) -> Iterator[Path]:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add bytes at the end of a file that exists: all of them, or none if the disk refuses.
+    """Append bytes to an existing file: all of them, or none after an error.
 
     Raises:
-        WriteError: If the disk refuses, or the file is gone.
+        WriteError: If they cannot be written, or the file does not exist.
     """
     with operation("append", path):
         _add(os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0)), data)
 
 
 def create(path: Path, data: bytes) -> None:
-    """Write a file that is not there yet.
+    """Write a new file.
 
     Raises:
-        WriteError: If the disk refuses, or the file is there.
+        WriteError: If it cannot be written, or exists.
     """
     with operation("create", path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -143,12 +143,12 @@ def _add(descriptor: int, data: bytes) -> None:
 
 
 def keep_as(path: Path, second: Path) -> None:
-    """Let a file be found under a second name, too, in one step; whatever had that name is gone.
+    """Give a file a second name in one step, and replace an existing file of that name.
 
-    The two share their content on file systems with hard links; elsewhere it is copied.
+    The content is shared on file systems with hard links, and copied on others.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If it cannot be written.
     """
     partial = second.with_name(f".{second.stem}.partial{second.suffix}")
     with operation("keep", second):
@@ -158,18 +158,18 @@ def keep_as(path: Path, second: Path) -> None:
         except OSError:
             shutil.copyfile(path, partial)
         partial.replace(second)
-        partial.unlink(missing_ok=True)  # A rename between two names of one file does nothing.
+        partial.unlink(missing_ok=True)  # Renaming to another name of the same file leaves both names.
 
 
 def make_folder(path: Path, exist_ok: bool = True) -> None:
-    """Make a folder, and those above it.
+    """Create a folder and its parents.
 
     Args:
         path: The folder.
-        exist_ok: False fails with ``errno.EEXIST`` if it is there.
+        exist_ok: Whether the folder may exist. If not, an existing one raises ``errno.EEXIST``.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If it cannot be created.
     """
     if exist_ok and path.is_dir():
         return
@@ -179,35 +179,35 @@ def make_folder(path: Path, exist_ok: bool = True) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, if it is there.
+    """Delete a file if it exists.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If it cannot be deleted.
     """
     with operation("delete", path):
         path.unlink(missing_ok=True)
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder and all that is in it.
+    """Delete a folder with its content.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If it cannot be deleted.
     """
     with operation("delete folder", path):
         shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:
-    """Bring the content of a file, or the names in a folder, to the disk itself, where a power cut leaves them.
+    """Flush a file, or the names in a folder, from the system's cache to the disk, so that they survive a power cut.
 
     Raises:
-        WriteError: If the disk refuses.
+        WriteError: If the disk reports an error.
     """
     with operation("sync", path):
         if os.name == "nt" and path.is_dir():
-            return  # Windows has no such thing for folders.
-        # Windows syncs what was opened for writing; a folder cannot be.
+            return  # Windows cannot flush folders.
+        # Windows flushes only files that are opened for writing. Folders cannot be opened for writing.
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)

@@ -1,10 +1,14 @@
-"""What is measured: pure functions of tensors, torch only.
+"""Measures of neural collapse as pure functions of tensors. They need torch only.
 
-Values are those of the features as they are given, in float64 to about nine digits, with these limits, in which eps is
-2e-16. Measures that fall linearly with the distance from an ETF or from duality are right to an absolute error of about
-eps: the rows are not known better. Class means that differ by t times as much as others enter with a relative error of
-eps / t. Spread within classes that is O times as large as the class means, in directions orthogonal to them, moves
-their directions by O eps, and with them what is read along them.
+Accuracy for float64 features: values are right to about nine digits, with three limits. Here eps is the machine epsilon
+of float64, 2e-16.
+
+- A measure that falls linearly with the distance from an ETF or from self-duality has an absolute error of about eps,
+  because the rows themselves are rounded.
+- Let the class means differ along one direction by t times as much as along another, with t < 1. The smaller
+  difference enters with a relative error of eps / t.
+- Let the spread within classes orthogonal to the class means be c times as large as the class means. Rounding then
+  turns the directions of the class means by about c eps, which affects every measure along these directions.
 """
 
 from nclightning.functional.buffer import StatisticsBuffer, class_statistics

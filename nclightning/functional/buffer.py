@@ -1,4 +1,4 @@
-"""From batches of labelled features to their statistics: a buffer of kept samples, with running totals."""
+"""A buffer that computes class statistics batch by batch: recent samples are stored, earlier ones are in totals."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ __all__ = ["StatisticsBuffer", "class_statistics"]
 
 
 class StatisticsBuffer:
-    """Takes in labelled features batch by batch, on their device and without a transfer to the host.
+    """Accumulates labelled features batch by batch, on their device and without a transfer to the host.
 
-    Samples are kept as they came, until they are many: then they are folded into the running totals. So the cost of a
-    batch does not grow with the number of batches. Tensors are replaced and never written to: statistics that were
-    taken from a buffer do not move with it.
+    Samples are stored until there are many of them; then they are folded into running totals. So the cost of a batch
+    does not grow with the number of batches. Tensors are replaced and never modified in place: statistics that were
+    taken from the buffer do not change when more samples are added.
 
     Args:
-        statistics: To start with, such as ``ClassStatistics.empty(num_classes, feature_dim)``.
+        statistics: Statistics to start from, such as ``ClassStatistics.empty(num_classes, feature_dim)``.
 
     Attributes:
-        totals: Moments of the samples that are not kept any more.
-        kept: Samples that are kept.
-        num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
+        totals: Moments of the samples that are no longer stored.
+        kept: The stored samples.
+        num_invalid: Number of samples whose label is outside ``0..K-1``, int64 scalar. No other statistic includes
+            them.
 
     Example:
+        >>> import torch
+        >>> from nclightning.functional import ClassStatistics, StatisticsBuffer
         >>> buffer = StatisticsBuffer(ClassStatistics.empty(num_classes=2, feature_dim=3))
         >>> buffer.add(torch.ones(4, 3), torch.tensor([0, 0, 1, 0]))
         >>> buffer.statistics.counts
@@ -43,13 +46,13 @@ class StatisticsBuffer:
         return ClassStatistics(self.totals, self.num_invalid, self.kept)
 
     def add(self, features: Tensor, labels: Tensor, ignore_index: int | None = None, *, copy: bool = True) -> None:
-        """Take in samples.
+        """Add samples.
 
         Args:
             features: ``(N, d)`` of any floating dtype.
-            labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
+            labels: ``(N,)`` int64. A sample with a label outside ``0..K-1`` is counted in ``num_invalid`` and left out.
             ignore_index: Label of samples to leave out without counting them as invalid.
-            copy: False keeps features as they are, which must then not change before the last reading.
+            copy: False stores the tensor itself. It must then stay unchanged as long as the statistics are used.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -60,14 +63,14 @@ class StatisticsBuffer:
         if features.shape[1] != dim:
             raise UserError(f"features must have shape (N, {dim}), got {tuple(features.shape)}.")
         if not labels.numel():
-            return  # Else each of them would stay as a sample that is kept.
+            return  # An empty batch would be stored as one more tensor.
         invalid = labels.clamp(0, num_classes - 1) != labels
         left_out = invalid
         if ignore_index is not None:
             ignored = labels == ignore_index
             left_out, invalid = invalid | ignored, invalid & ~ignored
         self.num_invalid = self.num_invalid + invalid.sum()
-        # One bin more than classes takes the samples left out, so that no value is branched on.
+        # Samples to leave out go to an additional bin K: selecting them would need a transfer to the host.
         index, features = labels.masked_fill(left_out, num_classes), features.detach()
         if not self._can_keep(self.kept.join(Samples((features,), (index,)))):
             self.fold()
@@ -76,11 +79,11 @@ class StatisticsBuffer:
             self.fold()
 
     def fold(self) -> None:
-        """Fold the samples that are kept into the running totals, and keep none from here on."""
+        """Move all stored samples into the running totals."""
         self.totals, self.kept = self.statistics.folded.totals, Samples()
 
     def _can_keep(self, samples: Samples) -> bool:
-        return samples.are_few(len(self.totals.counts), light=self.totals.root is None)
+        return samples.are_worth_keeping(len(self.totals.counts), light=self.totals.root is None)
 
 
 def class_statistics(
@@ -97,20 +100,31 @@ def class_statistics(
 
     Args:
         features: ``(N, d)`` of any floating dtype.
-        labels: ``(N,)`` int64. A label outside ``0..K-1`` is counted in ``num_invalid`` and enters nothing else.
+        labels: ``(N,)`` int64. A sample with a label outside ``0..K-1`` is counted in ``num_invalid`` and left out.
         num_classes: K, at least 1.
         dtype: Dtype of accumulation and result, float64 or float32.
-        scatter: False makes the light form without the ``(d, d)`` scatter.
+        scatter: False makes light statistics, without the ``(d, d)`` scatter.
         ignore_index: Label of samples to leave out without counting them as invalid.
         copy: As for :meth:`StatisticsBuffer.add`.
 
     Returns:
-        Statistics in ``dtype``. Zero scatter where the features of each class are equal to the last bit. Features
-        that are not finite make the moments of their class ``nan``.
+        Statistics in ``dtype``. The scatter is exactly zero where the features of each class are equal to the last bit.
+        Features that are not finite make the moments of their class ``nan``.
 
     Raises:
         ValueError: If a shape does not fit.
         TypeError: If features are not floating or labels not int64.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics
+        >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
+        >>> stats = class_statistics(features, torch.tensor([0, 0, 1, 7]), num_classes=2)
+        >>> stats.counts, int(stats.num_invalid)
+        (tensor([2., 1.], dtype=torch.float64), 1)
+        >>> stats.scatter.round(decimals=6)
+        tensor([[2., 0.],
+                [0., 0.]], dtype=torch.float64)
     """
     _check(features, labels)
     empty = ClassStatistics.empty(num_classes, features.shape[1], dtype, features.device, scatter=scatter)
@@ -120,7 +134,7 @@ def class_statistics(
 
 
 def _check(features: Tensor, labels: Tensor) -> None:
-    """Raise unless they are features with their labels."""
+    """Raise an error unless features and labels have valid shapes and dtypes."""
     if features.ndim != 2 or not features.shape[1] or labels.shape != features.shape[:1]:
         raise UserError(
             "features must be (N, d) with d at least 1 and labels (N,) with the same N, "

@@ -1,4 +1,4 @@
-"""Curvature of any scalar function of parameters: products with its Hessian, its extreme eigenvalues, all of it."""
+"""Curvature of any scalar function of parameters: Hessian-vector products, extreme eigenvalues, the full spectrum."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ Product = Callable[[Tensor], Tensor]
 _Ends = Literal["both", "largest"]
 _MOST_DENSE = 10_000  # 800 MB in float64, and a minute for its eigenvalues.
 
-_OFTEN = 20  # Up to so many vectors convergence is tested after each, from then on after so many.
+# Convergence is tested after each of the first 20 Lanczos vectors, and from then on after every 20.
+_TEST_EVERY = 20
 
 
 class ExtremeEigenvalues(NamedTuple):
-    """Ends of a spectrum.
+    """The extreme eigenvalues of a spectrum.
 
     Attributes:
-        smallest: Least distinct eigenvalues, ascending, ``(c,)`` with c at most the number asked for; none if only the
-            largest were asked for.
+        smallest: Smallest distinct eigenvalues, ascending, ``(c,)`` with c at most the requested number; empty with
+            ``ends="largest"``.
         largest: Largest distinct eigenvalues, descending, ``(c,)``.
-        residual: Largest distance of any of them from an eigenvalue, guaranteed up to round-off.
-        products: Number of products with the Hessian.
+        residual: Bound on the distance of any of them from an eigenvalue, guaranteed up to round-off.
+        products: Number of Hessian-vector products that were computed.
         converged: Whether ``residual`` is within the tolerance.
     """
 
@@ -40,24 +41,33 @@ class ExtremeEigenvalues(NamedTuple):
 
 
 def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
-    r"""Prepare products of the Hessian with vectors.
+    r"""Make a function that multiplies the Hessian with a vector.
 
     .. math:: v \mapsto \nabla^2 F(x)\, v = \nabla \langle \nabla F(x), v \rangle
 
-    The function is evaluated once, here, and its graph lives as long as the result does. Parameters, their ``.grad``,
-    the modes of modules and torch's random states are left as they were; buffers that a forward pass updates, such as
-    those of batch norm in train mode, are the function's own business. Pearlmutter (1994).
+    Pearlmutter (1994). F is evaluated once, in this call, and its graph is kept as long as the returned function.
+    Parameters, their ``.grad``, module modes and torch's random states do not change. Buffers that a forward pass
+    updates do change, such as those of batch norm in train mode.
 
     Args:
-        value: Evaluates F at the current parameters: no ``backward`` and no ``no_grad`` inside.
-        params: Those to differentiate with respect to; others are constants.
+        value: Evaluates F at the current parameters. It must not call ``backward`` or use ``no_grad``.
+        params: The parameters to differentiate with respect to. Everything else is constant.
 
     Returns:
-        From a vector ``(P,)``, all parameters flattened in their order, to the product ``(P,)`` of the same dtype.
+        Function from a vector ``(P,)`` to the product ``(P,)`` of the same dtype. P counts the entries of all
+        parameters, flattened in order.
 
     Raises:
-        ValueError: If there are no parameters, one does not require a gradient, F is no differentiable scalar, or a
-            part of it is known to have no second derivative.
+        ValueError: If there are no parameters, one of them does not require a gradient, F is not a differentiable
+            scalar, or a part of F is known to have no second derivative.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import hessian_vector_product
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> product = hessian_vector_product(lambda: (x**3).sum(), [x])
+        >>> product(torch.tensor([1.0, 1.0]))  # the Hessian is diag(6 x)
+        tensor([ 6., 12.])
     """
     params = list(params)
     if not params or not all(p.requires_grad for p in params):
@@ -67,7 +77,7 @@ def hessian_vector_product(value: Value, params: Iterable[Tensor]) -> Product:
             "Pass [p for p in module.parameters() if p.requires_grad]."
         )
     sizes = [p.numel() for p in params]
-    # What F is linear in has a gradient without a graph.
+    # Where F is linear in a parameter, the gradient has no graph, and the second derivative is zero.
     curved = {i: g for i, g in enumerate(_gradient(value, params)) if g is not None and g.requires_grad}
     _check_twice_differentiable(curved.values())
 
@@ -100,31 +110,42 @@ def extreme_eigenvalues(
     ends: _Ends = "both",
     scales: Sequence[Tensor | float] | None = None,
 ) -> ExtremeEigenvalues:
-    r"""Find the ends of the spectrum of the Hessian by Lanczos' method with full reorthogonalisation.
+    r"""Compute the extreme eigenvalues of the Hessian by the Lanczos method with full reorthogonalisation.
 
-    It needs a few times as many products as there are well-separated eigenvalues, whatever P, and at most as many as
-    there are distinct ones; it keeps one vector ``(P,)`` per product. An eigenvalue of any multiplicity is found once:
-    at a minimum with flat directions the smallest ones are 0, then the least curvature across them. Paige (1972).
+    .. math:: \nabla^2 F(x)\, v = \lambda v
+
+    Paige (1972). The number of products does not depend on P: it is a few times the number of well-separated
+    eigenvalues, and at most the number of distinct ones. One vector ``(P,)`` per product is kept in memory. An
+    eigenvalue is returned once, whatever its multiplicity. At a minimum with flat directions the smallest eigenvalue is
+    0, and the second smallest is the least curvature across these directions.
 
     Args:
-        value: See :func:`hessian_vector_product`.
-        params: See :func:`hessian_vector_product`.
-        count: How many distinct eigenvalues at each end; those closer than the tolerance count as one.
-        tolerance: Of the residual, relative to the largest absolute eigenvalue. Below about a hundred roundings of
-            the parameters' dtype it cannot be met and that is taken.
-        max_products: End unconverged after this many.
-        seed: Of the starting vector, which comes from a generator of its own.
-        ends: ``"largest"`` leaves out the smallest eigenvalues, which often take longer.
-        scales: For each parameter a number or a tensor of its shape, together the diagonal matrix S: the spectrum is
-            that of :math:`S \nabla^2 F S`. Where an optimizer divides the entries of its step by P, the square roots
-            of 1/P give the curvature that it sees.
+        value: As for :func:`hessian_vector_product`.
+        params: As for :func:`hessian_vector_product`.
+        count: Number of distinct eigenvalues at each end. Eigenvalues closer than the tolerance count as one.
+        tolerance: Largest residual, relative to the largest absolute eigenvalue. The least possible tolerance is a
+            hundred roundings of the parameters' dtype; a smaller one is replaced by it.
+        max_products: Stop after this number of products, converged or not.
+        seed: Seed of the starting vector, which does not use torch's global random state.
+        ends: ``"both"``, or ``"largest"`` to leave out the smallest eigenvalues, which often take longer.
+        scales: For each parameter a number or a tensor of its shape; together they are a diagonal matrix S, and the
+            spectrum is that of :math:`S \nabla^2 F S`. For an optimizer that divides the entries of its step by P, use
+            the square roots of 1/P: this gives the curvature of the preconditioned problem.
 
     Returns:
-        Eigenvalues in the parameters' dtype (at least float32) on their device; fewer than ``count`` if the Hessian
-        has fewer distinct ones. The zero Hessian has 0.
+        Eigenvalues in the parameters' dtype (at least float32) on their device, in the unit of F over that of the
+        parameters squared. There are fewer than ``count`` if the Hessian has fewer distinct ones.
 
     Raises:
-        ValueError: As :func:`hessian_vector_product`, if an option is out of range, or if a product is not finite.
+        ValueError: As for :func:`hessian_vector_product`, if an option is out of range, or if a product is not finite.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import extreme_eigenvalues
+        >>> x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, requires_grad=True)
+        >>> found = extreme_eigenvalues(lambda: (x**3).sum(), [x])  # the Hessian is diag(6 x)
+        >>> round(float(found.smallest), 6), round(float(found.largest), 6), found.converged
+        (6.0, 18.0, True)
     """
     if count < 1 or max_products < 1 or not tolerance > 0:
         raise UserError(
@@ -147,17 +168,17 @@ def extreme_eigenvalues(
         new, projection, left = _next_vector(product, basis)
         diagonal.append(projection)
         scale = max(scale, abs(projection) + left)
-        # The new direction is noise: the ones so far span all eigenvectors that the start has a part in.
+        # If the rest is noise, the vectors so far span all eigenvectors that the starting vector has a component of.
         exhausted = len(basis) == size or left <= 100 * rounding * scale
         last = exhausted or len(basis) >= max_products
-        if last or len(basis) <= _OFTEN or len(basis) % _OFTEN == 0:
+        if last or len(basis) <= _TEST_EVERY or len(basis) % _TEST_EVERY == 0:
             ritz, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
             errors = torch.zeros_like(ritz) if exhausted else left * vectors[-1].abs()
             allowed = max(tolerance, 100 * rounding) * scale
             low = _distinct(ritz, allowed, count) if ends == "both" else []
             high = _distinct(-ritz.flip(0), allowed, count)
             residual = float(torch.cat([errors[low], errors.flip(0)[high]]).max())
-            # Ends that were just born may be others than the extreme ones; a generic start needs a few vectors more.
+            # The first eigenvalues to converge need not be the extreme ones. A few more vectors separate them.
             enough = (
                 len(low if ends == "both" else high) == count and residual <= allowed and len(basis) >= 2 * count + 2
             )
@@ -169,17 +190,25 @@ def extreme_eigenvalues(
 
 
 def dense_hessian(value: Value, params: Iterable[Tensor]) -> Tensor:
-    """Form the Hessian, column by column.
+    r"""Compute the full Hessian :math:`\nabla^2 F(x)`, column by column.
 
     Args:
-        value: See :func:`hessian_vector_product`.
-        params: See :func:`hessian_vector_product`; of at most 10,000 numbers together.
+        value: As for :func:`hessian_vector_product`.
+        params: As for :func:`hessian_vector_product`, with at most 10,000 entries together.
 
     Returns:
         Symmetric ``(P, P)`` in the parameters' dtype, at least float32, in the order of the flattened parameters.
 
     Raises:
-        ValueError: As :func:`hessian_vector_product`, or if there are more parameters.
+        ValueError: As for :func:`hessian_vector_product`, or if there are more entries.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import dense_hessian
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> dense_hessian(lambda: x[0] ** 2 * x[1], [x])
+        tensor([[4., 2.],
+                [2., 0.]])
     """
     params = list(params)
     product = hessian_vector_product(value, params)
@@ -194,17 +223,24 @@ def dense_hessian(value: Value, params: Iterable[Tensor]) -> Tensor:
 
 
 def dense_spectrum(value: Value, params: Iterable[Tensor]) -> Tensor:
-    """Compute all eigenvalues of the Hessian, with multiplicities.
+    r"""Compute all eigenvalues of the Hessian :math:`\nabla^2 F(x)`, with multiplicities.
 
     Args:
-        value: See :func:`hessian_vector_product`.
-        params: See :func:`dense_hessian`.
+        value: As for :func:`hessian_vector_product`.
+        params: As for :func:`dense_hessian`.
 
     Returns:
-        Ascending ``(P,)``, each right to a few roundings of the largest.
+        Eigenvalues ``(P,)``, ascending. The absolute error of each is a few roundings of the largest.
 
     Raises:
-        ValueError: As :func:`dense_hessian`, or if an entry is not finite.
+        ValueError: As for :func:`dense_hessian`, or if an entry is not finite.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import dense_spectrum
+        >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+        >>> dense_spectrum(lambda: (x**3).sum(), [x]).round(decimals=6)
+        tensor([ 6., 12.], dtype=torch.float64)
     """
     hessian = dense_hessian(value, params)
     _check_finite(hessian)
@@ -226,7 +262,7 @@ def _flat_scales(scales: Sequence[Tensor | float], params: Sequence[Tensor]) -> 
 
 
 def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Evaluate the function and its gradient with a graph, without moving random states."""
+    """Evaluate the function and its gradient with a graph, without changing random states."""
     cuda = sorted({p.device.index or 0 for p in params if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), torch.inference_mode(False), torch.enable_grad():
         scalar = value()
@@ -247,10 +283,10 @@ def _gradient(value: Value, params: Sequence[Tensor]) -> tuple[Tensor | None, ..
 
 
 def _check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
-    """Refuse what is marked with ``once_differentiable``: products would leave its part out, without an error."""
+    """Refuse functions marked with ``once_differentiable``: the products would omit their part without an error."""
     waiting: list[Any] = [g.grad_fn for g in gradients]
     seen = set(waiting)
-    for node in waiting:  # It grows on the way.
+    for node in waiting:  # The list grows during the loop.
         if node.name() == "torch::autograd::Error":
             raise UserError(
                 "value has no second derivative: a function in it is marked with once_differentiable. Evaluate it with "
@@ -262,11 +298,15 @@ def _check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
 
 
 def _next_vector(product: Product, basis: Sequence[Tensor]) -> tuple[Tensor, float, float]:
-    """Multiply the last vector; return what is new of the product, its part along the last vector, and the norm."""
+    """Multiply the last basis vector with the Hessian and orthogonalise the product against the basis.
+
+    Returns:
+        The new unit vector, the component of the product along the last vector, and the norm of the orthogonal part.
+    """
     new = product(basis[-1])
     _check_finite(new)
     projection = float(new @ basis[-1])
-    for _ in range(2):  # Once leaves the cancellation's round-off.
+    for _ in range(2):  # The second time removes the round-off of the first.
         for vector in basis:
             new = new - (new @ vector) * vector
     left = float(new.norm())
@@ -278,17 +318,17 @@ def _tridiagonal(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Te
     return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(side, 1) + torch.diag(side, -1)
 
 
-def _distinct(ascending: Tensor, apart: float, count: int) -> list[int]:
-    """Indices of the first values, from the lower end, that lie apart by more than the given distance."""
+def _distinct(ascending: Tensor, separation: float, count: int) -> list[int]:
+    """Indices of the first ``count`` values, from the lower end, that differ by more than ``separation``."""
     values, kept = ascending.tolist(), [0]
     for i, value in enumerate(values):
-        if len(kept) < count and value - values[kept[-1]] > apart:
+        if len(kept) < count and value - values[kept[-1]] > separation:
             kept.append(i)
     return kept
 
 
 def _working_dtype(params: Sequence[Tensor]) -> torch.dtype:
-    """Precision of vectors: at least float32, where half precision would lose their orthogonality."""
+    """Dtype of the Lanczos vectors: at least float32, since half precision would lose their orthogonality."""
     dtype = torch.float32
     for p in params:
         dtype = torch.promote_types(dtype, p.dtype)

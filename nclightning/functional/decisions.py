@@ -1,4 +1,4 @@
-"""NC4: what the network decides, against the nearest class centre."""
+"""NC4: the decisions of the network and of the nearest class centre classifier (NCC)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
 
     Args:
         features: ``(N, d)`` of any floating dtype.
-        stats: Statistics whose means are the centres; usually those of the training set, whatever the features.
+        stats: Statistics with the class means, usually those of the training set, also for features of other data.
 
     Returns:
-        Classes ``(N,)`` int64, only classes present; of equally near ones the first. -1 where there is no nearest one:
-        for features or centres that are not finite, and without samples of any class.
+        Classes ``(N,)`` int64, among the classes present. Of several means at the same distance the first one wins. -1
+        stands for no decision: for features or class means that are not finite, and if no class has samples.
 
     Raises:
         ValueError: If the features do not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, nearest_class_centre
+        >>> stats = class_statistics(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> nearest_class_centre(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), stats)
+        tensor([0, 1])
     """
     if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
         raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
-    # Around the global mean, so that a common offset of all features does not cost digits.
+    # Subtracting the global mean keeps the digits that a large common offset of all features would cost.
     centre, means = stats.global_mean(), stats.mean_offsets
     unit, centred = power_of_two(means), features.detach().to(means) - centre
     means = means / unit
@@ -45,15 +52,15 @@ def decide(scores: Tensor) -> Tensor:
         scores: ``(N, K)``, for example logits.
 
     Returns:
-        Classes ``(N,)`` int64; of equally high ones the first. -1 where the highest is not finite: ``argmax`` alone
-        takes ``nan`` for the highest of all.
+        Classes ``(N,)`` int64. Of several equal scores the first one wins. -1 where the highest score is not finite:
+        ``argmax`` alone would take ``nan`` for the highest.
     """
     highest = scores.max(dim=1)
     return torch.where(highest.values.isfinite(), highest.indices, -1)
 
 
 def ncc_accuracy(features: Tensor, labels: Tensor, stats: ClassStatistics) -> Tensor:
-    """Measure how often the nearest class centre is the label (NC4, as Galanti et al. and Jiang et al. read it).
+    """Measure the accuracy of the nearest class centre classifier (NC4 of Galanti et al. and Jiang et al.).
 
     Args:
         features: ``(N, d)``.
@@ -61,30 +68,52 @@ def ncc_accuracy(features: Tensor, labels: Tensor, stats: ClassStatistics) -> Te
         stats: As for :func:`nearest_class_centre`.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; ``nan`` without samples. Features without a nearest centre
-        count as wrong.
+        Scalar in [0, 1] in the dtype of the statistics: the share of samples whose nearest class mean is that of their
+        label. 1 at collapse, ``nan`` without samples. A sample without a decision counts as wrong.
+
+    Raises:
+        ValueError: If the features do not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, ncc_accuracy
+        >>> stats = class_statistics(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> ncc_accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), stats)
+        tensor(0.5000, dtype=torch.float64)
     """
     return accuracy(nearest_class_centre(features, stats), labels).to(stats.means)
 
 
 def ncc_mismatch(features: Tensor, predictions: Tensor, stats: ClassStatistics) -> Tensor:
-    """Measure how often the nearest class centre is not the network's decision (NC4 of Papyan, Han and Donoho).
+    """Measure how often the nearest class centre classifier and the network disagree (NC4).
+
+    Papyan, Han and Donoho (2020), Fig. 7.
 
     Args:
         features: ``(N, d)``.
-        predictions: The network's classes ``(N,)``: the argmax of its logits, bias included.
+        predictions: Decisions of the network ``(N,)``: the argmax of its logits, bias included.
         stats: As for :func:`nearest_class_centre`.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``nan`` without samples. Features without a
-        nearest centre count as mismatched.
+        Scalar in [0, 1] in the dtype of the statistics: the share of samples. 0 at collapse, ``nan`` without samples. A
+        sample without a decision counts as a disagreement.
+
+    Raises:
+        ValueError: If the features do not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, ncc_mismatch
+        >>> stats = class_statistics(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> ncc_mismatch(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]), stats)
+        tensor(0.5000, dtype=torch.float64)
     """
     nearest = nearest_class_centre(features, stats)
     return ((nearest != predictions) | (nearest < 0)).to(stats.means.dtype).mean()
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Measure how often a decision is the label.
+    """Measure the share of decisions that equal the label.
 
     Args:
         predictions: Classes ``(N,)``.
@@ -92,6 +121,12 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         Float64 scalar in [0, 1]; ``nan`` without samples.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import accuracy
+        >>> accuracy(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1, 2, 2]))
+        tensor(0.7500, dtype=torch.float64)
     """
     return (predictions == labels).double().mean()
 
@@ -99,22 +134,29 @@ def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
 def bias_collapse(
     stats: ClassStatistics, weight: Tensor, bias: Tensor | None = None, global_mean: GlobalMean = "sample"
 ) -> Tensor:
-    r"""Measure the logits of the mean feature (NC4 of Zhu et al., 2021).
+    r"""Measure the norm of the logits of the mean feature (NC4 of Zhu et al., 2021).
 
     .. math:: \| W \mu_G + b \|_2
 
     Args:
-        stats: Statistics of the features; the light form suffices.
+        stats: Statistics of the features. Light statistics suffice.
         weight: Head ``(K, d)``.
-        bias: Its bias ``(K,)``; None is zero.
-        global_mean: Of all ``"sample"`` (Zhu et al.; the default) or of ``"class"`` means.
+        bias: Bias of the head ``(K,)``; None for a head without one.
+        global_mean: The mean of all ``"sample"`` features (Zhu et al.; the default) or of the ``"class"`` means.
 
     Returns:
-        Non-negative scalar in the dtype of the statistics and the unit of the logits; ``nan`` without samples, ``inf``
-        where the dtype cannot hold it.
+        Non-negative scalar in the dtype of the statistics and the unit of the logits. 0 at collapse; ``nan`` without
+        samples, ``inf`` if it overflows.
 
     Raises:
         ValueError: If the head does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import bias_collapse, class_statistics
+        >>> stats = class_statistics(torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> bias_collapse(stats, weight=torch.tensor([[2.0, 0.0], [-2.0, 0.0]]), bias=torch.tensor([-4.0, 1.0]))
+        tensor(3., dtype=torch.float64)
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
         raise UserError(
@@ -130,21 +172,28 @@ def bias_collapse(
 
 
 def cosine_margin(features: Tensor, labels: Tensor, weight: Tensor, centre: Tensor | None = None) -> Tensor:
-    r"""Measure by how much a feature is closer in angle to its own row of the head than to any other.
+    r"""Measure by how much the cosine with the own row of the head exceeds the largest cosine with another row.
 
     .. math:: \cos\angle(h_i - c, w_{y_i}) - \max_{k \ne y_i} \cos\angle(h_i - c, w_k)
 
-    Zhou et al. (2022), who take the global mean for c.
+    Zhou et al. (2022); their c is the global mean.
 
     Args:
         features: ``(N, d)``.
         labels: ``(N,)`` int64 within ``0..K-1``.
         weight: Head ``(K, d)``.
-        centre: ``(d,)``, usually ``stats.global_mean()``; None is zero.
+        centre: c, ``(d,)``, usually ``stats.global_mean()``; None is zero.
 
     Returns:
-        ``(N,)`` float64 in [-2, 2]; K/(K-1) at collapse, positive where angles decide rightly, ``nan`` for a feature
-        in the centre or a zero row.
+        Margins ``(N,)``, float64, in [-2, 2]. K/(K-1) at collapse; positive where the largest cosine is with the right
+        row; ``nan`` for a feature equal to c, and if a row of the head is zero.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import cosine_margin
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> cosine_margin(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), weight)
+        tensor([2., 0.], dtype=torch.float64)
     """
     rows = features.detach().double()
     if centre is not None:

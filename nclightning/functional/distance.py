@@ -1,4 +1,4 @@
-"""Distance to the neural-collapse configurations whose scales are fitted."""
+"""Distance of head and features from the nearest collapsed configuration of any scale."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["CollapseDistance", "distance_to_collapse"]
 
 
 class CollapseDistance(NamedTuple):
-    """Distance to the nearest collapsed configuration and the scales of that configuration.
+    """Distance from the nearest collapsed configuration, and the scales of that configuration.
 
     Attributes:
         distance: Relative distance in [0, 1].
         head: Relative distance of the head alone.
         features: Relative distance of the features alone.
-        head_scale: Singular value of the nearest head.
-        feature_scale: Singular value of the matrix of its class means.
+        head_scale: Singular value of the collapsed head.
+        feature_scale: Singular value of the matrix of the collapsed class means.
     """
 
     distance: Tensor
@@ -33,28 +33,41 @@ class CollapseDistance(NamedTuple):
 
 
 def distance_to_collapse(stats: ClassStatistics, weight: Tensor) -> CollapseDistance:
-    r"""Measure the distance of head and features to neural collapse where no penalties set its scale.
+    r"""Measure the relative distance of head and features from neural collapse of any scale.
 
     .. math:: \left( \frac12 \frac{\|W - aM\|_F^2}{\|W\|_F^2}
         + \frac12 \frac{\sum_i \|h_i - \mu_G - \beta M_{y_i}\|^2}{\sum_i \|h_i - \mu_G\|^2} \right)^{1/2}
 
-    The rows of M are a simplex ETF over the classes present, a partial isometry of rank ``min(d, K - 1)`` with
-    zero column sums. Fitted are M, as the polar factor of the sum of head and centred class means, each divided by
-    its norm; then the scales :math:`a, \beta \ge 0` by least squares; and the shift of the features, the mean of the
-    class means. With the penalties known, :class:`nclightning.theory.UFMProblem` fixes the scales and no shift is
-    free. From residuals, so that nothing cancels near collapse.
+    M, a and :math:`\beta` are fitted. The rows of M are a simplex ETF over the classes present, that is, M is a partial
+    isometry of rank ``min(d, K - 1)`` with zero column sums. It is the polar factor of the sum of the head and the
+    centred class means, each divided by its norm. The scales :math:`a, \beta \ge 0` follow by least squares.
+    :math:`\mu_G` is the mean of the class means.
+
+    If the penalties are known, :meth:`nclightning.theory.UFMProblem.distance` gives the distance from the optimal set,
+    where the scales are fixed and no shift is free. Both are computed from residuals, so that nothing cancels near
+    collapse.
 
     Args:
-        stats: Statistics of the features; the light form suffices.
+        stats: Statistics of the features. Light statistics suffice.
         weight: Head ``(K, d)``.
 
     Returns:
-        Scalars in the dtype of the statistics. Distances are 0 at collapse of any size, orientation and shift, where
-        head and means are dual ETFs and nothing spreads; ``nan`` for a zero head, coinciding class means or features
-        that are not finite.
+        Scalars in the dtype of the statistics. The distances are 0 at collapse of any size, orientation and shift. They
+        are ``nan`` for a zero head, coinciding class means, or features that are not finite.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, distance_to_collapse
+        >>> etf = torch.eye(3, dtype=torch.float64) - 1 / 3
+        >>> stats = class_statistics(2 * etf, torch.arange(3), num_classes=3)
+        >>> found = distance_to_collapse(stats, weight=5 * etf)
+        >>> bool(found.distance < 1e-12), round(float(found.head_scale), 6), round(float(found.feature_scale), 6)
+        (True, 5.0, 2.0)
+        >>> round(float(distance_to_collapse(stats, weight=torch.eye(3)).head), 6)  # 1/3 of the squared norm is left
+        0.57735
     """
     if weight.shape != stats.means.shape:
         raise UserError(

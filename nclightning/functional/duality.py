@@ -1,4 +1,4 @@
-"""NC3: how far the head is from the dual of the class means, in its published forms."""
+"""NC3: how far head and class means are from being proportional, in the published forms."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
     .. math:: \mathrm{NC}_3 = \left\| \frac{W^\top \bar H}{\|W^\top \bar H\|_F}
         - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
 
-    with :math:`\bar H` the centred class means. Classes without samples are left out. Paper: Appendix, with
-    erratum E1; Zhu et al. (2021). It vanishes for self-dual ETFs, and also for every pair with
-    :math:`W^\top \bar H \propto P`; :func:`duality_difference` vanishes for every self-dual pair, ETF or not.
+    with :math:`\bar H` the centred class means. Classes without samples are left out. Paper: Appendix, with erratum E1;
+    Zhu et al. (2021). It is zero exactly if :math:`W^\top \bar H` is proportional to the Gram matrix of an ETF, as for
+    self-dual ETFs. :func:`duality_difference` is zero for every self-dual pair, ETF or not.
 
     Args:
         stats: Statistics of the features.
@@ -29,11 +29,21 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
         centred: Subtract the mean row of the head first (Zhou et al., 2022).
 
     Returns:
-        Scalar in [0, 2] in the dtype of the statistics, dimensionless; ``nan`` for a zero head, coinciding means, or
-        a head orthogonal to all means up to rounding.
+        Scalar in [0, 2] in the dtype of the statistics, dimensionless. 0 at collapse; ``nan`` for a zero head,
+        coinciding class means, or a head that is orthogonal to all class means up to rounding.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, self_duality
+        >>> etf = torch.eye(3, dtype=torch.float64) - 1 / 3
+        >>> stats = class_statistics(2 * etf, torch.arange(3), num_classes=3)
+        >>> bool(self_duality(stats, weight=etf) < 1e-12)
+        True
+        >>> round(float(self_duality(stats, weight=-etf)), 6)  # the opposite of duality
+        2.0
     """
     weight, present = _fit(stats, weight), stats.present.unsqueeze(1)
     if centred:
@@ -42,7 +52,7 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
 
 
 def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = True) -> Tensor:
-    r"""Measure the difference of head and centred class means, each divided by its norm (NC3, difference form).
+    r"""Measure the difference between head and centred class means, each divided by its norm (NC3).
 
     .. math:: \left\| \frac{W}{\|W\|_F} - \frac{\bar H}{\|\bar H\|_F} \right\|_F^2
 
@@ -51,14 +61,24 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
     Args:
         stats: Statistics of the features.
         weight: Head ``(K, d)``.
-        squared: False takes the norm itself, as some later codes do.
+        squared: False returns the norm itself, as some later codes do.
 
     Returns:
-        Scalar in [0, 4], or [0, 2] if not squared, in the dtype of the statistics; 0 for every self-dual pair,
-        ``nan`` for a zero head or coinciding means.
+        Scalar in [0, 4], or in [0, 2] if not squared, in the dtype of the statistics, dimensionless. 0 for every
+        self-dual pair; ``nan`` for a zero head or coinciding class means.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, duality_difference
+        >>> means = torch.tensor([[3.0, 0.0], [-3.0, 0.0]])
+        >>> stats = class_statistics(means, torch.arange(2), num_classes=2)
+        >>> duality_difference(stats, weight=2 * means).round(decimals=6)
+        tensor(0., dtype=torch.float64)
+        >>> duality_difference(stats, weight=torch.tensor([[0.0, 1.0], [0.0, -1.0]])).round(decimals=6)
+        tensor(2., dtype=torch.float64)
     """
     weight, means = _fit(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
     weight, means = weight / power_of_two(weight), means / power_of_two(means)
@@ -68,7 +88,7 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
 
 
 def class_alignment(stats: ClassStatistics, weight: Tensor) -> Tensor:
-    r"""Measure the cosine of each class mean, centred, with its row of the head (NC3, class by class).
+    r"""Measure the cosine between each centred class mean and its row of the head (NC3 of each class).
 
     .. math:: \cos\angle(w_k, \mu_k - \mu_G)
 
@@ -77,11 +97,18 @@ def class_alignment(stats: ClassStatistics, weight: Tensor) -> Tensor:
         weight: Head ``(K, d)``.
 
     Returns:
-        ``(K,)`` in [-1, 1], in the dtype of the statistics; 1 for a self-dual class, ``nan`` for an absent class, a
-        zero row of the head, or a mean in the centre.
+        Cosines ``(K,)`` in [-1, 1], in the dtype of the statistics. 1 for a self-dual class; ``nan`` for an absent
+        class, a zero row of the head, or a class mean that equals the global mean.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_alignment, class_statistics
+        >>> stats = class_statistics(torch.tensor([[3.0, 0.0], [-3.0, 0.0]]), torch.arange(2), num_classes=2)
+        >>> class_alignment(stats, weight=torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        tensor([1., 0.], dtype=torch.float64)
     """
     cosine = (unit_rows(_fit(stats, weight)) * unit_rows(stats.centred_means)).sum(dim=1)
     return torch.where(stats.present, cosine, torch.nan)
@@ -92,24 +119,31 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
 
     .. math:: \operatorname{var}_k \langle \hat w_k, \hat\mu_k \rangle
 
-    Wu and Papyan (2024). Zero when all classes are equally far from duality, fully dual ones included.
+    Wu and Papyan (2024). It is zero if all classes have the same cosine, as at collapse, where each cosine is 1.
 
     Args:
         stats: Statistics of the features.
         weight: Head ``(K, d)``.
-        normalize: Vary cosines; False varies the plain inner products of rows and centred means.
+        normalize: True takes the variance of cosines, False that of the inner products of rows and centred class means.
         ddof: The variance divides by ``K - ddof``.
 
     Returns:
-        Non-negative scalar in the dtype of the statistics; ``nan`` where a class present has no cosine, or with
-        fewer than two.
+        Non-negative scalar in the dtype of the statistics; dimensionless with ``normalize``. ``nan`` if a class present
+        has no cosine, or with fewer than two classes present.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, uniform_duality
+        >>> stats = class_statistics(torch.tensor([[3.0, 0.0], [-3.0, 0.0]]), torch.arange(2), num_classes=2)
+        >>> uniform_duality(stats, weight=torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # the variance of cosines 1 and 0
+        tensor(0.5000, dtype=torch.float64)
     """
     rows = _fit(stats, weight)
     if normalize:
-        # 1 - cos: near duality the cosines themselves differ by less than their rounding.
+        # This is 1 minus the cosine. Near duality the cosines themselves differ by less than their rounding.
         products = (unit_rows(rows) - unit_rows(stats.centred_means)).square().sum(dim=1) / 2
     else:
         products = (rows * stats.mean_offsets).sum(dim=1)

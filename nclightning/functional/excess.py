@@ -1,4 +1,4 @@
-r"""The loss of samples above that of their class means, from one pass and without cancellation.
+r"""The excess loss: how much larger the loss of the samples is than the loss of their class means.
 
 With logits :math:`z_i = W h_i + b` and a convex loss :math:`L(z, y)` let
 :math:`D(z, a) = L(z, y) - L(a, y) - \langle\nabla L(a, y), z - a\rangle \ge 0` be its Bregman divergence. Sums over the
@@ -8,11 +8,12 @@ samples of a class, which share the target y and have the mean :math:`\bar z`, o
     \sum_i L(z_i, y) - n L(\bar z, y) = \sum_i D(z_i, \bar z), \qquad
     \sum_i D(z_i, a) = \sum_i D(z_i, \bar z) + n D(\bar z, a)
 
-for every a (Banerjee et al., Clustering with Bregman divergences, 2005, Prop. 1). The second one moves a sum around one
-mean to another, as centred moments are moved: all terms are non-negative, so that nothing cancels. Divergences are
-formed from differences of features, so that equal features give exact zeros.
+for every a (Banerjee et al., Clustering with Bregman divergences, 2005, Prop. 1). The second identity moves a sum from
+one reference point to another, as centred moments are moved. All terms are non-negative, so that nothing cancels, and
+one pass over the samples is enough. Divergences are formed from differences of features, so that equal features give
+exact zeros.
 
-Classes may be any groups of samples with the same target.
+A class may be any group of samples with the same target.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from torch.nn.functional import linear
 
 __all__ = ["ExcessLoss", "HeadLoss"]
 
-# So many numbers are taken at once, of more rows than classes: what is done once for each class takes no longer. Of
-# these, so many at a time: what is formed of them stays in the cache of a CPU.
-_ELEMENTS_AT_ONCE, _ELEMENTS_AT_A_TIME, _LEAST_ROWS = 2**18, 2**17, 256
-# 128 MiB, 4096 classes.
+# A block has about _ELEMENTS_PER_BLOCK elements, and more rows than classes, so that the work for each class takes no
+# longer than that for the samples. Within a block, steps of _ELEMENTS_PER_STEP elements or at least _LEAST_ROWS rows
+# keep intermediate results in the cache of a CPU.
+_ELEMENTS_PER_BLOCK, _ELEMENTS_PER_STEP, _LEAST_ROWS = 2**18, 2**17, 256
+# Number of elements of the (M, K) residuals up to which they are kept: 128 MiB, 4096 classes.
 _MOST_RESIDUALS = 2**24
 
 
 class LossOfLogits(Protocol):
-    """What is asked of a loss, as a :class:`nclightning.problems.Loss` answers it; all arguments are ``(B, K)``."""
+    """The methods of a loss that are used here. :class:`nclightning.problems.Loss` has them. Arguments: ``(B, K)``."""
 
     def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         """Bregman divergence of ``reference + step`` from ``reference``, ``(B,)``."""
@@ -45,13 +47,22 @@ class LossOfLogits(Protocol):
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """A loss of the logits of a linear head.
+    """A loss together with a linear head and the targets.
 
     Attributes:
         loss: The loss.
-        targets: ``(M, K)``, float64; row m is the target of the samples with label m.
+        targets: ``(M, K)``, float64. Row m is the target of all samples with label m.
         weight: ``(K, d)``, float64.
         bias: ``(K,)``, float64, or None.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import HeadLoss
+        >>> from nclightning.problems import CrossEntropy
+        >>> identity = torch.eye(2, dtype=torch.float64)
+        >>> head = HeadLoss(CrossEntropy(), targets=identity, weight=3 * identity, bias=None)
+        >>> head.logits(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+        tensor([[3., 6.]], dtype=torch.float64)
     """
 
     loss: LossOfLogits
@@ -60,22 +71,35 @@ class HeadLoss:
     bias: Tensor | None
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits ``(B, K)`` of features ``(B, d)``."""
+        """Compute the logits ``(B, K)`` of features ``(B, d)``."""
         return linear(features, self.weight, self.bias)
 
 
 class ExcessLoss(NamedTuple):
-    r"""Sums over samples of their loss above that of their class mean. Nothing in it depends on an optimum.
+    r"""Excess loss of each class: the loss of its samples minus the loss of their mean, summed over the samples.
+
+    Merge the results of several batches with :meth:`merge`. No optimum is needed to compute them.
 
     Attributes:
         counts: Samples per class ``(M,)``.
-        anchors: A sample of each class ``(M, d)``; zero for a class without samples.
-        offsets: Class means minus anchors ``(M, d)``, so that of equal samples they are exactly zero.
+        anchors: One sample of each class ``(M, d)``; zero for a class without samples.
+        offsets: Class means minus anchors ``(M, d)``; exactly zero if all samples of the class are equal.
         sums: Excess loss of each class ``(M,)``, a sum over its samples.
-        residuals: Sum of the gradients of the loss in the logits :math:`r_i` over the samples of each class ``(M, K)``;
-            ``(M, 0)`` where that would be too many numbers.
-        slopes: Sum of :math:`\langle r_i, W h_i\rangle` over the samples of each class ``(M,)``: how the loss changes
-            with the scale of head or features.
+        residuals: Sum over the samples of each class of :math:`r_i`, the gradient of the loss in the logits,
+            ``(M, K)``; ``(M, 0)`` if that would be more than 128 MiB.
+        slopes: Sum of :math:`\langle r_i, W h_i\rangle` over the samples of each class ``(M,)``, the derivative of the
+            loss in the scale of head or features.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import ExcessLoss, HeadLoss
+        >>> from nclightning.problems import SquaredError
+        >>> identity = torch.eye(2, dtype=torch.float64)
+        >>> head = HeadLoss(SquaredError(), targets=identity, weight=identity, bias=None)
+        >>> features = torch.tensor([[1.0, 0.5], [1.0, -0.5], [0.0, 1.0]], dtype=torch.float64)
+        >>> empty = ExcessLoss.empty(num_classes=2, feature_dim=2, num_outputs=2)
+        >>> empty.add(features, torch.tensor([0, 0, 1]), head).sums.round(decimals=6)  # 2 * 0.5 * 0.5^2 in class 0
+        tensor([0.2500, 0.0000], dtype=torch.float64)
     """
 
     counts: Tensor
@@ -89,13 +113,13 @@ class ExcessLoss(NamedTuple):
     def empty(
         cls, num_classes: int, feature_dim: int, num_outputs: int, device: torch.device | str | None = None
     ) -> ExcessLoss:
-        """That of no samples.
+        """Make the excess loss of no samples.
 
         Args:
             num_classes: M.
             feature_dim: d.
             num_outputs: K.
-            device: Where it lives.
+            device: Device of the tensors.
 
         Returns:
             The neutral element of :meth:`merge`, float64.
@@ -106,21 +130,21 @@ class ExcessLoss(NamedTuple):
         return cls(number, rows, rows, number, zeros[:, :columns], number)
 
     def add(self, features: Tensor, labels: Tensor, head: HeadLoss) -> ExcessLoss:
-        """That of these and further samples, on their device and without a transfer to the host.
+        """Add samples, on their device and without a transfer to the host.
 
         Args:
-            features: ``(N, d)`` of any floating dtype. Many at once cost less than few at a time.
-            labels: ``(N,)`` int64; samples with others than ``0..M-1`` are left out.
-            head: The head, the same for all samples.
+            features: ``(N, d)`` of any floating dtype. One large batch is faster than many small ones.
+            labels: ``(N,)`` int64. Samples with a label outside ``0..M-1`` are left out.
+            head: The loss and the head. They must be the same in every call.
 
         Returns:
-            A new one.
+            The excess loss of all samples so far, a new object.
         """
         num_classes, dim = self.anchors.shape
-        total, size = self, max(_ELEMENTS_AT_ONCE // dim, 4 * num_classes)
+        total, size = self, max(_ELEMENTS_PER_BLOCK // dim, 4 * num_classes)
         with torch.no_grad():
             valid = (labels >= 0) & (labels < num_classes)
-            # One bin more than classes takes the samples left out, so that no value is branched on.
+            # Samples to leave out go to an additional bin M: selecting them would need a transfer to the host.
             index = torch.where(valid, labels, num_classes)
             for rows, own in zip(torch.split(features.detach(), size), torch.split(index, size), strict=True):
                 total = total._add(rows, own, head) if len(rows) else total
@@ -132,25 +156,27 @@ class ExcessLoss(NamedTuple):
         first = torch.full((num_classes + 1,), len(labels) - 1, device=labels.device)
         first.scatter_reduce_(0, labels, place, "amin")
         known = torch.cat([self.counts, self.counts.new_zeros(1)]).unsqueeze(1) > 0
-        anchors = torch.where(known, _with_a_row(self.anchors), features.index_select(0, first).to(self.anchors))
+        anchors = torch.where(known, _append_zero_row(self.anchors), features.index_select(0, first).to(self.anchors))
         counts, offsets = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors)
-        size = max(_ELEMENTS_AT_A_TIME // max(dim, len(head.weight)), _LEAST_ROWS)
+        size = max(_ELEMENTS_PER_STEP // max(dim, len(head.weight)), _LEAST_ROWS)
         parts = []
         for rows, index in zip(torch.split(features, size), torch.split(labels, size), strict=True):
-            away = rows.to(anchors.dtype) - anchors.index_select(0, index)
-            offsets.index_add_(0, index, away)
+            deviations = rows.to(anchors.dtype) - anchors.index_select(0, index)
+            offsets.index_add_(0, index, deviations)
             counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
-            parts.append((away, index))
+            parts.append((deviations, index))
         offsets /= counts.clamp(min=1).unsqueeze(1)
         zero = torch.zeros_like(counts)
-        added = ExcessLoss(counts, anchors, offsets, zero, _with_a_row(torch.zeros_like(self.residuals)), zero.clone())
-        moved, logits = self._moved(ExcessLoss(*(each.narrow(0, 0, num_classes) for each in added)), head)
-        offsets = _with_a_row(moved.offsets)
-        for away, index in parts:
-            # There are no logits and targets for samples left out, of which nothing is kept.
+        added = ExcessLoss(
+            counts, anchors, offsets, zero, _append_zero_row(torch.zeros_like(self.residuals)), zero.clone()
+        )
+        moved, logits = self._shifted(ExcessLoss(*(each.narrow(0, 0, num_classes) for each in added)), head)
+        offsets = _append_zero_row(moved.offsets)
+        for deviations, index in parts:
+            # Samples to leave out use the values of the last class; the results of their bin are dropped.
             known = index.clamp(max=num_classes - 1)
             targets, reference = head.targets.index_select(0, known), logits.index_select(0, known)
-            step = away.sub_(offsets.index_select(0, index)) @ head.weight.T
+            step = deviations.sub_(offsets.index_select(0, index)) @ head.weight.T
             added.sums.index_add_(0, index, head.loss.divergence_along(step, reference, targets))
             residuals = head.loss.residual(step.add_(reference), targets)
             without = step if head.bias is None else step - head.bias
@@ -170,24 +196,28 @@ class ExcessLoss(NamedTuple):
         return self.anchors + self.offsets
 
     def merge(self, other: ExcessLoss, head: HeadLoss) -> ExcessLoss:
-        """That of the union of two disjoint sets of samples.
+        """Compute the excess loss of the union of two disjoint sets of samples.
 
         Args:
-            other: Of the other samples.
-            head: The head.
+            other: Excess loss of the other samples.
+            head: The loss and the head, the same as for both.
 
         Returns:
-            A new one.
+            A new object.
         """
-        moved, logits = self._moved(other, head)
+        moved, logits = self._shifted(other, head)
         return moved._replace(
-            sums=moved.sums + other._around(moved, logits, head),
+            sums=moved.sums + other._sums_around(moved, logits, head),
             residuals=self.residuals + other.residuals,
             slopes=self.slopes + other.slopes,
         )
 
-    def _moved(self, other: ExcessLoss, head: HeadLoss) -> tuple[ExcessLoss, Tensor]:
-        """Counts and means of both, with sums over these samples alone, and the logits of the new means."""
+    def _shifted(self, other: ExcessLoss, head: HeadLoss) -> tuple[ExcessLoss, Tensor]:
+        """Move to the means of both sets of samples: their counts and means, and the sums over these samples alone.
+
+        Returns:
+            The moved object, and the logits of the new class means.
+        """
         mine, theirs = (self.counts > 0).unsqueeze(1), (other.counts > 0).unsqueeze(1)
         counts = self.counts + other.counts
         shift = torch.where(mine & theirs, (other.anchors - self.anchors) + (other.offsets - self.offsets), 0)
@@ -196,20 +226,20 @@ class ExcessLoss(NamedTuple):
         offsets = torch.where(mine, self.offsets + shift, torch.where(theirs, other.offsets, 0))
         moved = self._replace(counts=counts, anchors=anchors, offsets=offsets)
         logits = head.logits(moved.means)
-        return moved._replace(sums=self._around(moved, logits, head)), logits
+        return moved._replace(sums=self._sums_around(moved, logits, head)), logits
 
-    def _around(self, others: ExcessLoss, logits: Tensor, head: HeadLoss) -> Tensor:
-        """Excess loss of these samples above that of other means, with their logits."""
-        if self.counts.is_cpu and not self.counts.any():  # To ask another device takes longer.
+    def _sums_around(self, others: ExcessLoss, logits: Tensor, head: HeadLoss) -> Tensor:
+        """Excess loss of these samples relative to other class means, whose logits are given."""
+        if self.counts.is_cpu and not self.counts.any():  # On another device this check would cost more than it saves.
             return self.sums
-        away = (self.anchors - others.anchors) + (self.offsets - others.offsets)
-        away = torch.where((self.counts > 0).unsqueeze(1), away, 0)
-        size = max(_ELEMENTS_AT_A_TIME // len(head.weight), _LEAST_ROWS)
-        pieces = zip(*(torch.split(each, size) for each in (away, logits, head.targets)), strict=True)
+        deviations = (self.anchors - others.anchors) + (self.offsets - others.offsets)
+        deviations = torch.where((self.counts > 0).unsqueeze(1), deviations, 0)
+        size = max(_ELEMENTS_PER_STEP // len(head.weight), _LEAST_ROWS)
+        pieces = zip(*(torch.split(each, size) for each in (deviations, logits, head.targets)), strict=True)
         values = [head.loss.divergence_along(shift @ head.weight.T, *rest) for shift, *rest in pieces]
         return self.sums + self.counts * torch.cat(values)
 
 
-def _with_a_row(rows: Tensor) -> Tensor:
-    """Append a row of zeros, for samples that are left out."""
+def _append_zero_row(rows: Tensor) -> Tensor:
+    """Append a row of zeros, the bin of samples to leave out."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

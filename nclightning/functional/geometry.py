@@ -1,4 +1,4 @@
-"""NC0 and NC2: how close rows - the head's, or the centred class means - are to a simplex equiangular tight frame."""
+"""NC0 and NC2: how far the rows of the head, or the centred class means, are from a simplex ETF."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.functional.linear import apart, cosines, power_of_two, triangular_factor
+from nclightning.functional.linear import cosines, distinct_pairs, power_of_two, triangular_factor
 
 __all__ = ["equiangularity", "equinorm", "etf_deviation", "head_sum"]
 
-# Elements of the rows that are taken to float64 at a time.
-_ELEMENTS_AT_A_TIME = 2**22
+# Number of elements of the rows that are converted to float64 at a time.
+_ELEMENTS_PER_STEP = 2**22
 
 
 def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
@@ -23,19 +23,27 @@ def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
 
     .. math:: \mathrm{NC}_0 = \|W 1_K\|_2
 
-    arXiv 2602.16642. Zero at every stationary point of cross-entropy with coupled weight decay, and a condition for
-    the raw and the centred form of :func:`etf_deviation` to agree.
+    arXiv 2602.16642. It is zero at every stationary point of cross-entropy with coupled weight decay. Where it is zero,
+    the two forms of :func:`etf_deviation`, raw and centred, agree.
 
     Args:
         weight: Head ``(K, d)``.
         relative: Divide by :math:`\|W\|_F`.
 
     Returns:
-        Non-negative scalar in the dtype of ``weight`` and the unit of the weights; with ``relative`` in
-        :math:`[0, \sqrt K]`, ``nan`` for a zero head.
+        Non-negative scalar in the dtype of ``weight`` and the unit of the weights. With ``relative`` it is
+        dimensionless, in :math:`[0, \sqrt K]`, and ``nan`` for a zero head.
 
     Raises:
         ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import head_sum
+        >>> head_sum(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        tensor(5.)
+        >>> head_sum(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # an ETF of two classes
+        tensor(0.)
     """
     check_rows("weight", weight)
     unit = power_of_two(weight)
@@ -44,26 +52,39 @@ def head_sum(weight: Tensor, relative: bool = False) -> Tensor:
 
 
 def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None = None) -> Tensor:
-    r"""Measure how far rows are from a simplex equiangular tight frame by their Gram matrix (NC2).
+    r"""Measure how far the Gram matrix of rows is from that of a simplex equiangular tight frame (NC2).
 
     .. math:: \mathrm{NC}_2 = \left\| \frac{W^\top W}{\|W^\top W\|_F}
         - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
 
-    Paper: Appendix, with erratum E1 (the 1/K). For the class means pass ``stats.mean_offsets`` and
-    ``stats.present``. With ``K > d + 1`` no simplex ETF fits and the least value is
-    :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}`; the measures of :mod:`nclightning.functional.uniformity` are meant for that.
+    Paper: Appendix, with erratum E1 (the 1/K). The columns of the paper's W are the rows here. For the class means pass
+    ``stats.mean_offsets`` and ``stats.present``. With ``K > d + 1`` no simplex ETF exists, and the least value is
+    :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}`. For this case use :func:`hyperspherical_energy` and
+    :func:`one_vs_rest_distance`.
 
     Args:
         weight: Head ``(K, d)`` or other rows, K at least 2.
-        centred: Subtract the mean row first (Zhou et al., 2022); raw is Zhu et al. (2021) and the seed paper.
+        centred: Subtract the mean row first (Zhou et al., 2022). The default does not (Zhu et al., 2021, and the
+            paper).
         present: Rows to compare, bool ``(K,)``; None takes all.
 
     Returns:
-        Scalar in [0, 2] in the dtype of ``weight``, dimensionless; 0 for an ETF of any size and orientation, up to
-        the round-off of that dtype; ``nan`` for zero rows or fewer than two of them.
+        Scalar in [0, 2] in the dtype of ``weight``, dimensionless. It is 0 for an ETF of any size and orientation, up
+        to the round-off of that dtype; ``nan`` if all rows are zero or fewer than two are present.
 
     Raises:
         ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import etf_deviation
+        >>> etf = torch.eye(3) - 1 / 3
+        >>> bool(etf_deviation(5 * etf) < 1e-6)
+        True
+        >>> round(float(etf_deviation(torch.eye(3))), 4)  # equal lengths, but right angles
+        0.6058
+        >>> bool(etf_deviation(torch.eye(3), centred=True) < 1e-6)
+        True
     """
     present = check_rows("weight", weight, present)
     rows = weight * present.unsqueeze(1)
@@ -73,7 +94,7 @@ def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None 
 
 
 def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tensor:
-    r"""Measure how much the norms of rows differ: their coefficient of variation (NC2, equinorm).
+    r"""Measure how much the norms of rows differ, by their coefficient of variation (NC2, equinorm).
 
     .. math:: \operatorname{std}_k \|m_k\| \,/\, \operatorname{mean}_k \|m_k\|
 
@@ -82,13 +103,23 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
     Args:
         rows: ``(K, d)``: the head, or ``stats.mean_offsets`` with ``stats.present``.
         present: Rows to compare, bool ``(K,)``; None takes all.
-        ddof: The standard deviation divides by ``K - ddof``; 1 as ``torch.std`` does in the published code.
+        ddof: The variance divides by ``K - ddof``. The default 1 is that of ``torch.std``, which the published code
+            uses.
 
     Returns:
-        Non-negative scalar in the dtype of ``rows``; 0 for equal norms, ``nan`` for zero rows or fewer than two.
+        Non-negative scalar in the dtype of ``rows``, dimensionless. It is 0 for equal norms and ``nan`` if all rows
+        are zero or fewer than two are present.
 
     Raises:
         ValueError: If ``rows`` is not ``(K, d)`` with K at least 2.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import equinorm
+        >>> equinorm(torch.tensor([[3.0, 4.0], [0.0, 5.0]]))
+        tensor(0.)
+        >>> round(float(equinorm(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))), 4)
+        0.7071
     """
     present = check_rows("rows", rows, present)
     norms = torch.linalg.vector_norm(rows / power_of_two(rows), dim=1)
@@ -101,23 +132,32 @@ def equinorm(rows: Tensor, present: Tensor | None = None, ddof: int = 1) -> Tens
 def equiangularity(
     rows: Tensor, present: Tensor | None = None, reduction: Literal["mean", "max", "none"] = "mean"
 ) -> Tensor:
-    r"""Measure how far angles between rows are from those of a simplex ETF (NC2, equiangularity).
+    r"""Measure how far the cosines between rows are from those of a simplex ETF (NC2, equiangularity).
 
     .. math:: \operatorname*{mean}_{i \ne j} \left| \cos\angle(m_i, m_j) + \tfrac1{K-1} \right|
 
-    Papyan, Han and Donoho (2020), Figs. 3 and 4. Pairs are formed tile by tile.
+    Papyan, Han and Donoho (2020), Figs. 3 and 4. Pairs are formed in tiles, so that memory grows with K, not with K^2.
 
     Args:
         rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
         present: Rows to compare, bool ``(K,)``; None takes all.
-        reduction: ``"mean"``, ``"max"`` for the worst pair, or ``"none"`` for each row its mean over the others
-            ``(K,)``, ``nan`` where absent.
+        reduction: ``"mean"`` is over all pairs, ``"max"`` is the worst pair, and ``"none"`` gives each row the mean
+            over its pairs, ``(K,)``, ``nan`` for a row that is not present.
 
     Returns:
-        In [0, 2], in the dtype of ``rows``; 0 for an ETF, ``nan`` with a zero row or fewer than two.
+        Value in [0, 2] in the dtype of ``rows``, dimensionless. It is 0 for an ETF and ``nan`` if a row is zero or
+        fewer than two are present.
 
     Raises:
-        ValueError: If ``rows`` is not ``(K, d)`` with K at least 2, or there is no such reduction.
+        ValueError: If ``rows`` is not ``(K, d)`` with K at least 2, or ``reduction`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import equiangularity
+        >>> equiangularity(torch.eye(3, dtype=torch.float64)).round(decimals=4)  # cosines 0 instead of -1/2
+        tensor(0.5000, dtype=torch.float64)
+        >>> equiangularity(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]))  # an ETF of two classes, but for the lengths
+        tensor(0.)
     """
     present = check_rows("rows", rows, present)
     if reduction not in ("mean", "max", "none"):
@@ -125,7 +165,7 @@ def equiangularity(
     count = present.sum().to(rows)
     sums, largest = [], []
     for part, cosine in cosines(rows):
-        excess = torch.where(apart(part, present), (cosine + 1 / (count - 1)).abs(), 0)
+        excess = torch.where(distinct_pairs(part, present), (cosine + 1 / (count - 1)).abs(), 0)
         sums.append(excess.sum(dim=1))
         largest.append(excess.amax())
     if reduction == "max":
@@ -137,7 +177,7 @@ def equiangularity(
 
 
 def check_rows(name: str, rows: Tensor, present: Tensor | None = None) -> Tensor:
-    """Raise unless rows are ``(K, d)`` with K at least 2; return which of them count."""
+    """Raise an error unless rows are ``(K, d)`` with K at least 2; return which of them are present, bool ``(K,)``."""
     if rows.ndim != 2 or len(rows) < 2:
         raise UserError(f"{name} must be (K, d) with K >= 2, got {tuple(rows.shape)}.")
     if present is None:
@@ -148,13 +188,17 @@ def check_rows(name: str, rows: Tensor, present: Tensor | None = None) -> Tensor
 
 
 def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
-    r"""Frobenius distance of normalised inner products to the Gram matrix E of an ETF over the classes present.
+    r"""Frobenius distance of normalised inner products from the Gram matrix E of an ETF over the classes present.
 
-    With more than d + 1 classes the ``K x K`` matrix :math:`A = \mathrm{left}\,\mathrm{right}^\top` is not formed:
-    both it and E have norm 1, so that the square of the distance is :math:`2 - 2\langle A, E\rangle/\|A\|`, with the
-    product from sums of rows and the norm from what is ``d x d``. E has rank ``K - 1`` and A at most d, so that
-    the square is at least about ``1/(d + 1)``, and the difference loses no more digits than d has. Up to d + 1 classes
-    it may be 0, and the difference would lose all of them: there the ``K x K`` matrix is no larger than the rows.
+    Let :math:`A = \mathrm{left}\,\mathrm{right}^\top`, and let E have norm 1. The distance of :math:`A / \|A\|` from E
+    is computed in one of two ways:
+
+    - With more than d + 1 classes, from its square :math:`2 - 2\langle A, E\rangle/\|A\|`. The inner product follows
+      from sums of rows and the norm from ``d x d`` matrices, so that the ``K x K`` matrix A is not formed. E has rank
+      ``K - 1`` and A at most d. So the square is at least about ``1/(d + 1)``, and the subtraction loses only as many
+      digits as d has.
+    - With at most d + 1 classes, from A itself. The distance may be 0, where the subtraction would lose all digits, and
+      A is no larger than the rows.
 
     Args:
         left: Rows ``(K, d)``, zero for absent classes.
@@ -164,17 +208,17 @@ def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
     Returns:
         Scalar in the dtype of the rows; ``nan`` for rows that are zero, or orthogonal to each other up to rounding.
     """
-    # Products overflow in half precision and underflow in any, and a scale drops out.
-    left, right = _each(lambda rows: rows / rows.abs().amax(), left, right)
-    if len(left) > left.shape[1] + 1:  # Absent classes would be in the way of telling whether an ETF fits.
+    # The scale of the rows cancels. Without this division, products can overflow or underflow.
+    left, right = _apply_to_both(lambda rows: rows / rows.abs().amax(), left, right)
+    if len(left) > left.shape[1] + 1:  # Whether an ETF exists depends on the number of classes present.
         index = present.nonzero().squeeze(1)
         if len(index) < len(left):
             present = present.index_select(0, index)
-            left, right = _each(lambda rows: rows.index_select(0, index), left, right)
+            left, right = _apply_to_both(lambda rows: rows.index_select(0, index), left, right)
     if len(left) > left.shape[1] + 1:
         return _deviation_by_sums(left, right)
     gram = left @ right.T * present.unsqueeze(1)
-    size = _beyond_rounding(*(torch.linalg.matrix_norm(each) for each in (gram, left, right)))
+    size = _nan_within_rounding(*(torch.linalg.matrix_norm(each) for each in (gram, left, right)))
     mask = present.to(gram)
     count = mask.sum()
     target = (torch.diag(mask) - torch.outer(mask, mask) / count) / (count - 1).sqrt()
@@ -182,19 +226,19 @@ def deviation_from_etf(left: Tensor, right: Tensor, present: Tensor) -> Tensor:
     return torch.where(count >= 2, deviation, math.nan)
 
 
-def _each(change: Callable[[Tensor], Tensor], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Change both, once if they are the same."""
+def _apply_to_both(change: Callable[[Tensor], Tensor], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply a function to both tensors, only once if they are the same object."""
     changed = change(left)
     return changed, changed if left is right else change(right)
 
 
 def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
-    """Evaluate the distance to an ETF in float64 from what is no larger than ``d x d``, some rows at a time."""
+    """Evaluate the distance from an ETF in float64 from ``d x d`` matrices, block of rows by block."""
     count, dim = left.shape
     wide = torch.promote_types(left.dtype, torch.float64)
 
     def parts(rows: Tensor) -> Iterator[Tensor]:
-        return (part.to(wide) for part in torch.split(rows, max(_ELEMENTS_AT_A_TIME // dim, 1)))
+        return (part.to(wide) for part in torch.split(rows, max(_ELEMENTS_PER_STEP // dim, 1)))
 
     sums, squares = left.new_zeros(2, dim, dtype=wide), left.new_zeros(3, dtype=wide)
     gram, factor = left.new_zeros(dim, dim, dtype=wide), left.new_zeros(0, dim, dtype=wide)
@@ -210,14 +254,14 @@ def _deviation_by_sums(left: Tensor, right: Tensor) -> Tensor:
     if left is right:
         norm = torch.linalg.matrix_norm(gram)
     else:
-        # The product of both Gram matrices would cancel where the rows are nearly orthogonal; squares of the rows of
-        # one in the coordinates of a triangular factor of the other do not.
+        # The trace of the product of both Gram matrices would cancel where the rows are nearly orthogonal. The sum of
+        # squares of left times the triangular factor of right does not.
         norm = torch.stack([(a @ factor.T).square().sum() for a in parts(left)]).sum().sqrt()
-    norm = _beyond_rounding(norm, squares[1].sqrt(), squares[2].sqrt())
+    norm = _nan_within_rounding(norm, squares[1].sqrt(), squares[2].sqrt())
     return (2 - 2 * product / norm).clamp(min=0).sqrt().to(left.dtype)
 
 
-def _beyond_rounding(norm: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Norm of inner products of rows of these norms; ``nan`` if they are orthogonal up to rounding."""
+def _nan_within_rounding(norm: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return the norm of inner products, or ``nan`` if it is only rounding relative to the norms of both factors."""
     epsilon = torch.finfo(torch.promote_types(norm.dtype, torch.float32)).eps  # Products of half precision are exact.
     return torch.where(norm > 4 * epsilon * left * right, norm, torch.nan)

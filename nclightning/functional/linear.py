@@ -1,4 +1,4 @@
-"""Linear algebra that several measures share: exact at the degenerate points, tiled over pairs of classes."""
+"""Linear algebra shared by several measures. It is exact at degenerate points; pairs of classes are formed in tiles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "apart",
     "autocast_off",
     "cosines",
     "distances",
+    "distinct_pairs",
     "invertible_power_of_two",
     "norm",
     "power_of_two",
@@ -31,20 +31,23 @@ _TILE = 2**23
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute in the dtype of the tensors.
+    """Switch autocast off, so that operations compute in the dtype of their tensors.
 
-    Autocast multiplies float32 in half precision, and on a CPU ``torch.cat`` raises for float16 under it.
+    Under autocast float32 is multiplied in half precision, and on a CPU ``torch.cat`` raises an error for float16.
 
     Args:
-        device: Of the tensors.
+        device: Device of the tensors.
     """
     if not torch.is_autocast_enabled(device.type):
-        return nullcontext()  # To switch off what is off takes a quarter of an update's time.
+        return nullcontext()  # The context manager below would take a quarter of the time of an update.
     return torch.autocast(device.type, enabled=False)
 
 
 def power_of_two(values: Tensor) -> Tensor:
-    """Power of two up to the largest of the values, 1 if that is zero or not finite: a unit that rounds nothing."""
+    """Largest power of two that is at most the largest absolute value; 1 if that value is zero or not finite.
+
+    Division by it is exact, so that it serves as a unit.
+    """
     if not values.numel():
         return values.new_ones(())
     largest = torch.linalg.vector_norm(values, ord=torch.inf)
@@ -54,7 +57,7 @@ def power_of_two(values: Tensor) -> Tensor:
 
 
 def invertible_power_of_two(values: Tensor) -> Tensor:
-    """Power of two as :func:`power_of_two`, whose inverse is finite, too."""
+    """Power of two as in :func:`power_of_two`, but so large that its inverse is finite."""
     return power_of_two(values).clamp(min=torch.finfo(values.dtype).tiny)
 
 
@@ -66,22 +69,22 @@ def product(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         others: B ``(K, d)``.
 
     Returns:
-        Products P with B in a unit of its own, and factors a and b, powers of two of at most 1: the inner products plus
-        C are ``(a P + b C) / b``. So what over- or underflows is only what does not matter in the sum.
+        Scaled products P and two factors a and b, which are powers of two of at most 1. The sum of the inner products
+        and any C is ``(a P + b C) / b``. In this form, only terms that are negligible in the sum can underflow.
     """
     unit = invertible_power_of_two(others)
     return rows @ (others / unit).T, unit.clamp(max=1), (1 / unit).clamp(max=1)
 
 
 def norm(values: Tensor, dim: int) -> Tensor:
-    """Euclidean norm over a dimension, whose squares neither over- nor underflow."""
+    """Euclidean norm over a dimension. The squares inside neither over- nor underflow."""
     unit = power_of_two(values)
     value: Tensor = torch.linalg.vector_norm(values / unit, dim=dim) * unit
     return value
 
 
 def root_sum_of_squares(*values: Tensor) -> Tensor:
-    r"""Element by element :math:`\sqrt{\sum_i x_i^2}`, whose squares neither over- nor underflow."""
+    r"""Elementwise :math:`\sqrt{\sum_i x_i^2}`. The squares inside neither over- nor underflow."""
     return reduce(torch.hypot, values) if len(values) > 1 else values[0].abs()
 
 
@@ -93,7 +96,8 @@ def triangular_factor(parts: Sequence[Tensor]) -> Tensor:
 
 def zero_where(rows: Tensor, condition: Tensor) -> Tensor:
     """Set rows to zero, in place, where a condition ``(N,)`` holds."""
-    if rows.is_cpu and not condition.any():  # To fill takes ten times as long; on another device so does asking.
+    # On a CPU the check takes a tenth of the time of filling. On another device it would wait for the device.
+    if rows.is_cpu and not condition.any():
         return rows
     return rows.masked_fill_(condition.unsqueeze(1), 0)
 
@@ -101,13 +105,14 @@ def zero_where(rows: Tensor, condition: Tensor) -> Tensor:
 def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:
     """Singular values and right singular vectors, the latter as rows; ``nan`` for a matrix that is not finite.
 
-    A decomposition of such a matrix would raise, and its values are data: they must not stop a run.
+    ``torch.linalg.svd`` raises an error for such a matrix. Values of the data must not stop a run.
     """
     finite = rows.isfinite().all()
     rows = torch.where(finite, rows, 0)
     left, singular, right = torch.linalg.svd(rows, full_matrices=full)
     if not full:
-        # Sums of rows are off the span of the rows by their own rounding only, the decomposition's by many.
+        # The vectors of the decomposition leave the span of the rows by many roundings. Linear combinations of the
+        # rows leave it by one.
         unit, least = power_of_two(rows), torch.finfo(rows.dtype).eps * max(rows.shape) * singular.amax()
         sums = (left / torch.where(singular > least, singular / unit, 1)).T @ (rows / unit)
         right = torch.where((singular > least).unsqueeze(1), sums, right)
@@ -116,16 +121,16 @@ def singular_vectors(rows: Tensor, full: bool = False) -> tuple[Tensor, Tensor]:
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows divided by their norms; ``nan`` for a zero row."""
-    # A first division by the largest entry keeps squares in range.
+    # Division by the largest entry first keeps the squares within the range of the dtype.
     scaled = rows / rows.abs().amax(dim=1, keepdim=True)
     unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     return unit
 
 
 def distances(rows: Tensor, tile: int | None = None) -> Iterator[tuple[range, Tensor]]:
-    """Yield Euclidean distances of some rows to all rows, with the range of these rows.
+    """Yield the Euclidean distances of a tile of rows to all rows, with the range of the tile.
 
-    From differences, not from inner products, which cancel where rows are close.
+    They are computed from differences: inner products would cancel where two rows are close.
     """
     for part in _tiles(len(rows), tile):
         some = rows.narrow(0, part.start, len(part))
@@ -133,14 +138,14 @@ def distances(rows: Tensor, tile: int | None = None) -> Iterator[tuple[range, Te
 
 
 def cosines(rows: Tensor, tile: int | None = None) -> Iterator[tuple[range, Tensor]]:
-    """Yield cosines between some rows and all rows, with the range of these rows."""
+    """Yield the cosines between a tile of rows and all rows, with the range of the tile."""
     unit = unit_rows(rows)
     for part in _tiles(len(rows), tile):
         yield part, unit.narrow(0, part.start, len(part)) @ unit.T
 
 
-def apart(part: range, present: Tensor) -> Tensor:
-    """Which entries of a tile belong to two distinct classes that are present."""
+def distinct_pairs(part: range, present: Tensor) -> Tensor:
+    """Bool tile that is True for pairs of two distinct classes that are both present."""
     index = torch.arange(len(present), device=present.device)
     some = index.narrow(0, part.start, len(part))
     return (some.unsqueeze(1) != index) & present & present.index_select(0, some).unsqueeze(1)

@@ -18,9 +18,9 @@ class Means(NamedTuple):
     Attributes:
         counts: Samples per class ``(K,)``.
         means: Class means ``(K, d)``; zero for a class without samples.
-        tails: What rounding left of them ``(K, d)``: the class means in twice the digits are ``means + tails``.
-        rounding: Machine epsilon that the features show, and that of their dtype, ``(2,)``; the first is ``inf`` while
-            they do not tell.
+        tails: Rounding errors of the class means ``(K, d)``: ``means + tails`` has twice the digits of ``means``.
+        rounding: Machine epsilon detected from the values of the features, and that of their dtype, ``(2,)``. The
+            first is ``inf`` while the values reveal none.
     """
 
     counts: Tensor
@@ -29,20 +29,21 @@ class Means(NamedTuple):
     rounding: Tensor
 
     def shift_to(self, other: Means) -> Tensor:
-        """Class means of the other minus those of this one, right to the last digit of the difference."""
+        """Class means of the other minus those of this one. Every digit of the difference is right."""
         return (other.means - self.means) + (other.tails - self.tails)
 
     def moved_to(self, other: Means) -> Tensor:
-        """Rows whose squares are what the spread of these samples grows by around the class means of the other."""
+        """Rows whose squared norms are the growth of each class's spread when it is taken around the other's means."""
         shift = torch.where((self.counts > 0).unsqueeze(1), self.shift_to(other), 0)
         return self.counts.sqrt().unsqueeze(1) * shift
 
     def merge(self, other: Means) -> tuple[Means, Tensor]:
-        """Merge with those of other samples.
+        """Merge with the means of other samples.
 
         Returns:
-            Means of both sets of samples; and rows ``(K, d)`` whose squares are what the spread around them has more
-            than the spreads of both around their own: those of the shift, times n m / (n + m).
+            Means of both sets of samples, and rows ``(K, d)``. The squared norms of the rows are the spread of each
+            class around the common means minus the spreads of both parts around their own. A row is the shift between
+            the two means times the square root of n m / (n + m).
         """
         counts = self.counts + other.counts
         share = other.counts / counts.clamp(min=1)
@@ -51,7 +52,7 @@ class Means(NamedTuple):
         rows = shift * (self.counts * share).sqrt().unsqueeze(1)
         step = share.unsqueeze(1) * shift
         means = self.means + step
-        # What the sum rounds off goes to the tails (Knuth's two-sum).
+        # The rounding error of the sum is added to the tails (Knuth's two-sum).
         back = means - self.means
         tails = self.tails + ((self.means - (means - back)) + (step - back))
         known = (self.counts > 0).unsqueeze(1)
@@ -63,15 +64,15 @@ class Moments(NamedTuple):
     """Moments of labelled samples. All but the counts have the unit of the features, so that no square overflows.
 
     Attributes:
-        counts: As of :class:`Means`, and so are ``means``, ``tails`` and ``rounding``.
-        means: The same.
-        tails: The same.
-        norms: Root of the within-class spread of each class ``(K,)``.
-        widths: Root of the within-class spread of each coordinate ``(d,)``.
-        root: Square root R of the within-class scatter R^T R, ``(d, d)``; ``(0, d)`` before there is one, None in the
-            light form. A sum of squares along a direction v, ``|R v|^2``, stays right where ``v^T (R^T R) v`` would
-            lose what is below the rounding of the spread in other directions.
-        rounding: The same as the first three.
+        counts: As in :class:`Means`.
+        means: As in :class:`Means`.
+        tails: As in :class:`Means`.
+        norms: Square root of the within-class spread of each class ``(K,)``.
+        widths: Square root of the within-class spread of each coordinate ``(d,)``.
+        root: Square root R of the within-class scatter R^T R: ``(d, d)``, ``(0, d)`` without samples, or None for light
+            statistics. The spread along v is computed as ``|R v|^2``. In ``v^T (R^T R) v`` a small spread would be lost
+            in the rounding of larger spreads in other directions.
+        rounding: As in :class:`Means`.
     """
 
     counts: Tensor
@@ -103,20 +104,20 @@ class Moments(NamedTuple):
 
     @property
     def first(self) -> Means:
-        """Those of first order."""
+        """Counts and class means, the moments of first order."""
         return Means(self.counts, self.means, self.tails, self.rounding)
 
     @property
     def is_empty(self) -> bool:
-        """Whether they are known to be of no samples, without asking the device for their counts."""
+        """Whether there are no samples, as far as the shape of the root shows. It reads nothing from the device."""
         return self.root is not None and not len(self.root)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples."""
+        """Compute the moments of both sets of samples together."""
         first, rows = self.first.merge(other.first)
         root = self.root
         if root is not None and other.root is not None:
-            # Without rows one side has no samples, and there is no shift.
+            # A side without rows has no samples, so that there is no shift between the means either.
             parts = [part for part in (root, other.root) if len(part)]
             root = triangular_factor([*parts, rows]) if len(parts) > 1 else (parts or [root])[0]
         return Moments(

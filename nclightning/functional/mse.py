@@ -10,21 +10,21 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.linear import norm, product, triangular_factor
-from nclightning.functional.rounding import least_spread, rounding_along
+from nclightning.functional.rounding import rounding_along, spread_of_rounding
 from nclightning.functional.statistics import ClassStatistics
 
 __all__ = ["MSEDecomposition", "mse_decomposition"]
 
 
 class MSEDecomposition(NamedTuple):
-    r"""Parts of the loss; they add up to ``total``.
+    r"""Three parts of the loss; their sum is ``total``.
 
     Attributes:
-        nc1: Loss of the least-squares head by within-class variability,
+        nc1: Loss of the least-squares head due to within-class variability,
             :math:`\frac12 \operatorname{tr} W_{LS} (\Sigma_W + \lambda I) W_{LS}^\top`.
-        nc2_nc3: Loss of the least-squares head by its class means,
+        nc2_nc3: Loss of the least-squares head on the class means,
             :math:`\frac12 \sum_k \frac{n_k}N \|W_{LS} \mu_k - e_k\|^2`.
-        perpendicular: Loss by the head's distance from the least-squares head,
+        perpendicular: Additional loss of the given head over the least-squares head,
             :math:`\frac12 \operatorname{tr} (W - W_{LS}) (\Sigma_T + \mu\mu^\top + \lambda I) (W - W_{LS})^\top`.
     """
 
@@ -41,34 +41,45 @@ class MSEDecomposition(NamedTuple):
 def mse_decomposition(
     stats: ClassStatistics, weight: Tensor, bias: Tensor | None = None, weight_decay: float = 0.0
 ) -> MSEDecomposition:
-    r"""Split the mean squared error of a head on one-hot labels into what NC1, NC2-NC3 and a suboptimal head cost.
+    r"""Split the mean squared error on one-hot labels into parts due to NC1, to NC2 and NC3, and to the head.
 
-    Han, Papyan and Donoho (2022), Sec. 2: :math:`W_{LS} = A\,(G + \lambda I)^{-1}` minimises the loss for the features
-    at hand, with G the second moment of the features and A that between labels and features. A bias is a further
-    feature that is always 1, penalised like the rest. Classes weigh by their samples. Where G + lambda I is singular
-    all least-squares heads have the same parts.
+    .. math:: \mathcal L = \mathcal L_{\mathrm{NC1}} + \mathcal L_{\mathrm{NC2/3}} + \mathcal L^\perp
 
-    No part is a difference. With M the class means and S a square root of within-class covariance and penalty,
-    :math:`Z = M S^{-1}`, and T the labels, classes weighted by :math:`\sqrt{n_k/N}`, the residual of the
-    least-squares head on the class means is :math:`(I + Z Z^\top)^{-1} T` and its part within classes
-    :math:`Z^\top (I + Z Z^\top)^{-1} T`. Directions along which means spread but samples do not, such as a bias without
-    penalty, are fitted first. Directions in which neither exceeds rounding of the features are left out. Without a bias
-    nothing takes away a common offset of the features: the relative error is about eps times that offset over their
-    spread.
+    Han, Papyan and Donoho (2022), Sec. 2. For given features, :math:`W_{LS} = A\,(G + \lambda I)^{-1}` minimises the
+    loss. Here G is the second moment of the features and A the mixed moment of labels and features. A bias is treated
+    as one more feature that is always 1, and is penalised like the rest. Classes are weighted by their counts. If
+    :math:`G + \lambda I` is singular, all least-squares heads have the same parts.
+
+    No part is computed as a difference. Let M be the class means and T the one-hot labels, both with the rows of class
+    k multiplied by :math:`\sqrt{n_k/N}`; let S be a square root of the within-class covariance plus
+    :math:`\lambda I`; and let :math:`Z = M S^{-1}`. Then the residual of the least-squares head on the class means is
+    :math:`(I + Z Z^\top)^{-1} T`, and its output within classes is :math:`Z^\top (I + Z Z^\top)^{-1} T`. Directions
+    along which the means spread but the samples of a class do not, such as a bias without penalty, are fitted exactly
+    first. Directions along which neither exceeds rounding of the features are left out. Without a bias, a common offset
+    of the features remains in the formulas: the relative error is about eps times the offset over the spread.
 
     Args:
         stats: Statistics of the features, with scatter.
         weight: Head ``(K, d)``.
-        bias: Its bias ``(K,)``; None for a head without.
+        bias: Bias of the head ``(K,)``; None for a head without one.
         weight_decay: :math:`\lambda`, not negative.
 
     Returns:
-        The three parts, non-negative, in the dtype of the statistics; ``nan`` without samples or with features that
-        are not finite, ``inf`` where the dtype cannot hold it. ``perpendicular`` is right to rounding of the residual
-        of ``weight``, an amplitude of about 1e-16.
+        The three parts: non-negative scalars in the dtype of the statistics and the unit of the loss. ``nan`` without
+        samples or with features that are not finite, ``inf`` on overflow. The absolute error of the square root of
+        ``perpendicular`` is about 1e-16, the rounding of the residual of ``weight``.
 
     Raises:
         ValueError: If the head does not fit the statistics, they have no scatter, or ``weight_decay`` is negative.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, mse_decomposition
+        >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+        >>> stats = class_statistics(features, torch.tensor([0, 0, 1, 1]), num_classes=2)
+        >>> parts = mse_decomposition(stats, weight=torch.eye(2))
+        >>> [round(float(part), 6) for part in (*parts, parts.total)]
+        [0.04, 0.01, 0.45, 0.5]
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
         raise UserError(
@@ -82,17 +93,17 @@ def mse_decomposition(
 
 
 class _Fit:
-    """The least-squares head, by its residuals in coordinates in which nothing cancels."""
+    """The least-squares head, represented by its residuals in coordinates in which nothing cancels."""
 
     def __init__(self, stats: ClassStatistics, has_bias: bool, weight_decay: float) -> None:
         total = stats.counts.sum()
         self.shares = (stats.counts / total.clamp(min=1)).sqrt().unsqueeze(1)
-        # A bias without penalty takes the mean feature, so that features may be counted from there.
+        # A bias without penalty can absorb the mean feature, so that it may be subtracted from all features.
         self.free_bias = has_bias and not weight_decay
         self.offset = stats.global_mean("sample") if self.free_bias else stats.means.new_zeros(stats.means.shape[1])
         means = stats.centre_means("sample") if self.free_bias else stats.means
         within = stats.root / total.sqrt()
-        self.finite = within.isfinite().all() & means.isfinite().all()  # Not without samples, either.
+        self.finite = within.isfinite().all() & means.isfinite().all()  # False without samples, too.
         self.means = self.shares * torch.where(self.finite, means, 0)
         self.within = torch.where(self.finite, within, 0)
         self.penalised_bias = has_bias and bool(weight_decay)
@@ -105,7 +116,7 @@ class _Fit:
         self._stats = None if weight_decay else stats
 
     def parts(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Within-class part, part of the class means, and part of a head that is not the least-squares one."""
+        """Compute the within-class part, the part on class means, and the part due to another head than this one."""
         head = weight.detach().to(self.means)
         bias = None if bias is None else bias.detach().to(head)
         labels = self.shares * torch.eye(len(head), dtype=head.dtype, device=head.device)
@@ -113,32 +124,32 @@ class _Fit:
             assert bias is not None
             head, bias = torch.cat([head, bias.unsqueeze(1)], dim=1), None
         residual, spread = self._least_squares(labels)
-        # Class means, spread and offset at once, so that they have one factor.
+        # One product for class means, spread and offset, so that they share one scale factor.
         made, own, factor = product(torch.cat([self.means, self.within, self.offset.unsqueeze(0)]), head)
         means, within, offset = torch.split(own * made, [len(self.means), len(self.within), 1])
         fitted = means - factor * labels
         if bias is not None:
             fitted = fitted + self.shares * (offset + factor * bias)
-        away = norm(torch.cat([fitted + factor * residual, within - factor * spread]).flatten(), dim=0) / factor
-        squares = spread.square().sum(), residual.square().sum(), away.square()
+        excess = norm(torch.cat([fitted + factor * residual, within - factor * spread]).flatten(), dim=0) / factor
+        squares = spread.square().sum(), residual.square().sum(), excess.square()
         first, second, third = (torch.where(self.finite, square / 2, torch.nan) for square in squares)
         return first, second, third
 
     def _least_squares(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual of the least-squares head on class means ``(K, K)``, and its values within classes ``(d, K)``."""
-        # Directions that exceed rounding of the features, by means and samples together.
+        """Compute the residual of the least-squares head on class means ``(K, K)`` and its output within classes."""
+        # Find the directions along which means and samples together spread by more than rounding of the features.
         _, sizes, right = torch.linalg.svd(torch.cat([self.within, self.means]), full_matrices=False)
         least = _rounding(sizes)
         if self._stats is not None:
             largest = torch.linalg.vector_norm(self.within @ right.T, dim=0).amax()
-            least = torch.maximum(least, least_spread(self._stats, rounding_along(self._stats, right), largest))
+            least = torch.maximum(least, spread_of_rounding(self._stats, rounding_along(self._stats, right), largest))
         counts = sizes > least
         means = self.means @ right.T * counts
         within = self.within @ right.T * counts
         left, spreads, axes = torch.linalg.svd(within, full_matrices=False)
         means = means @ axes.T
         spread_out = spreads > _rounding(spreads)
-        # Those without spread within classes are fitted exactly: what is left is orthogonal to them.
+        # Directions without spread within classes are fitted exactly. The residual is orthogonal to them.
         free = [torch.where(spread_out, 0, means), (self.shares == 0).to(means) * torch.eye(len(means)).to(means)]
         if self.free_bias:
             free.append(self.shares)
@@ -156,5 +167,5 @@ class _Fit:
 
 
 def _rounding(sizes: Tensor) -> Tensor:
-    """Singular values up to this are rounding of the largest."""
+    """Return the size up to which singular values are only rounding of the largest one."""
     return torch.finfo(sizes.dtype).eps * len(sizes) * sizes.amax()

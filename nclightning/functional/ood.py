@@ -1,4 +1,4 @@
-"""NC5: features of an out-of-distribution set against the class means."""
+"""NC5: the cosine between the mean feature of an out-of-distribution set and the class means."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ __all__ = ["ood_orthogonality"]
 def ood_orthogonality(
     stats: ClassStatistics, ood_mean: Tensor, reduction: Literal["mean", "max", "none"] = "mean"
 ) -> Tensor:
-    r"""Measure how far the mean feature of an out-of-distribution set is from orthogonal to the class means (NC5).
+    r"""Measure the cosine between the mean feature of an out-of-distribution set and the class means (NC5).
 
     .. math:: \operatorname*{mean}_k \left| \cos\angle(\mu_k, \mu^{\mathrm{OOD}}) \right|
 
-    Ammar et al. (2024), NECO: both means as they are, not centred.
+    Ammar et al. (2024), NECO. Neither mean is centred.
 
     Args:
-        stats: Statistics of the in-distribution features; the light form suffices.
-        ood_mean: Mean feature of the other set ``(d,)``.
-        reduction: ``"mean"`` over the classes present, ``"max"`` for the worst class, or ``"none"`` for each ``(K,)``,
-            ``nan`` where absent.
+        stats: Statistics of the in-distribution features. Light statistics suffice.
+        ood_mean: Mean feature of the out-of-distribution set ``(d,)``.
+        reduction: ``"mean"`` is over the classes present, ``"max"`` is the worst class, and ``"none"`` gives the value
+            of each class, ``(K,)``, ``nan`` for an absent class.
 
     Returns:
-        In [0, 1] in the dtype of the statistics; 0 at orthogonality, ``nan`` for a zero mean or without samples.
+        Value in [0, 1] in the dtype of the statistics, dimensionless. 0 if all are orthogonal; ``nan`` for a zero mean
+        or without samples.
 
     Raises:
-        ValueError: If ``ood_mean`` does not fit, or there is no such reduction.
+        ValueError: If ``ood_mean`` does not fit, or ``reduction`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics, ood_orthogonality
+        >>> stats = class_statistics(torch.tensor([[3.0, 0.0], [0.0, 3.0]]), torch.arange(2), num_classes=2)
+        >>> ood_orthogonality(stats, ood_mean=torch.tensor([0.0, -2.0]), reduction="none")
+        tensor([0., 1.], dtype=torch.float64)
     """
     if ood_mean.shape != stats.means.shape[1:]:
         raise UserError(f"ood_mean must have shape {tuple(stats.means.shape[1:])}, got {tuple(ood_mean.shape)}.")

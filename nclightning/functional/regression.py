@@ -1,4 +1,4 @@
-"""Neural regression collapse, NRC1-NRC3: features and head of a regression against the covariance of its targets."""
+"""Neural regression collapse (NRC1-NRC3): features and head of a regression, and the covariance of its targets."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = [
     "unit_residuals",
 ]
 
-# Root mean square of a rounding, relative to the largest one; generous.
-_STANDARD_ROUNDING = 0.3
-# Eigenvalues are equal up to so many roundings.
-_EQUAL = 4
-_ROWS_AT_A_TIME = 2**13
+# Root mean square of a rounding error relative to the largest one, rounded up.
+_RMS_ROUNDING = 0.3
+# Eigenvalues that differ by at most this number of roundings are taken for equal.
+_ROUNDINGS_OF_EQUAL = 4
+_ROWS_PER_STEP = 2**13
 
 
 class GramDeviation(NamedTuple):
-    """NRC3.
+    """Result of :func:`gram_deviation` (NRC3).
 
     Attributes:
-        deviation: Squared distance of the head's Gram matrix from the nearest predicted form, both of norm 1.
-        gamma: The gamma of that form; ``nan`` where the form is the same for a whole interval of them.
+        deviation: Squared distance of the head's Gram matrix from the nearest predicted matrix, both of norm 1.
+        gamma: The gamma of that matrix; ``nan`` if the matrix is the same for a whole interval of gamma.
     """
 
     deviation: Tensor
@@ -45,11 +45,11 @@ class GramDeviation(NamedTuple):
 
 
 class UnitResiduals(NamedTuple):
-    """NRC1 and NRC2 of centred features of norm 1.
+    """Result of :func:`unit_residuals`: NRC1 and NRC2 of centred features divided by their norms.
 
     Attributes:
-        principal: Mean squared distance from the leading principal components.
-        row_space: The same from the row space of the head.
+        principal: Mean squared distance from the span of the leading principal components (NRC1).
+        row_space: Mean squared distance from the row space of the head (NRC2).
     """
 
     principal: Tensor
@@ -57,26 +57,33 @@ class UnitResiduals(NamedTuple):
 
 
 def sample_statistics(rows: Tensor) -> ClassStatistics:
-    """Compute the statistics of samples without classes: those of one class.
+    """Compute the statistics of samples without classes, as those of one class.
 
     Args:
         rows: Features ``(N, d)`` or targets ``(N, K)``, of any floating dtype.
 
     Returns:
-        Float64.
+        Statistics with one class, in float64.
 
     Raises:
         ValueError: If the shape does not fit.
         TypeError: If rows are not floating.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import sample_statistics
+        >>> stats = sample_statistics(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+        >>> stats.means, stats.counts
+        (tensor([[2., 2.]], dtype=torch.float64), tensor([2.], dtype=torch.float64))
     """
     return class_statistics(rows, torch.zeros(len(rows), dtype=torch.int64, device=rows.device), 1)
 
 
 def as_targets(targets: Tensor, num_targets: int) -> Tensor:
-    """Bring targets to a row for each sample.
+    """Reshape targets to one row per sample.
 
     Args:
-        targets: ``(N, K)``, or ``(N,)`` for one target; floating, or integers that are numbers and not classes.
+        targets: ``(N, K)``, or ``(N,)`` for one target; floating, or integers that are real targets and not classes.
         num_targets: K.
 
     Returns:
@@ -105,24 +112,30 @@ def as_targets(targets: Tensor, num_targets: int) -> Tensor:
 def target_rank(targets: ClassStatistics) -> Tensor:
     """Count the directions along which targets spread by more than their rounding.
 
-    At most K, and less with constant columns, or columns that depend on others. It is the same at every scale of the
-    columns, each of which is judged by its own.
+    The count is at most K, and less if columns are constant or depend on others. The scale of a column does not matter.
 
     Args:
-        targets: Of :func:`sample_statistics`.
+        targets: Result of :func:`sample_statistics` for the targets.
 
     Returns:
         Scalar in the dtype of the statistics; ``nan`` for targets that are not finite.
 
     Raises:
         ValueError: If the statistics have several classes.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import sample_statistics, target_rank
+        >>> column = torch.tensor([[1.0], [2.0], [4.0]])
+        >>> target_rank(sample_statistics(torch.cat([column, 3 * column], dim=1)))
+        tensor(1., dtype=torch.float64)
     """
     root, count = _root(targets), targets.counts.sum().clamp(min=1)
     means, widths = targets.means.squeeze(0), targets.widths / count.sqrt()
     rounding = targets.epsilon * torch.hypot(means, widths)
     widths = torch.where(widths > rounding, widths, torch.inf)
     singular, right = singular_vectors(root / count.sqrt() / widths, full=True)
-    edge = (_STANDARD_ROUNDING * (1 + (len(widths) / count).sqrt())).clamp(min=1)
+    edge = (_RMS_ROUNDING * (1 + (len(widths) / count).sqrt())).clamp(min=1)
     noise = edge * norm(right * (rounding / widths), dim=1)
     exact = torch.finfo(root.dtype).eps * len(widths) * singular.amax()
     counts = (singular > torch.maximum(noise, exact)).sum().to(root)
@@ -134,22 +147,31 @@ def principal_residual(features: ClassStatistics, num_directions: int | Tensor) 
 
     .. math:: \mathrm{NRC}_1 = \sum_{j>n} \sigma_j^2 \Big/ \sum_j \sigma_j^2
 
-    with :math:`\sigma_1 \ge \sigma_2 \ge \dots` the singular values of the centred features: the share of their
-    variance outside of their n leading principal components. Read off the square root of the scatter, so that a share
-    of 1e-24 is right to three digits. Andriopoulos et al. (2024), who first divide each centred feature by its norm:
-    that is :func:`unit_residuals`, which weighs all samples alike and cannot be had without a second look at them.
+    with :math:`\sigma_1 \ge \sigma_2 \ge \dots` the singular values of the centred features. It is the share of their
+    variance outside of their n leading principal components. It is computed from a square root of the scatter, so that
+    a share of 1e-24 is right to three digits.
+
+    Andriopoulos et al. (2024). They first divide each centred feature by its norm, which gives all samples the same
+    weight and needs a second pass over them: see :func:`unit_residuals`.
 
     Args:
-        features: Of :func:`sample_statistics`, ``(N, d)``.
+        features: Result of :func:`sample_statistics` for the features ``(N, d)``.
         num_directions: n, the number of targets, or :func:`target_rank`.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``1 - n/d`` for many features without a
-        preferred direction. ``nan`` where it could be nothing but 0, for n of d directions or at most n + 1 samples;
-        with n = 0; and for features that do not spread beyond their rounding, or are not finite.
+        Scalar in [0, 1] in the dtype of the statistics, dimensionless. 0 at collapse, ``1 - n/d`` for many features
+        without a preferred direction. ``nan`` where it is 0 for any features (n at least d, or at most n + 1 samples),
+        with n = 0, for features that do not spread by more than their rounding, and for features that are not finite.
 
     Raises:
         ValueError: If the statistics have several classes.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import principal_residual, sample_statistics
+        >>> features = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> round(float(principal_residual(sample_statistics(features), num_directions=1)), 6)  # 2 / (18 + 2)
+        0.1
     """
     singular, _ = singular_vectors(_root(features))
     outside = torch.arange(len(singular), device=singular.device) >= num_directions
@@ -164,55 +186,70 @@ def row_space_residual(features: ClassStatistics, weight: Tensor) -> Tensor:
 
     .. math:: \mathrm{NRC}_2 = \frac{\sum_i \|(I - P_W)(h_i - \bar h)\|^2}{\sum_i \|h_i - \bar h\|^2}
 
-    with :math:`P_W` the projection onto the span of the rows of W: the share of the variance of the features that the
-    head does not see. Andriopoulos et al. (2024), with the difference that :func:`principal_residual` names. A row
-    that rounding of the weight explains by the others adds nothing to the span; a small one counts like a large one.
+    with :math:`P_W` the projection onto the span of the rows of W. It is the share of the variance of the features that
+    the head ignores. Andriopoulos et al. (2024) first divide each centred feature by its norm, as for
+    :func:`principal_residual`. A row of the head that depends on the others up to rounding adds nothing to the span.
+    The norms of the rows do not matter.
 
     Args:
-        features: Of :func:`sample_statistics`, ``(N, d)``.
-        weight: Head ``(K, d)``, in the dtype in which it was rounded.
+        features: Result of :func:`sample_statistics` for the features ``(N, d)``.
+        weight: Head ``(K, d)``, in the dtype in which it was trained.
 
     Returns:
-        Scalar in [0, 1] in the dtype of the statistics; 0 at collapse, ``1 - K/d`` for features and rows without a
-        preferred direction. ``nan`` where it could be nothing but 0, for rows that span all directions; for a zero
-        head; and for features that do not spread beyond their rounding, or are not finite.
-
-    Raises:
-        ValueError: If ``weight`` does not fit, or the statistics have several classes.
-    """
-    root, basis = _root(features), _row_space(weight, features)
-    rows = root / power_of_two(root)
-    rank = basis.square().sum().round()
-    defined = (rank >= 1) & (rank < rows.shape[1]) & _spreads(features) & basis.isfinite().all()
-    return torch.where(defined, (norm(_off(rows, basis), dim=1).square().sum() / rows.square().sum()), torch.nan)
-
-
-def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = True) -> GramDeviation:
-    r"""Measure how far the head's Gram matrix is from the form that the targets prescribe (NRC3).
-
-    .. math:: \mathrm{NRC}_3 = \min_{\gamma \ge 0} \left\| \frac{W W^\top}{\|W W^\top\|_F}
-        - \frac{[\Sigma^{1/2} - \gamma^{1/2} I]_+}{\|[\Sigma^{1/2} - \gamma^{1/2} I]_+\|_F} \right\|_F^2
-
-    with :math:`\Sigma` the covariance of the targets and :math:`[\cdot]_+` the positive part. Andriopoulos et al.
-    (2024), who take :math:`\gamma` below the least eigenvalue of :math:`\Sigma`, where all is positive. Beyond it the
-    optimum of the unconstrained feature model has lost directions, and is this: so NRC3 vanishes at every optimum, and
-    there :math:`\gamma = N \lambda_W \lambda_H` (:func:`nclightning.problems.regression_gram`). The minimum is found in
-    closed form on each interval between two eigenvalues.
-
-    Args:
-        targets: Of :func:`sample_statistics`, ``(N, K)``.
-        weight: Head ``(K, d)``.
-        centred: False takes second moments around zero for the covariance, as is right for a head without a bias.
-
-    Returns:
-        Deviation in [0, 2], 0 at collapse, and gamma in the unit of squared targets; scalars in the dtype of the
-        statistics. Both ``nan`` for K = 1, where there is nothing to compare, for a zero head, and for targets that do
-        not spread or are not finite. Gamma alone is ``nan`` where only directions of equal variance are left.
+        Scalar in [0, 1] in the dtype of the statistics, dimensionless. 0 at collapse, ``1 - K/d`` for features and rows
+        without a preferred direction. ``nan`` where it is 0 for any features (rows that span all directions), for a
+        zero head, for features that do not spread by more than their rounding, and for features that are not finite.
 
     Raises:
         ValueError: If ``weight`` does not fit, or the statistics have several classes.
 
     Example:
+        >>> import torch
+        >>> from nclightning.functional import row_space_residual, sample_statistics
+        >>> features = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> round(float(row_space_residual(sample_statistics(features), weight=torch.tensor([[5.0, 0.0]]))), 6)
+        0.1
+    """
+    root, basis = _root(features), _row_space(weight, features)
+    rows = root / power_of_two(root)
+    rank = basis.square().sum().round()
+    defined = (rank >= 1) & (rank < rows.shape[1]) & _spreads(features) & basis.isfinite().all()
+    return torch.where(
+        defined, (norm(_orthogonal_part(rows, basis), dim=1).square().sum() / rows.square().sum()), torch.nan
+    )
+
+
+def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = True) -> GramDeviation:
+    r"""Measure how far the head's Gram matrix is from the form that the targets predict (NRC3).
+
+    .. math:: \mathrm{NRC}_3 = \min_{\gamma \ge 0} \left\| \frac{W W^\top}{\|W W^\top\|_F}
+        - \frac{[\Sigma^{1/2} - \gamma^{1/2} I]_+}{\|[\Sigma^{1/2} - \gamma^{1/2} I]_+\|_F} \right\|_F^2
+
+    with :math:`\Sigma` the covariance of the targets and :math:`[\cdot]_+` the positive part. Andriopoulos et al.
+    (2024) assume that :math:`\gamma` is below the least eigenvalue of :math:`\Sigma`, so that all eigenvalues stay
+    positive. The formula above also describes the optima of the unconstrained feature model that have lost directions.
+    So NRC3 is zero at every optimum, and there :math:`\gamma = N \lambda_W \lambda_H`
+    (:func:`nclightning.problems.regression_gram`). The minimum over :math:`\gamma` is computed in closed form on each
+    interval between two eigenvalues.
+
+    Args:
+        targets: Result of :func:`sample_statistics` for the targets ``(N, K)``.
+        weight: Head ``(K, d)``.
+        centred: False uses second moments around zero instead of the covariance, which is right for a head without a
+            bias.
+
+    Returns:
+        Deviation in [0, 2], dimensionless, 0 at collapse; and gamma in the unit of squared targets. Both are scalars in
+        the dtype of the statistics. Both are ``nan`` for K = 1, where any head has this form, for a zero head, and for
+        targets that do not spread or are not finite. Gamma alone is ``nan`` if all remaining directions have the same
+        variance.
+
+    Raises:
+        ValueError: If ``weight`` does not fit, or the statistics have several classes.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import gram_deviation, sample_statistics
         >>> covariance_root, targets = torch.tensor([3.0, 1.0]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
         >>> targets = torch.cat([targets, -targets]) * covariance_root
         >>> weight = torch.diag((covariance_root - 0.5).sqrt())
@@ -230,59 +267,64 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
     sizes, rows = sizes / unit, directions @ (weight.detach() / power_of_two(weight.detach())).to(root)
     gram = rows @ rows.T
     gram = gram / norm(gram.flatten(), dim=0)
-    # Roundings of targets are independent of each other.
+    # The rounding errors of the targets are independent of each other.
     of_targets = rounding_along(targets, directions).amax() / count.sqrt() / unit
-    rounding = _EQUAL * torch.maximum(of_targets, torch.finfo(root.dtype).eps * len(sizes) * sizes.amax())
-    # Row j is for those gamma whose root is between the eigenvalues j and j + 1: the first j directions are left.
+    rounding = _ROUNDINGS_OF_EQUAL * torch.maximum(of_targets, torch.finfo(root.dtype).eps * len(sizes) * sizes.amax())
+    # Row j is for those gamma whose root is between the eigenvalues j and j + 1: only the first j directions remain.
     next_ = torch.cat([sizes.narrow(0, 1, len(sizes) - 1), sizes.new_zeros(1)])
     next_ = torch.where(next_ > rounding, next_, 0)
     left = torch.ones_like(gram, dtype=torch.bool).tril()
     number = torch.arange(1, len(sizes) + 1, device=sizes.device)
     mean = (sizes * left).sum(dim=1) / number
-    away = torch.where(left, sizes - mean.unsqueeze(1), 0)
-    alike, spread = (away * gram.diagonal()).sum(dim=1), away.square().sum(dim=1)
-    # The cosine of both matrices is largest where its derivative vanishes; without such a point it falls with gamma.
+    deviations = torch.where(left, sizes - mean.unsqueeze(1), 0)
+    alike, spread = (deviations * gram.diagonal()).sum(dim=1), deviations.square().sum(dim=1)
+    # The cosine between both matrices is largest where its derivative vanishes. Without such a point it falls with
+    # gamma, and is largest at the lower end of the interval.
     best = mean - (gram.diagonal() * left).sum(dim=1) / number * spread / alike
-    told = spread.sqrt() > rounding
-    best = torch.where(told & (alike > 0), torch.minimum(torch.maximum(best, next_), sizes), next_)
+    gamma_is_unique = spread.sqrt() > rounding
+    best = torch.where(gamma_is_unique & (alike > 0), torch.minimum(torch.maximum(best, next_), sizes), next_)
     forms = (sizes - best.unsqueeze(1)).clamp(min=0) * left
     forms = forms / norm(forms, dim=1).unsqueeze(1)
     deviations = (forms - gram.diagonal()).square().sum(dim=1) + gram.tril(-1).square().sum() * 2
     deviations = torch.where(sizes - next_ > rounding, deviations, torch.inf)
     found = deviations.argmin(dim=0, keepdim=True)
-    deviation, root_of_gamma, told = (each.index_select(0, found).squeeze(0) for each in (deviations, best, told))
+    deviation, root_of_gamma, gamma_is_unique = (
+        each.index_select(0, found).squeeze(0) for each in (deviations, best, gamma_is_unique)
+    )
     defined = (sizes.amax() > rounding) & gram.isfinite().all() & (len(sizes) > 1)
     return GramDeviation(
         torch.where(defined, deviation, torch.nan),
-        torch.where(defined & told, (root_of_gamma * unit).square(), torch.nan),
+        torch.where(defined & gamma_is_unique, (root_of_gamma * unit).square(), torch.nan),
     )
 
 
 def unit_residuals(features: Tensor, num_directions: int, weight: Tensor) -> UnitResiduals:
-    r"""Measure NRC1 and NRC2 of centred features that are divided by their norms, as they are published.
+    r"""Measure NRC1 and NRC2 as published: for centred features divided by their norms.
 
     .. math:: \mathrm{NRC}_1 = \frac1N \sum_i \|\tilde h_i - P_n \tilde h_i\|^2, \quad
         \mathrm{NRC}_2 = \frac1N \sum_i \|\tilde h_i - P_W \tilde h_i\|^2, \quad
         \tilde h_i = \frac{h_i - \bar h}{\|h_i - \bar h\|}
 
     with :math:`P_n` the projection onto the n leading principal components of the centred features, and :math:`P_W`
-    that onto the row space of the head. Andriopoulos et al. (2024). All samples count alike, where
-    :func:`principal_residual` and :func:`row_space_residual` let those far from the mean count more. A sample in the
-    mean has no direction, and is left out.
+    the projection onto the row space of the head. Andriopoulos et al. (2024). All samples have the same weight. In
+    :func:`principal_residual` and :func:`row_space_residual`, samples far from the mean weigh more. A sample equal to
+    the mean has no direction and is left out.
 
     Args:
-        features: ``(N, d)`` of any floating dtype, all at once: their mean is needed first.
+        features: All features ``(N, d)`` of any floating dtype, in one tensor: their mean is needed first.
         num_directions: n, the number of targets.
         weight: Head ``(K, d)``.
 
     Returns:
-        Scalars in [0, 1], float64; ``nan`` where the other two functions are.
+        Scalars in [0, 1], float64, dimensionless; ``nan`` where the other two functions are.
 
     Raises:
         ValueError: If a shape does not fit.
         TypeError: If features are not floating.
 
     Example:
+        >>> import torch
+        >>> from nclightning.functional import unit_residuals
         >>> features = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
         >>> float(unit_residuals(features, 1, torch.tensor([[1.0, 0.0]])).principal)
         0.5
@@ -291,11 +333,11 @@ def unit_residuals(features: Tensor, num_directions: int, weight: Tensor) -> Uni
     _, right = singular_vectors(_root(stats))
     leading, rows_of_head = right.narrow(0, 0, min(num_directions, len(right))), _row_space(weight, stats)
     sums, count = features.new_zeros(2, dtype=torch.float64), features.new_zeros((), dtype=torch.float64)
-    for rows in torch.split(features.detach(), _ROWS_AT_A_TIME):
-        away = (rows.double() - stats.totals.means) - stats.totals.tails
-        size = norm(away, dim=1).unsqueeze(1)
-        unit = torch.where(size > 0, away / size, 0)
-        sums = sums + torch.stack([_off(unit, basis).square().sum() for basis in (leading, rows_of_head)])
+    for rows in torch.split(features.detach(), _ROWS_PER_STEP):
+        deviations = (rows.double() - stats.totals.means) - stats.totals.tails
+        size = norm(deviations, dim=1).unsqueeze(1)
+        unit = torch.where(size > 0, deviations / size, 0)
+        sums = sums + torch.stack([_orthogonal_part(unit, basis).square().sum() for basis in (leading, rows_of_head)])
         count = count + (size > 0).sum()
     shares = principal_residual(stats, num_directions), row_space_residual(stats, weight)
     principal, row_space = sums / count
@@ -312,17 +354,18 @@ def _root(stats: ClassStatistics) -> Tensor:
 
 
 def _spreads(features: ClassStatistics) -> Tensor:
-    """Whether features differ by more than their rounding."""
+    """Whether features differ from their mean by more than their rounding."""
     size = norm(features.means.squeeze(0), dim=0) * features.counts.sum().sqrt()
     return features.norms.sum() > features.epsilon * size
 
 
 def _row_space(weight: Tensor, features: ClassStatistics) -> Tensor:
-    """Orthonormal rows ``(r, d)`` that span those of the head; zero ones for rows that depend on others."""
+    """Orthonormal rows ``(r, d)`` with the same span as the rows of the head, padded with zero rows."""
     dim = features.means.shape[1]
     if weight.ndim != 2 or weight.shape[1] != dim:
         raise UserError(f"weight must have shape (K, {dim}) as features have {dim} columns, got {tuple(weight.shape)}.")
-    # The span does not depend on the norms of the rows; divided by them none is below the rounding of another.
+    # The span does not depend on the norms of the rows. Without this division, a short row could be lost in the
+    # rounding of a long one.
     rows = weight.detach().to(features.means)
     unit = torch.where((rows == 0).all(dim=1, keepdim=True), 0, unit_rows(rows))
     singular, right = singular_vectors(unit)
@@ -330,8 +373,8 @@ def _row_space(weight: Tensor, features: ClassStatistics) -> Tensor:
     return torch.where((singular > least).unsqueeze(1), right, singular.unsqueeze(1) * 0)
 
 
-def _off(rows: Tensor, basis: Tensor) -> Tensor:
-    """Part of rows orthogonal to an orthonormal basis; twice, as the first time leaves a rounding of the rows."""
-    for _ in range(2):
+def _orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
+    """Component of rows orthogonal to an orthonormal basis."""
+    for _ in range(2):  # The second time removes the rounding error of the first.
         rows = rows - (rows @ basis.T) @ basis
     return rows

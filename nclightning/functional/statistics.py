@@ -1,7 +1,8 @@
 """Counts, class means and within-class spread: the sufficient statistic of labelled features.
 
-Samples that are kept are read in two passes: class means first, deviations from them second. Samples that are not kept
-any more are in the totals, which are moved to the class means of all samples as Chan, Golub and LeVeque (1983) do.
+Recent samples are stored. They are processed in two passes: the first computes class means, the second deviations from
+them. Older samples have been added to running totals, which are shifted to the class means of all samples by the
+formula of Chan, Golub and LeVeque (1983).
 """
 
 from __future__ import annotations
@@ -27,17 +28,33 @@ BetweenWeights = Literal["uniform", "count"]
 
 @dataclass(frozen=True, eq=False)
 class ClassStatistics:
-    r"""First and second moments of labelled features: a value, which no method changes.
+    r"""First and second moments of labelled features. The object is immutable.
 
-    The last samples are kept as they came; of those before there are totals. Along few directions the spread of samples
-    costs less than their ``(d, d)`` scatter, which is formed only when it is read or when samples become many. What is
-    read is computed at its first reading, once. :func:`nclightning.functional.class_statistics` makes the statistics of
-    samples that are there at once, :class:`nclightning.functional.StatisticsBuffer` those of batch after batch.
+    The most recent samples are stored, and running totals describe the earlier ones. The ``(d, d)`` scatter is formed
+    only when it is needed or when there are many samples: the spread along a few directions is cheaper without it.
+    Each quantity is computed when it is first used, and only once.
+
+    :func:`nclightning.functional.class_statistics` computes the statistics of one set of samples,
+    :class:`nclightning.functional.StatisticsBuffer` those of a sequence of batches.
 
     Attributes:
-        totals: Moments of the samples that are not kept.
-        num_invalid: Samples whose label was outside ``0..K-1``, int64 scalar. They entered nothing else.
-        kept: The samples that are kept.
+        totals: Moments of the samples that are not stored.
+        num_invalid: Number of samples whose label is outside ``0..K-1``, int64 scalar. No other statistic includes
+            them.
+        kept: The stored samples.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import ClassStatistics, class_statistics
+        >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> stats = class_statistics(features, torch.tensor([0, 0, 1]), num_classes=2)
+        >>> stats.means
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+        >>> stats.spreads.round(decimals=6)  # sums of squared deviations from the class means
+        tensor([2., 0.], dtype=torch.float64)
+        >>> stats.merge(ClassStatistics.empty(num_classes=2, feature_dim=2)).counts
+        tensor([2., 1.], dtype=torch.float64)
     """
 
     totals: Moments
@@ -54,14 +71,14 @@ class ClassStatistics:
         *,
         scatter: bool = True,
     ) -> ClassStatistics:
-        """Statistics of no samples, the neutral element of :meth:`merge`.
+        """Make the statistics of no samples, the neutral element of :meth:`merge`.
 
         Args:
             num_classes: K.
             feature_dim: d.
-            dtype: Of all but ``num_invalid``.
-            device: Where they live.
-            scatter: False makes the light form, K d numbers instead of K d + d^2.
+            dtype: Dtype of everything except ``num_invalid``.
+            device: Device of the tensors.
+            scatter: False makes light statistics, which have no ``(d, d)`` scatter: K d numbers instead of K d + d^2.
 
         Returns:
             Statistics.
@@ -70,13 +87,13 @@ class ClassStatistics:
         return cls(totals, torch.zeros((), dtype=torch.int64, device=device))
 
     def merge(self, other: ClassStatistics) -> ClassStatistics:
-        """Statistics of the union of two disjoint sets of samples.
+        """Compute the statistics of the union of two disjoint sets of samples.
 
-        Moments are shifted by the difference of the means, never formed around the origin, so that nothing cancels
-        near collapse. Order and split matter only to round-off.
+        Moments are shifted by the difference of the class means and never formed around the origin: near collapse,
+        moments around the origin would cancel. The order of merging and the split into sets change only round-off.
 
         Args:
-            other: Statistics over the same classes and feature dimension, light or not like this one.
+            other: Statistics over the same classes and feature dimension. Both must be light, or neither.
 
         Returns:
             New statistics.
@@ -93,31 +110,31 @@ class ClassStatistics:
             raise UserError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
         totals, kept = self.totals.merge(other.totals), self.kept.join(other.kept)
         merged = ClassStatistics(totals, self.num_invalid + other.num_invalid, kept)
-        return merged if kept.are_few(len(totals.counts), self.is_light) else merged.folded
+        return merged if kept.are_worth_keeping(len(totals.counts), self.is_light) else merged.folded
 
     @property
     def is_light(self) -> bool:
-        """Whether there is no ``(d, d)`` scatter, nor samples to form it of once they become many."""
+        """Whether these are light statistics, from which no ``(d, d)`` scatter can be computed."""
         return self.totals.root is None
 
     @property
     def counts(self) -> Tensor:
         """Samples per class ``(K,)``, in the dtype of the means."""
-        return self._first.counts
+        return self._class_means.counts
 
     @property
     def means(self) -> Tensor:
-        """Class means ``(K, d)``; zero for a class without samples, ``nan`` where a feature is not finite."""
-        return self._first.means
+        """Class means ``(K, d)``: zero for a class without samples, ``nan`` where a feature is not finite."""
+        return self._class_means.means
 
     @cached_property
     def present(self) -> Tensor:
-        """Which classes have samples, bool ``(K,)``."""
+        """Bool ``(K,)``: True for the classes that have samples."""
         return self.counts > 0
 
     @cached_property
-    def _first(self) -> Means:
-        """Counts, class means and rounding of all samples."""
+    def _class_means(self) -> Means:
+        """Counts, class means and detected rounding of all samples, stored ones included."""
         if self.kept.is_empty:
             return self.totals.first
         kept = self.kept.means(self.totals.means)
@@ -125,24 +142,27 @@ class ClassStatistics:
 
     @cached_property
     def epsilon(self) -> Tensor:
-        """Machine epsilon to which the features were rounded: that of their dtype, or of a narrower one they show."""
-        shown, of_dtype = self._first.rounding.unbind()
+        """Machine epsilon to which the features were rounded.
+
+        It belongs to their dtype, or to a narrower dtype in which their values show that they were computed.
+        """
+        shown, of_dtype = self._class_means.rounding.unbind()
         return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
 
     @cached_property
     def mean_rounding(self) -> Tensor:
-        """What rounding of the features explains of the mean of each class ``(K,)``."""
+        """Largest error in the mean of each class that rounding of the features can cause, ``(K,)``."""
         return mean_rounding(self)
 
     def global_mean(self, convention: GlobalMean = "class") -> Tensor:
-        """Mean of the class means, or of all samples.
+        """Compute the mean of the class means, or of all samples.
 
         Args:
-            convention: ``"class"`` gives every class present the same weight (Papyan et al., 2020), ``"sample"`` every
-                sample. They differ on unbalanced data only.
+            convention: ``"class"`` gives each class present the same weight (Papyan et al., 2020); ``"sample"`` gives
+                each sample the same weight. The two differ on unbalanced data only.
 
         Returns:
-            ``(d,)``.
+            Global mean ``(d,)``.
 
         Raises:
             ValueError: If there is no such convention.
@@ -151,7 +171,7 @@ class ClassStatistics:
         return (weights.unsqueeze(1) * self.means).sum(dim=0)
 
     def centre_means(self, global_mean: GlobalMean = "class") -> Tensor:
-        """Class means minus the global mean.
+        """Subtract the global mean from the class means.
 
         Args:
             global_mean: As for :meth:`global_mean`.
@@ -159,31 +179,35 @@ class ClassStatistics:
         Returns:
             ``(K, d)``; zero rows for absent classes.
         """
-        return self._around_class_mean if global_mean == "class" else self._around(global_mean)
+        return self._minus_mean_of_means if global_mean == "class" else self._minus_global_mean(global_mean)
 
     @cached_property
-    def _around_class_mean(self) -> Tensor:
-        return self._around("class")
+    def _minus_mean_of_means(self) -> Tensor:
+        return self._minus_global_mean("class")
 
-    def _around(self, global_mean: GlobalMean) -> Tensor:
-        # In two steps: the mean of the differences takes away what rounding left of a large common offset.
-        first, present = self._first, self.present.unsqueeze(1)
+    def _minus_global_mean(self, global_mean: GlobalMean) -> Tensor:
+        # The second subtraction removes the rounding error that a large common offset leaves after the first.
+        first, present = self._class_means, self.present.unsqueeze(1)
         centred = ((first.means - self.global_mean(global_mean)) + first.tails) * present
         weights = self._class_weights("uniform" if global_mean == "class" else "count")
         return (centred - (weights.unsqueeze(1) * centred).sum(dim=0)) * present
 
     @cached_property
     def centred_means(self) -> Tensor:
-        """Class means minus their unweighted mean over the classes present.
+        """Class means minus their unweighted mean over the classes present, for measures of directions.
 
-        Zero rows for absent classes, and for means that are in the centre up to rounding of the features, which have no
-        direction. For measures of directions; :attr:`mean_offsets` is for others.
+        Absent classes have zero rows. So has a class whose mean equals the global mean up to rounding of the features,
+        because its direction is undefined. Measures of lengths use :attr:`mean_offsets`.
         """
         return beyond_rounding(self, each=True)
 
     @cached_property
     def mean_offsets(self) -> Tensor:
-        """The same with means that are nearly in the centre as they are; all zero if all are up to rounding."""
+        """Class means minus their unweighted mean over the classes present, for measures of lengths.
+
+        Unlike :attr:`centred_means` it keeps the row of a class whose mean nearly equals the global mean. All rows are
+        zero if all class means are equal up to rounding of the features.
+        """
         return beyond_rounding(self, each=False)
 
     def between_root(self, global_mean: GlobalMean = "class", between_weights: BetweenWeights = "uniform") -> Tensor:
@@ -195,7 +219,7 @@ class ClassStatistics:
                 :math:`n_k/N`.
 
         Returns:
-            ``(K, d)`` with :math:`\Sigma_B` = root^T root, of rank at most ``min(K - 1, d)`` for every convention,
+            ``(K, d)`` with :math:`\Sigma_B` = root^T root. Its rank is at most ``min(K - 1, d)`` under each convention,
             since the global mean lies in the affine hull of the class means.
         """
         return self._class_weights(between_weights).sqrt().unsqueeze(1) * self.centre_means(global_mean)
@@ -214,24 +238,24 @@ class ClassStatistics:
 
     @property
     def norms(self) -> Tensor:
-        r"""Root of the within-class spread of each class ``(K,)``; right at every scale of the features."""
+        r"""Square root of :attr:`spreads`, ``(K,)``. It neither over- nor underflows at any scale of the features."""
         return self._spread[0]
 
     @property
     def spreads(self) -> Tensor:
-        r"""Within-class spread of each class :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``, a sum."""
+        r"""Within-class spread of each class, the sum :math:`\sum_{i: y_i = k} \|h_i - \mu_k\|^2`, ``(K,)``."""
         return self.norms.square()
 
     @property
     def widths(self) -> Tensor:
-        """Root of the within-class spread of each coordinate ``(d,)``."""
+        """Square root of the within-class spread of each coordinate, ``(d,)``."""
         return self._spread[1]
 
     def spread_along(self, directions: Tensor) -> Tensor:
-        r"""Within-class spread along directions, :math:`\sum_i (v^\top (h_i - \mu_{y_i}))^2`.
+        r"""Compute the within-class spread along directions, :math:`\sum_i (v^\top (h_i - \mu_{y_i}))^2`.
 
-        A sum of squares of projections: relative error about eps times the ratio of the root of the largest spread in
-        any direction to that of this one.
+        It is a sum of squared projections. Its relative error is about eps times the square root of the ratio of the
+        largest spread in any direction to the spread in this one.
 
         Args:
             directions: Vectors v ``(r, d)``.
@@ -240,29 +264,30 @@ class ClassStatistics:
             Non-negative sums ``(r,)``.
 
         Raises:
-            ValueError: In the light form.
+            ValueError: For light statistics.
         """
         return self.norms_along(directions).square()
 
     def norms_along(self, directions: Tensor) -> Tensor:
-        r"""Root of :meth:`spread_along`, right at every scale of the features."""
-        *spread, along = self._spread_with(directions)
-        # The spread of classes and of coordinates came with it: that property need not go through the samples again.
+        r"""Compute the square root of :meth:`spread_along`, which neither over- nor underflows."""
+        *spread, along = self._compute_spread(directions)
+        # The same pass gave the spread of classes and coordinates. Storing it saves another pass over the samples.
         vars(self).setdefault("_spread", tuple(spread))
         return along
 
     @cached_property
     def _spread(self) -> tuple[Tensor, ...]:
-        """Roots of the spread of classes and of coordinates."""
-        return self._spread_with()
+        """Square roots of the spread of each class and of each coordinate."""
+        return self._compute_spread()
 
-    def _spread_with(self, *directions: Tensor) -> tuple[Tensor, ...]:
-        """The same and, for each set of directions, roots of the spread along them.
+    def _compute_spread(self, *directions: Tensor) -> tuple[Tensor, ...]:
+        """Square roots of the spread of each class, of each coordinate, and along each set of directions.
 
-        Around the class means of all samples, spread is a sum of three: that of the totals around their own class
-        means, what moving it to the others adds, and that of the samples that are kept.
+        The spread around the class means of all samples has three parts: the spread of the totals around their own
+        class means, the squared shift from those means to the means of all samples, and the spread of the stored
+        samples.
         """
-        first, totals = self._first, self.totals
+        first, totals = self._class_means, self.totals
         kept = () if self.kept.is_empty else self.kept.spread(first, self._sums_are_exact, *directions)
         if kept and totals.is_empty:
             return kept
@@ -275,7 +300,7 @@ class ClassStatistics:
 
     @property
     def _sums_are_exact(self) -> bool:
-        """Whether rounding left nothing of the class means."""
+        """Whether the class means have no rounding error."""
         return self.totals.is_empty and self.kept.sums_are_exact(self.totals.means.dtype)
 
     @property
@@ -283,15 +308,16 @@ class ClassStatistics:
         r"""Square root R of the within-class scatter, ``(d, d)`` upper triangular with :math:`R^\top R` = scatter.
 
         Raises:
-            ValueError: In the light form.
+            ValueError: For light statistics.
         """
         return self.folded._root_of_totals()
 
     @property
     def scatter(self) -> Tensor:
-        r"""Within-class scatter :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``, a sum.
+        r"""Within-class scatter, the sum :math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(d, d)``.
 
-        What is small in it, along some direction, is below the rounding of what is large: see :meth:`spread_along`.
+        Do not compute a small spread as :math:`v^\top S v` from it: rounding of the large entries would hide the
+        result. Use :meth:`spread_along`.
         """
         root = self.root
         return root.T @ root
@@ -303,7 +329,7 @@ class ClassStatistics:
 
     @property
     def folded(self) -> ClassStatistics:
-        """The same statistics with all samples in the totals and none kept: of one size whatever the samples are."""
+        """The same statistics with all samples in the totals and none stored. Its size does not depend on N."""
         root = self.totals.root
         return self if self.kept.is_empty and (root is None or len(root) == root.shape[1]) else self._folded
 
@@ -311,14 +337,14 @@ class ClassStatistics:
     def _folded(self) -> ClassStatistics:
         root, (norms, widths) = None if self.is_light else self._form_root(), self._spread
         return ClassStatistics(
-            Moments(**self._first._asdict(), norms=norms, widths=widths, root=root), self.num_invalid
+            Moments(**self._class_means._asdict(), norms=norms, widths=widths, root=root), self.num_invalid
         )
 
     def _form_root(self) -> Tensor:
-        """Triangular factor of all rows whose squares add up to the scatter, filled up with zeros to d rows."""
-        first, totals, own = self._first, self.totals.first, self._root_of_totals()
+        """Triangular factor of all rows whose outer products sum to the scatter, padded with zero rows to d rows."""
+        first, totals, own = self._class_means, self.totals.first, self._root_of_totals()
         unit = invertible_power_of_two(first.means)
         rows = [own / unit] if self.totals.is_empty else [own / unit, totals.moved_to(first) / unit]
-        for away, _ in self.kept.deviations(first, unit, self._sums_are_exact, least=4 * own.shape[1]):
-            rows = [triangular_factor([*rows, away])]
+        for deviations, _ in self.kept.deviations(first, unit, self._sums_are_exact, least=4 * own.shape[1]):
+            rows = [triangular_factor([*rows, deviations])]
         return torch.nn.functional.pad(rows[0] * unit, (0, 0, 0, own.shape[1] - len(rows[0])))

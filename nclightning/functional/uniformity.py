@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional.geometry import check_rows
-from nclightning.functional.linear import apart, distances, unit_rows
+from nclightning.functional.linear import distances, distinct_pairs, unit_rows
 
 __all__ = ["PairEnergy", "hyperspherical_energy", "one_vs_rest_distance"]
 
@@ -20,8 +20,8 @@ class PairEnergy(NamedTuple):
     """Mean and variance of a kernel over pairs of directions.
 
     Attributes:
-        mean: Mean over all ordered pairs of distinct rows; its natural logarithm with ``log=True``.
-        variance: Population variance over the same pairs; its natural logarithm with ``log=True``.
+        mean: Mean over all ordered pairs of distinct rows; with ``log=True`` its natural logarithm.
+        variance: Population variance over the same pairs; with ``log=True`` its natural logarithm.
     """
 
     mean: Tensor
@@ -41,24 +41,32 @@ def hyperspherical_energy(
     .. math:: \text{log: } \ln \frac1{\|u_i - u_j\|}, \qquad \text{Riesz: } \|u_i - u_j\|^{-s}, \qquad
         u_k = m_k / \|m_k\|
 
-    Liu et al. (2023), generalised neural collapse. A small mean says that directions are spread out, a small variance
-    that they are so evenly; a simplex ETF has variance 0. Pairs are formed tile by tile: memory grows with K.
+    Liu et al. (2023), generalised neural collapse. A small mean says that the directions are far from each other, a
+    small variance that their distances are equal. A simplex ETF has variance 0. Pairs are formed in tiles, so that
+    memory grows with K, not with K^2.
 
     Args:
-        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``. Computed in their dtype.
+        rows: ``(K, d)``: the head, or ``stats.centred_means`` with ``stats.present``.
         kernel: ``"log"`` or ``"riesz"``.
-        exponent: Riesz exponent s, positive. The Newtonian choice d - 2 over- or underflows for large d without
-            ``log``.
-        log: For the Riesz kernel, return logarithms of mean and variance, finite for every exponent.
+        exponent: Riesz exponent s, positive. The Newtonian choice d - 2 over- or underflows for large d unless ``log``
+            is set.
+        log: For the Riesz kernel, return the logarithms of mean and variance, which are finite for every exponent.
         present: Rows to compare, bool ``(K,)``; None takes all.
-        tile: Rows of a tile; None chooses.
+        tile: Rows per tile; None chooses a number.
 
     Returns:
-        Mean and variance. Mean ``inf`` and variance ``nan`` for two equal directions; ``nan`` with a zero row or
-        fewer than two rows.
+        Mean and variance in the dtype of ``rows``, dimensionless. For two equal directions the mean is ``inf`` and the
+        variance ``nan``. Both are ``nan`` if a row is zero or fewer than two are present.
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import hyperspherical_energy
+        >>> energy = hyperspherical_energy(torch.tensor([[2.0, 0.0], [-1.0, 0.0]]), kernel="riesz")
+        >>> energy.mean, energy.variance  # one pair, at distance 2
+        (tensor(0.5000), tensor(0.))
     """
     present = check_rows("rows", rows, present)
     if kernel not in ("log", "riesz") or (log and kernel == "log"):
@@ -67,7 +75,7 @@ def hyperspherical_energy(
         raise UserError(f"exponent must be positive, got {exponent}.")
     unit, count = unit_rows(rows), present.sum()
     num_pairs = count * (count - 1)
-    # Kernels are taken relative to the closest pair, whose logarithm is added back at the end.
+    # Kernels are divided by that of the closest pair, which keeps them in range; it is multiplied back at the end.
     nearest = _reduce(unit, present, tile, lambda distance: -distance.log(), "max")
     power = 1.0 if kernel == "log" else exponent
 
@@ -92,28 +100,35 @@ def one_vs_rest_distance(
     max_iterations: int = 20_000,
     tile: int | None = None,
 ) -> Tensor:
-    r"""Measure the margin of directions: the distance of each from the convex hull of all others (GNC2).
+    r"""Measure the distance of each direction from the convex hull of all others (GNC2).
 
     .. math:: \min_k \operatorname{dist}\bigl(u_k, \operatorname{conv}\{u_j : j \ne k\}\bigr), \qquad
         u_k = m_k / \|m_k\|
 
-    Jiang et al. (2024): softmax codes maximise it; a simplex ETF has :math:`K/(K-1)`. One quadratic program per row,
-    solved by accelerated projected gradient steps for a tile of rows at once, until the duality gap proves the
-    accuracy. It reads one flag per hundred steps on the host; meant for the end of a reading, not for a batch.
+    Jiang et al. (2024): softmax codes maximise the least of these distances. A simplex ETF has :math:`K/(K-1)`.
+
+    There is one quadratic program per row. A tile of rows is solved at once by accelerated projected gradient steps in
+    float64, until the duality gap proves the accuracy. The function waits for the device every hundred steps. It suits
+    the end of an evaluation pass, but not every batch.
 
     Args:
-        rows: ``(K, d)``: the head or the centred class means, without absent classes. Computed in float64.
-        reduction: ``"min"``, or ``"none"`` for each row ``(K,)``.
-        rtol: Relative accuracy of each distance; below ``rtol`` of the unit sphere's radius an absolute one.
-        max_iterations: Bound on the steps.
-        tile: Rows solved at once; None chooses.
+        rows: ``(K, d)``: the head or the centred class means, without absent classes.
+        reduction: ``"min"`` is the least distance, ``"none"`` gives the distance of each row ``(K,)``.
+        rtol: Relative accuracy of each distance. For distances below ``rtol`` it is an absolute accuracy.
+        max_iterations: Largest number of steps.
+        tile: Rows per tile; None chooses a number.
 
     Returns:
-        Non-negative float64; ``nan`` with a zero row.
+        Non-negative value in float64, dimensionless; ``nan`` if a row is zero.
 
     Raises:
-        ValueError: If an argument is out of range.
-        ValueError: If ``max_iterations`` steps did not reach ``rtol``.
+        ValueError: If an argument is out of range, or ``max_iterations`` steps do not reach ``rtol``.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import one_vs_rest_distance
+        >>> float(one_vs_rest_distance(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])))  # an ETF of two classes: 2 / (2 - 1)
+        2.0
     """
     check_rows("rows", rows)
     if reduction not in ("min", "none") or not rtol > 0:
@@ -128,11 +143,11 @@ def one_vs_rest_distance(
 
 
 def _hull_distances(unit: Tensor, part: Tensor, rtol: float, max_iterations: int) -> Tensor:
-    """Distances of the rows ``part`` from the hulls of the others."""
+    """Compute the distance of each row in ``part`` from the convex hull of all other rows."""
     target = unit.index_select(0, part)
     excluded = part.unsqueeze(1) == torch.arange(len(unit), device=unit.device)
     step = 1 / torch.linalg.matrix_norm(unit, 2).square()
-    # Convex coefficients of each point of a hull; momentum restarts where it points uphill.
+    # A point of the hull is stored as its convex coefficients. Momentum restarts where it points uphill.
     here = torch.where(excluded, 0, 1 / (len(unit) - 1)).to(unit)
     ahead, momentum = here, here.new_ones(len(part), 1)
     for iteration in range(1, max_iterations + 1):
@@ -146,7 +161,7 @@ def _hull_distances(unit: Tensor, part: Tensor, rtol: float, max_iterations: int
             residual = here @ unit - target
             gradient = (residual @ unit.T).masked_fill(excluded, math.inf)
             squared = residual.square().sum(dim=1)
-            # No point of the hull is closer than the supporting plane at this one.
+            # The supporting hyperplane at the current point bounds the distance of the hull from below.
             least = squared - ((residual * (here @ unit)).sum(dim=1) - gradient.amin(dim=1)).clamp(min=0)
             certified = (squared - least) <= rtol * torch.maximum(squared, torch.full_like(squared, rtol))
             if bool(certified.all()):
@@ -164,11 +179,11 @@ def _project_on_simplex(rows: Tensor) -> Tensor:
 
 
 def _reduce(unit: Tensor, present: Tensor, tile: int | None, value: Callable[[Tensor], Tensor], how: str) -> Tensor:
-    """Sum or maximum of a function of the distance over all pairs of rows that are present."""
+    """Compute the sum or maximum of a function of the distance over all pairs of present rows."""
     parts = []
     outside = 0.0 if how == "sum" else -math.inf
     for part, distance in distances(unit, tile):
-        pair = apart(part, present)
+        pair = distinct_pairs(part, present)
         values = torch.where(pair, value(torch.where(pair, distance, 1)), outside)
         parts.append(values.sum() if how == "sum" else values.amax())
     return torch.stack(parts).sum() if how == "sum" else torch.stack(parts).amax()

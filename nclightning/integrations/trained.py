@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from nclightning.compat.transformers import prepared_inputs, shares_batches
 from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.features import split_batch
-from nclightning.probe.given import checked_model, unwrapped
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import eager, frozen
+from nclightning.probe.validation import checked_model, unwrapped
 
 __all__ = ["TransformersHost", "check_task", "labels_by_name"]
 

@@ -1,4 +1,4 @@
-"""What the metrics of this package share beyond those of torchmetrics."""
+"""The base class of this package's metrics: error-safe updates, and states that load into equal metrics."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ __all__ = ["StreamingMetric", "without_autocast"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-# Names of states without content, see nclightning.metrics.groups.
-APART = "_apart_"
+# Prefix of the names of empty states that keep metrics out of shared compute groups; see
+# nclightning.metrics.compute_groups.
+SEPARATE = "_apart_"
 
 
 def without_autocast(method: Method) -> Method:
-    """Let a method of a metric compute in the dtype of its states, as :func:`autocast_off` does.
+    """Run a method of a metric with autocast switched off, so that it computes in the dtype of its states.
 
     Args:
         method: A method of a :class:`torchmetrics.Metric`.
 
     Returns:
-        The same with autocast off on the device of the metric.
+        The method with autocast off on the device of the metric.
     """
 
     @functools.wraps(method)
@@ -40,7 +41,7 @@ def without_autocast(method: Method) -> Method:
 
 
 class StreamingMetric(OpenMetric):
-    """A metric that an error leaves as it was, and whose ``state_dict`` loads into any other one that is made alike.
+    """A metric that an error leaves unchanged, and whose ``state_dict`` loads into any metric with the same arguments.
 
     Args:
         **kwargs: Passed to :class:`torchmetrics.Metric`.
@@ -51,33 +52,33 @@ class StreamingMetric(OpenMetric):
 
     @contextmanager
     def sync_context(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Synchronise the states over processes; give back those of this process at the end, after an error, too.
+        """Synchronise the states over processes, and restore those of this process at the end and after an error.
 
         Args:
-            *args: Of :meth:`torchmetrics.Metric.sync_context`.
-            **kwargs: The same.
+            *args: As for :meth:`torchmetrics.Metric.sync_context`.
+            **kwargs: As for :meth:`torchmetrics.Metric.sync_context`.
         """
         synced_before = self.is_synced
         try:
             with super().sync_context(*args, **kwargs):
                 yield
         except BaseException:
-            # torchmetrics would leave the states of all processes here, to which nothing can be added.
+            # torchmetrics would leave the gathered states in place. Adding a batch to them would fail.
             if self.is_synced and not synced_before:
                 self.unsync()
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch and read it alone. A batch that cannot be read is not added.
+        """Add a batch, and compute the values of this batch alone. If that fails, the batch is not added.
 
         Args:
-            *args: Of ``update``.
-            **kwargs: The same.
+            *args: As for ``update``.
+            **kwargs: As for ``update``.
 
         Returns:
-            As ``compute``, of this batch.
+            The result of ``compute`` for this batch.
         """
-        # torchmetrics resets the states for the time in which it reads the batch.
+        # torchmetrics resets the states while it computes the values of the batch.
         with self.as_before_on_error():
             return super().forward(*args, **kwargs)
 
@@ -85,7 +86,7 @@ class StreamingMetric(OpenMetric):
         """Draw values.
 
         Args:
-            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
+            val: Result of ``compute`` or ``forward``, or a sequence of them; None calls ``compute``.
             ax: Matplotlib axis; None makes one.
 
         Returns:
@@ -94,16 +95,16 @@ class StreamingMetric(OpenMetric):
         return self.draw(val, ax)
 
     def persistent(self, mode: bool = False) -> None:
-        """Choose whether ``state_dict`` has the states.
+        """Choose whether ``state_dict`` contains the states.
 
         Args:
-            mode: Whether it has.
+            mode: Whether it does.
         """
         super().persistent(mode)
-        self.leave_unsaved(APART)  # They have no content, and their names may be of this instance alone.
+        self.leave_unsaved(SEPARATE)  # These states are empty, and their names may be unique to this instance.
 
     def change_loaded(self, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Leave out what earlier versions saved of a metric without need."""
-        for name in [name for name in entries if name.startswith(prefix + APART)]:
+        """Drop the empty states that earlier versions saved."""
+        for name in [name for name in entries if name.startswith(prefix + SEPARATE)]:
             del entries[name]
         return entries

@@ -1,4 +1,4 @@
-"""What a metric reads and does not own."""
+"""A reference to an object that a metric uses without owning it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class Borrowed(Generic[T]):
-    """Holds an object of somebody else's, of which a copy of the holder makes no copy.
+    """A reference to an object that is not copied along with its holder.
 
-    A metric that is copied, or cloned with a whole ``MetricCollection``, goes on reading the head that is trained; a
-    copy of the head would stay as it was. Only where head and metric are copied together, as parts of one module, the
-    copy of the metric reads the copy of the head.
+    A metric that is copied, or cloned with a whole ``MetricCollection``, must refer to the head that is being trained;
+    a copy of the head would never change. Only if head and metric are copied together, as parts of one module, does the
+    copy of the metric refer to the copy of the head.
 
     Args:
         value: The object.
@@ -26,7 +26,7 @@ class Borrowed(Generic[T]):
     def get(self) -> T:
         """Return the object."""
         memo: dict[int, Any] | None = self._memo
-        if memo is not None:  # All that was copied together is known only once copying has ended.
+        if memo is not None:  # Which objects were copied together is known only after copying has ended.
             self._value, self._memo = memo.get(id(self._value), self._value), None
         return self._value
 

@@ -1,4 +1,4 @@
-"""Which measures are read, and of what: all of them but the states of a metric, so without torchmetrics."""
+"""Choosing and evaluating measures. This module does not need torchmetrics."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from nclightning.functional import ClassStatistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head
 from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
-    Reading,
+    MeasureInput,
     select_measures,
 )
+from nclightning.quantities import DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 
-__all__ = ["check_conventions", "choose_measures", "need_scatter", "read_measures", "reading_of"]
+__all__ = ["check_conventions", "choose_measures", "evaluate_measures", "measure_input", "need_scatter"]
 
-# From here on the scatter takes more than a GiB in float64, and is not made unless it was asked for.
+# With more features than this the scatter takes more than a GiB in float64, and is not a default.
 _LARGEST_DEFAULT_DIM = 2**13 * 3 // 2
 _LIGHT_DEFAULT = ("nc1_ratio", "nc1_cdnv", "nc2", "nc3")
 
 
 def check_conventions(global_mean: GlobalMean, between_weights: BetweenWeights) -> None:
-    """Raise for a convention that does not exist.
+    """Raise an error for an unknown convention.
 
     Args:
-        global_mean: As for :class:`nclightning.metrics.NeuralCollapse`, as are all arguments of this module.
-        between_weights: The same.
+        global_mean: As for :class:`nclightning.metrics.NeuralCollapse`.
+        between_weights: As for :class:`nclightning.metrics.NeuralCollapse`.
 
     Raises:
-        ValueError: If one of them is none.
+        ValueError: If one of them is unknown.
     """
     ClassStatistics.empty(2, 1, scatter=False).between_root(global_mean, between_weights)
 
@@ -42,16 +41,16 @@ def check_conventions(global_mean: GlobalMean, between_weights: BetweenWeights) 
 def choose_measures(
     measures: Sequence[str] | None, feature_dim: int, head_rows: int = 0, groups: bool = False
 ) -> tuple[str, ...]:
-    """Return the names of what is read.
+    """Return the names of the measures to evaluate.
 
     Args:
-        measures: Names, ``("all",)``, or None.
+        measures: Names, ``("all",)``, or None for the default.
         feature_dim: d.
-        head_rows: Rows of the head; 0 if there is none.
-        groups: Whether labels say groups.
+        head_rows: Number of rows of the head; 0 without a head.
+        groups: Whether labels number groups of samples with the same target instead of classes.
 
     Raises:
-        ValueError: If a name does not exist, or needs what is not there.
+        ValueError: If a name is unknown, or the measure needs a head or classes that are not given.
     """
 
     def needs_head(name: str) -> bool:
@@ -69,7 +68,7 @@ def choose_measures(
             measures = _LIGHT_DEFAULT
             warnings.warn(
                 f"feature_dim={feature_dim} would need {8 * feature_dim**2 / 2**30:.1f} GiB for the "
-                "within-class scatter: reading nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
+                "within-class scatter: measuring nc1_ratio and nc1_cdnv instead of nc1. Pass measures to choose.",
                 stacklevel=3,
             )
         return read(measures)
@@ -78,53 +77,53 @@ def choose_measures(
         return read(chosen)
     if missing := [name for name in chosen if needs_classes(name)]:
         raise UserError(
-            f"measures {missing} take each label for a class, and the labels here say groups of samples with the "
+            f"measures {missing} need labels that are classes, and the labels here number groups of samples with the "
             "same target: leave them out."
         )
     if missing := [name for name in chosen if needs_head(name)]:
         raise UserError(
-            f"measures {missing} read the head: pass head=..., or leave them out."
+            f"measures {missing} need the head: pass head=..., or leave them out."
             if head_rows == 0
-            else f"measures {missing} compare rows of the head, and it has only one: leave them out."
+            else f"measures {missing} compare rows of the head, which has only one: leave them out."
         )
     return chosen
 
 
 def need_scatter(measures: Sequence[str]) -> bool:
-    """Whether the light statistics are not enough.
+    """Whether at least one measure needs the ``(d, d)`` scatter.
 
     Args:
-        measures: Chosen.
+        measures: Names of measures.
     """
     return any(MEASURES[name].needs_scatter for name in measures)
 
 
-def reading_of(
+def measure_input(
     stats: ClassStatistics, head: HeadSource | None, global_mean: GlobalMean, between_weights: BetweenWeights
-) -> Reading:
-    """Put together what measures read, of the head as it is now.
+) -> MeasureInput:
+    """Make the input of measures from statistics and the current values of the head.
 
     Args:
         stats: Statistics of the features.
         head: The head, or None.
         global_mean: Convention of NC1.
-        between_weights: The same.
+        between_weights: Convention of NC1.
     """
     if head is None:
-        return Reading(stats, None, None, global_mean, between_weights)
+        return MeasureInput(stats, None, None, global_mean, between_weights)
     read, like = read_head(head), stats.totals.means
     bias = None if read.bias is None else read.bias.to(like)
-    return Reading(stats, read.weight.to(like), bias, global_mean, between_weights)
+    return MeasureInput(stats, read.weight.to(like), bias, global_mean, between_weights)
 
 
-def read_measures(measures: Sequence[str], reading: Reading) -> dict[str, Tensor]:
+def evaluate_measures(measures: Sequence[str], given: MeasureInput) -> dict[str, Tensor]:
     """Evaluate measures, without a transfer to the host.
 
     Args:
-        measures: Chosen.
-        reading: What they read.
+        measures: Names of measures.
+        given: Their input.
 
     Returns:
         Scalars by name, in the dtype of the statistics.
     """
-    return {name: MEASURES[name].read(reading) for name in measures}
+    return {name: MEASURES[name].read(given) for name in measures}

@@ -1,4 +1,4 @@
-"""Decisions of network and nearest class centre, counted class by class (NC4)."""
+"""Counts of the decisions of the network and of the nearest class centre classifier, class by class (NC4)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["Decisions", "count_decisions", "totals_of"]
 
 
 class Decisions(NamedTuple):
-    """What was decided about samples, each ``(K,)`` by their class.
+    """Counts of decisions, each ``(K,)`` by the class of the samples.
 
     Attributes:
-        samples: How many.
-        num_invalid: Samples whose label was outside ``0..K-1``, scalar.
-        ncc_right: Those whose nearest centre is the label.
-        right: Those whose label is the network's class; None without a head, as are the next two.
-        mismatched: Those whose nearest centre is not the network's class.
-        margin: Sum of :func:`nclightning.functional.cosine_margin`.
+        samples: Number of samples.
+        num_invalid: Number of samples whose label is outside ``0..K-1``, scalar.
+        ncc_right: Number of samples whose nearest class mean is that of their label.
+        right: Number of samples that the network classifies rightly; None without a head.
+        mismatched: Number of samples on which network and nearest class centre disagree; None without a head.
+        margin: Sum of :func:`nclightning.functional.cosine_margin`; None without a head.
     """
 
     samples: Tensor
@@ -35,7 +35,7 @@ class Decisions(NamedTuple):
     margin: Tensor | None = None
 
     def merge(self, other: Decisions) -> Decisions:
-        """Add what was counted of other samples, with a head or without one like here."""
+        """Add the counts of other samples. Both must be with a head, or both without one."""
         pairs = zip(self, other, strict=True)
         return Decisions(*(one if one is None or more is None else one + more for one, more in pairs))  # type: ignore[arg-type]
 
@@ -48,7 +48,7 @@ def count_decisions(
     Args:
         features: ``(B, d)``.
         labels: ``(B,)`` int64.
-        reference: Statistics whose means are the centres.
+        reference: Statistics with the class means.
         head: The head with its bias, or None.
         ignore_index: Label of samples to leave out.
     """
@@ -58,7 +58,7 @@ def count_decisions(
     invalid = valid.logical_not()
     if ignore_index is not None:
         valid, invalid = valid & (labels != ignore_index), invalid & (labels != ignore_index)
-    # One bin more than classes takes the samples left out.
+    # Samples to leave out go to an additional bin K.
     index = torch.where(valid, labels, num_classes)
 
     def per_class(values: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ def count_decisions(
 
 
 def totals_of(counted: Decisions) -> dict[str, Tensor]:
-    """Name what was counted as it is reported, once it is divided by the samples.
+    """Return the totals by the names of the measures that they give when divided by the number of samples.
 
     Args:
-        counted: Of all samples.
+        counted: Counts of all samples.
 
     Returns:
-        Float64 ``(K,)`` by name; only the first without a head.
+        Float64 ``(K,)`` by name; without a head only ``ncc_accuracy``.
     """
     totals = {
         "ncc_accuracy": counted.ncc_right,

@@ -1,17 +1,17 @@
-r"""Gap, distance and certified gap from sums over samples, and the penalties that fit them.
+r"""Gap, distance and certified gap from sums over samples, and fitted penalties.
 
-Weak duality bounds the minimum F* of the unconstrained feature model from below by the residuals of any point
-(:meth:`nclightning.problems.Problem.certified_lower_bound`). With the objective F of the features seen,
-``F - bound >= F - F* >= 0``: the certified gap needs no optimum. With features of at least as many dimensions as the
-rank of the optimum it vanishes to first order in the distance to the optimal set, where F - F* does to second order.
-So nothing is lost by subtracting: the rounding of F, ``eps F``, is reached only where the distance is of the size of
-rounding, too.
+**Certified gap.** Weak duality gives a lower bound on the minimum F* of the unconstrained feature model from the
+residuals of any point (:meth:`nclightning.problems.Problem.certified_lower_bound`). With the objective F of the given
+features, ``F - bound >= F - F* >= 0``: the certified gap needs no optimum. If d is at least the rank of the optimum,
+the certified gap is of first order in the distance from the optimal set, while F - F* is of second order. So it may be
+computed by subtraction: it reaches the rounding of F, ``eps F``, only where the distance itself is of the size of
+rounding.
 
-Penalties that nobody knows are fitted to the scales. With :math:`S = \frac1N \sum_i \langle r_i, W h_i\rangle`, r the
-residuals, F changes by :math:`S + \lambda_W \|W\|^2` with the logarithm of the scale of the head, and by
-:math:`S + \lambda_H \sum_i \|h_i\|^2` with that of the features. Both are zero at
-:math:`\lambda_W = -S/\|W\|^2` and :math:`\lambda_H = -S/\sum_i\|h_i\|^2` and nowhere else: for every loss, targets and
-counts, these are the true penalties at an optimum.
+**Fitted penalties.** Unknown penalties are fitted to the scales of head and features. Let
+:math:`S = \frac1N \sum_i \langle r_i, W h_i\rangle` with residuals r. The derivative of F in the logarithm of the
+scale of the head is :math:`S + \lambda_W \|W\|^2`, and in that of the features
+:math:`S + \lambda_H \sum_i \|h_i\|^2`. Both are zero only at :math:`\lambda_W = -S/\|W\|^2` and
+:math:`\lambda_H = -S/\sum_i\|h_i\|^2`. At an optimum these are the true penalties, for every loss, targets and counts.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ __all__ = ["Found", "SoftSums", "read_optimality", "read_soft"]
 
 _EXACT, _CERTIFIED = ("gap", "distance", "relative_distance"), ("certified_gap", "certified_bound")
 _FITTED = ("lambda_w", "lambda_h")
-# Samples are taken some at a time: what is formed of them stays in the cache of a CPU.
-_ELEMENTS_AT_A_TIME = 2**17
+# Number of elements per step, so that intermediate results stay in the cache of a CPU.
+_ELEMENTS_PER_STEP = 2**17
 
 
 class Found(NamedTuple):
-    """What was read.
+    """Result of :func:`read_optimality`.
 
     Attributes:
         values: Float64 scalars by name.
-        missing: Why gap or distance are ``nan``, one sentence; None if they are not, were not asked for, or if no
-            penalties fit.
+        missing: One sentence that says why gap and distance are ``nan``. None if they are not, if they were not
+            requested, or if no penalties fit.
     """
 
     values: dict[str, Tensor]
@@ -52,23 +52,23 @@ class Found(NamedTuple):
 
 
 def read_optimality(stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss, reference: Reference) -> Found:
-    """Evaluate gap, distance and certified gap. Transfers to the host.
+    """Evaluate gap, distance and certified gap, with transfers to the host.
 
     Args:
-        stats: Statistics of the features, class by class, or group by group.
-        excess: Their loss above that of their class means, and their residuals.
-        head: The head.
-        reference: What they are measured against. Penalties that it does not give are fitted: for balanced classes
-            with a closed form those at which the scales of the nearest collapsed configuration
-            (:func:`nclightning.functional.distance_to_collapse`) are the optimal ones, which depend on features and
-            head alone; else those at which neither a larger nor a smaller scale of features or head lowers F.
+        stats: Statistics of the features of each class or group.
+        excess: Excess loss of the same samples.
+        head: The loss and the head.
+        reference: The problem, or the loss whose problem is that of these samples. If it gives no penalties, they are
+            fitted. For balanced classes with a closed form, they are chosen so that the scales of the nearest collapsed
+            configuration (:func:`nclightning.functional.distance_to_collapse`) are optimal; this depends on features
+            and head alone. Otherwise they are chosen so that no other scale of features or head has a smaller F.
 
     Returns:
         ``gap``, ``distance``, ``relative_distance``, ``certified_gap`` and ``certified_bound``; with fitted penalties
-        ``lambda_w`` and ``lambda_h``, too. ``nan`` where there is no such value.
+        also ``lambda_w`` and ``lambda_h``. ``nan`` where a value does not exist.
 
     Raises:
-        ValueError: If groups come in other numbers than those of a problem that was given.
+        ValueError: If a problem was given and the counts of the samples differ from its counts.
     """
     assert bool((stats.counts == excess.counts).all()), "statistics and excess loss are of different samples"
     counts = [int(count) for count in stats.counts.tolist()]
@@ -102,7 +102,7 @@ def read_optimality(stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss, 
 
 
 class _Point:
-    """Features and head, by sums over samples."""
+    """A point of the unconstrained feature model, represented by sums over samples and the head."""
 
     def __init__(self, stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss) -> None:
         self._head, self._excess, self._counts = head, excess.sums.sum(), stats.counts.double()
@@ -115,7 +115,7 @@ class _Point:
         return self._spread + (self._counts * self._means.square().sum(dim=1)).sum()
 
     def objective(self, problem: Problem) -> Tensor:
-        """F, with the loss of the samples around that of their class means."""
+        """Evaluate F, with the loss as the loss of the class means plus the excess loss."""
         head = self._head
         losses = self._excess + (self._counts * problem.loss.value(self.logits, head.targets)).sum()
         objective = Objective(problem.loss, problem.lambda_w, problem.lambda_h, problem.lambda_b or 0.0)
@@ -128,25 +128,25 @@ class _Point:
         )
 
     def distance(self, problem: Problem | UFMProblem) -> Tensor:
-        """Distance to the optimal set."""
+        """Evaluate the distance to the optimal set."""
         return problem.distance_from_moments(self._head.weight, self._means, self._spread, self._head.bias)
 
     def gap(self, problem: Problem | UFMProblem) -> Tensor:
-        """F - F* without cancellation."""
+        """Evaluate F - F* without cancellation."""
         present = self._counts.nonzero().squeeze(1)
-        # Around the optimal logits: around those of the class means, and these around the optimal ones.
+        # Divergence of the samples from the optimal logits: from the class means, plus that of the class means.
         around = problem.divergence(self.logits[present], present)
         divergence = (self._excess + (self._counts[present] * around).sum()) / problem.num_samples
         moments = self._head.weight, self._means, self._spread, divergence
         if isinstance(problem, UFMProblem):
-            return problem.gap_from_moments(*moments)  # A bias enters by the divergence only.
+            return problem.gap_from_moments(*moments)  # A bias enters through the divergence only.
         return problem.gap_from_moments(*moments, self._head.bias)
 
 
 def _fitted(
     stats: ClassStatistics, excess: ExcessLoss, head: HeadLoss, reference: Reference, counts: list[int]
 ) -> Penalties | None:
-    """Penalties at which the scales are optimal; None if there are none."""
+    """Fit the penalties at which the scales are optimal; None if there are none."""
     if reference.has_closed_form(counts, head):
         fitted = distance_to_collapse(stats, head.weight)
         try:
@@ -166,25 +166,26 @@ def _fitted(
 
 
 def _of_slope(slope: Tensor, head: HeadLoss, square_norm: Tensor, reference: Reference) -> Penalties | None:
-    """Penalties at which no change of scale lowers F; None if F falls with the scales whatever they are."""
+    """Fit the penalties at which no change of scale lowers F; None if there are none."""
     found = float(-slope / head.weight.square().sum()), float(-slope / square_norm)
     return Penalties(*found, reference.lambda_b) if all(0 < each < math.inf for each in found) else None
 
 
 class SoftSums(NamedTuple):
-    r"""Sums over samples with a target each, from which a certified bound follows.
+    r"""Sums over samples with individual targets, from which a certified bound follows.
 
-    Each sample is a group of its own. With R the residuals ``(N, K)``, P = R + Y the predictions of cross-entropy and
-    :math:`t = \min(1, N\kappa/\|R\|_2)`, weak duality says :math:`F^* \ge \frac1N \sum_i g_i(t r_i)`, where g, for
-    cross-entropy the entropy of :math:`y_i + t r_i`, is minus the conjugate of the loss. The factor t is known after
-    the last sample only. But g is concave, so that :math:`g_i(t r_i) \ge (1 - t) g_i(0) + t g_i(r_i)`, whose sums need
-    no t. At an optimum t is 1 and nothing is lost. The norm is the root of the largest eigenvalue of the Gram matrix.
+    Each sample is a group by itself. Let R be the residuals ``(N, K)``, :math:`\kappa = \sqrt{\lambda_W\lambda_H}` and
+    :math:`t = \min(1, N\kappa/\|R\|_2)`. Weak duality gives :math:`F^* \ge \frac1N \sum_i g_i(t r_i)`, where g is
+    minus the conjugate of the loss; for cross-entropy it is the entropy of :math:`y_i + t r_i`. The factor t is known
+    only after the last sample. But g is concave, so that :math:`g_i(t r_i) \ge (1 - t) g_i(0) + t g_i(r_i)`, and the
+    two sums do not depend on t. At an optimum t is 1, and the inequality is an equality. The norm of R is the square
+    root of the largest eigenvalue of its Gram matrix.
 
     Attributes:
         gram: :math:`R^\top R` ``(K, K)``.
         residuals: Sum of the residuals ``(K,)``.
-        totals: Sums ``(6,)`` of: one, the loss, :math:`g_i(0)`, :math:`g_i(r_i)`, :math:`\langle r_i, W h_i\rangle`,
-            :math:`\|h_i\|^2`.
+        totals: Six sums over samples ``(6,)``: their number, the loss, :math:`g_i(0)`, :math:`g_i(r_i)`,
+            :math:`\langle r_i, W h_i\rangle` and :math:`\|h_i\|^2`.
     """
 
     gram: Tensor
@@ -193,22 +194,22 @@ class SoftSums(NamedTuple):
 
     @classmethod
     def empty(cls, num_outputs: int) -> SoftSums:
-        """Those of no samples, float64."""
+        """Make the sums over no samples, float64."""
         return cls(*(torch.zeros(*size, dtype=torch.float64) for size in ((num_outputs,) * 2, (num_outputs,), (6,))))
 
     def add(self, features: Tensor, targets: Tensor, loss: Loss, head: HeadLoss) -> SoftSums:
-        """Those of these and further samples, on their device and without a transfer to the host.
+        """Add samples, on their device and without a transfer to the host.
 
         Args:
             features: ``(B, d)`` of any floating dtype.
-            targets: ``(B, K)``, the same.
+            targets: ``(B, K)`` of any floating dtype.
             loss: The loss.
             head: The head.
 
         Returns:
-            New ones.
+            The sums over all samples so far, a new object.
         """
-        total, size = self, max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
+        total, size = self, max(_ELEMENTS_PER_STEP // features.shape[1], 1)
         for rows, own in zip(torch.split(features.detach(), size), torch.split(targets.detach(), size), strict=True):
             total = total._add(rows.to(head.weight), own.to(head.weight), loss, head)
         return total
@@ -226,27 +227,27 @@ class SoftSums(NamedTuple):
 
 
 def read_soft(sums: SoftSums, head: HeadLoss, reference: Reference) -> dict[str, Tensor]:
-    """Evaluate the certified gap of samples with a target each. Transfers to the host.
+    """Evaluate the certified gap of samples with individual targets, with transfers to the host.
 
     Args:
-        sums: Over the samples.
-        head: The head. Its bias, if it has one, has a penalty.
-        reference: Loss and penalties; those that it does not give are fitted so that no change of scale lowers F.
+        sums: Sums over the samples.
+        head: The head. If it has a bias, the bias has a penalty.
+        reference: Loss and penalties. Penalties that it does not give are fitted so that no change of scale lowers F.
 
     Returns:
-        ``certified_gap`` and ``certified_bound``; with fitted penalties ``lambda_w`` and ``lambda_h``, too. ``nan``
-        where there is no such value.
+        ``certified_gap`` and ``certified_bound``; with fitted penalties also ``lambda_w`` and ``lambda_h``. ``nan``
+        where a value does not exist.
 
     Raises:
-        ValueError: If there are no samples, or a target for which the loss is not defined.
+        ValueError: If there are no samples, or the loss is not defined for a target.
     """
     count, loss, free, bound, slope, squares = sums.totals.double().tolist()
     if not count:
         raise UserError("there are no samples: call update before compute.")
     if free == -math.inf:
         raise UserError(
-            "targets must be rows for which the loss is defined, for 'ce' not negative and not all zero, for 'bce' "
-            "between 0 and 1: a row came that is not. Pass rows in that range."
+            "targets must be rows for which the loss is defined: for 'ce' not negative and not all zero, for 'bce' "
+            "between 0 and 1. Got a row that is not."
         )
     none = sums.totals.new_tensor(math.nan, dtype=torch.float64)
     penalties, fitted = reference.given, {}
@@ -262,7 +263,7 @@ def read_soft(sums: SoftSums, head: HeadLoss, reference: Reference) -> dict[str,
         features_square=squares,
         bias_square=None if head.bias is None else float(head.bias.square().sum()),
     )
-    # Rounding of the Gram matrix must not raise the bound.
+    # The factor makes sure that rounding of the Gram matrix does not raise the bound.
     norm = math.sqrt(max(float(torch.linalg.eigvalsh(sums.gram.double())[-1]), 0.0)) * (1 + 1e-14)
     share = min(1.0, count * penalties.strength / norm) if norm > 0 else 1.0
     lower = ((1 - share) * free + share * bound) / count

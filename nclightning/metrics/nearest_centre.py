@@ -1,4 +1,4 @@
-"""Decisions of network and nearest class centre as one streaming metric."""
+"""NC4 as a torchmetrics class: the decisions of the network and of the nearest class centre classifier."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from nclightning.functional import ClassStatistics
 from nclightning.heads import HeadSource, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
+from nclightning.metrics.compute_groups import separate_compute_group
 from nclightning.metrics.decided import Decisions, count_decisions, totals_of
-from nclightning.metrics.groups import stand_apart
 
 __all__ = ["NearestClassCentre"]
 
@@ -21,28 +21,38 @@ _COUNTS = ("samples", "ncc_right", "right", "mismatched", "num_invalid")
 
 
 class NearestClassCentre(StreamingMetric):
-    """How a network and the nearest class centre decide (NC4), by streaming counts.
+    """Accuracy of the network and of the nearest class centre classifier (NC4).
 
-    ``update`` accepts ``features (B, d)`` and ``labels (B,)`` int64; ``compute`` returns float64 scalars:
+    ``update`` takes ``features (B, d)`` and ``labels (B,)`` int64. ``compute`` returns float64 scalars:
 
-    | name | value |
-    |---|---|
-    | ``ncc_accuracy`` | share of samples whose nearest centre is the label |
-    | ``ncc_mismatch`` | share of samples whose nearest centre is not the network's class |
-    | ``accuracy`` | share of samples whose label is the network's class |
-    | ``cosine_margin`` | mean of :func:`nclightning.functional.cosine_margin` around the reference's mean |
+    * ``ncc_accuracy``: the share of samples whose nearest class mean is that of their label.
+    * ``ncc_mismatch``: the share of samples on which the network and the nearest class centre disagree.
+    * ``accuracy``: the share of samples that the network classifies rightly.
+    * ``cosine_margin``: the mean of :func:`nclightning.functional.cosine_margin`, with the reference's global mean.
 
-    all ``nan`` before the first sample; only the first without a head. Counts add up over processes. A sample whose
-    features are not finite counts as decided wrongly by both, and as mismatched.
+    Without a head only the first is returned. All are ``nan`` before the first sample. At collapse the first and third
+    are 1 and the second is 0. Counts are summed over processes. A sample whose features are not finite counts as wrong
+    for both classifiers, and as a disagreement.
 
     Args:
-        reference: Statistics whose means are the centres, usually those of the training set.
-        head: The head with its bias, as for :class:`nclightning.metrics.NeuralCollapse`; None leaves out what needs it.
+        reference: Statistics with the class means, usually those of the training set.
+        head: The head with its bias, as for :class:`nclightning.metrics.NeuralCollapse`; None for no head.
         ignore_index: Label of samples to leave out.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If the head does not fit; at ``compute``, if a label was outside ``0..K-1``.
+        ValueError: If the head does not fit the reference. Also raised by ``compute``, if a label is outside
+            ``0..K-1``.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.functional import class_statistics
+        >>> from nclightning.metrics import NearestClassCentre
+        >>> reference = class_statistics(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), num_classes=2)
+        >>> metric = NearestClassCentre(reference, head=torch.tensor([[1.0, 0.0], [0.5, 0.0]]))
+        >>> metric.update(torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([0, 1]))
+        >>> {name: float(value) for name, value in metric.compute().items() if name != "cosine_margin"}
+        {'ncc_accuracy': 1.0, 'ncc_mismatch': 0.5, 'accuracy': 0.5}
     """
 
     is_differentiable = False
@@ -75,7 +85,7 @@ class NearestClassCentre(StreamingMetric):
             shape = () if name == "num_invalid" else (len(reference.counts),)
             self.add_state(name, torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("margin", torch.zeros(len(reference.counts), dtype=torch.float64), dist_reduce_fx="sum")
-        stand_apart(self)
+        separate_compute_group(self)
 
     @without_autocast
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -91,7 +101,7 @@ class NearestClassCentre(StreamingMetric):
                 setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the shares over all samples.
+        """Compute the shares over all samples.
 
         Returns:
             Float64 scalars by name.
@@ -101,7 +111,7 @@ class NearestClassCentre(StreamingMetric):
         return {name: (total.sum() / samples).double() for name, total in self._totals().items()}
 
     def per_class(self) -> dict[str, Tensor]:
-        """Read the shares class by class.
+        """Compute the shares for each class.
 
         Returns:
             Float64 vectors ``(K,)`` by name; ``nan`` for a class without samples.
@@ -110,7 +120,7 @@ class NearestClassCentre(StreamingMetric):
         return {name: (total / self.samples).double() for name, total in self._totals().items()}
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
-        """Add what was counted."""
+        """Add the counts of earlier states."""
         for name in (*_COUNTS, "margin"):
             setattr(self, name, getattr(self, name) + earlier[name])
 

@@ -1,4 +1,4 @@
-"""Neural collapse of features and head as one streaming metric."""
+"""Neural collapse of features and head as a torchmetrics class."""
 
 from __future__ import annotations
 
@@ -18,50 +18,53 @@ from nclightning.metrics.borrowed import Borrowed
 from nclightning.metrics.choice import (
     check_conventions,
     choose_measures,
+    evaluate_measures,
+    measure_input,
     need_scatter,
-    read_measures,
-    reading_of,
 )
-from nclightning.metrics.groups import stand_apart
-from nclightning.metrics.measures import Reading, per_class_values
+from nclightning.metrics.compute_groups import separate_compute_group
+from nclightning.metrics.measures import MeasureInput, per_class_values
 from nclightning.metrics.states import states_of, statistics_of
 
 __all__ = ["NeuralCollapse"]
 
 
 class NeuralCollapse(StreamingMetric):
-    """Neural collapse of the features seen since the last reset, and of the head on top of them.
+    """Measures of neural collapse for the features since the last reset, and for the current head.
 
-    ``update`` accepts ``features (B, d)`` of any floating dtype and ``labels (B,)`` int64; ``compute`` returns a dict
-    of scalars by name: ``nc1``, ``nc2`` and ``nc3``, or those in ``measures``. Formulas, sources and values at
-    degenerate points are in :mod:`nclightning.functional`. Batches, their order and their split over processes do not
-    matter beyond round-off. ``update`` stays on the device: it makes no transfer to the host.
+    ``update`` takes ``features (B, d)`` of any floating dtype and ``labels (B,)`` int64. ``compute`` returns a dict of
+    scalars by name: ``nc1``, ``nc2`` and ``nc3``, or those in ``measures``. Formulas, sources, ranges and values at
+    degenerate points are in :mod:`nclightning.functional`. The split into batches, their order and their split over
+    processes change only round-off. ``update`` makes no transfer to the host.
 
     Args:
         num_classes: K, at least 2.
         feature_dim: d, at least 1.
         head: The head: a module with a weight ``(K, d)``, a convolution with kernels of size 1, a weight, or a pair
-            ``(weight, bias)``; read at ``compute`` in eval mode, sharded by ``fully_shard`` or not. None leaves out
-            what needs it. Of a cosine head pass the normalised weight, and update with normalised features.
+            ``(weight, bias)``. ``compute`` uses its current values in eval mode, also if it is sharded by
+            ``fully_shard``. None leaves out the measures that need a head. For a cosine head pass the normalised
+            weight, and update with normalised features.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, or ``("all",)``. None takes ``nc1``, ``nc2``,
-            ``nc3``. If none of them needs the ``(d, d)`` scatter it is not kept; for ``feature_dim`` above 12288
-            the default leaves it out, too, with a warning, and reads ``nc1_ratio`` and ``nc1_cdnv`` for ``nc1``.
-        global_mean: Of ``"class"`` means or of ``"sample"``, in ``nc1`` and ``nc1_ratio``.
-        between_weights: ``"uniform"`` or ``"count"``, in the same.
+            ``nc3``. The ``(d, d)`` scatter is kept only if one of the measures needs it. For ``feature_dim`` above
+            12288 the default is ``nc1_ratio`` and ``nc1_cdnv`` instead of ``nc1``, with a warning.
+        global_mean: The mean of ``"class"`` means or of all ``"sample"`` features, in ``nc1`` and ``nc1_ratio``.
+        between_weights: ``"uniform"`` or ``"count"`` weights of the classes, in ``nc1`` and ``nc1_ratio``.
         ignore_index: Label of samples to leave out.
-        groups: Whether labels say groups of samples with the same target, such as mixed ones, and no classes that rows
-            of the head belong to. ``num_classes`` then counts the groups, and what takes a label for a class is left
-            out: ``nc3``, and ``nc1``, as group means need not spread in a direction each. None for ``measures`` takes
-            ``nc1_ratio``, ``nc1_cdnv`` and ``nc2``.
-        dtype: Dtype of the statistics. Float64 by default whatever the features: near collapse float32 sums lose
-            the within-class scatter. Trainer precision does not change it.
+        groups: Whether labels number groups of samples with the same target, such as a mixture of classes, instead of
+            classes with one row of the head each. ``num_classes`` is then the number of groups. Measures that need
+            classes are left out: ``nc3``, which compares each mean with a row of the head, and ``nc1``, since group
+            means may be linearly dependent. The default measures are then ``nc1_ratio``, ``nc1_cdnv`` and ``nc2``.
+        dtype: Dtype of the statistics. The default is float64 for features of any dtype: near collapse, sums in float32
+            lose the within-class scatter. The trainer's precision does not change it.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument is out of range or the head does not fit; at ``compute``, if a label was outside
-            ``0..K-1``.
+        ValueError: If an argument is out of range or the head does not fit. Also raised by ``compute``, if a label is
+            outside ``0..K-1``.
 
     Example:
+        >>> import torch
+        >>> from nclightning.metrics import NeuralCollapse
         >>> metric = NeuralCollapse(num_classes=2, feature_dim=2, head=torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         >>> metric.update(torch.tensor([[2.0, 0.1], [2.0, -0.1], [-2.0, 0.0]]), torch.tensor([0, 0, 1]))
         >>> metric.compute()["nc3"]
@@ -102,7 +105,7 @@ class NeuralCollapse(StreamingMetric):
         self.between_weights = between_weights
         self.ignore_index = ignore_index
         self.groups = groups
-        self._head = Borrowed(head)  # Kept out of this module's parameters, too.
+        self._head = Borrowed(head)  # This also keeps the head out of this module's parameters.
         shape = None if head is None else weight_shape(head)
         expected = (shape[0] if groups and shape is not None else num_classes, feature_dim)
         if shape not in (None, expected):
@@ -114,13 +117,13 @@ class NeuralCollapse(StreamingMetric):
         states = states_of(empty)
         self._names = tuple(states)
         for name, value in states.items():
-            # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
+            # States are stacked over processes and merged in compute. Summing centred moments would be wrong.
             self.add_state(name, default=value, dist_reduce_fx=None)
-        stand_apart(self, ignore_index, dtype)
+        separate_compute_group(self, ignore_index, dtype)
 
     @property
     def statistics(self) -> ClassStatistics:
-        """Statistics of everything seen, over all processes while the states are synchronised."""
+        """Statistics of all samples since the last reset; of all processes while the states are synchronised."""
         return statistics_of({name: getattr(self, name) for name in self._names})
 
     @without_autocast
@@ -137,8 +140,8 @@ class NeuralCollapse(StreamingMetric):
         self._set(buffer.statistics)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch and read it alone; see :meth:`update`."""
-        self._fold()  # The states are copied each time.
+        """Add a batch, and compute the measures of this batch alone; arguments as for :meth:`update`."""
+        self._fold()  # forward copies the states each time, which would be slow with stored samples.
         return super().forward(*args, **kwargs)
 
     def prepare_sync(self) -> None:
@@ -146,7 +149,7 @@ class NeuralCollapse(StreamingMetric):
         self._fold()
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the measures, of the head as it is now.
+        """Compute the measures, with the current values of the head.
 
         Returns:
             Scalars by name, in the dtype of the statistics.
@@ -157,13 +160,13 @@ class NeuralCollapse(StreamingMetric):
         """Return the statistics, with one transfer to the host.
 
         Raises:
-            ValueError: If a label was outside ``0..K-1``.
+            ValueError: If a label is outside ``0..K-1``.
         """
         stats = self.statistics
         if int(stats.num_invalid) > 0:
             raise UserError(
                 f"{int(stats.num_invalid)} labels were outside 0..{self.num_classes - 1}. "
-                "Set ignore_index if a label marks samples to leave out; else map labels to these classes, before "
+                "Set ignore_index if a label marks samples to leave out. Otherwise map labels to these classes, before "
                 "update or in batch_fn, or measure a head with an output for each class."
             )
         return stats
@@ -172,7 +175,7 @@ class NeuralCollapse(StreamingMetric):
         """Return the statistics over all processes, which must all call this.
 
         Raises:
-            ValueError: As :meth:`checked_statistics`.
+            ValueError: As for :meth:`checked_statistics`.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
             return self.checked_statistics()
@@ -185,23 +188,24 @@ class NeuralCollapse(StreamingMetric):
             stats: Statistics of the features.
 
         Returns:
-            As :meth:`compute`.
+            As for :meth:`compute`.
         """
-        return read_measures(self.measures, self._reading(stats))
+        return evaluate_measures(self.measures, self._measure_input(stats))
 
     @without_autocast
     def per_class(self) -> dict[str, Tensor]:
-        """Read what can be told class by class of everything seen by this process, or by all while synchronised.
+        """Compute the measures that have a value for each class, for this process, or for all while synchronised.
 
         Returns:
-            Vectors ``(K,)``, ``nan`` for absent classes: ``count``; ``variance``, the mean squared distance from the
-            class mean; ``mean_norm`` of the centred mean; ``cdnv`` and ``equiangularity``, means over the other
-            classes; with a head ``head_norm`` and ``nc3_cosine``. Of groups what their features tell alone.
+            Vectors ``(K,)`` by name, ``nan`` for absent classes: ``count``; ``variance``, the mean squared distance
+            from the class mean; ``mean_norm``, the norm of the centred class mean; ``cdnv`` and ``equiangularity``,
+            means over the pairs of a class; with a head ``head_norm`` and ``nc3_cosine``. For groups only those that
+            need neither the head nor classes.
         """
-        reading = self._reading(self.checked_statistics())
+        given = self._measure_input(self.checked_statistics())
         if not self.groups:
-            return per_class_values(reading)
-        values = per_class_values(reading._replace(weight=None))
+            return per_class_values(given)
+        values = per_class_values(given._replace(weight=None))
         del values["equiangularity"]
         return values
 
@@ -209,7 +213,7 @@ class NeuralCollapse(StreamingMetric):
         """Draw values on a logarithmic axis.
 
         Args:
-            val: Result of ``compute`` or ``forward``, or a sequence of them; None computes.
+            val: Result of ``compute`` or ``forward``, or a sequence of them; None calls ``compute``.
             ax: Matplotlib axis; None makes one.
 
         Returns:
@@ -220,8 +224,8 @@ class NeuralCollapse(StreamingMetric):
             each.set_yscale("log")
         return figure, axis
 
-    def _reading(self, stats: ClassStatistics) -> Reading:
-        return reading_of(stats, self._head.get(), self.global_mean, self.between_weights)
+    def _measure_input(self, stats: ClassStatistics) -> MeasureInput:
+        return measure_input(stats, self._head.get(), self.global_mean, self.between_weights)
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
         """Change the dtype of the statistics; counts of labels stay integers."""
@@ -236,10 +240,10 @@ class NeuralCollapse(StreamingMetric):
 
     def _set(self, stats: ClassStatistics) -> None:
         for name, value in states_of(stats).items():
-            if value is not getattr(self, name):  # Of most updates only a few states are new.
+            if value is not getattr(self, name):  # Most updates replace only a few states.
                 setattr(self, name, value)
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
-        """Merge states exactly, where torchmetrics would stack them."""
+        """Merge states exactly. torchmetrics would stack them."""
         states = statistics_of({name: earlier[name] for name in self._names})
         self._set(states.merge(self.statistics))

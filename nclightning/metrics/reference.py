@@ -1,4 +1,4 @@
-r"""What features and head are measured against: a problem, or a loss whose problem follows from the samples seen.
+r"""The reference of the optimality measures: a problem, or a loss whose problem follows from the samples.
 
 Letters: M groups of samples with the same target (the classes, for hard labels), K outputs, d features, N samples.
 """
@@ -29,9 +29,10 @@ LossLike = Literal["mse", "ce", "bce"] | Loss
 
 _LOSSES: Mapping[str, Loss] = {**LOSSES, "bce": BinaryCrossEntropy()}
 _AFFINE = tuple(layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-# Numbers of K x K matrices: 128 MiB, 4096 classes.
+# Largest number of elements of a K x K matrix: 128 MiB, 4096 classes.
 _LARGEST_TABLE = 2**24
-# An optimum that has no formula takes seconds for so many groups times outputs, and minutes for a hundred times more.
+# Largest M K for which an optimum without a formula is computed by default. It takes seconds; for a hundred times more
+# it takes minutes.
 _MOST_NUMBERS = 2**14
 
 
@@ -39,9 +40,9 @@ class Penalties(NamedTuple):
     """Penalties of Problem (2).
 
     Attributes:
-        lambda_w: On the head.
-        lambda_h: On the features, on the sum over samples.
-        lambda_b: On the bias, 0.0 for a free one.
+        lambda_w: Penalty on the head.
+        lambda_h: Penalty on the features, on the sum over samples.
+        lambda_b: Penalty on the bias; 0.0 for a free bias.
     """
 
     lambda_w: float
@@ -50,24 +51,24 @@ class Penalties(NamedTuple):
 
     @property
     def strength(self) -> float:
-        """Root of the product of those on head and features."""
+        """Square root of the product of the penalties on head and features."""
         return math.sqrt(self.lambda_w) * math.sqrt(self.lambda_h)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What features and head are measured against.
+    """The problem to whose optimum features and head are compared.
 
     Args:
-        problem: A problem, whose groups must come exactly as often as its counts say; or the loss alone, ``"mse"``,
-            ``"ce"``, ``"bce"`` or a :class:`nclightning.problems.Loss`, whose problem is that of the samples seen.
-        lambda_w: With a loss: penalty on the head. None with ``lambda_h`` fits both.
+        problem: A problem, whose counts must be those of the labels; or a loss, ``"mse"``, ``"ce"``, ``"bce"`` or a
+            :class:`nclightning.problems.Loss`, whose problem is that of the given samples.
+        lambda_w: With a loss: penalty on the head. None for both penalties fits them.
         lambda_h: With a loss: penalty on the features, on the sum over all samples.
-        lambda_b: With a loss: penalty on a bias that the head has; 0.0 takes it as free.
-        targets: With a loss: ``(M, K)``, whose row m is the target of label m, such as smoothed labels. None takes
-            hard labels; for a head with one output 0 and 1.
-        exact: Whether gap and distance are read: True also where finding the optimum may take minutes, False not at
-            all, None where there is a formula or M K is at most 16384, that of 128 classes.
+        lambda_b: With a loss: penalty on the bias of the head; 0.0 means that the bias is free.
+        targets: With a loss: ``(M, K)``; row m is the target of label m, such as a smoothed label. None means hard
+            labels, and 0 and 1 for a head with one output.
+        exact: Whether to compute gap and distance: True in any case, even if it may take minutes to find the optimum;
+            False never; None if the optimum has a formula or M K is at most 16384, that is, up to 128 classes.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -91,7 +92,7 @@ class Reference:
             for name in ("lambda_w", "lambda_h", "lambda_b", "targets"):
                 given = getattr(self, name)
                 if given is not None and (isinstance(given, Tensor) or given != 0):
-                    raise UserError(f"{name} cannot go together with a problem, which says it: leave it out.")
+                    raise UserError(f"{name} cannot be given together with a problem, which has its own: leave it out.")
         for name in ("lambda_w", "lambda_h"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -106,7 +107,7 @@ class Reference:
 
     @property
     def is_problem(self) -> bool:
-        """Whether a problem was given, and not a loss."""
+        """Whether a problem was given rather than a loss."""
         return isinstance(self.problem, UFMProblem | Problem)
 
     @property
@@ -124,17 +125,20 @@ class Reference:
         return self.problem if isinstance(self.problem, str) else None
 
     def table(self, num_outputs: int) -> Tensor:
-        """Targets of the groups for a head with so many outputs, ``(M, K)`` float64 on the host.
+        """Return the targets of the groups, ``(M, K)`` float64 on the host.
+
+        Args:
+            num_outputs: Number of outputs of the head, K.
 
         Raises:
-            ValueError: If they do not fit the head or the loss.
+            ValueError: If the targets do not fit the head or the loss.
         """
         if isinstance(self.problem, Problem):
             return self.problem.targets
         if num_outputs == 1 and self.loss.shift_invariant:
             raise UserError(
-                "head must have at least two outputs for cross-entropy, which one logit does not change: pass 'bce' "
-                "for a yes or no."
+                "head must have at least two outputs for cross-entropy, which is constant for one logit: pass 'bce' "
+                "for two classes with one output."
             )
         if isinstance(self.targets, Tensor):
             table = self.targets
@@ -144,7 +148,7 @@ class Reference:
             table = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
         else:
             raise UserError(
-                "targets must be given for a head with one output: a row for each label, such as targets=[[0.0], "
+                "targets must be given for a head with one output: one row for each label, such as targets=[[0.0], "
                 "[1.0]]."
             )
         if table.shape[1] != num_outputs:
@@ -156,16 +160,16 @@ class Reference:
         return table
 
     def check_head(self, head: HeadSource) -> tuple[int, int]:
-        """Raise unless a head can be measured against this.
+        """Raise an error unless the head fits the problem.
 
         Args:
-            head: Any, as for :class:`nclightning.metrics.NeuralCollapse`.
+            head: The head, as for :class:`nclightning.metrics.NeuralCollapse`.
 
         Returns:
             Number of groups M, and d.
 
         Raises:
-            ValueError: With the reason.
+            ValueError: If the head does not fit.
         """
         check_linear(head)
         num_outputs, dim = weight_shape(head)
@@ -179,10 +183,10 @@ class Reference:
                 )
         has_bias = read_head(head).bias is not None
         if isinstance(self.problem, UFMProblem) and self.problem.loss == "mse" and not has_bias:
-            raise UserError("head must have a bias, as the problem has one: its optimum has the bias 1/K.")
+            raise UserError("head must have a bias, since the problem has one: the bias is 1/K at its optimum.")
         if isinstance(self.problem, Problem) and self.problem.has_bias != has_bias:
             raise UserError(
-                f"head must have {'a' if self.problem.has_bias else 'no'} bias, as the problem has bias="
+                f"head must have {'a' if self.problem.has_bias else 'no'} bias, since the problem has bias="
                 f"{self.problem.bias!r}: make the problem with bias={'none' if not has_bias else 'free'!r}."
             )
         table = self.table(num_outputs)
@@ -194,11 +198,11 @@ class Reference:
         return len(table), dim
 
     def head_loss(self, head: HeadSource, device: torch.device) -> HeadLoss:
-        """Read a head as a loss of features.
+        """Combine the loss, the targets and the current values of the head.
 
         Args:
-            head: As for :class:`nclightning.metrics.NeuralCollapse`.
-            device: Of the features.
+            head: The head, as for :class:`nclightning.metrics.NeuralCollapse`.
+            device: Device of the features.
 
         Returns:
             Loss, targets and head, float64.
@@ -219,34 +223,34 @@ class Reference:
         return Penalties(self.lambda_w, self.lambda_h, self.lambda_b)
 
     def problem_of(self, counts: Sequence[int], head: HeadLoss, penalties: Penalties) -> Problem:
-        """Make the problem of the samples seen.
+        """Make the problem of the given samples.
 
         Args:
-            counts: Samples of each group.
+            counts: Number of samples of each group.
             head: The head.
-            penalties: Given or fitted.
+            penalties: Given or fitted penalties.
 
         Returns:
-            A problem; the same one as before for the same arguments, so that its optimum is found once.
+            The problem. It is the same object as before for the same arguments, so that its optimum is found once.
 
         Raises:
-            ValueError: If a problem was given, and groups come in other numbers.
+            ValueError: If a problem was given and its counts differ.
         """
         if isinstance(self.problem, Problem):
             known = self.problem.counts.tolist()
             if known != list(counts):
                 different = next(m for m, (one, other) in enumerate(zip(known, counts, strict=True)) if one != other)
                 raise UserError(
-                    f"label {different} must come exactly {known[different]} times, as the problem's counts say, got "
-                    f"{counts[different]} times: pass the loss and the penalties alone to measure against the problem "
-                    "of the samples seen."
+                    f"label {different} must occur exactly {known[different]} times, as the problem's counts say, got "
+                    f"{counts[different]} times: pass the loss and the penalties instead of the problem to take the "
+                    "counts from the samples."
                 )
             return self.problem
         if isinstance(self.problem, UFMProblem) and set(counts) != {self.problem.samples_per_class}:
             raise UserError(
-                f"every class must come exactly {self.problem.samples_per_class} times, got between {min(counts)} and "
-                f"{max(counts)}: pass {self.problem.loss!r} and the penalties alone to measure against the problem of "
-                "the samples seen."
+                f"every class must occur exactly {self.problem.samples_per_class} times, got between {min(counts)} and "
+                f"{max(counts)}: pass {self.problem.loss!r} and the penalties instead of the problem to take the "
+                "counts from the samples."
             )
         num_outputs, dim = head.weight.shape
         key = tuple(counts), num_outputs, dim, penalties, head.bias is None
@@ -260,7 +264,7 @@ class Reference:
         return self._last[key]
 
     def has_closed_form(self, counts: Sequence[int], head: HeadLoss) -> bool:
-        """Whether the problem of the samples seen is one of the paper's two, whose optimum is known at once."""
+        """Whether the problem of the given samples is one of the paper's two, whose optimum has a closed form."""
         num_outputs, dim = head.weight.shape
         return (
             self.name in ("mse", "ce")
@@ -272,27 +276,27 @@ class Reference:
         )
 
     def to_solve(self, problem: Problem, counts: Sequence[int], head: HeadLoss) -> UFMProblem | Problem:
-        """Return the problem of the samples seen, or the same with closed forms at once for any number of classes.
+        """Return a problem with an optimum: the problem itself, or the same one as a :class:`UFMProblem` if it can be.
 
         Raises:
-            NoAnswer: If its optimum is not to be found, with the reason.
+            NoAnswer: If the optimum should not be computed, with the reason.
         """
         if self.exact is False:
-            raise NoAnswer("optimum", "exact=False asks for the certified bound alone.")
+            raise NoAnswer("optimum", "exact=False requests the certified bound only.")
         if self.has_closed_form(counts, head):
             sizes = problem.num_classes, counts[0], problem.feature_dim
             return UFMProblem(self.name, *sizes, problem.lambda_w, problem.lambda_h)  # type: ignore[arg-type]
         if self.exact is None and problem.targets.numel() > _MOST_NUMBERS and not _has_formula(problem):
             raise NoAnswer(
                 "optimum",
-                f"that of {problem.num_groups} targets with {problem.num_classes} outputs has no formula and takes "
-                "minutes to find. Pass exact=True to have it found.",
+                f"that for {problem.num_groups} targets with {problem.num_classes} outputs has no formula, and takes "
+                "minutes to find. Pass exact=True to compute it.",
             )
         return problem
 
 
 def is_loss(value: object) -> bool:
-    """Whether a value is the name of a loss, or a loss."""
+    """Whether a value is a loss or the name of one."""
     return isinstance(value, Loss) or (isinstance(value, str) and value in _LOSSES)
 
 
@@ -304,22 +308,22 @@ def _has_formula(problem: Problem) -> bool:
 
 
 def check_linear(head: HeadSource) -> None:
-    """Raise unless a head is linear in the features.
+    """Raise an error unless the head is linear in the features.
 
     Args:
-        head: Any, as for :class:`nclightning.metrics.NeuralCollapse`.
+        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If it is not linear.
     """
     if isinstance(head, nn.Module) and (type(head).forward not in _AFFINE or "forward" in vars(head)):
         raise UserError(
-            f"head must be linear, got a {type(head).__name__} with a forward of its own: no optimum is known for it."
+            f"head must be linear, got a {type(head).__name__} with its own forward: no optimum is known for it."
         )
     if isinstance(head, HeadReader) and head.form == "probed":
         raise UserError(
-            f"head must be linear, got a {type(head.source).__name__} that makes its weight in a forward of its own: "
-            "no optimum is known for it."
+            f"head must be linear, got a {type(head.source).__name__} whose forward computes its weight: no optimum is "
+            "known for it."
         )
     if isinstance(head, Head | HeadReader) and head.normalizes:
         raise UserError(f"head must be linear, got the cosine head {head.name!r}: no optimum is known for it.")

@@ -1,4 +1,4 @@
-"""Neural regression collapse of features, head and targets as one streaming metric."""
+"""Neural regression collapse of features, head and targets as a torchmetrics class."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nclightning.functional.regression import as_targets
 from nclightning.heads import HeadSource, read_head, weight_shape
 from nclightning.metrics.base import StreamingMetric, without_autocast
 from nclightning.metrics.borrowed import Borrowed
-from nclightning.metrics.groups import stand_apart
+from nclightning.metrics.compute_groups import separate_compute_group
 from nclightning.metrics.states import states_of, statistics_of
 
 __all__ = ["RegressionCollapse"]
@@ -29,33 +29,34 @@ _SIDES = ("features", "targets")
 
 
 class RegressionCollapse(StreamingMetric):
-    """Neural regression collapse (NRC) of the features and targets seen since the last reset, and of the head.
+    """Measures of neural regression collapse for features and targets since the last reset, and for the current head.
 
-    ``update`` accepts ``features (B, d)`` of any floating dtype and ``targets (B, K)``, or ``(B,)`` for one target;
+    ``update`` takes ``features (B, d)`` of any floating dtype and ``targets (B, K)``, or ``(B,)`` for one target.
     ``compute`` returns float64 scalars:
 
-    | name | value |
-    |---|---|
-    | ``nrc1`` | :func:`nclightning.functional.principal_residual` for ``rank`` directions |
-    | ``nrc2`` | :func:`nclightning.functional.row_space_residual` |
-    | ``nrc3`` | :func:`nclightning.functional.gram_deviation` |
-    | ``gamma`` | the gamma of the form that is nearest for ``nrc3`` |
-    | ``rank`` | :func:`nclightning.functional.target_rank`: directions along which targets spread, K if none depends |
+    * ``nrc1``: :func:`nclightning.functional.principal_residual` for ``rank`` directions.
+    * ``nrc2``: :func:`nclightning.functional.row_space_residual`.
+    * ``nrc3``: the deviation of :func:`nclightning.functional.gram_deviation`.
+    * ``gamma``: the gamma of :func:`nclightning.functional.gram_deviation`.
+    * ``rank``: :func:`nclightning.functional.target_rank`, the number of directions along which targets spread.
 
-    The first three are 0 at collapse. Batches, their order and their split over processes do not matter beyond
-    round-off. What is kept are about ``d^2 + K^2`` numbers, and no sample for long. ``update`` stays on the device: it
-    makes no transfer to the host.
-    Samples whose targets are missing must be left out: one that is not finite makes all that reads targets ``nan``.
+    The first three are 0 at collapse. The split into batches, their order and their split over processes change only
+    round-off. The metric stores about ``d^2 + K^2`` numbers, and single samples only for a while. ``update`` makes no
+    transfer to the host. Leave out samples without targets: one target that is not finite makes ``nrc1``, ``nrc3``,
+    ``gamma`` and ``rank`` ``nan``.
 
     Args:
-        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`; read at ``compute``. With a bias the
-            covariance of the targets is what it is compared with, without one their second moments around zero.
+        head: The head, as for :class:`nclightning.metrics.NeuralCollapse`. ``compute`` uses its current values. A head
+            with a bias is compared with the covariance of the targets, one without a bias with their second moments
+            around zero.
         **kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError: If the head has no weight.
 
     Example:
+        >>> import torch
+        >>> from nclightning.metrics import RegressionCollapse
         >>> metric = RegressionCollapse(torch.nn.Linear(8, 2))
         >>> metric.update(torch.randn(50, 8), torch.randn(50, 2))
         >>> list(metric.compute())
@@ -75,18 +76,18 @@ class RegressionCollapse(StreamingMetric):
             states = states_of(ClassStatistics.empty(1, dim))
             self._names = tuple(states)
             for name, value in states.items():
-                # Stacked over processes, then merged in compute: a sum of centred moments would be wrong.
+                # States are stacked over processes and merged in compute. Summing centred moments would be wrong.
                 self.add_state(f"{side}_{name}", default=value, dist_reduce_fx=None)
-        stand_apart(self, self.num_targets, self.feature_dim)
+        separate_compute_group(self, self.num_targets, self.feature_dim)
 
     @property
     def features(self) -> ClassStatistics:
-        """Statistics of all features seen, over all processes while the states are synchronised."""
+        """Statistics of all features since the last reset; of all processes while the states are synchronised."""
         return self._statistics(vars(self), "features")
 
     @property
     def targets(self) -> ClassStatistics:
-        """The same of the targets."""
+        """Statistics of all targets since the last reset; of all processes while the states are synchronised."""
         return self._statistics(vars(self), "targets")
 
     @without_autocast
@@ -101,7 +102,7 @@ class RegressionCollapse(StreamingMetric):
         targets = as_targets(targets, self.num_targets)
         if len(targets) != len(features):
             raise UserError(
-                f"there must be one row of targets for each of features, got {len(targets)} and {len(features)}."
+                f"features and targets must have the same number of rows, got {len(features)} and {len(targets)}."
             )
         one = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
         added = {}
@@ -113,8 +114,8 @@ class RegressionCollapse(StreamingMetric):
             self._set(side, stats)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a batch and read it alone; see :meth:`update`."""
-        self.prepare_sync()  # The states are copied each time.
+        """Add a batch, and compute the measures of this batch alone; arguments as for :meth:`update`."""
+        self.prepare_sync()  # forward copies the states each time, which would be slow with stored samples.
         return super().forward(*args, **kwargs)
 
     def prepare_sync(self) -> None:
@@ -123,7 +124,7 @@ class RegressionCollapse(StreamingMetric):
             self._set(side, self._statistics(vars(self), side).folded)
 
     def compute(self) -> dict[str, Tensor]:
-        """Read the measures, of the head as it is now.
+        """Compute the measures, with the current values of the head.
 
         Returns:
             Float64 scalars by name.
@@ -139,7 +140,7 @@ class RegressionCollapse(StreamingMetric):
             targets: Statistics of the targets of the same samples.
 
         Returns:
-            As :meth:`compute`.
+            As for :meth:`compute`.
         """
         head, rank = read_head(self._head.get()), target_rank(targets)
         weight = head.weight.detach().to(features.means.device)
@@ -169,6 +170,6 @@ class RegressionCollapse(StreamingMetric):
             setattr(self, f"{side}_{name}", value)
 
     def merge_states(self, earlier: dict[str, Any]) -> None:
-        """Merge states exactly, where torchmetrics would stack them."""
+        """Merge states exactly. torchmetrics would stack them."""
         for side in _SIDES:
             self._set(side, self._statistics(earlier, side).merge(self._statistics(vars(self), side)))

@@ -1,4 +1,4 @@
-"""Statistics of features as states of a metric."""
+"""Conversion between class statistics and the states of a metric."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["states_of", "statistics_of"]
 
 
 def states_of(stats: ClassStatistics) -> dict[str, Any]:
-    """Return states by name; samples that are kept are features and labels in turn."""
+    """Return states by name. The state ``kept`` is a list in which features and labels alternate."""
     totals = {name: value for name, value in stats.totals._asdict().items() if value is not None}
     kept = [each for piece in zip(stats.kept.features, stats.kept.labels, strict=True) for each in piece]
     return totals | {"num_invalid": stats.num_invalid, "kept": kept}
 
 
 def statistics_of(states: Mapping[str, Any]) -> ClassStatistics:
-    """Make statistics that share the states, which are replaced and never written to.
+    """Make statistics from states. Tensors are shared: states are replaced and never modified in place.
 
     Args:
-        states: As :func:`states_of` returns them; or stacked over processes, whose statistics are merged.
+        states: Result of :func:`states_of`. States that are stacked over processes are merged.
     """
     if states["means"].ndim == 2:
         totals: dict[str, Any] = {name: states.get(name) for name in Moments._fields}

@@ -1,4 +1,4 @@
-"""LightningModules: a backbone that makes features, a linear head, and the objective of Problem (2)."""
+"""LightningModules with a backbone that computes features, a linear head, and the objective of Problem (2)."""
 
 from nclightning.models.backbones import FeatureTable, TwoLayerBody
 from nclightning.models.classifier import RegularizedClassifier

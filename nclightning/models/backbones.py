@@ -1,4 +1,4 @@
-"""What makes features from a batch."""
+"""Backbones: modules that compute features from a batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 class FeatureTable(OwnEntries):
     """Free features, one row per sample, looked up by sample index: the backbone of the UFM.
 
-    Processes can share the table, each with rows of its own. Its entry in a ``state_dict`` is the whole table, which
-    all processes must then ask for together; the first gets it, on the host. Any number of processes can load it.
+    Several processes can share the table, each with some of the rows. A ``state_dict`` contains the whole table. All
+    processes must then call ``state_dict`` together; the first one gets the table, on the host. Any number of processes
+    can load it.
 
     Args:
         num_samples: N.
         feature_dim: d.
         dtype: Dtype of the table.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.models import FeatureTable
+        >>> table = FeatureTable(num_samples=5, feature_dim=2, dtype=torch.float64)
+        >>> table(torch.tensor([4, 0, 0])).shape
+        torch.Size([3, 2])
     """
 
     def __init__(self, num_samples: int, feature_dim: int, dtype: torch.dtype) -> None:
@@ -47,7 +55,7 @@ class FeatureTable(OwnEntries):
 
     @property
     def is_shared(self) -> bool:
-        """Whether rows are left to other processes."""
+        """Whether other processes have some of the rows."""
         return len(self.features) < self.num_samples
 
     def forward(self, index: Tensor) -> Tensor:
@@ -61,36 +69,36 @@ class FeatureTable(OwnEntries):
         """
         return self.features.index_select(0, index - self.first_row if self.first_row else index)
 
-    def holds(self, index: Tensor) -> bool:
-        """Say whether indices are those of all rows here, in order. One transfer to the host."""
+    def has_all_rows(self, index: Tensor) -> bool:
+        """Return whether the indices are all rows of this process, in order, with one transfer to the host."""
         own = torch.arange(self.first_row, self.first_row + len(self.features), device=index.device)
         return torch.equal(index, own)
 
     @torch.no_grad()
     def keep_rows(self, first: int, count: int) -> None:
-        """Leave all other rows to other processes.
+        """Keep some rows, and leave all others to other processes.
 
         Args:
             first: Index of the first row to keep.
-            count: How many.
+            count: Number of rows to keep.
         """
         self.features.data = self.features.data.narrow(0, first - self.first_row, count).clone()
         self.first_row = first
 
     def narrow(self, table: Tensor) -> Tensor:
-        """Take the rows of this process out of a whole table; what has other rows comes back as it is."""
+        """Return the rows of this process from a whole table. A tensor with another number of rows is unchanged."""
         if len(table) == self.num_samples and self.is_shared:
             return table.narrow(0, self.first_row, len(self.features))
         return table
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Put rows of all processes together; see :func:`nclightning.ranks.gather_rows`."""
+        """Gather the rows of all processes; see :func:`nclightning.ranks.gather_rows`."""
         return gather_rows(rows, self.num_samples) if self.is_shared else rows
 
     def change_saved(self, entries: dict[str, Any], prefix: str) -> None:
         """Save the rows of all processes; see :class:`nclightning.compat.torch.OwnEntries`."""
         key = prefix + "features"
-        if key in entries:  # Not so if it is parametrised.
+        if key in entries:  # The key is missing if the table is parametrised.
             entries[key] = self.gather(entries[key])
 
     def change_loaded(self, entries: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -106,12 +114,23 @@ class TwoLayerBody(nn.Sequential):
         input_dim: D.
         hidden_dim: m.
         feature_dim: d.
-        activation: Of the hidden layer.
-        feature_activation: Of the features.
-        dtype: Dtype of the parameters, which start undefined: see :func:`initialize`.
+        activation: Activation of the hidden layer.
+        feature_activation: Activation of the features.
+        dtype: Dtype of the parameters. Their values are undefined until :meth:`reset_parameters` is called.
 
     Raises:
         ValueError: If an activation is unknown.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.models import TwoLayerBody
+        >>> body = TwoLayerBody(
+        ...     input_dim=6, hidden_dim=4, feature_dim=3, activation="relu", feature_activation="identity",
+        ...     dtype=torch.float32,
+        ... )
+        >>> body.reset_parameters("he")
+        >>> body(torch.randn(5, 6)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(
@@ -137,8 +156,8 @@ class TwoLayerBody(nn.Sequential):
         """Draw both layers.
 
         Args:
-            init: See :func:`initialize`.
-            first_layer_scale: Factor on the weight of the first.
+            init: ``"he"``, ``"xavier"`` or ``"torch"``; see :class:`TwoLayerMLP`.
+            first_layer_scale: Factor on the weight of the first layer.
 
         Raises:
             ValueError: If ``init`` is unknown.
@@ -149,7 +168,7 @@ class TwoLayerBody(nn.Sequential):
 
 
 def undefined_linear(in_features: int, out_features: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
-    """Make a linear layer whose entries are yet to be drawn, without touching the global generator."""
+    """Make a linear layer with undefined entries, without using the global random generator."""
     layer: nn.Linear = skip_init(  # type: ignore[no-untyped-call]
         nn.Linear, in_features, out_features, bias=bias, dtype=dtype
     )
@@ -165,8 +184,8 @@ def initialize(layer: nn.Linear, init: InitName, scale: float = 1.0) -> None:
     :math:`\pm 1/\sqrt p`, as ``nn.Linear`` does.
 
     Args:
-        layer: Filled in place.
-        init: One of the three.
+        layer: The layer, which is changed in place.
+        init: One of the three names.
         scale: Factor on the weight.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The regularised classifier: a backbone and a linear head under Problem (2)."""
+"""The regularised classifier: a backbone and a linear head, trained on Problem (2)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from nclightning.compat.lightning import count_iterations, trainer_of
 from nclightning.errors import UserError
 from nclightning.interrupts import HeldInterrupts, deferred_interrupt
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.models.known import check_known, features_are_free
 from nclightning.models.resumable import ResumableModule
 from nclightning.models.schedules import check_optimization
 from nclightning.models.sharded import (
-    ShardedLine,
+    ShardedObjective,
     check_sharding,
     keep_optimizers_whole,
     shard_weights,
@@ -52,34 +52,46 @@ _OF_THE_PAPER = {("mse", "free"), ("ce", "none")}
 class RegularizedClassifier(ResumableModule):
     """A backbone and a linear head, trained on Problem (2) by full-batch iterations.
 
-    One ``training_step`` runs many optimizer iterations on the batch, so that Lightning's cost per step is paid once
-    for all of them. ``trainer.max_steps`` and ``trainer.global_step`` count iterations. Callbacks that define
-    ``on_iteration_end(trainer, pl_module, batch, iteration)`` are called after each one. Training ends early when a
-    line search ends without a step, or when the objective of another optimizer is not finite any more.
+    One ``training_step`` runs many optimizer iterations on the batch, so that the overhead of a Lightning step is paid
+    once for all of them. ``trainer.max_steps`` and ``trainer.global_step`` count iterations. Callbacks that define
+    ``on_iteration_end(trainer, pl_module, batch, iteration)`` are called after each iteration. Training ends early when
+    a line search finds no step, or when the objective under another optimizer is no longer finite.
 
-    ``configure_optimizers`` of a subclass may return a scheduler with its one optimizer. It is stepped after each
-    ``frequency`` iterations, whatever its interval: an iteration passes over the whole training set, so that it is a
-    step and an epoch. ``ReduceLROnPlateau``, which wants a metric each time, is refused.
+    ``configure_optimizers`` of a subclass may return a scheduler with its one optimizer. The scheduler is stepped every
+    ``frequency`` iterations, whatever its interval: an iteration uses the whole training set, so that it is both a step
+    and an epoch. ``ReduceLROnPlateau``, which needs a metric each time, is refused.
 
-    Batches are pairs ``(x, y)``; the backbone is called with ``x``, the head with its output.
+    Batches are pairs ``(x, y)``. The backbone is called with ``x``, and the head with the output of the backbone.
 
-    Several processes share the samples: with ``trainer.strategy=ddp`` each has all weights, under
+    Several processes share the samples. With ``trainer.strategy=ddp`` each process has all weights. With
     ``ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1, save_distributed_checkpoint=False)`` each
-    keeps a part of them. Checkpoints are those of a single process.
+    process has a shard of them. Checkpoints are the same as those of a single process.
 
     Args:
-        backbone: Maps ``x`` to features ``(B, d)``.
+        backbone: Module from ``x`` to features ``(B, d)``.
         head: Last layer; ``head.in_features`` is d.
         objective: Loss and penalties.
-        num_samples: N, the size of the training set, by which the feature penalty of a smaller batch is scaled.
-        optimizer: Makes the optimizer from the parameters; its ``step`` is called with a closure.
-        iterations_per_step: Optimizer iterations per ``training_step``. Checkpoints and stopping act at multiples.
+        num_samples: N, the size of the training set. The feature penalty of a smaller batch is scaled by it.
+        optimizer: Function from the parameters to the optimizer, whose ``step`` is called with a closure.
+        iterations_per_step: Optimizer iterations per ``training_step``. Checkpoints are saved, and training stops, at
+            multiples of it.
         penalty: What ``objective.lambda_h`` penalises: ``"features"``, as in Problem (2), or ``"weights"``, all
-            parameters of the backbone, as weight decay in Problem (1) does; that has no closed form.
+            parameters of the backbone, as in Problem (1) with weight decay. The latter has no closed form.
 
     Raises:
-        ValueError: If an option is out of range; at the start of a fit, if a parameter is not finite, the trainer's
-            options do not fit, or a checkpoint of another problem is resumed.
+        ValueError: If an option is out of range. Also raised at the start of a fit, if a parameter is not finite, the
+            trainer's options do not fit, or a checkpoint of another problem is resumed.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.models import RegularizedClassifier
+        >>> from nclightning.objective import Objective
+        >>> backbone = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 5), torch.nn.ReLU())
+        >>> objective = Objective("ce", lambda_w=1e-3, lambda_h=1e-3)
+        >>> model = RegularizedClassifier(backbone, torch.nn.Linear(5, 3, bias=False), objective, num_samples=30)
+        >>> x, y = torch.randn(30, 2, 4), torch.arange(30) % 3
+        >>> model.features_of(x).shape, model.evaluate_objective((x, y)).shape
+        (torch.Size([30, 5]), torch.Size([]))
     """
 
     def __init__(
@@ -134,7 +146,7 @@ class RegularizedClassifier(ResumableModule):
         return self.objective.from_logits(logits, weight, features, labels, bias, self.num_samples)
 
     def features_of(self, x: Tensor) -> Tensor:
-        """Compute what enters the head.
+        """Compute the features, the input of the head.
 
         Args:
             x: Input of a batch.
@@ -150,18 +162,18 @@ class RegularizedClassifier(ResumableModule):
                 reshard(self)
 
     def count_free_parameters(self) -> int:
-        """Count the trainable numbers of the whole model."""
+        """Count the trainable parameters of the whole model, as numbers."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def value_and_grad_norm(self, batch: Batch) -> tuple[Tensor | float, Tensor | float]:
-        """Evaluate F and the norm of its gradient over all trainable parameters, and leave their gradients as they are.
+        """Evaluate F and the norm of its gradient over all trainable parameters, without changing their ``.grad``.
 
         Args:
             batch: The samples of this process.
 
         Returns:
-            Two numbers of the whole objective: those of the last step where they are still good, else scalars on the
-            device.
+            F and the norm for the whole training set: numbers from the last optimizer step if they are still valid,
+            otherwise scalars on the device.
         """
         fitting = trainer_of(self) is not None and self.trainer.training
         optimizer = self.optimizers(use_pl_optimizer=False) if fitting else None
@@ -174,7 +186,7 @@ class RegularizedClassifier(ResumableModule):
                 return known.value, math.sqrt(known.square)
         gradients = [p.grad for p in params]
         try:
-            value, square = self.line(batch, params, measuring=True).measure()
+            value, square = self.make_closure(batch, params, measuring=True).measure()
         finally:
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
@@ -182,12 +194,12 @@ class RegularizedClassifier(ResumableModule):
 
     @property
     def problem(self) -> UFMProblem | Problem:
-        """The unconstrained feature model with this head, objective and number of samples, equally many of each group.
+        """The unconstrained feature model with this head and objective, on balanced groups.
 
         For a network its minimum is a lower bound. A subclass that trains another problem may override this property.
 
         Raises:
-            ValueError: If what is trained is not known to be Problem (2) with a free linear head on balanced data, or
+            ValueError: If this module is not known to train Problem (2) with a free linear head on balanced data, or if
                 a penalty is zero or on weights.
         """
         check_known(self, self._is_unconstrained)
@@ -202,9 +214,9 @@ class RegularizedClassifier(ResumableModule):
             )
         bias: Literal["none", "free"] | float = "none" if head.bias is None else objective.lambda_b or "free"
         penalties = objective.lambda_w, objective.lambda_h
-        # The minimum of balanced cross-entropy is the same with a free bias, its optimal set is not.
+        # With a free bias the minimum of balanced cross-entropy is the same, but its optimal set is not.
         kind = objective.loss, "none" if objective.loss == "ce" and not self.features_are_free else bias
-        # Of fewer features than the simplex needs, cross-entropy has no known optimum, and only a bound.
+        # With fewer features than a simplex ETF needs, cross-entropy has no known optimum, only a lower bound.
         fits = objective.loss == "mse" or head.in_features >= groups - 1
         if objective.targets is None and kind in _OF_THE_PAPER and fits:
             return UFMProblem(objective.loss, groups, count, head.in_features, *penalties)  # type: ignore[arg-type]
@@ -212,21 +224,21 @@ class RegularizedClassifier(ResumableModule):
 
     @property
     def features_are_free(self) -> bool:
-        """Whether the features are parameters that enter the head as they are."""
+        """Whether the features are parameters that enter the head unchanged."""
         return features_are_free(self)
 
     def configure_model(self) -> None:
-        """Share the weights out under ``ModelParallelStrategy``."""
+        """Shard the weights under ``ModelParallelStrategy``."""
         if trainer_of(self) is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard_weights(self, self.trainer.strategy)
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer over all parameters; one that waits for mu and L has those of the problem."""
+        """Make the optimizer of all parameters. If it needs mu and L, they are those of the problem."""
         return tuned(self._make_optimizer(self.parameters()), self)
 
     def on_fit_start(self) -> None:
-        """Refuse what would give a wrong or useless run, and find the callbacks that follow iterations."""
-        if self._ending is None:  # Else they need not be finite, and no iteration follows.
+        """Refuse options that would make the run wrong or useless, and find the callbacks that follow iterations."""
+        if self._ending is None:  # Otherwise no iteration follows, and parameters need not be finite.
             self.check_parameters()
         self.check_trainer(self.trainer)
         self._begins = True
@@ -242,30 +254,30 @@ class RegularizedClassifier(ResumableModule):
             keep_optimizers_whole(strategy)
         followers = [callback for callback in self.trainer.callbacks if hasattr(callback, "on_iteration_end")]  # type: ignore[attr-defined]
         self._iteration_hooks: list[Callable[..., None]] = [callback.on_iteration_end for callback in followers]
-        # Our own callbacks do not write to the parameters; others may.
+        # The callbacks of this package do not change parameters; others may.
         self._is_followed_by_others = any(
             type(callback).__module__.partition(".")[0] != __name__.partition(".")[0] for callback in followers
         )
 
     def check_trainer(self, trainer: L.Trainer) -> None:
-        """Raise unless a trainer's options fit the full-batch loop.
+        """Raise an error unless the trainer's options fit the full-batch loop.
 
         Args:
-            trainer: Before or at the start of a fit.
+            trainer: A trainer before or at the start of a fit.
 
         Raises:
-            ValueError: Naming the option.
+            ValueError: If an option does not fit; the message names it.
         """
         check_trainer(trainer, self, self._dtype_of_head)
 
     def check_parameters(self) -> None:
-        """Raise unless all parameters are finite, on all processes alike.
+        """Raise an error unless all parameters are finite. All processes raise the same error.
 
         Raises:
-            ValueError: Naming the parameter.
+            ValueError: If a parameter is not finite; the message names it.
         """
         named = [(name, own_shard(p.detach())) for name, p in self.named_parameters()]
-        # The greatest entry tells without a copy of all; a shard may have none.
+        # The largest absolute entry is finite only if all are, and needs no copy. A shard may be empty.
         greatest = [torch.linalg.vector_norm(p, math.inf).double() if p.numel() else p.sum().double() for _, p in named]
         invalid = torch.stack(greatest).isfinite().logical_not().long() if named else torch.zeros(0)
         for (name, _), count in zip(named, sum_over_ranks(invalid).tolist(), strict=True):
@@ -273,7 +285,7 @@ class RegularizedClassifier(ResumableModule):
                 raise UserError(f"{name} has entries that are not finite before training. Check its initialisation.")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let a resumed run end again whose search had ended."""
+        """End a resumed run at once if its line search had ended before."""
         if self._begins and self._ending is not None:
             self.print(self._ending)
             self.trainer.should_stop = True
@@ -285,22 +297,22 @@ class RegularizedClassifier(ResumableModule):
         self._check_unchanged()
         begins, self._begins = self._begins, False
         if begins and trainer.should_stop:
-            return  # A resumed run that had stopped where it is.
+            return  # This run is resumed from the iteration at which it had stopped.
         start = trainer.global_step
         count = self.iterations_per_step - start % self.iterations_per_step
         if trainer.max_steps >= 0:
             count = min(count, trainer.max_steps - start)
         params = parameters_of(optimizer)
-        closure: Any = self.line(batch, params)
+        closure: Any = self.make_closure(batch, params)
         trainable = [p.requires_grad for p in params]
         alone = isinstance(optimizer, LineSearchOptimizer) and not self._is_followed_by_others
         done = 0
-        # An interrupt between a step and its count would shift every iteration after a resume.
+        # An interrupt between a step and the update of its count would shift all iterations of a resumed run.
         with deferred_interrupt() as interrupt, optimizer.alone() if alone else nullcontext():  # type: ignore[attr-defined]
             try:
                 for _ in range(count):
                     if not alone and trainable != [p.requires_grad for p in params]:  # A hook froze or unfroze some.
-                        closure, trainable = self.line(batch, params), [p.requires_grad for p in params]
+                        closure, trainable = self.make_closure(batch, params), [p.requires_grad for p in params]
                     value = optimizer.step(closure)
                     done += 1
                     self._step_schedulers(start + done)
@@ -311,7 +323,7 @@ class RegularizedClassifier(ResumableModule):
                         self.failure = {"iteration": start + done} | asdict(failure)
                         self.print(f"Iteration {start + done}: {failure.sentence}")
                         trainer.should_stop = True
-                    # Processes go in step: one that was interrupted alone waits for the end of this call.
+                    # All processes must run the same iterations: one that was interrupted alone finishes this call.
                     if trainer.should_stop or (interrupt.waiting and trainer.world_size == 1):
                         break
                 interrupted = self._any_interrupt(interrupt.waiting)
@@ -322,11 +334,11 @@ class RegularizedClassifier(ResumableModule):
             raise KeyboardInterrupt
 
     def _check_unchanged(self) -> None:
-        """Raise if a part was replaced within a fit: what optimizer and monitors know is of the one before."""
+        """Raise an error if a part was replaced during a fit: optimizer and monitors still refer to the old one."""
         for name, part in zip(("objective", "head", "backbone"), self._trained, strict=True):
             if getattr(self, name) is not part:
                 raise UserError(
-                    f"{name} was replaced during the fit, and the optimizer and the monitors know the one before: end "
+                    f"{name} was replaced during the fit, but the optimizer and the monitors refer to the old one: end "
                     "the fit, replace it, and fit again."
                 )
 
@@ -336,35 +348,35 @@ class RegularizedClassifier(ResumableModule):
                 self.lr_scheduler_step(config.scheduler, None)
 
     def _any_interrupt(self, here: bool) -> bool:
-        """Whether any of several processes was interrupted; a single one raises by itself."""
+        """Whether any of several processes was interrupted. A single process raises by itself."""
         if self.trainer.world_size == 1:
             return False
         return count_over_ranks(int(here or self._interrupts.waiting), self.device) > 0
 
     def teardown(self, stage: str) -> None:
-        """Take interrupts as they come again."""
+        """Stop deferring interrupts."""
         self._interrupts.release()
         self._ending, self._trained = None, ()
 
-    def line(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
-        """Make F on the training set a closure and a line for optimizers.
+    def make_closure(self, batch: Batch, params: Sequence[Tensor], *, measuring: bool = False) -> LineObjective:
+        """Make the closure that evaluates F on the training set, for optimizers and line searches.
 
         Args:
             batch: The samples of this process.
             params: The parameters that an optimizer moves.
-            measuring: Whether it is only measured with, between the steps of another one.
+            measuring: Whether the closure is used only to measure, between the steps of an optimizer.
 
         Returns:
-            The whole objective, summed over processes.
+            F as a closure, also along directions, summed over processes.
         """
-        # F of a part is an estimate of the whole: their mean, weighted by samples, is the whole.
+        # F on the samples of one process is an estimate of F. The mean over processes, weighted by samples, is F.
         count = len(batch[1])
         share = 1.0 if world_size() == 1 else count / max(count_over_ranks(count, self.device), 1)
 
         def objective() -> Tensor:
             return share * self.evaluate_objective(batch)
 
-        return ShardedLine(objective, params, self) if is_sharded(self) else GraphLine(objective, params)
+        return ShardedObjective(objective, params, self) if is_sharded(self) else AutogradObjective(objective, params)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log F as ``loss``."""
@@ -376,9 +388,10 @@ class RegularizedClassifier(ResumableModule):
 
     def _log_objective(self, batch: Batch) -> None:
         reshard(self)
-        with torch.inference_mode(False), torch.no_grad():  # Weights gathered in it could not be trained afterwards.
+        # In inference mode, sharded weights would be gathered into tensors that cannot be trained later.
+        with torch.inference_mode(False), torch.no_grad():
             value = self.evaluate_objective(batch)
-        # Lightning takes the mean over samples, but rounds the mean number of a process's down.
+        # Lightning averages over samples, but rounds the mean number of samples per process down.
         self.log("loss", value, sync_dist=True, batch_size=len(batch[1]) * self.trainer.world_size)
 
-    _is_unconstrained = False  # Whether features are free parameters by definition.
+    _is_unconstrained = False  # Whether the class promises that features are free parameters.

@@ -1,13 +1,13 @@
 r"""Value and gradient of the unconstrained feature model without autograd.
 
-With the residual R, whose rows are the gradients of each sample's loss in its logits:
+Let R be the residual, whose rows are the gradients of each sample's loss in its logits. Then
 
 .. math::
     \nabla_H F = \tfrac1N R W + \lambda_H H, \quad
     \nabla_W F = \tfrac1N R^\top H + \lambda_W W, \quad
     \nabla_b F = \tfrac1N R^\top \mathbf 1 + \lambda_b b.
 
-A value costs one of the three matrix products, a gradient the other two.
+The value costs one of the three large matrix products, and the gradient the other two.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import Hessian
+from nclightning.optim.hessian import Hessian
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
-__all__ = ["UFMLine"]
+__all__ = ["UFMObjective"]
 
-# Elements of the features that a CPU's cache holds beside their gradient; a GPU wants large products.
-_ELEMENTS_AT_A_TIME, _ELEMENTS_ON_A_GPU = 2**17, 2**24
+# Number of elements of the features that fit the cache of a CPU together with their gradient; a GPU needs larger
+# products.
+_ELEMENTS_PER_STEP, _ELEMENTS_ON_A_GPU = 2**17, 2**24
 
 
-class UFMLine(LineObjective):
-    """Problem (2) with free features, any loss and any targets, in closed form.
+class UFMObjective(LineObjective):
+    """Problem (2) with free features, any loss and any targets, without autograd.
 
-    Parameters stay where they are until a trial is accepted; then the gradients of the start are overwritten. Sums over
-    rows are accumulated in float64; those within a row of float32 features in float32 for the penalty on features.
+    Parameters are moved only when a trial is accepted; then the gradients of the start are overwritten. Sums over rows
+    are accumulated in float64. Within a row of float32 features, the penalty on the features is summed in float32.
 
     Args:
         objective: Loss, targets and penalties.
         features: Parameter ``(B, d)``, one row per sample of this process.
         head: Weight ``(K, d)`` and perhaps bias ``(K,)``, parameters that are the same on each process.
         labels: Classes, or rows of the targets, ``(B,)`` int64.
-        params: The parameters in the order in which gradients are wanted.
+        params: The parameters in the order in which gradients are returned.
         num_samples: N, over all processes.
         shared: Whether processes share the samples.
 
@@ -71,18 +72,20 @@ class UFMLine(LineObjective):
         self._params, self._owners = params, [features, *head]
         self._order = [next(i for i, owner in enumerate(self._owners) if owner is p) for p in params]
         info = torch.finfo(features.dtype)
-        # From the root on the gradient may overflow, though the value, a float64, does not.
+        # For a larger value the gradient may overflow in its dtype, although the value, a float64, does not.
         self._epsilon, self._largest = info.eps, math.sqrt(info.max)
-        elements = _ELEMENTS_AT_A_TIME if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
+        elements = _ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
-        # Trial features exist some rows at a time, so that what happens to them happens in cache.
+        # Trial features are formed block of rows by block, so that all work on a block happens in the cache.
         self._some = features.detach().new_empty(self._rows, features.shape[1])
-        self._residual = self._some.new_empty(self._rows, len(head[0]))  # Of all rows from the first trial on.
+        self._residual = self._some.new_empty(self._rows, len(head[0]))  # From the first trial on it has all rows.
         self._trial_head = [torch.empty_like(part.detach()) for part in head]
         self._gradients: list[Tensor] = []  # At the start.
-        # That of the features is kept from the first slope on: to compute it anew takes a quarter more near an optimum.
+        # From the first slope on, the trial gradient of the features is stored. Near an optimum, computing it twice
+        # would take a quarter longer.
         self._trial_gradients = [self._some, *map(torch.empty_like, self._trial_head)]
-        self._expects_slope = False  # As the last step did. Value and slope in one pass spare a tenth.
+        # Whether the last step needed a slope. If so, value and slope are computed in one pass, which saves a tenth.
+        self._expects_slope = False
 
     def __call__(self) -> Tensor:
         """Set the gradients and return the value."""
@@ -100,7 +103,7 @@ class UFMLine(LineObjective):
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Evaluate value and squared norm of the gradient on the device, without holding the gradient as a whole."""
+        """Evaluate the value and the squared norm of the gradient on the device, without storing the whole gradient."""
         of_value, _, of_square = self._pass(None, self._some, value=True)
         return self._combine(of_value), reduce(add, of_square)
 
@@ -119,7 +122,7 @@ class UFMLine(LineObjective):
         return (sum_over_ranks(total) if self._shared else total) + torch.stack(head)
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
-        """Multiply by the Hessian in closed form, at the cost of two gradients."""
+        """Make Hessian-vector products without autograd. A product costs as much as two gradients."""
         return Hessian(self.hessian_product, self._epsilon)
 
     @torch.no_grad()
@@ -130,10 +133,10 @@ class UFMLine(LineObjective):
         return [products[i] for i in self._order]
 
     def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
-        """Search along a vector, or the gradient of the start, which is overwritten once a trial is accepted."""
+        """Start a search along a vector, or along the gradient, which is overwritten once a trial is accepted."""
         self._gradients = self._by_owner(start.gradients)
         self._along = list(self._gradients) if along is None else self._by_owner(along)
-        self._limit = max(self._largest, start.value)  # A value above the start is rejected, finite or not.
+        self._limit = max(self._largest, start.value)  # Larger values are reported as infinite, and rejected.
 
     def _by_owner(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """Order vectors as features, weight, bias; a missing one is zero."""
@@ -151,7 +154,7 @@ class UFMLine(LineObjective):
         return self._value if self._value <= self._limit else math.inf
 
     def slope(self) -> float:
-        """Evaluate the gradient at the last trial against the direction: two matrix products."""
+        """Evaluate the inner product of the gradient at the last trial with the direction: two matrix products."""
         if self._slope is None:
             if self._trial_gradients[0] is self._some:
                 self._trial_gradients[0] = torch.empty_like(self._gradients[0])
@@ -160,7 +163,7 @@ class UFMLine(LineObjective):
         return self._slope
 
     def stands_still(self) -> bool:
-        """Compare the trial point with the start."""
+        """Whether the trial point equals the start."""
         rows = self._each(self._owners[0], self._along[0], self._some)
         moves = [(torch.sub(x, p, alpha=self._length, out=t) != x).any() for x, p, t in rows]
         moved = torch.stack(moves).any().double()
@@ -169,7 +172,7 @@ class UFMLine(LineObjective):
         return not bool(moved) and all(map(torch.equal, self._trial_head, self._owners[1:]))
 
     def accept(self) -> Evaluation:
-        """Move, and replace the gradient: two matrix products, none after a slope."""
+        """Move to the trial, and compute its gradient: two matrix products, or none after :meth:`slope`."""
         self._expects_slope = self._slope is not None
         first = 0 if self._expects_slope else 1
         for x, p in zip(self._owners[first:], self._along[first:], strict=True):
@@ -187,19 +190,24 @@ class UFMLine(LineObjective):
         """Do nothing: trials do not move the parameters."""
 
     def _swap(self, first: int) -> Evaluation:
-        """Make the gradients at the trial those of the start, with the first, of the features, or without."""
+        """Exchange the gradients at the trial with those of the start, from index ``first`` on."""
         mine, others = self._gradients[first:], self._trial_gradients[first:]
         self._gradients[first:], self._trial_gradients[first:] = others, mine
         return Evaluation(self._value, self._epsilon, [self._gradients[i] for i in self._order], self._square)
 
     def _pass(self, trial: Tensor | None, out: Tensor | None, value: bool = False) -> list[list[Tensor]]:
-        """Go through the rows once, for a value, a gradient or both; where a tensor is short, over its rows again.
+        """Compute the value, the gradient, or both, in one pass over the rows.
 
-        Features at the trial go to ``trial``, None stays at the parameters. Their gradient goes to ``out``, and that of
-        the head to the trial gradients; None takes none. The residual is computed with the value.
+        Args:
+            trial: Output tensor for the features at the trial; None evaluates at the parameters. A tensor with fewer
+                rows is reused for each block.
+            out: Output tensor for the gradient in the features; None computes no gradient. The gradient in the head
+                goes to the trial gradients.
+            value: Whether to compute the value, and with it the residual. Otherwise the stored residual is used.
 
         Returns:
-            What adds up to value, slope (unless the features are moved) and square, each empty if it was not computed.
+            The terms of the value, of the slope (unless the features are moved) and of the squared norm of the
+            gradient. A list is empty if its quantity was not computed.
         """
         objective, head = self._objective, self._owners[1:] if trial is None else self._trial_head
         gradients = [] if out is None else self._trial_gradients[1:]
@@ -215,7 +223,7 @@ class UFMLine(LineObjective):
             if out is not None:
                 new = wide(objective.gradient_of(features, head, r, self._num_samples, gradients, o))
                 sums += [torch.dot(new, wide(p)), torch.dot(new, new)] if slope else [torch.dot(new, new)]
-            # Added up as they come: those that waited would keep free memory between them from being used again.
+            # Summed at once: tensors that are kept until the end would fragment the memory.
             total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
         if self._shared:
             total = [*torch.stack(total)]
@@ -228,7 +236,7 @@ class UFMLine(LineObjective):
         ]
 
     def _read(self, sums: list[list[Tensor]]) -> None:
-        """Bring what a pass returns to the host."""
+        """Transfer the terms of a pass to the host, and sum them."""
         numbers = iter(_numbers([*chain(*sums)]))
         of_value, of_slope, of_square = ([next(numbers) for _ in part] for part in sums)
         if of_value:
@@ -242,7 +250,7 @@ class UFMLine(LineObjective):
         return self._objective.combine(losses, self._num_samples, of_weight, of_features, of_bias)
 
     def _each(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-        """Yield some rows of each at a time, the tensors themselves where these are all."""
+        """Yield blocks of rows of all tensors, or the tensors themselves if one block is enough."""
         count = len(self._labels)
         if count == self._rows:
             yield tensors
@@ -252,5 +260,5 @@ class UFMLine(LineObjective):
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:
-    """Bring scalars to the host."""
+    """Transfer scalars to the host."""
     return torch.stack(scalars).tolist()

@@ -1,4 +1,4 @@
-"""Value and gradient of any differentiable objective for the line search, by autograd."""
+"""Value and gradient of any differentiable objective by autograd, for line searches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
-from nclightning.optim import ClosureLine
+from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import Hessian, multiply_by_graph
+from nclightning.optim.hessian import Hessian, multiply_by_graph
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
-__all__ = ["GraphLine"]
+__all__ = ["AutogradObjective"]
 
 
-class GraphLine(ClosureLine):
+class AutogradObjective(ClosureObjective):
     """Line of an objective whose gradient autograd finds, and only where it is asked for.
 
     Args:
@@ -26,7 +26,7 @@ class GraphLine(ClosureLine):
 
     def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor]) -> None:
         super().__init__(objective, params)
-        self._share: Tensor | None = None  # Of the last value, until its gradient is asked for.
+        self._share: Tensor | None = None  # The last value with its graph, until its gradient is computed.
 
     def __call__(self) -> Tensor:
         """Set the gradients and return the value."""
@@ -38,21 +38,21 @@ class GraphLine(ClosureLine):
         return self._differentiate()
 
     def trial(self, size: float) -> float:
-        """Move the parameters and evaluate the value."""
+        """Move the parameters, and evaluate the value."""
         self._move(size)
         return self._evaluate_value()
 
     def slope(self) -> float:
-        """Evaluate the gradient, and multiply it by the descent vector."""
+        """Evaluate the gradient, and its inner product with the descent vector."""
         self._end = self._differentiate()
         return super().slope()
 
     def accept(self) -> Evaluation:
-        """Evaluate the gradient, unless a slope did."""
+        """Evaluate the gradient, unless :meth:`slope` has done so."""
         return self._end if self._share is None else self._differentiate()
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
-        """Differentiate twice. The graph of the gradient takes one evaluation."""
+        """Make Hessian-vector products by differentiating twice. The graph of the gradient costs one evaluation."""
         with torch.enable_grad():
             share = self._call()
             moving = [p for p, g in zip(self._params, start.gradients, strict=True) if g is not None]
@@ -67,7 +67,7 @@ class GraphLine(ClosureLine):
         return Hessian(multiply, self._rounding(start), evaluations=1)
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Evaluate value and squared norm of the gradient on the device."""
+        """Evaluate the value and the squared norm of the gradient, on the device."""
         value = self._evaluate_share()
         self._differentiate_share()
         gradients = self._gradients()

@@ -1,4 +1,4 @@
-"""Whether a module trains the problem whose minimum is known, exactly as it stands."""
+"""Checks that a module trains exactly the problem whose minimum is known."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ if TYPE_CHECKING:
 __all__ = ["check_known", "features_are_free"]
 
 _PACKAGE = __name__.rpartition(".")[0]
-# What decides about the objective and about the features that are measured.
-_METHODS = ("evaluate_objective", "forward", "features_of", "line")
+# Methods that determine the objective and the measured features. A subclass must not override them.
+_METHODS = ("evaluate_objective", "forward", "features_of", "make_closure")
 
 
 def features_are_free(module: RegularizedClassifier) -> bool:
-    """Say whether the features are parameters, unchanged on their way to the head.
+    """Return whether the features are parameters that enter the head unchanged.
 
     Args:
         module: A classifier.
 
     Returns:
-        True for the unconstrained feature model as it stands, False for a network.
+        True for the unconstrained feature model, False for a network.
     """
     table = module.backbone
     return type(table) is FeatureTable and "forward" not in vars(table) and _own(table, "features")
 
 
 def check_known(module: RegularizedClassifier, unconstrained: bool) -> None:
-    """Raise unless a module trains Problem (2) with a free linear head, as the closed forms have it.
+    """Raise an error unless a module trains Problem (2) with a free linear head, as the closed forms assume.
 
     Args:
         module: A classifier.
-        unconstrained: Whether its features are to be free parameters. Of a network, whose features are not, the known
-            minimum is a lower bound.
+        unconstrained: Whether its features must be free parameters. For a network, whose features are not free, the
+            known minimum is a lower bound.
 
     Raises:
-        ValueError: With the reason and the repair.
+        ValueError: If it does not; the message says why, and how to repair it.
     """
     _check_objective(module)
     _check_head(module)
@@ -63,12 +63,12 @@ def _check_objective(module: RegularizedClassifier) -> None:
         )
     for method in _METHODS:
         definer = next(base for base in type(module).__mro__ if method in vars(base))
-        # Sharding wraps methods of the instance. A trainer of several processes, and torch.compile, put a forward there
-        # that F does not call.
+        # Sharding replaces methods on the instance, which is allowed. With several processes, and with torch.compile,
+        # the instance has another forward, which is not used to evaluate F.
         patched = method in vars(module) and method != "forward" and not is_sharded(module)
         if patched or not definer.__module__.startswith(_PACKAGE + "."):
             raise UserError(
-                f"{method} of {name} is not that of {_PACKAGE}, so that the minimum of what it trains is not known: "
+                f"{method} of {name} is not that of {_PACKAGE}, so that the minimum of its objective is not known: "
                 f"override the property problem of {name}, too, if you know it."
             )
 
@@ -77,8 +77,8 @@ def _check_head(module: RegularizedClassifier) -> None:
     head = module.head
     if getattr(type(head), "forward", None) is not nn.Linear.forward or "forward" in vars(head):
         raise UserError(
-            f"head is a {type(head).__name__} with a forward of its own, and the known minimum is that of a linear "
-            "head: take nn.Linear."
+            f"head is a {type(head).__name__} with its own forward, and the known minimum is that of a linear head: "
+            "use nn.Linear."
         )
     bias: Tensor | None = head.bias
     if not _own(head, "weight") or (bias is not None and not _own(head, "bias")):
@@ -94,8 +94,8 @@ def _check_head(module: RegularizedClassifier) -> None:
 def _check_features(module: RegularizedClassifier) -> None:
     if not features_are_free(module):
         raise UserError(
-            f"backbone is a {type(module.backbone).__name__} that makes features from a table of free ones, whose "
-            "minimum is not known: for the unconstrained feature model leave it the FeatureTable of UFM as it comes."
+            f"backbone is a {type(module.backbone).__name__} that changes the features of a FeatureTable, and the "
+            "minimum of this is not known: for the unconstrained feature model, keep the FeatureTable that UFM makes."
         )
     table, head = module.backbone, module.head
     assert isinstance(table, FeatureTable)
@@ -116,5 +116,5 @@ def _check_trainable(name: str, parameter: Tensor) -> None:
 
 
 def _own(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of a module is a parameter of its own, not computed from others."""
+    """Whether a tensor of a module is a parameter, and not computed from other parameters."""
     return name in dict(module.named_parameters(recurse=False, remove_duplicate=False))

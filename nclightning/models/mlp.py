@@ -14,16 +14,17 @@ __all__ = ["TwoLayerMLP"]
 
 
 class TwoLayerMLP(RegularizedClassifier):
-    r"""Two affine layers and a linear head, with the penalties of Problem (2) on head and features (paper, Sec. 3).
+    r"""The paper's network: two affine layers and a linear head, with the penalties of Problem (2) (Sec. 3).
 
     .. math:: h = \sigma'(W_2\, \sigma(W_1 x + b_1) + b_2), \qquad z = W h + b
 
     with :math:`W_1` of shape (m, D), :math:`W_2` (d, m) and W (K, d). The head has a bias for MSE and none for
-    cross-entropy, as in the unconstrained feature model, whose optimum is a lower bound of the objective. Features
-    that an activation keeps positive cannot reach that bound: their class means have no simplex around zero.
+    cross-entropy, as in the unconstrained feature model, whose optimal value is a lower bound on the objective.
+    Non-negative features, such as those after a ReLU, cannot reach this bound: their class means cannot form a simplex
+    around zero.
 
-    The tangent kernel of a ReLU network with the usual initialisation has a few eigenvalues (along the mean
-    activation) far above all others, which force a small step; ``first_layer_scale=0.1`` removes them.
+    The tangent kernel of a ReLU network with the usual initialisation has a few eigenvalues, along the mean activation,
+    that are much larger than all others and force a small step. ``first_layer_scale=0.1`` removes them.
 
     Args:
         num_classes: K, at least 2.
@@ -32,22 +33,28 @@ class TwoLayerMLP(RegularizedClassifier):
         loss: ``"mse"`` or ``"ce"``.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features, summed over all samples; with ``penalty="weights"`` on the backbone.
-        lambda_: The paper's single lambda: what is not given of ``lambda_w`` and ``lambda_h`` becomes
-            ``lambda_w = n * lambda_`` and ``lambda_h = lambda_``. A configuration may spell it ``lambda``.
+        lambda_: The paper's single lambda, from which missing penalties are set: ``lambda_w = n * lambda_`` and
+            ``lambda_h = lambda_``. In a configuration it may be spelt ``lambda``.
         input_dim: D.
         hidden_dim: m.
-        activation: Of the hidden layer.
-        feature_activation: Of the features.
+        activation: Activation of the hidden layer.
+        feature_activation: Activation of the features.
         init: ``"he"`` or ``"xavier"`` (normal weights, zero biases) or ``"torch"`` (the default of ``nn.Linear``).
         first_layer_scale: Factor on the initial weight of the first layer.
         head_scale: Factor on the initial weight of the head.
         penalty: What ``lambda_h`` penalises: ``"features"`` or ``"weights"``, all weights and biases before the head.
         dtype: ``"float64"`` or ``"float32"``, the precision of parameters, training and checkpoints.
-        optimizer: Makes the optimizer from the parameters.
+        optimizer: Function from the parameters to the optimizer.
         iterations_per_step: Optimizer iterations per Lightning step.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or a penalty is missing.
+
+    Example:
+        >>> from nclightning.models import TwoLayerMLP
+        >>> model = TwoLayerMLP(3, 10, 4, loss="ce", lambda_=1e-4, input_dim=20, hidden_dim=16)
+        >>> model.objective.lambda_w, model.objective.lambda_h, model.count_free_parameters()
+        (0.001, 0.0001, 416)
     """
 
     _problem_hparams = (
@@ -109,7 +116,7 @@ class TwoLayerMLP(RegularizedClassifier):
             iterations_per_step=iterations_per_step,
             penalty=penalty,
         )
-        lambda_ = None  # Stored resolved, so that a checkpoint carries what was trained.
+        lambda_ = None  # Hyperparameters store the resolved penalties, so that a checkpoint says what was trained.
         self.save_hyperparameters(ignore=["optimizer"])
         body.reset_parameters(init, first_layer_scale)
         initialize(head, init, head_scale)

@@ -1,4 +1,4 @@
-"""A full-batch module as its checkpoints know it."""
+"""The part of a full-batch module that writes and checks its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import lightning as L
 from nclightning.compat.lightning import trainer_of
 from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
 from nclightning.models.schedules import only_optimizer
-from nclightning.overrides import KeptHooks, kept
+from nclightning.overrides import ProtectedHooks, protected
 from nclightning.ranks import world_size
 from nclightning.sharding import is_sharded
 
 __all__ = ["ResumableModule"]
 
 
-class ResumableModule(KeptHooks, L.LightningModule):
-    """A module that checks the checkpoint from which a run goes on, and keeps in it why no iteration follows.
+class ResumableModule(ProtectedHooks, L.LightningModule):
+    """A module that checks the checkpoint of a resumed run, and saves in it why training ended early.
 
     Attributes:
-        failure: Of the last fit: ``iteration`` at which no further one made sense, the ``sentence`` that says why, and
-            ``is_error``, whether something is wrong; None if there is none.
+        failure: Why the last fit ended early: the ``iteration``, a ``sentence`` that gives the reason, and
+            ``is_error``, whether something is wrong. None if it did not end early.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.failure: dict[str, Any] | None = None
-        self._ending: str | None = None  # The same in words, of the checkpoint that a run starts from.
+        self._ending: str | None = None  # Why the run that is resumed had ended, in words.
 
-    @kept
+    @protected
     def setup(self, stage: str) -> None:
-        """Forget how the fit before ended."""
+        """Forget how the previous fit ended."""
         if stage == "fit":
             self.failure = self._ending = None
 
-    @kept
+    @protected
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check it, and say what a resume ignores."""
+        """Check the checkpoint, and warn of options that a resumed run ignores."""
         self.check_checkpoint(checkpoint)
-        if is_sharded(self):  # Its weights are in place, and on_fit_start was before.
+        if is_sharded(self):  # The weights are loaded already, and on_fit_start has run.
             self.check_parameters()
         if trainer_of(self) is not None and world_size() == 1:
             check_weights(checkpoint, self)
@@ -50,32 +50,33 @@ class ResumableModule(KeptHooks, L.LightningModule):
             self.failure, self._ending = checkpoint.get("failure"), self.ending_of(checkpoint)
 
     def check_parameters(self) -> None:
-        """Raise unless the parameters can be trained."""
+        """Raise an error unless the parameters can be trained."""
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
+        """Refuse a checkpoint of another problem: a resumed run would mix two problems in one curve.
 
         Args:
-            checkpoint: Lightning's.
+            checkpoint: A Lightning checkpoint.
 
         Raises:
-            ValueError: Naming the hyperparameters that differ.
+            ValueError: If hyperparameters differ; the message names them.
         """
         check_problem(checkpoint, {name: self.hparams.get(name) for name in self._problem_hparams})
 
     def ending_of(self, checkpoint: Mapping[str, Any]) -> str | None:
-        """Say why a run cannot go on from a checkpoint: its search ended there, or its objective was not finite.
+        """Return why a run cannot continue from a checkpoint: its search ended, or its objective was not finite.
 
         Returns:
-            A sentence; None if it can. A resumed run keeps the optimizer's options, so that it would end again.
+            One sentence; None if the run can continue. A resumed run has the same optimizer options, so that it would
+            end in the same way.
         """
         failure: dict[str, Any] = checkpoint.get("failure") or {}
         ended = failure.get("iteration") == checkpoint["global_step"]
         return f"Iteration {failure['iteration']}: {failure['sentence']}" if ended else None
 
-    @kept
+    @protected
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep why no further iteration makes sense."""
+        """Save why training ended early."""
         checkpoint["failure"] = self.failure
 
     _problem_hparams: tuple[str, ...] = ()

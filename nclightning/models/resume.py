@@ -1,4 +1,4 @@
-"""What a resumed run keeps of its checkpoint."""
+"""Checks of the checkpoint of a resumed run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nclightning.optim import LineSearchOptimizer
 
 __all__ = ["check_problem", "check_resumable", "check_weights", "warn_of_optimizer_options"]
 
-# What a resumed fit takes from Lightning's checkpoint, and of what kind it is.
+# Entries of a Lightning checkpoint that a resumed fit needs, and their types.
 _NEEDED = {
     "global_step": int,
     "state_dict": Mapping,
@@ -26,27 +26,27 @@ _NEEDED = {
 }
 
 
-# Characters of a value that a message shows.
+# Largest number of characters of a value in a message.
 _MOST_SHOWN = 60
 
 
 def check_resumable(checkpoint: Mapping[str, Any], weights_in_place: bool = False) -> None:
-    """Refuse a checkpoint that lacks what a fit goes on from, as one saved with ``save_weights_only=True`` does.
+    """Refuse a checkpoint that is not complete, such as one saved with ``save_weights_only=True``.
 
     Args:
-        checkpoint: Lightning's.
-        weights_in_place: True where its weights were taken out before, as Lightning does with those in shards.
+        checkpoint: A Lightning checkpoint.
+        weights_in_place: Whether its weights have been loaded and removed already, as Lightning does for shards.
 
     Raises:
-        ValueError: Naming what is missing, or that the counts in it disagree.
+        ValueError: If an entry is missing or the counts in it disagree; the message says which.
     """
     needed = {name: kind for name, kind in _NEEDED.items() if not (weights_in_place and name == "state_dict")}
     missing = [name for name, kind in needed.items() if not isinstance(checkpoint.get(name), kind)]
     if missing or not checkpoint["optimizer_states"]:
         raise UserError(
-            f"the checkpoint cannot be resumed, as it has no {', '.join(missing or ['optimizer_states'])}: it was "
-            "saved with save_weights_only=True, or edited. Resume from a whole one, such as the last.ckpt that "
-            "LastCheckpoint saves; the weights alone can be looked at with validate and test."
+            f"the checkpoint cannot be resumed, since it has no {', '.join(missing or ['optimizer_states'])}: it was "
+            "saved with save_weights_only=True, or edited. Resume from a complete one, such as the last.ckpt that "
+            "LastCheckpoint saves. The weights alone can be used with validate and test."
         )
     try:
         done = iterations_done(checkpoint)
@@ -60,14 +60,14 @@ def check_resumable(checkpoint: Mapping[str, Any], weights_in_place: bool = Fals
 
 
 def check_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse a checkpoint whose weights are not those of a module, by name and shape.
+    """Refuse a checkpoint whose weights differ from those of a module in name or shape.
 
     Args:
-        checkpoint: Lightning's.
-        model: In a single process, so that it has its weights whole.
+        checkpoint: A Lightning checkpoint.
+        model: The module, in a single process, so that it has whole weights.
 
     Raises:
-        ValueError: Naming one that differs.
+        ValueError: If they differ; the message names one.
     """
     stored = checkpoint.get("state_dict")
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -84,14 +84,14 @@ def check_weights(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another problem, whose curves would be continued under a wrong name.
+    """Refuse a checkpoint of another problem: a resumed run would mix two problems in one curve.
 
     Args:
-        checkpoint: Lightning's.
-        settings: Hyperparameters that say which problem it is, by name.
+        checkpoint: A Lightning checkpoint.
+        settings: Hyperparameters that determine the problem, by name.
 
     Raises:
-        ValueError: Naming the hyperparameters that differ.
+        ValueError: If hyperparameters differ; the message names them.
     """
     stored = _unfolded(checkpoint.get("hyper_parameters", {}))
     different = {
@@ -110,7 +110,7 @@ def _differ(name: str, old: str, new: str) -> str:
 
 
 def _unfolded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the arguments of a problem by names of their own."""
+    """Return settings with each argument of a problem under its own name."""
     found = dict(settings)
     problem = found.get("problem")
     if isinstance(problem, Mapping):
@@ -120,11 +120,11 @@ def _unfolded(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str, Any]]) -> None:
-    """Say which options of the optimizer a resume keeps from the checkpoint, as torch does without a word.
+    """Warn of optimizer options that are ignored because torch takes those of the checkpoint.
 
     Args:
-        optimizer: As the run would make it now.
-        stored_states: Lightning's, of the checkpoint.
+        optimizer: The optimizer with the options of the resumed run.
+        stored_states: Optimizer states of the checkpoint.
 
     Raises:
         ValueError: If the checkpoint is that of another optimizer.
@@ -137,11 +137,11 @@ def warn_of_optimizer_options(optimizer: Optimizer, stored_states: list[dict[str
             f"and {type(optimizer).__name__} has {len(optimizer.param_groups)}. Resume it with its own optimizer."
         )
     for given, stored in zip(optimizer.param_groups, groups, strict=True):
-        # What a scheduler or a line search writes is where the run was, and no option of it.
+        # A scheduler or a line search changes these entries during a run, so that they are not options.
         scheduled = "initial_lr" in stored or isinstance(optimizer, LineSearchOptimizer)
         state = ("lr", "initial_lr") if scheduled else ()
         missing, extra = given.keys() - stored.keys(), stored.keys() - given.keys()
-        if missing and extra:  # One of them alone may be another version of torch.
+        if missing and extra:  # Only one of them may be due to another version of torch.
             raise UserError(
                 f"the checkpoint was not written by {type(optimizer).__name__}: its optimizer has no option "
                 f"{', '.join(sorted(missing))}. Resume it with its own optimizer."

@@ -1,4 +1,4 @@
-"""What ``configure_optimizers`` may return for the full-batch loop: one optimizer, schedulers that need no metric."""
+"""Checks of what ``configure_optimizers`` returns: one optimizer, and schedulers that need no metric."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["check_optimization", "only_optimizer"]
 
 
 def check_optimization(trainer: L.Trainer) -> None:
-    """Raise unless the full-batch loop can step what a trainer was given.
+    """Raise an error unless the full-batch loop can step the trainer's optimizers and schedulers.
 
     Args:
-        trainer: At the start of a fit.
+        trainer: A trainer at the start of a fit.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If it cannot.
     """
     _refuse_other_numbers(len(trainer.optimizers))
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             raise UserError(
-                "configure_optimizers returned ReduceLROnPlateau, which wants a metric after each iteration, and there "
-                "are metrics at a cadence only: return a scheduler that needs none, such as StepLR."
+                "configure_optimizers returned ReduceLROnPlateau, which needs a metric after each iteration, but "
+                "metrics are only logged at a cadence: return a scheduler that needs none, such as StepLR."
             )
 
 
@@ -58,6 +58,6 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
 def _refuse_other_numbers(count: int) -> None:
     if count != 1:
         raise UserError(
-            f"the full-batch loop steps one optimizer, and configure_optimizers returned {count}: return one, with "
-            "its parameters in several groups if need be."
+            f"the full-batch loop steps one optimizer, but configure_optimizers returned {count}: return one, with "
+            "several parameter groups if necessary."
         )

@@ -1,4 +1,4 @@
-"""What a model trains: sizes and objective, given one by one or by a problem."""
+"""Sizes and objective of a model, given one by one or by a problem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Settings(NamedTuple):
         feature_dim: d.
         has_bias: Whether the head has a bias.
         objective: Loss and penalties.
-        problem: What was given in place of all these; None for one of the paper's two problems.
+        problem: The problem that was given instead of sizes and penalties; None for one of the paper's two problems.
     """
 
     num_classes: int
@@ -36,7 +36,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def of_the_paper(cls, given: Mapping[str, Any]) -> Settings:
-        """Those of balanced MSE with a free bias, or of balanced cross-entropy without one.
+        """Make the settings of balanced MSE with a free bias, or of balanced cross-entropy without one.
 
         Args:
             given: Sizes, loss and penalties by name.
@@ -54,14 +54,14 @@ class Settings(NamedTuple):
 
     @classmethod
     def of_problem(cls, problem: Problem | Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-        """Those of a problem.
+        """Make the settings of a problem.
 
         Args:
             problem: The problem, or its description.
-            given: What was given besides, by name; it must agree.
+            given: Sizes, loss and penalties by name that were given in addition. They must agree with the problem.
 
         Raises:
-            ValueError: If something given differs.
+            ValueError: If one of them differs.
         """
         if isinstance(problem, Mapping):
             problem = Problem.from_description(problem)
@@ -71,7 +71,7 @@ class Settings(NamedTuple):
         for name, value in given.items():
             if value is not None and value != own.get(name):
                 raise UserError(
-                    f"{name}={value!r} was given beside a problem"
+                    f"{name}={value!r} was given together with a problem"
                     + (f" that has {own[name]!r}" if own.get(name) is not None else "")
                     + f": leave out {name.rstrip('_')}, which the problem sets."
                 )
@@ -85,7 +85,7 @@ class Settings(NamedTuple):
         return cls(problem.num_classes, problem.num_samples, problem.feature_dim, problem.has_bias, objective, problem)
 
     def hyperparameters(self) -> dict[str, Any]:
-        """Write what a checkpoint holds: everything resolved, in plain values."""
+        """Return the hyperparameters for a checkpoint: all values resolved, and plain."""
         if self.problem is not None:
             return _own(self.problem) | {"lambda_": None, "problem": self.problem.describe()}
         return {"lambda_w": self.objective.lambda_w, "lambda_h": self.objective.lambda_h, "lambda_": None}

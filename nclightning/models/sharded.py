@@ -1,4 +1,4 @@
-"""Networks whose weights ``fully_shard`` shares out among processes."""
+"""Training of networks whose weights are sharded by ``fully_shard``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from nclightning.compat.lightning import change_checkpointing, splits_layers, wr
 from nclightning.errors import UserError
 from nclightning.files import check_checkpoint
 from nclightning.models.backbones import FeatureTable
-from nclightning.models.graph import GraphLine
-from nclightning.optim import ClosureLine
+from nclightning.models.graph import AutogradObjective
+from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation, parameters_of
-from nclightning.optim.line import Hessian
+from nclightning.optim.hessian import Hessian
 from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 
-__all__ = ["ShardedLine", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
+__all__ = ["ShardedObjective", "check_sharding", "check_strategy", "keep_optimizers_whole", "shard_weights"]
 
 
-class ShardedLine(GraphLine):
+class ShardedObjective(AutogradObjective):
     """Line of an objective whose weights are gathered at each forward. Points and gradients are in shards.
 
     Args:
         objective: Evaluates this process's share of the objective, with its graph, by a forward of the module.
         params: Parameters, sharded.
-        module: What is to gather them.
+        module: The module that gathers the weights.
     """
 
     def __init__(self, objective: Callable[[], Tensor], params: Sequence[Tensor], module: nn.Module) -> None:
@@ -41,35 +41,35 @@ class ShardedLine(GraphLine):
         self._module = module
 
     def hessian(self, start: Evaluation, unit: float) -> Hessian:
-        """Take differences of two gradients: those of ``fully_shard`` have no graph."""
-        return ClosureLine.hessian(self, start, unit)
+        """Make Hessian-vector products from differences of gradients: those of ``fully_shard`` have no graph."""
+        return ClosureObjective.hessian(self, start, unit)
 
     def reject(self) -> None:
-        """Put the parameters back, and give up the weights of the last trial."""
+        """Restore the parameters, and release the gathered weights of the last trial."""
         super().reject()
         reshard(self._module)
 
     def _call(self) -> Tensor:
-        reshard(self._module)  # A forward without a backward leaves weights gathered that are not those of now.
+        reshard(self._module)  # A forward without a backward leaves gathered weights, which may be outdated.
         return super()._call()
 
     def _differentiate_share(self) -> float:
         share, self._share = self._share, None
         assert share is not None
-        # The mean over processes is what fully_shard makes of gradients.
+        # fully_shard averages gradients over processes, and the sum is needed.
         share.backward(torch.full_like(share, world_size()))  # type: ignore[no-untyped-call]
         return torch.finfo(share.dtype).eps
 
 
 def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) -> None:
-    """Share the weights of a module out, all in one group, which each evaluation of the objective gathers.
+    """Shard the weights of a module, all in one group, which each evaluation of the objective gathers.
 
     Args:
-        module: With a method ``evaluate_objective``. One that is sharded already stays as it is.
-        strategy: With its processes running.
+        module: A module with a method ``evaluate_objective``. One that is sharded already is unchanged.
+        strategy: A strategy whose processes are running.
 
     Raises:
-        ValueError: If it would split layers, or features are free.
+        ValueError: If the strategy would split layers, or if features are free parameters.
     """
     _refuse_free_features(module)
     mesh = strategy.device_mesh
@@ -85,14 +85,14 @@ def shard_weights(module: L.LightningModule, strategy: ModelParallelStrategy) ->
 
 
 def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
-    """Raise unless a strategy fits the full-batch loop; its processes need not run yet.
+    """Raise an error unless a strategy fits the full-batch loop. Its processes need not be running.
 
     Args:
-        strategy: Of a trainer.
-        module: To be trained.
+        strategy: The strategy of a trainer.
+        module: The module to train.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If it does not fit.
     """
     _refuse_free_features(module)
     _refuse_split_layers(splits_layers(strategy), strategy.num_nodes * strategy.num_processes)
@@ -104,14 +104,14 @@ def check_strategy(strategy: ModelParallelStrategy, module: nn.Module) -> None:
 
 
 def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
-    """Raise unless weights are shared out as the full-batch loop needs it.
+    """Raise an error unless weights are sharded in the way that the full-batch loop needs.
 
     Args:
-        module: Under ``ModelParallelStrategy``, configured.
-        optimizer: Of its parameters.
+        module: A configured module under ``ModelParallelStrategy``.
+        optimizer: The optimizer of its parameters.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If they are not.
     """
     if not _is_group(module) or sum(_is_group(child) for child in module.modules()) > 1:
         raise UserError(
@@ -120,19 +120,19 @@ def check_sharding(module: L.LightningModule, optimizer: Any) -> None:
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
-            "LBFGS takes inner products over all parameters, and weights are sharded: take ArmijoLBFGS, ArmijoGD or an "
+            "LBFGS takes inner products over all parameters, but weights are sharded: use ArmijoLBFGS, ArmijoGD or an "
             "optimizer that treats each number by itself, or set trainer.strategy=ddp."
         )
 
 
 def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
-    """Let a strategy write and read the states of optimizers in the form that they have on a single process.
+    """Make a strategy save and load optimizer states in the form that they have on a single process.
 
-    Left to itself it drops what an optimizer adds to its state, and cannot read one without tensors. A checkpoint is
-    checked before any of it is taken over.
+    The strategy itself would drop what an optimizer adds to its state, and could not load a state without tensors. A
+    checkpoint is checked before anything is loaded from it.
 
     Args:
-        strategy: Two of its methods are replaced.
+        strategy: The strategy, of which two methods are replaced.
     """
 
     def optimizer_state(optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def keep_optimizers_whole(strategy: ModelParallelStrategy) -> None:
 
 
 def _each_tensor(state: Mapping[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
-    """Change the tensors that an optimizer's state has for each parameter, given its number."""
+    """Apply a function of the parameter's index and a tensor to all tensors in an optimizer's state."""
     changed = {
         index: {name: change(index, value) if isinstance(value, Tensor) else value for name, value in entries.items()}
         for index, entries in state["state"].items()
@@ -172,7 +172,7 @@ def _each_tensor(state: Mapping[str, Any], change: Callable[[int, Tensor], Tenso
 
 
 def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """Share a tensor out as a parameter of its shape is; others come back as they are."""
+    """Shard a tensor like a parameter of the same shape. A tensor of another shape is unchanged."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
 
     if not isinstance(param, DTensor) or tensor.shape != param.shape:
@@ -183,7 +183,7 @@ def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
 def _refuse_free_features(module: nn.Module) -> None:
     if any(isinstance(child, FeatureTable) for child in module.modules()):
         raise UserError(
-            "ModelParallelStrategy does not fit free features, which processes share out by rows: set "
+            "ModelParallelStrategy does not fit free features, whose rows are shared by processes: set "
             "trainer.strategy=ddp."
         )
 
@@ -191,7 +191,7 @@ def _refuse_free_features(module: nn.Module) -> None:
 def _refuse_split_layers(split: bool, world: int) -> None:
     if split:
         raise UserError(
-            "ModelParallelStrategy would split layers, of which the full-batch loop needs each as a whole: set its "
+            "ModelParallelStrategy would split layers, but the full-batch loop needs whole layers: set its "
             f"data_parallel_size={world}, tensor_parallel_size=1 and save_distributed_checkpoint=False."
         )
 

@@ -1,4 +1,4 @@
-"""What a trainer must be like for the full-batch loop."""
+"""Checks that a trainer's options fit the full-batch loop."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["check_trainer"]
 
 
 def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.dtype) -> None:
-    """Raise unless a trainer's options fit the full-batch loop.
+    """Raise an error unless a trainer's options fit the full-batch loop.
 
     Args:
-        trainer: Before or at the start of a fit.
+        trainer: A trainer before or at the start of a fit.
         model: The module.
-        made: Type in which its parameters were made.
+        made: Dtype in which its parameters were made.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: If an option does not fit; the message names it.
     """
     if trainer.max_steps < 0:
         raise UserError("trainer.max_steps must be set: it is the number of gradient-descent iterations.")
@@ -36,7 +36,7 @@ def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.
     if trainer.precision not in ("32-true", "64-true") or model.head.weight.dtype != made:
         raise UserError(
             f"trainer.precision={trainer.precision!r} does not fit parameters of {made}: leave it "
-            "out and set the model's dtype to float64 or float32, which then holds from start to checkpoint."
+            "out and set the model's dtype to float64 or float32, which then applies from start to checkpoint."
         )
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
@@ -44,7 +44,7 @@ def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.
     elif trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         raise UserError(
             f"{type(strategy).__name__} does not fit the full-batch loop, which sums gradients over processes by "
-            "itself: set trainer.strategy=ddp, or ModelParallelStrategy to share out the weights."
+            "itself: set trainer.strategy=ddp, or ModelParallelStrategy to shard the weights."
         )
     for callback in trainer.checkpoint_callbacks:
         every = cadence_of(callback)
@@ -56,16 +56,16 @@ def check_trainer(trainer: L.Trainer, model: RegularizedClassifier, made: torch.
 
 
 def _check_loop(trainer: L.Trainer, model: RegularizedClassifier) -> None:
-    """Raise unless a trainer leaves the full-batch loop as it is, and the host holds what it works on."""
+    """Raise an error if an option would change the full-batch loop, or if the host has too little memory."""
     for name, neutral in (("gradient_clip_val", (None, 0)), ("accumulate_grad_batches", (1,))):
         if (value := getattr(trainer, name)) not in neutral:
             raise UserError(
-                f"trainer.{name}={value} does not fit the full-batch loop, which takes whole steps: leave it out."
+                f"trainer.{name}={value} does not fit the full-batch loop, which takes full steps: leave it out."
             )
     if trainer.limit_train_batches == 0:
         raise UserError("trainer.limit_train_batches=0 leaves nothing to train on: leave it out.")
     if trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu":
-        # Each parameter with its gradient and those of the last accepted iterate.
+        # Each parameter and its gradient, both also for the last accepted iterate.
         parameters = list(model.parameters())
         elements = 4 * sum(p.numel() for p in parameters) + model.num_samples * model.head.out_features
         check_memory("training on this many samples and classes", elements, parameters[0].dtype)

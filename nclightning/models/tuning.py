@@ -1,4 +1,4 @@
-"""Optimizers whose constants are those of the problem that a module trains."""
+"""Setting the constants mu and L of optimizers from the problem that a module trains."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["tuned"]
 
 
 def tuned(optimizer: Optimizer, module: RegularizedClassifier) -> Optimizer:
-    """Give an optimizer that waits for mu and L those of the problem of a module.
+    """Set mu and L of an optimizer that needs them to those of a module's problem.
 
     Args:
-        optimizer: Any; what is no :class:`MomentumFromCurvature`, or has its constants, comes back as it is.
-        module: What it trains.
+        optimizer: Any optimizer. Only a :class:`MomentumFromCurvature` without constants is changed.
+        module: The module that it trains.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: If mu and L of what is trained are not known.
+        ValueError: If mu and L are not known.
     """
     if not isinstance(optimizer, MomentumFromCurvature) or optimizer.is_tuned:
         return optimizer
@@ -36,8 +36,8 @@ def tuned(optimizer: Optimizer, module: RegularizedClassifier) -> Optimizer:
     )
     if not module.features_are_free:
         raise UserError(
-            f"{name} without mu and smoothness takes those of the unconstrained feature model, and the curvature of a "
-            f"network is another: {repair}"
+            f"{name} without mu and smoothness uses those of the unconstrained feature model, but the curvature of a "
+            f"network differs: {repair}"
         )
     try:
         problem = module.problem

@@ -27,57 +27,63 @@ class ArmijoGD(LineSearchOptimizer):
 
     .. math:: \langle \nabla F(x - t g), g \rangle \ge -(1 - 2 c_1) \|g\|^2 ,
 
-    which for a quadratic is the same condition, and which is good down to the round-off of the gradient. A slope also
-    tells the curvature, so that the trials between a rejected one and the first that a quadratic would accept are left
-    out.
+    For a quadratic this is the same condition, and it remains accurate down to the round-off of the gradient. The
+    slope also gives the curvature. After a rejected trial the search therefore skips all trials that a quadratic with
+    this curvature would reject, too.
 
-    Each trial calls the standard closure (value and gradient); a :class:`~nclightning.optim.LineObjective` in its place
-    is asked for values only and for the gradient of what was accepted. The gradient of the accepted trial opens the
-    next step, so that a step costs exactly its trials; the very first, and the first after a resume, costs one more.
+    Each trial calls the standard closure once for value and gradient. A :class:`~nclightning.optim.LineObjective` in
+    place of the closure computes values only, and the gradient of the accepted trial. The next step starts with the
+    gradient of the accepted trial, so that a step costs exactly its trials. The very first step, and the first after a
+    resume, costs one evaluation more.
 
-    The gradient is reused only where it still belongs to the parameters. Each step compares them bit for bit with the
-    iterate that the last one left behind, so that a write to them is noticed, through ``.data`` as well, and so are a
-    changed ``requires_grad`` and a write to a gradient. The step then evaluates the closure anew. What else the closure
-    depends on, such as data, buffers and frozen weights, must stay the same (or set ``reuse_gradient=False``). A step
-    after a search that found no step evaluates the closure once: if nothing has changed it ends in the same way.
+    The gradient is reused only if it still belongs to the parameters. Each step compares the parameters bit for bit
+    with those that the last step left, so that it notices any write to them, also through ``.data``. It notices a
+    changed ``requires_grad`` and a write to a gradient as well. In each of these cases it evaluates the closure again.
+    Everything else that the closure depends on, such as data, buffers and frozen weights, must stay the same; if it
+    does not, set ``reuse_gradient=False``. A step after a search that found no step evaluates the closure once, and
+    ends in the same way if nothing has changed.
 
-    Options may be written to ``param_groups`` between steps, the same to all groups, and hold from the next step on; a
-    new ``initial_step`` is where the next search begins. ``param_groups[i]["lr"]`` is the step that the next search
-    tries first: the last step taken, or longer when growth is due. ``LearningRateMonitor`` shows it. A learning-rate
-    scheduler that writes it chooses where the next search begins, from where it shortens the step as far as it must and
-    may lengthen it later; a schedule that is written before each step is an upper bound. Schedulers that cycle the
-    momentum as well need ``cycle_momentum=False``. What was taken is in ``outcome.step_size``.
+    Options may be changed in ``param_groups`` between steps, in all groups alike, and take effect at the next step. A
+    new ``initial_step`` is the first trial of the next search. ``param_groups[i]["lr"]`` is the step that the next
+    search tries first: the last step taken, or a longer one when growth is due. ``LearningRateMonitor`` shows it. A
+    learning-rate scheduler that writes ``lr`` chooses the first trial of the next search, which shortens the step as
+    far as it must; a scheduler that writes it before each step sets an upper bound. Schedulers that cycle the momentum
+    as well need ``cycle_momentum=False``. The step that was taken is in ``outcome.step_size``.
 
-    All parameter groups move along one joint direction with one step size; the options are therefore common to all
+    All parameter groups move along one joint direction with one step size, so that the options are common to all
     groups. Parameters with ``requires_grad=False`` stay. On several processes (``torch.distributed`` initialised) the
-    closure's value is averaged over the ranks before it is compared, so that all take the same decision; parameters
-    must be the same on each, and gradients must be synchronised by the closure. Parameters that ``fully_shard`` shares
-    out are moved and measured in their shards.
+    closure's value is averaged over the ranks before it is compared, so that all ranks make the same decision. The
+    parameters must be the same on each rank, and the closure must synchronise the gradients. Of a parameter that
+    ``fully_shard`` splits, each rank moves and measures its own shard.
 
-    Norms and inner products are accumulated in float64 whatever the dtype of the parameters.
+    Norms and inner products are accumulated in float64 for every dtype of the parameters.
 
     Args:
         params: Parameters or parameter groups. Real and dense.
         initial_step: First trial of the first step.
         shrink: Factor in (0, 1) applied after a rejected trial.
-        grow: Factor of at least 1 applied to the next first trial once ``patience`` first trials in a row were
-            accepted and a quadratic with the curvature that the last step met would accept the larger one too.
-        patience: How many; growing at every step would waste every second evaluation.
-        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
-        max_trials: Trials per step before the search gives up.
-        noise: Relative round-off of the objective below which slopes decide. None means 64 times the machine
-            epsilon of the closure's value, or of parameters below float32, but at most 1/32; of a value that is a
-            plain number the dtype is taken to be that of the parameters. 0 gives plain Armijo backtracking.
-        reuse_gradient: Open a step with the accepted gradient of the last one. Right for deterministic objectives.
-            Set it to False when the closure's data or dropout masks change from step to step; each step then costs
-            one evaluation more. Within one step the closure must be deterministic in any case.
+        grow: Factor of at least 1 applied to the first trial of the next step, once ``patience`` consecutive steps
+            accepted their first trial and a quadratic with the curvature of the last step would accept the longer
+            step, too.
+        patience: Number of consecutive steps after which the step may grow. Growing at every step would waste every
+            second evaluation.
+        c1: Required fraction of the linear decrease, in (0, 1/2).
+        max_trials: Largest number of trials per step.
+        noise: Relative change of the objective below which slopes decide instead of values. None means 64 times the
+            machine epsilon of the closure's value, or of parameters below float32, but at most 1/32. If the closure
+            returns a Python number, its dtype is taken to be that of the parameters. 0 gives plain Armijo
+            backtracking.
+        reuse_gradient: Whether a step starts with the gradient that the last step accepted. This is right for
+            deterministic objectives. Set it to False if the closure's data or dropout masks change from step to step;
+            each step then costs one evaluation more. Within one step the closure must always be deterministic.
 
     Raises:
-        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex or
+        ValueError: If an option is out of range, a group sets options of its own, or a parameter is complex or
             occurs twice in a group.
 
     Example:
         >>> import torch
+        >>> from nclightning.optim import ArmijoGD
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
         >>> optimizer = ArmijoGD([x], initial_step=1.0)
         >>> def closure():

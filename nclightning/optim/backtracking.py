@@ -1,4 +1,4 @@
-"""Backtracking on the Armijo condition, along one direction."""
+"""Backtracking on the Armijo condition along one direction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import LineObjective
+from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import largest_step
 from nclightning.optim.outcome import SearchStatus
 
@@ -17,75 +17,77 @@ __all__ = ["Found", "backtrack", "grown"]
 
 Options = Mapping[str, Any]
 
-_LEAST_FACTOR = 0.01  # A parabola says little of what is a hundred times nearer.
-_INTO_NUMBERS = 0.1  # The factor after a value that is not finite.
-_LONG = 1e38  # Steps up to here can multiply gradients of any precision.
+_SMALLEST_FACTOR = 0.01  # A parabola through a trial is a poor model at steps over a hundred times shorter.
+_FACTOR_AFTER_NON_FINITE = 0.1  # There is no parabola through a value that is not finite.
+_SAFE_STEP = 1e38  # Steps up to this length can multiply gradients of any dtype.
 
 
 class Found(NamedTuple):
-    """How backtracking ended.
+    """The result of backtracking.
 
     Attributes:
         status: How it ended.
-        end: Evaluation where the parameters are left; None if no trial was accepted.
-        size: Step taken.
-        trials: How many it took.
-        bend: The step times the curvature along it; ``inf`` where none was accepted.
+        end: Value and gradient at the accepted trial; None if no trial was accepted.
+        size: The accepted step; 0 if there is none.
+        trials: Number of trials.
+        relative_curvature: The accepted step over the step to the minimum of the parabola along the direction;
+            ``inf`` if no trial was accepted.
     """
 
     status: SearchStatus
     end: Evaluation | None
     size: float
     trials: int
-    bend: float = math.inf
+    relative_curvature: float = math.inf
 
 
 def backtrack(
     options: Options,
     first: float,
-    line: LineObjective,
+    objective: LineObjective,
     start: Evaluation,
     descent: float,
     params: Sequence[Tensor],
     interpolate: bool = False,
 ) -> Found:
-    """Shorten the step until a trial is accepted, which the parameters are then left at.
+    """Shorten the step until a trial is accepted, and leave the parameters there.
 
     Args:
-        options: ``c1``, ``shrink``, ``max_trials`` and ``noise``, as :class:`nclightning.optim.ArmijoGD` has them.
+        options: ``c1``, ``shrink``, ``max_trials`` and ``noise``, as for :class:`nclightning.optim.ArmijoGD`.
         first: Step of the first trial.
-        line: The objective along a descent vector, begun.
-        start: Evaluation at the start.
+        objective: The objective, after ``begin`` with the descent vector.
+        start: Value and gradient at the start.
         descent: Inner product of the gradient at the start and the descent vector, positive.
-        params: What is moved.
-        interpolate: Whether the next trial is where the parabola through value and slope at the start and the value, or
-            the slope, at a rejected trial is least, between a hundredth of the rejected step and ``shrink`` times it.
-            Else it is the first power of ``shrink`` that the parabola accepts.
+        params: The parameters that are moved.
+        interpolate: How to choose the next trial after a rejected one. A parabola is fitted to value and slope at the
+            start and to the value, or the slope, at the rejected trial. If True, the next trial is its minimum, but at
+            least a hundredth of the rejected step and at most ``shrink`` times it. If False, the rejected step is
+            multiplied by ``shrink``; if slopes decided, as often as needed for the parabola to be accepted.
 
     Returns:
-        What was found.
+        The accepted trial, or the reason why there is none.
     """
     size, fell_beyond_numbers, number = first, False, 0
     status = SearchStatus.EXHAUSTED
-    if size > _LONG:
+    if size > _SAFE_STEP:
         size = min(size, largest_step(params))
     for number in range(1, options["max_trials"] + 1):
-        value = line.trial(size)
+        value = objective.trial(size)
         fell_beyond_numbers |= value == -math.inf
-        # A second look costs a pass over the parameters: only where it may show something.
-        if number > 1 and (number > 2 or value == start.value) and line.stands_still():
+        # The comparison costs a pass over the parameters, so it is made only if the step may be too short.
+        if number > 1 and (number > 2 or value == start.value) and objective.stands_still():
             status = SearchStatus.STALLED
             break
-        verdict = _judge(options, start, descent, value, size, line)
+        verdict = _judge(options, start, descent, value, size, objective)
         if verdict.status is not None:
-            end = line.accept()
+            end = objective.accept()
             if end.finite:
-                return Found(verdict.status, end, size, number, verdict.bend)
+                return Found(verdict.status, end, size, number, verdict.relative_curvature)
             fell_beyond_numbers |= end.value < start.value and math.isinf(end.square)
         if interpolate:
-            size *= min(_to_the_minimum(verdict.bend), options["shrink"])
+            size *= min(_factor_to_minimum(verdict.relative_curvature), options["shrink"])
             continue
-        for _ in range(verdict.shrinks):  # One by one: the steps are those of plain backtracking, bit for bit.
+        for _ in range(verdict.rejections):  # A power would round differently from plain backtracking.
             size *= options["shrink"]
     return Found(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
 
@@ -94,64 +96,69 @@ def grown(options: Options, streak: int, found: Found, params: Sequence[Tensor])
     """Choose the first trial of the next search.
 
     Args:
-        options: ``grow``, ``patience`` and ``c1``.
-        streak: How many searches in a row accepted their first trial.
-        found: How the last one ended.
-        params: What is moved.
+        options: ``grow``, ``patience`` and ``c1``, as for :class:`nclightning.optim.ArmijoGD`.
+        streak: Number of consecutive searches that accepted their first trial.
+        found: Result of the last search.
+        params: The parameters that are moved.
 
     Returns:
-        Step, and whether it would be longer than what the parameters can be moved by.
+        The step, and whether it ought to be longer than the dtype of the parameters can represent.
     """
     size = found.size
-    if streak < options["patience"] or options["grow"] * found.bend > 2 * (1 - options["c1"]):
+    if streak < options["patience"] or options["grow"] * found.relative_curvature > 2 * (1 - options["c1"]):
         return size, False
     longer: float = size * options["grow"]
-    if longer <= _LONG or longer <= largest_step(params):
+    if longer <= _SAFE_STEP or longer <= largest_step(params):
         return longer, False
     return size, longer > size
 
 
 class _Verdict(NamedTuple):
-    """What a trial showed.
+    """The decision on a trial.
 
     Attributes:
-        status: None rejects it.
-        bend: The step times the curvature along it. A quadratic is accepted up to 2 (1 - c1) by either condition.
-        shrinks: How often to shrink a rejected step before the next trial.
+        status: How the trial was accepted; None if it was rejected.
+        relative_curvature: The step of the trial over the step to the minimum of the fitted parabola. Both conditions
+            accept a quadratic exactly up to 2 (1 - c1).
+        rejections: How often to multiply a rejected step by ``shrink`` before the next trial.
     """
 
     status: SearchStatus | None
-    bend: float
-    shrinks: int = 1
+    relative_curvature: float
+    rejections: int = 1
 
 
 def _judge(
-    options: Options, start: Evaluation, descent: float, value: float, size: float, line: LineObjective
+    options: Options, start: Evaluation, descent: float, value: float, size: float, objective: LineObjective
 ) -> _Verdict:
     if not math.isfinite(value):
         return _Verdict(None, math.inf)
     c1, change = options["c1"], value - start.value
     noise = _noise(options, start)
-    if noise > 0 and abs(change) <= noise * abs(start.value):  # Zero is plain Armijo: no change, no step.
-        slope = line.slope()
+    if noise > 0 and abs(change) <= noise * abs(start.value):  # With noise=0 an unchanged objective is rejected.
+        slope = objective.slope()
         accepted = slope >= -(1 - 2 * c1) * descent
-        bend = 1 - slope / descent
-        return _Verdict(SearchStatus.ACCEPTED_BY_SLOPE if accepted else None, bend, _shrinks(options, bend))
+        relative_curvature = 1 - slope / descent
+        return _Verdict(
+            SearchStatus.ACCEPTED_BY_SLOPE if accepted else None,
+            relative_curvature,
+            _count_rejections(options, relative_curvature),
+        )
     linear = size * descent
-    bend = 2 * (1 + change / linear) if linear > 0 else math.inf
-    return _Verdict(SearchStatus.ACCEPTED if change <= -c1 * linear else None, bend)
+    relative_curvature = 2 * (1 + change / linear) if linear > 0 else math.inf
+    return _Verdict(SearchStatus.ACCEPTED if change <= -c1 * linear else None, relative_curvature)
 
 
-def _to_the_minimum(bend: float) -> float:
-    """Return the factor by which the minimum of the parabola with this bend is nearer than a rejected step."""
-    if bend == math.inf:
-        return _INTO_NUMBERS
-    return max(1 / bend, _LEAST_FACTOR) if bend > 1 else 1.0
+def _factor_to_minimum(relative_curvature: float) -> float:
+    """Return the step to the minimum of the fitted parabola, as a fraction of the rejected step."""
+    if relative_curvature == math.inf:
+        return _FACTOR_AFTER_NON_FINITE
+    return max(1 / relative_curvature, _SMALLEST_FACTOR) if relative_curvature > 1 else 1.0
 
 
-def _shrinks(options: Options, bend: float) -> int:
-    """Count the rejections in a row that a quadratic is due from one with this bend on, up to ``max_trials``."""
-    excess = bend / (2 * (1 - options["c1"]))
+def _count_rejections(options: Options, relative_curvature: float) -> int:
+    """Count the consecutive trials that a quadratic rejects, this one included; at most ``max_trials``."""
+    excess = relative_curvature / (2 * (1 - options["c1"]))
     if not 1 < excess < math.inf:
         return 1
     limit: int = options["max_trials"]

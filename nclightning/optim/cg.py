@@ -12,22 +12,23 @@ from torch import Tensor
 from nclightning.optim.backtracking import Found
 from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import check_precision
 from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoCG", "ConjugateGradients"]
 
-_STEEPER = 1.5  # The curvature along the gradient, over what it is at least by the inequality of Cauchy and Schwarz.
+_STEEPER = 1.5  # Assumed curvature along the gradient, over its lower bound by the Cauchy-Schwarz inequality.
 
 
 class ArmijoCG(LineSearchOptimizer):
     r"""Nonlinear conjugate gradients with the line search of :class:`ArmijoGD`.
 
-    The formulas of Fletcher and Reeves, of Polak and Ribière, and of Hager and Zhang are made for searches that find
-    the minimum along a line closely. Backtracking does not. The descent vector is therefore the minimum of a quadratic
-    model over the plane of the gradient g and the last vector p (Yuan and Stoer 1995; Dai and Kou 2016):
+    The formulas of Fletcher and Reeves, of Polak and Ribière, and of Hager and Zhang assume a line search that comes
+    close to the minimum along the direction. Backtracking does not. The descent vector is therefore the minimizer of a
+    quadratic model over the plane spanned by the gradient g and the last vector p (Yuan and Stoer 1995; Dai and Kou
+    2016):
 
     .. math::
         p_+ = \mu g + \nu p, \quad
@@ -36,41 +37,43 @@ class ArmijoCG(LineSearchOptimizer):
         \begin{pmatrix} \|g\|^2 \\ \langle g, p\rangle \end{pmatrix}, \quad
         q = \frac{g_{-} - g}{t}, \quad \rho = \frac32 \frac{\|q\|^2}{\langle p, q\rangle} \|g\|^2 .
 
-    Here :math:`g_-` is the gradient before the last step, t that step, q the product of the Hessian and p, and
-    :math:`\rho` stands for the curvature along g. The matrix is positive definite, because
-    :math:`\langle g, q\rangle^2 \le \|g\|^2 \|q\|^2`, so that :math:`p_+` is a direction of descent after any step
-    along which the curvature :math:`\langle p, q\rangle` is positive. After an exact search on a quadratic it is along
-    the vector of Hestenes and Stiefel. It has a length of its own: the first trial is t = 1, and almost always the
-    only one.
+    Here :math:`g_-` is the gradient before the last step and t is that step. The vector q is the product of the Hessian
+    and p, and :math:`\rho` is an estimate of the curvature along g. The matrix is positive definite, because
+    :math:`\langle g, q\rangle^2 \le \|g\|^2 \|q\|^2`. Therefore :math:`p_+` is a direction of descent whenever the
+    curvature :math:`\langle p, q\rangle` along the last step is positive. After an exact line search on a quadratic it
+    is parallel to the direction of Hestenes and Stiefel. Its length is that of a whole step: the first trial is t = 1,
+    and it is almost always accepted.
 
     A trial is accepted on the conditions of :class:`ArmijoGD` with :math:`\langle g, p\rangle` in place of
-    :math:`\|g\|^2`. A rejected trial is followed by one where the parabola through what is known is least. The very
-    first step is along the gradient and tries ``initial_step``; while no curvature was measured, first trials grow
-    fourfold.
+    :math:`\|g\|^2`. After a rejected trial the next one is the minimum of the parabola fitted to it. The very first
+    step is along the gradient and tries ``initial_step`` first. Until a curvature has been measured, the first trial
+    grows fourfold from step to step.
 
-    It restarts along the gradient, scaled by :math:`\langle p, q\rangle / \|q\|^2`, where the curvature along the last
-    step was not positive beyond round-off, where :math:`p_+` is not a direction of descent beyond round-off, where
-    there is no step along it, and where parameters were frozen, added or given another shape. All that
-    :class:`ArmijoGD` says of closures, options, writes between steps and processes holds here too.
+    The method restarts along the gradient, scaled by :math:`\langle p, q\rangle / \|q\|^2`, if the curvature along the
+    last step is not positive beyond round-off, if :math:`p_+` is not a direction of descent beyond round-off, if no
+    step is found along it, or if parameters were frozen, added or changed their shape. Closures, options, writes to
+    parameters between steps, and several processes are treated as by :class:`ArmijoGD`.
 
-    A ``state_dict`` has p and q, per parameter and in its shape, so that a resumed run continues bit for bit.
+    A ``state_dict`` contains p and q for each parameter, in its shape, so that a resumed run continues bit for bit.
 
     Memory: 4 times the parameters.
 
     Args:
         params: Parameters or parameter groups. Real and dense, float32 or float64.
         initial_step: First trial of the first step, along the gradient.
-        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        c1: Required fraction of the linear decrease, in (0, 1/2).
         shrink: Largest factor by which a rejected trial is shortened, in (0, 1).
-        max_trials: Trials along one vector before the search gives up.
+        max_trials: Largest number of trials along one vector.
         noise: As for :class:`ArmijoGD`.
         reuse_gradient: As for :class:`ArmijoGD`.
 
     Raises:
-        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex, of half
+        ValueError: If an option is out of range, a group sets options of its own, or a parameter is complex, of half
             precision, or occurs twice in a group.
 
     Example:
+        >>> import torch
+        >>> from nclightning.optim import ArmijoCG
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
         >>> optimizer = ArmijoCG([x])
         >>> def closure():
@@ -106,10 +109,10 @@ class ArmijoCG(LineSearchOptimizer):
 
 
 class ConjugateGradients(LearningDirection):
-    r"""The minimum of a quadratic model over the plane of the gradient and the last vector.
+    r"""The minimizer of a quadratic model over the plane spanned by the gradient and the last vector.
 
-    Of each parameter the optimizer's state has ``along``, the last vector p, and ``bend``, which is q, both
-    times the step t: of the right length, their products do not leave the numbers.
+    The optimizer's state has for each parameter ``step``, which is t p, and ``change``, which is t q: the last step and
+    the change of the gradient over it. Without the factor t, inner products of p and q could overflow or underflow.
     """
 
     kind = "conjugate gradients"
@@ -117,90 +120,98 @@ class ConjugateGradients(LearningDirection):
     def __init__(self) -> None:
         super().__init__()
         self._along: list[Tensor | None] = []
-        self._before: list[Tensor | None] = []  # Gradient at the start.
+        self._before: list[Tensor | None] = []  # Gradient at the start of the step.
 
     def restart(self) -> bool:
-        """Forget the last vector; the scale stays."""
-        learnt, self._measured = self._measured, False
-        return learnt
+        """Forget the last vector, and keep the scale."""
+        had_history, self._measured = self._measured, False
+        return had_history
 
-    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
-        """Solve the two equations."""
+    def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
+        """Solve the two equations for mu and nu, and combine gradient and last vector."""
         self._check(space)
         self._before = [None if g is None else own_shard(g).clone() for g in start.gradients]
         while True:
             factor, last, turn = self.scale, [None] * len(space.params), 0.0
             if self._measured:
-                last = [space.state[p]["along"] if p in space.state else None for p in space.params]
-                factor, turn = self._solve(start, last, line, space)
+                last = [space.state[p]["step"] if p in space.state else None for p in space.params]
+                factor, turn = self._solve(start, last, objective, space)
             self._along = [_combine(g, factor, p, turn) for g, p in zip(self._before, last, strict=True)]
-            products = line.inner_products([(self._before, self._along), (self._along, self._along)])
+            products = objective.inner_products([(self._before, self._along), (self._along, self._along)])
             slope, square = products.tolist()
             if is_descent(start, slope, math.sqrt(square), space) or (not self._measured and self.scale == 1.0):
                 return Descent(self._along, slope)
-            if not self.restart():  # The scale has left the numbers.
+            if not self.restart():  # The gradient times the scale overflows or underflows.
                 self.scale = 1.0
 
     def _solve(
-        self, start: Evaluation, last: Sequence[Tensor | None], line: LineObjective, space: Space
+        self, start: Evaluation, last: Sequence[Tensor | None], objective: LineObjective, space: Space
     ) -> tuple[float, float]:
-        """Return mu and nu; not numbers where the equations have left the numbers."""
-        bends = [space.state[p]["bend"] if p in space.state else None for p in space.params]
-        pairs = [(self._before, last), (self._before, bends), (last, bends), (bends, bends)]
-        descent, mixed, bend, square = line.inner_products(pairs).tolist()
-        if not bend > 0:
+        """Return mu and nu; NaN if the equations overflow or underflow."""
+        products = [space.state[p]["change"] if p in space.state else None for p in space.params]
+        pairs = [(self._before, last), (self._before, products), (last, products), (products, products)]
+        descent, mixed, curvature, square = objective.inner_products(pairs).tolist()
+        if not curvature > 0:
             return math.nan, math.nan
-        norm, size = math.sqrt(start.square), math.sqrt(square)  # By which all is divided: squares would overflow.
-        descent, mixed, steep = descent / norm, mixed / norm, _STEEPER * size * (size / bend)
-        rest = steep * bend - mixed * mixed
+        norm, size = (
+            math.sqrt(start.square),
+            math.sqrt(square),
+        )  # Everything is divided by these, because squares would overflow.
+        descent, mixed, steep = descent / norm, mixed / norm, _STEEPER * size * (size / curvature)
+        rest = steep * curvature - mixed * mixed
         if not rest > 0:
             return math.nan, math.nan
-        return (bend - descent * mixed) / rest, (steep * descent - mixed) / rest * norm
+        return (curvature - descent * mixed) / rest, (steep * descent - mixed) / rest * norm
 
-    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
-        """Measure the curvature along the step."""
+    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+        """Measure the curvature along the step from the change of the gradient."""
         assert found.end is not None
         end = found.end
         changes = [_difference(g, after) for g, after in zip(self._before, end.gradients, strict=True)]
         pairs = [(self._along, changes), (changes, changes), (self._along, self._along)]
-        bend, square, length = line.inner_products(pairs).tolist()
+        curvature, square, length = objective.inner_products(pairs).tolist()
         gradients = math.sqrt(start.square) + math.sqrt(end.square)
         noise = ROUNDINGS * epsilon_of(space.params) * math.sqrt(length) * (math.sqrt(square) + gradients)
-        scale = found.size * (bend / square) if square > 0 else math.inf
-        self._measured = noise < bend and 0 < scale < math.inf
+        scale = found.size * (curvature / square) if square > 0 else math.inf
+        self._measured = noise < curvature and 0 < scale < math.inf
         if self._measured:
             self.scale = scale
         for p, along, change in zip(space.params, self._along, changes, strict=True):
             space.state.pop(p, None)
             if self._measured and change is not None:
-                vector = torch.zeros_like(change) if along is None else along.mul_(found.size)
-                space.state[p].update(along=vector, bend=change)
+                step = torch.zeros_like(change) if along is None else along.mul_(found.size)
+                space.state[p].update(step=step, change=change)
         self._along, self._before = [], []
 
     def _check(self, space: Space) -> None:
-        """Forget a vector that does not belong to the parameters as they are."""
+        """Forget the last vector if trainable parameters, shapes, dtypes or devices have changed."""
         check_precision(space.params, "ArmijoCG")
         fits = self.trains_the_same(space)
         for p in space.params:
             shard = own_shard(p)
             if p in space.state:
-                along = space.state[p]["along"]
-                fits = fits and (along.shape, along.dtype, along.device) == (shard.shape, shard.dtype, shard.device)
+                step = space.state[p]["step"]
+                fits = fits and (step.shape, step.dtype, step.device) == (shard.shape, shard.dtype, shard.device)
         if not fits:
             self.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also whether there is a last vector."""
+        """Add whether there is a last vector."""
         return super().state_dict() | {"learnt": self._measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state of :meth:`state_dict`."""
         super().load_state_dict(state)
         self._measured = state["learnt"]
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the tensors unless they were forgotten."""
+        """Return the tensors if there is a last vector."""
         return dict(entries) if self._measured else {}
+
+    def loaded(self, entries: Mapping[str, Any], space: Space) -> dict[str, Any]:
+        """Undo :meth:`saved`. Older states have other names."""
+        older = {"along": "step", "bend": "change"}
+        return {older.get(name, name): value for name, value in entries.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_along": [], "_before": []}
@@ -214,7 +225,7 @@ def _combine(gradient: Tensor | None, factor: float, last: Tensor | None, turn: 
 
 
 def _difference(gradient: Tensor | None, after: Tensor | None) -> Tensor | None:
-    """Subtract, in the memory of the first; a missing one is zero."""
+    """Return ``gradient - after``, in the memory of ``gradient``. None is zero."""
     if after is None:
         return gradient
     return -own_shard(after) if gradient is None else gradient.sub_(own_shard(after))

@@ -1,4 +1,4 @@
-"""Where a line search looks: the direction of descent, apart from the search along it."""
+"""The directions that line searches use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nclightning.optim.backtracking import Found, Options, grown
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import LineObjective
+from nclightning.optim.objectives import LineObjective
 
 __all__ = [
     "ROUNDINGS",
@@ -25,17 +25,17 @@ __all__ = [
     "is_descent",
 ]
 
-ROUNDINGS = 8  # What is below so many roundings is taken for noise.
-_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # While no curvature was measured.
+ROUNDINGS = 8  # A number counts as noise if it is smaller than this many rounding errors.
+_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # Used until a curvature has been measured.
 
 
 class Space(NamedTuple):
-    """The parameters that are searched over.
+    """The parameters of a search, with state and options of their optimizer.
 
     Attributes:
-        params: All that the optimizer has, group by group.
-        state: Of the optimizer, by parameter. A direction keeps its tensors there, one dictionary for each parameter.
-        options: Of the optimizer.
+        params: All parameters of the optimizer, group by group.
+        state: The optimizer's state, one dictionary per parameter. A direction keeps its tensors there.
+        options: The optimizer's options by name.
     """
 
     params: Sequence[Tensor]
@@ -47,10 +47,10 @@ class Descent(NamedTuple):
     """A descent vector p: the search evaluates F(x - t p).
 
     Attributes:
-        along: p, in the order of the parameters, with None where the gradient is None. Of a sharded parameter it is the
-            shard of this process. None in place of the list is the gradient g.
-        slope: The inner product of g and p, positive: the objective falls by t times as much to first order.
-        evaluations: Spent to find it.
+        along: The vector p, one entry per parameter, None where the gradient is None; for a sharded parameter the shard
+            of this process. None in place of the list is the gradient g.
+        slope: The inner product of g and p, positive. To first order the objective decreases by t times the slope.
+        evaluations: Number of evaluations that it took to find p.
     """
 
     along: Sequence[Tensor | None] | None
@@ -59,13 +59,13 @@ class Descent(NamedTuple):
 
 
 class Direction(ABC):
-    """Chooses descent vectors, learns from accepted steps, and says how long a step to try first.
+    """Base class of the objects that choose descent vectors and first trials, and are updated after each step.
 
     Attributes:
-        kind: Names the direction in a ``state_dict``.
-        interpolates: Whether a rejected step is shortened to the minimum of the parabola through what is known, or by
-            powers of the option ``shrink``.
-        scale: What the descent vector is to the gradient, roughly: a step t is about ``t * scale`` gradients long.
+        kind: Name of the direction in a ``state_dict``.
+        interpolates: Whether a rejected step is shortened to the minimum of the fitted parabola (True), or by a power
+            of the option ``shrink`` (False).
+        scale: Rough ratio of the lengths of descent vector and gradient.
     """
 
     kind: ClassVar[str]
@@ -73,27 +73,27 @@ class Direction(ABC):
     scale: float = 1.0
 
     @abstractmethod
-    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
+    def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
         """Choose the descent vector.
 
         Args:
-            start: Value and gradient at the parameters as they are. The gradient is not zero, and may be overwritten
-                once a trial is accepted.
-            line: Adds up inner products over parameters and processes.
-            space: What is searched over.
+            start: Value and gradient at the current parameters. The gradient is not zero. It may be overwritten once a
+                trial is accepted.
+            objective: The objective, which sums inner products over parameters and processes.
+            space: The parameters and the optimizer's state.
 
         Returns:
             A vector whose inner product with the gradient is positive.
         """
 
     @abstractmethod
-    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
-        """Learn from a step along the vector that was found last.
+    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+        """Update the direction after a step along the last descent vector.
 
         Args:
-            start: Where it began. Its gradient may be overwritten by now.
-            found: With the evaluation where it ended.
-            line: As for :meth:`find`.
+            start: Value and gradient before the step. The gradient may have been overwritten.
+            found: The accepted step, with value and gradient after it.
+            objective: As for :meth:`find`.
             space: As for :meth:`find`.
         """
 
@@ -102,32 +102,32 @@ class Direction(ABC):
         """Choose the first trial of the next search, after :meth:`accept`.
 
         Args:
-            found: How the last one ended.
-            streak: How many searches in a row accepted their first trial.
+            found: Result of the last search.
+            streak: Number of consecutive searches that accepted their first trial.
             space: As for :meth:`find`.
 
         Returns:
-            Step, and whether it would be longer than what the parameters can be moved by.
+            The step, and whether it ought to be longer than the dtype of the parameters can represent.
         """
 
     def restart(self) -> bool:
-        """Forget what was learnt, so that the next vector is along the gradient.
+        """Forget earlier steps, so that the next vector is along the gradient.
 
         Returns:
-            Whether there was something to forget.
+            Whether the last vector depended on earlier steps.
         """
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learnt, but for tensors of the parameters' shapes, as plain numbers."""
+        """Return the state of the direction in plain numbers, without the tensors in the optimizer's state."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state of :meth:`state_dict`."""
         assert state["kind"] == self.kind
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the optimizer's state has of one parameter as tensors of its shape, for a ``state_dict``."""
+        """Convert the optimizer's state of one parameter to tensors of the parameter's shape, for a ``state_dict``."""
         return dict(entries)
 
     def loaded(self, entries: Mapping[str, Any], space: Space) -> dict[str, Any]:
@@ -136,39 +136,39 @@ class Direction(ABC):
 
 
 class SteepestDescent(Direction):
-    """The gradient itself. The step grows by the options ``grow`` and ``patience``."""
+    """The gradient. The step grows as the options ``grow`` and ``patience`` say."""
 
     kind = "steepest descent"
     interpolates = False
 
-    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
-        """Take the gradient."""
+    def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
+        """Return the gradient."""
         return Descent(None, start.square)
 
-    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
         """Do nothing: there is nothing to learn."""
 
     def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
-        """Lengthen the step where that is due."""
+        """Return the last step, or a longer one when growth is due."""
         return grown(space.options, streak, found, space.params)
 
 
 class LearningDirection(Direction):
-    """A direction that learns from the curvature along accepted steps, and keeps tensors of the parameters' shapes."""
+    """Base class of directions that use the curvature along accepted steps, and keep tensors per parameter."""
 
     def __init__(self) -> None:
         self.scale = 1.0
-        self._measured = False  # Whether the last step showed a positive curvature.
-        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable.
+        self._measured = False  # Whether the curvature along the last step was positive.
+        self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable at the last step.
 
     def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
-        """Try 1 after a curvature was measured, else longer and longer steps."""
+        """Return 1 if the last step measured a curvature, else longer and longer steps."""
         if self._measured:
             return 1.0, False
         return grown({**space.options, **_GROWTH}, streak, found, space.params)
 
     def trains_the_same(self, space: Space) -> bool:
-        """Say whether the same parameters are trainable as at the last call."""
+        """Return whether the same parameters are trainable as at the last call."""
         searched = tuple(p.requires_grad for p in space.params)
         before, self._searched = self._searched, searched
         return before is None or before == searched
@@ -178,23 +178,23 @@ class LearningDirection(Direction):
         return {"scale": self.scale, "searched": None if self._searched is None else list(self._searched)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state of :meth:`state_dict`."""
         searched = state.get("searched")  # Older states have none.
         self.scale, self._searched = state["scale"], None if searched is None else tuple(searched)
 
 
 def epsilon_of(params: Sequence[Tensor]) -> float:
-    """Return the machine epsilon of the narrowest parameter."""
+    """Return the machine epsilon of the parameter with the lowest precision."""
     return max(torch.finfo(p.dtype).eps for p in params)
 
 
 def is_descent(start: Evaluation, slope: float, length: float, space: Space) -> bool:
-    """Say whether a vector is a direction of descent beyond round-off.
+    """Return whether the slope along a vector is positive and larger than its rounding error.
 
     Args:
-        start: Value and gradient.
+        start: Value and gradient at the start.
         slope: Inner product of gradient and vector.
-        length: Of the vector.
-        space: What is searched over.
+        length: Norm of the vector.
+        space: The parameters, for their precision.
     """
     return ROUNDINGS * epsilon_of(space.params) * math.sqrt(start.square) * length < slope < math.inf

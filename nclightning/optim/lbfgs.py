@@ -15,56 +15,58 @@ from torch import Tensor
 from nclightning.optim.backtracking import Found
 from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.line import LineObjective
 from nclightning.optim.line_search import LineSearchOptimizer
+from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import check_precision
 from nclightning.sharding import own_shard
 
 __all__ = ["ArmijoLBFGS", "LimitedMemoryBFGS"]
 
-_COLUMNS = 2**16  # At a time: narrow numbers are widened to float64 for inner products.
+_COLUMNS = 2**16  # Number of columns that are converted to float64 at once, to limit memory.
 
 
 class ArmijoLBFGS(LineSearchOptimizer):
     r"""Limited-memory BFGS with the line search of :class:`ArmijoGD`.
 
-    The descent vector is p = H g, where H is the inverse BFGS matrix of the last pairs of steps
-    :math:`s_k = x_{k+1} - x_k` and changes of the gradient :math:`y_k = g_{k+1} - g_k`, begun at :math:`\gamma I` with
+    The descent vector is p = H g. Here H is the inverse BFGS matrix built from the last pairs of steps
+    :math:`s_k = x_{k+1} - x_k` and gradient changes :math:`y_k = g_{k+1} - g_k`, starting from :math:`\gamma I` with
     :math:`\gamma = \langle s, y\rangle / \langle y, y\rangle` of the last pair (Nocedal and Wright 2006, Sec. 7.2). It
-    is computed in the compact form (Byrd, Nocedal and Schnabel 1994), from inner products in float64.
+    is evaluated in the compact form (Byrd, Nocedal and Schnabel 1994), from inner products in float64.
 
-    The first trial is t = 1, and a trial is accepted on the conditions of :class:`ArmijoGD` with
-    :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`, by values and below their round-off by slopes. A rejected
-    trial is followed by one where the parabola through what is known is least. The very first step is along the
-    gradient and tries ``initial_step``; while no curvature was measured, first trials grow fourfold.
+    The first trial is t = 1. A trial is accepted on the conditions of :class:`ArmijoGD` with
+    :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`. After a rejected trial the next one is the minimum of the
+    parabola fitted to it. The very first step is along the gradient and tries ``initial_step`` first. Until a curvature
+    has been measured, the first trial grows fourfold from step to step.
 
-    Three things keep it safe. A pair is left out where :math:`\langle s, y\rangle` is not above the round-off of
-    :math:`\|s\| (\|y\| + \|g_k\| + \|g_{k+1}\|)`: the objective is not convex there, or too flat to tell. Pairs are
-    forgotten where p is not a direction of descent beyond round-off, where there is no step along p, and where
-    parameters were frozen, added or given another shape; the step then goes along the gradient, scaled by
-    :math:`\gamma`. All that :class:`ArmijoGD` says of closures, options, writes between steps and processes holds here
-    too. Pairs stay when parameters are written to between steps: they are curvature that was measured.
+    There are two safeguards. First, a pair is left out if :math:`\langle s, y\rangle` is not larger than the round-off
+    of :math:`\|s\| (\|y\| + \|g_k\| + \|g_{k+1}\|)`, because the objective then is not convex along the step, or too
+    flat to measure its curvature. Second, all pairs are forgotten if p is not a direction of descent beyond round-off,
+    if no step is found along p, or if parameters were frozen, added or changed their shape. The step then goes along
+    the gradient, scaled by :math:`\gamma`. Closures, options, writes to parameters between steps, and several processes
+    are treated as by :class:`ArmijoGD`. Writes to parameters do not remove pairs, because these are measured curvature.
 
-    A ``state_dict`` has the pairs, per parameter and in its shape, so that a resumed run continues bit for bit. Pairs
-    of parameters that processes share out are shared out alike.
+    A ``state_dict`` contains the pairs for each parameter, in its shape, so that a resumed run continues bit for bit.
+    For parameters that are split between processes, each process keeps its part of the pairs.
 
-    Memory: up to ``2 * history + 4`` times the parameters beside what :class:`ArmijoGD` takes.
+    Memory: up to ``2 * history + 4`` times the parameters, beyond that of :class:`ArmijoGD`.
 
     Args:
         params: Parameters or parameter groups. Real and dense, float32 or float64.
         initial_step: First trial of the first step, along the gradient.
         history: Number of pairs.
-        c1: Fraction of the linear decrease that is asked for, in (0, 1/2).
+        c1: Required fraction of the linear decrease, in (0, 1/2).
         shrink: Largest factor by which a rejected trial is shortened, in (0, 1).
-        max_trials: Trials along one vector before the search gives up.
+        max_trials: Largest number of trials along one vector.
         noise: As for :class:`ArmijoGD`.
         reuse_gradient: As for :class:`ArmijoGD`.
 
     Raises:
-        ValueError: If an option is out of range, a group carries options of its own, or a parameter is complex, of half
+        ValueError: If an option is out of range, a group sets options of its own, or a parameter is complex, of half
             precision, or occurs twice in a group.
 
     Example:
+        >>> import torch
+        >>> from nclightning.optim import ArmijoLBFGS
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
         >>> optimizer = ArmijoLBFGS([x])
         >>> def closure():
@@ -102,19 +104,19 @@ class ArmijoLBFGS(LineSearchOptimizer):
 
 
 class LimitedMemoryBFGS(LearningDirection):
-    r"""The vector H g of the last pairs.
+    r"""The vector H g of limited-memory BFGS, in its compact form.
 
-    With S and Y, whose columns are the m pairs from the oldest to the newest, R the upper triangle of
-    :math:`S^\top Y` and D its diagonal,
+    Let the columns of S and Y be the m pairs from the oldest to the newest, R the upper triangle of
+    :math:`S^\top Y`, and D its diagonal. Then
 
     .. math::
         H g = \gamma g + S \delta - \gamma Y \alpha, \quad \alpha = R^{-1} S^\top g, \quad
         \delta = R^{-\top} \big( D \alpha + \gamma (Y^\top Y \alpha - Y^\top g) \big) .
 
-    Of each parameter the optimizer's state has ``pairs``, rows of which the first m + 1 are those of S and the others
-    those of Y. One row of each is free: the next pair is made there while the oldest is still in use. Each pair is
-    multiplied by a number that brings its inner product near 1: this changes no vector, and keeps inner products from
-    underflow and overflow.
+    The optimizer's state has for each parameter a tensor ``pairs``. Its first m + 1 rows are steps, and the other m + 1
+    are gradient changes. One row of each is free: the next pair is written there while the oldest is still in use. Each
+    pair is multiplied by a number that brings its inner product near 1. This does not change H, and keeps the inner
+    products from underflow and overflow.
     """
 
     kind = "limited-memory BFGS"
@@ -125,45 +127,45 @@ class LimitedMemoryBFGS(LearningDirection):
 
     def _forget(self) -> None:
         self._order: list[int] = []  # Rows of the pairs, from the oldest to the newest.
-        self._inner: list[list[float]] = []  # Products of the rows of S with those of Y.
-        self._squares: list[list[float]] = []  # Of the rows of Y with each other.
-        self._known: tuple[Evaluation, list[float]] | None = None  # Of the rows of S and Y with the gradient there.
+        self._inner: list[list[float]] = []  # Inner products of steps with gradient changes, by row.
+        self._squares: list[list[float]] = []  # Inner products of gradient changes with each other, by row.
+        self._known: tuple[Evaluation, list[float]] | None = None  # Inner products of all rows with this gradient.
         self._along: list[Tensor | None] = []
         self._length = 0.0
         self._measured = False  # Whether the last step made a pair.
 
     def restart(self) -> bool:
-        """Forget the pairs; the scale stays."""
-        learnt = bool(self._order)
+        """Forget the pairs, and keep the scale."""
+        had_history = bool(self._order)
         self._forget()
-        return learnt
+        return had_history
 
-    def find(self, start: Evaluation, line: LineObjective, space: Space) -> Descent:
-        """Compute H g."""
+    def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
+        """Return H g."""
         self._check(space)
         count = space.options["history"] + 1
         rows = [_rows_of(space, p, g) for p, g in zip(space.params, start.gradients, strict=True)]
         while True:
-            factors = self._factors(start, line, rows, count)
+            factors = self._factors(start, objective, rows, count)
             self._along = [
                 None if g is None or pairs is None else _combine(pairs, factors, own_shard(g), self.scale)
                 for pairs, g in zip(rows, start.gradients, strict=True)
             ]
-            products = line.inner_products([(start.gradients, self._along), (self._along, self._along)])
+            products = objective.inner_products([(start.gradients, self._along), (self._along, self._along)])
             slope, square = products.tolist()
             self._length = math.sqrt(square)
             if is_descent(start, slope, self._length, space) or (not self._order and self.scale == 1.0):
                 break
-            if not self.restart():  # The scale has left the numbers.
+            if not self.restart():  # The gradient times the scale overflows or underflows.
                 self.scale = 1.0
         for pairs, g in zip(rows, start.gradients, strict=True):
-            if pairs is not None:  # The line may overwrite the gradient.
+            if pairs is not None:  # Kept here because the objective may overwrite the gradient.
                 before = pairs[count + self._free(count)]
                 before.zero_() if g is None else before.copy_(_flat(g))
         return Descent(self._along, slope)
 
-    def accept(self, start: Evaluation, found: Found, line: LineObjective, space: Space) -> None:
-        """Make a pair of the step, and keep it if the curvature along it is positive."""
+    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+        """Build the pair of the step, and keep it if the curvature along the step is positive."""
         assert found.end is not None
         end, count = found.end, space.options["history"] + 1
         free, length = self._free(count), found.size * self._length
@@ -177,14 +179,14 @@ class LimitedMemoryBFGS(LearningDirection):
                 change.neg_() if g is None else torch.sub(_flat(g), change, out=change)
                 change.mul_(factor)
         changes = [None if pairs is None else pairs[count + free] for pairs in rows]
-        products = _multiply(rows, changes, line)
-        self._known = end, _multiply(rows, end.gradients, line)
+        products = _multiply(rows, changes, objective)
+        self._known = end, _multiply(rows, end.gradients, objective)
         curvature, square = products[free], products[count + free]
         noise = ROUNDINGS * epsilon_of(space.params) * factor * length * (math.sqrt(square) + factor * gradients)
         scale = curvature / square if square > 0 else math.inf
         self._along, self._measured = [], noise < curvature and 0 < scale < math.inf
         if not self._measured:
-            for pairs in rows:  # What is not a number there would be one nowhere.
+            for pairs in rows:  # An infinity or NaN in the free row would spread through the products with all rows.
                 if pairs is not None:
                     pairs[free].zero_()
                     pairs[count + free].zero_()
@@ -198,7 +200,7 @@ class LimitedMemoryBFGS(LearningDirection):
         self.scale = scale
 
     def _check(self, space: Space) -> None:
-        """Forget pairs that do not belong to the parameters as they are."""
+        """Forget all pairs if trainable parameters, shapes, dtypes or devices have changed."""
         check_precision(space.params, "ArmijoLBFGS")
         fits, count = self.trains_the_same(space), space.options["history"] + 1
         for p in space.params:
@@ -215,13 +217,13 @@ class LimitedMemoryBFGS(LearningDirection):
         return min(set(range(count)) - set(self._order))
 
     def _factors(
-        self, start: Evaluation, line: LineObjective, rows: Sequence[Tensor | None], count: int
+        self, start: Evaluation, objective: LineObjective, rows: Sequence[Tensor | None], count: int
     ) -> Tensor | None:
-        """Compute delta and - gamma alpha, row by row; None if there are no pairs."""
+        """Return the coefficients of H g, delta and -gamma alpha, one per row; None if there are no pairs."""
         if not self._order:
             return None
         if self._known is None or self._known[0] is not start:
-            self._known = start, _multiply(rows, start.gradients, line)
+            self._known = start, _multiply(rows, start.gradients, objective)
         steps, changes = self._known[1][:count], self._known[1][count:]
         inner, squares, order, scale = self._inner, self._squares, self._order, self.scale
         alpha, delta = [0.0] * count, [0.0] * count
@@ -235,26 +237,26 @@ class LimitedMemoryBFGS(LearningDirection):
         return torch.tensor([*delta, *(-scale * a for a in alpha)], dtype=torch.float64, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return also the order of the pairs and their inner products."""
+        """Add the order of the pairs and their inner products."""
         numbers = {"order": self._order, "inner": self._inner, "squares": self._squares}
         return super().state_dict() | copy.deepcopy(numbers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
+        """Restore the state of :meth:`state_dict`."""
         self._forget()
         super().load_state_dict(state)
         self._order = list(state["order"])
         self._inner, self._squares = copy.deepcopy((state["inner"], state["squares"]))
 
     def saved(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Return each pair by its row."""
+        """Return the step and the gradient change of each pair, named by their row."""
         steps, changes = entries["pairs"].chunk(2)
         named = (("step", steps), ("change", changes))
         return {f"{name}_{row}": part[row] for name, part in named for row in self._order}
 
     def loaded(self, entries: Mapping[str, Any], space: Space) -> dict[str, Any]:
-        """Put the pairs in their rows."""
-        count = len(self._inner)  # The option may have been written since: the next step then forgets them.
+        """Write the pairs to their rows."""
+        count = len(self._inner)  # If the option history was changed since, the next step forgets the pairs.
         some = next(iter(entries.values()))
         pairs = some.new_zeros(2 * count, *some.shape)
         for first, name in ((0, "step"), (count, "change")):
@@ -274,12 +276,12 @@ def _balancing(length: float, gradient: float, params: Sequence[Tensor]) -> floa
     """Return the power of two that brings the product of a step and a gradient of these norms near 1."""
     if not (0 < length < math.inf and 0 < gradient < math.inf):
         return 1.0
-    most = 1000 if epsilon_of(params) < 1e-10 else 120  # What multiplies float64, and float32.
+    most = 1000 if epsilon_of(params) < 1e-10 else 120  # Exponents that float64 and float32 can represent.
     return 2.0 ** min(max(-round((math.log2(length) + math.log2(gradient)) / 2), -most), most)
 
 
 def _rows_of(space: Space, p: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """Return the pairs of a parameter, one per row; None if it has never had a gradient."""
+    """Return the pairs of a parameter as a matrix; None if the parameter has never had a gradient."""
     if p not in space.state:
         if gradient is None:
             return None
@@ -290,7 +292,7 @@ def _rows_of(space: Space, p: Tensor, gradient: Tensor | None) -> Tensor | None:
 
 
 def _columns(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Yield some columns of each at a time, in float64."""
+    """Yield blocks of columns of the tensors, converted to float64."""
     count = tensors[0].shape[-1]
     if count <= _COLUMNS:
         yield [each.double() for each in tensors]
@@ -299,18 +301,18 @@ def _columns(*tensors: Tensor) -> Iterator[list[Tensor]]:
         yield [each[..., first : first + _COLUMNS].double() for each in tensors]
 
 
-def _multiply(rows: Sequence[Tensor | None], vector: Sequence[Tensor | None], line: LineObjective) -> list[float]:
-    """Multiply all rows by a vector, over parameters and processes, and bring the products to the host."""
+def _multiply(rows: Sequence[Tensor | None], vector: Sequence[Tensor | None], objective: LineObjective) -> list[float]:
+    """Return the inner products of all rows with a vector, over parameters and processes."""
     products = [
         None if pairs is None or part is None else reduce(add, (a @ b for a, b in _columns(pairs, _flat(part))))
         for pairs, part in zip(rows, vector, strict=True)
     ]
-    numbers: list[float] = line.add_up(products).tolist()
+    numbers: list[float] = objective.add_up(products).tolist()
     return numbers
 
 
 def _combine(pairs: Tensor, factors: Tensor | None, gradient: Tensor, scale: float) -> Tensor:
-    """Add multiples of all rows to a multiple of the gradient."""
+    """Return ``scale * gradient`` plus the rows weighted by ``factors``."""
     if factors is None:
         return gradient * scale
     factors, flat = factors.to(pairs.device), gradient.reshape(-1)

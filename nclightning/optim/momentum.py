@@ -17,15 +17,17 @@ __all__ = ["HeavyBall", "MomentumFromCurvature", "Nesterov"]
 
 
 class MomentumFromCurvature(SGD):
-    """Base of the two: :class:`torch.optim.SGD`, with step and momentum set by :meth:`tune`.
+    """Base class of :class:`HeavyBall` and :class:`Nesterov`: SGD whose step and momentum :meth:`tune` sets.
 
     Args:
-        params: Parameters or parameter groups; all have the same constants.
+        params: Parameters or parameter groups. All groups have the same step and momentum.
         mu: Least nonzero eigenvalue of the Hessian at the optimum.
-        smoothness: Its largest eigenvalue L. Without both, :meth:`tune` has to be called before the first step.
+        smoothness: Largest eigenvalue L of the Hessian at the optimum. Without ``mu`` and ``smoothness``, :meth:`tune`
+            must be called before the first step.
 
     Raises:
-        ValueError: If only one of the two is given, they are not a spectrum, or a group sets options of its own.
+        ValueError: If only one of ``mu`` and ``smoothness`` is given, ``0 < mu <= smoothness`` does not hold, or a
+            group sets options of its own.
     """
 
     def __init__(
@@ -44,22 +46,22 @@ class MomentumFromCurvature(SGD):
     @staticmethod
     @abstractmethod
     def constants(rates: Rates) -> Momentum:
-        """Find step and momentum of the best speed."""
+        """Return the step and momentum with the fastest local convergence."""
 
     @property
     def is_tuned(self) -> bool:
-        """Whether step and momentum are known."""
+        """Whether step and momentum have been set."""
         return not any(math.isnan(group["lr"]) for group in self.param_groups)
 
     def tune(self, mu: float, smoothness: float) -> None:
         """Set step and momentum of all groups, and keep the momentum buffers.
 
         Args:
-            mu: As for the class, positive.
-            smoothness: L.
+            mu: Least nonzero eigenvalue of the Hessian at the optimum.
+            smoothness: Largest eigenvalue L.
 
         Raises:
-            ValueError: If they are not a spectrum, or mu is 0.
+            ValueError: If ``0 < mu <= smoothness`` does not hold.
         """
         found = self.constants(Rates(mu, smoothness))
         options = {"lr": found.step, "momentum": found.momentum, "nesterov": found.nesterov}
@@ -67,25 +69,25 @@ class MomentumFromCurvature(SGD):
             each.update(options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that have the same step and momentum.
+        """Add parameters, with the same step and momentum as the others.
 
         Args:
             param_group: ``{"params": ...}`` without options.
 
         Raises:
-            ValueError: If the group carries an option.
+            ValueError: If the group sets an option.
         """
         own = sorted(set(param_group) & set(self.defaults)) if isinstance(param_group, dict) else []
         if own:
             raise UserError(
                 f"parameter groups of {type(self).__name__} share one step and momentum, so a group cannot set "
-                f"{', '.join(own)}: leave it out, or take torch.optim.SGD."
+                f"{', '.join(own)}: leave it out, or use torch.optim.SGD."
             )
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "defaults" in state:  # Of a new copy, which has no hooks yet; load_state_dict has none.
+        if "defaults" in state:  # A new copy has no hooks yet. load_state_dict, which passes no defaults, keeps them.
             self.register_step_pre_hook(_refuse_without_constants)
 
 
@@ -102,14 +104,24 @@ class HeavyBall(MomentumFromCurvature):
     let the step grow from a hundredth with :class:`torch.optim.lr_scheduler.LinearLR`, or descend with
     :class:`~nclightning.optim.ArmijoGD` first.
 
-    In a fit of :class:`nclightning.models.UFM` ``HeavyBall`` without numbers takes mu and L of the problem. It is
-    :class:`torch.optim.SGD` with ``lr = t`` and ``momentum = beta``, which schedulers may write. Polyak (1964).
+    Without ``mu`` and ``smoothness``, a fit of :class:`nclightning.models.UFM` takes both from its problem. The
+    optimizer is :class:`torch.optim.SGD` with ``lr = t`` and ``momentum = beta``, which schedulers may change. Polyak
+    (1964).
 
-    Args and errors as for :class:`MomentumFromCurvature`.
+    Args:
+        params: Parameters or parameter groups. All groups have the same step and momentum.
+        mu: Least nonzero eigenvalue of the Hessian at the optimum.
+        smoothness: Largest eigenvalue L of the Hessian at the optimum. Without ``mu`` and ``smoothness``, :meth:`tune`
+            must be called before the first step.
+
+    Raises:
+        ValueError: If only one of ``mu`` and ``smoothness`` is given, ``0 < mu <= smoothness`` does not hold, or a
+            group sets options of its own.
 
     Example:
         >>> import torch
         >>> from nclightning.functional import extreme_eigenvalues
+        >>> from nclightning.optim import HeavyBall
         >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
         >>> value = lambda: (x.square() * torch.tensor([0.01, 1.0])).sum() / 2
         >>> found = extreme_eigenvalues(value, [x])
@@ -124,7 +136,7 @@ class HeavyBall(MomentumFromCurvature):
 
     @staticmethod
     def constants(rates: Rates) -> Momentum:
-        """Find step and momentum of the best speed."""
+        """Return the step and momentum with the fastest local convergence."""
         return rates.heavy_ball()
 
 
@@ -136,23 +148,44 @@ class Nesterov(MomentumFromCurvature):
         t = \frac4{3L + \mu}, \quad \beta = \frac{1 - \sqrt{t\mu}}{1 + \sqrt{t\mu}}
 
     The parameters are the extrapolated points y, as in :class:`torch.optim.SGD`. Near an optimum the distance falls by
-    :math:`1 - \sqrt{t\mu}` per iteration (:meth:`nclightning.problems.Rates.nesterov`), in less than twice the
-    iterations of :class:`HeavyBall`, and it is less easily thrown off away from the optimum. All else is as there.
-    Nesterov (2004), Sec. 2.2; the constants are those of Lessard, Recht and Packard (2016).
+    the factor :math:`1 - \sqrt{t\mu}` per iteration (:meth:`nclightning.problems.Rates.nesterov`). This takes less
+    than twice the iterations of :class:`HeavyBall`, and is more robust away from the optimum. Everything else is as for
+    :class:`HeavyBall`. Nesterov (2004), Sec. 2.2; the constants are those of Lessard, Recht and Packard (2016).
 
-    Args and errors as for :class:`MomentumFromCurvature`.
+    Args:
+        params: Parameters or parameter groups. All groups have the same step and momentum.
+        mu: Least nonzero eigenvalue of the Hessian at the optimum.
+        smoothness: Largest eigenvalue L of the Hessian at the optimum. Without ``mu`` and ``smoothness``, :meth:`tune`
+            must be called before the first step.
+
+    Raises:
+        ValueError: If only one of ``mu`` and ``smoothness`` is given, ``0 < mu <= smoothness`` does not hold, or a
+            group sets options of its own.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.optim import Nesterov
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = Nesterov([x], mu=0.01, smoothness=1.0)
+        >>> for _ in range(400):
+        ...     optimizer.zero_grad()
+        ...     value = (x.square() * torch.tensor([0.01, 1.0])).sum() / 2
+        ...     value.backward()
+        ...     optimizer.step()
+        >>> bool(x.norm() < 1e-14)
+        True
     """
 
     @staticmethod
     def constants(rates: Rates) -> Momentum:
-        """Find step and momentum of the best speed."""
+        """Return the step and momentum with the fastest local convergence."""
         return rates.nesterov()
 
 
 def _refuse_without_constants(optimizer: MomentumFromCurvature, *_: Any) -> None:
-    """Before each step."""
+    """Raise before a step if step and momentum have not been set."""
     if not optimizer.is_tuned:
         raise UserError(
-            f"{type(optimizer).__name__} has no step and momentum: give mu and smoothness, or call "
+            f"{type(optimizer).__name__} has no step and momentum: pass mu and smoothness, or call "
             "tune(mu, smoothness) before the first step."
         )

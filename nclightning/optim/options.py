@@ -1,4 +1,4 @@
-"""Options of the line search: what they may be, and that all parameter groups have the same."""
+"""Validation of the line search's options, which are the same in all parameter groups."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nclightning.errors import UserError
 
 __all__ = ["check_group", "check_options", "check_precision", "common_options", "largest_step", "vanishing_step"]
 
-# Options of other optimizers that a parameter group may carry from there; they would be ignored without a word.
-_OF_OTHERS = ("betas", "dampening", "maximize", "momentum", "nesterov", "weight_decay")
+# Options of other optimizers that users may put in a parameter group. They would be ignored silently.
+_FOREIGN_OPTIONS = ("betas", "dampening", "maximize", "momentum", "nesterov", "weight_decay")
 
 
 def check_options(options: Mapping[str, Any], owner: str) -> None:
     """Raise unless each option is in its range.
 
     Args:
-        options: Those that the optimizer has.
-        owner: Its class, for messages.
+        options: The optimizer's options by name.
+        owner: Name of the optimizer's class, for messages.
 
     Raises:
-        ValueError: Naming the option.
+        ValueError: If one is not; the message names it.
     """
     rules: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         ("initial_step", "positive and finite", lambda v: 0 < v < math.inf),
@@ -38,28 +38,28 @@ def check_options(options: Mapping[str, Any], owner: str) -> None:
         ("max_trials", "an integer of at least 1", lambda v: isinstance(v, int) and v >= 1),
         ("noise", "None or between 0 and 1", lambda v: v is None or 0 <= v < 1),
     )
-    for name, expectation, holds in rules:
+    for name, expectation, is_valid in rules:
         if name not in options:
             continue
         value = options[name]
         number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-        if not (number and (value is None) <= (name == "noise") and holds(value)):
+        if not (number and (value is None) <= (name == "noise") and is_valid(value)):
             raise UserError(f"{owner}({name}=...) must be {expectation}, got {value!r}.")
 
 
 def common_options(groups: list[dict[str, Any]], names: Iterable[str], owner: str) -> tuple[dict[str, Any], float]:
-    """Read the options and the first trial of the next search.
+    """Read the options, and the step that the next search tries first, from the parameter groups.
 
     Args:
-        groups: Parameter groups.
-        names: Of the options.
-        owner: Class of the optimizer, for messages.
+        groups: The optimizer's parameter groups.
+        names: Names of the options.
+        owner: Name of the optimizer's class, for messages.
 
     Returns:
-        Options by name, unchecked, and ``lr``.
+        The options by name, without a check of their ranges, and ``lr``.
 
     Raises:
-        ValueError: If groups differ, or ``lr`` is out of range.
+        ValueError: If groups have different options, or ``lr`` is out of range.
     """
     options = {name: groups[0][name] for name in names}
     for group in groups[1:]:
@@ -67,7 +67,7 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str], owner: st
             if group[name] is not groups[0][name] and group[name] != groups[0][name]:
                 raise UserError(
                     f"parameter groups of {owner} share one search, but {name} is {groups[0][name]!r} in one and "
-                    f"{group[name]!r} in another: write the same value to each."
+                    f"{group[name]!r} in another: set the same value in all groups."
                 )
     first = groups[0]["lr"]
     try:
@@ -83,19 +83,19 @@ def common_options(groups: list[dict[str, Any]], names: Iterable[str], owner: st
 
 
 def check_group(group: Mapping[str, Any], names: Iterable[str], owner: str) -> None:
-    """Raise unless a new parameter group leaves the options to the optimizer and its parameters can be searched.
+    """Raise unless a new parameter group has no options of its own, and real parameters, each once.
 
     Args:
-        group: As the user gave it; parameters in a list.
-        names: Of the options.
-        owner: Class of the optimizer, for messages.
+        group: The group as the user gave it, with its parameters in a list.
+        names: Names of the optimizer's options.
+        owner: Name of the optimizer's class, for messages.
 
     Raises:
-        ValueError: With the reason.
+        ValueError: If it sets an option, or a parameter is complex or occurs twice.
     """
-    own = sorted(set(group) & {*names, *_OF_OTHERS})
+    own = sorted(set(group) & {*names, *_FOREIGN_OPTIONS})
     if own:
-        others = set(own) <= set(_OF_OTHERS)
+        others = set(own) <= set(_FOREIGN_OPTIONS)
         repair = f"{owner} has no such option; add penalties to the objective" if others else f"Pass it to {owner}(...)"
         raise UserError(
             f"parameter groups of {owner} share one search, so a group cannot set {', '.join(own)}. {repair} instead."
@@ -109,36 +109,37 @@ def check_group(group: Mapping[str, Any], names: Iterable[str], owner: str) -> N
 
 
 def check_precision(params: Iterable[Tensor], owner: str) -> None:
-    """Raise unless differences of gradients have digits.
+    """Raise if a parameter is of half precision, in which a difference of gradients is mostly rounding.
 
     Args:
-        params: Of the optimizer.
-        owner: Its class, for messages.
+        params: The parameters of the optimizer.
+        owner: Name of the optimizer's class, for messages.
 
     Raises:
-        ValueError: If a parameter is of half precision.
+        ValueError: If a parameter is neither float32 nor float64.
     """
     for p in params:
         if p.dtype not in (torch.float32, torch.float64):
             raise UserError(
                 f"{owner} needs parameters in float32 or float64, got one of dtype {p.dtype}, in which differences of "
-                "gradients are mostly rounding: take ArmijoGD, or keep the parameters in float32 and let autocast "
+                "gradients are mostly rounding: use ArmijoGD, or keep the parameters in float32 and let autocast "
                 "compute in half precision."
             )
 
 
 def largest_step(params: Iterable[Tensor]) -> float:
-    """Return the largest step by which gradients can be multiplied in the precision of the parameters."""
+    """Return the largest number by which a gradient can be multiplied in the precision of the parameters."""
     narrow = any(p.dtype != torch.float64 for p in params)
     return torch.finfo(torch.float32 if narrow else torch.float64).max
 
 
 def vanishing_step(params: Iterable[Tensor]) -> float:
-    """Return a step that only an objective without a minimum can have had accepted when its gradient is zero.
+    """Return a step length that tells a gradient of zero at a minimum from one on an objective without a minimum.
 
-    A gradient is taken for zero at about the smallest number s of its dtype, or where its square in float64 is. An
-    objective that falls for ever, as exp(-x), has then been descended by steps of 1/s; one with a minimum where all
-    derivatives up to the fifth vanish, by s^(-4/5).
+    A gradient reads as zero when its entries fall below the smallest number s of their dtype, or their squares below
+    that of float64. On an objective that decreases for ever, such as exp(-x), the accepted steps are by then about
+    1/s long. At a minimum where all derivatives up to the fifth vanish they are only about s^(-4/5) long. The length
+    returned lies between the two.
     """
     infos = [torch.finfo(p.dtype) for p in params]
     smallest = max([1e-162, *(info.tiny * info.eps for info in infos)])

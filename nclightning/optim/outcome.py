@@ -1,4 +1,4 @@
-"""How a line search ended, as a value."""
+"""The outcome of an optimizer step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ __all__ = ["Failure", "SearchOutcome", "SearchStatus", "failure_of"]
 
 
 class SearchStatus(str, Enum):
-    """How one line search ended."""
+    """How one line search ended.
+
+    Example:
+        >>> from nclightning.optim import SearchStatus
+        >>> SearchStatus("stationary").sentence
+        'The gradient is zero: this is a stationary point, and the parameters stay there.'
+    """
 
     ACCEPTED = "accepted"
     ACCEPTED_BY_SLOPE = "accepted_by_slope"
@@ -27,7 +33,7 @@ class SearchStatus(str, Enum):
 
     @property
     def sentence(self) -> str:
-        """What happened, and what to do about it."""
+        """A sentence that says what happened, and what to do about it."""
         return _SENTENCES[self]
 
 
@@ -38,39 +44,53 @@ _SENTENCES = {
     ),
     SearchStatus.STATIONARY: "The gradient is zero: this is a stationary point, and the parameters stay there.",
     SearchStatus.STALLED: (
-        "The step became too small to change the parameters: descent has reached the round-off of this precision. "
-        "The parameters were left as they are."
+        "The step became too small to change the parameters: descent has reached round-off in this precision. "
+        "The parameters were left unchanged."
     ),
     SearchStatus.EXHAUSTED: (
-        "No trial step decreased the objective sufficiently. The parameters were left as they are. Check that the "
+        "No trial step decreased the objective sufficiently. The parameters were left unchanged. Check that the "
         "closure is deterministic and returns the objective whose gradient it computes, or raise max_trials."
     ),
     SearchStatus.UNBOUNDED: (
-        "A trial step lowered the objective until it, or its gradient, was beyond the numbers of this precision: "
-        "the objective seems to have no lower bound. The parameters were left as they are. Check its sign, or add a "
-        "penalty."
+        "A trial step lowered the objective until the objective or its gradient overflowed: the objective seems to "
+        "have no lower bound. The parameters were left unchanged. Check its sign, or add a penalty."
     ),
     SearchStatus.UNATTAINED: (
-        "The steps grew as long as this precision allows, or until the gradient vanished, and the objective still "
-        "fell: it seems to have no minimum, like cross-entropy without a penalty on separable data. The parameters "
-        "were left as they are. Add a penalty."
+        "The objective kept decreasing until the steps were as long as this precision allows, or the gradient "
+        "vanished: it seems to have no minimum, like cross-entropy without a penalty on separable data. The "
+        "parameters were left unchanged. Add a penalty."
     ),
 }
 
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What one call of :meth:`LineSearchOptimizer.step` did. All numbers belong to the iterate that it left behind.
+    """The result of one call of :meth:`LineSearchOptimizer.step`.
 
     Attributes:
-        status: How the search ended.
-        objective: Value at the new iterate.
-        previous_objective: Value at the iterate before.
-        grad_norm: Euclidean norm of the gradient at the new iterate, over all parameters.
-        previous_grad_norm: The same at the iterate before: along the gradient ``step_size * previous_grad_norm`` is the
-            length moved.
-        step_size: Step taken, a multiple of the descent vector; 0 unless accepted.
-        evaluations: Calls of the closure in this step, and products with the Hessian.
+        status: How the line search ended.
+        objective: Objective at the iterate after the step.
+        previous_objective: Objective at the iterate before the step.
+        grad_norm: Euclidean norm of the gradient after the step, over all parameters.
+        previous_grad_norm: The same before the step. A step along the gradient moves the parameters by
+            ``step_size * previous_grad_norm``.
+        step_size: The step t of x - t p, where p is the descent vector; 0 if no step was accepted.
+        evaluations: Number of calls of the closure in this step, plus products with the Hessian.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.optim import ArmijoGD
+        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
+        >>> optimizer = ArmijoGD([x])
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     value = x.square().sum() / 2
+        ...     value.backward()
+        ...     return value
+        >>> _ = optimizer.step(closure)
+        >>> outcome = optimizer.outcome
+        >>> outcome.accepted, outcome.previous_objective, outcome.previous_grad_norm
+        (True, 12.5, 5.0)
     """
 
     status: SearchStatus
@@ -83,17 +103,17 @@ class SearchOutcome:
 
     @property
     def accepted(self) -> bool:
-        """Whether the parameters moved."""
+        """Whether a step was accepted, so that the parameters moved."""
         return self.status in (SearchStatus.ACCEPTED, SearchStatus.ACCEPTED_BY_SLOPE)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why no further iteration makes sense.
+    """Why training cannot continue.
 
     Attributes:
         sentence: The reason.
-        is_error: False if nothing is wrong: the gradient is zero, or descent has come to the round-off.
+        is_error: False if nothing is wrong: the gradient is zero, or descent has reached round-off.
     """
 
     sentence: str
@@ -101,7 +121,12 @@ class Failure:
 
 
 def failure_of(optimizer: Optimizer, value: Any) -> Failure | None:
-    """Say why no further iteration makes sense; None if one does."""
+    """Return why training cannot continue after a step, or None if it can.
+
+    Args:
+        optimizer: The optimizer that took the step.
+        value: The objective that the step returned.
+    """
     outcome = getattr(optimizer, "outcome", None)
     if outcome is not None:
         ended_well = outcome.status in (SearchStatus.STATIONARY, SearchStatus.STALLED)
@@ -111,7 +136,7 @@ def failure_of(optimizer: Optimizer, value: Any) -> Failure | None:
     reason = "the step is too large. Lower the optimizer's lr."
     if isinstance(optimizer, MomentumFromCurvature):
         reason = (
-            f"{type(optimizer).__name__} has diverged, whose step and momentum are for starts near the optimum. "
+            f"{type(optimizer).__name__} has diverged: its step and momentum are meant for starts near the optimum. "
             "Descend with ArmijoGD first, or let lr grow from a hundredth over some hundred iterations (LinearLR)."
         )
     return Failure(f"The objective is not finite any more: {reason}", True)

@@ -1,4 +1,4 @@
-"""What the steps of an optimizer do to parameters, read from its parameter groups and its state."""
+"""The update rules of known optimizers, read from their parameter groups and state."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SGD = (SGD, HeavyBall, Nesterov)  # The latter two set only the options of SGD.
 
 
 class Step(NamedTuple):
-    """A step of an optimizer as it acts on one parameter.
+    """The update of one parameter by an optimizer.
 
     Attributes:
-        law: The step; of an adaptive optimizer its decoupled weight decay alone.
-        is_linear: Whether that is all: whether the step is linear in the gradient.
+        law: The update rule. For an adaptive optimizer it is the decoupled weight decay only.
+        is_linear: Whether ``law`` is the whole update, which then is linear in the gradient.
     """
 
     law: GradientStep
@@ -33,18 +33,18 @@ class Step(NamedTuple):
 def step_of(
     optimizer: Optimizer, group: Mapping[str, Any], *, is_first: bool = False, penalty: float = 0.0
 ) -> Step | None:
-    """Read the step that an optimizer takes, or has just taken, with the parameters of a group.
+    """Return the update that an optimizer applies to the parameters of a group.
 
     Args:
         optimizer: ``SGD``, ``Adam`` or ``AdamW`` of ``torch.optim``, or ``ArmijoGD``, ``HeavyBall`` or ``Nesterov`` of
             :mod:`nclightning.optim`.
-        group: Of its ``param_groups``.
+        group: One of its ``param_groups``.
         is_first: Whether the parameter had no momentum buffer before the step.
-        penalty: On the parameter in the loss, as for :class:`nclightning.functional.GradientStep`.
+        penalty: Penalty on the parameter in the loss, as for :class:`nclightning.functional.GradientStep`.
 
     Returns:
-        The step; None for another optimizer, also one derived from these, whose ``step`` may be another. Learning rates
-        that are tensors are brought to the host.
+        The update, or None for another optimizer. A subclass of those above counts as another optimizer, because it
+        may override ``step``. Learning rates that are tensors are moved to the host.
     """
     kind = type(optimizer)
     if kind is ArmijoGD:
@@ -70,20 +70,20 @@ def step_of(
 
 
 def momentum_buffer(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
-    """Return the momentum buffer that ``torch.optim.SGD`` keeps of a parameter; None if there is none."""
+    """Return the momentum buffer that ``torch.optim.SGD`` keeps for a parameter, or None if there is none."""
     buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
     return buffer if isinstance(buffer, Tensor) else None
 
 
 def weight_decays(optimizer: Optimizer) -> list[tuple[Tensor, float]]:
-    """Return the trained parameters of an optimizer, each with the coupled weight decay that acts on it.
+    """Return the trainable parameters of an optimizer, each with its coupled weight decay.
 
     Args:
-        optimizer: Any.
+        optimizer: Any optimizer.
 
     Returns:
-        Parameters in the order of their groups; of decoupled decay, and of optimizers that :func:`step_of` does not
-        know, 0.
+        Pairs in the order of the parameter groups. The decay is 0 if it is decoupled, or if :func:`step_of` does not
+        know the optimizer.
     """
     found = list[tuple[Tensor, float]]()
     for group in optimizer.param_groups:
@@ -94,24 +94,24 @@ def weight_decays(optimizer: Optimizer) -> list[tuple[Tensor, float]]:
 
 
 def curvature_scales(optimizer: Optimizer) -> list[Tensor | float] | None:
-    r"""Return what makes the curvature of the objective that of the optimizer, in units of the largest stable one.
+    r"""Return the diagonal scaling after which an optimizer is stable exactly for curvatures below 1.
 
-    With the diagonal matrix S of these numbers, gradient descent on a quadratic with Hessian A by this optimizer is
-    stable as long as the largest eigenvalue of :math:`S A S` is below 1. For SGD it is
-    :math:`S^2 = 1/` :attr:`nclightning.functional.GradientStep.largest_stable_curvature`, and for Adam with its
-    preconditioner held fixed :math:`P = (1 - \beta_1^t) (\sqrt{v / (1 - \beta_2^t)} + \epsilon)` it is
+    Let S be the diagonal matrix of these numbers. On a quadratic with Hessian A the optimizer is stable as long as the
+    largest eigenvalue of :math:`S A S` is below 1. For SGD,
+    :math:`S^2 = 1/` :attr:`nclightning.functional.GradientStep.largest_stable_curvature`. For Adam with its
+    preconditioner :math:`P = (1 - \beta_1^t) (\sqrt{v / (1 - \beta_2^t)} + \epsilon)` held fixed,
 
     .. math:: S^2 = \frac{\eta (1 - \beta_1)}{(1 + \beta_1)(2 - \eta\delta)} P^{-1},
 
-    of which the first factor is 1 / (38/lr) for :math:`\beta_1 = 0.9`. Cohen et al. (2021, 2022).
+    whose first factor is 1 / (38/lr) for :math:`\beta_1 = 0.9` without weight decay. Cohen et al. (2021, 2022).
 
     Args:
         optimizer: As for :func:`step_of`.
 
     Returns:
-        A number or tensor for each trained parameter, in the order of :func:`weight_decays`; None for other optimizers,
-        before the first step of Adam and of a line search, while ascending, and where groups differ in momentum, for
-        which no such number is known.
+        A number or tensor for each trainable parameter, in the order of :func:`weight_decays`. None if no such scaling
+        is known: for other optimizers, before the first step of Adam or of a line search, while maximizing, and where
+        parameter groups differ in momentum.
     """
     groups = [group for group in optimizer.param_groups if any(p.requires_grad for p in group["params"])]
     if len({_momentum_of(group) for group in groups}) != 1:
@@ -140,7 +140,7 @@ def _scale_of_adam(optimizer: Optimizer, group: Mapping[str, Any], law: Gradient
     state = optimizer.state.get(p, {})
     squares = state.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
     beta, second = (float(each) for each in group["betas"])
-    # An averaged gradient is that of heavy ball with the step (1 - beta) lr.
+    # Averaging gradients is heavy-ball momentum with the step (1 - beta) lr.
     averaged = GradientStep(law.lr, momentum=beta, dampening=beta, decoupled_decay=law.decoupled_decay)
     scale = _scale(averaged)
     if squares is None or scale is None:
@@ -156,5 +156,5 @@ def _momentum_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_decoupled(kind: type, group: Mapping[str, Any]) -> bool:
-    """Whether the weight decay of Adam is that of AdamW; newer versions of torch tell by the group."""
+    """Return whether the weight decay is decoupled. Newer versions of torch write this to Adam's groups."""
     return bool(group.get("decoupled_weight_decay", kind is AdamW))

@@ -1,4 +1,4 @@
-"""The point that a search starts from, and what cannot be searched."""
+"""Checks at the start of an optimizer step: parameters, objective and closure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.iterate import differ_between_ranks
-from nclightning.optim.line import ClosureLine, LineObjective
+from nclightning.optim.objectives import ClosureObjective, LineObjective
+from nclightning.optim.unchanged import differ_between_ranks
 
 __all__ = ["check_parameters", "evaluate_start", "missing_closure", "warn_if_random"]
 
 
 def check_parameters(
-    line: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None, owner: str
+    objective: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None, owner: str
 ) -> None:
-    """Refuse parameters that cannot be searched over.
+    """Raise unless a step can be taken with these parameters.
 
     Args:
-        line: The objective.
-        params: Of the optimizer.
-        own: Gradients that the last step left; None for none.
-        owner: Class of the optimizer, for messages.
+        objective: The objective of the step.
+        params: The parameters of the optimizer.
+        own: The gradients that the last step left at the parameters, or None if there was no step.
+        owner: Name of the optimizer's class, for messages.
 
     Raises:
-        ValueError: If a gradient is another one, or parameters are frozen, without values or different on processes.
+        ValueError: If a parameter has a gradient that the last step did not leave, all parameters are frozen, one is
+            on the meta device, or they differ between processes.
     """
     for p, g in zip(params, own or [None] * len(params), strict=True):
         if p.grad is not None and p.grad is not g:
@@ -39,32 +40,32 @@ def check_parameters(
             )
     if not any(p.requires_grad for p in params):
         raise UserError(
-            f"no parameter of {owner} requires a gradient: all are frozen. Call requires_grad_(True) on what is to "
-            "be trained."
+            f"no parameter of {owner} requires a gradient: all are frozen. Call requires_grad_(True) on the parameters "
+            "to be trained."
         )
     if any(p.is_meta for p in params):
         raise UserError(
-            f"a parameter of {owner} is on the meta device and has no values: make the optimizer after the module "
-            "was materialised."
+            f"a parameter of {owner} is on the meta device and has no values: construct the optimizer after the module "
+            "has been materialised."
         )
-    if type(line) is ClosureLine and differ_between_ranks(params):
+    if type(objective) is ClosureObjective and differ_between_ranks(params):
         raise UserError(
             f"the parameters of {owner} are not the same on all processes: broadcast them before the first step, "
             "as DistributedDataParallel does."
         )
 
 
-def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
+def evaluate_start(objective: LineObjective, params: Sequence[Tensor]) -> Evaluation:
     """Evaluate at the current parameters.
 
     Raises:
-        ValueError: If the objective or its gradient is not finite, or the line has gradients of frozen parameters.
+        ValueError: If the objective or its gradient is not finite, or there is a gradient for a frozen parameter.
     """
-    start = line.evaluate()
+    start = objective.evaluate()
     if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
         raise UserError(
-            f"{type(line).__name__} has a gradient for a parameter that was frozen since: make it anew, or pass a "
-            "closure."
+            f"{type(objective).__name__} has a gradient for a parameter that was frozen after it was made: construct "
+            "it again, or pass a closure."
         )
     if not start.finite:
         raise UserError(
@@ -75,18 +76,18 @@ def evaluate_start(line: LineObjective, params: Sequence[Tensor]) -> Evaluation:
 
 
 def warn_if_random(known: Evaluation, start: Evaluation, owner: str) -> None:
-    """Say that two evaluations at the same parameters have different values."""
+    """Warn if two evaluations at the same parameters have different values."""
     if abs(start.value - known.value) > 64 * start.epsilon * abs(known.value):
         warnings.warn(
             f"the closure of {owner}.step gave {known.value} and then {start.value} at the same parameters: a "
-            "search needs an objective that is deterministic (no dropout, the same data). If it changes from step "
-            "to step only, set reuse_gradient=False.",
+            "line search needs a deterministic objective (no dropout, the same data). If the objective is constant "
+            "within each step and changes only between steps, set reuse_gradient=False.",
             stacklevel=5,
         )
 
 
 def missing_closure(owner: str) -> ValueError:
-    """Say what a step without a closure is a sign of."""
+    """Return the error for a step that was called without a closure."""
     return ValueError(
         f"{owner}.step needs a closure that evaluates the objective; it was called without one. Under "
         "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "

@@ -1,4 +1,4 @@
-"""Features, labels and a head as somebody else computed them: made tensors, or refused with the repair."""
+"""Validation and conversion of features, labels and a head that the user passes as arrays."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Arrays(NamedTuple):
 
     Attributes:
         features: ``(N, d)`` of any floating dtype.
-        labels: ``(N,)`` int64 on the same device, each within ``0..K-1`` or ``ignore_index``.
-        num_classes: K.
+        labels: ``(N,)`` int64 on the same device, each within ``0..K-1`` or equal to ``ignore_index``.
+        num_classes: Number of classes K.
         head: The head, or None.
     """
 
@@ -36,20 +36,21 @@ class Arrays(NamedTuple):
 
 
 def arrays(features: Any, labels: Any, weight: Any, bias: Any, ignore_index: int | None) -> Arrays:
-    """Check arrays and bring them to one device.
+    """Check arrays, and convert them to tensors on one device.
 
     Args:
-        features: ``(N, d)``, or ``(B, T, d)`` with labels ``(B, T)``: a tensor, an array, or what numpy makes one of.
+        features: ``(N, d)``, or ``(B, T, d)`` with labels ``(B, T)``: a tensor, or anything that numpy converts to an
+            array.
         labels: ``(N,)`` integers of any type.
         weight: ``(K, d)``, or None.
         bias: ``(K,)``, or None.
         ignore_index: Label of samples to leave out.
 
     Returns:
-        The same as tensors on the device of the features, or on the host where that has no float64.
+        Tensors on the device of the features, or on the host if that device has no float64.
 
     Raises:
-        TypeError: If something is not made of numbers of the right kind.
+        TypeError: If an array has a dtype that does not fit.
         ValueError: If shapes or labels do not fit, or a number is not finite.
     """
     rows, classes = tensor_of(features, "features"), tensor_of(labels, "labels")
@@ -67,17 +68,17 @@ def arrays(features: Any, labels: Any, weight: Any, bias: Any, ignore_index: int
 
 
 def tensor_of(value: Any, name: str) -> Tensor:
-    """Make a tensor of an array or of lists, without a copy where that is possible.
+    """Convert an array or lists to a tensor, without a copy if possible.
 
     Args:
-        value: Anything.
-        name: Of the argument, for messages.
+        value: Any value.
+        name: Name of the argument, for messages.
 
     Returns:
         A dense tensor, detached.
 
     Raises:
-        TypeError: If it is not made of numbers.
+        TypeError: If the value is no array of numbers.
     """
     if isinstance(value, list | tuple) and any(isinstance(each, Tensor) for each in value):
         value = _stacked(value, name)
@@ -97,7 +98,7 @@ def tensor_of(value: Any, name: str) -> Tensor:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise UserTypeError(
-            f"{name} must be one array, got a {_kind(value)} of which numpy makes none: pass torch.cat({name}) or "
+            f"{name} must be one array, got a {_kind(value)} that numpy cannot convert: pass torch.cat({name}) or "
             f"numpy.concatenate({name}) of a list of batches."
         ) from error
     if isinstance(value, np.ma.MaskedArray):
@@ -134,7 +135,7 @@ def _from_numpy(array: Any, name: str) -> Tensor:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
-    with warnings.catch_warnings():  # Of arrays that must not be written to, such as memory maps; nobody does here.
+    with warnings.catch_warnings():  # Torch warns of read-only arrays, such as memory maps. Nothing is written here.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
@@ -169,7 +170,7 @@ def _check_kinds(features: Tensor, labels: Tensor) -> None:
 
 
 def _paired(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring features to one row per label."""
+    """Reshape features to one row per label."""
     shape = tuple(features.shape)
     if labels.ndim == features.ndim and labels.shape[-1] == 1:
         labels = labels.squeeze(-1)
@@ -210,12 +211,12 @@ def _head(weight: Any, bias: Any, feature_dim: int, device: torch.device) -> Hea
         )
     for name, each in (("weight", rows), ("bias", values)):
         if each is not None and not bool(each.isfinite().all()):
-            raise UserError(f"{name} has numbers that are not finite: pass one of before training diverged.")
+            raise UserError(f"{name} has numbers that are not finite: pass the {name} from before training diverged.")
     return Head(rows, values, name="weight")
 
 
 def _count_classes(labels: Tensor, head: Head | None, ignore_index: int | None) -> int:
-    """Return K, and refuse labels that are not ``0..K-1``."""
+    """Return the number of classes K. Raise if labels are not within ``0..K-1``."""
     if not labels.numel():
         raise UserError(
             f"all labels are {ignore_index}, which ignore_index leaves out: pass ignore_index=None to count them."
@@ -246,7 +247,7 @@ def _count_classes(labels: Tensor, head: Head | None, ignore_index: int | None) 
 
 
 def _check_numbers(labels: Tensor, least: int, most: int) -> None:
-    """Refuse labels that do not number the classes, where no head says how many there are."""
+    """Raise if labels seem not to number the classes. Needed if there is no head, which has K rows."""
     if most >= max(len(labels), 1000):
         raise UserError(
             f"labels must number the classes from 0 on, and {len(labels)} labels go up to {most}: pass "
@@ -267,5 +268,5 @@ def _check_finite(features: Tensor, counted: Tensor) -> None:
     if count := int(bad):
         raise UserError(
             f"features have numbers that are not finite in {count} of {int(counted.sum())} rows: pass features[ok] and "
-            "labels[ok] with ok = features.isfinite().all(1), or features of before training diverged."
+            "labels[ok] with ok = features.isfinite().all(1), or features from before training diverged."
         )

@@ -1,4 +1,4 @@
-"""Batches of features, put together to rows of many batches."""
+"""A buffer that joins the features of several batches before they are processed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["RowBuffer", "unlabelled"]
 
 Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# What waits, at least so many rows and so many numbers: to take in many rows costs little more than to take in few.
+# The buffer is passed on once it has at least this many rows and numbers. Processing many rows at once costs little
+# more than processing few.
 _ROWS_AT_A_TIME, _ELEMENTS_AT_A_TIME = 2048, 2**18
 
 
 class RowBuffer:
-    """Keeps batches of features by name, and hands them on together, a few thousand rows at a time.
+    """Keeps batches of features, and passes them on together, a few thousand rows at a time.
 
     Args:
-        *takers: Get features by name, each ``(N, d)``, and labels ``(N,)`` int64.
-        pair: Brings features and labels to such rows.
+        *takers: Functions that receive a dictionary of features ``(N, d)`` by name, and labels ``(N,)`` int64.
+        pair: Function that brings features and labels of a batch to this form.
 
     Attributes:
-        seen: Number of places in the batches so far.
+        seen: Number of samples so far.
     """
 
     def __init__(self, *takers: Callable[[dict[str, Tensor], Tensor], None], pair: Pair = pair_rows) -> None:
@@ -37,17 +38,24 @@ class RowBuffer:
         self._num_rows = self._num_elements = 0
 
     def add(self, captured: dict[str, Tensor], labels: Tensor, num_own: int | None = None) -> None:
-        """Take a batch, whose features nobody writes to any more; of the places behind ``num_own`` nothing."""
+        """Add a batch.
+
+        Args:
+            captured: Features by name. They must not be written to afterwards.
+            labels: The labels of the batch.
+            num_own: Number of samples of the epoch that count. Samples after these are duplicates and are dropped.
+        """
         rows = labels.shape[0]
-        if num_own is not None:  # Seen and labels count places of the epoch, batch by batch.
+        if num_own is not None:
             rows = max(min(rows, num_own - self.seen), 0)
             labels = labels.narrow(0, 0, rows)
             captured = {name: tensor.narrow(0, 0, rows) for name, tensor in captured.items()}
-        if rows == 0 and self._named:  # The first batch, empty or not, makes the same metrics on all processes.
+        # The first batch counts even if it is empty, so that all processes construct the same metrics.
+        if rows == 0 and self._named:
             return
         self._named = True
         self.seen += rows
-        # A loader may fill the same memory with the next batch.
+        # The labels are copied because a loader may write the next batch to the same memory.
         self._waiting.append((captured, labels.clone()))
         for tensor in captured.values():
             self._num_elements += tensor.numel()
@@ -56,10 +64,10 @@ class RowBuffer:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what waits.
+        """Pass on all batches in the buffer.
 
         Raises:
-            ValueError: If features of a layer are of different sizes in different batches.
+            ValueError: If features of a layer have different sizes in different batches.
         """
         waiting, self._waiting = self._waiting, []
         self._num_rows = self._num_elements = 0
@@ -79,14 +87,14 @@ class RowBuffer:
             take(features, labels)
 
     def _rows(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pair rows where they are not paired already."""
+        """Return features and labels row by row."""
         if features.ndim == 2 and labels.dtype == torch.int64 and labels.shape == features.shape[:1]:
             return features, labels
         return self._pair(features, labels)
 
 
 def unlabelled(captured: dict[str, Tensor], ignore_index: int | None) -> tuple[dict[str, Tensor], Tensor]:
-    """Return head input of samples whose labels mean nothing here, all in one class that is not left out."""
+    """Return the features at the head with labels that put all samples into one class, which is not ignored."""
     features = captured[""]
     labels = torch.full(features.shape[:-1], int(ignore_index == 0), dtype=torch.int64, device=features.device)
     return {"": features}, labels

@@ -1,4 +1,4 @@
-"""From statistics and decisions to the measurement that a user gets."""
+"""Construction of the user's :class:`~nclightning.probe.results.Measurement` from statistics and decisions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from nclightning.functional import ClassStatistics, between_class_rank
 from nclightning.functional.linear import unit_rows
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import Head
-from nclightning.metrics.measures import Reading, per_class_values
+from nclightning.metrics.measures import MeasureInput, per_class_values
 from nclightning.probe.results import Measurement
 
 __all__ = ["Conventions", "build", "build_unlabelled"]
 
-# Up to so many classes all pairs of them are looked at without being asked for: of 50000 words that takes an hour.
+# Measures of all pairs of classes are part of the table up to this number of classes. With a vocabulary of 50000 words
+# they would take an hour.
 _MOST_PAIRED = 2048
-_OF_PAIRS = {"nc1_cdnv", "nc1_cdnv_worst", "nc2_equiangularity_means", "nc2_equiangularity_worst"}
-_MOST_DRAWN = 1024  # Classes of which cosines are kept for the picture: 4 MiB.
+_PAIR_MEASURES = {"nc1_cdnv", "nc1_cdnv_worst", "nc2_equiangularity_means", "nc2_equiangularity_worst"}
+_MOST_DRAWN = 1024  # Number of classes whose cosines are kept for the picture, in at most 4 MiB.
 
 
 class Conventions(NamedTuple):
-    """Of NC1 on unbalanced data; see :func:`nclightning.functional.within_class_variability`."""
+    """Conventions of NC1 on unbalanced data; see :func:`nclightning.functional.within_class_variability`."""
 
     global_mean: GlobalMean
     between_weights: BetweenWeights
@@ -43,16 +44,16 @@ def build(
     start: float,
     left_out: tuple[str, ...] = (),
 ) -> Measurement:
-    """Bring what was measured to the host, and put it together.
+    """Transfer the results to the host, and return them as a measurement.
 
     Args:
-        statistics: Of the input of the head under ``""``, and of further layers.
-        values: Scalars by name.
-        of_classes: Decisions class by class, for the same names as ``statistics``.
+        statistics: Class statistics of the head's input under ``""``, and of further layers under their names.
+        values: Values of the measures by name.
+        of_classes: Measures of decisions for each class, under the same names as ``statistics``.
         head: The head, or None.
-        conventions: Of NC1.
-        start: When measuring began, by ``time.perf_counter``.
-        left_out: Measures that were left out since there was no head.
+        conventions: Conventions of NC1.
+        start: Start of the measurement by ``time.perf_counter``.
+        left_out: Names of measures that were left out because there is no head.
 
     Returns:
         The measurement.
@@ -65,8 +66,8 @@ def build(
     scalars = [values[name] for name in names] + ([] if rank is None else [rank])
     numbers = torch.stack([each.double() for each in scalars]).tolist() if scalars else []
     last = None if rank is None else numbers.pop()
-    pairs = len(stats.counts) <= _MOST_PAIRED or not _OF_PAIRS.isdisjoint(values)
-    classes = _spread_out(len(stats.counts))
+    pairs = len(stats.counts) <= _MOST_PAIRED or not _PAIR_MEASURES.isdisjoint(values)
+    classes = _evenly_spaced(len(stats.counts))
     return Measurement(
         dict(zip(names, numbers, strict=True)),
         {
@@ -86,13 +87,13 @@ def build(
 
 
 def build_unlabelled(values: Mapping[str, Tensor], stats: ClassStatistics, head: Head, start: float) -> Measurement:
-    """Do as :func:`build` does where labels mean nothing, so that there are no classes.
+    """Return a measurement of data without meaningful labels, which therefore has no classes.
 
     Args:
-        values: Scalars by name.
-        stats: Of all samples.
+        values: Values of the measures by name.
+        stats: Statistics of all samples.
         head: The head.
-        start: When measuring began.
+        start: Start of the measurement by ``time.perf_counter``.
     """
     none = np.zeros(0, dtype=np.int64)
     return Measurement(
@@ -114,14 +115,14 @@ def _table(
     pairs: bool,
 ) -> dict[str, NDArray[Any]]:
     weight = None if head is None else head.weight.to(stats.means)
-    columns = per_class_values(Reading(stats, weight, None, *conventions), pairs) | dict(decisions)
+    columns = per_class_values(MeasureInput(stats, weight, None, *conventions), pairs) | dict(decisions)
     names = list(columns)
     values = torch.stack([columns[name].double() for name in names]).cpu().numpy()
     table: dict[str, NDArray[Any]] = dict(zip(names, values, strict=True))
     return {"class": np.arange(len(stats.counts)), **table, "count": table["count"].astype(np.int64)}
 
 
-def _spread_out(num_classes: int) -> NDArray[np.int64]:
+def _evenly_spaced(num_classes: int) -> NDArray[np.int64]:
     step = -(-num_classes // _MOST_DRAWN)
     return np.arange(0, num_classes, step, dtype=np.int64)
 

@@ -1,4 +1,4 @@
-"""From the features of one data set to its measures: collectors of statistics, and of decisions."""
+"""Collectors that turn the features of a data set into measures: one for statistics, one for decisions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from nclightning import metrics
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
-    Reading,
+    MeasureInput,
     select_measures,
 )
+from nclightning.quantities import DECISION_NAMES, DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
-    "DECISIONS",
     "DecisionsCollector",
     "LayerStatistics",
     "Measuring",
@@ -31,62 +29,66 @@ __all__ = [
     "orthogonality",
 ]
 
-DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
-_OF_A_LAYER = ("nc1", "nc1_cdnv")
+_LAYER_MEASURES = ("nc1", "nc1_cdnv")
 
-# Statistics of the input of the head, under the empty name, and of further layers.
+# Class statistics of the head's input under the empty name, and of further layers under their names.
 LayerStatistics = Mapping[str, ClassStatistics]
 
 
 class Measuring:
-    """The measures that a user chose: those of statistics, and those of decisions, which need the class means first.
+    """The measures that a user chose.
+
+    Measures of statistics need one pass over the data. Measures of decisions need a second one, because they compare
+    samples with the class means.
 
     Args:
-        measures: Names out of ``MEASURES`` and ``DECISIONS``; None leaves the choice to the metric, ``("all",)`` takes
-            all.
+        measures: Names out of ``MEASURES`` and ``DECISION_NAMES``; None leaves the choice to the metric, ``("all",)``
+            takes all.
         ignore_index: Label of samples to leave out.
-        conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
+        **conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
 
     Attributes:
-        num_groups: How many groups of samples the labels say, where they say groups and not the classes of the head.
+        statistics_measures: Chosen measures of statistics; None for the default.
+        decision_measures: Chosen measures of decisions.
+        num_groups: Number of groups if the labels number groups of samples, and not the classes of the head; else None.
 
     Raises:
-        ValueError: If a name does not exist or stands twice.
+        ValueError: If a name does not exist or occurs twice.
     """
 
     def __init__(
         self, measures: Sequence[str] | None = None, ignore_index: int | None = None, **conventions: Any
     ) -> None:
         self._ignore_index, self._conventions = ignore_index, conventions
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.num_groups: int | None = None
-        self.of_statistics: tuple[str, ...] | None = None
-        self.of_decisions: tuple[str, ...] = ()
+        self.statistics_measures: tuple[str, ...] | None = None
+        self.decision_measures: tuple[str, ...] = ()
         if measures is None:
             return
         if not isinstance(measures, str):
-            measures = (*MEASURES, *DECISIONS) if tuple(measures) == ("all",) else tuple(measures)
-            self.of_decisions = tuple(name for name in DECISIONS if name in measures)
-            if len(set(measures)) == len(measures) == len(self.of_decisions) > 0:
-                self.of_statistics = ()
+            measures = (*MEASURES, *DECISION_NAMES) if tuple(measures) == ("all",) else tuple(measures)
+            self.decision_measures = tuple(name for name in DECISION_NAMES if name in measures)
+            if len(set(measures)) == len(measures) == len(self.decision_measures) > 0:
+                self.statistics_measures = ()
                 return
-            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
-        self.of_statistics = select_measures(measures, DECISIONS)
+            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISION_NAMES)
+        self.statistics_measures = select_measures(measures, DECISION_NAMES)
 
     def tags(self, layers: Iterable[str]) -> set[str]:
-        """Return the names of the measures of a data set, and one name for each further layer."""
+        """Return the names under which values of a data set are logged; for each further layer only that of NC1."""
         default = DEFAULT_MEASURES if self.num_groups is None else DEFAULT_MEASURES_OF_GROUPS
-        of_statistics = default if self.of_statistics is None else self.of_statistics
-        return {*of_statistics, *self.of_decisions, *(f"{layer}/nc1" for layer in layers)}
+        statistics_measures = default if self.statistics_measures is None else self.statistics_measures
+        return {*statistics_measures, *self.decision_measures, *(f"{layer}/nc1" for layer in layers)}
 
     def metric(self, head: Head | HeadReader) -> metrics.NeuralCollapse:
-        """Make the metric of the head and its input."""
-        measures = ("all",) if self.of_statistics == tuple(MEASURES) else self.of_statistics
+        """Construct the metric for the head and its input."""
+        measures = ("all",) if self.statistics_measures == tuple(MEASURES) else self.statistics_measures
         return metrics.NeuralCollapse(
             head.out_features if self.num_groups is None else self.num_groups,
             head.in_features,
             head,
-            # The lightest measure where only statistics are wanted.
+            # If only statistics are needed: the measure with the cheapest ones.
             ("nc1_ratio",) if measures == () else measures,
             ignore_index=self._ignore_index,
             groups=self.num_groups is not None,
@@ -96,31 +98,36 @@ class Measuring:
     def statistics_collector(
         self, head: Head | HeadReader, last: StatisticsCollector | None = None
     ) -> StatisticsCollector:
-        """Make a collector for a data set; a last one that is done with is taken again where it can be."""
+        """Construct a collector of statistics for a data set.
+
+        Args:
+            head: The head.
+            last: A collector that is no longer needed. It is restarted and returned if it fits.
+        """
         if last is not None and last.restart(head):
             return last
-        reads = self.of_statistics != ()
-        return StatisticsCollector(head, self.metric(head), reads, self._ignore_index, self.tell_absent)
+        reads = self.statistics_measures != ()
+        return StatisticsCollector(head, self.metric(head), reads, self._ignore_index, self.warn_if_absent)
 
-    def tell_absent(self, head: Head | HeadReader, stats: ClassStatistics) -> None:
-        """Say once for each head that it has more outputs than classes were seen. Transfers to the host."""
+    def warn_if_absent(self, head: Head | HeadReader, stats: ClassStatistics) -> None:
+        """Warn once per head if it has more outputs than there are classes in the labels. Transfers to the host."""
         present, ignored = int(stats.present.sum()), self._ignore_index
         expected = head.out_features - (ignored is not None and 0 <= ignored < head.out_features)
-        if present < expected and head.name not in self._told:
-            self._told.add(head.name)
+        if present < expected and head.name not in self._warned:
+            self._warned.add(head.name)
             rank_zero_warn(
-                f"the head {head.name!r} has {head.out_features} outputs, and the labels hold {present} classes: the "
+                f"the head {head.name!r} has {head.out_features} outputs, and the labels have {present} classes: the "
                 "others have no class mean, and measures of class means leave them out. If this layer is not the one "
                 "that the labels belong to, pass head=."
             )
 
     def decisions_collector(self, head: Head | HeadReader, class_means: LayerStatistics) -> DecisionsCollector:
-        """Make a collector of the decisions about a data set."""
-        return DecisionsCollector(head, self.of_decisions, class_means, self._ignore_index)
+        """Construct a collector of decisions for a data set."""
+        return DecisionsCollector(head, self.decision_measures, class_means, self._ignore_index)
 
     def decides(self, class_means: LayerStatistics) -> bool:
-        """Whether decisions are measured: when chosen, and for further layers always."""
-        return bool(self.of_decisions) or len(class_means) > 1
+        """Return whether decisions are measured: if the user chose one, and always if there are further layers."""
+        return bool(self.decision_measures) or len(class_means) > 1
 
 
 class StatisticsCollector:
@@ -128,10 +135,10 @@ class StatisticsCollector:
 
     Args:
         head: The head.
-        metric: Of its input.
-        reads: Whether its measures are wanted, or only its statistics.
+        metric: The metric for the head and its input.
+        reads: Whether measures are evaluated. If not, only the statistics are needed.
         ignore_index: Label of samples to leave out.
-        tell: Is told head and statistics before measures are read.
+        warn: Function that is called with head and statistics before measures are evaluated.
     """
 
     def __init__(
@@ -140,23 +147,26 @@ class StatisticsCollector:
         metric: metrics.NeuralCollapse,
         reads: bool,
         ignore_index: int | None,
-        tell: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
+        warn: Callable[[Head | HeadReader, ClassStatistics], None] | None = None,
     ) -> None:
-        self._head, self._metrics, self._tell = head, {"": metric}, tell
+        self._head, self._metrics, self._warn = head, {"": metric}, warn
         self._num_classes, self._reads, self._ignore_index = metric.num_classes, reads, ignore_index
 
     def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Take rows ``(N, d)`` by name, which do not change any more, and their labels ``(N,)``."""
+        """Add features ``(N, d)`` by name, which must not be written to afterwards, and their labels ``(N,)``."""
         for name, rows in features.items():
             if name not in self._metrics:
                 metric = metrics.NeuralCollapse(
-                    self._num_classes, rows.shape[1], measures=_OF_A_LAYER, ignore_index=self._ignore_index
+                    self._num_classes, rows.shape[1], measures=_LAYER_MEASURES, ignore_index=self._ignore_index
                 )
                 self._metrics[name] = metric.to(rows.device)
             self._metrics[name].update(rows, labels, copy=False)
 
     def restart(self, head: Head | HeadReader) -> bool:
-        """Begin anew if this is of the head as it is now, at a tenth of what another collector costs; say whether."""
+        """Empty the collector for reuse if it fits the head, and return whether it does.
+
+        This takes a tenth of the time of constructing another one.
+        """
         metric = self._metrics[""]
         shape = (metric.num_classes, metric.feature_dim)
         if head is not self._head or weight_shape(head) != shape or device_of(head) != metric.means.device:
@@ -166,7 +176,7 @@ class StatisticsCollector:
         return True
 
     def statistics(self) -> dict[str, ClassStatistics]:
-        """Statistics by name, over all processes.
+        """Return class statistics by name, over all processes.
 
         Raises:
             ValueError: If there were no samples, or labels do not fit the head.
@@ -175,22 +185,24 @@ class StatisticsCollector:
 
     def read(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Evaluate the measures."""
-        if self._tell is not None:
-            self._tell(self._head, statistics[""])
+        if self._warn is not None:
+            self._warn(self._head, statistics[""])
         values = self._metrics[""].read(statistics[""]) if self._reads else {}
         for name, stats in statistics.items():
             if name:
-                values |= {f"{name}/{measure}": MEASURES[measure].read(Reading(stats)) for measure in _OF_A_LAYER}
+                values |= {
+                    f"{name}/{measure}": MEASURES[measure].read(MeasureInput(stats)) for measure in _LAYER_MEASURES
+                }
         return values
 
 
 class DecisionsCollector:
-    """Collects decisions of the head and of the nearest class mean; for further layers of the latter.
+    """Collects decisions: of the head and the nearest class mean at its input, of the nearest class mean elsewhere.
 
     Args:
         head: The head.
-        measures: Of the head's decisions.
-        class_means: Statistics of the training set by name.
+        measures: Measures of decisions at the head.
+        class_means: Statistics of the training set by name of the layer.
         ignore_index: Label of samples to leave out.
     """
 
@@ -204,7 +216,7 @@ class DecisionsCollector:
         }
 
     def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Take rows ``(N, d)`` by name, and their labels ``(N,)``."""
+        """Add features ``(N, d)`` by name, and their labels ``(N,)``."""
         for name, rows in features.items():
             self._metrics[name].update(rows, labels)
 
@@ -220,7 +232,7 @@ class DecisionsCollector:
         return values
 
     def per_class(self) -> dict[str, dict[str, Tensor]]:
-        """Read the measures class by class over all processes, after :meth:`read`."""
+        """Return the measures for each class over all processes. Call it after :meth:`read`."""
         shares = {}
         for name, metric in self._metrics.items():
             with metric.sync_context(dist_sync_fn=metric.dist_sync_fn):
@@ -230,19 +242,19 @@ class DecisionsCollector:
 
 
 def orthogonality(class_means: ClassStatistics, others: ClassStatistics) -> Tensor:
-    """NC5 of the samples of another set, whatever their classes."""
+    """Return NC5 of the samples of another data set; their classes do not matter."""
     weights = others.counts / others.counts.sum()
     return ood_orthogonality(class_means, (weights.unsqueeze(1) * others.means).sum(dim=0))
 
 
 def merge_over_ranks(stats: ClassStatistics) -> ClassStatistics:
-    """Merge the statistics of all processes, in the same order on each. All must come here.
+    """Merge the statistics of all processes, in the same order on each. All processes must call it.
 
     Args:
-        stats: Of the samples of this process.
+        stats: Statistics of the samples of this process.
 
     Returns:
-        Of all samples.
+        Statistics of all samples.
     """
     if world_size() == 1:
         return stats

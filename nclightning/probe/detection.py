@@ -1,4 +1,4 @@
-"""Which layer of a model is its head, as one run of the model shows."""
+"""Detection of the head: the layer whose output is seen to be the output of the model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nclightning.errors import UserError, UserTypeError, nearest
 from nclightning.heads import HeadReader, fits, has_more_than_a_weight, has_weight, pair_of, read_head
-from nclightning.probe.effects import check_effects, check_functions, words_of_layers
+from nclightning.probe.agreement import Agreement, Link, follows, links, logits_of, makes, pattern
+from nclightning.probe.effects import check_effects, check_functions, describe_layers
 from nclightning.probe.features import Pooling, class_last
-from nclightning.probe.found import REPAIRS, Found, one_output, unpaired_words, why_linear
-from nclightning.probe.likeness import Like, Link, follows, links, logits_of, makes, pattern
+from nclightning.probe.found_head import REPAIRS, FoundHead, linearity_reason, pairing_error, single_output_hint
 from nclightning.probe.observation import Observation, Run, observe
 from nclightning.probe.sweep import frozen
 
@@ -28,43 +28,48 @@ def find_head(
     head: HeadArgument = None,
     labels: Tensor | None = None,
     ignore_index: int | None = None,
-    like: Like = "factor",
-) -> tuple[Found, Observation]:
-    """Find the head of a model, and where its features arise, by running it.
+    agreement: Agreement = "factor",
+) -> tuple[FoundHead, Observation]:
+    """Find the head of a model, and the place of its features, by running the model.
 
-    Without ``head`` a layer is the head if the run shows it: its output is the output of the model, or a part of it at
-    any depth; or the output follows from it by something that keeps the classes (log_softmax, softmax, sigmoid, a
-    temperature, a squeeze, a cast, a mean over positions, one position of each sample), also where the output of the
-    layer is replaced, and where parameters that may start without effect are. If several layers do so, those that feed
-    others are left out, and those that have too few outputs for the labels.
+    If ``head`` is None, a layer is the head if a run shows one of two things. Either its output is the output of the
+    model, or an element of it at any depth. Or the output follows from it by an operation that keeps the classes:
+    log_softmax, softmax, sigmoid, a temperature, a squeeze, a cast, a mean over positions, or the choice of one
+    position per sample. This must also be so when the layer's output, and parameters without effect at initialisation,
+    get other values. Layers that feed another one, or have too few outputs for the labels, are left out.
 
     Args:
         module: The model.
-        call: Runs it on a batch.
-        head: Dotted name, module, or function ``(model) -> (weight, bias)``; None finds it.
-        labels: Of the batch.
-        ignore_index: Label that counts for nothing.
-        like: How closely the output of the model must follow from the logits: of a head that is named, at all only if
-            this is not ``"factor"``.
+        call: Function that runs the model on a batch.
+        head: Dotted name, module, or function ``(model) -> (weight, bias)``; None to detect it.
+        labels: Labels of the batch.
+        ignore_index: Label of samples to leave out.
+        agreement: How closely the output of the model must agree with the logits. With ``"factor"``, the output need
+            not follow at all from the logits of a head that is named.
 
     Returns:
-        The head, and what was seen.
+        The head, and the observed run.
 
     Raises:
-        ValueError: If no layer was seen to be the head, or several were; the message lists those that ran.
-        TypeError: If ``head`` is of another type.
+        ValueError: If no layer was seen to be the head, or several were. The message lists the layers that ran.
+        TypeError: If ``head`` has another type.
     """
-    return _Search(module, call, labels, ignore_index, like).find(head)
+    return _Search(module, call, labels, ignore_index, agreement).find(head)
 
 
 class _Search:
-    """Looks for the head of one model on one batch."""
+    """The search for the head of one model on one batch."""
 
     def __init__(
-        self, module: nn.Module, call: Callable[[], Any], labels: Tensor | None, ignored: int | None, like: Like
+        self,
+        module: nn.Module,
+        call: Callable[[], Any],
+        labels: Tensor | None,
+        ignored: int | None,
+        agreement: Agreement,
     ) -> None:
-        self._module, self._call, self._labels, self._like = module, call, labels, like
-        self._explained, self._single = set[str](), like == "values"
+        self._module, self._call, self._labels, self._agreement = module, call, labels, agreement
+        self._explained, self._single = set[str](), agreement == "values"
         self._names = {child: name for name, child in module.named_modules()}
         self._seen = observe(module, call)
         self._most = -1
@@ -72,7 +77,7 @@ class _Search:
             counted = labels if ignored is None else labels[labels != ignored]
             self._most = int(counted.max()) if counted.numel() else -1
 
-    def find(self, head: HeadArgument) -> tuple[Found, Observation]:
+    def find(self, head: HeadArgument) -> tuple[FoundHead, Observation]:
         if head is None:
             layer = self._detect()
         elif isinstance(head, str):
@@ -96,31 +101,31 @@ class _Search:
 
     # A layer that is known to be the head.
 
-    def _found(self, layer: nn.Module, named: bool) -> Found:
+    def _found(self, layer: nn.Module, named: bool) -> FoundHead:
         name, runs = self._names[layer], self._seen.of(layer)
         if len(runs) != 1:
             what = "did not run" if not runs else f"ran {len(runs)} times"
             raise UserError(
                 f"the head {name!r} of {self._title} {what} in one forward, expected once: features and logits would "
-                f"not be one of the other. {self._layers()} Pass forward_fn=(module, inputs) -> output that runs the "
+                f"not belong together. {self._layers()} Pass forward_fn=(module, inputs) -> output that runs the "
                 "head once, or head= another layer."
             )
         run = runs[0]
         features, output = class_last(layer, run.inputs), class_last(layer, run.output)
         if output.shape[-1] < 2 and not self._single:
             raise UserError(
-                f"the head {name!r} of {self._title} has one output, and neural collapse is about at least two "
-                f"classes: train with an output for each class. {one_output(self._like)}{self._layers()}"
+                f"the head {name!r} of {self._title} has one output, and neural collapse compares at least two "
+                f"classes: train with an output for each class. {single_output_hint(self._agreement)}{self._layers()}"
             )
         reader, margin = self._reader(layer, name, features, output, named)
         pooling, link = self._pairing(layer, features.shape[:-1], reader, named, margin)
-        identical = link is not None and self._seen.leaves[link.part] is run.went and not pooling
+        identical = link is not None and self._seen.leaves[link.part] is run.raw_output and not pooling
         if link is not None and not margin:
-            identical = identical and torch.equal(run.went, run.output)
-            if not named or self._like != "factor":
+            identical = identical and torch.equal(run.raw_output, run.output)
+            if not named or self._agreement != "factor":
                 check_effects(self._module, self._call, layer, name, link, identical)
         shape = features.shape[:1] + features.shape[-1:] if pooling else features.shape
-        return Found(reader, name, "input", pooling, shape, link, identical, self._exit(layer, link), margin)
+        return FoundHead(reader, name, "input", pooling, shape, link, identical, self._exit(layer, link), margin)
 
     def _reader(
         self, layer: nn.Module, name: str, features: Tensor, output: Tensor, named: bool
@@ -152,62 +157,69 @@ class _Search:
             return reader, not plain_fit
         raise UserError(
             f"the layer {name!r} of {self._title} maps {tuple(features.shape)} to {tuple(output.shape)}, but neither "
-            "as W h + b nor as a cosine of h with the rows of its weight, so that it has no weight that could be "
+            "as W h + b nor as the cosines of h with the rows of its weight, so that it has no weight that could be "
             f"measured. {self._layers()} {REPAIRS}"
         )
 
     def _pairing(
         self, layer: nn.Module, rows: torch.Size, reader: HeadReader, named: bool, margin: bool
     ) -> tuple[Pooling, Link | None]:
-        """Return what becomes of positions, and how the output of the model follows where that must go on to hold."""
+        """Return how positions are reduced to samples, and how the output follows if later batches must confirm it."""
         shape = None if self._labels is None else self._labels.shape
         per_sample = len(rows) > 1 and shape != rows and self._are_per_sample(rows)
         link = None if margin else self._link(layer, per_sample, named and not per_sample)
         pooled: Pooling = ""
         if per_sample and link is not None and not (reader.normalizes and link.rows == "mean" and rows[1:].numel() > 1):
             pooled = "one" if link.rows == "one" else "mean"
-        elif per_sample and rows[1:].numel() == 1:  # What comes of it is not seen, and there is nothing to choose from.
+        elif per_sample and rows[1:].numel() == 1:  # A single position: there is nothing to choose from.
             pooled, link = "mean", None
         elif shape is not None and shape not in (rows, torch.Size([*rows, 1])):
-            raise UserError(unpaired_words(reader.name, (*rows, reader.in_features), shape, per_sample, self._like))
-        if self._like != "factor" and not margin:
-            if link is None or link.like not in ("equal", self._like):
+            raise UserError(pairing_error(reader.name, (*rows, reader.in_features), shape, per_sample, self._agreement))
+        if self._agreement != "factor" and not margin:
+            if link is None or link.agreement not in ("equal", self._agreement):
                 raise UserError(
-                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, {why_linear(self._like)}"
+                    f"the output of {self._title} is not W h + b of the head {reader.name!r}, "
+                    f"{linearity_reason(self._agreement)}"
                 )
         elif named and not pooled:
             link = None
-        return pooled, None if link is None else link._replace(like=self._like)
+        return pooled, None if link is None else link._replace(agreement=self._agreement)
 
     def _are_per_sample(self, rows: torch.Size) -> bool:
         return self._labels is None or self._labels.shape in (rows[:1], torch.Size([*rows[:1], 1]))
 
     def _link(self, layer: nn.Module, per_sample: bool, real: bool) -> Link | None:
-        """How the output of the model follows from that of a layer, also where that is replaced unless only as is."""
+        """Return how the output of the model follows from that of a layer, or None.
+
+        With ``real``, only the actual run counts. Otherwise a run in which the output of the layer is replaced by a
+        pattern is tried first, in which no two logits are equal by chance.
+        """
         for seen in [self._seen] if real else [observe(self._module, self._call, {layer: pattern}), self._seen]:
             leaves = {n: leaf for n, leaf in seen.leaves.items() if not self._explained or n in self._explained}
             own = seen.of(layer)
             if own and (found := self._closest(leaves, class_last(layer, own[-1].output), per_sample)) is not None:
                 return found
-            if per_sample:  # Real logits may be alike at several positions.
+            if per_sample:  # Actual logits may be the same at several positions.
                 return None
         return None
 
     def _closest(self, leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool) -> Link | None:
         found = links(leaves, logits, per_sample, single=self._single)
-        return min(found, key=lambda link: ("equal", "shift", "factor").index(link.like), default=None)
+        return min(found, key=lambda link: ("equal", "shift", "factor").index(link.agreement), default=None)
 
     def _exit(self, layer: nn.Module, link: Link | None) -> str | None:
-        """Name the innermost module around a layer that returns the part of the output."""
+        """Return the name of the innermost module around a layer that returns the same part of the output."""
         if link is None:
             return None
         leaf = self._seen.leaves[link.part]
-        around = [r.layer for r in self._seen.runs if r.went is leaf and layer in set(r.layer.modules()) - {r.layer}]
+        around = [
+            r.layer for r in self._seen.runs if r.raw_output is leaf and layer in set(r.layer.modules()) - {r.layer}
+        ]
         return self._names[around[0]] if around else "" if self._seen.whole else None
 
     # A head that is a function of the model.
 
-    def _found_by_values(self, head: Callable[[Any], Any]) -> Found:
+    def _found_by_values(self, head: Callable[[Any], Any]) -> FoundHead:
         def pair() -> Any:
             return head(self._module)
 
@@ -234,23 +246,23 @@ class _Search:
                     if shape is not None and not per_sample and shape not in (places, torch.Size([*places, 1])):
                         unpaired = places
                         continue
-                    if self._like != "factor" and found.like not in ("equal", self._like):
+                    if self._agreement != "factor" and found.agreement not in ("equal", self._agreement):
                         continue
                     pooling = found.rows if found.rows != "same" else ""
                     size = torch.Size([*(places[:1] if pooling else places), sizes[1]])
-                    link, exit_ = found._replace(like=self._like), "" if self._seen.whole else None
-                    return Found(reader, self._names[run.layer], side, pooling, size, link, exit=exit_)
+                    link, exit_ = found._replace(agreement=self._agreement), "" if self._seen.whole else None
+                    return FoundHead(reader, self._names[run.layer], side, pooling, size, link, exit=exit_)
         if unpaired is not None:
             assert shape is not None
             per_sample = len(unpaired) > 1 and self._are_per_sample(unpaired)
-            raise UserError(unpaired_words(name, (*unpaired, sizes[1]), shape, per_sample, self._like))
+            raise UserError(pairing_error(name, (*unpaired, sizes[1]), shape, per_sample, self._agreement))
         raise UserError(
-            f"head= returned a weight of shape {sizes}, and no layer of {self._title} has features h in its input or "
-            f"output from which the output of the model follows as W h + b. {self._layers()} Let the features go "
-            "through a module of their own, such as nn.Identity(), right before the head is applied."
+            f"head= returned a weight of shape {sizes}, and no layer of {self._title} has an input or output h for "
+            f"which the output of the model is W h + b. {self._layers()} Let the features go through a module of their "
+            "own, such as nn.Identity(), right before the head is applied."
         )
 
-    # A head that is to be found.
+    # Detection.
 
     def _detect(self) -> nn.Module:
         matches = self._matches()
@@ -270,10 +282,11 @@ class _Search:
             check_functions(self._module, self._seen, layer, self._explained, self._most)
             return layer
         if not matches:
+            hint = single_output_hint(self._agreement) if self._may_have_one_output() else ""
             raise UserError(
                 f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
                 f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
-                f"cast. {one_output(self._like) if self._may_have_one_output() else ''}{self._layers()} {REPAIRS}"
+                f"cast. {hint}{self._layers()} {REPAIRS}"
             )
         raise UserError(
             f"cannot tell which layer of {self._title} is the head: the outputs of "
@@ -282,7 +295,7 @@ class _Search:
         )
 
     def _matches(self) -> dict[nn.Module, set[str]]:
-        """Layers that make a part of the output, with the names of these parts."""
+        """Return the layers that make a part of the output, with the names of these parts."""
         leaves = {name: leaf for name, leaf in self._seen.leaves.items() if leaf.ndim > 0}
         matches: dict[nn.Module, set[str]] = {}
         for name, leaf in leaves.items():
@@ -302,16 +315,16 @@ class _Search:
         return matches
 
     def _is_part(self, run: Run, leaf: Tensor) -> bool:
-        return run.went is leaf and (run.output is leaf or torch.equal(run.output, leaf))
+        return run.raw_output is leaf and (run.output is leaf or torch.equal(run.output, leaf))
 
     def _is_linear(self, run: Run) -> bool:
-        """Whether a layer has a weight, or wraps one that has and takes the same input."""
+        """Return whether a layer has a weight, or wraps a layer with a weight that gets the same input."""
         if has_weight(run.layer):
             return True
         inner = set(run.layer.modules()) - {run.layer}
         if not any(
             other.layer in inner
-            and other.came is run.came
+            and other.raw_input is run.raw_input
             and other.output.shape == run.output.shape
             and has_weight(other.layer)
             for other in self._seen.runs
@@ -329,12 +342,12 @@ class _Search:
         return follows(leaf, output, either=True, single=self._single)
 
     def _leads_to(self, run: Run, name: str) -> bool:
-        """Whether a part of the output also follows from what a layer's output is replaced by."""
+        """Return whether a part of the output still follows from a layer whose output is replaced by a pattern."""
         if any(
-            other.came is run.went and any(True for _ in (*other.layer.parameters(), *other.layer.buffers()))
+            other.raw_input is run.raw_output and any(True for _ in (*other.layer.parameters(), *other.layer.buffers()))
             for other in self._seen.runs
         ):
-            return False  # A norm after the head, say, which need not change anything before training.
+            return False  # For example a norm layer after the head, which may change nothing before training.
         seen = observe(self._module, self._call, {run.layer: pattern})
         own, leaf = seen.of(run.layer), seen.leaves.get(name)
         return bool(own) and leaf is not None and self._may_make(own[-1], leaf)
@@ -359,7 +372,7 @@ class _Search:
         return fits_shape and output.shape[-1] > max(self._most, 0 if self._single else 1)
 
     def _check_influence(self, layer: nn.Module, explained: set[str]) -> None:
-        """Refuse a layer that other parts of the output are made from in another way: the head comes after it."""
+        """Raise if another part of the output depends on the layer in a different way: the head may come after it."""
         others = {n: leaf for n, leaf in self._seen.leaves.items() if leaf.ndim > 1 and n not in explained}
         if not others:
             return
@@ -370,11 +383,11 @@ class _Search:
             if new is not None and not torch.equal(new, leaf) and not self._may_make(run, new):
                 raise UserError(
                     f"cannot tell which layer of {self._title} is the head: the output of {self._names[layer]!r} is a "
-                    f"part of the output of the model, and the part {name!r} is made from it in a further way. "
+                    f"part of the output of the model, and the part {name!r} is computed from it in another way. "
                     f"{self._layers()} {REPAIRS}"
                 )
 
-    # Words.
+    # Messages.
 
     @property
     def _title(self) -> str:
@@ -384,4 +397,4 @@ class _Search:
         return not self._single and all(leaf.ndim < 2 or leaf.shape[-1] == 1 for leaf in self._seen.leaves.values())
 
     def _layers(self) -> str:
-        return words_of_layers(self._module, self._seen)
+        return describe_layers(self._module, self._seen)

@@ -1,4 +1,4 @@
-"""A measurement as a picture."""
+"""The picture of a measurement."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["draw"]
 
 _STYLE: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
 _BAR, _LEAST_HEIGHT, _MATRIX = 0.27, 4.0, 4.6  # Inches.
-_DRAWN = (1e-100, 1e100)  # Lengths of bars; matplotlib's logarithms overflow not far beyond.
-_FEWEST = 4  # Places for bars, so that a single one is none as high as the panel.
-_DECADES = 0.5  # Of the axis, left of the shortest bar.
-_NUMBERED = 12  # Up to so many classes their cosines are written out.
+_DRAWN = (1e-100, 1e100)  # Bars are clipped to this range, because matplotlib's logarithms overflow not far beyond.
+_FEWEST = 4  # Least number of places for bars, so that a single bar does not fill the panel.
+_DECADES = 0.5  # Length of the axis left of the shortest bar.
+_NUMBERED = 12  # Largest number of classes for which cosines are written into the matrix.
 
 
 def draw(
@@ -34,14 +34,14 @@ def draw(
     """Draw bars of distances from collapse, and the cosines of class means.
 
     Args:
-        rows: With the values.
-        headline: Above.
-        cosines: Of the class means; None leaves them out.
-        classes: Which these are.
+        rows: The values as rows of a table.
+        headline: Title of the figure.
+        cosines: Cosines of the class means; None to leave them out.
+        classes: Numbers of these classes.
         num_present: Number of classes with samples.
 
     Returns:
-        The figure, which pyplot does not know.
+        The figure. It is not registered with pyplot.
     """
     bars = [row for row in rows if row.name != "nc1_rank"]
     panels = bool(bars) + (cosines is not None)
@@ -64,7 +64,7 @@ def draw(
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
-    lengths = np.array([abs(row.value) if row.away is None else row.away for row in rows], dtype=np.float64)
+    lengths = np.array([abs(row.value) if row.distance is None else row.distance for row in rows], dtype=np.float64)
     seen = np.isfinite(lengths) & (lengths > 0)
     drawn = np.where(seen, lengths.clip(*_DRAWN), np.nan)
     least, most = (drawn[seen].min(), drawn[seen].max()) if seen.any() else (1e-1, 1.0)
@@ -74,19 +74,19 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     groups = list(dict.fromkeys(row.group for row in rows))
     colours = [f"C{groups.index(row.group) % 10}" for row in rows]
     for place, width, row, colour in zip(places, widths, rows, colours, strict=True):
-        face = "none" if row.away is None else colour
+        face = "none" if row.distance is None else colour
         axes.barh(place, width, left=left, facecolor=face, edgecolor=colour, height=0.7)
     axes.set_xscale("log")
-    axes.set_xlim(left, right * (right / left) ** 0.22)  # Room for the numbers.
+    axes.set_xlim(left, right * (right / left) ** 0.22)  # Leave space for the numbers.
     axes.set_yticks(places, [_label(row) for row in rows])
     axes.set_ylim(max(len(rows), _FEWEST) - 0.4, -0.6)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
     for place, length, end in zip(places, lengths, np.where(seen, drawn, left), strict=True):
-        # What a logarithmic axis cannot show, 0 at exact collapse as well, is written at its left end.
+        # Values that a logarithmic axis cannot show, such as 0 at exact collapse, are written at its left end.
         axes.annotate(f"{length:.2g}", (end, place), (3, 0), textcoords="offset points", va="center")
     unknown = "\nhollow: absolute value, where no value at collapse is known"
-    axes.set_title("distance from the value at collapse" + unknown * any(row.away is None for row in rows))
+    axes.set_title("distance from the value at collapse" + unknown * any(row.distance is None for row in rows))
 
 
 def _label(row: Row) -> str:
@@ -98,13 +98,13 @@ def _label(row: Row) -> str:
 
 def _draw_cosines(axes: Axes, cosines: NDArray[np.float32], classes: NDArray[np.int64], num_present: int) -> None:
     off = cosines[~np.eye(len(cosines), dtype=bool)]
-    known = off[np.isfinite(off)]
+    finite = off[np.isfinite(off)]
     etf = -1 / max(num_present - 1, 1)
-    # Colours for what is off the diagonal: with many classes all of it is near 0, and the diagonal is 1 anyhow.
-    limit = min(1.0, max(abs(etf), float(np.abs(known).max(initial=0)), 1e-3))
+    # The colours span the entries off the diagonal. With many classes these are near 0, while the diagonal is always 1.
+    limit = min(1.0, max(abs(etf), float(np.abs(finite).max(initial=0)), 1e-3))
     ends = (-0.5, len(cosines) - 0.5)
     image = axes.imshow(cosines, "RdBu_r", vmin=-limit, vmax=limit, extent=(*ends, *ends[::-1]))
-    axes.set_facecolor("0.7")  # Behind what is not known.
+    axes.set_facecolor("0.7")  # Shown where a cosine is nan.
     extend = "max" if limit < 1 else "neither"
     bar = axes.figure.colorbar(image, ax=axes, location="bottom", shrink=0.8, extend=extend)
     bar.ax.axvline(etf, color="black", linewidth=1)
@@ -119,5 +119,5 @@ def _draw_cosines(axes: Axes, cosines: NDArray[np.float32], classes: NDArray[np.
         axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9 if len(cosines) < 7 else 6)
     step = classes[1] - classes[0]
     shown = f", every {step}th class" if step > 1 else ""
-    spread = f"{known.min():.3g} to {known.max():.3g}, " if known.size else ""
+    spread = f"{finite.min():.3g} to {finite.max():.3g}, " if finite.size else ""
     axes.set_title(f"cosines of class means{shown}\noff the diagonal {spread}at collapse {etf:.3g}")

@@ -1,4 +1,4 @@
-"""Whether something that starts without effect comes between a head and the output of its model."""
+"""Checks for operations after the head that have no effect at initialisation, such as an adapter of zeros."""
 
 from __future__ import annotations
 
@@ -11,68 +11,68 @@ from torch import Tensor, nn
 
 from nclightning.errors import UserError
 from nclightning.heads import has_weight
+from nclightning.probe.agreement import Link, follows, pattern
 from nclightning.probe.features import class_last
-from nclightning.probe.found import REPAIRS
-from nclightning.probe.likeness import Link, follows, pattern
+from nclightning.probe.found_head import REPAIRS
 from nclightning.probe.observation import Observation, observe
 from nclightning.sharding import is_sharded
 
-__all__ = ["check_effects", "check_functions", "words_of_layers"]
+__all__ = ["check_effects", "check_functions", "describe_layers"]
 
 _MOST_LISTED = 12
-# Logits as of a trained network, which a clamp would change.
+# Scale of logits as in a trained network, which a clamp would change.
 _LARGE = 100
 
 
 def check_effects(
     module: nn.Module, call: Callable[[], Any], layer: nn.Module, name: str, link: Link, identical: bool
 ) -> None:
-    """Change what may start without effect, and see whether the output still follows from the logits.
+    """Raise if the output of a model follows from its head only because other parameters have no effect yet.
 
-    That is every parameter whose entries are all the same, such as an adapter of zeros, a bias apart or scales of one;
-    and the size of the logits.
+    Two things are changed, one after the other. First every parameter whose entries are all equal, such as an adapter
+    of zeros, a separate bias or scales of one. Then the size of the logits. The output must follow each time.
 
     Args:
         module: The model.
-        call: Runs it.
-        layer: Its head.
-        name: Of the head.
-        link: How the output follows.
-        identical: Whether the output of the layer is that of the model itself.
+        call: Function that runs the model.
+        layer: The head.
+        name: Name of the head.
+        link: How the output follows from the logits.
+        identical: Whether the model returns the very tensor that the layer returned.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the output no longer follows.
     """
     constant = {} if is_sharded(module) else {n: p for n, p in module.named_parameters() if _is_constant(p)}
     if constant and _breaks(module, call, layer, link, constant):
         alone = [n for n, p in constant.items() if _breaks(module, call, layer, link, {n: p})]
         what = f"the parameter {alone[0]!r}" if alone else f"one of the parameters {', '.join(map(repr, constant))}"
         raise UserError(
-            f"the output of {type(module).__name__} follows from the head {name!r} only while {what}, which starts "
-            f"without effect, is as it starts: it comes between. Pass head={name!r} to measure the layer as it is, or "
+            f"the output of {type(module).__name__} follows from the head {name!r} only as long as {what} keeps its "
+            f"initial value, at which it has no effect. Pass head={name!r} to measure the layer as it is, or "
             "a function (model) -> (weight, bias) to measure both together as the loss sees them."
         )
     if not identical and not link.undo:
         seen = observe(module, call, {layer: lambda output: pattern(output) * _LARGE})
         if _misses(seen, layer, link):
             raise UserError(
-                f"the output of {type(module).__name__} follows from the head {name!r} only while logits are small, "
-                f"as where they are clamped. Pass head={name!r} to measure the layer as it is."
+                f"the output of {type(module).__name__} follows from the head {name!r} only as long as logits are "
+                f"small, for example because they are clamped. Pass head={name!r} to measure the layer as it is."
             )
 
 
 def check_functions(module: nn.Module, seen: Observation, layer: nn.Module, explained: set[str], most: int) -> None:
-    """Refuse a layer beside which a weight without a layer makes a part of the output from the same features.
+    """Raise if a weight outside of any layer computes another part of the output from the same features.
 
     Args:
         module: The model.
-        seen: A run of it.
-        layer: The layer.
-        explained: Parts of the output that follow from it.
-        most: Greatest label; -1 if not known.
+        seen: A run of the model.
+        layer: The layer that was found.
+        explained: Parts of the output that follow from this layer.
+        most: Largest label; -1 if not known.
 
     Raises:
-        ValueError: If there is such a part, wide enough for the labels.
+        ValueError: If there is such a part, and it has enough columns for the labels.
     """
     inputs = class_last(layer, seen.of(layer)[-1].inputs)
     rows = inputs.reshape(-1, inputs.shape[-1])
@@ -87,13 +87,13 @@ def check_functions(module: nn.Module, seen: Observation, layer: nn.Module, expl
         made_of = [w for w in weights if w.shape == (classes, rows.shape[1])]
         made_of += [w.t() for w in weights if w.shape == (rows.shape[1], classes)]
         for weight in made_of:
-            # Differences of rows, in which a bias cancels.
+            # Differences of rows are compared, because a bias cancels in them.
             made, given = nn.functional.linear(rows, weight.to(rows)).diff(dim=0), leaf.reshape(-1, classes).diff(dim=0)
             if follows(given, made):
                 raise UserError(
-                    f"cannot tell which is the head of {type(module).__name__}: a layer makes one part of the output, "
-                    f"and a weight without a layer of its own the part {name!r}. {words_of_layers(module, seen)} "
-                    f"{REPAIRS}"
+                    f"cannot tell which is the head of {type(module).__name__}: a layer computes one part of the "
+                    f"output, and a weight that belongs to no layer computes the part {name!r}. "
+                    f"{describe_layers(module, seen)} {REPAIRS}"
                 )
 
 
@@ -108,7 +108,7 @@ def _breaks(
     try:
         with _replaced(changed):
             seen = observe(module, call)
-    except Exception:  # It does not run with them.
+    except Exception:  # The model does not run with the changed parameters.
         return False
     return _misses(seen, layer, link)
 
@@ -116,14 +116,14 @@ def _breaks(
 def _misses(seen: Observation, layer: nn.Module, link: Link) -> bool:
     runs, leaf = seen.of(layer), seen.leaves.get(link.part)
     if len(runs) != 1 or leaf is None:
-        return False  # It goes another way, of which nothing is known.
+        return False  # The model took another path, which says nothing about this one.
     made = class_last(layer, runs[0].output)
     return bool(made.isfinite().all() & leaf.isfinite().all()) and bool(link.misses(leaf, made))
 
 
 @contextmanager
 def _replaced(parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other entries in the place of parameters, and their own memory back afterwards."""
+    """Give parameters other values within the block, and restore their own memory afterwards."""
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
@@ -136,8 +136,8 @@ def _replaced(parameters: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.data = own[name]
 
 
-def words_of_layers(module: nn.Module, seen: Observation) -> str:
-    """Say which layers of a model ran, and what it returned."""
+def describe_layers(module: nn.Module, seen: Observation) -> str:
+    """Return sentences that list the layers of a model that ran, and its outputs."""
     names = {child: name for name, child in module.named_modules()}
     ran: dict[str, str] = {}
     for run in seen.runs:
@@ -152,7 +152,7 @@ def words_of_layers(module: nn.Module, seen: Observation) -> str:
     return (
         f"Layers with a weight that ran are: {', '.join(listed[-_MOST_LISTED:]) or 'none'}{more}"
         + (f"; that did not run: {', '.join(idle[-_MOST_LISTED:])}" if idle else "")
-        + (f"; scripted or traced, so that no head is seen in them: {', '.join(outer)}" if outer else "")
+        + (f"; scripted or traced, where no head can be seen: {', '.join(outer)}" if outer else "")
         + f". The model returned {outputs or 'no floating tensor'}."
     )
 

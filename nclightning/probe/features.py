@@ -1,4 +1,4 @@
-"""Features where they arise in a model, and the labels that belong to them."""
+"""Hooks that capture features in a model, and functions that split batches and pair features with labels."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
-    """Run a module and return what entered its head, with its graph if gradients are enabled.
+    """Run a module and return the input of its head, with its graph if gradients are enabled.
 
     Args:
-        module: Called once: with ``inputs``, or by keyword if that is a mapping whose names its ``forward`` has.
-        head: A part of ``module``; its own hooks fire as usual.
+        module: The module. It is called once as :func:`call_model` does.
+        head: A submodule of ``module``. Its hooks fire as usual.
         inputs: Model input.
 
     Returns:
@@ -62,12 +62,12 @@ def capture_features(module: nn.Module, head: nn.Linear, inputs: Any) -> Tensor:
 
 
 def capture_during(call: Callable[[], Result], module: nn.Module, head: nn.Linear) -> tuple[Result, Tensor]:
-    """Call something that runs a module once, and return also what entered its head.
+    """Call a function that runs a module once, and return its result and the input of the head.
 
     Args:
-        call: Without arguments.
+        call: The function, without arguments.
         module: The module, for messages.
-        head: A part of it; its own hooks fire as usual.
+        head: A submodule of ``module``. Its hooks fire as usual.
 
     Returns:
         Result of the call, and features ``(N, d)`` with their graph if gradients are enabled.
@@ -104,7 +104,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
     Raises:
         ValueError: If the batch has another form.
     """
-    # Plain sequences first and without an abstract base class: this is asked in every training step.
+    # Plain sequences come first, without an abstract base class, because this runs in every training step.
     if isinstance(batch, _PLAIN_SEQUENCES) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
     if isinstance(batch, Mapping):
@@ -114,8 +114,8 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
             return rest, batch[keys[0]]
         if keys:
             raise UserError(
-                f"a batch has several keys that labels may have: {', '.join(map(repr, keys))}. Pass batch_fn=(batch) "
-                "-> (inputs, labels) that takes those of the head."
+                f"a batch has several keys under which labels may be: {', '.join(map(repr, keys))}. Pass "
+                "batch_fn=(batch) -> (inputs, labels) that returns the labels of the head."
             )
         raise NoLabelsError(
             f"a batch with keys {sorted(map(str, batch))} has no labels: expected one of {', '.join(_LABEL_KEYS)}. "
@@ -138,7 +138,7 @@ def split_batch(batch: Any) -> tuple[Any, Tensor]:
 
 
 def describe(value: Any, depth: int = 2) -> str:
-    """Say in words of what form a value is, such as ``"a tuple of (8, 3) float32, (8,) int64"``."""
+    """Describe type and shapes of a value in words, such as ``"a tuple of (8, 3) float32, (8,) int64"``."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, str | bytes) or depth == 0:
@@ -157,8 +157,9 @@ def call_model(module: nn.Module, inputs: Any) -> Any:
 
     Args:
         module: Any module.
-        inputs: Passed as they are; a mapping by keyword if its names are those of ``forward``, and as a whole to a
-            ``forward`` that takes one argument of another name, or its only value.
+        inputs: Passed as they are, unless they are a mapping. A mapping is passed by keyword if ``forward`` has
+            arguments of its names. If it has a single value, that is passed. If ``forward`` has a single argument, the
+            mapping is passed as a whole.
 
     Returns:
         The module's output.
@@ -170,12 +171,12 @@ def call_model(module: nn.Module, inputs: Any) -> Any:
         return module(**inputs)
     if len(inputs) == 1:
         return module(*inputs.values())
-    # A forward that takes one thing takes the mapping; with several, the error of the call says what does not fit.
+    # If nothing fits, the call by keyword raises an error that names the argument.
     return module(inputs) if len(accepted) == 1 and not accepted.keys() & inputs.keys() else module(**inputs)
 
 
 def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring features to one row per label.
+    """Reshape features and labels to one row per label.
 
     Args:
         features: ``(B, d)`` with labels ``(B,)``; or ``(B, T, d)`` with a label per position ``(B, T)``.
@@ -211,15 +212,15 @@ def pair_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FeatureSource(NamedTuple):
-    """Where the features of a model arise.
+    """The place in a model where features are read.
 
     Attributes:
-        layer: A layer.
-        output: Whether they are what comes out of it, not what enters it.
-        pooling: Whether they are averaged over positions (``"mean"``), or those of ``"one"`` position, to one row per
-            sample.
-        position: Which one; None leaves all, to be chosen later.
-        normalized: Whether they are divided by their norms, as a cosine head does.
+        layer: The layer.
+        output: Whether features are the output of the layer, and not its input.
+        pooling: How positions are reduced to one row per sample: by their ``"mean"``, or to ``"one"`` position; empty
+            to keep all.
+        position: Index of the one position; None to keep all positions, of which one is chosen later.
+        normalized: Whether features are divided by their norms, as a cosine head does.
     """
 
     layer: nn.Module
@@ -229,7 +230,7 @@ class FeatureSource(NamedTuple):
     normalized: bool = False
 
     def copy_of(self, tensor: Tensor) -> Tensor:
-        """Copy what was seen at the layer as ``(B, d)``, or ``(B, ..., d)`` with a row per position."""
+        """Copy the tensor at the layer as features ``(B, d)``, or ``(B, ..., d)`` with a row per position."""
         rows = tensor if self.output else class_last(self.layer, tensor)
         several = rows.ndim > 2 and bool(self.pooling)
         if several and self.pooling == "one" and self.position is not None:
@@ -242,16 +243,17 @@ class FeatureSource(NamedTuple):
 
 
 class FeatureHooks:
-    """Hooks that copy what the features last were, and what came out of further layers.
+    """Hooks that copy the features at the head, and the outputs of further layers.
 
-    At once, while it is in the cache, and whatever is written to the same memory later.
+    They copy during the forward, because the model may overwrite the memory later.
 
     Args:
-        source: Where features arise; a module stands for what enters it. They are kept under the name ``""``.
-        layers: Modules by name; of their outputs the first tensor is kept, one row per sample.
+        source: Where to read the features; a module stands for its input. They are kept under the name ``""``.
+        layers: Further modules by name. The first tensor of their output is kept, one row per sample.
         pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
-            ``"flatten"`` takes all entries.
-        wanted: Says of each run whether it is to be kept: then the first of them is. None takes the last of all.
+            ``"flatten"`` keeps all entries.
+        wanted: Function that returns whether the features of the current run are needed. The first run for which they
+            are is kept. With None, the last run is kept.
     """
 
     def __init__(
@@ -282,7 +284,7 @@ class FeatureHooks:
             if not self._is_wanted(name):
                 return
             tensor = first_tensor(output)
-            if tensor is None:  # No error here, in the middle of somebody's forward.
+            if tensor is None:  # Raised later: an error here would end the user's own forward.
                 self._failure = f"layer {name!r} returns no tensor: its features cannot be read."
                 return
             tensor = tensor.detach()
@@ -301,13 +303,13 @@ class FeatureHooks:
             self.kept[""] = self._source.copy_of(tensor.detach())
 
     def take(self, once: bool = False) -> dict[str, Tensor]:
-        """Return what was copied since the last call, and forget it.
+        """Return the copies since the last call, and drop them.
 
         Args:
-            once: Refuse a head that ran several times.
+            once: Whether to raise if the head ran several times.
 
         Returns:
-            Features by name; those of layers with one row per sample.
+            Features by name; those of further layers with one row per sample.
 
         Raises:
             ValueError: If the head did not run as it should, or a layer returned no tensor.
@@ -324,13 +326,13 @@ class FeatureHooks:
             )
         if "" not in kept and once:
             raise UserError(
-                "the head ran on the first batch, and does not on a later one, so that there are no features: pass "
+                "the head ran on the first batch but not on a later one, so that there are no features: pass "
                 "forward_fn=(module, inputs) -> output that runs one head on each batch, or head= a layer that always "
                 "runs."
             )
         if "" not in kept:
             raise UserError(
-                "the head did not run here, so there are no features. If the step makes its logits in another way "
+                "the head did not run here, so there are no features. If the step computes its logits in another way "
                 "than forward does, pass head= the layer that it runs; if the model is compiled, or a copy of it runs, "
                 "hooks are not seen: use source='sweep' and stages=('train',), or Probe.read."
             )
@@ -350,12 +352,12 @@ class FeatureHooks:
 
 
 def class_last(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """Bring channels to the last place, in which linear layers have them, if the layer is a convolution."""
+    """Move channels to the last dimension, as for linear layers, if the layer is a convolution."""
     return tensor.movedim(1, -1) if isinstance(layer, _CONVOLUTIONS) and tensor.ndim > 2 else tensor
 
 
 def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHandle:
-    """Hand on what enters a head, by place or by keyword."""
+    """Hook a head, and pass its input to a function, whether it is given by position or by keyword."""
 
     def hand_on(args: Any, kwargs: dict[str, Any]) -> None:
         if (tensor := first_argument(args, kwargs)) is not None:
@@ -366,7 +368,7 @@ def _hook_input(head: nn.Module, keep: Callable[[Tensor], None]) -> RemovableHan
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the first tensor among the arguments of a call."""
-    # Almost always the first argument; this is asked in every training step.
+    # It is almost always the first argument, and this runs in every training step.
     return args[0] if args and isinstance(args[0], Tensor) else first_tensor((*args, *kwargs.values()))
 
 

@@ -1,4 +1,4 @@
-"""What the first batch of a module shows: whether it runs, its head, and which labels belong to which features."""
+"""Examination of a module by its first batch: does it run, what is its head, which labels belong to which features."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from torch import Tensor, nn
 
 from nclightning.errors import UserError, UserTypeError
 from nclightning.heads import HeadReader, tolerance
+from nclightning.probe.agreement import Agreement, in_another_order
 from nclightning.probe.detection import HeadArgument, find_head
 from nclightning.probe.features import call_model, class_last, describe, pair_rows
-from nclightning.probe.found import Found
+from nclightning.probe.found_head import FoundHead
 from nclightning.probe.inputs import inputs_kept, tensors_of
-from nclightning.probe.likeness import Like, in_another_order
 from nclightning.probe.observation import Observation, observe
 from nclightning.probe.shift import is_shifted
 from nclightning.probe.watch import Entry, entry_of
 
-__all__ = ["IGNORED", "FirstBatch", "Known", "check_range"]
+__all__ = ["IGNORED", "Findings", "FirstBatch", "check_range"]
 
-IGNORED = -100  # As for torch's cross_entropy.
+IGNORED = -100  # The default of torch's cross_entropy.
 
 
-class Known(NamedTuple):
-    """What was seen of a module.
+class Findings(NamedTuple):
+    """What the first batch showed of a module.
 
     Attributes:
         module: The module.
         found: Its head.
-        with_labels: Whether it is called with the whole mapping, since it does not run without labels.
+        with_labels: Whether the module is called with the whole batch, including the labels, because it needs them.
         shifted: Whether the label at a position belongs to the features one position before.
-        entry: Where the inputs enter it.
+        entry: Where inputs enter the module.
     """
 
     module: weakref.ref[nn.Module]
-    found: Found
+    found: FoundHead
     with_labels: bool
     shifted: bool
     entry: Entry
 
 
 class _DoesNotRunError(Exception):
-    """The module failed on inputs, for the reason that is its cause."""
+    """The module failed on the inputs. The cause of this exception has the reason."""
 
 
 class FirstBatch:
-    """Examines a module by a batch, with forwards that leave no trace.
+    """The examination of a module by a batch. Its forwards leave no trace.
 
     Args:
         module: The module.
-        batch: The batch as its step gets it.
-        inputs: What of the batch the module is called with.
-        labels: None if they mean nothing.
-        call: Runs the module on inputs.
+        batch: The batch as the user's step gets it.
+        inputs: The part of the batch that the module is called with.
+        labels: The labels; None if they have no meaning.
+        call: Function that runs the module on inputs.
     """
 
     def __init__(
@@ -77,36 +77,36 @@ class FirstBatch:
         ignore_index: int | None,
         plain_batch: bool,
         plain_call: bool,
-        like: Like = "factor",
-    ) -> Known:
-        """Find the head, and check what it needs.
+        agreement: Agreement = "factor",
+    ) -> Findings:
+        """Find the head, and check that labels fit it.
 
         Args:
             head: As for :func:`nclightning.probe.detection.find_head`.
             ignore_index: Label of samples to leave out.
-            plain_batch: Whether no function of the user splits batches.
-            plain_call: Whether no function of the user runs the module.
-            like: As for :func:`nclightning.probe.detection.find_head`.
+            plain_batch: Whether batches are split without a function of the user.
+            plain_call: Whether the module is run without a function of the user.
+            agreement: As for :func:`nclightning.probe.detection.find_head`.
 
         Raises:
-            ValueError: With what was seen and the argument that repairs it.
-            TypeError: If labels are no integers.
+            ValueError: With what was seen, and the argument that repairs it.
+            TypeError: If labels are not integers.
         """
         labels, places = self._labels, self._labels
-        if like == "values" and labels is not None:
+        if agreement == "values" and labels is not None:
             labels, places = None, _places_of(labels)
         elif labels is not None:
             _check_labels(labels)
         whole = isinstance(self._batch, Mapping) and plain_batch
         ignored = IGNORED if ignore_index is None else ignore_index
 
-        def find(inputs: Any) -> tuple[Found, Observation]:
-            return find_head(self._module, partial(self._run, inputs), head, places, ignored, like)
+        def find(inputs: Any) -> tuple[FoundHead, Observation]:
+            return find_head(self._module, partial(self._run, inputs), head, places, ignored, agreement)
 
-        found, seen, inputs = self._find(find, whole and like != "values")
+        found, seen, inputs = self._find(find, whole and agreement != "values")
         if labels is not None:
             pair_rows(torch.empty(found.shape, device="meta"), labels)
-            check_range(labels, found.reader, ignore_index, like == "factor")
+            check_range(labels, found.reader, ignore_index, agreement == "factor")
         if places is not None:
             self._check_order(found, seen)
         if labels is not None:
@@ -118,13 +118,15 @@ class FirstBatch:
             logits = None if layer is None else seen.of(layer)[-1].output
             shifted = is_shifted(self._module, self._inputs, labels, logits, seen, calls, given=not plain_batch)
         entry = entry_of(self._module, seen, inputs, self._is_written)
-        return Known(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
+        return Findings(weakref.ref(self._module), found, inputs is not self._inputs, shifted, entry)
 
-    def _find(self, find: Callable[[Any], tuple[Found, Observation]], whole: bool) -> tuple[Found, Observation, Any]:
-        """Find the head with inputs alone, or with the whole batch where labels decide what the features are.
+    def _find(
+        self, find: Callable[[Any], tuple[FoundHead, Observation]], whole: bool
+    ) -> tuple[FoundHead, Observation, Any]:
+        """Find the head from the inputs alone, or from the whole batch if the features depend on the labels.
 
-        Some encoder-decoders do not run without labels. Others then let the decoder read the encoder's tokens, which
-        are not what training gives it.
+        Some encoder-decoder models do not run without labels. Others run, but feed the encoder's tokens to the decoder,
+        which training does not do.
         """
         decides = whole and isinstance(self._labels, Tensor) and self._labels.ndim > 1
         try:
@@ -146,8 +148,8 @@ class FirstBatch:
             raise
         return *find(self._batch), self._batch
 
-    def _labels_decide(self, found: Found, seen: Observation) -> bool:
-        """Whether the module makes other features, still one for each label, where it gets labels, too."""
+    def _labels_decide(self, found: FoundHead, seen: Observation) -> bool:
+        """Return whether features change when the module gets the labels, too, and there still is one per label."""
         layer = self._module.get_submodule(found.path)
         try:
             again = observe(self._module, partial(self._run, self._batch)).of(layer)
@@ -164,10 +166,10 @@ class FirstBatch:
         bound = tolerance(own) * max(float(own.abs().max()), 1e-30)
         return own.shape != new.shape or not torch.allclose(own, new, rtol=0, atol=bound, equal_nan=True)
 
-    def _check_order(self, found: Found, seen: Observation) -> None:
-        """Refuse a layer that gets samples in another order than the output of the model has, as when they are sorted.
+    def _check_order(self, found: FoundHead, seen: Observation) -> None:
+        """Raise if the head gets samples in another order than that of the output, for example sorted by length.
 
-        Where the output is seen to follow from the layer place by place, it has that order.
+        If the output was seen to follow from the head, the order is the same.
         """
         layer = found.reader.layer
         if layer is None or found.link is not None:
@@ -176,13 +178,13 @@ class FirstBatch:
         if any(in_another_order(leaf, logits) for leaf in seen.leaves.values()):
             raise UserError(
                 f"the head {found.reader.name!r} of {type(self._module).__name__} gets the samples in another order "
-                "than the output of the model has, as where they are sorted by length: features cannot be paired with "
+                "than the output of the model, for example sorted by length: features cannot be paired with "
                 "labels. Pass forward_fn=(module, inputs) -> output that gives the head the samples in the order of "
                 "the labels, or batch_fn=(batch) -> (inputs, labels) with inputs and labels in the order of the head."
             )
 
-    def _check_positions(self, found: Found, seen: Observation, inputs: Any, labels: Tensor) -> None:
-        """Refuse labels of positions that may be something else of the same shape."""
+    def _check_positions(self, found: FoundHead, seen: Observation, inputs: Any, labels: Tensor) -> None:
+        """Raise if labels that have the shape of positions may be one-hot labels, or have positions first."""
         if labels.ndim < 2 or labels.shape != found.shape[:-1]:
             return
         classes, count = found.reader.out_features, len(labels)
@@ -194,7 +196,7 @@ class FirstBatch:
             )
         if labels.shape[1] != count or count < 2:
             return
-        # As many positions as samples: which place of the features is that of samples shows where one is changed.
+        # There are as many positions as samples. Changing one sample shows which dimension of the features is which.
         layer = self._module.get_submodule(found.path)
         changed = partial(self._run, _with_first_sample_changed(inputs, count))
         try:
@@ -230,7 +232,7 @@ class FirstBatch:
         )
 
     def _cast(self) -> str:
-        """Say how to repair inputs in another precision than that of the weights."""
+        """Return advice if inputs and weights have different dtypes."""
         weights = {each.dtype for each in self._module.parameters() if each.is_floating_point()}
         others = {each.dtype for each in tensors_of(self._inputs) if each.is_floating_point()} - weights
         if len(weights) != 1 or not others:
@@ -239,7 +241,7 @@ class FirstBatch:
         return f"Inputs are {other} and weights {own}: cast the inputs, or the model with model.to(torch.{other}). "
 
     def _labelled(self, labels: Tensor) -> Any:
-        """Run the module on the whole mapping with other labels."""
+        """Run the module on the whole batch, with these labels in it."""
         key = next(name for name in self._batch if name not in self._inputs)
         with inputs_kept(batch := {**self._batch, key: labels}):
             return call_model(self._module, batch)
@@ -250,7 +252,7 @@ def _are_one_hot(labels: Tensor) -> bool:
 
 
 def _with_first_sample_changed(inputs: Any, count: int) -> Any:
-    """Put the second sample in the place of the first one."""
+    """Replace the first sample by the second one."""
     if isinstance(inputs, Tensor):
         if inputs.ndim == 0 or len(inputs) != count:
             return inputs
@@ -263,7 +265,7 @@ def _with_first_sample_changed(inputs: Any, count: int) -> Any:
 
 
 def _places_of(targets: Any) -> Tensor:
-    """Return a tensor in the shape that labels of the same samples would have, of which no value is looked at."""
+    """Return an empty tensor with the shape that labels of the same samples would have."""
     if isinstance(targets, Tensor):
         return torch.empty(targets.shape[: max(targets.ndim - 1, 1)])
     raise UserTypeError(
@@ -288,11 +290,11 @@ def check_range(labels: Tensor, reader: HeadReader, ignore_index: int | None, ca
     Args:
         labels: Integers of any shape.
         reader: The head.
-        ignore_index: Label to leave out, and with it -100 where labels are those of positions.
-        can_ignore: Whether it is an argument that the user can pass.
+        ignore_index: Label to leave out. If labels have positions, -100 is left out, too.
+        can_ignore: Whether the user can pass ``ignore_index``.
 
     Raises:
-        ValueError: With the least and the greatest.
+        ValueError: With the smallest and the largest label.
     """
     counted = labels.flatten()
     if ignore_index is not None:

@@ -1,4 +1,4 @@
-"""The head of a model whose first forward of training makes it."""
+"""Detection of the head after the first training forward, for models with lazy layers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["FirstForward"]
 
 
 class FirstForward:
-    """Waits until the first forward of a model is over.
+    """A hook that finds the head of a model at the end of its first forward.
 
     Args:
         module: The model, before its first step.
-        device: On which processes talk to each other.
-        examine: Finds the head.
+        device: Device for communication between processes.
+        examine: Function that finds the head.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, examine: Callable[[], None]) -> None:
@@ -31,13 +31,13 @@ class FirstForward:
         self._handle = hook_result(module, self._end)
 
     def follow(self, then: Callable[[], None]) -> None:
-        """Have something called once the head is known."""
+        """Set a function that is called once the head is known."""
         self._then = then
 
     def _end(self, args: Any, output: Any) -> None:
         if not self._is_over:
             self._go_on()
-            # Copies of weights in lower precision that were made without gradients are not for training.
+            # Training must not use copies of weights in lower precision that were made without gradients.
             torch.clear_autocast_cache()
 
     def _go_on(self) -> None:
@@ -46,17 +46,17 @@ class FirstForward:
             self._examine()
             if self._then is not None:
                 self._then()
-        except Exception as error:  # Not here, in the middle of somebody's forward.
+        except Exception as error:  # Raised later: an error here would end the user's own forward.
             self._failure = error
 
     def finish(self) -> None:
-        """End the first step.
+        """Finish after the first step, also if it did not call the model.
 
         Raises:
             Exception: On all processes, if one of them failed.
         """
         self.remove()
-        if not self._is_over:  # The step runs the model in another way.
+        if not self._is_over:  # The step ran the model without calling it.
             self._go_on()
         raise_together(self._failure, self._device)
 

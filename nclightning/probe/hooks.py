@@ -1,4 +1,4 @@
-"""Hooks that stay with the module they were made for."""
+"""Forward hooks that copies of a module do not call, and that ignore each other's measurements."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["hook_call", "hook_result"]
 
 
 class _Hook:
-    """Calls a function for one module; a copy of the module, made or saved while it is hooked, has a hook of nothing.
+    """A hook that calls a function for one module.
 
-    ``copy.deepcopy`` and ``torch.save`` take the hooks of a module along. A hook made outside of measurements is not
-    for the forwards of one, which may be another monitor's, and one made inside is for those alone.
+    ``copy.deepcopy`` and ``torch.save`` copy the hooks of a module. The copy of this hook does nothing. A hook that was
+    made outside of measurements does not fire in the forwards of a measurement, which may be another monitor's. A hook
+    that was made within a measurement fires in the forwards of this one only.
     """
 
     def __init__(self, layer: nn.Module | None = None, function: Callable[..., None] | None = None) -> None:
@@ -32,10 +33,10 @@ class _Hook:
 
 
 def hook_call(layer: nn.Module, function: Callable[..., None]) -> RemovableHandle:
-    """Tell a function the arguments of each call of a layer, by place and by keyword, before it runs."""
+    """Call a function before each call of a layer, with its positional and keyword arguments."""
     return layer.register_forward_pre_hook(_Hook(layer, function), with_kwargs=True)
 
 
 def hook_result(layer: nn.Module, function: Callable[..., None]) -> RemovableHandle:
-    """Tell a function the arguments by place and the output of each call of a layer."""
+    """Call a function after each call of a layer, with its positional arguments and its output."""
     return layer.register_forward_hook(_Hook(layer, function))

@@ -1,4 +1,4 @@
-"""What measuring asks of the program in which a model runs."""
+"""The interface between measurement and the program that runs the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Host", "PlainHost", "moved"]
 
 
 class Host(Protocol):
-    """One model in the program that runs it: a Lightning trainer, another one, or a loop of the user's own."""
+    """A model in the program that runs it: a Lightning trainer, another trainer, or the user's own loop."""
 
     @property
     def module(self) -> nn.Module:
@@ -27,7 +27,7 @@ class Host(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where batches go, and where processes talk to each other."""
+        """Device of the batches, and for communication between processes."""
 
     @property
     def rank(self) -> int:
@@ -38,13 +38,13 @@ class Host(Protocol):
         """Number of processes that share the data."""
 
     def unseen(self) -> AbstractContextManager[None]:
-        """Run the model frozen and uncompiled, so that nothing in it and in what its user logs is changed by that."""
+        """Return a context in which the model is frozen, not compiled, and logs nothing."""
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Run forwards in the precision of the user's steps."""
+        """Return a context in which forwards have the precision of the user's steps."""
 
     def on_device(self, batch: Any) -> Any:
-        """Bring a batch of a loader into the form in which the user's steps get it."""
+        """Convert a batch of a loader to the form in which the user's steps get it."""
 
 
 class PlainHost:
@@ -52,9 +52,9 @@ class PlainHost:
 
     Args:
         module: The model.
-        device: Where batches go. None takes the device of its first parameter or buffer, the CPU if it has none.
-        precision: Of Fabric, with ``convert_input`` and ``forward_context``; None leaves what surrounds the call as it
-            is, such as the user's ``torch.autocast``.
+        device: Device of the batches. None is that of the first parameter or buffer, or the CPU if there is none.
+        precision: Precision of Fabric, with ``convert_input`` and ``forward_context``. None keeps the precision that
+            surrounds the call, such as the user's ``torch.autocast``.
     """
 
     def __init__(
@@ -67,37 +67,38 @@ class PlainHost:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """Freeze the model."""
+        """Freeze the model, and turn compilation off."""
         with frozen(self.module), eager():
             yield
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Run forwards in the precision of the user's steps."""
+        """Return a context in which forwards have the precision of the user's steps."""
         context: AbstractContextManager[Any] = (
             nullcontext() if self._precision is None else self._precision.forward_context()
         )
         return context
 
     def on_device(self, batch: Any) -> Any:
-        """Move the tensors in a batch."""
+        """Move the tensors in a batch, and convert them to the dtype of the user's steps."""
         return self.converted(moved(batch, self.device))
 
     def converted(self, batch: Any) -> Any:
-        """Bring inputs to the dtype that the model gets in the user's steps."""
+        """Convert inputs to the dtype of the user's steps."""
         return batch if self._precision is None else self._precision.convert_input(batch)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """Move the tensors in a batch, however they are nested.
+    """Move the tensors in a batch to a device.
 
     Args:
-        batch: A tensor, an object with a method ``to``, or sequences and mappings of such; anything else stays.
-        device: Where to.
+        batch: A tensor, an object with a method ``to``, or nested sequences and mappings of these. Anything else stays
+            as it is.
+        device: The device.
 
     Returns:
-        The batch itself, if all of it is there.
+        The moved batch; the batch itself if all of it is already there.
     """
-    # Asked of the class: a mapping whose keys are attributes would look for a key "to".
+    # The class is asked, because an instance whose attributes are its keys would look for a key "to".
     if isinstance(batch, Tensor) or callable(getattr(type(batch), "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -113,12 +114,12 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _with_items(batch: Any, keys: list[Any], items: list[Any]) -> Any:
-    """Make a container like another one with other items; a plain one if its class cannot be made so."""
+    """Return a container of the same class with other items; a plain one if the class does not allow it."""
     try:
         if isinstance(batch, tuple):
             return getattr(type(batch), "_make", type(batch))(items)
         return _filled(batch, keys, items)
-    except Exception:  # Of whatever the class does.
+    except Exception:  # The class may raise anything.
         if isinstance(batch, Mapping):
             return dict(zip(keys, items, strict=True))
         return tuple(items) if isinstance(batch, tuple) else items

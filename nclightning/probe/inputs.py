@@ -32,15 +32,15 @@ def tensors_of(inputs: Any, depth: int = 4) -> Iterator[Tensor]:
 
 @contextmanager
 def inputs_kept(inputs: Any) -> Iterator[list[Tensor]]:
-    """Put inputs back that a model writes to, as one does that normalizes them in place.
+    """Restore inputs that a model overwrites in the block, for example by normalizing them in place.
 
-    Else the next forward, which may be the user's own, would get them changed.
+    Without this the next forward, which may be the user's own, would get changed inputs.
 
     Args:
-        inputs: Of a batch.
+        inputs: The inputs of a batch.
 
     Yields:
-        Those that were written to, afterwards.
+        A list. After the block it contains the tensors that were overwritten.
     """
     before = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors_of(inputs)]
     written: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""The front door: neural collapse of a network on data, or of arrays, in one call."""
+"""``nclightning.measure``: neural collapse of a network on data, or of arrays, in one call."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.metrics.choice import (
     check_conventions,
     choose_measures,
+    evaluate_measures,
+    measure_input,
     need_scatter,
-    read_measures,
-    reading_of,
 )
 from nclightning.metrics.decided import Decisions, count_decisions, totals_of
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES
+from nclightning.metrics.measures import MEASURES
 from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
 from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
-from nclightning.probe.given import readable
 from nclightning.probe.probing import Probe, in_order
 from nclightning.probe.reader import BatchFn, ForwardFn
 from nclightning.probe.results import Measurement
+from nclightning.probe.validation import readable
+from nclightning.quantities import DEFAULT_MEASURES
 
 __all__ = ["measure"]
 
 _ROWS_AT_A_TIME = 2**13
-_OF_ARRAYS = ("features", "labels", "weight", "bias")
-_OF_MODELS = ("model", "data", "head", "layers", "batch_fn", "forward_fn", "device")
+_ARRAY_ARGUMENTS = ("features", "labels", "weight", "bias")
+_MODEL_ARGUMENTS = ("model", "data", "head", "layers", "batch_fn", "forward_fn", "device")
 
 
 def measure(
@@ -58,59 +59,64 @@ def measure(
     weight: Any = None,
     bias: Any = None,
 ) -> Measurement:
-    """Measure neural collapse of a network on a data set, or of features that are at hand.
+    """Measure neural collapse of a network on a data set, or of given features.
 
-    ``measure(model, data)`` makes one evaluation pass: the model frozen in eval mode, its head found by itself, each
-    sample once. Weights, buffers, modes, hooks and random states are afterwards as before, bit for bit, or an error
-    says what is not. ``measure(features=..., labels=..., weight=..., bias=...)`` takes arrays of torch or numpy, or
-    lists. Both agree with :class:`nclightning.metrics.NeuralCollapse` and
-    :class:`nclightning.callbacks.NeuralCollapseMonitor`.
+    ``measure(model, data)`` makes one evaluation pass: the frozen model runs in eval mode over each sample once, and
+    its head is detected. Afterwards weights, buffers, modes, hooks and random states are bit for bit as before; if
+    something could not be restored, an error names it. ``measure(features=..., labels=..., weight=..., bias=...)``
+    takes torch tensors, numpy arrays or lists. Both agree with :class:`nclightning.metrics.NeuralCollapse` and
+    :class:`nclightning.callbacks.NeuralCollapseMonitor`. Statistics are accumulated in float64.
 
     Args:
-        model: Any module. It is not moved; its forward runs in the precision that surrounds the call, such as
-            ``torch.autocast``. Of ``DataParallel``, ``DistributedDataParallel`` and compiled models it is the model
-            inside that runs, and that ``head``, ``layers`` and ``forward_fn`` see.
-        data: A ``DataLoader`` or any iterable of batches. Of a loader all samples that it can yield are read, in
-            order, without shuffling and dropped batches (:func:`nclightning.probe.sweep.sequential_loader`). An
-            iterator, such as a generator, is used up. Where torch.distributed runs, all processes must call, share
-            the samples out, and get the same result.
-        measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
-            ``accuracy``, ``cosine_margin``, which take a second pass; ``("all",)`` for all. None takes ``nc1``,
-            ``nc2`` and ``nc3``; of arrays without a weight those of them that need none.
+        model: Any module. It is not moved, and runs in the precision that surrounds the call, such as
+            ``torch.autocast``. For ``DataParallel``, ``DistributedDataParallel`` and compiled models, the model inside
+            is run, and ``head``, ``layers`` and ``forward_fn`` refer to it.
+        data: A ``DataLoader`` or any iterable of batches. A loader is read without shuffling and dropped batches: every
+            sample that it can yield, in order (:func:`nclightning.probe.sweep.sequential_loader`). An iterator, such as
+            a generator, is consumed. With torch.distributed, all processes must call; each takes its share of the
+            samples, and all get the same result.
+        measures: Names from :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
+            ``accuracy``, ``cosine_margin``, which need a second pass; ``("all",)`` for all. None is ``nc1``, ``nc2``
+            and ``nc3``, without those that need a weight if arrays are given without one.
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)``. None
-            finds the layer whose output is seen to be the model's output, or what that follows from.
-        layers: Dotted names of further modules to measure; these take a second pass, too.
+            detects the layer whose output is seen to be the model's output, or from which that follows.
+        layers: Dotted names of further modules to measure. They need a second pass, too.
         layer_pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
-            ``"flatten"`` takes all entries.
-        batch_fn: Splits a batch into model input and labels. None takes pairs ``(x, y)`` and mappings with the labels
-            under ``labels``, ``label``, ``y``, ``target`` or ``targets``.
-        forward_fn: Runs the model on the inputs of a batch, ``(model, inputs) -> output``. None calls the model.
-        device: Where batches go. None takes that of the model's first parameter.
+            ``"flatten"`` keeps all entries.
+        batch_fn: Function that splits a batch into model input and labels. None accepts pairs ``(x, y)``, and mappings
+            with the labels under ``labels``, ``label``, ``y``, ``target`` or ``targets``.
+        forward_fn: Function that runs the model on the inputs of a batch, ``(model, inputs) -> output``. None calls the
+            model.
+        device: Device of the batches. None is that of the model's first parameter.
         ignore_index: Label of samples to leave out.
-        global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
-        between_weights: The same: ``"uniform"`` or ``"count"``.
-        features: ``(N, d)`` of any floating type; or ``(B, T, d)`` with labels ``(B, T)``.
-        labels: ``(N,)`` integers of any type, ``0..K-1``.
-        weight: Of the head, ``(K, d)`` as in ``nn.Linear(d, K)``. None leaves out what needs it.
-        bias: Of the head, ``(K,)``, or None.
+        global_mean: Convention of NC1 on unbalanced data: the global mean is that of the ``"class"`` means, or that of
+            the samples (``"sample"``).
+        between_weights: Convention of NC1 on unbalanced data: classes have ``"uniform"`` weights, or their ``"count"``.
+        features: ``(N, d)`` of any floating dtype; or ``(B, T, d)`` with labels ``(B, T)``.
+        labels: ``(N,)`` integers of any dtype, ``0..K-1``.
+        weight: Weight of the head, ``(K, d)`` as in ``nn.Linear(d, K)``. None leaves out measures that need it.
+        bias: Bias of the head, ``(K,)``, or None.
 
     Returns:
-        The values by name, with tables and pictures of them.
+        A mapping of values by name, which also has tables and a picture.
 
     Raises:
-        ValueError: In one sentence with the repair: if the head cannot be found, or shapes or labels do not fit.
-        TypeError: The same for objects of the wrong kind.
+        ValueError: If the head cannot be found, or shapes or labels do not fit. The message has the repair.
+        TypeError: If an argument has the wrong type. The message has the repair.
 
     Example:
-        >>> found = measure(features=[[2.1, 0.0], [1.9, 0.0], [-2.0, 0.0]], labels=[0, 0, 1])
+        >>> import nclightning
+        >>> found = nclightning.measure(features=[[2.1, 0.0], [1.9, 0.0], [-2.0, 0.0]], labels=[0, 0, 1])
         >>> round(found["nc1"], 6)
         0.000833
     """
     of_arrays = [
-        name for name, value in zip(_OF_ARRAYS, (features, labels, weight, bias), strict=True) if value is not None
+        name
+        for name, value in zip(_ARRAY_ARGUMENTS, (features, labels, weight, bias), strict=True)
+        if value is not None
     ]
     options = (model, data, head, layers or None, batch_fn, forward_fn, device)
-    of_model = [name for name, value in zip(_OF_MODELS, options, strict=True) if value is not None]
+    of_model = [name for name, value in zip(_MODEL_ARGUMENTS, options, strict=True) if value is not None]
     if of_arrays and of_model:
         raise UserError(
             f"{', '.join(of_arrays)} cannot go together with {', '.join(of_model)}: pass measure(model, data) with its "
@@ -149,14 +155,15 @@ def _measure_arrays(
     start: float,
 ) -> Measurement:
     rows, labels, num_classes, head = given
-    of_statistics, of_decisions, left_out = measuring.of_statistics, measuring.of_decisions, tuple[str, ...]()
+    of_statistics, of_decisions = measuring.statistics_measures, measuring.decision_measures
+    left_out = tuple[str, ...]()
     if head is None:
         wanted = (*(DEFAULT_MEASURES if of_statistics is None else of_statistics), *of_decisions)
         left_out = tuple(
             name for name in wanted if (MEASURES[name].needs_head if name in MEASURES else name != "ncc_accuracy")
         )
         if left_out and measures is not None and tuple(measures) != ("all",):
-            raise UserError(f"measures {list(left_out)} read the head: pass weight=, or leave them out.")
+            raise UserError(f"measures {list(left_out)} need the head: pass weight=, or leave them out.")
         of_statistics = None if of_statistics is None else tuple(name for name in of_statistics if name not in left_out)
         of_decisions = tuple(name for name in of_decisions if name not in left_out)
     check_conventions(*conventions)
@@ -167,7 +174,7 @@ def _measure_arrays(
     )
     of_classes = {}
     with autocast_off(rows.device):
-        values = read_measures(chosen, reading_of(stats, head, *conventions))
+        values = evaluate_measures(chosen, measure_input(stats, head, *conventions))
         if of_decisions:
             pieces = zip(torch.split(rows, _ROWS_AT_A_TIME), torch.split(labels, _ROWS_AT_A_TIME), strict=True)
             counted = [count_decisions(some, own, stats, head, ignore_index) for some, own in pieces]

@@ -1,4 +1,4 @@
-"""Whether a forward is training's own or one of a measurement, for the hooks that wait for one of the two."""
+"""A counter of nested measurements, by which hooks tell training's own forwards from those of a measurement."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _open = [0]
 
 
 def measurements() -> int:
-    """Return how many measurements are going on, one inside the other. A hook made in one of them is not for others."""
+    """Return the number of running measurements, one inside the other."""
     return _open[0]
 
 
 @contextmanager
 def measurement() -> Iterator[None]:
-    """Count what runs inside as a measurement."""
+    """Count the block as a measurement."""
     _open[0] += 1
     try:
         yield

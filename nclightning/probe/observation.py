@@ -1,4 +1,4 @@
-"""What one run of a model shows."""
+"""A recording of one run of a model: inputs and outputs of its layers, and its own output."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ __all__ = ["Observation", "Run", "float_leaves", "observe", "record"]
 
 
 class Run(NamedTuple):
-    """What went into a layer and came out in one call of it.
+    """Input and output of one call of a layer.
 
     Attributes:
         layer: The layer.
-        inputs: As it came, whatever the layer or others wrote to it later.
-        output: As it went, the same.
-        came: The tensor itself, which the model may have written to.
-        went: The same.
+        inputs: The input with its values at the time of the call.
+        output: The output with its values at the time of the call.
+        raw_input: The input tensor itself, which the model may have overwritten later.
+        raw_output: The output tensor itself, which the model may have overwritten later.
     """
 
     layer: nn.Module
     inputs: Tensor
     output: Tensor
-    came: Tensor
-    went: Tensor
+    raw_input: Tensor
+    raw_output: Tensor
 
 
 class Observation(NamedTuple):
     """One run of a model.
 
     Attributes:
-        output: What the model returned.
-        leaves: The floating tensors in it, by where they are.
-        runs: Of its layers, in order, those that took and returned a floating tensor.
-        calls: Modules as they began to run, the model included, with the first tensor that they got, itself and as it
-            was.
-        whole: Whether the output is that of the model's forward.
-        with_labels: Layers whose ``forward`` takes ``labels``, with their arguments.
+        output: What the call returned.
+        leaves: The floating tensors in the output, by their place in it.
+        runs: The calls of layers that took and returned a floating tensor, in order.
+        calls: All modules in the order in which they were called, the model included, each with its first input tensor:
+            the tensor itself, and its values at the time of the call.
+        whole: Whether the call returned the output of the model's forward unchanged.
+        with_labels: Layers whose ``forward`` has an argument ``labels``, with the arguments of their call.
     """
 
     output: Any
@@ -56,22 +56,22 @@ class Observation(NamedTuple):
     with_labels: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]
 
     def of(self, layer: nn.Module) -> list[Run]:
-        """Return the runs of a layer."""
+        """Return the calls of a layer."""
         return [run for run in self.runs if run.layer is layer]
 
 
 def observe(
     module: nn.Module, call: Callable[[], Any], replace: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None
 ) -> Observation:
-    """Run a model without a trace and note what went through its layers.
+    """Run a model without a trace, and record inputs and outputs of its layers.
 
     Args:
         module: The model.
-        call: Runs it.
-        replace: Changes the outputs of layers on the way.
+        call: Function that runs the model.
+        replace: Functions that change the outputs of layers during the run.
 
     Returns:
-        What was seen. Values are those at the time, also where the model writes to the same memory later.
+        The recording. Its values are those at the time of each call, also if the model overwrote them later.
     """
     with frozen(module), eager():
         return record(module, module.modules(), call, replace)
@@ -84,25 +84,25 @@ def record(
     replace: Mapping[nn.Module, Callable[[Tensor], Tensor]] | None = None,
     once: bool = False,
 ) -> Observation:
-    """Do as :func:`observe` does with some layers of a model that is frozen already.
+    """Record some layers of a model that is already frozen, as :func:`observe` does.
 
-    To copy all activations would need as much memory again: the model runs a second time for copies of those that it
-    writes to, unless it may run only ``once``.
+    Copying all activations would double the memory. Instead the model runs a second time if it overwrote some of them,
+    and only these are copied. With ``once``, the model runs a single time and all activations are copied.
     """
-    watched = [child for child in layers if not isinstance(child, torch.jit.ScriptModule)]  # They take no hooks.
+    watched = [child for child in layers if not isinstance(child, torch.jit.ScriptModule)]  # These take no hooks.
     recorder = _Recorder(module, watched, replace or {}, None if once else frozenset())
     seen, written = recorder.run(call)
     return _Recorder(module, watched, replace or {}, written).run(call)[0] if written else seen
 
 
 class _Recorder:
-    """Hooks of one run.
+    """The hooks of one recording.
 
     Args:
         module: The model.
-        watched: Those to hook.
+        watched: The layers to record.
         replace: As for :func:`observe`.
-        copied: Numbers of the tensors, in the order in which they are met, of which copies are needed; None of all.
+        copied: Which tensors to copy, numbered in the order in which they occur; None for all.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class _Recorder:
         self._returned: Any = None
 
     def run(self, call: Callable[[], Any]) -> tuple[Observation, frozenset[int]]:
-        """Run the model; return what was seen, and the numbers of tensors that it wrote to."""
+        """Run the model. Return the recording, and the numbers of the tensors that were overwritten without a copy."""
         with ExitStack() as stack:
             for child in self._watched:
                 stack.callback(child.register_forward_pre_hook(self._before, with_kwargs=True).remove)
@@ -140,27 +140,32 @@ class _Recorder:
         return tensor.clone() if version < 0 or self._copied is None or number in self._copied else tensor
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        came = first_argument(args, kwargs)
-        value = self._value(came)
-        self._open.setdefault(layer, []).append((came, value))
-        if came is not None and value is not None:
-            self._calls.append((layer, came, value))
+        raw_input = first_argument(args, kwargs)
+        value = self._value(raw_input)
+        self._open.setdefault(layer, []).append((raw_input, value))
+        if raw_input is not None and value is not None:
+            self._calls.append((layer, raw_input, value))
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         changed = None
         if layer in self._replace and isinstance(output, Tensor):
             output = changed = self._replace[layer](output)
-        came, inputs = self._open[layer].pop()
+        raw_input, inputs = self._open[layer].pop()
         if layer is self._module:
             self._returned = output
             return changed
-        went = first_tensor(output)
-        value = self._value(went)
-        if came is not None and went is not None and came.is_floating_point() and went.is_floating_point():
+        raw_output = first_tensor(output)
+        value = self._value(raw_output)
+        if (
+            raw_input is not None
+            and raw_output is not None
+            and raw_input.is_floating_point()
+            and raw_output.is_floating_point()
+        ):
             assert inputs is not None
             assert value is not None
-            self._runs.append(Run(layer, inputs, value, came, went))
-        if self._copied is not None and _takes_labels(layer):  # To ask takes longer than a small layer.
+            self._runs.append(Run(layer, inputs, value, raw_input, raw_output))
+        if self._copied is not None and _takes_labels(layer):  # The inspection takes longer than a small layer runs.
             self._with_labels.append((layer, args, kwargs))
         return changed
 
@@ -168,12 +173,12 @@ class _Recorder:
 def _takes_labels(layer: nn.Module) -> bool:
     try:
         return "labels" in inspect.signature(layer.forward).parameters
-    except (TypeError, ValueError):  # As of scripted modules.
+    except (TypeError, ValueError):  # For example for scripted modules.
         return False
 
 
 def float_leaves(output: Any, name: str = "", depth: int = 6) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating tensors in a tensor, sequence, mapping, dataclass or plain object, by where they are."""
+    """Yield the floating tensors in a tensor, sequence, mapping, dataclass or plain object, with their place in it."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield name, output

@@ -1,4 +1,4 @@
-"""Measuring the forwards of an epoch in a training loop of the user's own."""
+"""Measurement from the forwards of a training epoch, in the user's own loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nclightning.probe.reader import PairReader
 from nclightning.probe.results import Measurement
 from nclightning.probe.step_measurement import StepMeasurement
 from nclightning.probe.sweep import num_own_samples
-from nclightning.ranks import meet, rank_zero_warn
+from nclightning.ranks import rank_zero_warn, wait_for_all
 
 __all__ = ["OnlineEpoch"]
 
@@ -26,16 +26,14 @@ Batch = TypeVar("Batch")
 
 
 class OnlineEpoch:
-    """The features of the forwards of one epoch of training, collected between the start and the end of a block.
-
-    ``Probe.online`` makes it; see there.
+    """A block in which the features of one training epoch are collected. :meth:`Probe.online` returns it.
 
     Args:
-        host: Of the model.
-        reader: Of features and labels.
-        measuring: What to measure.
-        conventions: Of NC1.
-        open_ones: Of the same probe, those whose blocks run.
+        host: The host of the model.
+        reader: Reader of features and labels.
+        measuring: The measures to evaluate.
+        conventions: Conventions of NC1.
+        active_epochs: The epochs of the same probe whose blocks are running; this one adds itself.
     """
 
     def __init__(
@@ -44,9 +42,9 @@ class OnlineEpoch:
         reader: PairReader,
         measuring: Measuring,
         conventions: Conventions,
-        open_ones: list[OnlineEpoch],
+        active_epochs: list[OnlineEpoch],
     ) -> None:
-        self._host, self._reader, self._conventions, self._open_ones = host, reader, conventions, open_ones
+        self._host, self._reader, self._conventions, self._active_epochs = host, reader, conventions, active_epochs
         self._steps = StepMeasurement(reader, measuring, online=True)
         self._state: Literal["new", "open", "failed", "over"] = "new"
         self._loader: Any = None
@@ -57,10 +55,10 @@ class OnlineEpoch:
 
     @property
     def measurement(self) -> Measurement:
-        """What the epoch showed, with the head as it was at the end of the block.
+        """The measurement of the epoch, with the head at the end of the block.
 
         Raises:
-            ValueError: Before the end, or if the block ended by an error.
+            ValueError: Before the end of the block, or if the block ended with an error.
         """
         if self._measurement is None:
             when = "after" if self._state != "failed" else "only if no error ended"
@@ -69,10 +67,10 @@ class OnlineEpoch:
 
     def __enter__(self) -> OnlineEpoch:
         if self._state != "new":
-            raise UserError("a block measures one epoch: call probe.online() anew for each.")
-        if self._open_ones:
-            raise UserError("this probe measures an epoch already: end that block before, or make another Probe.")
-        self._open_ones.append(self)
+            raise UserError("a block measures one epoch: call probe.online() again for each epoch.")
+        if self._active_epochs:
+            raise UserError("this probe is already measuring an epoch: end that block first, or make another Probe.")
+        self._active_epochs.append(self)
         self._state, self._start = "open", time.perf_counter()
         return self
 
@@ -86,32 +84,32 @@ class OnlineEpoch:
         finally:
             self._state = "failed" if self._measurement is None else "over"
             self._steps.remove()
-            self._open_ones.clear()
+            self._active_epochs.clear()
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Go through the batches of the epoch, on the device of the model; the features of each are collected.
+        """Yield the batches of the epoch on the device of the model, and collect the features of each.
 
-        Each batch must go through the model as it is, in whatever way the loop runs it. Of several forwards between a
-        batch and the next one the first on the batch itself counts.
+        The loop must run the model on each batch as it is. If it runs the model several times between one batch and the
+        next, the first forward on the batch itself counts.
 
         Args:
-            loader: Of training: a ``DataLoader``, or any iterable of batches. Where several processes train, the loader
-                itself, which shows the samples that it repeats at its end.
+            loader: The training loader: a ``DataLoader``, or any iterable of batches. With several processes, pass the
+                loader itself, because only it shows which samples are repeated at its end.
 
         Raises:
-            ValueError: Outside of the block, or for a second loader in it.
+            ValueError: Outside of the block, or for a second loader in the same block.
         """
         self._check_open()
         if self._loader is not None:
             raise UserError(
                 "epoch.batches was called twice in a block, which measures one pass over one loader: call "
-                "probe.online() anew for each epoch, and leave validation loaders as they are."
+                "probe.online() again for each epoch, and leave validation loaders as they are."
             )
         self._loader = loader_of_fabric(loader)
         if self._host.world_size > 1 and not isinstance(self._loader, DataLoader):
             rank_zero_warn(
                 f"a {type(loader).__name__} does not show which samples a distributed sampler repeats at its end, so "
-                "that they would count twice: pass the loader itself to epoch.batches, and wrap what that returns."
+                "that they count twice: pass the loader itself to epoch.batches, and wrap what that returns."
             )
         return self._steps_over(loader)
 
@@ -123,10 +121,10 @@ class OnlineEpoch:
             self._runs_step = True
             try:
                 yield here
-            except GeneratorExit:  # The loop is left: by a break, or by an error that is on its way to the block's end.
+            except GeneratorExit:  # The loop ended early, by a break or an error.
                 try:
                     self._leave()
-                except Exception as error:  # Python would only print it here.
+                except Exception as error:  # Raised later, because Python would only print it here.
                     self._failure = error
                 raise
             self._check_open()
@@ -134,10 +132,10 @@ class OnlineEpoch:
 
     def _check_open(self) -> None:
         if self._state != "open":
-            raise UserError("epoch.batches is for the inside of the block 'with probe.online() as epoch:'.")
+            raise UserError("epoch.batches must be used inside the block 'with probe.online() as epoch:'.")
 
     def _leave(self) -> None:
-        """End the last step, which a loop that is left may not have made."""
+        """End the last step of a loop that ended early, if the model ran in it."""
         if self._state == "open" and self._runs_step and not self._steps.is_idle:
             self._end_step()
         self._runs_step = False
@@ -148,27 +146,27 @@ class OnlineEpoch:
             self._steps.collect(self._host, loader=self._loader)
             self._num_measured += 1
         elif num_own_samples(self._loader) is None:
-            self._num_left_out += 1  # Such as one that the loop skips.
+            self._num_left_out += 1  # For example a batch that the loop skips.
         else:
             raise UserError(
-                f"{type(self._host.module).__name__} did not run on a batch, so that its samples cannot be told from "
-                "those that the distributed sampler repeats: use Probe.read, or run the model on each batch."
+                f"{type(self._host.module).__name__} did not run on a batch, so that samples that the distributed "
+                "sampler repeats cannot be identified: use Probe.read, or run the model on each batch."
             )
 
     def _read(self) -> Measurement:
         title = type(self._host.module).__name__
-        meet("the end of a block of Probe.online", "Let all processes enter it.")
+        wait_for_all("the end of a block of Probe.online", "Let all processes enter it.")
         if self._failure is not None:
             self._steps.fail(self._failure)
         elif not self._num_measured:
             self._steps.fail(self._refusal(title))
         elif self._num_left_out:
             rank_zero_warn(
-                f"{title} ran on {self._num_measured} batches of the epoch, which were measured, and did not on "
+                f"{title} ran on {self._num_measured} batches of the epoch, which were measured, and not on "
                 f"{self._num_left_out}, which were left out."
             )
         values = self._steps.read(self._host)
-        statistics, head = self._steps.statistics[""], self._reader.whole_head_of(self._host.module)
+        statistics, head = self._steps.statistics[""], self._reader.head_snapshot(self._host.module)
         return build(statistics, values, {}, head, self._conventions, self._start)
 
     def _refusal(self, title: str) -> UserError:
@@ -176,6 +174,6 @@ class OnlineEpoch:
             f"{title} did not run on any of {self._num_left_out} batches: let the loop run the model of the probe "
             "itself, neither a copy nor torch.compile of it, on each before it takes the next; or use Probe.read."
             if self._num_left_out
-            else "no batch came through it: write 'for batch in epoch.batches(loader):' around the steps."
+            else "it yielded no batch: write 'for batch in epoch.batches(loader):' around the steps."
         )
-        return UserError(f"the block 'with probe.online() as epoch:' has no measurement, since {reason}")
+        return UserError(f"the block 'with probe.online() as epoch:' has no measurement: {reason}")

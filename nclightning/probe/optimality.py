@@ -1,4 +1,4 @@
-"""Gap and distance to the optimum of an unconstrained feature model, from one pass that others may share."""
+"""Gap and distance to the optimum of an unconstrained feature model, collected in an evaluation pass."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = ["OptimalityCollector", "OptimalityGatherer"]
 
 
 class OptimalityCollector:
-    """Gathers what gap and distance need of the features of a training set, in one pass over it.
+    """Collects the statistics of a training set that gap and distance are computed from, in one pass.
 
-    Nothing that is gathered depends on the penalties: they can be fitted to the same features at the end.
+    They do not depend on the penalties, which can therefore be fitted to the same features at the end.
 
     Args:
-        reference: What they are measured against.
-        head: Weight and bias as they are during the pass.
-        own_statistics: Whether it gathers the statistics of the features, too. False where another collector of the
-            same pass does, whose statistics :meth:`read` is given.
+        reference: The problem whose optimum is the reference.
+        head: Weight and bias during the pass.
+        own_statistics: Whether to collect class statistics, too. False if another collector of the same pass does;
+            :meth:`read` then takes its statistics.
 
     Raises:
         ValueError: If the head does not fit.
@@ -43,16 +43,16 @@ class OptimalityCollector:
         sizes = reference.check_head(head)
         self._reference, self._head = reference, reference.head_loss(head, head.device)
         self._excess = ExcessLoss.empty(*sizes, head.out_features, head.device)
-        # Of the lightest measure: only its statistics are wanted.
+        # Only statistics are needed, so the measure with the cheapest ones is chosen.
         self._metric = NeuralCollapse(*sizes, measures=("nc1_ratio",)).to(head.device) if own_statistics else None
         self._num_seen = 0
 
     def update(self, features: Tensor, labels: Tensor, *, copy: bool = True) -> None:
-        """Take in samples; many at once cost little more than few.
+        """Add samples. Many at once cost little more than few.
 
         Args:
             features: ``(N, d)``.
-            labels: ``(N,)`` int64. Those outside ``0..M-1`` are left out, and refused by the statistics.
+            labels: ``(N,)`` int64. Labels outside ``0..M-1`` are left out here, and :meth:`read` raises an error.
             copy: As for :meth:`nclightning.functional.StatisticsBuffer.add`.
         """
         self._num_seen += len(labels)
@@ -62,10 +62,10 @@ class OptimalityCollector:
             self._excess = self._excess.add(features, labels, self._head)
 
     def read(self, stats: ClassStatistics | None = None) -> Found:
-        """Evaluate gap and distance over all processes, which must all come here.
+        """Evaluate gap and distance over all processes, which must all call it.
 
         Args:
-            stats: Statistics of the same features, over all processes; None takes its own.
+            stats: Statistics of the same features over all processes; None for those of this collector.
 
         Returns:
             As :func:`nclightning.metrics.gaps.read_optimality`.
@@ -92,10 +92,10 @@ class OptimalityCollector:
 
 
 class OptimalityGatherer:
-    """Gathers what gap and distance need in an evaluation pass.
+    """Collects the statistics for gap and distance in an evaluation pass.
 
     Args:
-        reader: Of features and labels.
+        reader: Reader of features and labels.
         reference: As for :class:`OptimalityCollector`.
     """
 
@@ -104,25 +104,25 @@ class OptimalityGatherer:
     def __init__(self, reader: PairReader, reference: Reference) -> None:
         self.reader, self._reference = reader, reference
         self._collector: OptimalityCollector | None = None
-        self._statistics: StatisticsGatherer | None = None  # Of the same pass.
+        self._statistics: StatisticsGatherer | None = None  # The gatherer of class statistics in the same pass.
 
     @property
     def collector(self) -> OptimalityCollector:
-        """What was gathered."""
+        """The collector with what was gathered."""
         assert self._collector is not None
         return self._collector
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
-        """Make the collector for the head, which leaves statistics to another that gathers them."""
+        """Construct the collector for the head. Another gatherer of class statistics is used if there is one."""
         statistics = [each for each in others if isinstance(each, StatisticsGatherer)]
         self._statistics = statistics[0] if statistics else None
-        head = self.reader.whole_head_of(host.module)
+        head = self.reader.head_snapshot(host.module)
         self._collector = OptimalityCollector(self._reference, head, own_statistics=not statistics)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take rows."""
+        """Add features and labels."""
         self.collector.update(features[""], labels, copy=False)
 
     def read(self) -> Found:
-        """Evaluate gap and distance over all processes, which must all come here; see :class:`OptimalityCollector`."""
+        """Evaluate gap and distance over all processes, which must all call it; see :class:`OptimalityCollector`."""
         return self.collector.read(None if self._statistics is None else self._statistics.statistics[""])

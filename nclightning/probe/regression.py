@@ -1,4 +1,4 @@
-"""Neural regression collapse in an evaluation pass: features are paired with rows of real targets."""
+"""Neural regression collapse in an evaluation pass, where features are paired with real targets instead of labels."""
 
 from __future__ import annotations
 
@@ -20,59 +20,62 @@ __all__ = ["RegressionGatherer", "TargetReader"]
 
 
 class TargetReader(PairReader):
-    """Reads features and real targets of a model, and the head, where a :class:`PairReader` reads labels.
+    """A :class:`PairReader` for real targets instead of labels.
 
     Args:
-        head: Dotted name of the head, the module, or a function ``(model) -> (weight, bias)``; None finds it.
-        batch_fn: Splits a batch into input and targets; None takes what a :class:`PairReader` takes for labels.
-        forward_fn: Runs the model on the input of a batch; None calls it.
+        head: Dotted name of the head, the module, or a function ``(model) -> (weight, bias)``; None to detect it.
+        batch_fn: Function that splits a batch into input and targets. None looks for targets where a
+            :class:`PairReader` looks for labels.
+        forward_fn: Function that runs the model on the input of a batch; None calls the model.
     """
 
     def __init__(
         self, head: HeadArgument = None, batch_fn: BatchFn | None = None, forward_fn: ForwardFn | None = None
     ) -> None:
-        super().__init__(head, batch_fn=batch_fn, forward_fn=forward_fn, like="values")
+        super().__init__(head, batch_fn=batch_fn, forward_fn=forward_fn, agreement="values")
 
     def check_batch(self, host: Host, batch: Any, *, labelled: bool = True) -> None:
-        """Find head and features on the first batch of a model, and check that its targets belong to them.
+        """Examine the first batch of a model: find the head, and check that targets pair with features.
 
         Args:
-            host: Of the model.
-            batch: As its step gets it.
-            labelled: Whether its targets mean anything.
+            host: The host of the model.
+            batch: The batch as a step gets it.
+            labelled: Whether its targets have a meaning.
 
         Raises:
-            ValueError: As :meth:`PairReader.check_batch`; and if there is not one row of targets for each of features.
-            TypeError: If targets are no real numbers.
+            ValueError: As for :meth:`PairReader.check_batch`; and if there is not one row of targets per row of
+                features.
+            TypeError: If targets are not real numbers.
         """
-        if self.knows(host.module):
+        if self.has_examined(host.module):
             return
         super().check_batch(host, batch, labelled=labelled)
         if labelled:
-            self.pair(torch.empty(self.known.found.shape, device="meta"), self.split(batch)[1])
+            self.pair(torch.empty(self.findings.found.shape, device="meta"), self.split(batch)[1])
 
     def pair(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring features and targets to rows.
+        """Reshape features and targets to rows.
 
         Args:
-            features: ``(B, d)`` with targets ``(B, K)``, or ``(B,)`` for one; or with positions between.
+            features: ``(B, d)`` with targets ``(B, K)``, or ``(B,)`` if K = 1. Both may have further dimensions after
+                the first.
             labels: The targets.
 
         Returns:
             Features ``(N, d)`` and targets ``(N, K)``.
 
         Raises:
-            ValueError: If there is not one row of targets for each of features.
-            TypeError: If targets are no real numbers.
+            ValueError: If there is not one row of targets per row of features.
+            TypeError: If targets are not real numbers.
         """
-        num_targets, places = self.known.found.reader.out_features, features.shape[:-1]
+        num_targets, places = self.findings.found.reader.out_features, features.shape[:-1]
         flat = labels.unsqueeze(-1) if num_targets == 1 and labels.shape == places else labels
         if len(places) > 1 and flat.shape[:-1] == places:
             flat = flat.flatten(0, -2)
         rows = as_targets(flat, num_targets)
         if len(rows) != places.numel():
             raise UserError(
-                f"there must be one row of targets for each of features, got features of shape {tuple(features.shape)} "
+                f"there must be one row of targets per row of features, got features of shape {tuple(features.shape)} "
                 f"and targets of shape {tuple(labels.shape)}: pass batch_fn=(batch) -> (inputs, targets) with targets "
                 f"of shape {(*places, num_targets)}."
             )
@@ -80,10 +83,10 @@ class TargetReader(PairReader):
 
 
 class RegressionGatherer:
-    """Gathers the statistics of features and targets in an evaluation pass.
+    """Collects the statistics of features and targets in an evaluation pass.
 
     Args:
-        reader: Of features and targets.
+        reader: Reader of features and targets.
     """
 
     labelled = True
@@ -93,16 +96,16 @@ class RegressionGatherer:
         self._metric: RegressionCollapse | None = None
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
-        """Make the metric of the head."""
-        head = self.reader.whole_head_of(host.module)
+        """Construct the metric for the head."""
+        head = self.reader.head_snapshot(host.module)
         self._metric = RegressionCollapse(head).to(head.device)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take rows."""
+        """Add features and targets."""
         assert self._metric is not None
         self._metric.update(features[""], labels, copy=False)
 
     def read(self) -> dict[str, Tensor]:
-        """Evaluate the measures over all processes, which must all come here."""
+        """Evaluate the measures over all processes, which must all call it."""
         assert self._metric is not None
         return self._metric.compute()

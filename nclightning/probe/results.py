@@ -1,4 +1,4 @@
-"""What a measurement found: values by name, class by class, as a table and as a picture."""
+"""The result of a measurement: values by name and by class, a table, and a picture."""
 
 from __future__ import annotations
 
@@ -27,22 +27,34 @@ Table = Mapping[str, NDArray[Any]]
 class Measurement(Mapping[str, float]):
     """Neural collapse of one model on one data set, as :func:`nclightning.measure` returns it.
 
-    An immutable mapping from names to floats: ``nc1``, ``nc2``, ... of the input of the head, and ``<layer>/nc1``, ...
-    of further layers. ``print`` shows it as a table with what each value means and what it is at collapse; so does a
-    notebook. Equal are measurements with the same values and tables, whatever time they took; ``nan`` equals ``nan``.
+    An immutable mapping from names to floats: ``nc1``, ``nc2``, ... at the head, and ``<layer>/nc1``, ... at further
+    layers. ``print`` and notebooks show a table with the meaning of each value, and its value at collapse. Two
+    measurements are equal if their values and tables are, where ``nan`` equals ``nan``; their times may differ.
 
     Args:
-        values: By name.
-        tables: Values class by class: of the input of the head under ``""``, of further layers under their names.
+        values: Values by name.
+        tables: Values for each class: at the head under ``""``, at further layers under their names.
         num_samples: Number of samples measured, without those left out by ``ignore_index``.
-        feature_dim: Size d of the input of the head.
-        rank: ``nc1_rank``, the number of directions along which class means spread; None if it was not measured.
-        cosines: Cosines of the centred class means, ``(K, K)``, or of evenly spaced classes where K is large.
-        cosine_classes: Which classes these are.
+        feature_dim: Dimension d of the features at the head.
+        rank: ``nc1_rank``, the number of significant directions of the class means; None if it was not measured.
+        cosines: Cosines of the centred class means, ``(K, K)``, or of evenly spaced classes if K is large.
+        cosine_classes: Numbers of these classes.
         head: Name of the head; None if there was none.
         normalizes: Whether it is a cosine head, so that features and rows were divided by their norms.
-        left_out: Names of measures that were left out since there was no head.
-        seconds: Time that measuring took.
+        left_out: Names of measures that were left out because there was no head.
+        seconds: Duration of the measurement in seconds.
+
+    Example:
+        >>> import nclightning
+        >>> found = nclightning.measure(
+        ...     features=[[1.0, 0.1], [1.0, -0.1], [-1.0, 0.0]],
+        ...     labels=[0, 0, 1],
+        ...     measures=("nc1", "nc2_equinorm_means"),
+        ... )
+        >>> isinstance(found, nclightning.Measurement), list(found), found.num_samples
+        (True, ['nc1', 'nc2_equinorm_means'], 3)
+        >>> found.per_class()["variance"].round(3).tolist()
+        [0.01, 0.0]
     """
 
     def __init__(
@@ -101,7 +113,7 @@ class Measurement(Mapping[str, float]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    # What is known beside the values.
+    # Further properties.
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -111,7 +123,7 @@ class Measurement(Mapping[str, float]):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes K, with those that had no samples."""
+        """Number of classes K, including those without samples."""
         return len(self._tables[""]["count"])
 
     @property
@@ -120,26 +132,27 @@ class Measurement(Mapping[str, float]):
         return tuple(name for name in self._tables if name)
 
     def per_class(self, layer: str = "") -> dict[str, NDArray[Any]]:
-        """Return what can be told class by class: columns of a table with a row for each class.
+        """Return the values for each class, as columns of a table with one row per class.
 
-        ``pandas.DataFrame(measurement.per_class())`` makes a data frame of it. With more than 2048 classes ``cdnv`` and
-        ``equiangularity`` are there only if a measure of all pairs of classes, such as ``nc1_cdnv``, was asked for.
+        ``pandas.DataFrame(measurement.per_class())`` is a data frame of it. With more than 2048 classes, the columns
+        ``cdnv`` and ``equiangularity`` exist only if a measure of all pairs of classes, such as ``nc1_cdnv``, was
+        requested.
 
         | column | value |
         |---|---|
-        | ``class``, ``count`` | number of the class, and of its samples |
+        | ``class``, ``count`` | number of the class, and number of its samples |
         | ``variance`` | mean squared distance from the class mean |
         | ``mean_norm`` | norm of the class mean minus the mean of all class means |
         | ``cdnv`` | as ``nc1_cdnv``: variance over squared distance, mean over the other classes |
-        | ``equiangularity`` | how far cosines with the other class means are from -1/(K-1), mean |
+        | ``equiangularity`` | mean deviation of the cosines with the other class means from -1/(K-1) |
         | ``head_norm``, ``nc3_cosine`` | norm of the row of the head, and its cosine with the class mean |
-        | ``ncc_accuracy``, ... | decisions on the samples of the class, where they were measured |
+        | ``ncc_accuracy``, ... | measures of decisions on the samples of the class, if they were measured |
 
         Args:
-            layer: Name of a further layer; the input of the head if empty.
+            layer: Name of a further layer; empty for the input of the head.
 
         Returns:
-            Arrays ``(K,)`` by column, ``nan`` where a class has no samples.
+            Arrays ``(K,)`` by column; ``nan`` for a class without samples.
 
         Raises:
             ValueError: If the layer was not measured.
@@ -152,16 +165,16 @@ class Measurement(Mapping[str, float]):
         return {name: column.copy() for name, column in self._tables[layer].items()}
 
     def tagged(self, prefix: str) -> dict[str, float]:
-        """Return the values as loggers take them, such as ``wandb.log(found.tagged("nc/train"), step)``.
+        """Return the values by tag for a logger, as in ``wandb.log(found.tagged("nc/train"), step)``.
 
         Args:
-            prefix: Stands before each name with a slash, as ``nc/train`` in ``nc/train/nc1``, the tag that
+            prefix: First part of each tag, such as ``nc/train`` in ``nc/train/nc1``, the tag that
                 :class:`nclightning.callbacks.NeuralCollapseMonitor` logs.
         """
         return {f"{prefix}/{name}": value for name, value in self._values.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything in plain Python objects; ``dict(measurement)`` has the values alone."""
+        """Return everything in plain Python objects. ``dict(measurement)`` has only the values."""
         tables = {
             layer: {name: column.tolist() for name, column in table.items()} for layer, table in self._tables.items()
         }
@@ -180,17 +193,17 @@ class Measurement(Mapping[str, float]):
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None, *, indent: int | None = None) -> str:
-        """Return :meth:`to_dict` as JSON with all digits, and write it to a file if one is named.
+        """Return :meth:`to_dict` as JSON with all digits, and write it to a file if a path is given.
 
         JSON has no ``nan`` and no infinity. They are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which
         ``float`` reads.
 
         Args:
-            path: Of the file, which may exist; its folder must. None writes none.
+            path: Path of the file. An existing file is replaced; the folder must exist. None writes no file.
             indent: As for :func:`json.dumps`.
 
         Raises:
-            OSError: If the file cannot be written; then it is as it was.
+            OSError: If the file cannot be written. An existing file is then unchanged.
         """
         if isinstance(path, int):
             raise UserTypeError(f"path must be the name of a file, got {path}: write to_json(indent={path}).")
@@ -201,10 +214,10 @@ class Measurement(Mapping[str, float]):
         return text
 
     def plot(self) -> Figure:
-        """Draw how far each value is from that at collapse, on a logarithmic axis, and the angles of the class means.
+        """Draw the distance of each value from that at collapse, and the cosines of the class means.
 
         Returns:
-            A matplotlib figure. It is not pyplot's: ``figure.savefig(path)`` writes it, and a notebook shows it.
+            A matplotlib figure, not registered with pyplot. ``figure.savefig(path)`` writes it; notebooks show it.
         """
         from nclightning.probe.drawing import draw  # noqa: PLC0415 - matplotlib takes half a second
 
@@ -223,7 +236,7 @@ class Measurement(Mapping[str, float]):
 
     def _headline(self) -> str:
         head = "no head" if self.head is None else f"{'cosine head' if self.normalizes else 'head'} {self.head!r}"
-        classes = f"{self.num_classes} classes, " if self.num_classes else ""  # None where labels mean nothing.
+        classes = f"{self.num_classes} classes, " if self.num_classes else ""  # There are none without labels.
         size = f"{self.num_samples} samples, {classes}{self.feature_dim} features, {head}"
         return size if math.isnan(self.seconds) else f"{size}, {self.seconds:.3g} s"
 
@@ -237,7 +250,7 @@ class Measurement(Mapping[str, float]):
             most = min(self._num_present - 1, self.feature_dim)
             notes.append(f"Class means spread along {self.rank} of at most {most} directions.")
         if self.left_out:
-            notes.append(f"Left out, since they read the head: {', '.join(self.left_out)}.")
+            notes.append(f"Left out because they need the head: {', '.join(self.left_out)}.")
         return notes
 
     def __repr__(self) -> str:

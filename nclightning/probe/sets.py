@@ -1,4 +1,4 @@
-"""Measurements of data sets, each by an evaluation pass or two: first statistics, then decisions."""
+"""Measurement of data sets by evaluation passes: one for statistics, and a second one for decisions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from nclightning.probe.collectors import (
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import NC5
 
 __all__ = [
     "DataSet",
@@ -37,26 +38,26 @@ AnyGatherer = TypeVar("AnyGatherer", bound=Gatherer)
 
 
 class DataSet(NamedTuple):
-    """A loader of batches.
+    """A loader of batches, perhaps with a limit.
 
     Attributes:
         loader: The loader.
-        limit: Number of batches to which reading is held; None if to none.
+        limit: Largest number of batches to read; None for no limit.
     """
 
     loader: Any
     limit: int | None = None
 
     def is_same(self, other: DataSet) -> bool:
-        """Whether another one is of the same loader, held to as many batches."""
+        """Return whether another data set has the same loader and limit."""
         return self.loader is other.loader and self.limit == other.limit
 
 
 class Gather(Protocol):
-    """Makes an evaluation pass over a data set: :func:`gather_alone`, or one that others share."""
+    """A function that makes an evaluation pass: :func:`gather_alone`, or one that shares the pass with others."""
 
     def __call__(self, host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> AnyGatherer:
-        """Make a gatherer and return it when it has seen the data."""
+        """Construct a gatherer, let it receive the data, and return it."""
 
 
 def gather_alone(host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> AnyGatherer:
@@ -67,12 +68,13 @@ def gather_alone(host: Host, data: DataSet, make: Callable[[], AnyGatherer]) -> 
 
 
 class Measured(NamedTuple):
-    """What was measured at one state of the weights.
+    """Results at one state of the weights.
 
     Attributes:
-        values: By ``<set>/<measure>``; the training set is ``train``, several loaders of it ``train/<loader>``.
-        class_means: Statistics of all training loaders together; None if nothing needed them.
-        head: The head then.
+        values: Values by ``<set>/<measure>``. The training set is ``train``; several loaders of it are
+            ``train/<loader>``.
+        class_means: Class statistics of all training loaders together; None if they were not needed.
+        head: A copy of the head.
     """
 
     values: dict[str, Tensor]
@@ -81,13 +83,13 @@ class Measured(NamedTuple):
 
 
 class StatisticsGatherer:
-    """Gathers statistics of a data set in an evaluation pass.
+    """Collects class statistics of a data set in an evaluation pass.
 
     Args:
-        reader: Of features and labels.
-        measuring: What is wanted.
-        labelled: Whether labels mean anything.
-        last: A collector that is done with, taken again where it can be.
+        reader: Reader of features and labels.
+        measuring: The measures to evaluate.
+        labelled: Whether labels have a meaning.
+        last: A collector that is no longer needed. It is reused if it fits.
     """
 
     def __init__(
@@ -98,31 +100,31 @@ class StatisticsGatherer:
 
     @property
     def collector(self) -> StatisticsCollector:
-        """What was gathered."""
+        """The collector with what was gathered."""
         assert self._collector is not None
         return self._collector
 
     @cached_property
     def statistics(self) -> LayerStatistics:
-        """Statistics by name, over all processes, which must all ask."""
+        """Class statistics by name, over all processes, which must all call it."""
         return self.collector.statistics()
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
-        """Make the collector for the head."""
+        """Construct the collector for the head."""
         self._collector = self._measuring.statistics_collector(self.reader.head_of(host.module), self._last)
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take rows."""
-        names = ("", *self.reader.layers) if self.labelled else ("",)  # Others are those of other gatherers.
+        """Add features and labels."""
+        names = ("", *self.reader.layers) if self.labelled else ("",)  # Other names belong to other gatherers.
         self.collector.add({name: features[name] for name in names}, labels)
 
 
 class DecisionsGatherer:
-    """Gathers decisions about a data set in an evaluation pass.
+    """Collects decisions on a data set in an evaluation pass.
 
     Args:
-        reader: Of features and labels.
-        collector: Takes them.
+        reader: Reader of features and labels.
+        collector: The collector of decisions.
     """
 
     labelled = True
@@ -131,35 +133,35 @@ class DecisionsGatherer:
         self.reader, self._collector = reader, collector
 
     def begin(self, host: Host, others: Sequence[Gatherer]) -> None:
-        """Nothing is to be made."""
+        """Do nothing: the collector exists."""
 
     def add(self, features: dict[str, Tensor], labels: Tensor) -> None:
-        """Take rows."""
+        """Add features and labels."""
         self._collector.add(features, labels)
 
 
 class SetReader:
-    """Measures data sets at the weights as they are. No value is kept from one measurement to the next.
+    """Measures data sets at the current weights. No value is kept from one measurement to the next.
 
     Args:
-        reader: Of features and labels.
-        measuring: What to measure.
+        reader: Reader of features and labels.
+        measuring: The measures to evaluate.
     """
 
     def __init__(self, reader: PairReader, measuring: Measuring) -> None:
         self._reader, self._measuring = reader, measuring
-        self._last: StatisticsCollector | None = None  # Of the last pass.
+        self._last: StatisticsCollector | None = None  # The collector of the last pass, for reuse.
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_last": None}
 
     def gatherer(self, labelled: bool = True) -> StatisticsGatherer:
-        """Start gathering statistics of a data set."""
+        """Construct a gatherer of class statistics."""
         last, self._last = self._last, None
         return StatisticsGatherer(self._reader, self._measuring, labelled, last)
 
     def statistics(self, host: Host, data: DataSet, gather: Gather = gather_alone) -> LayerStatistics:
-        """Gather the statistics of a training set."""
+        """Return the class statistics of a training set."""
         return self._statistics_of(gather(host, data, self.gatherer))
 
     def _statistics_of(self, gatherer: StatisticsGatherer) -> LayerStatistics:
@@ -175,26 +177,26 @@ class SetReader:
         training: bool,
         gather: Gather = gather_alone,
     ) -> Measured:
-        """Measure all sets at the weights as they are.
+        """Measure all data sets at the current weights.
 
         Args:
-            host: Of the model.
-            trained: The training loaders, needed for class means.
-            others: Further sets.
-            ood: Names of those that are out of distribution.
-            training: Whether the training set is measured, and not only its class means where others need them.
-            gather: Makes the passes over training sets, which others may share.
+            host: The host of the model.
+            trained: The training loaders, if class means are needed.
+            others: Further data sets.
+            ood: Names of out-of-distribution data sets among these.
+            training: Whether the training set itself is measured. If not, only its class means are used.
+            gather: Function that makes the passes over training sets, which others may share.
         """
         of_training = {name: self.statistics(host, data, gather) for name, data in trained.items()}
         class_means = merged(of_training) if of_training else None
         sets = {name: (trained[name], stats) for name, stats in of_training.items()} if training else {}
         for name, data in others.items():
             sets[name] = data, self._statistics_of(gather_alone(host, data, partial(self.gatherer, name not in ood)))
-        head, values = self._reader.whole_head_of(host.module), {}
+        head, values = self._reader.head_snapshot(host.module), {}
         for name, (data, stats) in sets.items():
             if name in ood:
                 assert class_means is not None
-                values[f"{name}/nc5"] = orthogonality(class_means[""], stats[""])
+                values[f"{name}/{NC5.name}"] = orthogonality(class_means[""], stats[""])
                 continue
             assert self._last is not None
             read = self._last.read(stats)
@@ -210,6 +212,6 @@ class SetReader:
 
 
 def merged(parts: Mapping[str, LayerStatistics]) -> LayerStatistics:
-    """Merge the statistics of several sets."""
+    """Merge the class statistics of several data sets."""
     first = next(iter(parts.values()))
     return {name: reduce(ClassStatistics.merge, (stats[name] for stats in parts.values())) for name in first}

@@ -1,4 +1,4 @@
-"""Whether labels of language models belong to their own position or to the one before."""
+"""Detection of shifted labels, as in causal language models: a label belongs to the features one position before."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ def is_shifted(
     calls: Sequence[Callable[[Tensor], Any]] = (),
     given: bool = False,
 ) -> bool:
-    """Tell whether the label at position t is what the features at t - 1 predict, as in causal language models.
+    """Return whether the features at position t - 1 predict the label at position t, as in causal language models.
 
-    Nothing is assumed. If the model returns a loss for these labels, it is compared with the cross-entropy of the
-    logits at the same and at the next label; if that decides nothing, with the loss of a label at the first position
-    alone, which a model that shifts does not see. Without such a loss the labels are compared with the tokens.
+    This is decided by what the model does. If it returns a loss for these labels, the loss is compared with the
+    cross-entropy of the logits with the labels at the same position, and at the next one. If both or neither agree, the
+    model gets a label at the first position only: a model that shifts labels ignores it. If the model returns no loss,
+    the labels are compared with the tokens.
 
     Args:
         module: The model.
-        inputs: Of the batch, without labels.
+        inputs: Inputs of the batch, without labels.
         labels: ``(B, T)``.
         logits: ``(B, T, K)``, or None.
-        seen: A run of the model without a loss.
-        calls: Run the model with labels.
-        given: Whether the user's ``batch_fn`` made the labels, which then may be shifted already.
+        seen: A run of the model without labels.
+        calls: Functions that run the model with labels.
+        given: Whether the user's ``batch_fn`` made the labels. Labels that are the next tokens are then already
+            shifted.
 
     Returns:
         Whether features ``[:, :-1]`` belong to labels ``[:, 1:]``.
 
     Raises:
-        ValueError: If labels are the tokens themselves and no loss tells to which features they belong.
+        ValueError: If it cannot be decided.
     """
     same, following = _compare_with_tokens(inputs, labels)
     if given and following:
@@ -68,7 +70,7 @@ def is_shifted(
         reason = "labels are the tokens of the input themselves" if same else "labels and input have positions"
         raise UserError(
             f"{reason}, and no loss of {type(module).__name__} shows whether the label at a position belongs to the "
-            "features there or to those one position before, as in causal language models. Pass batch_fn=(batch) -> "
+            "features at this position or at the one before, as in causal language models. Pass batch_fn=(batch) -> "
             "(inputs, labels) with each label at the position that predicts it: for a causal model "
             "torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)."
         )
@@ -80,11 +82,11 @@ def _with_labels(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _loss(module: nn.Module, call: Callable[[Tensor], Any], labels: Tensor) -> float | None:
-    """Return the first scalar that a model returns for labels, if it takes them."""
+    """Return the first scalar that a model returns when it gets labels; None if there is none."""
     try:
         with frozen(module), eager():
             output = call(labels)
-    except Exception:  # It takes no labels, or not these.
+    except Exception:  # The model does not accept these labels.
         return None
     return next((float(leaf) for _, leaf in float_leaves(output) if leaf.ndim == 0), None)
 
@@ -101,7 +103,7 @@ def _by_value(loss: float, logits: Tensor | None, labels: Tensor) -> bool | None
 
 
 def _by_first_position(module: nn.Module, call: Callable[[Tensor], Any], labels: Tensor) -> bool | None:
-    """Whether a label at the first position alone gives a loss of nothing."""
+    """Return whether a label at the first position only gives the same loss as no label; None without a loss."""
     alone = torch.full_like(labels, _IGNORED)
     alone[:, 0] = labels.clamp_min(0).amax(dim=1)
     loss, none = _loss(module, call, alone), _loss(module, call, torch.full_like(labels, _IGNORED))
@@ -111,7 +113,7 @@ def _by_first_position(module: nn.Module, call: Callable[[Tensor], Any], labels:
 
 
 def _compare_with_tokens(inputs: Any, labels: Tensor) -> tuple[bool, bool]:
-    """Whether labels are the tokens at their positions, and at the following ones."""
+    """Return whether labels equal the tokens at their positions, and whether they equal the next tokens."""
     values = (
         inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple | list) else [inputs]
     )
@@ -122,7 +124,7 @@ def _compare_with_tokens(inputs: Any, labels: Tensor) -> tuple[bool, bool]:
         for each in values
         if isinstance(each, Tensor) and each.shape == labels.shape and not each.is_floating_point()
     ]
-    # Beside tokens the labels may go into the model, too, for its loss.
+    # The inputs may contain the labels themselves, for the model's loss.
     others = [each for each in alike if each.data_ptr() != labels.data_ptr()]
     for tokens in others or alike:
         if not bool(counted.any()):

@@ -1,4 +1,4 @@
-"""Measurements of the user's own steps: hooks see the features in forwards that run anyway."""
+"""Measurement from the forwards of the user's own steps, where hooks read the features."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import fingerprint_together, num_own_samples
 from nclightning.probe.watch import Watch
+from nclightning.quantities import NC5
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
 
 __all__ = ["StepMeasurement"]
 
 
-class _OfLoader(NamedTuple):
-    """What is collected of a loader.
+class _LoaderCollectors(NamedTuple):
+    """The collectors of one loader.
 
     Attributes:
-        rows: Hands them on to the others.
-        statistics: Of its features.
-        decisions: About them, if they are measured.
-        num_own: How many samples of this process are not repeated ones; None if all.
+        rows: The buffer that passes features on to the collectors.
+        statistics: The collector of class statistics.
+        decisions: The collector of decisions, if these are measured.
+        num_own: Number of samples of this process that are not duplicates; None if all are.
     """
 
     rows: RowBuffer
@@ -50,19 +51,19 @@ class _OfLoader(NamedTuple):
 class StepMeasurement:
     """Measures the features of the user's steps over one or several loaders.
 
-    Before each step comes :meth:`hook`, after it :meth:`collect`, after all of them :meth:`read`.
+    Call :meth:`hook` before each step, :meth:`collect` after it, and :meth:`read` after all steps.
 
     Args:
-        reader: Of features and labels.
-        measuring: What to measure.
-        ood: Names of loaders that are out of distribution.
-        training_statistics: Makes the statistics of the training set at the weights as they are, whose class means
-            decisions and NC5 need; None leaves both out.
-        online: Whether this is a pass of training, whose weights change on the way: its features are read with the
-            head as it is at the end. Else features and head are of the same weights.
+        reader: Reader of features and labels.
+        measuring: The measures to evaluate.
+        ood: Names of out-of-distribution loaders.
+        training_statistics: Function that returns the class statistics of the training set at the current weights.
+            Decisions and NC5 need its class means; None leaves both out.
+        online: Whether the steps are training steps. Weights then change during the pass, and the head is that at the
+            end. Otherwise features and head belong to the same weights.
 
     Attributes:
-        statistics: What :meth:`read` evaluated, by the name of the loader.
+        statistics: The class statistics that :meth:`read` evaluated, by the name of the loader.
     """
 
     def __init__(
@@ -76,44 +77,44 @@ class StepMeasurement:
         self._reader, self._measuring = reader, measuring
         self._ood, self._training_statistics, self._online = ood, training_statistics, online
         self.statistics: dict[str, LayerStatistics] = {}
-        self._loaders: dict[str, _OfLoader] = {}
+        self._loaders: dict[str, _LoaderCollectors] = {}
         self._failure: Exception | None = None
-        # What decides: class means and head, and fingerprints of the weights that they are of.
+        # Class means and head for the decisions, and fingerprints of the weights that they belong to.
         self._class_means: LayerStatistics | None = None
         self._head: Head | None = None
         self._weights: dict[str, tuple[int, ...]] = {}
-        # Hooks: those that see features, those of before a pause, and the one that copies the head.
+        # The hooks that read features, earlier ones from before a pause, and the hook that copies the head.
         self._hooked = False
         self._watch: Watch | None = None
         self._done: list[Watch] = []
         self._handle: RemovableHandle | None = None
-        # Inputs and labels of the batch that runs, or did last; its features, if it made the head.
+        # Inputs and labels of the current or last batch; its features, if its forward initialised the head.
         self._split: tuple[Any, Tensor] | None = None
         self._first: dict[str, Tensor] | None = None
 
     @property
     def hooked(self) -> bool:
-        """Whether the model is hooked, or need not be any more."""
+        """Whether the model is hooked, or no hooks are needed because of an error."""
         return self._hooked or self._failure is not None
 
     @property
     def is_idle(self) -> bool:
-        """Whether the model has not run on the batch for which it was hooked."""
+        """Whether the model has not yet run on the current batch."""
         return self._watch is not None and self._watch.is_idle
 
     def hook(self, host: Host, batch: Any, name: str = "", first: FirstForward | None = None) -> None:
-        """Hook the model before its first batch, and get ready for each.
+        """Hook the model before its first batch, and prepare for each batch.
 
-        Before the first batch the class means of the training set are measured, too, if decisions need them.
+        Before the first batch, the class means of the training set are measured, too, if decisions need them.
 
         Args:
-            host: Of the model.
-            batch: As the step gets it.
-            name: Of its loader.
-            first: Of a model whose first forward is to make its head.
+            host: The host of the model.
+            batch: The batch as the step gets it.
+            name: Name of the loader.
+            first: The hook for a model whose first forward initialises its head.
 
         Raises:
-            ValueError: If training runs inside a compiled graph, or as :meth:`PairReader.check_batch`.
+            ValueError: If training runs in a compiled graph; and as for :meth:`PairReader.check_batch`.
         """
         if self.hooked:
             self._begin(batch)
@@ -125,9 +126,9 @@ class StepMeasurement:
         module = host.module
         self._reader.check_batch(host, batch, labelled=name not in self._ood)
         if not self._online:
-            self._reader.check_again(host, self._reader.split(batch)[0])
+            self._reader.verify_head(host, self._reader.split(batch)[0])
         if self._training_statistics is not None and self._class_means is None:
-            # Not before: at the start of the epoch other callbacks may still be about to swap weights.
+            # Not earlier, because other callbacks may swap weights at the start of the epoch.
             self._weights["class means"] = _trained(module)
             self._class_means = self._training_statistics()
         compiled = self._reader.is_compiled(module)
@@ -140,12 +141,12 @@ class StepMeasurement:
         if not compiled:
             self._watch = self._reader.watch(module, in_steps=True, online=self._online)
             if not self._online and not is_sharded(module):
-                # A step may run with other weights than there are before and after it.
+                # A step may swap weights while it runs. The head is therefore copied when its layer is called.
                 self._handle = hook_call(self._reader.layer_of(module), lambda *_: self._take_head(module))
         self._begin(batch)
 
     def _hook_at_once(self, host: Host, batch: Any) -> None:
-        """Hook the model once its first forward is over, and read that batch by one more."""
+        """Hook the model after its first forward, and read the features of that batch by another forward."""
         self._split = self._reader.split(batch)
         self._first = self._reader.features(host, self._split[0])
         self._watch = self._reader.watch(host.module, in_steps=True, online=self._online)
@@ -157,18 +158,18 @@ class StepMeasurement:
                 self._watch.begin(self._split[0])
 
     def _take_head(self, module: nn.Module) -> None:
-        """Copy the head as it is now, with which the features of this pass are read."""
-        self._head = self._reader.whole_head_of(module)
+        """Copy the current head, to which the features of this pass belong."""
+        self._head = self._reader.head_snapshot(module)
         if self._training_statistics is not None:
             self._weights["validation or test step"] = _trained(module)
 
     def collect(self, host: Host, name: str = "", loader: Any = None) -> None:
-        """Take the features of the batch that just ran.
+        """Collect the features of the batch on which the step just ran.
 
         Args:
-            host: Of the model.
-            name: Of the loader.
-            loader: The loader, which may repeat samples at its end.
+            host: The host of the model.
+            name: Name of the loader.
+            loader: The loader. It may repeat samples at its end, which are not counted.
         """
         if self._failure is not None:
             return
@@ -189,8 +190,8 @@ class StepMeasurement:
             self._take_head(host.module)
         if len(set(self._weights.values())) > 1:
             raise UserError(
-                "decisions and nc5 need class means of the weights that the step runs with, and the step changes "
-                "weights inside: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave "
+                "decisions and nc5 need class means at the weights with which the step runs, and the step itself swaps "
+                "weights: swap them in on_validation_epoch_start and back in on_validation_epoch_end, or leave "
                 "these measures out."
             )
         if name not in self._loaders:
@@ -200,20 +201,20 @@ class StepMeasurement:
         of_loader = self._loaders[name]
         of_loader.rows.add(kept, labels, of_loader.num_own)
 
-    def _open(self, module: nn.Module, name: str, loader: Any) -> _OfLoader:
-        """Make what collects the features of a loader."""
+    def _open(self, module: nn.Module, name: str, loader: Any) -> _LoaderCollectors:
+        """Construct the collectors of a loader."""
         head = self._reader.head_of(module) if self._head is None else self._head
         statistics, decisions = self._measuring.statistics_collector(head), None
         if self._class_means is not None and self._measuring.decides(self._class_means) and name not in self._ood:
             decisions = self._measuring.decisions_collector(head, self._class_means)
         rows = RowBuffer(*(each.add for each in (statistics, decisions) if each is not None))
-        return _OfLoader(rows, statistics, decisions, num_own_samples(loader))
+        return _LoaderCollectors(rows, statistics, decisions, num_own_samples(loader))
 
     def read(self, host: Host) -> dict[str, Tensor]:
-        """Evaluate all measures, with the name of the loader in the tag where there are several.
+        """Evaluate all measures. Tags begin with the name of the loader if it has one.
 
         Raises:
-            Exception: On all processes, if one of them failed on the way.
+            Exception: On all processes, if one of them failed.
         """
         if self._failure is None:
             try:
@@ -224,12 +225,12 @@ class StepMeasurement:
                 self._failure = error
         self.remove()
         raise_together(self._failure, host.device)
-        reshard(host.module)  # The head in its own precision, not in that of the last forward.
+        reshard(host.module)  # Gathered weights may have the lower precision of the last forward.
         values: dict[str, Tensor] = {}
         for name, (_, statistics, decisions, _) in self._loaders.items():
             stats = self.statistics[name] = statistics.statistics()
             if name in self._ood:
-                read = {} if self._class_means is None else {"nc5": orthogonality(self._class_means[""], stats[""])}
+                read = {} if self._class_means is None else {NC5.name: orthogonality(self._class_means[""], stats[""])}
             else:
                 read = statistics.read(stats)
             if decisions is not None:
@@ -240,11 +241,11 @@ class StepMeasurement:
     def _verify(self, host: Host) -> None:
         for watch in self._done if self._watch is None else [*self._done, self._watch]:
             watch.verify()
-        if self._online and self._split is not None:  # What starts without effect may have one by now.
-            self._reader.check_again(host, self._split[0])
+        if self._online and self._split is not None:  # Operations after the head may have an effect by now.
+            self._reader.verify_head(host, self._split[0])
 
     def fail(self, error: Exception) -> None:
-        """Give up; the others hear of it when they read."""
+        """Record an error and remove the hooks. All processes raise it in :meth:`read`."""
         self.remove()
         self._failure = error
 
@@ -252,7 +253,7 @@ class StepMeasurement:
         """Remove the hooks."""
         if self._watch is not None:
             self._watch.remove()
-            self._done.append(self._watch)  # It may go on after a validation in the middle of an epoch.
+            self._done.append(self._watch)  # Training may continue after a validation within the epoch.
         if self._handle is not None:
             self._handle.remove()
         self._watch = self._handle = None
@@ -260,5 +261,5 @@ class StepMeasurement:
 
 
 def _trained(module: nn.Module) -> tuple[int, ...]:
-    """Tell weights from others; a forward may change those that are not trained, such as a momentum encoder's."""
+    """Return a fingerprint of the trainable weights. A forward may change others, such as a momentum encoder's."""
     return fingerprint_together(parameter for parameter in module.parameters() if parameter.requires_grad)

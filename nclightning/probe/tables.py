@@ -1,4 +1,4 @@
-"""A measurement as a table, for terminals and for notebooks."""
+"""The table of a measurement, for terminals and for notebooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from nclightning.metrics.measures import meaning_of
+from nclightning.quantities import measure_named
 
 __all__ = ["Row", "as_html", "as_text"]
 
@@ -16,14 +16,14 @@ _COLUMNS = ("", "value", "at collapse", "meaning")
 
 
 class Row(NamedTuple):
-    """One value and what it tells.
+    """One value and its meaning.
 
     Attributes:
-        group: Set or layer that it is of, in words; empty for the input of the head.
-        name: Of the measure.
+        group: The data set or layer, in words; empty for the input of the head.
+        name: Name of the measure.
         value: The value.
         collapsed: The value at collapse; None if it is not known.
-        meaning: In a few words.
+        meaning: The meaning in a few words.
     """
 
     group: str
@@ -34,33 +34,33 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, tag: str, value: float, num_classes: int, feature_dim: int, layers: Sequence[str] = ()) -> Row:
-        """Look up what a value tells.
+        """Construct the row of a value.
 
         Args:
             tag: ``<measure>`` or ``<set or layer>/<measure>``.
             value: The value.
             num_classes: Number of classes present.
-            feature_dim: Number of features at the head.
-            layers: Names of layers, to tell them from sets.
+            feature_dim: Dimension of the features at the head.
+            layers: Names of layers. Other groups are data sets.
         """
         group, _, name = tag.rpartition("/")
-        meaning = meaning_of(name)
+        quantity = measure_named(name)
         group = f"layer {group}" if group in layers else group
-        return cls(group, name, value, meaning.at_collapse(num_classes, feature_dim), meaning.text)
+        return cls(group, name, value, quantity.at_collapse(num_classes, feature_dim), quantity.meaning)
 
     @property
-    def away(self) -> float | None:
-        """How far the value is from that at collapse; None if that is not known."""
+    def distance(self) -> float | None:
+        """Distance of the value from that at collapse; None if that is not known."""
         return None if self.collapsed is None else abs(self.value - self.collapsed)
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """Name, value, value at collapse and meaning as they are shown."""
+        """Name, value, value at collapse and meaning as text."""
         return self.name, _shown(self.value), "" if self.collapsed is None else _shown(self.collapsed), self.meaning
 
 
 def _shown(value: float) -> str:
-    if math.isfinite(value) and value == int(value) and abs(value) < 1e6:  # Also where it is a count.
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e6:  # Counts, and exact zeros and ones.
         return str(int(value))
     return f"{value:.4g}"
 
@@ -72,12 +72,12 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def as_text(headline: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """Write a table of ASCII letters, for any terminal.
+    """Format a table in ASCII, for any terminal.
 
     Args:
-        headline: Of one line.
-        rows: In any order of groups.
-        notes: Sentences below.
+        headline: Title in one line.
+        rows: Rows, with groups in any order.
+        notes: Sentences below the table.
     """
     cells = [_COLUMNS, *(row.cells for row in rows)]
     name, value, collapsed = (max(len(row[i]) for row in cells) for i in range(3))
@@ -93,12 +93,12 @@ def as_text(headline: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 
 def as_html(headline: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """Write a table for notebooks, in the colours of the page.
+    """Format a table in HTML, for notebooks in any colours.
 
     Args:
-        headline: Of one line.
-        rows: In any order of groups.
-        notes: Sentences below.
+        headline: Title in one line.
+        rows: Rows, with groups in any order.
+        notes: Sentences below the table.
     """
 
     def line(cells: Sequence[str], kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Hooks that copy features and see that they belong to the labels and to the output of the model."""
+"""Hooks that copy features, and check that these belong to the labels and to the output of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.probe.features import FeatureHooks, first_argument, first_tensor
-from nclightning.probe.found import Found
+from nclightning.probe.found_head import FoundHead
 from nclightning.probe.hooks import hook_call, hook_result
 from nclightning.probe.inputs import tensors_of
 from nclightning.probe.observation import Observation
@@ -21,12 +21,12 @@ __all__ = ["Entry", "FirstStepHooks", "Watch", "entry_of"]
 
 
 class Entry(NamedTuple):
-    """Where inputs enter a model.
+    """The places where inputs enter a model.
 
     Attributes:
-        layers: Names of the modules that get a tensor of the batch as it is.
-        start: Names of modules that run first, with what they got.
-        is_written: Whether the model writes to its inputs.
+        layers: Names of the modules whose input is a tensor of the batch.
+        start: Names of these modules and of the first layer, with copies of their input.
+        is_written: Whether the model overwrites its inputs.
     """
 
     layers: tuple[str, ...]
@@ -35,19 +35,19 @@ class Entry(NamedTuple):
 
 
 def entry_of(module: nn.Module, seen: Observation, inputs: Any, is_written: bool) -> Entry:
-    """Find where the inputs of a batch enter a model, deep inside where that can be told.
+    """Find the innermost modules at which the inputs of a batch enter a model.
 
     Args:
         module: The model.
-        seen: A run of it on the inputs.
-        inputs: Of the batch.
-        is_written: Whether the run wrote to them.
+        seen: A run of the model on the inputs.
+        inputs: Inputs of the batch.
+        is_written: Whether the run overwrote them.
     """
     names, leaves = {child: name for name, child in module.named_modules()}, list(tensors_of(inputs))
     alike = {layer: True for layer, _, _ in seen.calls}
-    for layer, came, _ in seen.calls:
-        alike[layer] = alike[layer] and any(_is_same(came, leaf) for leaf in leaves)
-    # A module inside one that got the same tensor runs also where a step leaves the outer one out.
+    for layer, raw_input, _ in seen.calls:
+        alike[layer] = alike[layer] and any(_is_same(raw_input, leaf) for leaf in leaves)
+    # The inner one of two nested modules with the same input is chosen: a step may skip the outer one.
     chain = [layer for layer, same in alike.items() if same]
     inner = [layer for i, layer in enumerate(chain) if not set(chain[i + 1 : i + 2]) & set(layer.modules())]
     first = next((layer for layer, _, _ in seen.calls if not list(layer.children())), None)
@@ -60,7 +60,7 @@ def entry_of(module: nn.Module, seen: Observation, inputs: Any, is_written: bool
 
 
 def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor is another one, or a view of all of it in the same order."""
+    """Return whether a tensor is the same object as another one, or a view of all its elements in the same order."""
     if tensor is leaf:
         return True
     return (
@@ -74,7 +74,7 @@ def _is_same(tensor: Tensor, leaf: Tensor) -> bool:
 
 
 def _differs(tensor: Tensor, leaf: Tensor) -> Tensor:
-    """Whether two tensors have other values, beyond what rounding to the lower of their precisions makes equal."""
+    """Return whether two tensors differ after rounding to the lower one of their precisions."""
     if tensor.dtype != leaf.dtype and tensor.is_floating_point() and leaf.is_floating_point():
         lower = min(tensor.dtype, leaf.dtype, key=lambda dtype: dtype.itemsize)
         tensor, leaf = tensor.to(lower), leaf.to(lower)
@@ -82,24 +82,24 @@ def _differs(tensor: Tensor, leaf: Tensor) -> Tensor:
 
 
 class Watch:
-    """Copies the features of one forward per batch, and checks on the device that what was found still holds.
+    """Hooks that copy the features of one forward per batch, and check on the device that they fit the batch.
 
-    In a step of the user the model may run several times, as on unlabelled samples or for a closure. Then the features
-    are those of the first run on the inputs of the batch.
+    A step of the user may run the model several times, for example on unlabelled samples or in a closure. The features
+    are then those of the first run on the inputs of the batch.
 
     Args:
         found: The head.
         module: The model.
-        layers: Further ones by name.
+        layers: Further layers by name.
         pooling: As for :class:`nclightning.probe.features.FeatureHooks`.
-        entry: Where inputs enter, for steps of the user; None for forwards of our own.
-        online: Whether steps are those of training, which may mix samples or change their order: then inputs must be
-            those of the batch.
+        entry: Where inputs enter the model, for steps of the user; None for evaluation passes.
+        online: Whether these are training steps. Such a step may mix samples or change their order, so that the inputs
+            are compared with those of the batch.
     """
 
     def __init__(
         self,
-        found: Found,
+        found: FoundHead,
         module: nn.Module,
         layers: Mapping[str, nn.Module],
         pooling: Literal["mean", "flatten"],
@@ -117,12 +117,12 @@ class Watch:
         self._settled = False
         self._misses: Tensor | None = None
         self._differs: Tensor | None = None
-        # Before the hooks at the features: a head that runs on the inputs themselves is entered before they are kept.
+        # These hooks come before those at the features: the head itself may be the layer where inputs enter.
         self._handles: list[RemovableHandle] = [
             hook_call(module.get_submodule(name), self._enter) for name in (() if entry is None else entry.layers)
         ]
         self._hooks = FeatureHooks(found.source(module), layers, pooling, self._wants if self._in_steps else None)
-        # A step may get more than logits from its forward, or others while it trains: only positions need it there.
+        # In training, forward may return other things than logits, so a step is checked only if positions depend on it.
         self._checks = found.is_checked and (entry is None or bool(found.pooling))
         if self._checks and found.reader.layer is not None:
             self._handles.append(hook_result(module.get_submodule(found.path), self._keep_logits))
@@ -130,7 +130,7 @@ class Watch:
             self._handles.append(hook_result(module.get_submodule(found.exit), self._leave))
 
     def begin(self, inputs: Any) -> None:
-        """Get ready for the step of a batch."""
+        """Prepare for the step of a batch."""
         self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
         self._writes = [version_of(leaf) for leaf in self._leaves] if self._sees_writes else []
         self._hooks.kept, self._hooks.runs, self._matches = {}, 0, "unseen"
@@ -146,7 +146,7 @@ class Watch:
             return
         place = next((i for i, leaf in enumerate(self._leaves) if _is_same(tensor, leaf)), None)
         if place is not None:
-            if self._kept_of not in (None, "yes"):  # What was kept is of a run on something else.
+            if self._kept_of not in (None, "yes"):  # The kept features belong to a run on other inputs.
                 self._hooks.kept.clear()
                 self._forget()
             if self._kept_of is None and self._is_changed(place):
@@ -165,11 +165,11 @@ class Watch:
             self._matches = "no"
 
     def _is_changed(self, place: int) -> bool:
-        """Whether the step wrote to an input, as some do to mix samples."""
+        """Return whether the step overwrote an input, for example to mix samples."""
         return self._sees_writes and version_of(self._leaves[place]) != self._writes[place]
 
     def _wants(self) -> bool:
-        """Whether what runs now is to be kept, if nothing is yet."""
+        """Return whether features of the current run are needed, provided that none are kept yet."""
         if self._kept_of is None:
             self._kept_of = self._matches
         return self._kept_of == self._matches
@@ -178,20 +178,20 @@ class Watch:
         if (
             (not self._in_steps or self._wants())
             and self._logits is None
-            and (went := first_tensor(output)) is not None
+            and (raw_output := first_tensor(output)) is not None
         ):
-            self._logits = went.detach().clone()
+            self._logits = raw_output.detach().clone()
 
     def _leave(self, args: Any, output: Any) -> None:
         if "" in self._hooks.kept and not self._settled:
             self._settle(output, exit_only=True)
 
     def _settle(self, output: Any, exit_only: bool) -> None:
-        """Compare the output with what the head made, and choose the features of its positions."""
+        """Compare the output with the logits, and choose the features at the positions that it used."""
         found, rows = self._found, self._hooks.kept[""]
         made, part = found.logits(self._module, rows, self._logits), found.part_of(output, exit_only)
         if part is None and exit_only:
-            return  # In training it may return other things.
+            return  # In training the module may return other things.
         self._settled = True
         if made is None or part is None:
             misses = torch.ones((), dtype=torch.bool, device=rows.device)
@@ -212,11 +212,11 @@ class Watch:
         """Return the features of a batch by name.
 
         Args:
-            output: Of a forward of our own.
-            labels: Of the batch, for features of a step.
+            output: The output of the model, in an evaluation pass.
+            labels: The labels of the batch, in a step.
 
         Raises:
-            ValueError: If they are not known, or of another number of samples.
+            ValueError: If it is not known which features belong to the batch, or their number is not that of labels.
         """
         runs = self._hooks.runs
         if not self._in_steps:
@@ -241,10 +241,10 @@ class Watch:
         return runs > 1 or (self._online and self._kept_of == "no")
 
     def verify(self) -> None:
-        """Raise if a batch was not as it was found to be. Transfers to the host.
+        """Raise if a check failed on any batch. Transfers to the host.
 
         Raises:
-            ValueError: With the repair.
+            ValueError: If an output did not follow from the logits, or inputs were not those of the batch.
         """
         misses, differs, self._misses, self._differs = self._misses, self._differs, None, None
         if misses is not None and bool(misses):
@@ -257,16 +257,16 @@ class Watch:
         if self._online:
             return UserError(
                 "source='online' and Probe.online pair features with labels by their places in the batch, and the "
-                f"training step runs {title} on something else than the inputs of the batch, which may be mixed, in "
-                "another order or of other samples. Use source='sweep' or Probe.read; or change batches before the "
+                f"training step runs {title} on other inputs than those of the batch: they may be mixed, in "
+                "another order or from other samples. Use source='sweep' or Probe.read; or change batches before the "
                 "step, in on_after_batch_transfer or as epoch.batches((change(x), y) for x, y in loader); or pass "
                 "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step makes them."
             )
         return UserError(
             f"the head {name!r} of {title} ran in a validation or test step on other samples than those of the batch, "
-            "or several times of which none is seen to be on them: features cannot be paired with labels. Leave the "
-            "stage out of stages=, and pass its loader as datasets={'name': loader}, which is swept; or pass "
-            "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step gives them to the model."
+            "or several times, never visibly on these: features cannot be paired with labels. Leave the stage out of "
+            "stages=, and pass its loader as datasets={'name': loader}, for an evaluation pass; or pass "
+            "batch_fn=(batch) -> (inputs, labels) with inputs and labels as the step passes them to the model."
         )
 
     def remove(self) -> None:
@@ -279,14 +279,14 @@ class Watch:
 
 
 class FirstStepHooks:
-    """Sees whether the first step of training runs the model on what it was examined with, and its head.
+    """Hooks that check whether the first training step runs the head, and runs the model on the inputs of the batch.
 
     Args:
         module: The model.
-        entry: Where inputs enter.
-        layer: At which features are seen.
-        head_only: Whether inputs do not matter. Then the hook is gone once it was called, also where a host does not
-            tell that the step failed.
+        entry: Where inputs enter the model.
+        layer: The layer at which features are read.
+        head_only: Whether inputs are not checked. The hook then removes itself at its first call, because some hosts do
+            not report a step that failed.
     """
 
     def __init__(self, module: nn.Module, entry: Entry, layer: nn.Module, head_only: bool = False) -> None:
@@ -305,7 +305,7 @@ class FirstStepHooks:
         def compare(args: Any, kwargs: dict[str, Any]) -> None:
             tensor = first_argument(args, kwargs)
             if tensor is not None and tensor.device == value.device:
-                # A part of the batch, or more than that, may go through together.
+                # The step may pass only a part of the batch, or the batch together with other samples.
                 count = min(tensor.numel(), value.numel())
                 own, given = tensor.detach().reshape(-1)[:count].to(value.dtype), value.reshape(-1)[:count]
                 self._same.append(torch.isclose(own, given, equal_nan=True).all())
@@ -313,7 +313,7 @@ class FirstStepHooks:
         return compare
 
     def end(self) -> tuple[bool, bool]:
-        """Remove all hooks; return whether inputs were other ones, and whether the head ran. Transfers to the host."""
+        """Remove all hooks. Return whether inputs differed, and whether the head ran. Transfers to the host."""
         self.remove()
         differs = bool(self._same) and not any(bool(same) for same in self._same)
         self._same = []
@@ -321,27 +321,27 @@ class FirstStepHooks:
 
     @staticmethod
     def words(title: str, head: str, differs: bool, runs: bool) -> str:
-        """Say what the step did otherwise, and how to measure that; nothing where it did nothing.
+        """Return a warning about what the step did differently, and how to measure it; empty if there is none.
 
         Args:
-            title: Of the module.
-            head: Its name.
-            differs: Whether inputs were other ones.
+            title: Name of the module's class.
+            head: Name of the head.
+            differs: Whether inputs differed.
             runs: Whether the head ran.
         """
         if not runs:
             return (
-                f"the head {head!r}, which makes the output of the forward of {title}, did not run in the first "
-                "training step: if the loss is of another layer, pass head= that one, and forward_fn=(module, inputs) "
+                f"the head {head!r}, whose output is that of the forward of {title}, did not run in the first "
+                "training step: if the loss uses another layer, pass head= that one, and forward_fn=(module, inputs) "
                 "-> output that runs it."
             )
         if differs:
             return (
                 f"the first training step ran {title} on other inputs than those of the batch. With source='sweep', "
-                "which gives it those, pass forward_fn=(module, inputs) -> output that prepares inputs as the step "
-                "does; if the step augments them, the measurement is of samples without that. source='online' pairs "
-                "features with labels by place and needs batch_fn=(batch) -> (inputs, labels) with inputs as the step "
-                "makes them."
+                "which runs it on the batch, pass forward_fn=(module, inputs) -> output that prepares inputs as the "
+                "step does; if the step augments them, samples without augmentation are measured. source='online' "
+                "pairs features with labels by place and needs batch_fn=(batch) -> (inputs, labels) with inputs as the "
+                "step makes them."
             )
         return ""
 

@@ -1,6 +1,5 @@
 """Unconstrained feature models with any convex loss, targets and counts: optimum, gap, distance, curvature."""
 
-from nclightning.problems.answers import NoAnswer
 from nclightning.problems.contract import assert_problem_contract
 from nclightning.problems.cross_entropy import BinaryCrossEntropy, CrossEntropy
 from nclightning.problems.known import KnownProblem
@@ -11,6 +10,7 @@ from nclightning.problems.members.regression import regression, regression_gram
 from nclightning.problems.members.soft import label_smoothing, mixup, soft_labels
 from nclightning.problems.members.squared import mse_with_penalized_bias, mse_without_bias, unbalanced_mse
 from nclightning.problems.members.unbalanced_ce import logit_adjusted_ce, unbalanced_ce, weighted_ce
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.optimum import Optimum
 from nclightning.problems.orbit import Solution
 from nclightning.problems.problem import Problem

@@ -1,24 +1,39 @@
-"""Answers that do not exist."""
+"""How each question about a problem can be answered."""
 
 from __future__ import annotations
 
-from nclightning.errors import UserError
+from typing import TYPE_CHECKING
 
-__all__ = ["NoAnswer"]
+from nclightning.problems.no_answer import NoAnswer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nclightning.problems.problem import Problem
+
+__all__ = ["QUESTIONS", "answers"]
+
+QUESTIONS = ("optimum", "gap", "distance", "spectrum", "rates", "threshold", "certified_lower_bound")
 
 
-class NoAnswer(UserError):
-    """A question that has no answer for this problem, or none that is known; the message says why.
+def answers(problem: Problem) -> dict[str, str | NoAnswer]:
+    """Return ``"closed form"``, ``"numerical"``, ``"bound"`` or the :class:`NoAnswer` for each of the questions."""
 
-    Attributes:
-        question: Name of what was asked for, as :meth:`nclightning.problems.Problem.answers` lists it.
-        reason: Why there is no answer, one sentence.
-    """
+    def try_to(ask: Callable[[], str]) -> str | NoAnswer:
+        try:
+            return ask()
+        except NoAnswer as missing:
+            return missing
 
-    def __init__(self, question: str, reason: str) -> None:
-        super().__init__(f"{question}: {reason}")
-        self.question, self.reason = question, reason
-
-    def __reduce__(self) -> tuple[type[NoAnswer], tuple[str, str]]:
-        """Pickle with both arguments, which the message alone does not give back."""
-        return type(self), (self.question, self.reason)
+    method = try_to(lambda: problem.optimum.method)
+    spectrum = try_to(lambda: "numerical" if problem.spectrum() else "")
+    has_formula = not problem.has_bias or method == "closed form"
+    return {
+        "optimum": method,
+        "gap": try_to(lambda: problem.optimal_set.optimum.method),
+        "distance": try_to(lambda: problem.optimal_set.optimum.method),
+        "spectrum": spectrum,
+        "rates": spectrum,
+        "threshold": try_to(lambda: ("closed form" if has_formula else "numerical") if problem.threshold >= 0 else ""),
+        "certified_lower_bound": "bound",
+    }

@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from nclightning.problems.with_optimum import WithOptimum
 
 __all__ = [
-    "admit",
-    "admit_moments",
     "check_arguments",
     "check_groups",
     "check_labels",
     "check_point",
     "check_table",
+    "checked_moments",
+    "checked_point",
     "read_numbers",
     "rows_are_classes",
 ]
 
-# Of each kind, by which a loss is probed for convexity.
+# Number of segments of each kind on which convexity of a loss is tested.
 _SEGMENTS = 256
 
 
 def check_groups(
     targets: Tensor | Sequence[Sequence[float]] | str | None, counts: Tensor | Sequence[int], loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Targets ``(M, K)`` float64 and counts ``(M,)`` int64, checked."""
+    """Return checked targets ``(M, K)``, float64, and counts ``(M,)``, int64."""
     if not isinstance(loss, Loss):
         raise UserError(f"loss must be a Loss such as CrossEntropy(), got {loss!r}.")
     numbers = read_numbers(counts, "counts must be integers")
@@ -58,7 +58,7 @@ def check_groups(
 
 
 def check_table(targets: Tensor | Sequence[Sequence[float]] | str, loss: Loss) -> Tensor:
-    """Targets ``(M, K)`` float64 on the host, a copy, checked."""
+    """Return a checked copy of the targets ``(M, K)``, float64 on the host."""
     rows = read_numbers(targets, "targets must be numbers (M, K)").clone()
     if rows.ndim != 2 or not rows.numel() or not bool(rows.isfinite().all()):
         raise UserError(f"targets must be a finite matrix (M, K), got the shape {tuple(rows.shape)}.")
@@ -67,10 +67,11 @@ def check_table(targets: Tensor | Sequence[Sequence[float]] | str, loss: Loss) -
 
 
 def _probe(loss: Loss, targets: Tensor) -> None:
-    """Refuse a loss that is seen not to be convex, or to fall below its lower bound: certified bounds would be wrong.
+    """Refuse a loss that is not convex or falls below its lower bound: certified bounds would be wrong.
 
-    In the middle of a segment a convex loss is at most its mean at the ends. A thousand segments are tried, short and
-    long, in all coordinates and along single ones; that is no proof.
+    At the middle of a segment, a convex loss is at most the mean of its values at both ends. This is tested on some
+    thousand random segments of several lengths, along single coordinates and in general directions. The test finds
+    mistakes; it proves nothing.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     K = targets.shape[1]
@@ -86,7 +87,7 @@ def _probe(loss: Loss, targets: Tensor) -> None:
             if least < loss.lower_bound - 1e-9 * (1 + abs(loss.lower_bound)):
                 raise UserError(
                     f"{type(loss).__name__} takes the value {least:.6g}, below its lower_bound={loss.lower_bound:.6g}, "
-                    "which certified bounds rest on: set lower_bound to a number that it never falls below."
+                    "which certified bounds depend on: set lower_bound to a number that it never falls below."
                 )
             excess = here - (low + high) / 2
             if bool((excess > 1e-9 * (1 + low.abs() + high.abs())).any()):
@@ -106,10 +107,10 @@ def rows_are_classes(targets: Tensor) -> bool:
 
 
 def read_numbers(given: Any, expected: str) -> Tensor:
-    """Numbers as float64 on the host; those of Python in full, which torch's default dtype would not give.
+    """Convert to float64 on the host. Python floats keep all digits, which torch's default dtype would round.
 
     Raises:
-        ValueError: With what was expected, if they are none.
+        ValueError: If they are not numbers; the message begins with ``expected``.
     """
     try:
         return torch.as_tensor(given, dtype=torch.float64, device="cpu").detach()
@@ -118,7 +119,7 @@ def read_numbers(given: Any, expected: str) -> Tensor:
 
 
 def check_arguments(problem: Problem) -> None:
-    """Raise unless sizes and penalties are in range."""
+    """Raise an error unless sizes and penalties are in range."""
     dim, bias = problem.feature_dim, problem.bias
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
         raise UserError(f"feature_dim must be an integer of at least 1, got {dim!r}.")
@@ -137,7 +138,7 @@ def _is_positive(value: object) -> bool:
 def check_point(
     problem: WithOptimum, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None, *, labels_too: bool
 ) -> None:
-    """Raise unless a point has the sizes of the problem, and the labels its counts, which takes a transfer."""
+    """Raise an error unless a point has the sizes of the problem and, with a transfer to the host, its counts."""
     K, d, N = problem.num_classes, problem.feature_dim, problem.num_samples
     _check_shapes(("weight", weight, (K, d)), ("features", features, (N, d)), ("labels", labels, (N,)))
     _check_bias(problem, bias, is_needed=problem.has_bias, is_allowed=problem.has_bias)
@@ -160,19 +161,19 @@ def _check_bias(problem: WithOptimum, bias: Tensor | None, *, is_needed: bool, i
 
 
 def check_labels(problem: WithOptimum, labels: Tensor) -> None:
-    """Raise unless each group occurs as often as the problem says. One transfer to the host."""
+    """Raise an error unless each group occurs as often as the problem says, with one transfer to the host."""
     if labels.dtype != torch.int64:
         raise UserError(f"labels must be int64, got {labels.dtype}.")
     if not torch.equal(labels.sort().values, problem.labels(labels.device)):
         counts = problem.samples_per_group
         often = f"exactly {counts} times" if isinstance(counts, int) else "as often as counts says"
         raise UserError(
-            f"labels must hold each of the groups 0..{problem.num_groups - 1} {often}: the answers are those of these "
+            f"labels must hold each of the groups 0..{problem.num_groups - 1} {often}: the optimum depends on the "
             "counts."
         )
 
 
-def admit(
+def checked_point(
     problem: WithOptimum,
     weight: Tensor,
     features: Tensor,
@@ -186,10 +187,10 @@ def admit(
     return Solution(_double(weight), _double(features), labels, None if bias is None else _double(bias))
 
 
-def admit_moments(
+def checked_moments(
     problem: WithOptimum, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None, *, needs_bias: bool
 ) -> Moments:
-    """The same for a point that is given by its moments."""
+    """Check a point that is given by its moments, and cast it to float64."""
     K, M, d = problem.num_classes, problem.num_groups, problem.feature_dim
     _check_shapes(("weight", weight, (K, d)), ("means", means, (M, d)))
     _check_bias(problem, bias, is_needed=needs_bias, is_allowed=problem.moments_take_bias)

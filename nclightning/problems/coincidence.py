@@ -1,4 +1,4 @@
-"""Groups that vanish at the optimum, and groups that share one feature there."""
+"""Groups whose feature is zero at the optimum, and groups that share one feature there (minority collapse)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Coincidences", "coinciding_groups"]
 
-# In units of the largest feature. What is kept of a direction is at least 1e-10 of the largest singular value of the
-# logits, which is 1e-5 in the features, and a solution is right to less than 1e-9.
+# Tolerance relative to the largest feature. A singular value of the logits is kept if it is at least 1e-10 of the
+# largest, which is 1e-5 in the features. The numerical solution is more accurate than 1e-9.
 _EQUAL = 1e-7
 
 
@@ -23,8 +23,8 @@ class Coincidences(NamedTuple):
     """Indices of groups, ascending.
 
     Attributes:
-        vanished: Their features are zero, and so are their logits up to a bias.
-        shared: Groups with different targets that share one feature: minority collapse. One tuple for each feature.
+        vanished: Groups whose feature is zero, so that their logits equal the bias.
+        shared: Groups with different targets that share one feature: one tuple for each shared feature.
     """
 
     vanished: tuple[int, ...]
@@ -32,26 +32,27 @@ class Coincidences(NamedTuple):
 
 
 def coinciding_groups(problem: Problem) -> Coincidences:
-    """Find groups with a feature that is zero, or that others share, at every optimum.
+    """Find the groups whose feature is zero, or equal to that of another group, at every optimum.
 
     Args:
-        problem: Its groups without samples are left out.
+        problem: The problem. Groups without samples are left out.
 
     Returns:
-        The groups; none share a feature where the optimum is zero and all vanish.
+        The groups. Where the optimum is zero, all groups are listed as vanished and none as sharing a feature.
 
     Raises:
         NoAnswer: If the optimum is not known.
 
     Example:
         >>> from nclightning.problems import unbalanced_ce
+        >>> from nclightning.problems.coincidence import coinciding_groups
         >>> coinciding_groups(unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.01)).shared
         ((2, 3),)
     """
     features, index = problem.optimal_set.feature_factor, torch.nonzero(problem.present).flatten()
     if not features.shape[1]:
         return Coincidences(tuple(index.tolist()), ())
-    if problem.feature_dim < features.shape[1]:  # Each optimum keeps other directions of these.
+    if problem.feature_dim < features.shape[1]:  # Different optima keep different directions.
         return Coincidences((), ())
     norms = features.norm(dim=1)
     scale = float(norms.max())
@@ -67,9 +68,9 @@ def coinciding_groups(problem: Problem) -> Coincidences:
 
 
 def _equal(rows: Tensor, tolerance: float) -> Iterator[Tensor]:
-    """Yield indices of rows that are equal to the first of them, where there are several.
+    """Yield the indices of each set of two or more equal rows.
 
-    Equal rows have equal components along any axis: only neighbours in that order are compared.
+    Equal rows have equal components along any axis. So rows are sorted along one axis and only neighbours compared.
     """
     axis = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype, device=rows.device)
     along, order = (rows @ (axis / axis.norm())).sort()

@@ -1,4 +1,4 @@
-"""What must hold for every problem, checked against autograd, dense Hessians and descents."""
+"""A check that every problem must pass, against autograd, dense Hessians and descents."""
 
 from __future__ import annotations
 
@@ -17,28 +17,34 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_problem_contract"]
 
-# Variables of which a dense Hessian takes a second.
+# Number of variables for which a dense Hessian takes a second.
 _LARGEST = 400
 _POINTS = 4
 
 
 def assert_problem_contract(problem: Problem, *, starts: int = 3, seed: int = 0) -> None:
-    """Check a problem against what can be computed without its theory; for tests of a member or a loss of your own.
+    """Check a problem against direct computations. Use it to test a member or a loss of your own.
 
-    The gradient vanishes and the Hessian has no negative eigenvalue at a random optimum. L-BFGS from random starts
-    reaches ``optimal_value`` to 1e-10 and does not go below. The gap is F - F* at random points, and it and the
-    distance are those of the dense Hessian near the set. The distance is the least that a search over rotations finds.
-    The spectrum is that of the dense Hessian, with as many zeros as the set has dimensions. The certified bound is
-    below F* and tends to it. Descent with a fixed step contracts as predicted.
+    - At a random optimum the gradient vanishes and the Hessian has no negative eigenvalue.
+    - L-BFGS from random starts reaches ``optimal_value`` to 1e-10 and does not go below it.
+    - The gap equals F - F* at random points. Near the optimal set, gap and distance agree with the dense Hessian.
+    - The distance is the least distance that a search over rotations finds.
+    - The spectrum is that of the dense Hessian, with as many zeros as the optimal set has dimensions.
+    - The certified bound is below F* and tends to it.
+    - Descent with a fixed step contracts as predicted.
 
     Args:
-        problem: A small one: at most 400 variables ``(K + N) d + K``, and not at a threshold.
-        starts: Random starts of the descents.
-        seed: Of the random points.
+        problem: A small problem: at most 400 variables ``(K + N) d + K``, and not at a threshold.
+        starts: Number of random starts of the descents.
+        seed: Seed of the random points.
 
     Raises:
-        AssertionError: Naming what does not hold, with the figures.
-        ValueError: If the problem is too large.
+        AssertionError: If a check fails or the problem is too large. The message gives the numbers.
+
+    Example:
+        >>> from nclightning.problems import SquaredError, Problem, assert_problem_contract
+        >>> problem = Problem(SquaredError(), "hard", [2, 1], feature_dim=2, lambda_w=0.05, lambda_h=0.05)
+        >>> assert_problem_contract(problem, starts=1)
     """
     view = _View(problem, torch.Generator().manual_seed(seed))
     assert view.size <= _LARGEST, f"the problem has {view.size} variables, more than {_LARGEST}: take a smaller one"
@@ -56,7 +62,7 @@ def assert_problem_contract(problem: Problem, *, starts: int = 3, seed: int = 0)
 
 
 class _Modes(NamedTuple):
-    """Eigenvectors of the dense Hessian in columns, of eigenvalues that are not zero, ascending."""
+    """An optimum, and the nonzero eigenvalues of the dense Hessian there, ascending, with eigenvectors in columns."""
 
     optimum: Tensor
     values: Tensor
@@ -64,7 +70,7 @@ class _Modes(NamedTuple):
 
 
 class _View:
-    """A problem as a function of one vector."""
+    """A problem as a function of one vector of all variables."""
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
         self.problem, self.generator = problem, generator
@@ -94,7 +100,7 @@ class _View:
         return gradient
 
     def draw(self) -> Tensor:
-        """A normal point of about the size of the optimum."""
+        """Draw a normally distributed point of about the size of the optimum."""
         noise = torch.randn(self.size, dtype=torch.float64, generator=self.generator)
         norm = float(self.flat(self.optimum).norm())
         return noise * (norm if norm > 0 else 1.0) / math.sqrt(self.size)
@@ -145,7 +151,7 @@ def _check_gap(view: _View) -> None:
 
 
 def _check_distance(view: _View) -> None:
-    """Search over all frames by descent, from several starts: reflections are not reached from rotations."""
+    """Search over all frames by descent, from starts of both determinants: rotations do not reach reflections."""
     problem, flat = view.problem, view.draw()
     point = view.point(flat)
     distance = float(problem.distance(*point))
@@ -190,7 +196,7 @@ def _frames(feature_dim: int, rank: int, generator: torch.Generator) -> list[Ten
 
 
 def _squared_distance(view: _View, point: Solution, rotation: Tensor) -> Tensor:
-    """That to the member of a frame, by definition."""
+    """Squared distance from the member of the optimal set with a given frame, by definition."""
     optimal = view.problem.optimal_set
     weight = optimal.weight_factor @ rotation.T
     present = view.problem.present
@@ -237,7 +243,7 @@ def _check_spectrum(view: _View) -> _Modes:
 
 
 def _check_near(view: _View, modes: _Modes) -> None:
-    """Along modes of the Hessian, close to the set, where F - F* itself is round-off."""
+    """Check gap and distance along modes of the Hessian so close to the set that F - F* itself is round-off."""
     size = 1e-7 * max(1.0, float(modes.optimum.norm()))
     for index in {0, len(modes.values) // 2, len(modes.values) - 1}:
         point = view.point(modes.optimum + size * modes.vectors[:, index])
@@ -248,14 +254,14 @@ def _check_near(view: _View, modes: _Modes) -> None:
 
 
 def _check_contraction(view: _View, modes: _Modes) -> None:
-    """Descend with two steps from a point off the set along the slowest and the fastest mode."""
+    """Check the contraction of two step sizes from a point displaced along the slowest and the fastest mode."""
     rates, size = view.problem.rates, 1e-5 * max(1.0, float(modes.optimum.norm()))
     for step in (rates.best_step, 1 / rates.smoothness):
         x = modes.optimum + size * (modes.vectors[:, 0] + modes.vectors[:, -1]) / math.sqrt(2)
         before, predicted = 0.0, rates.contraction(step)
-        if predicted < 0.01:  # All is done in one step.
+        if predicted < 0.01:  # One step reaches the set up to round-off: there is no rate to measure.
             continue
-        # Twice so many steps stay far from round-off.
+        # Twice this number of steps stays far above round-off.
         half = max(1, min(20, int(math.log(1e-2) / math.log(predicted))))
         for iteration in range(2 * half):
             if iteration == half:

@@ -1,4 +1,4 @@
-r"""Cross-entropy of distributions over classes, and of each class on its own."""
+r"""Cross-entropy of softmax with a distribution over classes, and binary cross-entropy of independent labels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from nclightning.errors import UserError
-from nclightning.problems.curved import Flanks, Peaks
 from nclightning.problems.groups import Factors, Groups
 from nclightning.problems.loss import Loss, target_rows
+from nclightning.problems.row_hessians import Flanks, Peaks
 from nclightning.problems.simplex import has_exchangeable_classes
 
 if TYPE_CHECKING:
@@ -21,30 +21,32 @@ if TYPE_CHECKING:
 
 __all__ = ["BinaryCrossEntropy", "CrossEntropy"]
 
-# Below this exp(t) - 1 - t is taken from its Taylor series with these coefficients, whose rest is 1e-17 of it. Above it
-# the difference loses at most five bits.
+# For smaller |t|, exp(t) - 1 - t is computed from its Taylor series with these coefficients, with a relative error of
+# 1e-17. For larger ones the difference loses at most five bits.
 _SERIES_BELOW = 0.125
 _COEFFICIENTS = (1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800, 1 / 39916800)
-# Above the first a probability times exp(t) is taken from its logarithm: the probability may be too small for a number.
-# Above the second it is too large for one, and so would be the sum of as many as there are classes.
+# For larger t, p exp(t) is computed as exp(log p + t), since p may underflow. If log p + t exceeds the second number,
+# the sum over classes may overflow.
 _LARGE_EXPONENT, _LARGEST_EXPONENT = 30.0, 680.0
-# K q is a product of two square roots over a sum of two numbers: eight roundings of half a unit.
+# Rounding error of K q, a product of two square roots divided by a sum of two numbers: eight roundings of half a unit.
 _ROUNDING = 4 * 2.0**-52
 
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropy(Loss):
-    r"""Cross-entropy of softmax with a distribution y over the classes, ``torch.nn.functional.cross_entropy``.
+    r"""Cross-entropy of softmax with a target distribution, as in ``torch.nn.functional.cross_entropy``.
 
     .. math:: -\sum_k w_k y_k \log \mathrm{softmax}(z + o)_k
 
-    Hard labels are rows of the identity, label smoothing and mixup are other rows of the simplex.
+    The targets y of hard labels are rows of the identity. Label smoothing and mixup have other distributions.
 
     Args:
-        offset: Added to the logits, one number for each class: logit adjustment.
+        offset: o, one number for each class, which is added to the logits (logit adjustment).
         class_weights: w, one positive number for each class.
 
     Example:
+        >>> import torch
+        >>> from nclightning.problems import CrossEntropy
         >>> loss = CrossEntropy()
         >>> loss.value(torch.zeros(1, 4), torch.eye(4)[:1])
         tensor([1.3863])
@@ -57,18 +59,18 @@ class CrossEntropy(Loss):
 
     @property
     def exchangeable(self) -> bool:  # type: ignore[override]
-        """Without offset and weights."""
+        """Whether classes may be permuted: only without offset and weights."""
         return self.offset is None and self.class_weights is None
 
     def __post_init__(self) -> None:
         for name in ("offset", "class_weights"):
             given = getattr(self, name)
             if given is not None:
-                # Numbers of Python are read in full, which torch's default dtype would not do.
+                # Python floats keep all digits, which torch's default dtype would round.
                 object.__setattr__(self, name, torch.as_tensor(given, dtype=torch.float64, device="cpu"))
 
     def check_targets(self, targets: Tensor) -> None:
-        """Rows must be distributions, and there must be as many classes as offsets and weights."""
+        """Raise an error unless rows are distributions over as many classes as there are offsets and weights."""
         off = (targets.sum(dim=1) - 1).abs()
         if bool((targets < 0).any()) or bool((off > 1e-6).any()):
             raise UserError(
@@ -89,10 +91,10 @@ class CrossEntropy(Loss):
         return -(self._weighted(targets) * torch.log_softmax(self._adjusted(logits), dim=1)).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target, for each class with its weight.
+        """Return the probabilities minus the target, multiplied by the class weights.
 
-        Rows sum to zero. Of the class with the largest target the sum of the others is taken: where its probability is
-        close to 1, the difference would keep few digits.
+        Rows sum to zero. The entry of the class with the largest target is computed from this sum: where its
+        probability is close to 1, the difference would lose digits.
         """
         weighted = self._weighted(targets)
         rest = weighted.sum(dim=1, keepdim=True) * torch.softmax(self._adjusted(logits), dim=1) - weighted
@@ -119,22 +121,22 @@ class CrossEntropy(Loss):
         return weighted.mul_(log_probability).sum(dtype=torch.float64).neg_()
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """Product with ``diag(p) - p p^T``.
+        """Multiply with ``diag(p) - p p^T``.
 
-        Rows sum to zero, and the entry of the likeliest class is taken from that: where its probability is close to 1,
-        the difference would keep few digits.
+        Rows of the result sum to zero. The entry of the likeliest class is computed from this sum: where its
+        probability is close to 1, the difference would lose digits.
         """
         p = torch.softmax(self._adjusted(logits), dim=1)
-        bent = p * (direction - (p * direction).sum(dim=1, keepdim=True))
+        product = p * (direction - (p * direction).sum(dim=1, keepdim=True))
         top = p.argmax(dim=1, keepdim=True)
-        bent = bent.scatter(1, top, 0.0)
-        bent = bent.scatter(1, top, -bent.sum(dim=1, keepdim=True))
-        return self._weighted(targets).sum(dim=1, keepdim=True) * bent
+        product = product.scatter(1, top, 0.0)
+        product = product.scatter(1, top, -product.sum(dim=1, keepdim=True))
+        return self._weighted(targets).sum(dim=1, keepdim=True) * product
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """One product of matrices, where a loop over a thousand classes would take minutes.
+        """Sum the Hessians by one matrix product. A loop over a thousand classes would take minutes.
 
-        Rows sum to zero, and the diagonal is taken from that, as in :meth:`curvature`.
+        Rows of the result sum to zero, and the diagonal is computed from this sum, as in :meth:`curvature`.
         """
         p = torch.softmax(self._adjusted(logits), dim=1)
         pairs = ((shares * self._weighted(targets).sum(dim=1)).unsqueeze(1) * p).T @ p
@@ -142,17 +144,18 @@ class CrossEntropy(Loss):
         return torch.diag(pairs.sum(dim=1)) - pairs
 
     def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
-        """Variances of the axes under the probabilities, from the entry of the likeliest class."""
+        """Compute the variances of the axes under the probabilities, relative to the entry of the likeliest class."""
         p = torch.softmax(self._adjusted(logits), dim=1)
         top = p.argmax(dim=1, keepdim=True)
-        # What is left is small where the class is all but sure, and so is all that is subtracted.
+        # Where the likeliest class is nearly certain, all remaining probabilities are small. The terms below are then
+        # small themselves, so that their difference does not cancel.
         p, start = p.scatter(1, top, 0.0), axes[top.squeeze(1)]
         mass, mean = p.sum(dim=1, keepdim=True), p @ axes
         variance = p @ axes.square() - 2 * start * mean + start.square() * mass - (mean - start * mass).square()
         return self._weighted(targets).sum(dim=1, keepdim=True) * variance.clamp(min=0)
 
     def peaks(self, logits: Tensor, targets: Tensor) -> Peaks:
-        """The likeliest class against the others, and what these have among themselves."""
+        """Split off the direction of the likeliest class against all others."""
         p = torch.softmax(self._adjusted(logits), dim=1)
         top = p.argmax(dim=1, keepdim=True)
         wrong = p.scatter(1, top, 0.0)
@@ -162,27 +165,27 @@ class CrossEntropy(Loss):
         return Peaks(mass * p.gather(1, top), (-others).scatter(1, top, 1.0), Flanks(mass, others))
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """That of the logarithm of the sum of exponentials; of the target only its total weight enters."""
+        """Return the divergence of log-sum-exp, multiplied by the total weight of the target."""
         return self.divergence_along(logits - reference, reference, targets)
 
     def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """The same of a step, to its last digit."""
+        """Return the divergence as a function of the step, without the rounding error of a sum."""
         return self._weighted(targets).sum(dim=1) * _cumulant(torch.log_softmax(self._adjusted(reference), dim=1), step)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
-        """Entropy of the distribution ``u + y``."""
+        """Return the entropy of the distribution ``u + y``."""
         weighted = self._weighted(targets)
         mass = weighted.sum(dim=1)
         q = (dual + weighted) / mass.unsqueeze(1)
         value = -mass * torch.special.xlogy(q.clamp(min=0), q.clamp(min=0)).sum(dim=1)
         if self.offset is not None:
             value = value + dual @ cast(Tensor, self.offset).to(dual)
-        slack = 1e-12  # What the rounding of a sum of probabilities may be.
+        slack = 1e-12  # Rounding error of a sum of probabilities.
         inside = (q.min(dim=1).values >= -slack) & ((q.sum(dim=1) - 1).abs() <= slack * q.shape[1])
         return torch.where(inside, value, -torch.inf)
 
     def balance(self, dual: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Scale down classes with too much probability, and give what is freed to those with too little."""
+        """Scale down the classes with too much probability, and distribute the difference to those with too little."""
         weighted, share = self._weighted(targets), shares.unsqueeze(1)
         mass = dual + weighted
         have, want = (share * mass).sum(dim=0), (share * weighted).sum(dim=0)
@@ -198,16 +201,16 @@ class CrossEntropy(Loss):
         return targets if self.class_weights is None else targets * cast(Tensor, self.class_weights).to(targets)
 
     def unattained(self, targets: Tensor) -> str | None:
-        """A class without samples has a logit that falls for ever."""
+        """Return a clause about a class without samples, whose bias falls without bound."""
         absent = torch.nonzero(targets.sum(dim=0) == 0).flatten().tolist()
         return f"class {absent[0]} has no samples, and its bias falls without bound" if absent else None
 
     def closed_form(self, groups: Groups) -> Factors | None:
-        r"""Simplex ETF for balanced classes, with hard or smoothed labels.
+        r"""Return the simplex ETF for balanced classes with hard or smoothed labels.
 
-        The logits of class k are :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` where :math:`q' < 1/K`,
-        :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`, the probability of each wrong class. Both terms are divided
-        by the sum of a row of the targets, which that of a float32 table misses 1 by.
+        The logits of class k are :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` where :math:`q' < 1/K`. Here
+        :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K` is the probability of each wrong class. Both terms are
+        divided by the sum of a row of the targets, which is not exactly 1 for a float32 table.
         """
         targets, K = groups.targets, groups.targets.shape[1]
         if not has_exchangeable_classes(groups):
@@ -224,24 +227,30 @@ class CrossEntropy(Loss):
 
 
 class BinaryCrossEntropy(Loss):
-    r"""Sum over the classes of the logistic loss with targets in [0, 1]: each class is a yes or no of its own.
+    r"""Binary cross-entropy of independent labels with targets in [0, 1], summed over the labels.
 
     .. math:: \sum_k \log(1 + e^{z_k}) - y_k z_k
 
-    ``torch.nn.functional.binary_cross_entropy_with_logits`` summed over classes.
+    It is ``torch.nn.functional.binary_cross_entropy_with_logits``, summed over classes instead of averaged.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.problems import BinaryCrossEntropy
+        >>> BinaryCrossEntropy().value(torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]]))  # 3 log 2
+        tensor([2.0794])
     """
 
     short_name = "BCE"
     exchangeable = True
 
     def unattained(self, targets: Tensor) -> str | None:
-        """A label that every sample has, or none, is the bias's alone."""
+        """Return a clause about a label that all samples or none have, whose bias grows without bound."""
         extreme = (targets == 0).all(dim=0) | (targets == 1).all(dim=0)
         labels = torch.nonzero(extreme).flatten().tolist()
         return f"all or no samples have label {labels[0]}, and its bias grows without bound" if labels else None
 
     def check_targets(self, targets: Tensor) -> None:
-        """Targets must lie in [0, 1]."""
+        """Raise an error unless targets are in [0, 1]."""
         if bool((targets < 0).any()) or bool((targets > 1).any()):
             raise UserError(
                 "targets must lie between 0 and 1 for binary cross-entropy, got values between "
@@ -253,34 +262,34 @@ class BinaryCrossEntropy(Loss):
         return (-logsigmoid(-logits) - targets * logits).sum(dim=1)
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the probabilities minus the target, without the difference of the two where the target is 0 or 1."""
+        """Return the probabilities minus the target, in a form that does not cancel for targets 0 and 1."""
         return (1 - targets) * torch.sigmoid(logits) - targets * torch.sigmoid(-logits)
 
     def curvature(self, logits: Tensor, targets: Tensor, direction: Tensor) -> Tensor:
-        """Product with ``diag(p (1 - p))``."""
+        """Multiply with ``diag(p (1 - p))``."""
         return torch.sigmoid(logits) * torch.sigmoid(-logits) * direction
 
     def mean_hessian(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Diagonal."""
+        """Sum the Hessians, which are diagonal."""
         return torch.diag(shares @ (torch.sigmoid(logits) * torch.sigmoid(-logits)))
 
     def curvature_along(self, logits: Tensor, targets: Tensor, axes: Tensor) -> Tensor:
-        """A product of matrices."""
+        """Compute the second derivatives by one matrix product."""
         return torch.sigmoid(logits) * torch.sigmoid(-logits) @ axes.square()
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """Sum over the classes of that of two classes, of which one has the logit zero."""
+        """Return the sum over labels of the divergence of a softmax of two classes with logits zero and z."""
         return self.divergence_along(logits - reference, reference, targets)
 
     def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """The same of a step, to its last digit."""
+        """Return the divergence as a function of the step, without the rounding error of a sum."""
         flat, change = reference.reshape(-1, 1), step.reshape(-1, 1)
         log_p = torch.cat([logsigmoid(-flat), logsigmoid(flat)], dim=1)
         both = torch.cat([torch.zeros_like(change), change], dim=1)
         return _cumulant(log_p, both).view_as(step).sum(dim=1)
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
-        """Sum of binary entropies of ``u + y``."""
+        """Return the sum of the binary entropies of ``u + y``."""
         q = dual + targets
         inside = (q >= -1e-12) & (q <= 1 + 1e-12)
         q = q.clamp(0, 1)
@@ -288,7 +297,7 @@ class BinaryCrossEntropy(Loss):
         return torch.where(inside, entropy, -torch.inf).sum(dim=1)
 
     def balance(self, dual: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Scale probabilities towards 0 or 1 where their mean is not that of the targets."""
+        """Scale probabilities towards 0 or 1 where their mean differs from that of the targets."""
         share = shares.unsqueeze(1) / shares.sum()
         q = dual + targets
         have, want = (share * q).sum(dim=0), (share * targets).sum(dim=0)
@@ -298,7 +307,7 @@ class BinaryCrossEntropy(Loss):
 
 
 def _orthogonal_to_ones(like: Tensor) -> Tensor:
-    """Orthonormal basis ``(K, K - 1)`` of the vectors with sum zero, by a reflection."""
+    """Make an orthonormal basis ``(K, K - 1)`` of the vectors with sum zero, by a reflection."""
     K = like.shape[1]
     axis = like.new_full((K, 1), K**-0.5)
     axis[0] += 1
@@ -307,12 +316,13 @@ def _orthogonal_to_ones(like: Tensor) -> Tensor:
 
 
 def _cumulant(log_probability: Tensor, change: Tensor) -> Tensor:
-    r"""Logarithm of the mean of :math:`e^t` without its linear term, under probabilities in the last dimension."""
+    r"""Compute the logarithm of the mean of :math:`e^t` minus the mean of t, under the probabilities of each row."""
     probability = log_probability.exp()
     t = change - (probability * change).sum(dim=1, keepdim=True)
-    # The mean of t is zero, so that this is the logarithm of the mean, and every term is non-negative.
+    # Now the mean of t is zero. The mean of exp(t) is 1 plus a sum of non-negative terms.
     terms = probability * _exponential_excess(t)
-    if t.device.type == "cpu" and not bool((t > _LARGE_EXPONENT).any()):  # To ask another device takes longer.
+    # On another device than the CPU this check costs more than it saves.
+    if t.device.type == "cpu" and not bool((t > _LARGE_EXPONENT).any()):
         return torch.log1p(terms.sum(dim=1))
     grown = log_probability + t
     terms = torch.where(t > _LARGE_EXPONENT, grown.clamp(max=_LARGEST_EXPONENT).exp() - probability * (1 + t), terms)
@@ -321,7 +331,7 @@ def _cumulant(log_probability: Tensor, change: Tensor) -> Tensor:
 
 
 def _exponential_excess(t: Tensor) -> Tensor:
-    """``exp(t) - 1 - t`` to full relative accuracy, of t that is not large."""
+    """Compute ``exp(t) - 1 - t`` to full relative accuracy, for t up to ``_LARGE_EXPONENT``."""
     series = torch.full_like(t, _COEFFICIENTS[-1])
     for coefficient in reversed(_COEFFICIENTS[:-1]):
         series.mul_(t).add_(coefficient)

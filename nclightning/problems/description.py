@@ -1,11 +1,11 @@
-"""Problems as plain values, as configurations and checkpoints hold them, and back."""
+"""Conversion of problems to plain values, for configurations and checkpoints, and back."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from pydoc import ErrorDuringImport, locate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from torch import Tensor
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["ARGUMENTS", "describe", "from_description"]
 
-# Of a problem, which keeps them as attributes.
+# Arguments of a Problem, which are also its attributes.
 ARGUMENTS = ("loss", "targets", "counts", "feature_dim", "lambda_w", "lambda_h", "bias", "tolerance")
 
 
 def describe(problem: Problem) -> dict[str, Any]:
-    """Write a problem as mappings, lists, numbers and texts.
+    """Describe a problem by mappings, lists, numbers and strings.
 
     Args:
-        problem: Its loss must keep the arguments that it was made with as attributes of the same names.
+        problem: The problem. Its loss must have an attribute for each argument of its constructor, of the same name.
 
     Returns:
-        ``class_path`` and ``init_args`` of :class:`nclightning.problems.Problem`, as a configuration has them.
+        ``class_path`` and ``init_args`` of :class:`nclightning.problems.Problem`, as in a configuration.
 
     Raises:
-        ValueError: If the loss does not keep an argument.
+        ValueError: If the loss lacks such an attribute.
     """
     loss = {"class_path": _path_of(type(problem.loss)), "init_args": _arguments_of(problem.loss)}
     special = {"loss": loss, "targets": "hard" if problem.has_hard_labels else _plain(problem.targets)}
@@ -41,18 +41,21 @@ def describe(problem: Problem) -> dict[str, Any]:
 
 
 def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
-    """Make the problem that :func:`describe` wrote, or that a configuration names.
+    """Make a problem from the result of :func:`describe`, or from a configuration.
+
+    A description may come from somebody else's checkpoint. A function is called only if its return annotation says that
+    it makes a problem. The module that ``class_path`` names is imported in any case.
 
     Args:
         kind: :class:`nclightning.problems.Problem`.
-        description: ``class_path``, :class:`nclightning.problems.Problem` or a function that makes a problem, and
-            ``init_args``.
+        description: ``class_path`` and ``init_args``. The path names :class:`nclightning.problems.Problem`, or a
+            function whose return annotation is that class.
 
     Returns:
         The problem.
 
     Raises:
-        ValueError: If it says no problem.
+        ValueError: If the description is not that of a problem.
     """
     if "class_path" not in description:
         raise UserError(f"problem: class_path is missing, got {', '.join(description)}.")
@@ -60,25 +63,36 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
     loss = arguments.get("loss")
     if isinstance(loss, Mapping) and "class_path" in loss:
         arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
-    made = _made(description["class_path"], arguments, "problem")
+    made = _made(description["class_path"], arguments, "problem", kind, functions=True)
     if not isinstance(made, kind):
-        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__}, and no Problem.")
+        raise UserError(f"problem: {description['class_path']} made a {type(made).__name__} instead of a Problem.")
     return made
 
 
-def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type, functions: bool = False) -> Any:
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:
         raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
-    if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
-        expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
+    made = maker if isinstance(maker, type) else _declared(maker) if functions else None
+    if not (isinstance(made, type) and issubclass(made, kind)):
+        expected = f"a subclass of {kind.__name__}"
+        if functions:
+            expected = f"a function that makes a {kind.__name__} and says so, `def make(...) -> {kind.__name__}`"
         local = " where it can be imported: define it at the top level of a module, or give problem= anew"
         raise UserError(f"{name}: {path} is not {expected}{local if '<locals>' in path else ''}.")
     try:
         return maker(**arguments)
     except TypeError as error:
         raise UserError(f"{name}: {path}: {error}.") from error
+
+
+def _declared(function: Any) -> Any:
+    """Return the annotation of what a function returns; None if it has none."""
+    try:
+        return get_type_hints(function).get("return")
+    except (TypeError, NameError):  # It is no function, or is annotated with names that are there for types alone.
+        return None
 
 
 def _path_of(cls: type) -> str:
@@ -105,5 +119,5 @@ def _arguments_of(loss: Loss) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Without tensors, arrays and numbers of NumPy, which a checkpoint that is read safely cannot hold."""
+    """Convert tensors and NumPy values to Python numbers: a checkpoint that is loaded safely cannot contain them."""
     return value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value

@@ -1,4 +1,4 @@
-"""Orthonormal directions of groups or classes, by what is done with them, and values that go with a label."""
+"""Orthonormal directions of groups or classes, and rows that are selected by label, in compact forms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Centred", "Columns", "Frame", "OwnAndOther", "Rows", "Table", "one_h
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Any orthonormal directions.
+    """Orthonormal directions, stored as a matrix.
 
     Args:
         matrix: ``(size, r)``, a direction in each column.
@@ -30,18 +30,18 @@ class Columns:
         return self.matrix @ coordinates
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Components of rows, up to a rotation, as a tensor of their own, and the squared norm of the rest."""
+        """Return the components of rows along the directions, up to a rotation, and the squared norm of the rest."""
         inside = self.coordinates(rows)
-        # Directions that span everything would leave rounding.
+        # If the directions span everything, the rest is exactly zero; computing it would give rounding errors.
         spans_all = self.matrix.shape[1] == len(rows)
         return inside, rows.new_zeros(()) if spans_all else (rows - self.rows(inside)).square().sum()
 
 
 @dataclass(frozen=True, eq=False)
 class Centred:
-    """The ``size - 1`` directions orthogonal to the vector of ones, never written out: all work goes with ``size``.
+    """The ``size - 1`` directions orthogonal to the vector of ones. They are never formed, so that all work is linear.
 
-    A reflection makes the ones vector the first axis; the directions are the other axes.
+    A reflection maps the vector of ones to the first axis; the directions are the images of the other axes.
 
     Args:
         size: Number of rows, at least 2.
@@ -62,7 +62,7 @@ class Centred:
         return torch.cat([total / -root, coordinates - total / (self.size + root)])
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Components of rows, up to a rotation, as a tensor of their own, and the squared norm of the rest."""
+        """Return the components of rows along the directions, up to a rotation, and the squared norm of the rest."""
         mean = rows.mean(dim=0)
         return rows - mean, self.size * mean.square().sum()
 
@@ -72,7 +72,7 @@ Frame = Columns | Centred
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of a matrix by label.
+    """Rows of a matrix, selected by label.
 
     Args:
         matrix: ``(M, K)``.
@@ -81,24 +81,24 @@ class Table:
     matrix: Tensor
 
     def of(self, labels: Tensor, like: Tensor) -> Tensor:
-        """Rows ``(B, K)`` of the dtype of ``like (B, K)`` on its device."""
+        """Return the rows of labels, ``(B, K)``, in the dtype and on the device of ``like (B, K)``."""
         return self.matrix.to(like).index_select(0, labels)
 
 
 @dataclass(frozen=True, eq=False)
 class OwnAndOther:
-    """Rows with one number in the place of the label, and another one everywhere else.
+    """Rows with one number at the position of the label and another one everywhere else.
 
     Args:
-        own: At the label.
-        other: Elsewhere.
+        own: The number at the label.
+        other: The number elsewhere.
     """
 
     own: float
     other: float
 
     def of(self, labels: Tensor, like: Tensor) -> Tensor:
-        """Rows ``(B, K)`` of the dtype of ``like (B, K)`` on its device."""
+        """Return the rows of labels, ``(B, K)``, in the dtype and on the device of ``like (B, K)``."""
         return torch.full_like(like, self.other).scatter_(1, labels.unsqueeze(1), self.own)
 
 
@@ -106,5 +106,5 @@ Rows = Table | OwnAndOther
 
 
 def one_hot(num_classes: int) -> Tensor:
-    """Targets of hard labels, float64 on the host, whatever torch's default device is."""
+    """Return the targets of hard labels, float64 on the host whatever torch's default device is."""
     return torch.eye(num_classes, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-r"""The problem of the groups: what is left of training when all samples with the same target share one feature.
+r"""The group problem: the training problem when all samples with the same target share one feature.
 
 With :math:`\hat Z` the logits of the groups times the roots of their counts (without the bias), the problem is convex:
 
@@ -6,8 +6,8 @@ With :math:`\hat Z` the logits of the groups times the roots of their counts (wi
     \min_{\hat Z, b} \frac1N \sum_m n_m l_m\!\left(\hat z_m / \sqrt{n_m} + b\right)
     + \rho \|\hat Z\|_* + \frac{\lambda_b}2 \|b\|^2, \qquad \rho = \sqrt{\lambda_W \lambda_H}.
 
-Letters of this package: M groups, K outputs, :math:`n_m` samples of group m, N of all, d features. ``Factors`` are
-:math:`\hat Z = U S V^\top`.
+Letters of this package: M groups, K outputs, :math:`n_m` samples of group m, N samples in all, d features. ``Factors``
+are :math:`\hat Z = U S V^\top`. :math:`\rho` is the *strength*, :math:`\hat Z` are the *scaled logits*.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Factors", "Groups", "bias_part"]
 
 
 class Factors(NamedTuple):
-    """Singular value decomposition of the logits of the groups times the roots of their counts, and the bias.
+    """Singular value decomposition of the scaled logits, and the bias.
 
     Attributes:
         left: U ``(M, r)``.
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
 
     @property
     def scaled_logits(self) -> Tensor:
-        """U S V^T ``(M, K)``."""
+        """The scaled logits U S V^T, ``(M, K)``."""
         return self.left * self.singular @ self.right.T
 
 
@@ -53,8 +53,8 @@ class Groups:
         loss: The loss.
         targets: ``(M, K)`` float64, one row for each group.
         counts: ``(M,)`` float64, positive.
-        strength: Root of the product of both penalties.
-        lambda_b: Penalty on the bias, 0.0 for a free one, None for no bias.
+        strength: Square root of the product of the penalties on head and features.
+        lambda_b: Penalty on the bias; 0.0 for a free bias, None for no bias.
     """
 
     loss: Loss
@@ -70,7 +70,7 @@ class Groups:
 
     @property
     def shares(self) -> Tensor:
-        """Part of the samples that each group has, ``(M,)``."""
+        """Fraction of all samples that each group has, ``(M,)``."""
         return self.counts / self.counts.sum()
 
     @property
@@ -79,24 +79,24 @@ class Groups:
         return self.lambda_b == 0 and self.loss.shift_invariant
 
     def logits(self, scaled: Tensor, bias: Tensor | None) -> Tensor:
-        """Logits of the groups, bias included, from those times the roots of the counts."""
+        """Compute the logits of the groups, bias included, from the scaled logits."""
         logits = scaled / self.counts.sqrt().unsqueeze(1)
         return logits if bias is None else logits + bias
 
     def multipliers(self, logits: Tensor) -> Tensor:
-        """Gradient of the mean loss in the scaled logits ``(M, K)``, at logits with the bias."""
+        """Compute the gradient of the mean loss in the scaled logits, ``(M, K)``, at logits including the bias."""
         return self.scaled(self.loss.residual(logits, self.targets))
 
     def scaled(self, residual: Tensor) -> Tensor:
-        """Residuals of the groups times the roots of their counts over N: the matrix whose norm the penalty bounds."""
+        """Scale the residuals of the groups. At an optimum the spectral norm of the result is at most the strength."""
         return (self.counts.sqrt() / self.counts.sum()).unsqueeze(1) * residual
 
     def mean_loss(self, logits: Tensor) -> Tensor:
-        """Mean loss of all samples, at logits with the bias; scalar."""
+        """Compute the mean loss of all samples, at logits that include the bias."""
         return (self.shares * self.loss.value(logits, self.targets)).sum()
 
     def value(self, factors: Factors) -> float:
-        """The objective."""
+        """Compute the objective of the group problem."""
         logits = self.logits(factors.scaled_logits, factors.bias)
         value = float(self.mean_loss(logits)) + self.strength * float(factors.singular.sum())
         if factors.bias is not None and self.lambda_b:
@@ -104,7 +104,7 @@ class Groups:
         return value
 
     def best_bias(self, logits: Tensor, bias: Tensor) -> Tensor:
-        """Minimize over the bias ``(K,)`` for fixed logits without it, by Newton's method; start given."""
+        """Minimize over the bias ``(K,)`` for fixed logits without it, by Newton's method from a given bias."""
         shares, penalty = self.shares.unsqueeze(1), self.lambda_b or 0.0
 
         def gradient(b: Tensor) -> Tensor:
@@ -131,11 +131,11 @@ class Groups:
         return self.loss.mean_hessian(logits, self.targets, self.shares) + self.lambda_b * axes
 
     def to(self, device: torch.device) -> Groups:
-        """The same on a device."""
+        """Move to a device."""
         return replace(self, targets=self.targets.to(device), counts=self.counts.to(device))
 
     def lower_bound(self, residuals: Tensor) -> Tensor | None:
-        r"""Bound the minimum from below by any residuals of the groups, weak duality.
+        r"""Compute a lower bound on the minimum from any residuals of the groups, by weak duality.
 
         Args:
             residuals: ``(M, K)``, in the domain of the loss's conjugate: the mean residual of each group's samples.
@@ -153,10 +153,10 @@ class Groups:
         return (shares * values).sum() - bias_part(shares @ dual, self.lambda_b)
 
     def lower_bound_at(self, logits: Tensor) -> Tensor:
-        """Bound the minimum from below by logits of the groups, ``(M, K)`` with the bias.
+        """Compute a lower bound on the minimum from logits of the groups, ``(M, K)`` with the bias.
 
-        Without a conjugate, by its value ``<z, u> - l(z)`` at the gradient u of the loss, and its convexity between u
-        and 0.
+        If the conjugate of the loss is not known, its value ``<z, u> - l(z)`` at the gradient u of the loss is used,
+        and its convexity between u and 0.
         """
         bound = self.lower_bound(self.loss.residual(logits, self.targets))
         if bound is not None:
@@ -173,16 +173,17 @@ class Groups:
         )
 
     def excess(self, factors: Factors) -> tuple[float, float]:
-        """Bound how far a value is above the minimum, without the difference of values that are alike.
+        """Bound how far the value of a point is above the minimum, without subtracting two nearly equal values.
 
-        The bound of :meth:`lower_bound_at` by convexity, subtracted from the value term by term. Where penalties are so
-        weak that the minimum is within the rounding of the loss, this alone says whether a point is an optimum.
+        This is the value minus the bound of :meth:`lower_bound_at` by convexity, subtracted term by term. With very
+        weak penalties the minimum is within the rounding of the loss. Only this bound then shows whether a point is
+        optimal.
 
         Args:
             factors: The point. A free bias must be the best one.
 
         Returns:
-            The excess, and what rounding of the logits may make of it.
+            The bound, and the error in it that rounding of the logits may cause.
         """
         logits, bias = self.logits(factors.scaled_logits, factors.bias), factors.bias
         residuals = self.loss.residual(logits, self.targets)
@@ -195,18 +196,18 @@ class Groups:
         if bias is not None and self.lambda_b:
             pull = factor * (self.shares @ residuals)
             excess += float((self.lambda_b * bias + pull).square().sum()) / (2 * self.lambda_b)
-        bent = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
-        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * bent).sum())
+        product = (logits * self.loss.curvature(logits, self.targets, logits)).sum(dim=1)
+        return excess, 64 * torch.finfo(logits.dtype).eps * float((self.shares * product).sum())
 
     def _admissible(self, residuals: Tensor) -> Tensor:
-        """Largest factor up to 1 at which the scaled residuals are within the penalty's bound."""
+        """Return the largest factor up to 1 that makes the norm of the scaled residuals at most the strength."""
         matrix = self.scaled(residuals)
-        # Its rounding must not raise the bound.
+        # Enlarged by its rounding error, which must not raise the lower bound.
         norm = torch.linalg.matrix_norm(matrix, 2) * (1 + 4 * torch.finfo(matrix.dtype).eps)
         factor: Tensor = (self.strength / norm).clamp(max=1)
         return factor
 
 
 def bias_part(mean: Tensor, lambda_b: float | None) -> Tensor | float:
-    """What a penalized bias takes off a lower bound, from the mean of the dual rows over all samples ``(K,)``."""
+    """Compute the part of a lower bound due to a penalized bias, from the mean of the dual rows ``(K,)``."""
     return mean.square().sum() / (2 * lambda_b) if lambda_b else 0.0

@@ -1,4 +1,4 @@
-"""What monitors, commands and figures may ask of a problem, whichever it is."""
+"""The protocol of a problem with a known optimum, which monitors, commands and figures use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["KnownProblem"]
 class KnownProblem(Protocol):
     """A problem whose optimum is known: :class:`nclightning.problems.Problem`, :class:`nclightning.theory.UFMProblem`.
 
-    A point is a head ``weight (K, d)``, ``features (N, d)``, their ``labels (N,)``, which say the group of each sample,
-    and a ``bias (K,)``. Answers about points are float64 on the device of the point. A question without an answer
-    raises :class:`nclightning.problems.NoAnswer`.
+    A point is a head ``weight (K, d)``, ``features (N, d)``, their ``labels (N,)``, which are the groups of the
+    samples, and a ``bias (K,)``. Results about points are float64 on the device of the point. A question without an
+    answer raises :class:`nclightning.problems.NoAnswer`.
     """
 
     @property
@@ -61,7 +61,7 @@ class KnownProblem(Protocol):
 
     @property
     def threshold(self) -> float:
-        """Value of ``lambda_w * lambda_h`` from which on the optimal logits are zero, up to a bias."""
+        """Least value of ``lambda_w * lambda_h`` for which the optimal logits are zero, up to a bias."""
 
     @property
     def dimension(self) -> int:
@@ -73,11 +73,11 @@ class KnownProblem(Protocol):
 
     @property
     def smoothness(self) -> float:
-        """Its largest eigenvalue L."""
+        """Largest eigenvalue L of the Hessian at the optimal set."""
 
     @property
     def error_bound_constant(self) -> float:
-        """Limit ``1/mu`` of the least kappa with ``distance <= kappa * |gradient|`` near the optimal set."""
+        """Least kappa with ``distance <= kappa * |gradient|`` near the optimal set, ``1 / mu`` in the limit."""
 
     @property
     def best_step(self) -> float:
@@ -90,10 +90,10 @@ class KnownProblem(Protocol):
         """Predict the iterations for a factor of ten of the gap; None takes the best step."""
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        """Find step and momentum of the heavy ball of the fastest local convergence."""
+        """Compute the step and momentum of the heavy-ball method with the fastest local convergence."""
 
     def nesterov(self, step: float | None = None) -> Momentum:
-        """Find step and momentum of Nesterov's method of the fastest local convergence."""
+        """Compute the step and momentum of Nesterov's method with the fastest local convergence."""
 
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian at the optimal set, ascending."""
@@ -102,7 +102,7 @@ class KnownProblem(Protocol):
         """Labels ``(N,)`` of the training set, group after group."""
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise unless each group occurs as often as the problem says. One transfer to the host."""
+        """Raise an error unless each group occurs as often as the problem says, with one transfer to the host."""
 
     def gap(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None, *, check_labels: bool = True
@@ -115,7 +115,7 @@ class KnownProblem(Protocol):
         """Measure the distance to the optimal set."""
 
     def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
-        """Project a point on the optimal set."""
+        """Project a point onto the optimal set."""
 
     def random_optimum(self, generator: torch.Generator | None = None) -> Solution:
         """Draw a member of the optimal set."""

@@ -1,12 +1,12 @@
-r"""The optimal set of a problem, factored.
+r"""The optimal set of a problem in factored form.
 
 With optimal logits :math:`\hat Z^* = U S V^\top` and :math:`\alpha = (\lambda_H/\lambda_W)^{1/4}` the optimal set is
 
 .. math:: \{ W = A R^\top,\ h_i = B_{m(i)} R^\top,\ b^* : R^\top R = I_r \}, \qquad
     A = \alpha V S^{1/2}, \quad B_m = \alpha^{-1} (U S^{1/2})_m / \sqrt{n_m}.
 
-With fewer features than r, which only the squared error knows an optimum for, R has orthonormal rows instead and r
-counts the largest singular values, equal ones together.
+With fewer features than r, an optimum is known only for the squared error. R then has orthonormal rows instead, and r
+is the number of largest singular values, including all those equal to the last one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class OptimalSet:
     """The optimal set of a problem.
 
     Args:
-        optimum: Optimal logits of the groups that have samples, cut to the directions that the features hold.
+        optimum: Optimal logits of the groups that have samples, with at most as many directions as there are features.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
@@ -49,7 +49,7 @@ class OptimalSet:
 
     @property
     def dimension(self) -> int:
-        """Dimension of the set, the zeros of the Hessian; without the shift of a free bias."""
+        """Dimension of the set, which is the number of zero eigenvalues of the Hessian, without a free bias's shift."""
         d, r = self.feature_dim, self.optimum.rank
         return d * r - r * (r + 1) // 2 if d >= r else d * r - d * (d + 1) // 2
 
@@ -60,7 +60,7 @@ class OptimalSet:
 
     @cached_property
     def scaled_features(self) -> Tensor:
-        """Rows of B times the roots of the counts ``(M, r)``."""
+        """Rows of B times the square roots of the counts, ``(M, r)``."""
         return self.optimum.factors.left * self._feature_scale
 
     @property
@@ -81,10 +81,10 @@ class OptimalSet:
         return self.optimum.factors.singular.sqrt() * math.sqrt(math.sqrt(self.lambda_w / self.lambda_h))
 
     def orbit(self, present: Tensor) -> Orbit:
-        """Make what points are compared with.
+        """Describe the set in the form that is used to compare points with it.
 
         Args:
-            present: Which groups have samples, ``(M,)``, of all groups of the problem.
+            present: Which of all groups of the problem have samples, bool ``(M,)``.
         """
         groups, (left, _, right, bias) = self.optimum.groups, self.optimum.factors
         everywhere = bool(present.all())

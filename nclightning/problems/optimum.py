@@ -1,4 +1,4 @@
-r"""The optimum of the problem of the groups, with its multipliers and its certificate."""
+r"""The optimum of the group problem, with its multipliers and its certificate."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
 from nclightning.problems.groups import Factors, Groups
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.solving import solve
 
 __all__ = ["Multipliers", "Optimum", "find_optimum", "multipliers_at_zero"]
 
-# Zero is optimal where the norm of the multipliers exceeds the strength by no more than rounding.
+# Zero is taken for optimal if the norm of the multipliers exceeds the strength by at most this number of roundings.
 _ROUNDINGS = 16
 
 
 class Multipliers(NamedTuple):
-    """Singular directions of the multipliers outside of the optimal logits.
+    """Singular value decomposition of the multipliers outside of the range of the optimal logits.
 
     Attributes:
-        fractions: Their singular values over the strength ``(p,)``, descending, at most 1.
-        left: ``(M, p)``.
-        right: ``(K, p)``.
+        fractions: Singular values divided by the strength ``(p,)``, descending, at most 1.
+        left: Left singular vectors ``(M, p)``.
+        right: Right singular vectors ``(K, p)``.
     """
 
     fractions: Tensor
@@ -39,12 +39,24 @@ class Optimum:
     """The unique optimal logits of the groups, and their certificate.
 
     Attributes:
-        groups: The problem.
-        factors: Optimal logits times the roots of the counts, decomposed, and the optimal bias.
+        groups: The group problem.
+        factors: Singular value decomposition of the scaled optimal logits, and the optimal bias.
         method: ``"closed form"`` or ``"numerical"``.
-        duality_gap: Value minus the bound that the multipliers certify: the value is the minimum up to this. Rounding
-            may make it slightly negative. ``nan`` where there are fewer features than the rank and the optimum is known
-            from the theorem of Eckart and Young instead.
+        duality_gap: Value minus the lower bound that the multipliers certify: the value exceeds the minimum by at most
+            this. Rounding may make it slightly negative. ``nan`` with fewer features than the rank, where the optimum
+            is known from the Eckart-Young theorem instead.
+
+    Example:
+        >>> from nclightning.problems import unbalanced_ce
+        >>> problem = unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.01)
+        >>> optimum = problem.optimum
+        >>> optimum.method, optimum.rank, optimum.duality_gap < 1e-10
+        ('numerical', 2, True)
+        >>> optimum.logits.round(decimals=2)  # one row per class
+        tensor([[ 2.0500, -1.2200, -0.4100, -0.4100],
+                [-1.2200,  2.0500, -0.4100, -0.4100],
+                [-0.6400, -0.6400,  0.6400,  0.6400],
+                [-0.6400, -0.6400,  0.6400,  0.6400]], dtype=torch.float64)
     """
 
     groups: Groups
@@ -54,7 +66,7 @@ class Optimum:
 
     @property
     def rank(self) -> int:
-        """Rank r of the optimal logits, 0 where zero is optimal."""
+        """Rank r of the scaled optimal logits; 0 where zero is optimal."""
         return len(self.factors.singular)
 
     @cached_property
@@ -72,19 +84,19 @@ class Optimum:
         """Multipliers of the directions that vanish at the optimum."""
         left, _, right, _ = self.factors
         rest = self.groups.multipliers(self.logits) / self.groups.strength
-        # Twice: what one projection leaves within the range is small beside the matrix, not beside the rest.
+        # The second projection removes the rounding error of the first, which may be as large as the rest itself.
         for _ in range(2):
             rest = rest - left @ (left.T @ rest)
             rest = rest - (rest @ right) @ right.T
         u, fractions, vh = torch.linalg.svd(-rest, full_matrices=False)
-        # Directions without a multiplier may lie in the range of the optimal logits.
+        # Directions with a zero multiplier are dropped: they may lie in the range of the optimal logits.
         kept = fractions > 1e-12
         kept[max(0, len(fractions) - self.rank) :] = False
         fractions = torch.where(fractions > 1 - _ROUNDINGS * torch.finfo(fractions.dtype).eps, 1, fractions)
         return Multipliers(fractions[kept], u[:, kept], vh[kept].T)
 
     def cut(self, rank: int) -> Optimum:
-        """Keep the largest singular values only: the optimum for so few features, where the loss has such a theorem."""
+        """Keep the largest singular values only. This is the optimum for few features if a theorem says so."""
         left, singular, right, bias = self.factors
         factors = Factors(left[:, :rank], singular[:rank], right[:, :rank], bias)
         if bias is not None and self.groups.lambda_b:
@@ -93,16 +105,17 @@ class Optimum:
 
     @property
     def margin(self) -> float:
-        """How far the largest multiplier of a vanishing direction is below the strength, relatively; 0 at a threshold.
+        """Relative distance of the largest multiplier of a vanishing direction from the strength; 0 at a threshold.
 
-        Where it is 0, a class is about to appear or two are about to part; no error bound holds there.
+        At a threshold a class is about to appear, or two merged classes are about to separate. No error bound is valid
+        there.
         """
         fractions = self.inactive.fractions
         return 1 - float(fractions[0]) if len(fractions) else 1.0
 
 
 def multipliers_at_zero(groups: Groups) -> tuple[Tensor, Tensor | None]:
-    """Multipliers ``(M, K)`` at logits zero and the best bias, and that bias."""
+    """Return the multipliers ``(M, K)`` at logits zero with the best bias, and that bias."""
     _check_bias(groups)
     zero = torch.zeros_like(groups.targets)
     bias = None if groups.lambda_b is None else groups.best_bias(zero, torch.zeros_like(zero[0]))
@@ -113,14 +126,14 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
     """Find the optimum and certify it.
 
     Args:
-        groups: The problem.
-        tolerance: Largest duality gap, relative to the minimum, at which the result is called an optimum.
+        groups: The group problem.
+        tolerance: Largest duality gap, relative to the minimum, with which the result is accepted.
 
     Returns:
         The optimum.
 
     Raises:
-        NoAnswer: If the certificate is worse.
+        NoAnswer: If the duality gap is larger.
     """
     _check_bias(groups)
     factors, method = groups.loss.closed_form(groups), "closed form"
@@ -129,18 +142,18 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
         factors, method = _expand(_solved(merged), groups, merged, index), "numerical"
     value = groups.value(factors)
     gap = value - float(groups.lower_bound_at(groups.logits(factors.scaled_logits, factors.bias)))
-    # The minimum is at most the value at zero; both come with rounding of that size.
+    # The minimum is at most the value at zero, and both have rounding errors of this size.
     zero = torch.zeros_like(groups.targets)
     rounding = 64 * torch.finfo(zero.dtype).eps * abs(float(groups.mean_loss(zero)))
     accepted = gap <= tolerance * abs(value) + rounding
-    if accepted and rounding > tolerance * abs(value):  # Their difference tells nothing then.
+    if accepted and rounding > tolerance * abs(value):  # Their difference is only rounding.
         excess, blur = groups.excess(factors)
         accepted, gap = excess <= tolerance * abs(value) + blur, max(gap, excess)
     if not accepted:
         raise NoAnswer(
             "optimum",
             f"the best point found has the value {value:.9g} with a certified gap of {gap:.3g}, above the tolerance of "
-            f"{tolerance:.1g} times the value. Raise tolerance to take it.",
+            f"{tolerance:.1g} times the value. Raise tolerance to accept it.",
         )
     return Optimum(groups, factors, method, gap)  # type: ignore[arg-type]
 
@@ -160,9 +173,9 @@ def _solved(groups: Groups) -> Factors:
 
 
 def _merged(groups: Groups) -> tuple[Groups, Tensor]:
-    """Join groups with equal targets, and say which became which."""
+    """Merge groups with equal targets; return the merged problem and the index of the merged group of each group."""
     unique, index = torch.unique(groups.targets, dim=0, return_inverse=True)
-    # In the order in which they come: the solver knows like classes by the diagonal.
+    # The order of first occurrence keeps the own class on the diagonal, by which exchangeable classes are found.
     rows = torch.arange(len(index), device=index.device)
     first = rows.new_full((len(unique),), len(rows)).scatter_reduce(0, index, rows, "amin")
     order = first.argsort()

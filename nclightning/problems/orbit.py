@@ -1,4 +1,4 @@
-r"""The optimal set as what points are compared with: a member, the nearest member, the distance, F - F*.
+r"""The optimal set in the form that is used to compare points with it: nearest member, distance, F - F*.
 
 The set is :math:`\{ W = A R^\top,\ h_i = B_{m(i)} R^\top,\ b^* : R^\top R = I_r \}` with :math:`A = V \mathrm{diag}(a)`
 and :math:`B_m = (U \mathrm{diag}(b))_m / \sqrt{n_m}`, one orbit of rotations of the feature space.
@@ -24,13 +24,13 @@ __all__ = ["Moments", "Orbit", "Solution"]
 
 
 class Solution(NamedTuple):
-    """A point: head, features of all samples, and the bias.
+    """A point: head, features of all samples, and bias.
 
     Attributes:
         weight: Head ``(K, d)``.
         features: ``(N, d)``.
         labels: ``(N,)`` int64, the group of each sample.
-        bias: ``(K,)``, None for a head without one.
+        bias: ``(K,)``; None for a head without one.
     """
 
     weight: Tensor
@@ -46,7 +46,7 @@ class Solution(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """A point with features by their moments, all that is needed of them here.
+    """A point whose features are given by their moments.
 
     Attributes:
         weight: Head ``(K, d)``.
@@ -63,30 +63,31 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Orbit:
-    r"""The optimal set of the groups that have samples. Points are float64 on its device, and were checked.
+    r"""The optimal set of the groups that have samples. Points must be float64, on its device, and checked.
 
-    Numbers that are the same for all groups or directions are floats, which need no device.
+    A number that is the same for all groups or directions is a float, which needs no device.
 
     Args:
         loss: The loss.
         targets: Targets of the groups.
         logits: Optimal logits of the groups, bias included.
         num_groups: M, the groups that have samples.
-        counts: Samples of each group: one number, or ``(M, 1)``.
+        counts: Number of samples of each group: one number for all, or ``(M, 1)``.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        lambda_b: Penalty on the bias, 0.0 without one.
-        active: U and V, directions of the groups and of the classes, of the optimum; None where zero is optimal.
+        lambda_b: Penalty on the bias; 0.0 without a penalty or without a bias.
+        active: U and V, the directions of the optimum among groups and among classes; None where zero is optimal.
         head_scale: a, one number or ``(r, 1)``.
-        feature_scale: b, the same.
-        bias: Optimal bias; None without one.
-        shift_is_free: Whether all entries of the bias may move by one number.
-        coupled: The same along which the multipliers are not zero: those of the optimum and more.
-        fractions: The multipliers along these over the strength: one number, or ``(p,)``. They are 1 for the optimum.
+        feature_scale: b, one number or ``(r, 1)``.
+        bias: Optimal bias; None without a bias.
+        shift_is_free: Whether the bias is determined only up to a shift of all its entries.
+        coupled: The directions with nonzero multipliers among groups and classes: those of the optimum and others.
+        fractions: The multipliers along the coupled directions divided by the strength: one number, or ``(p,)``. They
+            are 1 for the directions of the optimum.
         is_cut: Whether there are fewer features than the optimal logits need.
-        present: Groups that have samples, if not all have.
-        position: Place of each group among those.
+        present: Indices of the groups that have samples; None if all have.
+        position: Position of each group among those with samples; None if all have.
     """
 
     loss: Loss
@@ -110,9 +111,9 @@ class Orbit:
     position: Tensor | None = None
 
     def to(self, device: torch.device) -> Orbit:
-        """The same for points on another device."""
+        """Return the set for points on another device."""
         if not isinstance(self.counts, Tensor):
-            return self  # All the rest are numbers, too.
+            return self  # Then all other fields are numbers, too.
 
         def placed(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -129,7 +130,7 @@ class Orbit:
         return isinstance(self.counts, Tensor) and type(self.counts) is not Tensor
 
     def own(self, labels: Tensor) -> Tensor:
-        """Labels among the groups that have samples."""
+        """Return labels renumbered over the groups that have samples."""
         return labels if self.position is None else self.position.index_select(0, labels)
 
     def only_present(self, point: Moments) -> Moments:
@@ -137,23 +138,23 @@ class Orbit:
         return point if self.present is None else point._replace(means=point.means.index_select(0, self.present))
 
     def moments(self, point: Solution) -> Moments:
-        """Moments of a point with all its samples."""
+        """Compute the moments of a point from its samples."""
         own = self.own(point.labels)
         means = self._sums(point.features, own) / self.counts
         off = means.index_select(0, own).sub_(point.features)
-        # What the rounding of a mean leaves in the sum of the deviations from it.
+        # The rounding error of a mean is the mean of the deviations from it.
         shift = self._sums(off, own) / self.counts
         spread = off.square_().sum() - (self.counts * shift.square()).sum()
         return Moments(point.weight, means - shift, spread.clamp(min=0), point.bias)
 
     def random(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and mean features of a member from normal ``noise (K, d)``."""
+        """Draw head and mean features of a member from normal ``noise (K, d)``."""
         if self.active is None:
             return torch.zeros_like(noise), noise.new_zeros(self.num_groups, noise.shape[1])
         return self._member(*self.active, self.active[1].coordinates(noise))
 
     def nearest(self, point: Moments) -> tuple[Tensor, Tensor]:
-        """Head and mean features of the member nearest to a point."""
+        """Compute head and mean features of the member nearest to a point."""
         if self.active is None:
             return torch.zeros_like(point.weight), torch.zeros_like(point.means)
         left, right = self.active
@@ -161,7 +162,7 @@ class Orbit:
         return self._member(left, right, self.head_scale * right.coordinates(point.weight) + features)
 
     def distance(self, point: Moments) -> Tensor:
-        """Norm of the residual to the nearest member; the expanded square would lose half of the digits."""
+        """Compute the norm of the residual to the nearest member. The expanded square would lose half of the digits."""
         weight, means = self.nearest(point)
         squared = (point.weight - weight).square().sum() + point.spread
         squared = squared + (self._roots * (point.means - means)).square().sum()
@@ -171,19 +172,21 @@ class Orbit:
         return squared.sqrt()
 
     def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Bregman divergence of the loss from the optimal logits, for each row."""
+        """Compute the Bregman divergence of the loss from the optimal logits, for each row."""
         own = self.own(labels)
         return self.loss.divergence(logits, self.logits.of(own, logits), self.targets.of(own, logits))
 
     def gap(self, point: Moments, divergence: Tensor) -> Tensor:
-        r"""F - F* from the mean divergence of the samples.
+        r"""Compute F - F* from moments and the mean divergence of the samples.
 
-        With f_j the multipliers over the strength, 1 for those of the optimal logits, and
-        :math:`w_j = W^\top v_j`, :math:`h_j = \hat H^\top u_j` along the singular directions, the penalties exceed
-        those of the optimum, and what the multipliers take of them, by
+        Let :math:`f_j` be the multipliers divided by the strength, which are 1 for the directions of the optimum, and
+        let :math:`w_j = W^\top v_j` and :math:`h_j = \hat H^\top u_j` be the components along the singular directions.
+        Then F - F* is the mean divergence plus
 
         .. math:: \frac12 \sum_j f_j \|\sqrt{\lambda_W} w_j - \sqrt{\lambda_H} h_j\|^2
-            + (1 - f_j) (\lambda_W \|w_j\|^2 + \lambda_H \|h_j\|^2).
+            + (1 - f_j) (\lambda_W \|w_j\|^2 + \lambda_H \|h_j\|^2),
+
+        plus the penalties on components outside of these directions.
         """
         left, right = self.coupled
         w, rest_w = right.split(point.weight)
@@ -192,16 +195,16 @@ class Orbit:
         if isinstance(f, Tensor) or f != 1:
             alone = self.lambda_w * w.square().sum(dim=1) + self.lambda_h * h.square().sum(dim=1)
             total = total + ((1 - f) * alone).sum()
-        # Components may be large, and are of no use afterwards.
+        # In place, since the components may be large and are not needed afterwards.
         between = w.mul_(math.sqrt(self.lambda_w)).sub_(h, alpha=math.sqrt(self.lambda_h)).square_()
         total = total + ((f * between.sum(dim=1)).sum() if isinstance(f, Tensor) else f * between.sum())
         return self._with_bias(total / 2 + divergence, point.bias)
 
     def expanded_gap(self, point: Solution) -> Tensor:
-        """F - F* around the nearest member, where there are fewer features than the optimal logits need.
+        """Compute F - F* by expanding F around the nearest member, for fewer features than the optimal logits need.
 
-        Those are not unique, and the multipliers exceed the strength. Right to round-off, but not a sum of squares:
-        what is left of it at an optimum may be negative.
+        The optimal logits are then not unique, and multipliers exceed the strength. The result is accurate to
+        round-off, but it is not a sum of squares: at an optimum, round-off may make it negative.
         """
         moments, own = self.moments(point), self.own(point.labels)
         weight, means = self.nearest(moments)
@@ -216,7 +219,7 @@ class Orbit:
         return self._with_bias(penalty / 2 + (multipliers * (step_h @ step_w.T)).sum() + divergence, point.bias)
 
     def _member(self, left: Frame, right: Frame, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and mean features of the member whose R^T is nearest to ``direction (r, d)``."""
+        """Compute head and mean features of the member whose R^T is nearest to ``direction (r, d)``."""
         finite = torch.isfinite(direction).all()
         u, _, vh = torch.linalg.svd(torch.where(finite, direction, 0), full_matrices=False)
         turn = torch.where(finite, u @ vh, torch.nan)
@@ -230,7 +233,7 @@ class Orbit:
         return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, own, rows)
 
     def _with_bias(self, gap: Tensor, bias: Tensor | None) -> Tensor:
-        """Add what a penalized bias exceeds the optimal one by."""
+        """Add the penalty on the difference between the bias and the optimal one."""
         if bias is None or self.bias is None or not self.lambda_b:
             return gap
         return gap + self.lambda_b / 2 * (bias - self.bias).square().sum()

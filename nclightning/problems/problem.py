@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nclightning.problems.answering import answers
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, check_arguments, check_groups, check_point, rows_are_classes
+from nclightning.problems.answers import answers
+from nclightning.problems.checks import check_arguments, check_groups, check_point, checked_point, rows_are_classes
 from nclightning.problems.description import ARGUMENTS, describe, from_description
 from nclightning.problems.frames import one_hot
 from nclightning.problems.groups import Groups
 from nclightning.problems.loss import Loss
 from nclightning.problems.low_rank import find_optimal_set, optimum_for
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.optimal_set import OptimalSet
 from nclightning.problems.optimum import Optimum, find_optimum, multipliers_at_zero
 from nclightning.problems.orbit import Orbit, Solution
@@ -29,33 +29,34 @@ __all__ = ["Problem"]
 
 
 class Problem(WithOptimum):
-    r"""An unconstrained feature model: what is known of its optimum, and how far a point is from it.
+    r"""An unconstrained feature model: its optimum, and the distance and gap of any point from it.
 
     .. math::
         F = \frac1N \sum_i l(W h_i + b, y_{m(i)}) + \frac{\lambda_W}2 \|W\|^2 + \frac{\lambda_H}2 \sum_i \|h_i\|^2
             + \frac{\lambda_b}2 \|b\|^2
 
     Samples with the same target form a group. A point is given as head ``weight (K, d)``, ``features (N, d)``,
-    ``labels (N,)``, which say the group of each sample (for hard labels its class), and ``bias (K,)``. Answers are
-    float64. A question without an answer raises :class:`nclightning.problems.NoAnswer`, which says why;
-    :meth:`answers` lists what there is.
+    ``labels (N,)``, the group of each sample (for hard labels its class), and ``bias (K,)``. Results are float64. A
+    question without an answer raises :class:`nclightning.problems.NoAnswer`, which says why; :meth:`answers` lists how
+    each question is answered.
 
     Args:
         loss: The loss, a :class:`nclightning.problems.Loss`.
         targets: ``(M, K)``, one row for each group; None or ``"hard"`` for hard labels, where the groups are the
             classes.
-        counts: ``(M,)``, the samples of each group, 0 or more.
+        counts: ``(M,)``, the number of samples of each group, 0 or more.
         feature_dim: d, at least 1.
         lambda_w: Penalty on the head, positive.
         lambda_h: Penalty on the features, positive; on the sum over samples, not on their mean.
-        bias: ``"none"``, ``"free"``, or its penalty :math:`\lambda_b`, a positive number.
+        bias: ``"none"``, ``"free"``, or a positive number, the penalty :math:`\lambda_b` on the bias.
         tolerance: Largest certified gap of a numerical optimum, relative to the minimum.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Example:
-        >>> from nclightning.problems import CrossEntropy
+        >>> import torch
+        >>> from nclightning.problems import CrossEntropy, Problem
         >>> problem = Problem(CrossEntropy(), torch.eye(3), [50, 10, 2], feature_dim=4, lambda_w=0.01, lambda_h=0.001)
         >>> optimum = problem.random_optimum()
         >>> bool(problem.gap(*optimum) < 1e-25)
@@ -83,24 +84,24 @@ class Problem(WithOptimum):
         self._is_made = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to change: what was found would be of another problem."""
+        """Refuse changes: stored results, such as the optimum, would belong to another problem."""
         if getattr(self, "_is_made", False):
-            raise AttributeError(f"a Problem does not change: take problem.replace({name}=...).")
+            raise AttributeError(f"a Problem does not change: use problem.replace({name}=...).")
         super().__setattr__(name, value)
 
     def replace(self, **changes: Any) -> Problem:
-        """Make the problem with other arguments.
+        """Make a new problem with some arguments changed.
 
         Args:
-            **changes: By the names of the arguments.
+            **changes: New values by the names of the arguments.
 
         Returns:
-            A new one.
+            The new problem.
         """
         return type(self)(**{name: getattr(self, name) for name in ARGUMENTS} | changes)
 
     def __repr__(self) -> str:
-        """One line, however many classes."""
+        """Return one line, for any number of classes."""
         return f"Problem({self.summary()})"
 
     def summary(self) -> str:
@@ -124,7 +125,7 @@ class Problem(WithOptimum):
 
     @cached_property
     def groups_are_classes(self) -> bool:
-        """Whether each class has one group, in whose target it is the largest entry: hard or smoothed labels."""
+        """Whether each class has exactly one group, and is the largest entry of its target (hard, smoothed labels)."""
         return rows_are_classes(self.targets)
 
     @cached_property
@@ -134,7 +135,7 @@ class Problem(WithOptimum):
 
     @property
     def lambda_b(self) -> float | None:
-        """Penalty on the bias: 0.0 for a free one, None without a bias."""
+        """Penalty on the bias: 0.0 for a free bias, None without a bias."""
         return {"none": None, "free": 0.0}[self.bias] if isinstance(self.bias, str) else float(self.bias)
 
     @property
@@ -144,7 +145,7 @@ class Problem(WithOptimum):
 
     @property
     def strength(self) -> float:
-        r""":math:`\rho = \sqrt{\lambda_W \lambda_H}`, all that the optimal logits depend on."""
+        r""":math:`\rho = \sqrt{\lambda_W \lambda_H}`. The optimal logits depend on the penalties through it only."""
         return math.sqrt(self.lambda_w) * math.sqrt(self.lambda_h)
 
     @property
@@ -168,12 +169,12 @@ class Problem(WithOptimum):
         return f"{self.convex_optimum.rank}, the rank of the optimal logits,"
 
     def describe(self) -> dict[str, Any]:
-        """Write the problem as plain values, from which :meth:`from_description` makes it again."""
+        """Describe the problem by plain values, from which :meth:`from_description` makes it again."""
         return describe(self)
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Problem:
-        """Make the problem that :meth:`describe` wrote, or that a configuration names by ``class_path``."""
+        """Make a problem from the result of :meth:`describe`, or from the ``class_path`` of a configuration."""
         return from_description(cls, description)
 
     def value(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,7 +184,7 @@ class Problem(WithOptimum):
             weight: Head ``(K, d)``.
             features: ``(N, d)``.
             labels: ``(N,)`` int64, the group of each sample.
-            bias: ``(K,)``; None without one.
+            bias: ``(K,)``; None without a bias.
 
         Returns:
             Scalar.
@@ -200,15 +201,15 @@ class Problem(WithOptimum):
 
     @property
     def convex_optimum(self) -> Optimum:
-        """The optimum of as many features as its rank needs, certified; errors as of :attr:`optimum`."""
+        """The optimum for any number of features that is at least its rank; errors as for :attr:`optimum`."""
         if isinstance(self._found, NoAnswer):
             raise NoAnswer(self._found.question, self._found.reason)
         return self._found
 
     @cached_property
     def _found(self) -> Optimum | NoAnswer:
-        """The optimum, or why there is none: what took long is not tried again."""
-        # It is kept, and what is made in inference mode could not be used outside of it.
+        """The optimum, or the reason why there is none. It is kept, since finding it may take long."""
+        # Tensors made in inference mode could not be used outside of it later.
         with torch.inference_mode(False):
             try:
                 return find_optimum(self._groups, self.tolerance)
@@ -217,10 +218,10 @@ class Problem(WithOptimum):
 
     @property
     def optimum(self) -> Optimum:
-        """Optimal logits of the groups that have samples, and their certificate; found once.
+        """Optimal logits of the groups that have samples, with their certificate. They are computed once.
 
         Raises:
-            NoAnswer: If it cannot be certified, or there are fewer features than its rank and no theorem for that.
+            NoAnswer: If they cannot be certified, or there are fewer features than their rank and no theorem is known.
         """
         return optimum_for(self.convex_optimum, self.feature_dim)
 
@@ -231,7 +232,7 @@ class Problem(WithOptimum):
 
     @property
     def optimum_norm(self) -> float:
-        """Norm of all points of the optimal set: of head, features and, with a bias, its optimal one."""
+        """Euclidean norm of head, features and bias together. It is the same for all optima."""
         factors = self.optimum.factors
         ratio = math.sqrt(self.lambda_h / self.lambda_w)
         square = float(factors.singular.sum()) * (ratio + 1 / ratio)
@@ -239,23 +240,23 @@ class Problem(WithOptimum):
 
     @cached_property
     def optimal_set(self) -> OptimalSet:
-        """All optima, as one orbit of rotations of the feature space."""
+        """The set of all optima: one orbit of rotations of the feature space."""
         return find_optimal_set(self.convex_optimum, self.feature_dim, self.lambda_w, self.lambda_h)
 
     @property
     def threshold(self) -> float:
-        r"""Value of :math:`\lambda_W\lambda_H` from which on the optimal logits are zero, up to a bias."""
+        r"""Least value of :math:`\lambda_W\lambda_H` for which the optimal logits are zero, up to a bias."""
         return float(torch.linalg.matrix_norm(multipliers_at_zero(self._groups)[0], 2)) ** 2
 
     def certified_lower_bound(
         self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None
     ) -> float:
-        """Bound F* from below by weak duality, from any point and without the optimum, for every feature dimension.
+        """Compute a lower bound on F* by weak duality, from any point and for every feature dimension.
 
-        It tends to F* as the point tends to an optimum if ``d >= r``, and is right up to the rounding of F. Arguments
-        as in :meth:`gap`.
+        The optimum is not needed. If d is at least the rank of the optimum, the bound tends to F* as the point tends to
+        an optimum. It is valid up to the rounding of F. Arguments as for :meth:`gap`.
         """
-        logits = admit(self, weight, features, labels, bias).logits
+        logits = checked_point(self, weight, features, labels, bias).logits
         residuals = self.loss.residual(logits, self.targets.to(logits).index_select(0, labels))
         means = (self._group_means(rows, labels) for rows in (residuals, logits))
         bound = self.certified_lower_bound_from_residuals(*means)
@@ -263,23 +264,24 @@ class Problem(WithOptimum):
         return bound
 
     def certified_lower_bound_from_residuals(self, residuals: Tensor, logits: Tensor | None = None) -> float | None:
-        """Bound F* from below by predictions alone.
+        """Compute a lower bound on F* from predictions alone.
 
         Args:
             residuals: ``(M, K)``: for each group the mean over its samples of the loss's gradient in the logits (for
-                cross-entropy, probabilities minus target), which is a sum that can be taken batch by batch.
-            logits: ``(M, K)``, their mean logits, bias included; needed for a loss without a ``dual_value``.
+                cross-entropy, probabilities minus target). It can be accumulated batch by batch.
+            logits: ``(M, K)``: for each group the mean logits, bias included. Only a loss without a ``dual_value``
+                needs them.
 
         Returns:
-            The bound; None for a loss without a ``dual_value`` if there are no logits.
+            The bound; None for a loss without a ``dual_value`` if no logits are given.
         """
         bound = self.lower_bound_from_means(residuals.cpu(), None if logits is None else logits.cpu())
         return None if bound is None else float(bound)
 
     def lower_bound_from_means(self, residuals: Tensor, logits: Tensor | None = None) -> Tensor | None:
-        """Bound F* as :meth:`certified_lower_bound_from_residuals` does, without a transfer to the host.
+        """Compute the bound of :meth:`certified_lower_bound_from_residuals` without a transfer to the host.
 
-        A loss without a ``dual_value`` does transfer under a free bias, which Newton's method then balances.
+        The exception is a loss without a ``dual_value`` and with a free bias: it needs transfers.
 
         Returns:
             Float64 scalar on the device of ``residuals``, or None.
@@ -295,12 +297,12 @@ class Problem(WithOptimum):
         """List the eigenvalues of the Hessian of F at the optimal set.
 
         Returns:
-            Entries ``(value, multiplicity, sector)`` by value; multiplicities sum to the number of free variables.
-            The zeros number :attr:`dimension`, except at a threshold, where F is flat to second order along more
-            directions.
+            Entries ``(value, multiplicity, sector)`` in ascending order. The multiplicities sum to the number of
+            variables. The number of zeros is :attr:`dimension`, except at a threshold, where F is flat to second order
+            along more directions.
 
         Raises:
-            NoAnswer: If the optimum is not known, or the problem is too large for it.
+            NoAnswer: If the optimum is not known, or the problem is too large.
         """
         return self._spectrum
 
@@ -310,18 +312,18 @@ class Problem(WithOptimum):
             return spectrum(self.optimal_set)
 
     def orbit(self, device: torch.device) -> Orbit:
-        """The optimal set, for points on a device; moved there once."""
+        """Return the optimal set for points on a device. It is moved there once."""
         found = self._orbits.get(device)
         if found is None:
             found = self._orbit.to(device)
-            # What a FakeTensorMode makes is of use inside of it only.
+            # Tensors of a FakeTensorMode cannot be used outside of it.
             if not found.is_fake:
                 self._orbits[device] = found
         return found
 
     @cached_property
     def _orbit(self) -> Orbit:
-        # It is kept, and what is made in inference mode could not be used outside of it.
+        # Tensors made in inference mode could not be used outside of it later.
         with torch.inference_mode(False):
             return self.optimal_set.orbit(self.present)
 
@@ -330,20 +332,20 @@ class Problem(WithOptimum):
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what lies on devices."""
+        """Pickle everything except the copies of the optimal set on devices."""
         return {name: value for name, value in vars(self).items() if name != "_orbits"}
 
     def answers(self) -> dict[str, str | NoAnswer]:
         """List how each question is answered.
 
-        By question it is ``"closed form"``, ``"numerical"`` (to round-off, with a certificate), ``"bound"``, or the
-        :class:`NoAnswer` that asking raises.
+        For each question the value is ``"closed form"``, ``"numerical"`` (to round-off, with a certificate),
+        ``"bound"``, or the :class:`NoAnswer` that would be raised.
         """
         return answers(self)
 
     @cached_property
     def present(self) -> Tensor:
-        """Which groups have samples, ``(M,)``; all else is about those."""
+        """Bool ``(M,)``: True for the groups that have samples. The optimum concerns these groups only."""
         return self.counts > 0
 
     @cached_property
@@ -362,6 +364,6 @@ class Problem(WithOptimum):
         )
 
     def _group_means(self, rows: Tensor, labels: Tensor) -> Tensor:
-        """Mean of the rows of each group ``(M, ..)``; zero for a group without samples."""
+        """Compute the mean of the rows of each group ``(M, ..)``; zero for a group without samples."""
         counts = self.counts.to(rows).clamp(min=1).unsqueeze(1)
         return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, labels, rows) / counts

@@ -1,4 +1,4 @@
-"""What the curvature at the optimal set implies for descent, with and without momentum."""
+"""Rates of descent near the optimal set, with and without momentum, from the curvature there."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ __all__ = ["Momentum", "Rates", "decay_exponent"]
 
 @dataclass(frozen=True)
 class Momentum:
-    """A fixed step with momentum, and its speed near the optimal set.
+    """A fixed step with momentum, and its rate near the optimal set.
 
-    It is the iteration of ``torch.optim.SGD(params, lr=step, momentum=momentum, nesterov=nesterov)``.
+    The iteration is that of ``torch.optim.SGD(params, lr=step, momentum=momentum, nesterov=nesterov)``.
 
     Attributes:
         step: Fixed step t.
         momentum: Factor beta of the last displacement, in [0, 1).
-        nesterov: Whether gradients are taken at the extrapolated points, which are then what torch has as parameters.
-        contraction: Factor of the distance per iteration, a double root: k iterations leave about k times its power.
-        iterations_per_decade: Iterations for a factor of ten of the gap in the limit of many, as for :class:`Rates`.
+        nesterov: Whether gradients are evaluated at the extrapolated points. torch stores these points as parameters.
+        contraction: Factor c of the distance per iteration. It is a double root: after k iterations the distance is
+            about k c^k.
+        iterations_per_decade: Iterations in which the gap falls by a factor of ten, in the limit of many iterations.
+
+    Example:
+        >>> from nclightning.problems import Rates
+        >>> momentum = Rates(mu=0.01, smoothness=1.0).heavy_ball()
+        >>> round(momentum.step, 4), round(momentum.momentum, 4), round(momentum.contraction, 4)
+        (3.3058, 0.6694, 0.8182)
     """
 
     step: float
@@ -33,28 +40,29 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Rates:
-    r"""Error bound and speed of descent near the optimal set.
+    r"""Error bound and rates of descent near the optimal set.
 
-    Gradient descent with step t and momentum :math:`\beta`, as :class:`torch.optim.SGD` has it, takes the deviation
-    along an eigenvector of the Hessian with eigenvalue :math:`\lambda` from iterate to iterate by a recurrence of two
-    terms. It falls by the larger absolute root z of
+    Consider gradient descent with step t and momentum :math:`\beta`, as in :class:`torch.optim.SGD`. The deviation
+    along an eigenvector of the Hessian with eigenvalue :math:`\lambda` obeys a recurrence of two terms. Its factor per
+    iteration is the root z of larger absolute value of
 
     .. math::
         z^2 - (1 + \beta - t\lambda) z + \beta = 0, \qquad
         z^2 - (1 + \beta)(1 - t\lambda) z + \beta (1 - t\lambda) = 0,
 
-    the second for Nesterov's momentum. In both the root is largest at one end of the spectrum, so that :attr:`mu` and
-    :attr:`smoothness` are all that counts. Along the optimal set the roots are 1 and :math:`\beta`: what moves there
-    comes to rest, and the distance does not see it. Polyak (1964); Lessard, Recht and Packard (2016).
+    where the second equation is that of Nesterov's momentum. In both the root is largest at one end of the spectrum, so
+    that :attr:`mu` and :attr:`smoothness` determine the rate. Motion along the optimal set has the roots 1 and
+    :math:`\beta`; it comes to rest and does not affect the distance. Polyak (1964); Lessard, Recht and Packard (2016).
 
     Attributes:
-        mu: Least nonzero eigenvalue of the Hessian there, 0.0 at a threshold.
-        smoothness: Largest eigenvalue L.
+        mu: Least nonzero eigenvalue of the Hessian at the optimal set; 0.0 at a threshold.
+        smoothness: Largest eigenvalue L of the Hessian there.
 
     Raises:
         ValueError: If they are not in this order, or not finite.
 
     Example:
+        >>> from nclightning.problems import Rates
         >>> rates = Rates(mu=0.01, smoothness=1.0)
         >>> [round(each.contraction, 4) for each in (rates.nesterov(), rates.heavy_ball())]
         [0.8847, 0.8182]
@@ -66,7 +74,7 @@ class Rates:
     smoothness: float
 
     def __post_init__(self) -> None:
-        """Check them."""
+        """Check the eigenvalues."""
         if not (0 <= self.mu <= self.smoothness < math.inf and self.smoothness > 0):
             raise UserError(
                 "mu and smoothness must be the least nonzero and the largest eigenvalue of the Hessian at a minimum, "
@@ -75,12 +83,12 @@ class Rates:
 
     @property
     def error_bound_constant(self) -> float:
-        r"""Limit :math:`1/\mu` of the least kappa with :math:`\mathrm{dist} \le \kappa\|\nabla F\|`."""
+        r"""Least kappa with :math:`\mathrm{dist} \le \kappa\|\nabla F\|`, :math:`1/\mu` in the limit."""
         return 1 / self.mu if self.mu > 0 else math.inf
 
     @property
     def best_step(self) -> float:
-        r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence without momentum."""
+        r"""The fixed step with the fastest local convergence without momentum, :math:`2/(\mu + L)`."""
         return 2 / (self.mu + self.smoothness)
 
     def contraction(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
@@ -89,39 +97,41 @@ class Rates:
         Args:
             step: Fixed step t; None takes the best one without momentum.
             momentum: Factor of the last displacement, in [0, 1).
-            nesterov: Whether it is Nesterov's.
+            nesterov: Whether the momentum is Nesterov's.
 
         Returns:
-            Dimensionless factor; the gap falls by its square.
+            Dimensionless factor. The gap falls by its square.
 
         Raises:
-            ValueError: If the step is not positive and finite or missing beside a momentum, or the momentum is out of
-                range.
+            ValueError: If the step is not positive and finite, the momentum is out of range, or a momentum is given
+                without a step.
         """
         return math.exp(-self.exponent(step, momentum, nesterov))
 
     def iterations_per_decade(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
-        """Predict the iterations for a factor of ten of the gap; infinite where the factor is not below 1.
+        """Predict the number of iterations in which the gap falls by a factor of ten.
 
         Arguments and errors as for :meth:`contraction`.
 
         Returns:
-            Number of iterations.
+            Number of iterations; infinite if the contraction is not below 1.
         """
         return _decade(self.exponent(step, momentum, nesterov))
 
     def exponent(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
-        """Compute ``-log`` of :meth:`contraction`, with the digits of a factor near 1; arguments and errors as there.
+        """Compute minus the logarithm of :meth:`contraction`, accurately also for a factor near 1.
+
+        Arguments and errors as for :meth:`contraction`.
 
         Returns:
-            Negative where descent diverges.
+            Exponent per iteration; negative where descent diverges.
         """
         if not 0 <= momentum < 1:
             raise UserError(f"momentum must be at least 0 and below 1, got {momentum!r}.")
         if step is None and momentum:
             raise UserError(
-                "step is missing: with a momentum give both, or take those of heavy_ball() or nesterov(), which have "
-                "their contraction."
+                "step is missing: give it together with the momentum, or use heavy_ball() or nesterov(), whose results "
+                "include their contraction."
             )
         step = self.best_step if step is None else step
         if not (math.isfinite(step) and step > 0):
@@ -130,14 +140,14 @@ class Rates:
         return min(decay_exponent(curvature, momentum, nesterov) for curvature in ends)
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        r"""Find the heavy ball of the fastest local convergence.
+        r"""Compute the step and momentum of the heavy-ball method with the fastest local convergence.
 
         .. math::
             t = \frac4{(\sqrt L + \sqrt\mu)^2}, \quad
             \beta = \Big(\frac{\sqrt L - \sqrt\mu}{\sqrt L + \sqrt\mu}\Big)^2, \quad
             \mathrm{factor} = \sqrt\beta
 
-        No method that is told gradients alone has a better factor for all quadratics. Away from the optimal set it may
+        No method that uses gradients only has a better factor for all quadratics. Far from the optimal set it may
         diverge where gradient descent does not.
 
         Args:
@@ -145,7 +155,7 @@ class Rates:
                 :math:`1 - \sqrt{t\mu}`.
 
         Returns:
-            Step, momentum and speed.
+            Step, momentum and rate.
 
         Raises:
             ValueError: If the step is longer than the best one or not positive, or at a threshold.
@@ -153,18 +163,18 @@ class Rates:
         return self._critical(False, step, 4 / (math.sqrt(self.smoothness) + math.sqrt(self.mu)) ** 2)
 
     def nesterov(self, step: float | None = None) -> Momentum:
-        r"""Find the constant momentum of Nesterov's of the fastest local convergence.
+        r"""Compute the step and constant momentum of Nesterov's method with the fastest local convergence.
 
         .. math::
             t = \frac4{3L + \mu}, \quad \beta = \frac{1 - \sqrt{t\mu}}{1 + \sqrt{t\mu}}, \quad
             \mathrm{factor} = 1 - \sqrt{t\mu}
 
         Args:
-            step: A shorter step t, with the same formula. The textbook's 1/L gives :math:`1 - \sqrt{\mu/L}`, and
-                converges on every convex function whose curvature is within mu and L.
+            step: A shorter step t, with the same formula for the momentum. The textbook step 1/L has the factor
+                :math:`1 - \sqrt{\mu/L}`, and converges on every convex function whose curvature is between mu and L.
 
         Returns:
-            Step, momentum and speed.
+            Step, momentum and rate.
 
         Raises:
             ValueError: If the step is longer than the best one or not positive, or at a threshold.
@@ -172,7 +182,7 @@ class Rates:
         return self._critical(True, step, 4 / (3 * self.smoothness + self.mu))
 
     def _critical(self, nesterov: bool, step: float | None, longest: float) -> Momentum:
-        """The momentum that makes the slowest mode a double root."""
+        """Compute the momentum for which the slowest mode has a double root."""
         if not self.mu > 0:
             raise UserError("mu is 0: at a threshold nothing falls linearly, and no momentum is the best one.")
         step = longest if step is None else step
@@ -185,17 +195,17 @@ class Rates:
 
 
 def decay_exponent(curvature: float, momentum: float = 0.0, nesterov: bool = False) -> float:
-    """Compute how fast a mode falls, with the digits of a slow one.
+    """Compute the exponent with which a mode decays per iteration, accurately also for slow modes.
 
     Args:
         curvature: Step times eigenvalue, at least 0.
         momentum: In [0, 1).
-        nesterov: Whether it is Nesterov's.
+        nesterov: Whether the momentum is Nesterov's.
 
     Returns:
         ``-log |z|`` of the larger root z; negative where the mode grows.
     """
-    # In terms of w = 1 - z both equations are w^2 - middle w + curvature = 0, with complex roots from low to high.
+    # With w = 1 - z both equations are w^2 - middle w + curvature = 0. Their roots are complex between low and high.
     if nesterov:
         low, high, scale = ((1 - momentum) / (1 + momentum)) ** 2, 1.0, 1 + momentum
         total, middle = (1 + momentum) * (1 - curvature), 1 - momentum + (1 + momentum) * curvature
@@ -205,13 +215,13 @@ def decay_exponent(curvature: float, momentum: float = 0.0, nesterov: bool = Fal
         total, middle = 1 + momentum - curvature, 1 - momentum + curvature
     if low < curvature < high:
         return -(math.log(momentum) + (math.log1p(-curvature) if nesterov else 0.0)) / 2
-    apart = scale * math.sqrt(abs(low - curvature)) * math.sqrt(abs(high - curvature))
+    separation = scale * math.sqrt(abs(low - curvature)) * math.sqrt(abs(high - curvature))
     if total < 0:
-        return -math.log((apart - total) / 2)
-    nearest = 2 * curvature / (middle + apart)  # The smaller w, of which 1 - z would lose the digits.
+        return -math.log((separation - total) / 2)
+    nearest = 2 * curvature / (middle + separation)  # The smaller w. Computed as 1 - z it would lose digits.
     return -math.log1p(-nearest) if nearest < 1 else math.inf
 
 
 def _decade(exponent: float) -> float:
-    """Iterations in which the square of ``exp(-exponent)`` falls by ten."""
+    """Number of iterations in which the square of the distance falls by a factor of ten."""
     return math.log(10) / 2 / exponent if exponent > 0 else math.inf

@@ -1,6 +1,6 @@
-"""The optimal set of exchangeable classes with optimal logits ``s (e_k - 1/K)``, from a few numbers.
+"""The optimal set of exchangeable classes with optimal logits ``s (e_k - 1/K)``, described by a few numbers.
 
-Nothing of size K x K is formed, and the numbers need no device.
+No tensor of size K x K is formed, and the numbers are Python floats, which need no device.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def simplex_orbit(
 
     Args:
         loss: The loss.
-        targets: Those of the classes.
+        targets: Targets of the classes.
         num_classes: K.
         samples_per_class: n.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        lambda_b: Penalty on the bias, 0.0 without one.
-        logit_scale: s, 0.0 where zero is optimal.
-        fraction: Multiplier of the centred directions over the strength, 1.0 where s is positive.
-        bias: Each entry of the optimal bias; None without one.
-        shift_is_free: Whether all entries of the bias may move by one number.
+        lambda_b: Penalty on the bias; 0.0 without a penalty or without a bias.
+        logit_scale: s; 0.0 where zero is optimal.
+        fraction: Multiplier of the centred directions divided by the strength; 1.0 where s is positive.
+        bias: The value of each entry of the optimal bias; None without a bias.
+        shift_is_free: Whether the bias is determined only up to a shift of all its entries.
 
     Returns:
-        The set, for points on any device.
+        The optimal set, for points on any device.
     """
     centred = Centred(num_classes)
     directions, shift = (centred, centred), -logit_scale / num_classes + (bias or 0.0)
@@ -80,7 +80,7 @@ def simplex_orbit(
 
 
 def has_exchangeable_classes(groups: Groups) -> bool:
-    """Whether permuting the classes, with their targets and samples, changes nothing."""
+    """Whether all classes can be permuted, together with their targets and samples, without changing the problem."""
     targets = groups.targets
     if targets.shape[0] != targets.shape[1] or len(targets) < 2 or not groups.loss.exchangeable:
         return False
@@ -89,26 +89,26 @@ def has_exchangeable_classes(groups: Groups) -> bool:
 
 
 def find_simplex_orbit(optimum: Optimum, feature_dim: int, lambda_w: float, lambda_h: float) -> Orbit | None:
-    """Describe the optimal set by numbers if the optimum is of this kind, and a mean logit is free or does nothing.
+    """Describe the optimal set by numbers if all classes are exchangeable and the optimal logits have zero mean.
 
     Args:
-        optimum: Any, not cut.
+        optimum: Any optimum with its full rank.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
 
     Returns:
-        None for any other optimum.
+        The optimal set; None for any other optimum.
     """
     groups, bias = optimum.groups, optimum.factors.bias
-    # A mean logit that loss or bias takes for nothing is zero at the optimum, and its multiplier, too.
+    # If the loss ignores the mean logit, or a free bias replaces it, both it and its multiplier are zero.
     is_free = groups.lambda_b == 0 or groups.loss.shift_invariant
     if not is_free or optimum.rank not in (0, len(groups.targets) - 1) or not has_exchangeable_classes(groups):
         return None
     K, count = len(groups.targets), float(groups.counts[0])
     residual = groups.loss.residual(optimum.logits[:1], groups.targets[:1])[0]
     own, other = float(residual[0]), float(residual[1:].mean())
-    if own >= other:  # The logit of the own class is the smallest.
+    if own >= other:  # The logit of the own class would be the smallest.
         return None
     fraction = 1.0 if optimum.rank else min(1.0, (other - own) / (K * math.sqrt(count) * groups.strength))
     return simplex_orbit(

@@ -1,8 +1,11 @@
 r"""Eigenvalues of the Hessian of F at the optimal set, the same at each of its points.
 
-The second variation splits into deviations within groups; deviations of head and mean features orthogonal to the range
-of the features, which only the multipliers couple; and deviations within that range together with the bias, one dense
-matrix of size ``(K + M) r + K``, whatever the number of samples and features.
+The Hessian splits into three parts:
+
+1. deviations of samples within their groups;
+2. deviations of head and mean features orthogonal to the range of the features, which only the multipliers couple;
+3. deviations of head and mean features within this range, together with the bias: one dense matrix of size
+   ``(K + M) r + K``, which does not depend on the number of samples and features.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.symmetry import is_symmetric, symmetric_values
+from nclightning.problems.balanced_spectrum import is_symmetric, symmetric_values
+from nclightning.problems.no_answer import NoAnswer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Eigenvalue", "spectrum"]
 
-# Sizes of the dense matrix that take seconds.
+# Largest size of the dense matrix, whose eigenvalues take seconds.
 _LARGEST_MATRIX = 4000
 
 
@@ -31,9 +34,9 @@ class Eigenvalue(NamedTuple):
     """An eigenvalue of the Hessian at the optimal set.
 
     Attributes:
-        value: In the unit of F; 0.0 exactly along the optimal set.
-        multiplicity: How often it occurs within the sector, at least 1.
-        sector: The deviations that it belongs to.
+        value: The eigenvalue, in the unit of F; exactly 0.0 along the optimal set.
+        multiplicity: Its multiplicity within the sector, at least 1.
+        sector: The kind of deviations that it belongs to.
     """
 
     value: float
@@ -42,13 +45,13 @@ class Eigenvalue(NamedTuple):
 
 
 def spectrum(optimal: OptimalSet) -> tuple[Eigenvalue, ...]:
-    """List the eigenvalues by value, then sector.
+    """List the eigenvalues, ordered by value and then by sector.
 
     Args:
         optimal: The optimal set.
 
     Returns:
-        Entries whose multiplicities sum to the number of free variables.
+        Entries whose multiplicities sum to the number of variables.
 
     Raises:
         NoAnswer: If the dense matrix is too large.
@@ -60,14 +63,14 @@ def spectrum(optimal: OptimalSet) -> tuple[Eigenvalue, ...]:
     if size > _LARGEST_MATRIX and not is_symmetric(optimal):
         raise NoAnswer(
             "spectrum",
-            f"its dense part has {size} rows, more than {_LARGEST_MATRIX}: take a smaller problem with the same shape.",
+            f"its dense part has {size} rows, more than {_LARGEST_MATRIX}: use a smaller problem of the same kind.",
         )
     entries = [*_within(optimal, width), *_orthogonal(optimal, width), *_in_range(optimal, width)]
     return tuple(sorted(entry for entry in entries if entry.multiplicity > 0))
 
 
 def _frames(optimal: OptimalSet, width: int) -> tuple[Tensor, Tensor]:
-    """Head and scaled features of a member in coordinates of the range."""
+    """Return head and scaled features of a member of the optimal set, in coordinates of the range."""
     weight, features = optimal.weight_factor, optimal.scaled_features
     return weight[:, :width], features[:, :width]
 
@@ -80,7 +83,7 @@ def _within(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
     yield Eigenvalue(lambda_h, total * (optimal.feature_dim - width), "within groups, orthogonal")
     if total and width:
         logits, targets = groups.logits(features @ weight.T, optimal.optimum.factors.bias), groups.targets
-        if is_symmetric(optimal):  # All groups are alike.
+        if is_symmetric(optimal):  # All groups have the same eigenvalues.
             logits, targets, extra = logits[:1], targets[:1], extra.sum().unsqueeze(0)
         hessian = groups.loss.hessian(logits, targets)
         values = torch.linalg.eigvalsh(weight.T @ hessian @ weight) / groups.num_samples + lambda_h
@@ -90,7 +93,7 @@ def _within(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
 
 
 def _orthogonal(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
-    """Multipliers couple head and mean features in each direction outside of the range."""
+    """Yield the eigenvalues of each direction outside of the range, where the multipliers couple head and means."""
     copies, optimum = optimal.feature_dim - width, optimal.optimum
     if not copies:
         return
@@ -101,7 +104,7 @@ def _orthogonal(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
     fractions = optimum.inactive.fractions.tolist()
     for fraction in fractions:
         large = (lw + lh + math.hypot(lw - lh, 2 * fraction * strength)) / 2
-        # From the determinant, which cancels nothing but 1 - f.
+        # Computed from the determinant, so that only 1 - f can cancel.
         small = strength * (strength / large) * (1 - fraction) * (1 + fraction)
         yield Eigenvalue(small, copies, "orthogonal, vanishing")
         yield Eigenvalue(large, copies, "orthogonal, vanishing")
@@ -121,14 +124,14 @@ def _in_range(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
         pairs = [(value, 1) for value in torch.linalg.eigvalsh(_range_matrix(optimal, width)).tolist()]
     yield Eigenvalue(0.0, zeros, sector)
     for value, multiplicity in sorted(pairs, key=lambda pair: abs(pair[0])):
-        # The least are the zeros, up to rounding.
+        # The smallest values are the zeros, up to rounding; they are listed exactly above.
         left = max(0, multiplicity - zeros)
         zeros -= multiplicity - left
         yield Eigenvalue(value, left, sector)
 
 
 def _range_matrix(optimal: OptimalSet, width: int) -> Tensor:
-    """Second variation in head ``(K, r)``, scaled mean features ``(M, r)`` and bias, flattened in this order."""
+    """Compute the Hessian in head ``(K, r)``, scaled mean features ``(M, r)`` and bias, flattened in this order."""
     groups, bias = optimal.optimum.groups, optimal.optimum.factors.bias
     weight, features = _frames(optimal, width)
     (M, K), roots = groups.targets.shape, groups.counts.sqrt()
@@ -143,8 +146,8 @@ def _range_matrix(optimal: OptimalSet, width: int) -> Tensor:
         torch.einsum("m,kl->mkl", roots, eye_k)[:, :, :outputs],
     ]
     change = torch.cat(parts, dim=2)
-    bent = torch.einsum("mkl,mlx->mkx", groups.loss.hessian(logits, groups.targets), change)
-    matrix = torch.einsum("mkx,mky->xy", change, bent) / groups.num_samples
+    product = torch.einsum("mkl,mlx->mkx", groups.loss.hessian(logits, groups.targets), change)
+    matrix = torch.einsum("mkx,mky->xy", change, product) / groups.num_samples
     heads, means = K * width, M * width
     diagonal = matrix.diagonal()
     diagonal[:heads] += optimal.lambda_w

@@ -10,12 +10,23 @@ from nclightning.problems.loss import Loss
 
 __all__ = ["SquaredError"]
 
-# Singular values this close to the threshold, in units of the largest one's rounding, count as at it.
+# Singular values within this number of roundings of the threshold are taken for equal to it.
 _ROUNDINGS = 16
 
 
 class SquaredError(Loss):
-    r"""Half the squared distance of logits and target, :math:`\frac12\|z - y\|^2`, any real targets."""
+    r"""Half the squared distance between logits and target.
+
+    .. math:: \tfrac12 \|z - y\|^2
+
+    Targets may be any real numbers.
+
+    Example:
+        >>> import torch
+        >>> from nclightning.problems import SquaredError
+        >>> SquaredError().value(torch.zeros(1, 3), torch.tensor([[1.0, 0.0, 2.0]]))
+        tensor([2.5000])
+    """
 
     short_name = "MSE"
     exchangeable = True
@@ -51,11 +62,11 @@ class SquaredError(Loss):
         return direction
 
     def divergence(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """Half the squared deviation, whatever the target."""
+        """Return half the squared deviation. It does not depend on the target."""
         return self.divergence_along(logits - reference, reference, targets)
 
     def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """The same of a step, to its last digit."""
+        """Return half the squared step."""
         return step.square().sum(dim=1) / 2
 
     def dual_value(self, dual: Tensor, targets: Tensor) -> Tensor:
@@ -63,12 +74,12 @@ class SquaredError(Loss):
         return -(dual * (dual / 2 + targets)).sum(dim=1)
 
     def closed_form(self, groups: Groups) -> Factors | None:
-        r"""Soft-threshold the singular values of the targets.
+        r"""Return the soft threshold of the singular values of the scaled targets.
 
-        With :math:`\hat Y` the targets times the roots of their counts, the optimal logits have its singular vectors,
-        and its singular values minus :math:`N\sqrt{\lambda_W\lambda_H}` where that is positive. A free bias removes
-        the component of :math:`\hat Y` along the roots of the counts. A penalized one damps it: there is a formula if
-        that component is orthogonal to the rest, as for balanced classes.
+        Let :math:`\hat Y` be the targets times the square roots of their counts. The scaled optimal logits have its
+        singular vectors, and its singular values minus :math:`N\sqrt{\lambda_W\lambda_H}` where this is positive. A
+        free bias removes the component of :math:`\hat Y` along the square roots of the counts. A penalized bias reduces
+        it; then there is a formula only if this component is orthogonal to the rest, as for balanced classes.
         """
         roots, N = groups.counts.sqrt(), groups.num_samples
         scaled, threshold = roots.unsqueeze(1) * groups.targets, N * groups.strength
@@ -97,13 +108,16 @@ class SquaredError(Loss):
         return Factors(left, singular, right, mean / (1 + groups.lambda_b))
 
     def has_low_rank_optimum(self, groups: Groups) -> bool:
-        r"""By the theorem of Eckart and Young, unless a penalty on the bias weighs directions differently.
+        r"""Return whether the largest singular values are optimal for fewer features.
 
-        The bias takes :math:`1/(1 + \lambda_b)` of what the direction r of the roots of the counts adds to the loss.
-        With :math:`P = I - r r^\top/(1 + \lambda_b)`, a singular triple :math:`(u, \sigma, v)` of the logits then adds
-        :math:`\frac{\sigma^2}{2N} u^\top P u - \frac\sigma N u^\top P \hat Y v + \rho \sigma`. If no singular value
-        of :math:`\hat Y` exceeds y, that is least for u orthogonal to r with :math:`\hat Y v = y u`. As many of these
-        as there are features are optimal. So all but one of the singular values of the logits must be of this kind.
+        By the Eckart-Young theorem they are, unless a penalty on the bias gives directions different weights. Let r be
+        the direction of the square roots of the counts. The bias removes the fraction :math:`1/(1 + \lambda_b)` of the
+        loss along r. With :math:`P = I - r r^\top/(1 + \lambda_b)`, a singular triple :math:`(u, \sigma, v)` of the
+        logits then contributes
+        :math:`\frac{\sigma^2}{2N} u^\top P u - \frac\sigma N u^\top P \hat Y v + \rho \sigma`. Let y be the largest
+        singular value of :math:`\hat Y`. The contribution is least for u orthogonal to r with :math:`\hat Y v = y u`,
+        and as many such triples as there are features are optimal. So all singular values of the logits but one must
+        be of this kind.
         """
         if not groups.lambda_b:
             return True

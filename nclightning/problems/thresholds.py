@@ -16,23 +16,23 @@ __all__ = ["rank_thresholds"]
 def rank_thresholds(problem: Problem, lowest: float, relative_accuracy: float = 1e-6) -> dict[int, float]:
     r"""Find the values of :math:`\lambda_W\lambda_H` at which the rank of the optimal logits falls, by bisection.
 
-    There directions vanish: a class disappears, or two classes merge.
+    At these values a class vanishes, or two classes merge.
 
     Args:
-        problem: The problem; its penalties are varied at a fixed ratio.
-        lowest: Value of the product to start from, where the rank is the one that counts as full.
-        relative_accuracy: Of the values found.
+        problem: The problem. Its penalties are varied with a fixed ratio.
+        lowest: Smallest value of the product; the search covers values from here to the threshold.
+        relative_accuracy: Relative accuracy of the result.
 
     Returns:
-        By rank r the least value from which on the rank is below r, for every r that occurs from ``lowest`` on. The
-        last is :attr:`nclightning.problems.Problem.threshold`.
+        For each rank r from the rank at ``lowest`` down to 1, the value at which the rank falls below r. The last one
+        is :attr:`nclightning.problems.Problem.threshold`.
 
     Raises:
         ValueError: If ``lowest`` is not positive and below the threshold.
-        NoAnswer: If an optimum on the way cannot be certified.
+        NoAnswer: If an optimum during the search cannot be certified.
 
     Example:
-        >>> from nclightning.problems import mse_without_bias
+        >>> from nclightning.problems import mse_without_bias, rank_thresholds
         >>> thresholds = rank_thresholds(mse_without_bias([9, 4], 2, 0.1, 0.1), lowest=1e-4)
         >>> {rank: round(value * 13**2, 4) for rank, value in thresholds.items()}
         {2: 4.0, 1: 9.0}
@@ -53,7 +53,7 @@ def rank_thresholds(problem: Problem, lowest: float, relative_accuracy: float = 
     top = math.log(highest) + 1e-9
     full = rank(math.log(lowest))
     for wanted in range(full, 0, -1):
-        # The rank may fall by several at once, and is taken to fall only.
+        # The rank may fall by more than one. It is assumed never to rise.
         low = max((p for p, r in ranks.items() if r >= wanted), default=math.log(lowest))
         high = min((p for p, r in ranks.items() if r < wanted and p > low), default=top)
         while high - low > relative_accuracy:

@@ -1,4 +1,4 @@
-"""What follows from an optimal set and its spectrum, the same for every problem."""
+"""The base class of problems: gap, distance and rates, from an optimal set and its spectrum."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from nclightning.problems.answers import NoAnswer
-from nclightning.problems.checks import admit, admit_moments, check_labels
+from nclightning.problems.checks import check_labels, checked_moments, checked_point
+from nclightning.problems.no_answer import NoAnswer
 from nclightning.problems.orbit import Orbit, Solution
 from nclightning.problems.rates import Momentum, Rates, decay_exponent
 
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 
 __all__ = ["WithOptimum"]
 
-_EQUALLY_SLOW = 1e-7  # Rounding moves a double root by the square root of its own size.
+# Exponents within this distance are taken for equal: rounding changes a double root by about the square root of eps.
+_EQUALLY_SLOW = 1e-7
 
 
 class WithOptimum(ABC):
-    """A problem that knows its optimal set: compares points with it, and predicts descent near it.
+    """A problem with a known optimal set: it compares points with the set, and predicts descent near it.
 
-    Answers are float64 and on the device of the point.
+    Results are float64 and on the device of the point.
     """
 
-    # Whether a bias may come with moments although the problem has none.
+    # Whether a bias may be given with moments although the problem has none.
     _ignores_bias: ClassVar[bool] = False
     feature_dim: int
 
-    if TYPE_CHECKING:  # Not abstract: a dataclass would take them for the defaults of its fields.
+    if TYPE_CHECKING:  # Not abstract at run time: a dataclass would use the properties as defaults of its fields.
 
         @property
         def num_classes(self) -> int:
@@ -48,54 +49,54 @@ class WithOptimum(ABC):
 
         @property
         def dimension(self) -> int:
-            """Of the optimal set."""
+            """Dimension of the optimal set."""
 
         @property
         def has_bias(self) -> bool:
-            """Whether the head has one."""
+            """Whether the head has a bias."""
 
     @property
     @abstractmethod
     def samples_per_group(self) -> int | Tensor:
-        """Samples of each group: one number for all, or ``(M,)``."""
+        """Number of samples of each group: one number for all, or ``(M,)``."""
 
     @property
     @abstractmethod
     def bias_argument(self) -> str:
-        """Argument that decides about the bias, as it was typed."""
+        """The argument that decides about the bias, as the user typed it, for messages."""
 
     @property
     @abstractmethod
     def rank_in_words(self) -> str:
-        """Least number of features at which the optimal logits are unique, in words."""
+        """Least number of features for which the optimal logits are unique, in words, for messages."""
 
     @property
     def moments_take_bias(self) -> bool:
-        """Whether a bias may come with moments."""
+        """Whether a bias may be given with moments."""
         return self.has_bias or self._ignores_bias
 
     @abstractmethod
     def orbit(self, device: torch.device) -> Orbit:
-        """The optimal set, for points on a device."""
+        """Return the optimal set for points on a device."""
 
     @abstractmethod
     def spectrum(self) -> tuple[Eigenvalue, ...]:
         """List the eigenvalues of the Hessian of F at the optimal set."""
 
     def labels(self, device: torch.device | str | None = None) -> Tensor:
-        """Labels ``(N,)`` of the training set, group after group: ``0, .., 0, 1, .., 1, ..``."""
+        """Return the labels ``(N,)`` of the training set, group after group: ``0, .., 0, 1, .., 1, ..``."""
         groups, counts = torch.arange(self.num_groups, device=device), self.samples_per_group
         counts = counts.to(groups.device) if isinstance(counts, Tensor) else counts
         return groups.repeat_interleave(counts, output_size=self.num_samples)
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise unless each group occurs as often as the problem says.
+        """Raise an error unless each group occurs as often as the problem says, with one transfer to the host.
 
         Args:
-            labels: ``(N,)`` int64. One transfer to the host.
+            labels: ``(N,)`` int64.
 
         Raises:
-            ValueError: If labels are of another type, out of range, or in other numbers.
+            ValueError: If labels are not int64, out of range, or do not have the counts of the problem.
         """
         check_labels(self, labels)
 
@@ -104,17 +105,18 @@ class WithOptimum(ABC):
     ) -> Tensor:
         r"""Evaluate :math:`F - F^*` without subtracting the two.
 
-        A sum of squares and Bregman divergences, exact to about :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`, where the
-        plain difference is noise below :math:`\epsilon F`. Non-negative, except with fewer features than the rank of
-        the optimal logits, where it may come out negative at round-off level.
+        The gap is computed as a sum of squares and Bregman divergences. Its relative error is about
+        :math:`\epsilon\|x\|\sqrt{L/\mathrm{gap}}`. The plain difference would be noise below :math:`\epsilon F`. The
+        result is non-negative, except with fewer features than the rank of the optimal logits, where round-off may make
+        it negative.
 
         Args:
             weight: Head ``(K, d)``.
             features: ``(N, d)``.
-            labels: ``(N,)`` int64, the group of each sample, each as often as the problem says, in any order.
+            labels: ``(N,)`` int64, the group of each sample, in any order. Their counts must be those of the problem.
             bias: ``(K,)``; None for a problem without one.
-            check_labels: False skips the one check that transfers to the host, for labels that
-                :meth:`check_labels` has passed.
+            check_labels: False skips the check of the counts, which needs a transfer to the host. Use it for labels
+                that :meth:`check_labels` has accepted.
 
         Returns:
             Scalar.
@@ -123,7 +125,7 @@ class WithOptimum(ABC):
             ValueError: If the point does not fit the problem.
             NoAnswer: If the optimum is not known.
         """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        point = checked_point(self, weight, features, labels, bias, labels_too=check_labels)
         orbit = self.orbit(features.device)
         if orbit.is_cut:
             return orbit.expanded_gap(point)
@@ -134,21 +136,21 @@ class WithOptimum(ABC):
     ) -> Tensor:
         r"""Measure the Euclidean distance to the optimal set, from the residual of the projection.
 
-        Relative error about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as in :meth:`gap`.
+        The relative error is about :math:`\epsilon\|x\|/\mathrm{dist}`. Arguments and errors as for :meth:`gap`.
         """
-        point = admit(self, weight, features, labels, bias, labels_too=check_labels)
+        point = checked_point(self, weight, features, labels, bias, labels_too=check_labels)
         orbit = self.orbit(features.device)
         return orbit.distance(orbit.moments(point))
 
     def nearest_optimum(self, weight: Tensor, features: Tensor, labels: Tensor, bias: Tensor | None = None) -> Solution:
-        """Project a point on the optimal set; one of the nearest members if there are several.
+        """Project a point onto the optimal set. If several members are nearest, one of them is returned.
 
-        Arguments and errors as in :meth:`gap`.
+        Arguments and errors as for :meth:`gap`.
 
         Returns:
-            Member with rows in the order of ``labels``.
+            Member of the optimal set, with rows in the order of ``labels``.
         """
-        point = admit(self, weight, features, labels, bias)
+        point = checked_point(self, weight, features, labels, bias)
         orbit = self.orbit(features.device)
         return self._solution(orbit, *orbit.nearest(orbit.moments(point)), point.labels)
 
@@ -156,10 +158,10 @@ class WithOptimum(ABC):
         """Draw a member of the optimal set, uniformly under rotations of the feature space.
 
         Args:
-            generator: Source of randomness; its device is the result's. None takes torch's global CPU generator.
+            generator: Source of randomness; the result is on its device. None uses torch's global CPU generator.
 
         Returns:
-            Member with labels in the order of :meth:`labels`.
+            Member of the optimal set, with labels in the order of :meth:`labels`.
 
         Raises:
             NoAnswer: If the optimum is not known.
@@ -171,80 +173,83 @@ class WithOptimum(ABC):
         return self._solution(orbit, *orbit.random(noise), self.labels(noise.device))
 
     def divergence(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Measure each sample's loss above that of the optimal logits of its group, to first order removed.
+        """Compute the Bregman divergence of each sample's loss from the optimal logits of its group.
 
-        The Bregman divergence of the loss, the part of the gap that the features enter other than by their moments.
+        Its mean is the only part of the gap that the moments of the features do not determine.
 
         Args:
             logits: ``(B, K)``, bias included.
             labels: ``(B,)`` int64, the group of each sample.
 
         Returns:
-            Non-negative ``(B,)``; 0 at the optimal logits. Errors as of :meth:`gap_from_moments`.
+            Non-negative ``(B,)``; 0 at the optimal logits. Errors as for :meth:`gap_from_moments`.
         """
         return self._whole_orbit("divergence", logits.device).divergence(logits.detach().double(), labels)
 
     def gap_from_moments(
         self, weight: Tensor, means: Tensor, spread: Tensor, divergence: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """Evaluate F - F* as :meth:`gap` does, for features that are not kept.
+        """Evaluate F - F* as :meth:`gap` does, from moments of the features, so that the features need not be stored.
 
         Args:
             weight: Head ``(K, d)``.
             means: Mean feature of each group ``(M, d)``.
             spread: Sum of the squared distances of all samples from the means of their groups.
             divergence: Mean of :meth:`divergence` over all samples.
-            bias: ``(K,)``; needed only if the problem penalizes it. All else of it is in the divergence.
+            bias: ``(K,)``; needed only if the problem penalizes it. Otherwise it enters through the divergence only.
 
         Returns:
             Scalar.
 
         Raises:
             ValueError: If a shape does not fit.
-            NoAnswer: If the optimum is not known, or its logits are not unique for want of features.
+            NoAnswer: If the optimum is not known, or there are so few features that its logits are not unique.
         """
         orbit = self._whole_orbit("gap_from_moments", weight.device)
-        point = admit_moments(self, weight, means, spread, bias, needs_bias=orbit.lambda_b > 0)
+        point = checked_moments(self, weight, means, spread, bias, needs_bias=orbit.lambda_b > 0)
         return orbit.gap(orbit.only_present(point), divergence.detach().double())
 
     def distance_from_moments(
         self, weight: Tensor, means: Tensor, spread: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """Measure the distance to the optimal set, as :meth:`gap_from_moments` does the gap; it needs the bias."""
-        point = admit_moments(self, weight, means, spread, bias, needs_bias=self.has_bias)
+        """Measure the distance to the optimal set from moments, with arguments as for :meth:`gap_from_moments`.
+
+        If the problem has a bias, it must be given.
+        """
+        point = checked_moments(self, weight, means, spread, bias, needs_bias=self.has_bias)
         orbit = self.orbit(weight.device)
         return orbit.distance(orbit.only_present(point))
 
     @cached_property
     def rates(self) -> Rates:
-        """Error bound and speed of gradient descent near the optimal set."""
+        """Error bound and rates of gradient descent near the optimal set."""
         entries = self.spectrum()
-        # At a threshold more directions are flat than lie along the set.
+        # At a threshold there are more flat directions than the dimension of the set.
         at_threshold = sum(each.multiplicity for each in entries if each.value <= 0) > self.dimension
         return Rates(0.0 if at_threshold else next(e.value for e in entries if e.value > 0), entries[-1].value)
 
     @property
     def mu(self) -> float:
-        """Least curvature of F across the optimal set, the least nonzero eigenvalue; 0.0 at a threshold."""
+        """Least nonzero eigenvalue of the Hessian at the optimal set; 0.0 at a threshold."""
         return self.rates.mu
 
     @property
     def smoothness(self) -> float:
-        """Largest eigenvalue L of the Hessian at the optimal set; fixed steps below 2/L are stable near it."""
+        """Largest eigenvalue L of the Hessian at the optimal set. Fixed steps below 2/L are stable near it."""
         return self.rates.smoothness
 
     @property
     def error_bound_constant(self) -> float:
-        r"""Limit of the least :math:`\kappa` with :math:`\mathrm{dist} \le \kappa \|\nabla F\|` near the optimal set.
+        r"""Least :math:`\kappa` with :math:`\mathrm{dist} \le \kappa \|\nabla F\|` near the optimal set, in the limit.
 
-        It is :math:`1/\mu`, approached from points along the slowest mode; infinite at a threshold, where no such
-        bound holds. Paper: Eq. (4), Theorems 2 and 4, erratum E5.
+        It is :math:`1/\mu`. Points along the slowest mode approach it. It is infinite at a threshold, where there is no
+        such bound. Paper: Eq. (4), Theorems 2 and 4, erratum E5.
         """
         return self.rates.error_bound_constant
 
     @property
     def best_step(self) -> float:
-        r"""Fixed step :math:`2/(\mu + L)` of the fastest local convergence."""
+        r"""The fixed step with the fastest local convergence, :math:`2/(\mu + L)`."""
         return self.rates.best_step
 
     def contraction(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> float:
@@ -256,23 +261,23 @@ class WithOptimum(ABC):
         return self.rates.iterations_per_decade(step, momentum, nesterov)
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        """Find step and momentum of the best heavy ball; see :meth:`nclightning.problems.Rates.heavy_ball`."""
+        """Compute the best step and momentum of the heavy-ball method; see :meth:`Rates.heavy_ball`."""
         return self.rates.heavy_ball(step)
 
     def nesterov(self, step: float | None = None) -> Momentum:
-        """Find step and momentum of Nesterov's; see :meth:`nclightning.problems.Rates.nesterov`."""
+        """Compute the best step and momentum of Nesterov's method; see :meth:`Rates.nesterov`."""
         return self.rates.nesterov(step)
 
     def slowest_mode(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> Eigenvalue:
-        """Find which deviations fall the slowest near the optimal set.
+        """Find the eigenvalue whose modes decay most slowly near the optimal set.
 
         Args:
-            step: As for :meth:`contraction`, like the others.
-            momentum: Factor of the last displacement.
-            nesterov: Whether it is Nesterov's.
+            step: As for :meth:`contraction`.
+            momentum: As for :meth:`contraction`.
+            nesterov: As for :meth:`contraction`.
 
         Returns:
-            Their entry of the spectrum; of several that are equally slow, the one of the least eigenvalue.
+            The entry of the spectrum. If several are equally slow, the one with the least eigenvalue.
         """
         least = self.rates.exponent(step, momentum, nesterov)
         step = self.best_step if step is None else step
@@ -288,7 +293,7 @@ class WithOptimum(ABC):
             raise NoAnswer(
                 question,
                 f"feature_dim must be at least {self.rank_in_words} for a gap from moments, got {self.feature_dim}: "
-                "the optimal logits are not unique there, and the gap needs all samples. Take gap.",
+                "with fewer, the optimal logits are not unique, and the gap needs all samples. Use gap.",
             )
         return orbit
 

@@ -1,4 +1,4 @@
-"""Problems in words: one line for a reader."""
+"""A description of a problem in words, on one line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def one_line(problem: Problem) -> str:
     """Write loss, sizes and penalties on one line.
 
     Args:
-        problem: Of any size: long lists are given by their ends.
+        problem: A problem of any size: of long lists only the least and the greatest number are written.
 
     Returns:
-        Without a full stop.
+        The line, without a full stop.
     """
     sizes = [f"{symbol} = {size}" for symbol, size in sizes_in_words(problem).items()]
     penalties = [f"lambda_w = {problem.lambda_w:g}", f"lambda_h = {problem.lambda_h:g}"]
@@ -32,13 +32,13 @@ def one_line(problem: Problem) -> str:
 
 
 def loss_in_words(problem: Problem) -> str:
-    """Name the loss with what is special to it and to its targets.
+    """Name the loss, its arguments and the kind of its targets.
 
     Args:
         problem: Any.
 
     Returns:
-        Such as ``"CE loss, label smoothing 0.1"``.
+        Words such as ``"CE loss, label smoothing 0.1"``.
     """
     name = problem.loss.short_name or type(problem.loss).__name__
     return ", ".join(filter(None, [f"{name} loss", _targets_in_words(problem), *_arguments_in_words(problem.loss)]))
@@ -64,7 +64,8 @@ def sizes_in_words(problem: Problem) -> dict[str, str]:
         problem: Any.
 
     Returns:
-        M, the number of groups, only where it is not K, and N, the number of samples, where groups differ in size.
+        Sizes by symbol. M, the number of groups, is included only if it is not K; N, the number of samples, only if
+        groups differ in size.
     """
     counts = problem.counts
     groups = {} if problem.num_groups == problem.num_classes else {"M": str(problem.num_groups)}
@@ -73,7 +74,7 @@ def sizes_in_words(problem: Problem) -> dict[str, str]:
 
 
 def _targets_in_words(problem: Problem) -> str:
-    """Nothing for hard labels."""
+    """Describe the targets; the empty string for hard labels."""
     if problem.has_hard_labels:
         return ""
     table, classes = problem.targets, problem.num_classes
@@ -88,16 +89,16 @@ def _targets_in_words(problem: Problem) -> str:
 
 
 def _arguments_in_words(loss: Loss) -> list[str]:
-    """What the loss was made with and keeps, such as class weights."""
+    """Describe the arguments of the loss, such as class weights."""
     values = {name: getattr(loss, name, None) for name in inspect.signature(type(loss)).parameters}
     return [f"{name.replace('_', ' ')} {_ends(value)}" for name, value in values.items() if value is not None]
 
 
 def _ends(value: Any) -> str:
-    """Write a number as it is, and of several the least and the greatest."""
+    """Write one number as it is, and several by the least and the greatest."""
     try:
         numbers = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):  # Losses of others may be made with anything.
+    except (TypeError, ValueError, RuntimeError):  # A user's loss may have arguments of any type.
         return str(value)[:_MOST_LETTERS]
     if not numbers.numel():
         return "none"

@@ -1,5 +1,5 @@
-"""Saved features and checkpoints, measured in order of their steps: ``python -m nclightning measure``.
+"""Measurement of a series of saved features or checkpoints: ``python -m nclightning measure``.
 
-A :class:`nclightning.series.source.Source` is one of them. The runner knows no more of it: not where its features come
-from.
+A :class:`nclightning.series.source.Source` is one state of the series. The runner uses only this interface, so that it
+treats all kinds of files alike.
 """

@@ -1,4 +1,4 @@
-"""Features, labels and a head that somebody saved."""
+"""Sources that are files of saved features, labels and a head."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 from nclightning.errors import UserError
 from nclightning.probe.measuring import measure
+from nclightning.quantities import NC, tagged
 from nclightning.series.opening import check_file, content_of, load_arrays
 from nclightning.series.source import steps_in_names
 
 __all__ = ["NAMES", "ArraySource", "ArraysSettings", "array_sources"]
 
-# Looked for in this order, upper and lower case alike.
+# Names of arrays, in the order in which they are tried, without regard to case.
 NAMES: dict[str, tuple[str, ...]] = {
     "features": ("features", "feature", "feats", "h", "embeddings", "embedding", "hidden"),
     "labels": ("labels", "label", "y", "targets", "target"),
@@ -31,11 +32,11 @@ class ArraysSettings:
     """How arrays are found and measured.
 
     Attributes:
-        names: By argument of :func:`nclightning.measure`: the name in the file, or the path of a file of its own; None
-            looks for it.
-        options: Further arguments.
-        set_name: What the samples are, as tags say it.
-        weights_only: Of files of torch.
+        names: For each array argument of :func:`nclightning.measure`, the name of the array in the file, or the path of
+            a separate file; None to try the names in ``NAMES``.
+        options: Further arguments of :func:`nclightning.measure`.
+        set_name: Name of the data set in tags, such as ``train``.
+        weights_only: As for ``torch.load``.
     """
 
     names: Mapping[str, str | None]
@@ -45,7 +46,7 @@ class ArraysSettings:
 
     @property
     def files(self) -> list[Path]:
-        """Files that all steps share."""
+        """Separate files, which all steps share."""
         return [Path(name) for name in self.names.values() if name is not None and _is_file(name)]
 
 
@@ -54,10 +55,10 @@ def _is_file(name: str) -> bool:
 
 
 def array_sources(paths: Sequence[Path], settings: ArraysSettings) -> list[ArraySource]:
-    """Make a source of each file of features.
+    """Return a source for each file of features.
 
     Raises:
-        ValueError: If the step of one of several cannot be told from its name, or a file cannot be read.
+        ValueError: If there are several files and one has no number in its name, or a file cannot be read.
     """
     for path in (*paths, *settings.files):
         check_file(path)
@@ -65,7 +66,7 @@ def array_sources(paths: Sequence[Path], settings: ArraysSettings) -> list[Array
     if len(paths) > 1 and None in steps:
         unnamed = paths[steps.index(None)]
         raise UserError(
-            f"{unnamed} has no number in its name, by which several files are put in order: name it like "
+            f"{unnamed} has no number in its name, which is needed to order several files: name it like "
             f"{unnamed.stem}_100{unnamed.suffix}."
         )
     return [ArraySource(path, step or 0, settings) for path, step in zip(paths, steps, strict=True)]
@@ -76,8 +77,8 @@ class ArraySource:
 
     Args:
         path: The file.
-        step: By its name.
-        settings: The same for all.
+        step: The step in its name.
+        settings: Settings that all files share.
     """
 
     def __init__(self, path: Path, step: int, settings: ArraysSettings) -> None:
@@ -85,7 +86,7 @@ class ArraySource:
         self.name, self.size = str(path), path.stat().st_size
 
     def fingerprint(self) -> str:
-        """Of the file, and of those that all share."""
+        """Return a fingerprint of the file and of the shared files."""
         return content_of([self.path, *self._settings.files])
 
     weights = fingerprint
@@ -96,15 +97,15 @@ class ArraySource:
         own = load_arrays(self.path, chosen.weights_only)
         arrays = {role: self._find(role, own) for role in NAMES}
         if arrays["weight"] is None and chosen.names["bias"] is None:
-            arrays["bias"] = None  # One that was found, and not asked for, belongs to something else.
+            arrays["bias"] = None  # A bias without a weight, found by its name, is not that of the head.
         try:
             found = measure(**arrays, **chosen.options)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return {f"nc/{chosen.set_name}/{name}": value for name, value in found.items()}
+        return tagged(found, NC, chosen.set_name)
 
     def _find(self, role: str, own: Mapping[str, Any]) -> Any:
-        """Return the array for an argument; None if there is none, and none is needed."""
+        """Return the array for an argument; None if there is none and it is not needed."""
         wanted = self._settings.names[role]
         if wanted is not None and _is_file(wanted):
             return _only(load_arrays(Path(wanted), self._settings.weights_only), role, wanted)
@@ -130,13 +131,13 @@ class ArraySource:
         if role in _NEEDED:
             raise UserError(
                 f"{self.name} has no {role}: looked for {', '.join(NAMES[role])}, it has {_listed(own)}. Give --{role} "
-                "NAME, or the path of a file that holds them."
+                "NAME, or the path of a file with them."
             )
         return None
 
 
 def _only(arrays: Mapping[str, Any], role: str, path: str) -> Any:
-    """Return the array of a file that is given for one argument."""
+    """Return the array of a separate file for one argument."""
     if len(arrays) == 1:
         return next(iter(arrays.values()))
     meant = [name for each in NAMES[role] for name in arrays if name.lower() == each]

@@ -1,4 +1,4 @@
-"""Checkpoints of Lightning, measured with the model and the data that they were trained with."""
+"""Sources that are Lightning checkpoints, measured with the model and data of their training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nclightning.configurations import read_configuration
 from nclightning.errors import UserError
 from nclightning.probe.sets import DataSet
 from nclightning.probe.sweep import limited_batches, untouched
-from nclightning.series.classes import called, made, named
+from nclightning.series.classes import call_with, construct, import_named
 from nclightning.series.loaders import given_loaders, own_loaders, unshuffled
 from nclightning.series.opening import check_file, content_of, load_torch, weights_of
 from nclightning.series.sets import ModelOptions, chosen_device, floats, values_of
@@ -36,28 +36,29 @@ from nclightning.series.sets import ModelOptions, chosen_device, floats, values_
 __all__ = ["CheckpointSource", "Training", "checkpoint_sources"]
 
 _HPARAMS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+_BASES = {"model": "LightningModule", "data": "LightningDataModule"}
 _LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
-_MOST_NAMED = 3
+_MAX_NAMES = 3
 
 
 def checkpoint_sources(paths: Sequence[Path], training: Training) -> list[CheckpointSource]:
-    """Make a source of each checkpoint.
+    """Return a source for each checkpoint.
 
     Raises:
-        ValueError: If one of them cannot be read, or is none of Lightning.
+        ValueError: If a file cannot be read, or is not a Lightning checkpoint.
     """
     return [CheckpointSource(path, training) for path in paths]
 
 
 class CheckpointSource:
-    """A checkpoint; its step is the one that it holds.
+    """A checkpoint. Its step is its ``global_step``.
 
     Args:
         path: The file.
-        training: What it was trained with; the same for all.
+        training: Model and data, the same for all checkpoints.
 
     Raises:
-        ValueError: If it cannot be read, or is none of Lightning.
+        ValueError: If the file cannot be read, or is not a Lightning checkpoint.
     """
 
     def __init__(self, path: Path, training: Training) -> None:
@@ -71,8 +72,8 @@ class CheckpointSource:
         content = load_torch(self.path, options.weights_only, checked)
         if not isinstance(content, dict) or "global_step" not in content or "state_dict" not in content:
             raise UserError(
-                f"{self.path} is no checkpoint of Lightning, which has state_dict and global_step. Of features that "
-                "you saved yourself, give .npz, .npy, .pt or .safetensors files."
+                f"{self.path} is not a checkpoint of Lightning, which has state_dict and global_step. To measure saved "
+                "features, give .npz, .npy, .pt or .safetensors files."
             )
         if not isinstance(content.get(options.state_dict), Mapping):
             have = [name for name, value in content.items() if isinstance(value, Mapping)]
@@ -80,11 +81,11 @@ class CheckpointSource:
         return content
 
     def fingerprint(self) -> str:
-        """Of the file."""
+        """Return a fingerprint of the file."""
         return content_of([self.path])
 
     def weights(self) -> str:
-        """Of the weights alone: ``last.ckpt`` remembers other files than the one beside it."""
+        """Return a fingerprint of the weights. Two checkpoints with the same weights may differ in other entries."""
         return weights_of(self._load()[self._training.options.state_dict])
 
     def measure(self) -> dict[str, float]:
@@ -98,8 +99,8 @@ class _Built:
 
     Attributes:
         module: The model.
-        sets: By stage: loaders with their names; of full-batch modules nothing.
-        datamodule: None if the model has loaders of its own, or a function gave them.
+        sets: For each stage, the loaders with their names.
+        datamodule: The data module; None if the loaders come from the model or from a function.
     """
 
     module: Any
@@ -108,15 +109,17 @@ class _Built:
 
 
 class Training:
-    """Model and data of checkpoints, made once in each process; with ``strict_loading=False`` for each checkpoint.
+    """Model and data of a series of checkpoints.
+
+    They are constructed once in each process. A model with ``strict_loading=False`` is constructed for each checkpoint.
 
     Args:
-        config: As LightningCLI saved it; None if there is none.
+        config: Path of a configuration that LightningCLI saved; None if there is none.
         model: ``module:Class`` of the model; None if the configuration has its ``class_path``.
         data: ``module:Class`` of a data module, or ``module:function`` that returns loaders; None if the configuration
             has a ``class_path``, or the model has loaders of its own.
-        precision: Of the trainer; None takes that of the configuration, else what the weights are.
-        options: What is measured.
+        precision: Precision of the trainer; None is that of the configuration, or that of the weights.
+        options: Options of the measurement.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class Training:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration; empty without one."""
+        """The configuration; empty if there is none."""
         if self._config_path is None:
             return {}
         content = read_configuration(self._config_path)
@@ -150,10 +153,10 @@ class Training:
         """Measure the model with the weights of a checkpoint.
 
         Args:
-            checkpoint: Its content.
-            name: For messages.
+            checkpoint: The content of the checkpoint.
+            name: Its path.
         """
-        # What a checkpoint may leave out, as frozen weights, is that of a new model, not of the checkpoint before.
+        # Weights that a checkpoint leaves out, such as frozen ones, must not be those of the last checkpoint.
         if self._built is None or not self._built.module.strict_loading:
             self._built = self._build(checkpoint, name)
         built = self._built
@@ -192,10 +195,10 @@ class Training:
         return self._paths[part] is not None or self.config.get(part) is not None
 
     def check(self) -> None:
-        """Refuse what cannot be known, before a checkpoint is read.
+        """Import the classes of model and data before any checkpoint is read.
 
         Raises:
-            ValueError: If the class of model or data is not known, or cannot be imported.
+            ValueError: If a class is not known, or cannot be imported.
         """
         self._kind("model")
         if self._has("data"):
@@ -203,19 +206,26 @@ class Training:
 
     def _section(self, part: str) -> dict[str, Any]:
         section = self.config.get(part)
-        if isinstance(section, str):  # The path of a file of its own, relative to the configuration.
+        if isinstance(section, str):  # The path of a separate file, relative to the configuration.
             assert self._config_path is not None
             section = read_configuration(self._config_path.parent / section, f"--config {self._config_path}: {part}")
         return section if isinstance(section, dict) else {}
 
     def _kind(self, part: str) -> Any:
-        """Return the class of the model or the data, or the function that gives loaders."""
+        """Return the class of the model or the data, or the function that returns loaders."""
         option, path, section = f"--{part}", self._paths[part], self._section(part)
         where = f"--config {self._config_path}"
         if path is not None:
-            return named(option, path)
+            return import_named(option, path)
         if "class_path" in section:
-            return named(f"{where}: {part}.class_path", str(section["class_path"]))
+            kind = import_named(f"{where}: {part}.class_path", str(section["class_path"]))
+            if not _is_lightnings(kind, _BASES[part]):
+                # The configuration is found beside the checkpoints: what it names is called only if it can be meant.
+                raise UserError(
+                    f"{where}: {part}.class_path: {section['class_path']} is no subclass of {_BASES[part]}. "
+                    f"If it is a function of yours that makes one, name it by {option} module:function."
+                )
+            return kind
         raise UserError(
             f"the class of the {part} is not known"
             + (f", {where} has no {part}.class_path" if self._config_path else "")
@@ -225,17 +235,17 @@ class Training:
         )
 
     def _make(self, part: str, checkpoint: dict[str, Any], name: str) -> Any:
-        """Make the model, or the data."""
+        """Construct the model or the data."""
         kind, section, known = self._kind(part), self._section(part), checkpoint.get(_HPARAMS[part])
         known = dict(known) if isinstance(known, Mapping) else {}
         if section:
             arguments = section.get("init_args") or {} if "class_path" in section else section
-            # What the configuration links to something else is in the checkpoint alone.
+            # Arguments that the configuration links to others are found only in the checkpoint.
             taken = inspect.signature(kind).parameters
             missing = {name: known[name] for name in taken if name not in arguments and name in known}
-            return made(kind, missing | arguments, f"--config {self._config_path}: {part}")
+            return construct(kind, missing | arguments, f"--config {self._config_path}: {part}")
         if not hasattr(kind, "load_from_checkpoint"):
-            return called(kind, known, f"--{part} {self._paths[part]}")
+            return call_with(kind, known, f"--{part} {self._paths[part]}")
         return _from_checkpoint(kind, Path(name), self.options.weights_only, f"--{part} {self._paths[part]}")
 
     def _trainer(self, package: str, checkpoint: dict[str, Any]) -> Any:
@@ -260,17 +270,22 @@ class Training:
                 raise UserError(f"--precision {precision}: {str(error).splitlines()[0]}") from error
 
 
+def _is_lightnings(kind: Any, base: str) -> bool:
+    """Whether something is a class made from one of Lightning's, of either of its packages."""
+    return inspect.isclass(kind) and any(each.__name__ == base for each in kind.__mro__)
+
+
 def _package_of(module: Any) -> str:
-    """Return the package whose LightningModule it is: ``lightning.pytorch``, or its twin."""
+    """Return the package of a LightningModule: ``lightning.pytorch`` or ``pytorch_lightning``."""
     owner = next((each for each in type(module).__mro__ if each.__name__ == "LightningModule"), None)
     if owner is None:
-        raise UserError(f"the model is a {type(module).__name__}, and a LightningModule is needed.")
+        raise UserError(f"the model must be a LightningModule, got a {type(module).__name__}.")
     return "pytorch_lightning" if owner.__module__.startswith("pytorch_lightning") else "lightning.pytorch"
 
 
 @contextmanager
 def _quiet(package: str) -> Iterator[None]:
-    """Let a package of Lightning say nothing of accelerators and the like."""
+    """Silence the messages of Lightning about accelerators and the like."""
     logger = logging.getLogger(package)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -281,16 +296,16 @@ def _quiet(package: str) -> Iterator[None]:
 
 
 def _precision_of(state: Mapping[str, Any]) -> str:
-    """Return the precision that a trainer saved such weights in."""
+    """Return the precision of a trainer that saves such weights."""
     kinds = {each.dtype for each in state.values() if isinstance(each, Tensor) and each.is_floating_point()}
     true = {torch.float64: "64-true", torch.float16: "16-true", torch.bfloat16: "bf16-true"}
     return true.get(next(iter(kinds)), "32-true") if len(kinds) == 1 else "32-true"
 
 
 def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> Any:
-    """Make an object with the hyperparameters of a checkpoint, as Lightning does."""
+    """Construct an object with the hyperparameters of a checkpoint, as Lightning does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Its weights are looked at by us.
+        warnings.simplefilter("ignore")  # The weights are checked when they are loaded below.
         strict = {"strict": False} if issubclass(kind, nn.Module) else {}
         try:
             return kind.load_from_checkpoint(path, map_location="cpu", weights_only=weights_only, **strict)
@@ -299,8 +314,8 @@ def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> A
             if found is None:
                 raise
             raise UserError(
-                f"{where}: {kind.__name__} needs {found[1]}, and {path} has no such hyperparameters: give a --config "
-                "with its init_args, or call save_hyperparameters() in its constructor."
+                f"{where}: {kind.__name__} needs {found[1]}, which {path} does not have as hyperparameters: give a "
+                "--config with its init_args, or call save_hyperparameters() in its constructor."
             ) from error
         except RuntimeError as error:
             raise _other_model(error, path) from error
@@ -311,16 +326,16 @@ def _other_model(error: RuntimeError, name: object) -> Exception:
     if found is None:
         return error
     return UserError(
-        f"{name} is a checkpoint of another model: its {found[1]} has shape ({found[2]}), and the model's has "
+        f"{name} is a checkpoint of another model: its {found[1]} has shape ({found[2]}), that of the model "
         f"({found[3]})."
     )
 
 
 def _load_weights(module: Any, checkpoint: dict[str, Any], key: str, name: str) -> None:
-    """Load the weights of a checkpoint.
+    """Load the weights of a checkpoint into a model.
 
     Raises:
-        ValueError: If they are those of another model.
+        ValueError: If they belong to another model.
     """
     try:
         module.on_load_checkpoint(checkpoint)
@@ -335,7 +350,7 @@ def _load_weights(module: Any, checkpoint: dict[str, Any], key: str, name: str) 
         raise UserError(
             f"{name} is a checkpoint of another model: "
             + "; ".join(
-                f"{said} {', '.join(names[:_MOST_NAMED])}{' and others' if len(names) > _MOST_NAMED else ''}"
+                f"{said} {', '.join(names[:_MAX_NAMES])}{' and others' if len(names) > _MAX_NAMES else ''}"
                 for said, names in (("it has no", found.missing_keys), ("the model has no", found.unexpected_keys))
                 if names
             )
@@ -344,7 +359,7 @@ def _load_weights(module: Any, checkpoint: dict[str, Any], key: str, name: str) 
 
 
 def _renamed(state: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring the names of weights to those of the model: of compiled and wrapped models they have additions."""
+    """Rename weights to the names that the model expects. Compiled and wrapped models add prefixes."""
     names = {_plain(name): name for name in expected}
     found = {names.get(_plain(name), name): value for name, value in state.items()}
     if not found.keys() & expected.keys():
@@ -360,7 +375,7 @@ def _plain(name: str) -> str:
 
 
 def _sets(trainer: Any, module: Any, data: Any, stages: Sequence[str]) -> dict[str, list[tuple[str, DataSet]]]:
-    """Find the loaders of each stage, held to as many batches as training and validation."""
+    """Return the loaders of each stage, with the limits of training and validation."""
     if data is None or hasattr(data, "train_dataloader"):
         owner = module if data is None else data
         if "test" in stages:

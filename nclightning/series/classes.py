@@ -1,4 +1,4 @@
-"""Classes and functions that the user names, and objects made of them."""
+"""Import of classes and functions that the user names, and construction of objects from them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nclightning.errors import UserError, nearest
 from nclightning.parsing import ParserMessage, RunParser
 from nclightning.wording import one_line
 
-__all__ = ["called", "made", "named"]
+__all__ = ["call_with", "construct", "import_named"]
 
 
-def named(option: str, path: str) -> Any:
-    """Import what ``module:Class`` names; the working directory is looked in, too.
+def import_named(option: str, path: str) -> Any:
+    """Import a class or function by name. The working directory is searched, too.
 
     Args:
-        option: That was given, for messages.
+        option: The option that named it, for messages.
         path: ``module:Class``, or ``module.Class``.
 
     Raises:
-        ValueError: If there is no such thing, or its module cannot be imported.
+        ValueError: If it does not exist, or its module cannot be imported.
     """
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not name:
@@ -53,19 +53,19 @@ def named(option: str, path: str) -> Any:
     return found
 
 
-def made(kind: Any, arguments: Mapping[str, Any], where: str) -> Any:
-    """Make an object from the arguments of a configuration, as LightningCLI does.
+def construct(kind: Any, arguments: Mapping[str, Any], where: str) -> Any:
+    """Construct an object from the arguments of a configuration, as LightningCLI does.
 
     Args:
-        kind: A class.
-        arguments: By name; classes among them as ``class_path`` and ``init_args``.
-        where: What names the configuration, for messages.
+        kind: The class.
+        arguments: Arguments by name. Objects among them have the form of ``class_path`` and ``init_args``.
+        where: Name of the configuration, for messages.
 
     Raises:
-        ValueError: If an argument is missing, unknown or of the wrong kind.
+        ValueError: If an argument is missing, unknown or has the wrong type.
     """
     if not inspect.isclass(kind):
-        return called(kind, arguments, where)
+        return call_with(kind, arguments, where)
     parser = RunParser()
     parser.add_class_arguments(kind, "object", fail_untyped=False)
     try:
@@ -79,11 +79,11 @@ def _without_group(error: UserError) -> UserError:
     return UserError(re.sub(r"\b(?:object|init_args)\.", "", str(error)))
 
 
-def called(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """Call a class or function with those of the arguments that it takes.
+def call_with(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str) -> Any:
+    """Call a class or function with the arguments that it has; others are ignored.
 
     Raises:
-        ValueError: If it needs one that nobody gave.
+        ValueError: If a required argument is missing.
     """
     parameters = inspect.signature(kind).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -95,7 +95,7 @@ def called(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str) -
     ]
     if missing:
         raise UserError(
-            f"{where}: {getattr(kind, '__name__', kind)} needs {', '.join(missing)}, and nobody gave it: give a "
-            "--config with its init_args."
+            f"{where}: {getattr(kind, '__name__', kind)} needs {', '.join(missing)}: give a --config with its "
+            "init_args."
         )
     return kind(**given)

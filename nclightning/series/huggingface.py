@@ -1,4 +1,4 @@
-"""Model folders of Hugging Face, measured on images or texts on the disk."""
+"""Sources that are model folders of Hugging Face, measured on images or texts on the disk."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def model_sources(paths: Sequence[Path], data: HuggingFaceData, options: ModelOptions) -> list[ModelSource]:
-    """Make a source of each model folder.
+    """Return a source for each model folder.
 
     Raises:
-        ValueError: If one of them is no classifier of images or texts, or its data are not there.
+        ValueError: If a folder has no classifier of images or texts.
     """
     return [ModelSource(path, data, options) for path in paths]
 
 
 @dataclass(frozen=True)
 class HuggingFaceData:
-    """Data on the disk, and how they are read.
+    """Data on the disk, and options for reading them.
 
     Attributes:
-        path: A folder of images with one folder for each class, a data set of ``save_to_disk``, or a csv, json, jsonl
-            or parquet file; None if the user has named none.
-        columns: Names of columns that the user gave, by role; None looks for them.
-        labels_in_order: Whether numbers of labels are taken as they are where names differ from the model's.
-        batch_size: Of the forwards.
-        num_workers: Of the loader.
+        path: A folder of images with one folder per class, a data set of ``save_to_disk``, or a csv, json, jsonl or
+            parquet file; None if the user gave none.
+        columns: Names of the columns for text, text pair, image and labels; None to try the usual names.
+        labels_in_order: Whether the data's label numbers are kept if label names differ from the model's.
+        batch_size: Number of samples per forward.
+        num_workers: Number of worker processes of the loader.
     """
 
     path: str | None
@@ -71,10 +71,10 @@ class HuggingFaceData:
 
     @property
     def place(self) -> Path:
-        """Where the data are.
+        """The path of the data.
 
         Raises:
-            ValueError: If they are not there.
+            ValueError: If there is none, or it does not exist.
         """
         if self.path is None:
             raise UserError(
@@ -87,7 +87,7 @@ class HuggingFaceData:
         return path
 
     def content(self) -> str:
-        """Return what changes with the data: of a file its content, of a folder the names and sizes in it."""
+        """Return a fingerprint of the data: of the content of a file, or of the names and sizes in a folder."""
         place = self.place
         if place.is_file():
             return content_of([place])
@@ -96,10 +96,10 @@ class HuggingFaceData:
         return hashlib.blake2b("\n".join(listed).encode()).hexdigest()[:32]
 
     def load(self) -> dict[str, Any]:
-        """Load the data by stage; what has no splits is the training set.
+        """Load the data by stage. Data without splits are the training set.
 
         Raises:
-            ValueError: If there is nothing in them that can be read.
+            ValueError: If they cannot be read.
         """
         place = self.place
         try:
@@ -114,17 +114,17 @@ class HuggingFaceData:
                 raise UserError(f"--data {place}: expected a folder, or a csv, json, jsonl or parquet file.")
         except UserError:
             raise
-        except Exception as error:  # Of any of the readers that datasets has.
+        except Exception as error:  # The readers of datasets may raise anything.
             cause = error.__cause__ or error
             raise UserError(f"--data {place} cannot be read: {type(cause).__name__}: {one_line(cause)}") from error
         splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
         return {_STAGES.get(str(name), str(name)): data for name, data in splits.items()}
 
     def column(self, role: str, data: Any) -> str:
-        """Find the column for a role.
+        """Return the name of the column for a role.
 
         Raises:
-            ValueError: If it is not there, or several may be meant.
+            ValueError: If there is none, or several have usual names.
         """
         names, wanted = data.column_names, self.columns[role]
         if wanted is not None:
@@ -133,21 +133,21 @@ class HuggingFaceData:
             return wanted
         meant = [name for name in _COLUMNS[role] if name in names]
         if len(meant) != 1:
-            several = f"several that may be meant, {' and '.join(meant)}" if meant else f"only {', '.join(names)}"
-            raise UserError(f"{self.path} has no column for the {role} that is known, {several}: give --{role} COLUMN.")
+            found = f"may be {' or '.join(meant)}" if meant else f"is none of {', '.join(names)}"
+            raise UserError(f"{self.path}: the column of the {role} {found}: give --{role} COLUMN.")
         return meant[0]
 
 
 class ModelSource:
-    """A model folder; its step is that of ``trainer_state.json``, else the number in its name.
+    """A model folder. Its step is that in ``trainer_state.json``, or the number in its name.
 
     Args:
         path: The folder.
-        data: What it is measured on.
-        options: What is measured.
+        data: The data.
+        options: Options of the measurement.
 
     Raises:
-        ValueError: If it is no classifier of images or texts.
+        ValueError: If it is not a classifier of images or texts.
     """
 
     def __init__(self, path: Path, data: HuggingFaceData, options: ModelOptions) -> None:
@@ -157,8 +157,8 @@ class ModelSource:
         tasks = [task for ending, task in _TASKS.items() if architecture.endswith(ending)]
         if not tasks:
             raise UserError(
-                f"{path} holds the architecture {architecture}, and models for image or sequence classification are "
-                "measured: of others save the features, and measure those."
+                f"{path} has the architecture {architecture}, but only models for image or sequence classification can "
+                "be measured: save the features of other models, and measure those."
             )
         if config.get("problem_type") not in (None, "single_label_classification"):
             raise UserError(f"{path} is trained for {config['problem_type']}: its samples have no single class.")
@@ -175,11 +175,11 @@ class ModelSource:
         self.step = int(step or 0)
 
     def fingerprint(self) -> str:
-        """Of configuration and weights."""
+        """Return a fingerprint of configuration and weights."""
         return content_of(self._files)
 
     def weights(self) -> str:
-        """Of the weights."""
+        """Return a fingerprint of the weights."""
         return content_of(self._files[1:])
 
     def measure(self) -> dict[str, float]:
@@ -195,7 +195,7 @@ class ModelSource:
         try:
             return values_of(PlainHost(model), sets, self._options)
         except UserError as error:
-            # That of a worker of the loader brings its traceback.
+            # The message of an error in a worker process includes its traceback.
             sentence = str(error).splitlines()[-1].removeprefix("nclightning.errors.UserError: ")
             raise UserError(f"{self.name}: {sentence}") from error
 
@@ -203,23 +203,23 @@ class ModelSource:
         kind = {"image": transformers.AutoModelForImageClassification,
                 "text": transformers.AutoModelForSequenceClassification}[self._task]  # fmt: skip
         verbosity = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity(50)  # What is missing is said below.
+        transformers.utils.logging.set_verbosity(50)  # Missing weights are reported below.
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model, info = kind.from_pretrained(
                 str(self.path), local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except Exception as error:  # Of safetensors, of torch, of the configuration.
+        except Exception as error:  # safetensors, torch and the configuration may raise anything.
             raise UserError(f"{self.path} cannot be loaded: {type(error).__name__}: {one_line(error, 200)}") from error
         finally:
             transformers.utils.logging.set_verbosity(verbosity)
-        for names, said in ((info["missing_keys"], "has no"), (info["mismatched_keys"], "has others in size of")):
+        for names, said in ((info["missing_keys"], "has no"), (info["mismatched_keys"], "has another shape for")):
             if names:
                 shown = [str(each[0] if isinstance(each, tuple | list) else each) for each in sorted(names, key=str)]
                 raise UserError(
                     f"{self.path} {said} {', '.join(shown[:3])}{' and others' if len(shown) > 3 else ''}: it is the "
-                    "checkpoint of another model, or of one whose head is not trained yet."
+                    "checkpoint of another model, or of a model whose head has not been trained."
                 )
         return model
 
@@ -271,7 +271,7 @@ class ModelSource:
             raise UserError(
                 f"{self.path} has no {what} that can be loaded ({type(error).__name__}): {repair}"
             ) from error
-        # Without files transformers makes one by the model's type, to which all words are unknown.
+        # Without these files transformers constructs a tokenizer that knows no word.
         files = ("tokenizer_config.json", "tokenizer.json", *getattr(made, "vocab_files_names", {}).values())
         if what == "tokenizer" and not any((self.path / each).is_file() for each in files):
             raise UserError(f"{self.path} has no {what}, none of the files {', '.join(dict.fromkeys(files))}: {repair}")
@@ -279,7 +279,7 @@ class ModelSource:
 
 
 class _Rows(Dataset[Any]):
-    """Rows of the data; one that cannot be decoded, such as a damaged image, is a mistake in them."""
+    """Rows of the data. A row that cannot be decoded, such as a damaged image, raises an error for the user."""
 
     def __init__(self, data: Any, source: str) -> None:
         self._data, self._source = data, source
@@ -290,17 +290,17 @@ class _Rows(Dataset[Any]):
     def __getitem__(self, number: int) -> Any:
         try:
             return self._data[number]
-        except Exception as error:  # Of any of the decoders that datasets has.
+        except Exception as error:  # The decoders of datasets may raise anything.
             raise UserError(
                 f"{self._source}: sample {number} cannot be read: {type(error).__name__}: {one_line(error)}"
             ) from error
 
 
 class _Labels:
-    """Maps labels of the data to those of the model: names by ``label2id``, numbers as they are.
+    """Maps labels of the data to those of the model: names by ``label2id``, numbers unchanged.
 
     Raises:
-        ValueError: If they do not agree.
+        ValueError: If the names of data and model differ.
     """
 
     def __init__(self, config: Any, data: Any, column: str, in_order: bool, source: str) -> None:
@@ -338,8 +338,8 @@ class _Labels:
             found = label if whole and (0 <= label < self._count or label == -100) else None
         if found is None:
             raise UserError(
-                f"{self._source}: the column {self._column} has the label {label!r}, and integers from 0 to "
-                f"{self._count - 1}, or names that the model knows, are needed."
+                f"{self._source}: the column {self._column} has the label {label!r}: labels must be integers from 0 to "
+                f"{self._count - 1}, or names that the model knows."
             )
         return found
 
@@ -348,7 +348,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or no JSON.") from error
+        raise UserError(f"{path} is damaged, or is not JSON.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: expected a mapping.")
     return content

@@ -1,4 +1,4 @@
-"""Loaders of a model, of a data module, or of a function of the user."""
+"""Loaders from a model, a data module, or a function of the user."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["given_loaders", "own_loaders", "unshuffled"]
 
 
 def given_loaders(data: Any) -> dict[str, Any]:
-    """Return the loaders that a function gave, by stage.
+    """Return the loaders that a function of the user returned, by stage.
 
     Raises:
-        ValueError: If it does not say which is which.
+        ValueError: If the stages are not clear.
     """
     loaders = data if isinstance(data, Mapping) else {"train": data}
     if isinstance(data, tuple | list):
@@ -34,7 +34,7 @@ def given_loaders(data: Any) -> dict[str, Any]:
 
 
 def own_loaders(owner: Any, hook: str) -> Any:
-    """Return what a hook of a model or a data module gives; None if it has no such hook of its own."""
+    """Return what a hook of a model or a data module returns; None if its class does not define the hook."""
     method = getattr(type(owner), hook, None)
     if method is None or method.__module__.partition(".")[0] in ("lightning", "pytorch_lightning"):
         return None
@@ -42,10 +42,10 @@ def own_loaders(owner: Any, hook: str) -> Any:
 
 
 def unshuffled(loaders: Any) -> Any:
-    """Return loaders that give their first batches, as those that a trainer overfits do.
+    """Return loaders without shuffling, as Lightning makes them for ``overfit_batches``.
 
     Args:
-        loaders: One, or several in lists, tuples and mappings.
+        loaders: One loader, or several in lists, tuples and mappings.
     """
     if isinstance(loaders, Mapping):
         return {name: unshuffled(each) for name, each in loaders.items()}

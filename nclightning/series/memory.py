@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""The free memory of the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["available_memory"]
 
 
 def available_memory() -> int | None:
-    """Return bytes that processes can still take, within the limit of a container; None if the system does not say."""
+    """Return the free memory in bytes, within the limit of a container; None if the system does not report it."""
     found = []
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()

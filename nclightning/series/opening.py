@@ -1,4 +1,4 @@
-"""Files that somebody saved, opened without running what is in them."""
+"""Reading of saved files without running code that may be in them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def paths_of(words: Iterable[str]) -> list[Path]:
     """Return the files and folders that words of the command line name, each once.
 
     Args:
-        words: Paths, or patterns such as ``run/*.ckpt`` that the shell has left as they are.
+        words: Paths, or patterns such as ``run/*.ckpt`` that the shell has not expanded.
 
     Raises:
-        ValueError: If one of them names nothing.
+        ValueError: If a word matches nothing.
     """
     paths: dict[Path, None] = {}
     for word in words:
@@ -46,15 +46,15 @@ def paths_of(words: Iterable[str]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file with something in it, and archives that were cut off.
+    """Raise unless a path is a file that is not empty, and complete if it is an archive.
 
     Raises:
         ValueError: With the reason.
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder, and a file is needed: a checkpoint that several processes wrote in parts must be put "
-            "together first (python -m lightning.pytorch.utilities.consolidate_checkpoint)."
+            f"{path} must be a file, but is a folder: a checkpoint that several processes wrote in parts must first be "
+            "consolidated (python -m lightning.pytorch.utilities.consolidate_checkpoint)."
         )
     try:
         with path.open("rb") as file:
@@ -68,7 +68,7 @@ def check_file(path: Path) -> None:
 
 
 def content_of(paths: Sequence[Path]) -> str:
-    """Return what changes with the content of files: of archives their checksums, of others parts spread over them."""
+    """Return a fingerprint of the content of files: of the checksums in archives, of sampled blocks in other files."""
     digest = hashlib.blake2b(digest_size=16)
     for path in paths:
         digest.update(f"{path.stat().st_size}\n".encode())
@@ -86,7 +86,7 @@ def content_of(paths: Sequence[Path]) -> str:
 
 
 def weights_of(state: Mapping[str, Any]) -> str:
-    """Return what is equal for equal tensors under equal names."""
+    """Return a fingerprint of tensors and their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(state.items()):
         digest.update(name.encode())
@@ -97,15 +97,15 @@ def weights_of(state: Mapping[str, Any]) -> str:
 
 
 def load_torch(path: Path, weights_only: bool, checked: bool = False) -> Any:
-    """Load what ``torch.save`` wrote, mapped into memory: only what is used is read.
+    """Load a file of ``torch.save``, mapped into memory so that only the parts in use are read.
 
     Args:
         path: The file.
         weights_only: As for ``torch.load``.
-        checked: Whether all of its checksums are to be looked at, too.
+        checked: Whether to verify all checksums of the file.
 
     Raises:
-        ValueError: If it is damaged, or holds objects that ``weights_only`` refuses.
+        ValueError: If it is damaged, or contains objects that ``weights_only`` refuses.
     """
     check_file(path)
     archive = zipfile.is_zipfile(path)
@@ -118,22 +118,22 @@ def load_torch(path: Path, weights_only: bool, checked: bool = False) -> Any:
         if not weights_only or found is None:
             raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
         raise UserError(
-            f"{path} holds an object of {found[1]}, and unpickling objects can run any code: it was loaded with "
-            "weights_only=True, which refuses them. Give --weights_only false if you trust where it comes from."
+            f"{path} contains an object of {found[1]}, and unpickling objects can run any code: it was loaded with "
+            "weights_only=True, which refuses them. Give --weights_only false if you trust its source."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise UserError(f"{path} is damaged, or torch.save did not write it.") from error
 
 
 def load_arrays(path: Path, weights_only: bool) -> Mapping[str, Any]:
-    """Load the arrays in a file by name; the only one of a ``.npy`` file, or of a lone tensor, has an empty name.
+    """Load the arrays in a file by name. The array of a ``.npy`` file, or a single tensor, has an empty name.
 
     Args:
-        path: ``.npz``, ``.npy``, ``.pt``, ``.pth`` or ``.safetensors``.
-        weights_only: Of files of torch.
+        path: A ``.npz``, ``.npy``, ``.pt``, ``.pth`` or ``.safetensors`` file.
+        weights_only: As for ``torch.load``.
 
     Raises:
-        ValueError: If it is damaged, holds pickled objects, or is of another kind.
+        ValueError: If it is damaged, contains pickled objects, or has another format.
     """
     check_file(path)
     ending = path.suffix.lower()
@@ -148,7 +148,7 @@ def load_arrays(path: Path, weights_only: bool) -> Mapping[str, Any]:
         return {"": content}
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{path} holds a {type(content).__name__}, and a mapping of tensors is needed: save {{'features': h, "
+            f"{path} must contain a mapping of tensors, got a {type(content).__name__}: save {{'features': h, "
             "'labels': y}."
         )
     return {str(name): value for name, value in content.items()}
@@ -160,7 +160,7 @@ def _load_numpy(path: Path) -> Mapping[str, Any]:
 
 
 class _Archive(Mapping[str, Any]):
-    """Arrays of a ``.npz`` file, each read when it is asked for: what nobody asks for may hold objects."""
+    """Arrays of a ``.npz`` file. Each is read when it is used, because others may contain objects."""
 
     def __init__(self, path: Path, content: Any) -> None:
         self._path, self._content = path, content
@@ -184,8 +184,8 @@ def _read_numpy(path: Path, read: Callable[[], Any]) -> Any:
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
         if "allow_pickle" in str(error):
             raise UserError(
-                f"{path} holds pickled objects, which can run any code: save arrays of numbers, such as "
-                "labels.astype(int), and stack lists of arrays of different lengths before."
+                f"{path} contains pickled objects, which can run any code: save arrays of numbers, such as "
+                "labels.astype(int), and pad lists of arrays with different lengths first."
             ) from error
         raise UserError(f"{path} is damaged or cut off: save it again.") from error
 

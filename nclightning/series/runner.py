@@ -1,4 +1,4 @@
-"""Measures what has no row yet, in one process or in several, and writes the rows in order of step."""
+"""The run of a series: measures the files that have no row yet, and writes rows in the order of steps."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from nclightning.series.store import Store
 
 __all__ = ["run_series"]
 
-# What a process takes beside the weights, and how often it holds them: the file, the model, and a batch's activations.
-_OF_A_PROCESS, _COPIES, _SHARE = 700 * 2**20, 4, 0.8
-_MOST_SHOWN = 40
+# Estimate of the memory per process: a fixed part, and a multiple of the file's size for weights and activations.
+# At most the share _SHARE of the free memory is used.
+_PROCESS_BYTES, _COPIES, _SHARE = 700 * 2**20, 4, 0.8
+_MAX_ROWS_SHOWN = 40
 
 
 def run_series(
     sources: Sequence[Source], settings: Mapping[str, Any], folder: Path, jobs: int = 1, overwrite: bool = False
 ) -> None:
-    """Measure a series, and leave ``readings.csv``, TensorBoard events and ``measured.png`` in a folder.
+    """Measure a series, and write ``readings.csv``, TensorBoard events and ``measured.png`` to a folder.
 
     Args:
-        sources: In any order.
-        settings: All that changes values.
-        folder: Where to write. Rows that are there stay.
-        jobs: Processes at a time; fewer where the memory does not hold so many.
-        overwrite: Whether to begin anew.
+        sources: The sources in any order.
+        settings: All settings that change values.
+        folder: The folder. Its existing rows are kept.
+        jobs: Number of processes; fewer are used if the memory does not suffice.
+        overwrite: Whether to delete existing rows.
 
     Raises:
-        ValueError: In one sentence, also at the first source that cannot be measured: rows before it are kept.
+        ValueError: If a source cannot be measured. Rows of earlier sources are kept.
     """
     ordered, notes = in_order(sources)
     store, said = Store(folder, settings), Console(stderr=True)
@@ -53,9 +54,9 @@ def run_series(
     with terminable(), store.opened(overwrite):
         waiting = store.waiting(ordered)
         if gone := len(store.rows.keys() - {each.step for each in ordered}):
-            said.print(f"{gone} of the measured files are gone; their rows stay.", highlight=False)
+            said.print(f"measured files that no longer exist: {gone}; their rows are kept.", highlight=False)
         if store.rows:
-            said.print(f"{len(store.rows)} rows are there already, {len(waiting)} are to be measured.", highlight=False)
+            said.print(f"existing rows: {len(store.rows)}, files to measure: {len(waiting)}.", highlight=False)
         store.begin()
         threads = max(1, torch.get_num_threads() // jobs)
         processes = _affordable(waiting, jobs, said)
@@ -85,20 +86,20 @@ def _progress(console: Console) -> Progress:
 
 
 def _affordable(waiting: Sequence[Source], jobs: int, console: Console) -> int:
-    """Return how many processes the memory holds, and say so if several were asked for."""
+    """Return the number of processes that fit in memory. It is printed if the user asked for several."""
     wanted = min(jobs, len(waiting))
     if jobs == 1 or wanted < 1:
         return 1
-    each = _OF_A_PROCESS + _COPIES * max(source.size for source in waiting)
+    each = _PROCESS_BYTES + _COPIES * max(source.size for source in waiting)
     available = available_memory()
-    held = wanted if available is None else max(1, min(wanted, int(_SHARE * available / each)))
-    free = "" if available is None else f", of {available / 2**30:.1f} GiB that are free"
+    limited = wanted if available is None else max(1, min(wanted, int(_SHARE * available / each)))
+    free = "" if available is None else f", {available / 2**30:.1f} GiB are free"
     console.print(
-        f"Measuring {held} at a time (--jobs {jobs}; about {each / 2**30:.1f} GiB for each{free}).",
+        f"Measuring {limited} at a time (--jobs {jobs}; about {each / 2**30:.1f} GiB for each{free}).",
         highlight=False,
         soft_wrap=True,
     )
-    return held
+    return limited
 
 
 def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterator[tuple[Source, dict[str, float]]]:
@@ -108,26 +109,26 @@ def _measured(waiting: Sequence[Source], processes: int, threads: int) -> Iterat
         for source in waiting:
             yield source, source.measure()
         return
-    # A forked child could not use a GPU that this process has used.
+    # A forked process could not use a GPU that this process has already used.
     context = multiprocessing.get_context("spawn")
-    with ends_with_launcher(), ProcessPoolExecutor(processes, context, _begin, (waiting, threads)) as pool:
+    with ends_with_launcher(), ProcessPoolExecutor(processes, context, _start_worker, (waiting, threads)) as pool:
         futures = [pool.submit(_measure, i) for i in range(len(waiting))]
         try:
             for source, future in zip(waiting, futures, strict=True):
                 yield source, future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a measuring process ended by itself, most often since the memory was full: take fewer --jobs. The "
-                "same command goes on."
+                "a measuring process was killed, most often because the memory was full: use fewer --jobs. The same "
+                "command continues."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_waiting: Sequence[Source] = ()  # In a process of the pool.
+_waiting: Sequence[Source] = ()  # Set in each process of the pool.
 
 
-def _begin(waiting: Sequence[Source], threads: int) -> None:
+def _start_worker(waiting: Sequence[Source], threads: int) -> None:
     global _waiting  # noqa: PLW0603
     follow_launcher()
     torch.set_num_threads(threads)
@@ -139,10 +140,10 @@ def _measure(number: int) -> dict[str, float]:
 
 
 def _show(store: Store) -> None:
-    """Print the rows as a table, evenly thinned if they are many, and say where everything is."""
+    """Print the rows as a table, evenly thinned if they are many, and the paths of the files."""
     console = Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=200)
     steps = sorted(store.rows)
-    stride = -(-len(steps) // _MOST_SHOWN)
+    stride = -(-len(steps) // _MAX_ROWS_SHOWN)
     shown = [step for i, step in enumerate(reversed(steps)) if i % stride == 0][::-1]
     tags = list(dict.fromkeys(tag for step in steps for tag in store.rows[step]))
     thinned = "" if stride == 1 else f" (one of {stride})"
@@ -156,4 +157,4 @@ def _show(store: Store) -> None:
     console.print(table)
     for path in (store.table_path, store.picture):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Look at it: tensorboard --logdir {store.folder}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"view with: tensorboard --logdir {store.folder}", highlight=False, soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""The data sets of a model that was loaded, measured as the monitor measures them."""
+"""Measurement of a loaded model on the data sets of its stages."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from nclightning.probe.collectors import Measuring
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
+from nclightning.quantities import NC, tagged
 
 __all__ = ["ModelOptions", "chosen_device", "floats", "values_of"]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Options of :func:`nclightning.measure` for models, as the command line has them.
+    """Options of the command line for measuring models.
 
     Attributes:
-        stages: Which sets are measured.
-        limit: Batches of each set at most; None takes all.
-        device: As torch names it; ``auto`` takes a GPU if there is one.
-        seed: Set before model and data are made.
+        measures: As for :func:`nclightning.measure`, as are all up to ``between_weights``.
+        head: Name of the last layer; None to detect it.
+        layers: Names of further layers.
+        layer_pooling: ``"mean"`` or ``"flatten"``.
+        ignore_index: Label of samples to leave out.
+        global_mean: Convention of NC1 on unbalanced data.
+        between_weights: Convention of NC1 on unbalanced data.
+        stages: The stages to measure.
+        limit: Largest number of batches per data set; None for no limit.
+        device: A device of torch; ``auto`` is a GPU if there is one.
+        seed: Random seed that is set before model and data are constructed.
         weights_only: As for ``torch.load``.
-        state_dict: Name of the entry of a checkpoint that holds the weights.
+        state_dict: Name of the checkpoint's entry with the weights.
     """
 
     measures: tuple[str, ...] | None = None
@@ -46,26 +54,26 @@ class ModelOptions:
     state_dict: str = "state_dict"
 
     def measuring(self) -> Measuring:
-        """Say what is measured."""
+        """Return the chosen measures."""
         return Measuring(
             self.measures, self.ignore_index, global_mean=self.global_mean, between_weights=self.between_weights
         )
 
     def reader(self) -> PairReader:
-        """Make the reader of features and labels."""
+        """Return a reader of features and labels."""
         return PairReader(self.head, self.layers, self.layer_pooling, ignore_index=self.ignore_index)
 
-    def held(self, data: DataSet) -> DataSet:
-        """Hold a set to the limit, too."""
+    def limited(self, data: DataSet) -> DataSet:
+        """Return a data set with the limit applied."""
         limits = [each for each in (data.limit, self.limit) if each is not None]
         return DataSet(data.loader, min(limits, default=None))
 
 
 def chosen_device(name: str) -> torch.device:
-    """Return the device that the user named.
+    """Return the device that the user chose.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If it does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,12 +86,12 @@ def chosen_device(name: str) -> torch.device:
 
 
 def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], options: ModelOptions) -> dict[str, float]:
-    """Measure the sets of a model: decisions take the class means of the training set.
+    """Measure a model on its data sets. Decisions use the class means of the training set.
 
     Args:
-        host: Of the model.
-        sets: By stage: loaders with their names; the name of a single one is empty.
-        options: Of the user.
+        host: The host of the model.
+        sets: For each stage, the loaders with their names. The name of a single loader is empty.
+        options: Options of the user.
 
     Returns:
         Values by tag, as :class:`nclightning.callbacks.NeuralCollapseMonitor` logs them.
@@ -92,7 +100,9 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
         ValueError: If there is nothing to measure.
     """
     named = {
-        f"{stage}/{name}" if name else stage: options.held(data) for stage, each in sets.items() for name, data in each
+        f"{stage}/{name}" if name else stage: options.limited(data)
+        for stage, each in sets.items()
+        for name, data in each
     }
     wanted = {name: data for name, data in named.items() if name.partition("/")[0] in options.stages}
     if not wanted:
@@ -102,19 +112,19 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
     measuring = options.measuring()
     training = "train" in options.stages
     trained = {name: data for name, data in named.items() if name.partition("/")[0] == "train"}
-    if not training and not measuring.of_decisions:
+    if not training and not measuring.decision_measures:
         trained = {}
-    if measuring.of_decisions and not trained:
+    if measuring.decision_measures and not trained:
         raise UserError(
-            f"{', '.join(measuring.of_decisions)} compare with the class means of the training set, and the data have "
-            "no training loader: leave them out of --measures."
+            f"{', '.join(measuring.decision_measures)} compare with the class means of the training set, and the data "
+            "have no training loader: leave them out of --measures."
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
     reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
-    return floats({f"nc/{tag}": value for tag, value in reading.values.items()})
+    return floats(tagged(reading.values, NC))
 
 
 def floats(values: Mapping[str, Any]) -> dict[str, float]:
-    """Bring values to the host in one transfer."""
+    """Convert values to floats with a single transfer to the host."""
     numbers = torch.stack([torch.as_tensor(each).double() for each in values.values()]).tolist() if values else []
     return dict(zip(values, numbers, strict=True))

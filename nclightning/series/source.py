@@ -1,4 +1,4 @@
-"""What is measured, one after the other, and in which order."""
+"""The interface of the states in a series, and their order."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from nclightning.errors import UserError
 
 __all__ = ["Source", "in_order", "steps_in_names"]
 
-_TOO_LARGE = 2**53  # A table of floats could not tell larger ones apart.
+_TOO_LARGE = 2**53  # Larger steps cannot be distinguished in a table of floats.
 
 
 class Source(Protocol):
-    """One state of a network: its checkpoint, or a dump of its features. Other processes get it pickled.
+    """One state of a network: a checkpoint, or a file of features. It must be picklable for other processes.
 
     Attributes:
-        name: As the user knows it.
-        step: Where it stands in the series.
-        size: Bytes on the disk, by which memory is estimated.
+        name: Path as the user typed it.
+        step: Position in the series.
+        size: Size on the disk in bytes, from which memory is estimated.
     """
 
     name: str
@@ -28,54 +28,54 @@ class Source(Protocol):
     size: int
 
     def fingerprint(self) -> str:
-        """Return what changes with the content of its files, without measuring it."""
+        """Return a fingerprint of the content of its files, without measuring it."""
 
     def weights(self) -> str:
-        """Return what is equal for two files that hold the same weights, or the same arrays."""
+        """Return a fingerprint that is equal for files with the same weights, or the same arrays."""
 
     def measure(self) -> dict[str, float]:
-        """Measure it.
+        """Measure the state.
 
         Returns:
             Values by tag.
 
         Raises:
-            ValueError: In one sentence, if it cannot be measured.
+            ValueError: If it cannot be measured, with the reason.
         """
 
 
 def in_order(sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """Order sources by step. Of several files with the same step and weights, such as ``last.ckpt``, one is taken.
+    """Order sources by step. Of several files with the same step and weights, such as ``last.ckpt``, one is kept.
 
     Args:
-        sources: In any order.
+        sources: The sources in any order.
 
     Returns:
-        One for each step, and what to tell the user.
+        One source per step, and notes for the user.
 
     Raises:
-        ValueError: If two of a step hold different weights.
+        ValueError: If two files of a step have different weights.
     """
-    # The file that training names after a step stays, and last.ckpt is written anew.
+    # A file with a step in its name is preferred, because training overwrites last.ckpt.
     ordered = sorted(sources, key=lambda each: (each.step, Path(each.name).stem.startswith("last"), each.name))
     for each in ordered:
         if not 0 <= each.step < _TOO_LARGE:
-            raise UserError(f"{each.name} is of step {each.step}, and steps from 0 to 2**53 are kept.")
+            raise UserError(f"{each.name} has step {each.step}: steps must be from 0 to 2**53.")
     kept, notes = list[Source](), list[str]()
     for each in ordered:
         if not kept or each.step != kept[-1].step:
             kept.append(each)
         elif each.weights() == kept[-1].weights():
-            notes.append(f"{each.name} holds the weights of {kept[-1].name} (step {each.step}): they are one row.")
+            notes.append(f"{each.name} has the same weights as {kept[-1].name} (step {each.step}): they share one row.")
         else:
             raise UserError(
-                f"{kept[-1].name} and {each.name} are both of step {each.step}, and differ: measure two runs each "
-                "by itself, with an --out of its own, and name saved features like x_step100."
+                f"{kept[-1].name} and {each.name} both have step {each.step}, and differ: measure two runs "
+                "separately, each with its own --out, and name saved features like x_step100."
             )
     return kept, notes
 
 
-# A number of a name: 0010, 10k, 2M, 1e3. One behind a letter, or a part of a decimal number, is none.
+# A number in a name: 0010, 10k, 2M, 1e3. A part of a decimal number does not count.
 _NUMBER = r"(\d+)(?:([kKM])|[eE](\d+))?(?![A-Za-z0-9])(?!\.\d)"
 _FACTORS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6}
 _PATTERNS = (
@@ -87,17 +87,17 @@ _BEHIND_LETTERS = re.compile(rf"(?<![0-9])(?<!\d\.){_NUMBER}")
 
 
 def steps_in_names(paths: Sequence[Path]) -> list[int | None]:
-    """Return the steps that names say.
+    """Return the steps in the names of files.
 
-    A step is the number after ``step`` or ``iter``, or after ``epoch``, or the last that stands alone: the first of
-    these that is not the same in all names.
+    The step is the number after ``step`` or ``iter``, or that after ``epoch``, or the last separate number: the first
+    of these that is not the same in all names. A number directly after other letters, as in ``float16``, is the last
+    choice, and only for several files.
 
     Args:
-        paths: Of files or folders.
+        paths: Files or folders.
 
     Returns:
-        None for a name without a number. A number behind letters, as in ``float16``, is only taken to tell several
-        files apart.
+        The steps; None for a name without a number.
     """
     stems = [path.name if path.is_dir() else path.stem for path in paths]
     patterns = _PATTERNS if len(paths) == 1 else (*_PATTERNS, _BEHIND_LETTERS)
@@ -110,7 +110,7 @@ def steps_in_names(paths: Sequence[Path]) -> list[int | None]:
 
 
 def _last_that_differ(stems: Sequence[str], pattern: re.Pattern[str]) -> list[int | None]:
-    """Return the last number of each name; an earlier one if the last is the same in all."""
+    """Return the last number in each name; an earlier one if the last is the same in all names."""
     found = [[_whole(*numbers) for numbers in pattern.findall(stem)] for stem in stems]
     last: list[int | None] = [numbers[-1] if numbers else None for numbers in found]
     if len({len(numbers) for numbers in found}) > 1:

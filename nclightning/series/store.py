@@ -1,4 +1,4 @@
-"""The folder of a series: a table that is the truth, events with the same rows, and a record of what was measured."""
+"""The folder of a series: a table, TensorBoard events with the same rows, and a record of the measured files."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from nclightning.table import ReadingsTable, read_rows
 
 __all__ = ["Store"]
 
-_AGAIN = "--overwrite measures all anew, and another --out keeps both."
+_AGAIN = "--overwrite measures all files again, and another --out keeps both."
 
 
 @dataclass
 class _Record:
-    """What is known of the rows: the settings of all, and by step the name and the content of each file."""
+    """The settings of a series, and for each step the name and the fingerprint of the file."""
 
     settings: dict[str, Any]
     rows: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 class Store:
-    """Rows of a series, in order of step. A kill at any time leaves whole rows, and the next start goes on.
+    """The rows of a series in the order of steps.
 
-    A row enters the record, then the table, then the events. In the table it counts.
+    If the process is killed, complete rows remain and the next start continues. A row is written to the record, then to
+    the table, then to the events. It exists once it is in the table.
 
     Args:
-        folder: It may not be there.
-        settings: All that changes values, as it is kept in JSON.
+        folder: The folder, which need not exist.
+        settings: All settings that change values, in the types of JSON.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -49,13 +50,13 @@ class Store:
 
     @contextmanager
     def opened(self, overwrite: bool) -> Iterator[None]:
-        """Keep others out of the folder and read what is in it. If no row comes, a new folder does not stay.
+        """Lock the folder and read its rows. A new folder without rows is deleted at the end of the block.
 
         Args:
-            overwrite: Whether to forget an earlier series.
+            overwrite: Whether to ignore the rows of an earlier series.
 
         Raises:
-            ValueError: If the folder cannot be written, is in use, or holds something else.
+            ValueError: If the folder cannot be written, is in use, or has other content.
         """
         made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
         locked_before = (self.folder / ".lock").exists()
@@ -81,22 +82,23 @@ class Store:
         if not self._record_path.exists():
             if self.table_path.exists():
                 raise UserError(
-                    f"{self.table_path} is the table of something else, such as a training run: choose another --out."
+                    f"{self.table_path} is not the table of a series, but perhaps of a training run: choose another "
+                    "--out."
                 )
             return
         if overwrite:
-            return  # What is there goes when the first new row comes.
+            return  # The earlier series is deleted when the first new row is written.
         known = self._read_record()
         for name in dict.fromkeys([*known.settings, *self._record.settings]):
             one, other = known.settings.get(name), self._record.settings.get(name)
             if one != other:
                 raise UserError(
-                    f"{self.folder} holds a series with {name}={json.dumps(one)}, and this one has "
+                    f"{self.folder} has a series with {name}={json.dumps(one)}, and this one has "
                     f"{name}={json.dumps(other)}: {_AGAIN}"
                 )
         tags, rows, damaged = read_rows(self.table_path) if self.table_path.exists() else ([], [], None)
         if damaged is not None or not {int(row[0]) for row in rows} <= known.rows.keys():
-            raise UserError(f"{self.table_path} is damaged, or holds rows of something else: {_AGAIN}")
+            raise UserError(f"{self.table_path} is damaged, or has rows of another series: {_AGAIN}")
         for step, *cells in rows:
             self.rows[int(step)] = {tag: float(cell) for tag, cell in zip(tags, cells, strict=True) if cell}
         self._record.rows = {step: known.rows[step] for step in self.rows}
@@ -112,13 +114,13 @@ class Store:
             raise UserError(f"{self._record_path} is damaged: {_AGAIN}") from error
 
     def waiting(self, sources: Sequence[Source]) -> list[Source]:
-        """Return those that have no row yet.
+        """Return the sources that have no row yet.
 
         Args:
-            sources: In order of step.
+            sources: The sources in the order of steps.
 
         Raises:
-            ValueError: If a measured file has changed, or a new one comes before the last row.
+            ValueError: If a measured file has changed, or a new one belongs before the last row.
         """
         self._check_kinship(sources)
         waiting, last = [], max(self.rows, default=-1)
@@ -127,7 +129,7 @@ class Store:
             if row is None:
                 if each.step < last:
                     raise UserError(
-                        f"{each.name} is of step {each.step}, which comes before the last row in {self.folder}, "
+                        f"{each.name} has step {each.step}, which is before that of the last row in {self.folder}, "
                         f"{last}: {_AGAIN}"
                     )
                 waiting.append(each)
@@ -138,33 +140,33 @@ class Store:
         return waiting
 
     def _check_kinship(self, sources: Sequence[Source]) -> None:
-        """Refuse files of which none was measured, unless they lie beside those that were and are gone."""
+        """Raise if the files belong to another series: none has a row, and none is in the folder of a measured one."""
         known = {str(Path(row["file"]).resolve().parent) for row in self._record.rows.values()}
         beside = any(str(Path(each.name).resolve().parent) in known for each in sources)
         if self.rows and not beside and not any(each.step in self.rows for each in sources):
             raise UserError(
-                f"{self.folder} holds a series of {self.name(max(self.rows))} and such, and {sources[0].name} is not "
-                f"of it: {_AGAIN}"
+                f"{self.folder} has the series of {self.name(max(self.rows))}, to which {sources[0].name} does not "
+                f"belong: {_AGAIN}"
             )
 
     def name(self, step: int) -> str:
-        """Return the name of the file that a row was measured from."""
+        """Return the name of the file of a row."""
         return self._record.rows[step]["file"]
 
     def begin(self) -> None:
-        """Get ready for new rows."""
+        """Prepare for new rows."""
         if self.rows:
-            self._table.replace_from = max(self.rows) + 1  # Drop a line that a kill has cut.
+            self._table.replace_from = max(self.rows) + 1  # Drop an incomplete line that a killed process left.
             self._events.begin(self.rows.items())
 
     def add(self, source: Source, values: Mapping[str, float]) -> None:
-        """Add a row, which is on the disk when this returns.
+        """Add a row. It is on the disk when this method returns.
 
         Raises:
-            WriteError: If the disk refuses.
+            WriteError: If it cannot be written.
         """
         if not self.rows:
-            # The record goes last: a table without one would seem to be another's.
+            # The record is deleted last, because a table without a record is taken for that of a training run.
             for path in (self.picture, self.table_path, self._record_path):
                 delete(path)
             self._events.begin([])

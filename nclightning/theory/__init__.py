@@ -1,4 +1,4 @@
-"""What the paper predicts, in closed form. Shares no code with :mod:`nclightning.functional`, which measures."""
+"""Closed forms of what the paper predicts. No code is shared with :mod:`nclightning.functional`, which measures."""
 
 from nclightning.problems import Eigenvalue, Solution
 from nclightning.theory.problem import UFMProblem

@@ -1,4 +1,4 @@
-"""The numbers of the unconstrained feature model: sizes, penalties, threshold, scales and minimum.
+"""The constants of the unconstrained feature model: sizes, penalties, threshold, scales and minimum.
 
 Legend in :mod:`nclightning.theory.problem`.
 """
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["UFMConstants"]
 
-# K q is a product of two square roots: four roundings.
+# Rounding error of K q, a product of two square roots: four roundings.
 _ROUNDING = 4 * sys.float_info.epsilon
 
 
 @dataclass(frozen=True)
 class UFMConstants:
-    """Sizes and penalties, checked, and what follows from them by arithmetic alone.
+    """Checked sizes and penalties, and the constants that follow from them.
 
-    Arguments and errors as in :class:`nclightning.theory.UFMProblem`.
+    Arguments and errors as for :class:`nclightning.theory.UFMProblem`.
     """
 
     loss: Literal["mse", "ce"]
@@ -70,7 +70,7 @@ class UFMConstants:
 
     @property
     def samples_per_group(self) -> int:
-        """n, by the name that all problems have for it."""
+        """n, under the name that every problem has for the counts."""
         return self.samples_per_class
 
     @property
@@ -85,37 +85,38 @@ class UFMConstants:
 
     @property
     def q(self) -> float:
-        r""":math:`\sqrt{n \lambda_W \lambda_H}`, the regularisation strength that the optimum depends on."""
+        r""":math:`\sqrt{n \lambda_W \lambda_H}`. The optimal logits depend on the penalties through it only."""
         return math.sqrt(self.samples_per_class * self.lambda_w) * math.sqrt(self.lambda_h)
 
     @property
     def threshold(self) -> float:
-        r"""Value :math:`1/(nK^2)` of :math:`\lambda_W\lambda_H` from which on the optimum is zero."""
+        r"""Least value of :math:`\lambda_W\lambda_H` for which the optimum is zero, :math:`1/(nK^2)`."""
         return 1.0 / (self.samples_per_class * self.num_classes**2)
 
     @property
     def collapses(self) -> bool:
-        """Whether the optimum is a neural-collapse solution (``K q < 1``) and not zero.
+        """Whether the optimum is a neural-collapse solution (``K q < 1``) rather than zero.
 
-        Penalties at the threshold up to the rounding of ``K q`` count as at the threshold.
+        It is False where ``K q`` equals 1 up to rounding.
         """
         return self.num_classes * self.q < 1 - _ROUNDING
 
     @cached_property
     def slack(self) -> float:
-        """``1 - K q`` to full relative accuracy: how far below the threshold the penalties are; 0 at it."""
+        """``1 - K q`` to full relative accuracy; 0 at the threshold, positive below it."""
         Kq = self.num_classes * self.q
         if abs(1 - Kq) <= _ROUNDING:
             return 0.0
         if not 0.5 < Kq < 2:
             return 1 - Kq
-        # The roundings of K q would be all that is left of the difference; its square is a product of the inputs.
+        # Near 1 the subtraction would leave only the rounding of K q. (K q)^2 is a product of the inputs, so that
+        # 1 - (K q)^2 can be computed exactly.
         squared = Fraction(self.lambda_w) * Fraction(self.lambda_h) * self.samples_per_class * self.num_classes**2
         return float(1 - squared) / (1 + Kq)
 
     @property
     def ratio(self) -> float:
-        r"""Norm of an optimal feature over that of its head row, :math:`\sqrt{\lambda_W/(n\lambda_H)}`."""
+        r"""Norm of an optimal feature divided by that of its head row, :math:`\sqrt{\lambda_W/(n\lambda_H)}`."""
         return math.sqrt(self.lambda_w / self.samples_per_class) / math.sqrt(self.lambda_h)
 
     @property

@@ -1,4 +1,4 @@
-r"""The unconstrained feature model as a problem with a known answer.
+r"""The closed forms of the paper's two unconstrained feature models.
 
 Letters used in this package (paper: features and head in columns; here: in rows):
 
@@ -40,15 +40,15 @@ __all__ = ["UFMProblem"]
 
 @dataclass(frozen=True)
 class UFMProblem(UFMConstants, WithOptimum):
-    r"""Closed forms of the unconstrained feature model, Problem (5) (MSE, free bias) or (8) (CE, no bias).
+    r"""Closed forms of the unconstrained feature model: Problem (5) (MSE, free bias) or (8) (CE, no bias).
 
     .. math::
         \min_{W,H(,b)} \frac1N \sum_i L(W^\top h_i (+ b), y_i)
         + \frac{\lambda_W}2\|W\|_F^2 + \frac{\lambda_H}2\|H\|_F^2
 
     The optimum is a neural-collapse solution when :math:`K^2 n \lambda_W \lambda_H < 1` and zero otherwise
-    (Props. 1 and 3 with errata E2 and E3). MSE is covered for every feature dimension; for ``d < K - 1`` the
-    optimal set consists of the rank-``d`` partial isometries.
+    (Paper: Props. 1 and 3 with errata E2 and E3). MSE is covered for every feature dimension: for ``d < K - 1`` the
+    optimal set consists of partial isometries of rank ``d``.
 
     Args:
         loss: ``"mse"`` or ``"ce"``.
@@ -60,14 +60,23 @@ class UFMProblem(UFMConstants, WithOptimum):
 
     Raises:
         ValueError: If a size or a penalty is out of range, or for CE with ``d < K - 1``, where no closed form exists.
+
+    Example:
+        >>> from nclightning.theory import UFMProblem
+        >>> problem = UFMProblem("mse", 4, samples_per_class=10, feature_dim=8, lambda_w=0.01, lambda_h=0.001)
+        >>> problem.collapses, round(problem.optimal_value, 6), round(problem.mu, 6)
+        (True, 0.0294, 0.000977)
+        >>> optimum = problem.random_optimum()
+        >>> bool(problem.gap(*optimum) < 1e-25), bool(problem.distance(*optimum) < 1e-12)
+        (True, True)
     """
 
-    # The loss does not see the shifts of a bias; one that comes with moments counts by what differs from a shift.
+    # Cross-entropy ignores a shift of the bias. A bias given with moments counts by its deviation from a shift.
     _ignores_bias: ClassVar[bool] = True
 
     @cached_property
     def general(self) -> Problem:
-        """The same as a :class:`nclightning.problems.Problem`, whose targets are a matrix ``(K, K)``; made once."""
+        """The same problem as a :class:`nclightning.problems.Problem`, which has a matrix of targets ``(K, K)``."""
         make = balanced_mse if self.loss == "mse" else balanced_ce
         return make(self.num_classes, self.samples_per_class, self.feature_dim, self.lambda_w, self.lambda_h)
 
@@ -79,12 +88,12 @@ class UFMProblem(UFMConstants, WithOptimum):
 
     @property
     def bias_argument(self) -> str:
-        """The argument ``loss``."""
+        """The argument ``loss``, as the user typed it."""
         return f"loss={self.loss!r}"
 
     @property
     def rank_in_words(self) -> str:
-        """One less than the classes."""
+        """The number of classes minus one, in words."""
         return f"num_classes - 1 = {self.num_classes - 1}"
 
     def orbit(self, device: torch.device) -> Orbit:
@@ -113,23 +122,27 @@ class UFMProblem(UFMConstants, WithOptimum):
         """List the eigenvalues of the Hessian of F at the optimal set, the same at each of its points.
 
         Returns:
-            Entries ``(value, multiplicity, sector)`` by value; multiplicities sum to the number of free variables. The
-            zeros number :attr:`dimension`: F is flat along the optimal set and nowhere else. At the threshold
-            ``K q = 1`` the optimum is a point and F is flat to second order, not to fourth, along ``d (K - 1)``
-            directions, which are zeros, too.
+            Entries ``(value, multiplicity, sector)`` in ascending order. The multiplicities sum to the number of
+            variables. The number of zeros is :attr:`dimension`: F is flat along the optimal set only. The exception is
+            the threshold ``K q = 1``, where the optimum is one point and there are ``d (K - 1)`` more zeros: F is flat
+            to second order, but not to fourth, along these directions.
         """
         return spectrum(self)
 
     def decay_rates(self) -> rates.DecayRates:
-        r"""Predict exponents of gradient flow near the optimal set.
+        r"""Predict the exponents of gradient flow near the optimal set.
 
-        A quantity goes like :math:`e^{-\mathrm{rate}\cdot\mathrm{time}}`, where time is the sum of the steps. Gap and
-        distance follow from the spectrum. The rates of NC1-NC3 are **heuristic**: the least sum of the eigenvalues of
-        modes whose product a quantity contains, for a generic start, found from symmetries and checked in descents in
-        33 digits, not proven. It is the exponent in the limit. A faster product of larger amplitude can hide it until
-        round-off: in float64 for MSE in a quarter to a third of the cases tried, seldom for CE.
-        They are ``nan`` where the metric is not defined (an optimum at zero; NC1 with ``n = 1``) or tends to another
-        value than zero (NC2 and NC3 with ``d < K - 1``).
+        A quantity decays as :math:`e^{-\mathrm{rate}\cdot\mathrm{time}}`, where time is the sum of the steps. The rates
+        of gap and distance follow from the spectrum.
+
+        The rates of NC1-NC3 are **heuristic**. Near the set, each of these quantities is a sum of products of modes.
+        The rate is the least sum of eigenvalues over the products that do not vanish by symmetry, for a generic start.
+        This was checked in descents with 33 digits, but is not proven. It is the exponent in the limit: a product that
+        decays faster but has a larger amplitude can dominate until round-off. In float64 this happened for MSE in a
+        quarter to a third of the cases tried, and seldom for CE.
+
+        The rates are ``nan`` where a quantity is not defined (an optimum at zero; NC1 with ``n = 1``) or does not tend
+        to zero (NC2 and NC3 with ``d < K - 1``).
 
         Returns:
             Exponents in the unit of F.
@@ -137,9 +150,9 @@ class UFMProblem(UFMConstants, WithOptimum):
         return rates.decay_rates(self, self.mu)
 
     def decay_factors(self, step: float) -> rates.DecayRates:
-        """Predict factors per iteration at a fixed step, for the quantities of :meth:`decay_rates`.
+        """Predict the factors per iteration at a fixed step, for the quantities of :meth:`decay_rates`.
 
-        Those of NC1-NC3 are heuristic and for steps of at most 1/L, at which no mode alternates.
+        The factors of NC1-NC3 are heuristic. They are for steps of at most 1/L, for which no mode alternates in sign.
 
         Args:
             step: Fixed step.
@@ -162,14 +175,14 @@ class UFMProblem(UFMConstants, WithOptimum):
         weight_scale: float,
         feature_scale: float,
     ) -> UFMProblem:
-        r"""Find the penalties at which given scales of head and features are the optimal ones.
+        r"""Make the problem at whose optimum head and features have given scales.
 
-        The inverse of :attr:`weight_scale` a and :attr:`feature_scale` h: with s = a h and c = h / a it is
-        q = (1 - s)/K for MSE and :math:`q = 1/(e^s + K - 1)` for CE, :math:`\lambda_W = q c` and
+        This inverts :attr:`weight_scale` a and :attr:`feature_scale` h. With s = a h and c = h / a, q is
+        :math:`(1 - s)/K` for MSE and :math:`1/(e^s + K - 1)` for CE; then :math:`\lambda_W = q c` and
         :math:`\lambda_H = q/(n c)`.
 
         Args:
-            loss: As for the class, like the sizes.
+            loss: ``"mse"`` or ``"ce"``.
             num_classes: K.
             samples_per_class: n.
             feature_dim: d.
@@ -186,12 +199,12 @@ class UFMProblem(UFMConstants, WithOptimum):
         if not (weight_scale > 0 and feature_scale > 0 and math.isfinite(s)) or (loss == "mse" and s >= 1):
             raise UserError(
                 "weight_scale and feature_scale must be positive, for MSE with a product below 1, got "
-                f"{weight_scale} and {feature_scale}: they are optimal at no penalties."
+                f"{weight_scale} and {feature_scale}: no penalties make these scales optimal."
             )
         q = (1 - s) / num_classes if loss == "mse" else math.exp(-s) / (1 + (num_classes - 1) * math.exp(-s))
         ratio = feature_scale / weight_scale
         return cls(loss, num_classes, samples_per_class, feature_dim, q * ratio, q / (samples_per_class * ratio))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the arguments alone."""
+        """Pickle the arguments only."""
         return {each.name: getattr(self, each.name) for each in fields(self)}

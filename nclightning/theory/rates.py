@@ -1,7 +1,7 @@
-r"""Rates of gradient descent near the optimal set that follow from the spectrum.
+r"""Rates of gradient descent near the optimal set, from the spectrum.
 
-Near the set the deviation of the iterates splits into modes; at a fixed step t the mode of eigenvalue :math:`\lambda`
-is multiplied by :math:`1 - t\lambda` per iteration, under gradient flow by :math:`e^{-\lambda}` per unit of time.
+Near the set the deviation of the iterates splits into modes. The mode of eigenvalue :math:`\lambda` is multiplied by
+:math:`1 - t\lambda` per iteration at a fixed step t, and by :math:`e^{-\lambda}` per unit of time under gradient flow.
 Legend in :mod:`nclightning.theory.problem`.
 """
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 __all__ = ["DecayRates", "decay_factors", "decay_rates"]
 
-# Modes whose product a quantity decays with; several where it is not clear which has the larger amplitude.
+# Products of modes, each given by the eigenvalues of its factors. A quantity decays like the slowest of them.
 _Products = tuple[tuple[float, ...], ...]
 _SCALE = "symmetric, scale"
-# The sector of the mean feature within the range.
+# Names of the sector that contains the mean feature within the range.
 _FEATURES_MSE = "mean of the features with bias"
 _FEATURES_CE, _FEATURES_CE_TWO = "symmetric with mean of the features", "mean of the features, in range"
 
 
 class DecayRates(NamedTuple):
-    """How fast what converges to zero does: exponents per unit of time, or factors per iteration.
+    """Decay of the quantities that converge to zero: exponents per unit of time, or factors per iteration.
 
     Attributes:
-        gap: Of F - F*.
-        distance: To the optimal set.
-        nc1: Of NC1. Heuristic like the other two; ``nan`` where the quantity is not defined or does not vanish.
-        nc2: Of NC2 of the head.
-        nc3: Of NC3.
+        gap: Decay of F - F*.
+        distance: Decay of the distance to the optimal set.
+        nc1: Decay of NC1. Heuristic, like the next two; ``nan`` where NC1 is not defined or does not tend to zero.
+        nc2: Decay of NC2 of the head.
+        nc3: Decay of NC3.
     """
 
     gap: float
@@ -44,13 +44,13 @@ class DecayRates(NamedTuple):
 
 
 def decay_rates(problem: UFMConstants, mu: float) -> DecayRates:
-    """Exponents under gradient flow: the least sum of eigenvalues over the products that may lead."""
+    """Compute the exponents under gradient flow: the least sum of eigenvalues over the candidate products."""
     metrics = (min((sum(modes) for modes in products), default=math.nan) for products in _leading(problem))
     return DecayRates(2 * mu, mu, *metrics)
 
 
 def decay_factors(problem: UFMConstants, step: float, contraction: float) -> DecayRates:
-    """Factors per iteration at a fixed step: the largest product over those that may lead."""
+    """Compute the factors per iteration at a fixed step: the largest factor over the candidate products."""
     metrics = (
         max((math.prod(abs(1 - step * value) for value in modes) for modes in products), default=math.nan)
         for products in _leading(problem)
@@ -59,13 +59,13 @@ def decay_factors(problem: UFMConstants, step: float, contraction: float) -> Dec
 
 
 def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:
-    """Candidates for NC1, NC2 and NC3.
+    """Return the products of modes that may dominate NC1, NC2 and NC3.
 
     NC2 and NC3 are of first order in the symmetric deviations of the means and in the mean row of the head within the
-    range, and do not see the overall scale. With three classes or more the product of two deviations of the mean
-    feature (MSE) drives a symmetric one. Outside the range, the mean row of the head is seen squared by NC2, and by
-    both through the class means that tilt towards it. Under cross-entropy those are never the slowest: the mean row
-    decays with ``lambda_w`` within the range as well.
+    range. They do not depend on the overall scale. With three classes or more, the product of two deviations of the
+    mean feature (MSE) drives a symmetric deviation. Outside the range, the mean row of the head enters NC2 squared, and
+    enters both through class means that tilt towards it. Under cross-entropy these products are never the slowest,
+    since the mean row decays with ``lambda_w`` within the range as well.
     """
     if not problem.collapses or problem.rank < problem.num_classes - 1:
         within = _within(problem) if problem.collapses else ()
@@ -76,7 +76,7 @@ def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:
         first += [(value,) for sector, value in least.items() if sector.startswith("symmetric") and sector != _SCALE]
     if problem.loss == "ce":
         return _within(problem), tuple(first), tuple(first)
-    # The mean feature times itself; with two classes, where that is symmetric in nothing, times the mean bias.
+    # The mean feature times itself. With two classes this has no symmetric part; there it is times the mean bias.
     first.append((least[_FEATURES_MSE], least[_FEATURES_MSE] if problem.num_classes > 2 else least["bias"]))
     if problem.feature_dim == problem.rank:
         return _within(problem), tuple(first), tuple(first)
@@ -85,10 +85,11 @@ def _leading(problem: UFMConstants) -> tuple[_Products, _Products, _Products]:
 
 
 def _within(problem: UFMConstants) -> _Products:
-    """Candidates for NC1: it is quadratic in the deviations within classes along the range of the class means.
+    """Return the products of modes that may dominate NC1.
 
-    Deviations orthogonal to the range decay with ``lambda_h``, the slowest of all, and are seen as far as the range
-    tilts towards them.
+    NC1 is quadratic in the deviations within classes along the range of the class means. Deviations orthogonal to the
+    range decay with ``lambda_h``, the slowest rate of all. They enter only multiplied by the tilt of the range towards
+    them.
     """
     if problem.samples_per_class == 1:
         return ()
@@ -100,11 +101,11 @@ def _within(problem: UFMConstants) -> _Products:
 
 
 def _tilts(problem: UFMConstants) -> _Products:
-    """What tilts the range of the class means against that of the head.
+    """Return the products of modes that tilt the range of the class means against that of the head.
 
-    Of first order, the mode that turns one against the other. Of second order, the mean feature outside the range
-    times a deviation of the residual's mean, which the gradient of the head multiplies; and for MSE the mean row of
-    the head outside the range times that within, which the gradient of the features multiplies.
+    Of first order, this is the mode that rotates one range against the other. Of second order, it is the mean feature
+    outside the range times a deviation of the mean residual, a product in the gradient of the head; and for MSE the
+    mean row of the head outside the range times that within, a product in the gradient of the features.
     """
     least, lw, lh = _least(problem), problem.lambda_w, problem.lambda_h
     products: _Products = ((least["means, orthogonal"],),)
@@ -114,5 +115,5 @@ def _tilts(problem: UFMConstants) -> _Products:
 
 
 def _least(problem: UFMConstants) -> dict[str, float]:
-    """Least nonzero eigenvalue by sector."""
+    """Return the least nonzero eigenvalue of each sector."""
     return {e.sector: e.value for e in reversed(spectrum(problem)) if e.value > 0}

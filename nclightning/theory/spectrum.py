@@ -1,14 +1,14 @@
 r"""Eigenvalues of the Hessian of F at its optimal set, in closed form.
 
-The second variation splits into blocks that repeat: deviations within classes; means orthogonal to the range of the
-head; means in that range, where deviations of head and features form square matrices that split into symmetric and
-skew ones. Every block that is not a number is, with :math:`\Pi = \lambda_W\lambda_H`, a copy of
+The Hessian splits into repeated blocks: deviations within classes; means orthogonal to the range of the head; and means
+in that range, where deviations of head and features form square matrices that split into symmetric and skew ones. A
+block is a number, or, with :math:`\Pi = \lambda_W\lambda_H`, a copy of
 
 .. math:: B(\rho) = \begin{pmatrix} (1+\rho)\lambda_W & (\rho-1)\sqrt\Pi \\ \cdot & (1+\rho)\lambda_H \end{pmatrix},
 
 of a 2x2 block that couples the mean feature with the bias (MSE), or of one 3x3 block (CE). Small eigenvalues are
-products and quotients of positive terms, never differences: they are right to a few roundings however far below the
-others they lie. Derivation in ``docs/theory.md``; legend in :mod:`nclightning.theory.problem`.
+computed as products and quotients of positive terms, never as differences. So their relative error is a few roundings,
+however small they are. Derivation in ``docs/theory.md``; legend in :mod:`nclightning.theory.problem`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["spectrum"]
 
 
 def spectrum(problem: UFMConstants) -> tuple[Eigenvalue, ...]:
-    """List the eigenvalues by value, then sector. The work does not depend on the sizes.
+    """List the eigenvalues, ordered by value and then by sector. The cost does not depend on the sizes.
 
     Args:
         problem: Sizes and penalties.
 
     Returns:
-        Entries whose multiplicities sum to the number of free variables, ``(K + N) d`` and for MSE K more. Sectors
-        may share a value.
+        Entries whose multiplicities sum to the number of variables: ``(K + N) d``, and for MSE K more. Several sectors
+        may have the same value.
     """
     if problem.collapses:
         in_range = _mse(problem) if problem.loss == "mse" else _cross_entropy(problem)
@@ -47,7 +47,7 @@ def spectrum(problem: UFMConstants) -> tuple[Eigenvalue, ...]:
 
 
 def _at_zero(problem: UFMConstants) -> list[Eigenvalue]:
-    """At and above the threshold, where the optimum is zero: the loss couples only the class means with the head."""
+    """List the eigenvalues at and above the threshold, where the optimum is zero and only means and head couple."""
     K, n, d = problem.num_classes, problem.samples_per_class, problem.feature_dim
     lw, lh = problem.lambda_w, problem.lambda_h
     large = (lw + lh + math.hypot(lw - lh, 2 / (K * math.sqrt(n)))) / 2
@@ -63,7 +63,7 @@ def _at_zero(problem: UFMConstants) -> list[Eigenvalue]:
 
 
 def _orthogonal(problem: UFMConstants) -> Iterator[Eigenvalue]:
-    """Deviations whose rows are orthogonal to the range of the head; both losses."""
+    """Yield the eigenvalues of deviations whose rows are orthogonal to the range of the head, for both losses."""
     K, n = problem.num_classes, problem.samples_per_class
     lw, lh, r = problem.lambda_w, problem.lambda_h, problem.rank
     m = problem.feature_dim - r
@@ -75,7 +75,7 @@ def _orthogonal(problem: UFMConstants) -> Iterator[Eigenvalue]:
 
 
 def _mse(problem: UFMConstants) -> Iterator[Eigenvalue]:
-    """In the range of the head; for ``d < K - 1`` the optimum leaves out ``e`` of the ``K - 1`` directions."""
+    """Yield the eigenvalues in the range of the head. With ``d < K - 1``, ``e`` directions of the optimum vanish."""
     K, n = problem.num_classes, problem.samples_per_class
     lw, lh, r = problem.lambda_w, problem.lambda_h, problem.rank
     e, Kq = K - 1 - r, K * problem.q
@@ -113,9 +113,9 @@ def _cross_entropy(problem: UFMConstants) -> Iterator[Eigenvalue]:
 
 
 def _pair(problem: UFMConstants, rho: float, multiplicity: int, sector: str) -> Iterator[Eigenvalue]:
-    """Both eigenvalues of B(rho); the smaller from the determinant 4 rho Pi, which cancels nothing."""
+    """Yield both eigenvalues of B(rho). The smaller one is computed from the determinant, 4 rho Pi."""
     lw, lh = problem.lambda_w, problem.lambda_h
-    # The product of both penalties, or its quotient by the larger eigenvalue, may be below the range.
+    # The product of both penalties, and its quotient by the larger eigenvalue, may underflow.
     mixed = 2 * math.sqrt(lw) * math.sqrt(lh) * (1 - rho)
     large = ((1 + rho) * (lw + lh) + math.hypot((1 + rho) * (lw - lh), mixed)) / 2
     yield Eigenvalue(4 * rho * max(lw, lh) / large * min(lw, lh), multiplicity, sector)
@@ -123,12 +123,12 @@ def _pair(problem: UFMConstants, rho: float, multiplicity: int, sector: str) -> 
 
 
 def _triple(problem: UFMConstants) -> tuple[float, float, float]:
-    r"""Eigenvalues of the 3x3 block of CE, each to a few roundings of its own size.
+    r"""Compute the eigenvalues of the 3x3 block of CE, each to a few roundings of its own size.
 
-    With :math:`D = \mathrm{diag}(\sqrt{\lambda_W}, \sqrt{\lambda_H}, \sqrt{\lambda_H})` the block is D G D, G a sum of
-    four weighted squares. Its adjugate is a sum of squares, too, and its determinant one of positive terms. A
-    symmetric solver gets the largest eigenvalue of a matrix to a rounding: that of the block is one, that of the
-    adjugate gives the smallest, and the determinant the one between.
+    With :math:`D = \mathrm{diag}(\sqrt{\lambda_W}, \sqrt{\lambda_H}, \sqrt{\lambda_H})` the block is D G D, where G is
+    a sum of four weighted squares. Its adjugate is a sum of squares, too, and its determinant a sum of positive terms.
+    A symmetric eigensolver computes only the largest eigenvalue to full relative accuracy. So the largest eigenvalue is
+    taken from the block, the smallest from the adjugate, and the middle one from the determinant.
     """
     K, s, theta = problem.num_classes, problem.logit_scale, problem.slack
     lw, lh = problem.lambda_w, problem.lambda_h

@@ -290,7 +290,7 @@ def test_all_measures_of_groups_are_those_that_exist(tmp_path):
     values = fit(tmp_path, model, NeuralCollapseMonitor(5, measures=("all",))).values
     assert {"nc/train/nc0", "nc/train/nc2_centred", "nc/train/nc1_cdnv_worst"} <= values.keys()
     assert not {"nc/train/nc1", "nc/train/nc2_means", "nc/train/nc3", "nc/train/mse_nc1"} & values.keys()
-    with pytest.raises(ValueError, match=r"measures \['nc3'\] take each label for a class"):
+    with pytest.raises(ValueError, match=r"measures \['nc3'\] need labels that are classes"):
         fit(tmp_path / "3", model, NeuralCollapseMonitor(5, measures=("nc2", "nc3")))
 
 

@@ -12,7 +12,7 @@ from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.objective import Objective
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError, label_smoothing
 from nclightning.theory import UFMProblem
-from tests.callbacks.test_attach import K, Net, fit, hooks_of, loader
+from tests.callbacks.attached import K, Net, fit, hooks_of, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -205,7 +205,9 @@ def test_one_output_is_refused(head, tmp_path, samples):
             return nn.functional.binary_cross_entropy_with_logits(self(batch[0]).squeeze(1), batch[1].float())
 
     model = Binary()
-    message = r"one output nclightning\.metrics\.Optimality\('bce', head\)\.update\(features, labels\) reads"
+    message = (
+        r"one output and labels 0 and 1 use nclightning\.metrics\.Optimality\('bce', head\)\.update\(features, labels\)"
+    )
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, [OptimalityMonitor(loss="bce", head=head)], loader([samples[0], samples[1] % 2]), model)
     assert model.steps == 0

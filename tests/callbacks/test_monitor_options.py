@@ -19,27 +19,16 @@ from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.probe.batches import RowBuffer
-from nclightning.probe.collectors import DECISIONS, StatisticsCollector
-from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
+from nclightning.probe.collectors import StatisticsCollector
+from nclightning.quantities import DECISION_NAMES
+from tests.callbacks.attached import K, N, Net, features_of, fit, hooks_of, loader, measure, metrics
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
 ]
-
-
-def metrics(trainer, prefix="nc/"):
-    return {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-
-
-def features_of(model, x):
-    model.eval()
-    with torch.no_grad():
-        return model.body(x)
 
 
 class Conv(Net):
@@ -57,7 +46,7 @@ def test_all_measures_of_train_and_val(tmp_path, samples):
     data = loader(samples), loader(samples, shuffle=False, drop_last=False)
     model, trainer = fit(tmp_path, [NeuralCollapseMonitor(measures=("all",))], data, num_sanity_val_steps=0)
     read = metrics(trainer)
-    names = [*MEASURES, *DECISIONS]
+    names = [*MEASURES, *DECISION_NAMES]
     assert read.keys() == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
     features, stats = features_of(model, samples[0]), None
     stats = class_statistics(features, samples[1], K)
@@ -304,10 +293,10 @@ class TestErrors:
         [
             ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
             ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-            ({"source": "offline"}, "source must be out of sweep, online"),
-            ({"stages": ("fit",)}, "stages must be out of train, val, test"),
-            ({"stages": ()}, "stages must be out of"),
-            ({"on_error": "ignore"}, "on_error must be out of"),
+            ({"source": "offline"}, "source must be among sweep, online"),
+            ({"stages": ("fit",)}, "stages must be among train, val, test"),
+            ({"stages": ()}, "stages must be among"),
+            ({"on_error": "ignore"}, "on_error must be among"),
             ({"measures": ("nc9",)}, "measures must be different names out of nc0.*Further names are ncc_accuracy"),
             ({"measures": ("nc1", "nc_2")}, r"nc0, .* and \d+ more; got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
             ({"measures": ("acuracy",)}, r"Did you mean accuracy\?"),

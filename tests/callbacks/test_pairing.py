@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_head_forms import oracle
+from tests.forms import oracle
 from tests.trainers import quiet_trainer
 
 K, D, N, B = 4, 6, 48, 8
@@ -268,7 +268,7 @@ def test_a_step_that_leaves_out_the_head_is_said(tmp_path):
     model = Stands(lambda m, b: F.cross_entropy(m.other(m.net.body(b[0])), b[1]))
     model.other = nn.Linear(D, K)
     (message,) = said(model, tmp_path, NeuralCollapseMonitor())
-    assert "the head 'net.out', which makes the output" in message
+    assert "the head 'net.out', whose output is that" in message
 
 
 def test_an_evaluation_pass_says_that_it_validates(tmp_path):
@@ -306,7 +306,7 @@ def test_an_unlabelled_training_loader_is_refused_at_once_with_a_repair_that_wor
         return batch if isinstance(batch, list) else (batch, torch.full((len(batch),), -100))
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*the labels hold 0 classes")
+        warnings.filterwarnings("ignore", ".*the labels have 0 classes")
         read = fit(model, tmp_path, NeuralCollapseMonitor(batch_fn=split), halves())
     expected = right(model, "train/labelled")
     assert {tag: read[tag] for tag in expected} == pytest.approx(expected, rel=1e-4)
@@ -371,9 +371,9 @@ def test_scripted_parts(tmp_path):
     net.body = torch.jit.script(net.body)
     model = Stands(loss, net)
     assert fit(model, tmp_path, NeuralCollapseMonitor()) == pytest.approx(right(model), rel=1e-4)
-    with pytest.raises(ValueError, match="scripted or traced, so that no head is seen in them: 'net'"):
+    with pytest.raises(ValueError, match="scripted or traced, where no head can be seen: 'net'"):
         fit(Stands(loss, torch.jit.script(Net())), tmp_path, NeuralCollapseMonitor())
-    with pytest.raises(ValueError, match="scripted or traced, so that no head is seen in them: 'net'"):
+    with pytest.raises(ValueError, match="scripted or traced, where no head can be seen: 'net'"):
         fit(Stands(loss, torch.jit.trace(Net(), X[:B])), tmp_path, NeuralCollapseMonitor())
 
 

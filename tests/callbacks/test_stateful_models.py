@@ -70,7 +70,7 @@ def test_training_is_the_same_with_a_monitor(name, mode, tmp_path):
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_class_means_of_other_weights_than_those_of_a_step_are_refused(name, tmp_path):
-    with pytest.raises(UserError, match="the step changes weights inside"):
+    with pytest.raises(UserError, match="the step itself swaps weights"):
         run(CASES[name], tmp_path, [NeuralCollapseMonitor(**MODES["steps"])])
 
 

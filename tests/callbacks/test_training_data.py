@@ -5,12 +5,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, read, samples
-from tests.callbacks.test_monitor_options import metrics
-from tests.callbacks.test_sweeps import Pair
+from tests.callbacks.attached import K, N, Net, Pair, fit, loader, measure, metrics, read
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -177,7 +173,7 @@ class NotPlain(DataLoader):
     [
         (
             lambda samples: DataLoader(OneShot(samples), batch_size=5),
-            "would move its OneShot on, which cannot be copied",
+            "would advance its OneShot, which cannot be copied",
         ),
         (lambda samples: NotPlain(TensorDataset(*samples)), "NotPlain is a DataLoader with an __iter__ of its own"),
     ],

@@ -9,11 +9,8 @@ from torch import nn
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.functional import class_statistics
 from nclightning.metrics import NearestClassCentre
-from tests.callbacks.test_attach import K, Net, fit, loader, measure, read, samples
-from tests.callbacks.test_monitor_options import metrics
+from tests.callbacks.attached import K, Net, fit, loader, measure, metrics, read
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -110,7 +107,7 @@ def test_weights_swapped_inside_a_step(samples, tmp_path):
 
 def test_class_means_of_weights_swapped_inside_a_step_are_refused(samples, tmp_path):
     data = loader(samples), whole(samples)
-    with pytest.raises(ValueError, match="the step changes weights inside: swap them in on_validation_epoch_start"):
+    with pytest.raises(ValueError, match="the step itself swaps weights: swap them in on_validation_epoch_start"):
         fit(tmp_path, [NeuralCollapseMonitor(measures=MEASURES)], data, SwapsInside())
 
 

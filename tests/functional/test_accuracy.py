@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics, within_class_variability
-from nclightning.metrics.measures import MEASURES, Reading
+from nclightning.metrics.measures import MEASURES, MeasureInput
 from tests.functional import multiprecision, oracle
 
 NAMES = tuple(multiprecision.MEASURES)
@@ -59,7 +59,7 @@ def test_every_measure_to_nine_digits():
         expected = multiprecision.evaluate_all(NAMES, features.double(), *rest, dims=dims)
         kept = class_statistics(features, data[1], len(case["counts"]))
         for stats in (kept, kept.folded):
-            reading = Reading(stats, *rest[1:])
+            reading = MeasureInput(stats, *rest[1:])
             for name, right in expected.items():
                 value = float(MEASURES[name].read(reading))
                 # The printed VCI takes the rounding of confined features for spread; that squared is its error.
@@ -83,7 +83,7 @@ def test_features_of_narrow_dtypes_cast_to_wide_ones_keep_their_rounding(structu
         (features, labels, *_), dims = draw(structure, narrow, counts=tuple(8 * n for n in counts), noise=0.3)
         stats = class_statistics(features.to(wide), labels, len(counts))
         assert float(stats.epsilon) == torch.finfo(narrow).eps
-        rank = MEASURES["nc1_rank"].read(Reading(stats))
+        rank = MEASURES["nc1_rank"].read(MeasureInput(stats))
         assert int(rank) == min(dims, sum(n > 0 for n in counts) - 1)
 
 
@@ -101,7 +101,7 @@ def test_class_means_whose_norms_differ_a_thousandfold_keep_their_rank_in_float3
         features = (directions * torch.logspace(0, 3, 6)[:, None])[labels] + 1e-2 * torch.randn(
             60, 10, generator=generator
         )
-        reading = Reading(class_statistics(features, labels, 6))
+        reading = MeasureInput(class_statistics(features, labels, 6))
         assert int(MEASURES["nc1_rank"].read(reading)) == 5
         expected = multiprecision.evaluate("nc1", features.double(), labels, torch.ones(6, 10), torch.ones(6))
         assert float(MEASURES["nc1"].read(reading)) == pytest.approx(expected, rel=1e-9)
@@ -122,7 +122,7 @@ def test_nc1_behind_a_layer_norm(dtype, before, generator):
     )
     for stats in (class_statistics(features, labels, K), class_statistics(features, labels, K).folded):
         assert float(within_class_variability(stats)) == pytest.approx(right, rel=1e-6)
-        assert int(MEASURES["nc1_rank"].read(Reading(stats))) == d - 1
+        assert int(MEASURES["nc1_rank"].read(MeasureInput(stats))) == d - 1
 
 
 def test_large_coordinates_hide_no_direction_in_the_others(generator):
@@ -130,7 +130,7 @@ def test_large_coordinates_hide_no_direction_in_the_others(generator):
     labels = torch.arange(80) % 4
     features = torch.randn(4, 8, generator=generator)[labels] + 0.1 * torch.randn(80, 8, generator=generator)
     features = torch.cat([features, torch.full((80, 1), 1e4)], dim=1).bfloat16()
-    assert int(MEASURES["nc1_rank"].read(Reading(class_statistics(features, labels, 4)))) == 3
+    assert int(MEASURES["nc1_rank"].read(MeasureInput(class_statistics(features, labels, 4)))) == 3
 
 
 def spread_elsewhere(ratio, N=60, K=3, d=5, seed=0, along=1e-6):
@@ -204,7 +204,7 @@ def test_wide_layers_and_many_classes(K, d, n):
     normal = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
     labels = torch.arange(K * n) % K
     data = normal(K, d)[labels] + 0.1 * normal(K * n, d), labels, normal(K, d), normal(K)
-    exact, reading = oracle.Oracle(*data), Reading(class_statistics(*data[:2], K), *data[2:])
+    exact, reading = oracle.Oracle(*data), MeasureInput(class_statistics(*data[:2], K), *data[2:])
     for name in ("nc1", "nc1_ratio", "nc2_means", "nc3", "nc3_difference", "bias_collapse"):
         # The oracle's covariance squares the condition number of the means, at most 1e5 here (K = d + 1).
         expected = pytest.approx(oracle.MEASURES[name](exact), rel=1e-9)

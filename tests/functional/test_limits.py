@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nclightning.functional import class_statistics, self_duality, uniform_duality
-from nclightning.metrics.measures import MEASURES, Reading
-from tests.functional.test_many_classes import by_gram, stats_of
+from nclightning.metrics.measures import MEASURES, MeasureInput
+from tests.functional.oracle import by_gram, stats_of
 
 
 def normal(*shape, seed=0):
@@ -59,4 +59,4 @@ def test_an_infinite_feature_makes_the_moments_of_its_class_nan(dtype):
     features[0, 0] = math.inf
     stats = class_statistics(features, torch.arange(4) % 2, 2)
     assert stats.means.isnan().tolist() == [[True, False], [False, False]]
-    assert MEASURES["bias_collapse"].read(Reading(stats, torch.ones(2, 2).double())).isnan()
+    assert MEASURES["bias_collapse"].read(MeasureInput(stats, torch.ones(2, 2).double())).isnan()

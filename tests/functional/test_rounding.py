@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import layer_norm
 
 from nclightning.functional import ClassStatistics, StatisticsBuffer, class_statistics
-from nclightning.metrics.measures import MEASURES, Reading
+from nclightning.metrics.measures import MEASURES, MeasureInput
 from tests.functional import multiprecision, oracle
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
 
 
 def read(names, features, labels, K, weight=None):
-    reading = Reading(class_statistics(features, labels, K), weight)
+    reading = MeasureInput(class_statistics(features, labels, K), weight)
     return {name: float(MEASURES[name].read(reading)) for name in names}
 
 
@@ -34,7 +34,7 @@ def test_noise_of_some_roundings_explains_class_means(noise):
     data = (normal(K, d)[labels] + noise * normal(13, d, seed=1)).float(), labels, normal(K, d, seed=2), normal(K)
     names = ("nc1", "nc1_vci", "mse_nc1", "mse_nc2_nc3", "mse_perpendicular")
     expected = multiprecision.evaluate_all(names, data[0].double(), *data[1:])
-    reading = Reading(class_statistics(*data[:2], K), *data[2:])
+    reading = MeasureInput(class_statistics(*data[:2], K), *data[2:])
     for name in names:
         assert float(MEASURES[name].read(reading)) == pytest.approx(expected[name], rel=1e-6, abs=0), name
 

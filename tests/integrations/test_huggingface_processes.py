@@ -126,5 +126,5 @@ def test_processes_give_the_numbers_of_one(world, tmp_path, alone):
         assert "no head here" in second
         assert "1 of 2 processes failed" in first
         for each in found:
-            assert "Bad yields other samples on one process than on another" in each["error"][0]
+            assert "Bad yields different samples on different processes" in each["error"][0]
             assert each["error"][1] == each["head"][1] == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nclightning.functional import class_statistics
-from nclightning.metrics.measures import MEASURES, Reading, select_measures
+from nclightning.metrics.measures import MEASURES, MeasureInput, select_measures
 from tests.functional import oracle
 
 # (K, d, n): two classes, d = K - 1, d > K, K > d + 1, many classes, a wide layer.
@@ -25,7 +25,7 @@ def sample(K, d, n, generator, noise=0.3, norms=1.0, offset=0.0, absent=()):
 
 def read(name, features, labels, weight, bias, **conventions):
     stats = class_statistics(features, labels, len(weight))
-    return float(MEASURES[name].read(Reading(stats, weight.to(stats.means), bias, **conventions)))
+    return float(MEASURES[name].read(MeasureInput(stats, weight.to(stats.means), bias, **conventions)))
 
 
 def test_every_measure_has_an_oracle():

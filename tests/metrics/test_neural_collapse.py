@@ -212,7 +212,7 @@ def test_measures_of_the_head_need_one():
     assert NeuralCollapse(K, D, measures=("all",)).measures == tuple(
         name for name, measure in MEASURES.items() if not measure.needs_head
     )
-    with pytest.raises(ValueError, match=r"measures \['nc2'\] read the head"):
+    with pytest.raises(ValueError, match=r"measures \['nc2'\] need the head"):
         NeuralCollapse(K, D, measures=("nc1", "nc2"))
 
 
@@ -397,7 +397,7 @@ def test_groups_of_samples_are_no_rows_of_the_head():
 
 
 def test_measures_that_need_classes_are_refused_of_groups_or_left_out():
-    with pytest.raises(ValueError, match=r"measures \['nc1', 'nc3'\] take each label for a class"):
+    with pytest.raises(ValueError, match=r"measures \['nc1', 'nc3'\] need labels that are classes"):
         of_groups(measures=("nc1", "nc2", "nc3"))
     names = of_groups(measures=("all",))[0].compute().keys()
     assert names == {name for name, measure in MEASURES.items() if not measure.needs_classes}
@@ -406,5 +406,5 @@ def test_measures_that_need_classes_are_refused_of_groups_or_left_out():
 def test_a_head_with_one_row_has_nothing_to_compare():
     values = NeuralCollapse(4, 5, torch.ones(1, 5), groups=True)
     assert values.measures == ("nc1_ratio", "nc1_cdnv")
-    with pytest.raises(ValueError, match="compare rows of the head, and it has only one"):
+    with pytest.raises(ValueError, match="compare rows of the head, which has only one"):
         NeuralCollapse(4, 5, torch.ones(1, 5), groups=True, measures=("nc2",))

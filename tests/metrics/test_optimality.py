@@ -236,11 +236,11 @@ def test_scales_that_are_optimal_nowhere(scales):
 
 def test_bad_input(generator):
     problem = UFMProblem("mse", 3, 4, 5, 1e-2, 3e-3)
-    with pytest.raises(ValueError, match="head must have a bias, as the problem has one"):
+    with pytest.raises(ValueError, match="head must have a bias, since the problem has one"):
         Optimality(problem, nn.Linear(5, 3, bias=False))
     metric = Optimality(problem, nn.Linear(5, 3))
     metric.update(torch.randn(6, 5, generator=generator), torch.tensor([0, 0, 1, 1, 2, 0]))
-    with pytest.raises(ValueError, match=r"every class must come exactly 4 times, got between 1 and 3: pass 'mse' and"):
+    with pytest.raises(ValueError, match=r"class must occur exactly 4 times, got between 1 and 3: pass 'mse' and"):
         metric.compute()
     with pytest.raises(ValueError, match=r"means must have shape \(3, 5\)"):
         problem.distance_from_moments(torch.zeros(3, 5), torch.zeros(3, 4), torch.zeros(()))

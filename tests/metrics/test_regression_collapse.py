@@ -198,7 +198,7 @@ REFUSED = {
     "class numbers": (torch.zeros(N, D), torch.zeros(N, dtype=torch.int64), r"got \(40,\): pass .*NeuralCollapse if"),
     "other columns": (torch.zeros(N, D), torch.zeros(N, 3), r"targets must have shape \(N, 2\).*got \(40, 3\)"),
     "booleans": (torch.zeros(N, D), torch.zeros(N, K) > 0, "targets must be real numbers, got torch.bool"),
-    "other samples": (torch.zeros(N, D), torch.zeros(3, K), "one row of targets for each of features, got 3 and 40"),
+    "other samples": (torch.zeros(N, D), torch.zeros(3, K), "the same number of rows, got 40 and 3"),
     "other features": (torch.zeros(N, 5), torch.zeros(N, K), r"features must have shape \(N, 6\)"),
     "integer features": (torch.zeros(N, D, dtype=torch.int64), torch.zeros(N, K), "features must be floating"),
 }

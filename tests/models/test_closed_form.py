@@ -8,67 +8,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from nclightning.models import UFM, closed_form
-from nclightning.models.closed_form import UFMLine
-from nclightning.models.graph import GraphLine
+from nclightning.models.closed_form import UFMObjective
+from nclightning.models.graph import AutogradObjective
 from nclightning.objective import Objective
-from nclightning.optim import ArmijoGD, ClosureLine
-from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError
-from tests.problems.cases import one_against_rest
+from nclightning.optim import ArmijoGD, ClosureObjective
+from nclightning.problems import SquaredError
+from tests.models.lines import LOSSES, TOLERANCE, any_lines, lines, point
 
 SHAPES = [(2, 1, 1), (4, 3, 6), (5, 2, 3), (10, 10, 20)]
-OFFSET, WEIGHTS = [0.5, -1.0, 0.0, 2.0], [0.2, 1.0, 3.0, 0.7]
-SOFT = [[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.5, 0.0], [0.25] * 4, [0.0, 0.0, 0.0, 1.0]]
-MARGIN = (2 * torch.eye(4) - 1).tolist()
-PENALTIES = (7e-3, 3e-3, 0.2)
-# Objectives of four outputs and as many groups; the bias is penalized.
-LOSSES = {
-    "mse": lambda: Objective("mse", *PENALTIES),
-    "ce": lambda: Objective("ce", *PENALTIES),
-    "squared error, hard labels": lambda: Objective(SquaredError(), *PENALTIES),
-    "squared error, any targets": lambda: Objective(SquaredError(), *PENALTIES, [[x - 2.0 for x in r] for r in SOFT]),
-    "cross-entropy, soft targets": lambda: Objective(CrossEntropy(), *PENALTIES, SOFT),
-    "cross-entropy, offset": lambda: Objective(CrossEntropy(OFFSET), *PENALTIES),
-    "cross-entropy, weights": lambda: Objective(CrossEntropy(None, WEIGHTS), *PENALTIES),
-    "cross-entropy, all of it": lambda: Objective(CrossEntropy(OFFSET, WEIGHTS), *PENALTIES, SOFT),
-    "binary cross-entropy": lambda: Objective(BinaryCrossEntropy(), *PENALTIES, [[1, 0, 1, 0], *SOFT[1:]]),
-    "binary cross-entropy, hard labels": lambda: Objective(BinaryCrossEntropy(), *PENALTIES),
-    "squared hinge, by its value alone": lambda: Objective(one_against_rest([1], 1, 1.0, 1.0).loss, *PENALTIES, MARGIN),
-}
-# Some hundred roundings of the dtype, of the largest entry.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5}
-
-
-def point(loss, shape, dtype=torch.float64, scale=1.0, seed=0):
-    """Leaves and labels, in an order that is not that of the classes."""
-    K, n, d = shape
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *sizes: nn.Parameter(  # noqa: E731
-        (scale * torch.randn(*sizes, dtype=torch.float64, generator=generator)).to(dtype)
-    )
-    features, head = draw(K * n, d), [draw(K, d), *([draw(K)] if loss == "mse" else [])]
-    labels = torch.arange(K).repeat_interleave(n)[torch.randperm(K * n, generator=generator)]
-    return features, head, labels
-
-
-def lines(loss, shape, dtype=torch.float64, **options):
-    """The closed form, and autograd on the same parameters."""
-    features, head, labels = point(loss, shape, dtype, **options)
-    objective, params = Objective(loss, 7e-3, 3e-3), [*head, features]
-
-    @torch.enable_grad()
-    def closure():
-        for p in params:
-            p.grad = None
-        value = objective(head[0], features, labels, *head[1:])
-        value.backward()
-        return value.detach()
-
-    return UFMLine(objective, features, head, labels, params, len(labels)), ClosureLine(closure, params), params
 
 
 @pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
 def rows_at_a_time(request, monkeypatch):
-    monkeypatch.setattr(closed_form, "_ELEMENTS_AT_A_TIME", request.param)
+    monkeypatch.setattr(closed_form, "_ELEMENTS_PER_STEP", request.param)
 
 
 def assert_same(ours, theirs, dtype):
@@ -93,30 +45,6 @@ def test_value_and_gradient_are_those_of_autograd(loss, shape, dtype, scale):
     assert measured == [here.value, here.square]
     assert [float(each) for each in ours.measure()] == measured
     assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
-
-
-def any_lines(name, dtype, with_bias=True, scale=1.0):
-    """The closed form, and autograd of the problem's own value on copies of the parameters."""
-    objective, counts = LOSSES[name](), [2, 5, 1, 4]
-    features, head, _ = point("mse" if with_bias else "ce", (4, 3, 6), dtype, scale)
-    labels = torch.arange(4).repeat_interleave(torch.tensor(counts))[
-        torch.tensor([5, 11, 2, 8, 0, 9, 3, 7, 1, 10, 4, 6])
-    ]
-    bias = objective.lambda_b if with_bias else "none"
-    problem = Problem(objective.function, objective.targets, counts, 6, objective.lambda_w, objective.lambda_h, bias)
-    params, twins = ([nn.Parameter(p.detach().clone()) for p in (*head, features)] for _ in range(2))
-
-    @torch.enable_grad()
-    def closure():
-        for p in twins:
-            p.grad = None
-        weight, *rest, rows = twins
-        value = problem.value(weight, rows, labels, *rest)
-        value.backward()
-        return value.detach()
-
-    ours = UFMLine(objective, params[-1], params[:-1], labels, params, 12)
-    return ours, ClosureLine(closure, twins), params, twins
 
 
 @pytest.mark.usefixtures("rows_at_a_time")
@@ -164,7 +92,7 @@ def test_a_gradient_without_numbers_is_not_moved_to():
 
     broken = [1.0]
     features, head, labels = point("mse", (4, 3, 6))
-    line = UFMLine(Objective(Broken(), 7e-3, 3e-3), features, head, labels, [features, *head], 12)
+    line = UFMObjective(Objective(Broken(), 7e-3, 3e-3), features, head, labels, [features, *head], 12)
     line.begin(line.evaluate())
     broken[0] = math.nan
     line.trial(0.1)
@@ -268,8 +196,8 @@ def test_a_line_continues_from_the_gradient_of_another(loss):
     _, autograd, twins = lines(loss, (4, 3, 6))
     optimizer, other = ArmijoGD(params), ArmijoGD(twins)
     for step in range(12):
-        fresh = UFMLine(one._objective, params[-1], params[:-1], one._labels, params, 12)
-        optimizer.step([one, fresh, ClosureLine(closure_of(one, params), params)][step % 3])
+        fresh = UFMObjective(one._objective, params[-1], params[:-1], one._labels, params, 12)
+        optimizer.step([one, fresh, ClosureObjective(closure_of(one, params), params)][step % 3])
         other.step(autograd)
     assert optimizer.total_evaluations == other.total_evaluations
     for p, q in zip(params, twins, strict=True):
@@ -299,7 +227,7 @@ def test_values_whose_gradient_may_overflow_are_not_finite(dtype):
 
 def test_a_label_out_of_range_raises():
     features, head, labels = point("mse", (4, 3, 6))
-    line = UFMLine(Objective("mse", 1e-2, 1e-2), features, head, labels + 1, [features, *head], 12)
+    line = UFMObjective(Objective("mse", 1e-2, 1e-2), features, head, labels + 1, [features, *head], 12)
     with pytest.raises(RuntimeError, match="index 4 is out of bounds"):
         line.evaluate()
 
@@ -315,9 +243,9 @@ def batch():
 
 def test_the_model_takes_the_closed_form_and_does_not_copy_its_features():
     model = ufm()
-    assert isinstance(model.line(batch(), list(model.parameters())), UFMLine)
+    assert isinstance(model.make_closure(batch(), list(model.parameters())), UFMObjective)
     index, labels = batch()
-    model.line((index, labels), list(model.parameters()))
+    model.make_closure((index, labels), list(model.parameters()))
     assert model.features_of(index) is model.features
     assert model.features_of(index.clone()) is not model.features
 
@@ -372,8 +300,8 @@ def other_order():
 def test_whatever_was_changed_goes_by_autograd(make):
     model, data = make()
     params = [p for p in model.parameters() if p.requires_grad]
-    line = model.line(data, params)
-    assert isinstance(line, GraphLine)
+    line = model.make_closure(data, params)
+    assert isinstance(line, AutogradObjective)
     assert line.evaluate().value == float(model.evaluate_objective(data).detach())
 
 
@@ -382,7 +310,7 @@ def test_a_mix_of_devices_raises():
         features, weight = (nn.Parameter(torch.empty(12, 6, device=device)) for device in ("cuda", "cpu"))
         labels = torch.empty(12, dtype=torch.int64, device="cuda")
         with pytest.raises(ValueError, match="must be on one device, got cpu and cuda:0"):
-            UFMLine(Objective("ce", 1e-2, 1e-2), features, [weight], labels, [features, weight], 12)
+            UFMObjective(Objective("ce", 1e-2, 1e-2), features, [weight], labels, [features, weight], 12)
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if "hinge" not in loss])  # Autograd would look for a GPU.
@@ -400,7 +328,7 @@ def test_on_a_device_only_decisions_come_to_the_host(loss, monkeypatch):
         features, weight, bias = (nn.Parameter(torch.empty(s, device="cuda")) for s in ((12, 6), (4, 6), (4,)))
         labels = torch.empty(12, dtype=torch.int64, device="cuda")
         for head in ([weight], [weight, bias]):
-            line = UFMLine(objective, features, head, labels, [features, *head], 12)
+            line = UFMObjective(objective, features, head, labels, [features, *head], 12)
             with torch.no_grad():
                 value, square = line.measure()
                 assert {value.device.type, square.device.type} == {"cuda"}
@@ -419,7 +347,7 @@ def test_on_a_device_only_decisions_come_to_the_host(loss, monkeypatch):
 def test_readings_see_what_hooks_make_of_the_features():
     model = ufm()
     index, labels = batch()
-    model.line((index, labels), list(model.parameters()))
+    model.make_closure((index, labels), list(model.parameters()))
     model.backbone.register_forward_hook(lambda module, inputs, output: 2 * output)
     value, _ = model.value_and_grad_norm((index, labels))
     assert float(value) == float(model.evaluate_objective((index, labels)).detach())
@@ -429,7 +357,7 @@ def test_readings_see_what_hooks_make_of_the_features():
 def test_replaced_memory_is_followed():
     model = ufm()
     data, params = batch(), list(model.parameters())
-    line, optimizer = model.line(data, params), ArmijoGD(list(model.parameters()))
+    line, optimizer = model.make_closure(data, params), ArmijoGD(list(model.parameters()))
     optimizer.step(line)
     nn.utils.vector_to_parameters(torch.linspace(-1, 1, sum(p.numel() for p in params), dtype=torch.float64), params)
     start = model.evaluate_objective(data).item()
@@ -454,7 +382,7 @@ def test_memory_replaced_after_a_reading_is_followed():
 
 def test_a_point_without_a_value_leaves_nothing_behind():
     model = ufm()
-    line = model.line(batch(), list(model.parameters()))
+    line = model.make_closure(batch(), list(model.parameters()))
     kept = model.features.detach().clone()
     with torch.no_grad():
         model.features[0, 0] = math.inf
@@ -468,16 +396,16 @@ def test_indices_that_were_written_to_are_looked_at_again():
     model = ufm()
     index, labels = batch()
     params = list(model.parameters())
-    model.line((index, labels), params)
+    model.make_closure((index, labels), params)
     index.copy_(index.flip(0))
-    line = model.line((index, labels), params)
+    line = model.make_closure((index, labels), params)
     assert line.evaluate().value == model.evaluate_objective((index, labels)).item()
 
 
 def test_a_part_of_the_samples_on_one_process_is_stepped_as_it_is():
     model = ufm()
     part = tuple(t[:6] for t in batch())
-    assert float(model.line(part, list(model.parameters()))()) == model.evaluate_objective(part).item()
+    assert float(model.make_closure(part, list(model.parameters()))()) == model.evaluate_objective(part).item()
 
 
 def test_parametrised_features_can_be_saved():
@@ -487,7 +415,7 @@ def test_parametrised_features_can_be_saved():
     nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
     nn.utils.parametrize.remove_parametrizations(model.head, "weight")  # Now behind the bias.
     nn.utils.parametrize.remove_parametrizations(model.backbone, "features")
-    line = model.line(batch(), list(model.parameters()))
+    line = model.make_closure(batch(), list(model.parameters()))
     assert line.evaluate().value == pytest.approx(model.evaluate_objective(batch()).item(), rel=1e-14)
 
 
@@ -496,5 +424,5 @@ def test_a_start_beyond_the_safe_range_is_searched_like_any_other():
     model = UFM(3, 4, 5, "mse", lambda_=5e-3, init_scale=1e6, dtype="float32")
     optimizer = ArmijoGD(model.parameters())
     index = torch.arange(12)
-    optimizer.step(model.line((index, index // 4), list(model.parameters())))
+    optimizer.step(model.make_closure((index, index // 4), list(model.parameters())))
     assert optimizer.outcome.accepted

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import nn
 
 from nclightning.models import closed_form
-from nclightning.models.closed_form import UFMLine
+from nclightning.models.closed_form import UFMObjective
 from nclightning.optim import ArmijoGD
 from nclightning.ranks import own_rows
-from tests.models.test_closed_form import LOSSES, TOLERANCE, any_lines, lines
+from tests.models.lines import LOSSES, TOLERANCE, any_lines, lines
 from tests.processes import on
 
 ROWS_AT_A_TIME = {"at once": 2**17, "a row or so at a time": 7}
@@ -140,7 +140,7 @@ def shared_line(first=0, count=SHARED_ROWS, *, shared=False):
     *head, features = whole
     features = nn.Parameter(features.detach()[first : first + count].clone())
     labels = labels[first : first + count]
-    line = UFMLine(LOSSES["mse"](), features, head, labels, [*head, features], SHARED_ROWS, shared)
+    line = UFMObjective(LOSSES["mse"](), features, head, labels, [*head, features], SHARED_ROWS, shared)
     return line, [*head, features], slice(first, first + count)
 
 

@@ -200,7 +200,7 @@ def hooked(model):
     [
         (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may mix numbers"),
         (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
-        (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
+        (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be divided between 3 processes"),
         (
             lambda: UFM(6, 2, 3, "mse", lambda_=1e-2),
             "need feature_dim of at least num_classes - 1 = 5 where processes share the features, got 3",

@@ -62,7 +62,7 @@ def test_an_iteration_asks_a_gpu_for_as_many_numbers_as_it_has_trials():
     model = model.cuda()
     index = torch.arange(20, device="cuda")
     params = list(model.parameters())
-    optimizer, line = model._make_optimizer(params), model.line((index, index // 5), params)
+    optimizer, line = model._make_optimizer(params), model.make_closure((index, index // 5), params)
     optimizer.step(line)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step(line)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoGD
 
 
@@ -42,7 +42,7 @@ def test_steps_are_those_of_a_closure_bit_for_bit(noise):
         value.backward()
         return value.detach()
 
-    line = GraphLine(objective_of(lazy), list(lazy.parameters()))
+    line = AutogradObjective(objective_of(lazy), list(lazy.parameters()))
     for _ in range(20):
         optimizer.step(closure)
         other.step(line)
@@ -56,7 +56,7 @@ def test_rejected_trials_need_no_backward():
     objective = objective_of(model)
     CountBackward.calls = 0
     optimizer = ArmijoGD(model.parameters(), initial_step=1000.0)
-    optimizer.step(GraphLine(lambda: CountBackward.apply(objective()), list(model.parameters())))
+    optimizer.step(AutogradObjective(lambda: CountBackward.apply(objective()), list(model.parameters())))
     assert optimizer.outcome.evaluations > 3
     assert CountBackward.calls == 2  # At the start and where it ended.
 
@@ -65,7 +65,7 @@ def test_a_trial_whose_gradient_is_not_finite_is_rejected():
     """At 0 the root has a finite value and no gradient."""
     x = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = ArmijoGD([x], initial_step=2.0)  # The first trial is exactly 0.
-    optimizer.step(GraphLine(lambda: x.square().sqrt().sqrt().sum(), [x]))
+    optimizer.step(AutogradObjective(lambda: x.square().sqrt().sqrt().sum(), [x]))
     assert optimizer.outcome.evaluations == 3
     assert optimizer.outcome.step_size == 1.0
     assert torch.isfinite(x.grad).all()
@@ -81,14 +81,14 @@ def test_other_optimizers_call_it_as_a_closure():
         value.backward()
         return value
 
-    optimizer.step(GraphLine(objective_of(model), list(model.parameters())))
+    optimizer.step(AutogradObjective(objective_of(model), list(model.parameters())))
     other.step(closure)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_measuring_brings_value_and_squared_norm():
     model = network()
-    value, square = GraphLine(objective_of(model), list(model.parameters())).measure()
+    value, square = AutogradObjective(objective_of(model), list(model.parameters())).measure()
     expected = objective_of(model)()
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     assert value.item() == expected.item()

@@ -170,17 +170,17 @@ REFUSED = {
     ),
     "ReLU features": (
         changed(ufm, backbone=lambda model: nn.Sequential(model.backbone, nn.ReLU())),
-        "backbone is a Sequential that makes features from a table",
+        "backbone is a Sequential that changes the features",
     ),
     "ReLU features by hand": (
         lambda: network(backbone=nn.Sequential(table(), nn.ReLU())),
-        "backbone is a Sequential that makes features from a table",
+        "backbone is a Sequential that changes the features",
     ),
     "LayerNorm features": (changed(ufm, backbone=layer_norm), "backbone is a Sequential"),
     "shifted features": (changed(ufm, backbone=Shifted(N, D, torch.float64)), "backbone is a Shifted"),
     "UFM without a table": (changed(ufm, backbone=nn.Embedding(N, D)), "backbone is a Embedding"),
     "forward set on the table": (changed(ufm, backbone__forward=lambda _: abs), "backbone is a FeatureTable"),
-    "cosine head": (changed(ufm, head=Cosine(D, K)), "head is a Cosine with a forward of its own"),
+    "cosine head": (changed(ufm, head=Cosine(D, K)), "head is a Cosine with its own forward"),
     "head of two layers": (
         changed(ufm, head=lambda _: nn.Sequential(nn.Linear(D, D), nn.Linear(D, K))),
         "head is a Sequential",

@@ -117,7 +117,7 @@ def test_two_optimizers_are_refused(tmp_path):
         def configure_optimizers(self):
             return ArmijoGD([self.features]), ArmijoGD(self.head.parameters())
 
-    with pytest.raises(ValueError, match="steps one optimizer, and configure_optimizers returned 2"):
+    with pytest.raises(ValueError, match="steps one optimizer, but configure_optimizers returned 2"):
         quiet_trainer(tmp_path, max_steps=5).fit(Two(4, 3, 6, "mse", lambda_=5e-3), datamodule=IndexDataModule())
 
 

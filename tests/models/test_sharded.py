@@ -384,7 +384,7 @@ def test_refusals(tmp_path):
     for message, start in zip(
         first,
         (
-            "LBFGS takes inner products over all parameters, and weights are sharded",
+            "LBFGS takes inner products over all parameters, but weights are sharded",
             "head.weight has entries that are not finite",
             "head.weight has entries that are not finite",
             "the checkpoint belongs to another problem (hidden_dim: 16 there, 15 here)",

@@ -57,7 +57,7 @@ def without_penalty():
     [
         (
             lambda: TwoLayerMLP(4, 3, 6, input_dim=20, hidden_dim=16, loss="ce", lambda_=2e-2, optimizer=HeavyBall),
-            "HeavyBall without mu and smoothness takes those of the unconstrained .* give HeavyBall mu and smoothness",
+            "HeavyBall without mu and smoothness uses those of the unconstrained .* give HeavyBall mu and smoothness",
         ),
         (frozen, r"head.weight is not trained \(requires_grad=False\).* Or give HeavyBall mu"),
         (without_penalty, "HeavyBall takes mu and L from the problem, which has none: lambda_w"),

@@ -6,12 +6,11 @@ import pickle
 import pytest
 import torch
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoNewtonCG, SearchStatus
-from tests.optim.problems import FUNCTIONS, beale, rosenbrock
-from tests.optim.test_closures import FALLING
-from tests.optim.test_lbfgs import (
+from tests.optim.closures import (
     DISTURBANCES,
+    FALLING,
     closure_of,
     freeze,
     logistic,
@@ -21,6 +20,7 @@ from tests.optim.test_lbfgs import (
     shorten_history,
     step,
 )
+from tests.optim.problems import FUNCTIONS, beale, rosenbrock
 
 BOTH = pytest.mark.parametrize("make", [ArmijoCG, ArmijoNewtonCG])
 
@@ -165,7 +165,7 @@ def test_a_state_has_tensors_of_the_parameters_shapes_only(make):
     state, params = optimizer.state_dict()["state"], list(model.parameters())
     assert list(state) == ([] if make is ArmijoNewtonCG else list(range(len(params))))
     for index, entries in state.items():
-        assert sorted(entries) == ["along", "bend"]
+        assert sorted(entries) == ["change", "step"]
         assert all(value.shape == params[index].shape for value in entries.values())
 
 
@@ -183,14 +183,14 @@ def test_copies_continue_on_their_own(duplicate, make):
 @BOTH
 def test_a_state_of_another_direction_is_refused(make):
     x = parameter(1.0)
-    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it searched by"):
+    with pytest.raises(ValueError, match=f"not made by {make.__name__}: it is a state of"):
         make([x]).load_state_dict(ArmijoGD([x]).state_dict())
 
 
 def test_conjugate_gradients_take_the_steps_of_a_closure_along_a_line_bit_for_bit():
     plain, lazy = network(), network()
     optimizer, other = ArmijoCG(plain.parameters()), ArmijoCG(lazy.parameters())
-    line = GraphLine(lambda: loss_of(lazy), list(lazy.parameters()))
+    line = AutogradObjective(lambda: loss_of(lazy), list(lazy.parameters()))
     assert step(optimizer, plain, 30) == step(other, lazy, 30, line)
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), lazy.parameters(), strict=True))
 
@@ -288,3 +288,15 @@ def test_a_resumed_run_sees_what_is_frozen_after_it(make):
     straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
     assert [o.objective for o in resumed] == [o.objective for o in straight]
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_an_older_state_of_conjugate_gradients_is_loaded():
+    """Its tensors had other names."""
+    models = network(), network()
+    optimizers = [ArmijoCG(model.parameters()) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        step(optimizer, model, 5)
+    state, older = optimizers[0].state_dict(), {"step": "along", "change": "bend"}
+    state["state"] = {i: {older[name]: value for name, value in each.items()} for i, each in state["state"].items()}
+    optimizers[1].load_state_dict(state)
+    assert step(optimizers[1], models[1], 5) == step(optimizers[0], models[0], 5)

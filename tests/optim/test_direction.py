@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nclightning.models.graph import GraphLine
+from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoGD, LineSearchOptimizer, SearchStatus
 from nclightning.optim.direction import Descent, SteepestDescent
+from tests.optim.own_line import OwnLine, closure_of, objective, parameters
 from tests.optim.problems import FUNCTIONS
-from tests.optim.test_disturbances import OwnLine, closure_of, objective, parameters
 
 GD = {
     "initial_step": 1.0, "shrink": 0.5, "grow": 4.0, "patience": 2, "c1": 0.3, "max_trials": 60, "noise": None,
@@ -36,7 +36,7 @@ class Multiple(SteepestDescent):
 
 LINES = {
     "closure": closure_of,
-    "graph": lambda _, params: GraphLine(lambda: objective(params), params),
+    "graph": lambda _, params: AutogradObjective(lambda: objective(params), params),
     "own": lambda _, params: OwnLine(params),
 }
 
@@ -117,7 +117,7 @@ def test_interpolation_keeps_the_condition(function):
 
 def test_inner_products_of_several_pairs_and_missing_entries():
     params = parameters()
-    line = GraphLine(lambda: objective(params), params)
+    line = AutogradObjective(lambda: objective(params), params)
     a, b = ([torch.randn(2, dtype=torch.float64) for _ in params] for _ in range(2))
     holes, nothing = [None, b[1]], [None, None]
     products = line.inner_products([(a, b), (a, holes), (a, nothing), (b, b)])

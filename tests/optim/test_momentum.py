@@ -69,7 +69,7 @@ def test_without_constants_there_is_no_step(kind):
     x = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
     optimizer = kind([x])
     assert not optimizer.is_tuned
-    with pytest.raises(ValueError, match=f"{kind.__name__} has no step and momentum: give mu and smoothness"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no step and momentum: pass mu and smoothness"):
         step(optimizer, [x], quadratic())
     assert torch.equal(x.detach(), torch.ones(6, dtype=torch.float64))
     optimizer.tune(MU, SMOOTHNESS)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from nclightning.models.graph import GraphLine
-from nclightning.optim import ArmijoNewtonCG, ClosureLine, LineObjective
+from nclightning.models.graph import AutogradObjective
+from nclightning.optim import ArmijoNewtonCG, ClosureObjective, LineObjective
 from nclightning.optim.evaluation import Evaluation
+from tests.optim.closures import closure_of, loss_of, network, parameter, quadratic, step
+from tests.optim.own_line import OwnLine, parameters
 from tests.optim.problems import FUNCTIONS, rosenbrock
-from tests.optim.test_disturbances import OwnLine, parameters
-from tests.optim.test_lbfgs import closure_of, loss_of, network, parameter, quadratic, step
 
 
 def flat(tensors):
@@ -49,13 +49,13 @@ def closure_with(model, **options):
 
 
 LINES = {
-    "differences": (lambda m: ClosureLine(closure_with(m), list(m.parameters())), 1e-6, 0),
+    "differences": (lambda m: ClosureObjective(closure_with(m), list(m.parameters())), 1e-6, 0),
     "graph of a closure": (
-        lambda m: ClosureLine(closure_with(m, create_graph=True), list(m.parameters())),
+        lambda m: ClosureObjective(closure_with(m, create_graph=True), list(m.parameters())),
         1e-13,
         0,
     ),
-    "graph of a line": (lambda m: GraphLine(lambda: loss_of(m), list(m.parameters())), 1e-13, 1),
+    "graph of a line": (lambda m: AutogradObjective(lambda: loss_of(m), list(m.parameters())), 1e-13, 1),
 }
 
 
@@ -83,7 +83,7 @@ def test_products_are_those_of_the_hessian_and_leave_everything_as_it_is(make, t
 def test_differences_in_float32_have_half_of_its_digits():
     model, reference = network(torch.float32), network()
     reference.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
-    matrix, line = whole_hessian(reference), ClosureLine(closure_with(model), list(model.parameters()))
+    matrix, line = whole_hessian(reference), ClosureObjective(closure_with(model), list(model.parameters()))
     vector = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for p in model.parameters()]
     with torch.no_grad():
         found = line.hessian(line.evaluate(), 0.0).multiply(vector)
@@ -123,7 +123,7 @@ def test_what_counts_as_an_evaluation():
     torch.testing.assert_close(x.detach(), torch.ones(2, dtype=x.dtype), rtol=0, atol=1e-6)
     y = parameter(5.0, 3.0)
     other = ArmijoNewtonCG([y])
-    other.step(GraphLine(lambda: (y - 1).square().sum() + 1, [y]))
+    other.step(AutogradObjective(lambda: (y - 1).square().sum() + 1, [y]))
     assert other.outcome.evaluations == 4  # And the graph of the gradient.
     torch.testing.assert_close(y.detach(), torch.ones(2, dtype=x.dtype), rtol=0, atol=1e-14)
 
@@ -132,7 +132,7 @@ def test_what_counts_as_an_evaluation():
 def test_quadratics_of_any_condition(condition, size, evaluations):
     x = nn.Parameter(torch.zeros(size, dtype=torch.float64))
     optimizer = ArmijoNewtonCG([x])
-    line = GraphLine(lambda: quadratic(condition, size)(x), [x])
+    line = AutogradObjective(lambda: quadratic(condition, size)(x), [x])
     while optimizer.outcome is None or optimizer.outcome.grad_norm > 1e-14:
         optimizer.step(line)
         assert optimizer.outcome.accepted
@@ -163,7 +163,7 @@ def test_a_singular_hessian_does_no_harm():
     start = torch.randn(15, dtype=torch.float64, generator=generator)
     x = nn.Parameter(start.clone())
     optimizer = ArmijoNewtonCG([x])
-    line = GraphLine(lambda: (a @ x - b).square().sum() + 1, [x])
+    line = AutogradObjective(lambda: (a @ x - b).square().sum() + 1, [x])
     while optimizer.outcome is None or optimizer.outcome.grad_norm > 1e-13:
         optimizer.step(line)
         assert optimizer.total_evaluations < 100
@@ -198,14 +198,14 @@ def test_a_closure_and_a_line_end_at_the_same_minimum():
     plain, lazy = network(), network()
     optimizer, other = ArmijoNewtonCG(plain.parameters()), ArmijoNewtonCG(lazy.parameters())
     step(optimizer, plain, 25)
-    step(other, lazy, 25, GraphLine(lambda: loss_of(lazy), list(lazy.parameters())))
+    step(other, lazy, 25, AutogradObjective(lambda: loss_of(lazy), list(lazy.parameters())))
     assert optimizer.outcome.objective == pytest.approx(other.outcome.objective, rel=1e-13)
 
 
 def test_a_gradient_written_to_by_others_is_differentiated_anew():
     """The graph of a gradient is of the parameters at that time: after a write it is not used."""
     x = parameter(3.0, 4.0)
-    line = ClosureLine(lambda: _backward(x), [x])
+    line = ClosureObjective(lambda: _backward(x), [x])
     with torch.no_grad():
         start = line.evaluate()
         assert isinstance(start, Evaluation)
@@ -230,7 +230,7 @@ def test_a_vector_that_is_cut_ends_at_the_radius(radius, lowest):
     optimizer = ArmijoNewtonCG([x])
     optimizer._direction._radius, optimizer._direction._first = radius, 1e40  # So that it solves closely.
     before = x.detach().clone()
-    optimizer.step(GraphLine(lambda: (curvatures * x.square()).sum() / 2, [x]))
+    optimizer.step(AutogradObjective(lambda: (curvatures * x.square()).sum() / 2, [x]))
     assert optimizer._direction._is_cut
     assert optimizer.outcome.step_size == 1.0
     assert float((x.detach() - before).norm()) == pytest.approx(radius, rel=1e-12)

@@ -238,7 +238,7 @@ REFUSED = {
     ),
     "a head's measure without a head": (
         {"weight": None, "bias": None, "measures": ("nc1", "nc2")},
-        r"measures \['nc2'\] read the head: pass weight=",
+        r"measures \['nc2'\] need the head: pass weight=",
     ),
     "an unknown measure": ({"measures": ("nc9",)}, "measures must be different names.*Further names are ncc_accuracy"),
     "a measure twice": ({"measures": ("nc1", "nc1")}, "measures must be different names"),

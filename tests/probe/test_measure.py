@@ -32,8 +32,7 @@ from torch.utils.data import (
 from nclightning import measure
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.metrics import NearestClassCentre, NeuralCollapse
-from tests.callbacks.test_head_forms import Wrapped, oracle
-from tests.forms import CASES
+from tests.forms import CASES, Wrapped, oracle
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -58,7 +57,7 @@ class Holder(nn.Module):
 def measured_form(name):
     torch.manual_seed(0)
     form = CASES[name]()
-    applies = form.options.keys() <= OPTIONS and "does not any more" not in form.refused
+    applies = form.options.keys() <= OPTIONS and "no longer does" not in form.refused
     return form, Holder(form.model) if applies else None
 
 
@@ -242,8 +241,8 @@ REFUSED = {
     "float labels": (lambda: [(X, Y.float())], r"labels must be integers.*labels.long\(\)"),
     "labels from 1": (lambda: [(X, Y + 1)], r"labels must be within 0\.\.3.*got 1\.\.4"),
     "labels beyond in a later batch": (lambda: [(X, Y), (X, Y + 1)], r"6 labels were outside 0\.\.3"),
-    "one class": (lambda: [(X, Y * 0)], "the labels of data hold only one: pass samples of two classes"),
-    "samples left out": (lambda: [(X, Y * 0 - 100)], "the labels of data hold none: pass .*another ignore_index"),
+    "one class": (lambda: [(X, Y * 0)], "the labels of data have only one: pass samples of two classes"),
+    "samples left out": (lambda: [(X, Y * 0 - 100)], "the labels of data have none: pass .*another ignore_index"),
     "numpy": (lambda: [(X.numpy(), Y.numpy())], r"batch_fn=.*torch.as_tensor\(b\[1\]\)"),
     "inputs in another precision": (
         lambda: [(X.double(), Y)],
@@ -262,7 +261,7 @@ def test_data_are_refused_with_the_repair(name):
 
 
 def test_a_warning_is_of_the_line_of_the_user():
-    with pytest.warns(UserWarning, match="has 4 outputs, and the labels hold 2 classes") as caught:
+    with pytest.warns(UserWarning, match="has 4 outputs, and the labels have 2 classes") as caught:
         measure(Net(), [(X, Y % 2)])
     assert [each.filename for each in caught] == [__file__]
 
@@ -337,7 +336,7 @@ REFUSED_OPTIONS = {
         {"model": type("FullyShardedDataParallel", (Holder,), {})(Net())},
         "no process can read the head: shard with torch.distributed.fsdp.fully_shard",
     ),
-    "lazy": ({"model": nn.Sequential(nn.Linear(5, D), nn.LazyLinear(K))}, "lazy layers without weights.*run it once"),
+    "lazy": ({"model": nn.Sequential(nn.Linear(5, D), nn.LazyLinear(K))}, "lazy layers without weights.*run it"),
 }
 
 
@@ -545,7 +544,7 @@ def test_a_model_without_parameters():
 
 
 def test_more_outputs_than_classes_are_said_aloud():
-    with pytest.warns(UserWarning, match="4 outputs, and the labels hold 3 classes"):
+    with pytest.warns(UserWarning, match="4 outputs, and the labels have 3 classes"):
         found = measure(Net(), [(X[Y < 3], Y[Y < 3])])
     assert found.counts.tolist() == [6, 6, 6, 0]
 
@@ -579,7 +578,7 @@ def test_processes_share_the_samples_and_get_the_same(tmp_path):
         results = manager.dict()
         mp.start_processes(on_each, (tmp_path / "file", results), nprocs=2, start_method="fork")
         ((parallel, sharded, alone), *untouched), ((*others,), *untouched_too) = results[0], results[1]
-        assert all("cannot be shared out over 2 processes" in results[f"refused {rank}"] for rank in range(2))
+        assert all("cannot be divided between 2 processes" in results[f"refused {rank}"] for rank in range(2))
     assert others == [parallel, sharded]
     assert (untouched, untouched_too) == ([True, pytest.approx(0.3)], [True, pytest.approx(1.3)])
     expected = right()

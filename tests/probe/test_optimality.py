@@ -77,10 +77,10 @@ def test_keeps_the_features_of_no_graph(head, samples):
 
 
 def test_says_what_is_wrong(head, samples):
-    with pytest.raises(ValueError, match="head must have a bias, as the problem has one"):
+    with pytest.raises(ValueError, match="head must have a bias, since the problem has one"):
         OptimalityCollector(Reference(UFMProblem("mse", K, N, D, *PENALTIES)), read_head(head.weight))
     for labels, message in (
-        (samples[1].clamp(max=2), "every class must come exactly 1500 times, got between 0 and 3000"),
+        (samples[1].clamp(max=2), "every class must occur exactly 1500 times, got between 0 and 3000"),
         (samples[1] + 1, r"1500 labels were outside 0\.\.3"),
     ):
         collector = OptimalityCollector(Reference(UFMProblem("ce", K, N, D, *PENALTIES)), read_head(head))

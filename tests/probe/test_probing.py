@@ -16,73 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning import Probe, measure
 from nclightning.callbacks import NeuralCollapseMonitor
+from tests.probe.loops import EXACT, D, K, N, Net, Wrapped, X, Y, loader, made, sgd, states, step
 from tests.trainers import quiet_trainer
 
-K, D, N = 4, 6, 26
-X, Y = torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), torch.arange(N) % K
 FAR = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)) + 3
-EXACT = {"rel": 1e-12, "abs": 1e-12}
-
-
-class Net(nn.Module):
-    """It remembers running statistics, and draws dropout."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, D), nn.BatchNorm1d(D), nn.Tanh(), nn.Dropout(0.2))
-        self.out = nn.Linear(D, K)
-
-    def forward(self, x):
-        return self.out(self.body(x))
-
-
-def loader(rows=slice(None), dtype=torch.float64, **options):
-    return DataLoader(TensorDataset(X[rows].to(dtype), Y[rows]), **{"batch_size": 8, "shuffle": True} | options)
-
-
-def made():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-def step(model, optimizer, x, y):
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def states(model):
-    parts = [*model.modules()]
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts]
-    rng = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-    grads = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-    tensors = {name: value.tolist() for name, value in model.state_dict().items()}
-    return [part.training for part in parts], hooks, rng, grads, tensors
 
 
 # The numbers of the monitor.
-
-
-class Wrapped(L.LightningModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    validation_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 NAMES = ("nc1", "nc1_cdnv", "nc2", "nc3", "nc_distance")
@@ -378,7 +318,7 @@ def test_a_batch_that_is_skipped_is_left_out_aloud():
                     step(model, sgd(model), x, y)
         return epoch
 
-    with pytest.warns(UserWarning, match="Net ran on 3 batches of the epoch, .* did not on 1,"):
+    with pytest.warns(UserWarning, match="Net ran on 3 batches of the epoch, .* not on 1,"):
         epoch = run()
     assert epoch.measurement.num_samples == N - 8
 
@@ -477,15 +417,15 @@ def in_a_block(*lines):
 
 
 MISUSES = {
-    "no batches": (["model(torch.randn(8, 5).double())"], "no batch came through it"),
+    "no batches": (["model(torch.randn(8, 5).double())"], "it yielded no batch"),
     "read before the end": (["for x, y in epoch.batches(loader): model(x)", "epoch.measurement"], "after the block"),
     "two passes": (["for _ in range(2):", "    for x, y in epoch.batches(loader): model(x)"], "called twice"),
-    "nested": (["with probe.online() as other: pass"], "measures an epoch already"),
-    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) anew"),
+    "nested": (["with probe.online() as other: pass"], "is already measuring an epoch"),
+    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) again"),
     "a copy": (["for x, y in epoch.batches(loader): copy.deepcopy(model)(x)"], "did not run on any of 4 batches"),
-    "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on something else than"),
-    "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on something else than"),
-    "part of a batch": (["for x, y in epoch.batches(loader): model(x[:4])"], "on something else than"),
+    "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on other inputs than"),
+    "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on other inputs than"),
+    "part of a batch": (["for x, y in epoch.batches(loader): model(x[:4])"], "on other inputs than"),
     "head left out": (["for x, y in epoch.batches(loader): model.body(x)"], "the head did not run here"),
 }
 
@@ -514,9 +454,9 @@ def test_an_error_in_the_loop_leaves_nothing():
     assert states(model)[:2] == before
     with pytest.raises(ValueError, match="only if no error ended"):
         epoch.measurement  # noqa: B018
-    with pytest.raises(ValueError, match="inside of the block"):
+    with pytest.raises(ValueError, match="inside the block"):
         next(kept[0])
-    with pytest.raises(ValueError, match="inside of the block"):
+    with pytest.raises(ValueError, match="inside the block"):
         epoch.batches(loader())
     with probe.online() as again:
         for x, _ in again.batches(loader()):
@@ -532,7 +472,7 @@ def test_what_cannot_be_read_online():
 
 
 def test_a_data_set_of_one_class_is_named():
-    with pytest.raises(ValueError, match="the labels of the data set 'val' hold only one: pass samples of two classes"):
+    with pytest.raises(ValueError, match="the labels of the data set 'val' have only one: pass samples of two classes"):
         Probe(made()).read({"train": loader(), "val": loader(slice(0, N, K))})
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nclightning import Probe, measure
 from nclightning.probe.host import moved
-from tests.probe.test_probing import EXACT, D, K, N, X, Y, loader, made, sgd, states, step
+from tests.probe.loops import EXACT, D, K, N, X, Y, loader, made, sgd, states, step
 
 # Batches of a class of the user's own.
 
@@ -99,7 +99,7 @@ def test_samples_that_are_mixed_in_place_are_refused(copied):
                 model(x.clone() if copied else x)
 
     before = states(model)[1]
-    with pytest.raises(ValueError, match="on something else than the inputs of the batch"):
+    with pytest.raises(ValueError, match="on other inputs than those of the batch"):
         run()
     assert states(model)[1] == before
 
@@ -197,7 +197,7 @@ def test_the_last_step_before_a_break_is_checked_too():
                     break
                 model(x)
 
-    with pytest.raises(ValueError, match="on something else than the inputs of the batch"):
+    with pytest.raises(ValueError, match="on other inputs than those of the batch"):
         run()
 
 
@@ -291,7 +291,7 @@ def test_a_loader_that_goes_on_with_its_iterator_is_refused():
     batches = iter(data)
     next(batches)
     for each in (data, {"train": data}):
-        with pytest.raises(ValueError, match="Repeating goes on with an iterator that it keeps as 'iterator'"):
+        with pytest.raises(ValueError, match="Repeating keeps one iterator for all passes, as 'iterator'"):
             Probe(model).read(each)
     assert len([*batches]) == 3
     with Probe(model).online() as epoch:

@@ -13,8 +13,8 @@ import torch
 
 from nclightning import measure
 from nclightning.metrics import MEASURES
-from nclightning.metrics.measures import meaning_of
 from nclightning.probe.results import Measurement
+from nclightning.quantities import measure_named
 
 
 def etf(num_classes, dim):
@@ -56,11 +56,12 @@ def test_more_classes_than_an_etf_has_room_for_have_no_value_at_collapse():
 
 def test_every_name_that_is_logged_has_a_meaning():
     names = [*MEASURES, "ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin", "nc5"]
-    texts = [meaning_of(name).text for name in names]
+    texts = [measure_named(name).meaning for name in names]
     assert all(texts)
     assert len(set(texts)) == len(texts)
     assert max(map(len, texts)) <= 80
-    assert meaning_of("of_the_user") == ("", None)
+    unknown = measure_named("of_the_user")
+    assert (unknown.meaning, unknown.collapsed) == ("", None)
 
 
 def test_is_an_immutable_mapping_of_floats():
@@ -211,7 +212,7 @@ def test_notes_say_what_is_missing():
     found = measure(features=given["features"][kept], labels=given["labels"][kept], weight=given["weight"])
     assert "1 of 4 classes have no samples; measures of class means leave them out." in repr(found)
     assert "Class means spread along 2 of at most 2 directions." in repr(found)
-    assert "Left out, since they read the head: nc2, nc3." in repr(
+    assert "Left out because they need the head: nc2, nc3." in repr(
         measure(features=given["features"], labels=given["labels"])
     )
 
@@ -237,7 +238,7 @@ def test_a_notebook_shows_the_same_table_with_names_escaped():
     assert reader.open == []
     assert "layer <script>alert(1)</script>&" in reader.cells
     assert "Measurement of 24 samples, 4 classes, 8 features, head '<b>', 1.5 s" in reader.cells
-    assert "Left out, since they read the head: nc3." in reader.cells
+    assert "Left out because they need the head: nc3." in reader.cells
     assert {"nc1", "0.5", "1e-09", "inf"} <= set(reader.cells)
 
 

@@ -37,5 +37,5 @@ def test_a_problem_is_the_same_under_another_default_device(name):
 
 
 def test_targets_beside_a_problem_are_refused_as_a_tensor_too():
-    with pytest.raises(ValueError, match="targets cannot go together with a problem"):
+    with pytest.raises(ValueError, match="targets cannot be given together with a problem"):
         Optimality(unbalanced_ce([5, 3, 1], 4, **PENALTIES), torch.zeros(3, 4), targets=torch.eye(3))

@@ -6,9 +6,9 @@ import torch
 from mpmath import mp, mpf
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Loss, Problem, SquaredError
-from nclightning.problems.curved import Curved
-from tests.problems.cases import one_against_rest
-from tests.problems.test_accuracy import LOSSES
+from nclightning.problems.row_hessians import RowHessians
+from tests.problems.cases import ByValue, one_against_rest
+from tests.problems.multiprecision import LOSSES
 
 K = 4
 OFFSET, WEIGHTS = [0.5, -1.0, 0.0, 2.0], [0.2, 1.0, 3.0, 0.7]
@@ -19,13 +19,6 @@ KINDS = {
     "binary cross-entropy": BinaryCrossEntropy(),
     "squared hinge": one_against_rest([1, 1], 1, 1.0, 1.0).loss,
 }
-
-
-class ByValue(Loss):
-    """What is left of a loss if only its value is known."""
-
-    def __init__(self, loss):
-        self.value = loss.value
 
 
 @pytest.fixture(params=KINDS)
@@ -64,17 +57,17 @@ def test_derivatives_are_those_of_the_value(loss, scale, generator):
 def test_peaks_and_flanks_are_the_hessian(name, scale, generator):
     loss = KINDS[name]
     z, a, y = draw(loss, generator, scale)
-    stress = torch.rand(len(z), 1, dtype=torch.float64, generator=generator)
-    curved = Curved(loss, z, y, stress)
-    heights, axes, flanks = curved.peaks()
+    row_factors = torch.rand(len(z), 1, dtype=torch.float64, generator=generator)
+    hessians = RowHessians(loss, z, y, row_factors)
+    heights, axes, flanks = hessians.peaks()
     peak = heights.unsqueeze(2) * axes.unsqueeze(2) * axes.unsqueeze(1)
     identity = torch.eye(K, dtype=torch.float64)
     flank = flanks.masses.unsqueeze(2) * (
         torch.diag_embed(flanks.others) - flanks.others.unsqueeze(2) * flanks.others.unsqueeze(1)
     )
-    close(peak + flank, stress.unsqueeze(2) * loss.hessian(z, y), 1e-12, 1e-15)
+    close(peak + flank, row_factors.unsqueeze(2) * loss.hessian(z, y), 1e-12, 1e-15)
     shares = torch.rand(len(z), dtype=torch.float64, generator=generator)
-    for part, hessian in ((curved, peak + flank), (flanks, flank)):
+    for part, hessian in ((hessians, peak + flank), (flanks, flank)):
         close(part.square(a), torch.einsum("bk,bkl,bl->b", a, hessian, a), 1e-12, 1e-13)
         close(part.along(identity), hessian.diagonal(dim1=1, dim2=2), 1e-12, 1e-15)
         close(part.summed(shares), torch.einsum("b,bkl->kl", shares, hessian), 1e-12, 1e-15)
@@ -83,7 +76,7 @@ def test_peaks_and_flanks_are_the_hessian(name, scale, generator):
 def test_other_losses_have_no_peaks(generator):
     for name in ("squared error", "binary cross-entropy"):
         z, _, y = draw(KINDS[name], generator)
-        assert Curved(KINDS[name], z, y, torch.ones(len(z), 1)).peaks() is None
+        assert RowHessians(KINDS[name], z, y, torch.ones(len(z), 1)).peaks() is None
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])

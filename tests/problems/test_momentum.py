@@ -228,7 +228,7 @@ def test_what_moves_along_the_set_comes_to_rest(generator):
         (lambda p: p.contraction(1.0, 1.0), "momentum must be at least 0 and below 1, got 1.0"),
         (lambda p: p.contraction(1.0, -0.1), "momentum must be at least 0 and below 1, got -0.1"),
         (lambda p: p.iterations_per_decade(1.0, math.nan), "momentum must be at least 0 and below 1, got nan"),
-        (lambda p: p.contraction(momentum=0.9), "step is missing: with a momentum give both"),
+        (lambda p: p.contraction(momentum=0.9), "step is missing: give it together with the momentum"),
         (lambda p: p.slowest_mode(-1.0, 0.9), "step must be positive and finite, got -1.0"),
         (lambda p: p.heavy_ball(1e9), r"step must be positive and at most the best one, .*, got 1e\+?0?9|1000000000"),
         (lambda p: p.nesterov(0.0), "step must be positive and at most the best one"),

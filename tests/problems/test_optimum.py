@@ -222,7 +222,7 @@ def test_few_features():
     assert few.optimal_value - full.optimal_value == pytest.approx(lost)
     mixed = mse_without_bias([9, 4, 4], 2, 0.01, 0.01)
     assert mixed.optimal_value > 0
-    with pytest.raises(NoAnswer, match="several equal singular values beside larger ones"):
+    with pytest.raises(NoAnswer, match="several equal singular values in addition to larger ones"):
         mixed.random_optimum()
     with pytest.raises(NoAnswer, match="not unique"):
         balanced_mse(5, 2, 2, 0.01, 0.01).divergence(torch.zeros(1, 5), torch.zeros(1, dtype=torch.int64))

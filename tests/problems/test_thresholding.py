@@ -26,7 +26,7 @@ def matrix_of(function, shape):
 
 
 def operator(threshold, scales, shape):
-    return matrix_of(lambda d: threshold.turn_back(apply(scales, threshold.turn(d))), shape)
+    return matrix_of(lambda d: threshold.from_axes(apply(scales, threshold.to_axes(d))), shape)
 
 
 def derivative(matrix, step=1e-6):
@@ -46,10 +46,10 @@ def test_derivative(shape, values, generator):
     threshold = Threshold(matrix, 1.0)
     torch.testing.assert_close(threshold.kept + threshold.subgradient, matrix)
     P, identity = derivative(matrix), torch.eye(matrix.numel(), dtype=torch.float64)
-    smooth, everywhere = (operator(threshold, scales, shape) for scales in threshold.bend(smoothed=True))
+    smooth, everywhere = (operator(threshold, scales, shape) for scales in threshold.hessian_of_norm(smoothed=True))
     torch.testing.assert_close(smooth, identity - P, rtol=0, atol=1e-8)
     torch.testing.assert_close(everywhere, identity, rtol=0, atol=1e-12)
-    bent, there = (operator(threshold, scales, shape) for scales in threshold.bend(smoothed=False))
+    bent, there = (operator(threshold, scales, shape) for scales in threshold.hessian_of_norm(smoothed=False))
     torch.testing.assert_close(bent, torch.linalg.pinv(P, rtol=1e-6) - there, rtol=0, atol=1e-6)
     torch.testing.assert_close(there, torch.linalg.pinv(P, rtol=1e-6) @ P, rtol=0, atol=1e-6)
 
@@ -57,7 +57,9 @@ def test_derivative(shape, values, generator):
 @pytest.mark.parametrize("t", [1e-8, 0.3, 1e8])
 def test_the_unit_of_the_threshold(t, generator):
     matrix = make((4, 4), VALUES["apart"], generator)
-    one, other = (Threshold(scale * matrix, scale).bend(smoothed=False)[0].same * scale for scale in (1.0, t))
+    one, other = (
+        Threshold(scale * matrix, scale).hessian_of_norm(smoothed=False)[0].same * scale for scale in (1.0, t)
+    )
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -66,11 +68,11 @@ def test_the_unit_of_the_threshold(t, generator):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_inverse_with_a_diagonal(shape, values, smoothed, generator):
     threshold = Threshold(make(shape, (VALUES | EDGES)[values], generator), 1.0)
-    bent, there = threshold.bend(smoothed)
-    turned = threshold.turn(torch.randn(shape, dtype=torch.float64, generator=generator))
-    inner, rest = (torch.rand(part.shape, dtype=torch.float64, generator=generator) + 0.1 for part in turned)
-    wanted = apply(there, turned)
-    x = apply(inverse(bent, there, inner, rest), turned)
+    bent, there = threshold.hessian_of_norm(smoothed)
+    in_axes = threshold.to_axes(torch.randn(shape, dtype=torch.float64, generator=generator))
+    inner, rest = (torch.rand(part.shape, dtype=torch.float64, generator=generator) + 0.1 for part in in_axes)
+    wanted = apply(there, in_axes)
+    x = apply(inverse(bent, there, inner, rest), in_axes)
     image = apply(bent, x)
     found = type(x)(image.inner + inner * x.inner, image.rest + rest * x.rest)
     for one, other in zip(apply(there, found), wanted, strict=True):

@@ -114,9 +114,9 @@ def here(files, monkeypatch, tmp_path):
         (["nan.npz"], "nan.npz: features have numbers that are not finite in 1 of 24 rows"),
         (["float.npz"], "float.npz: labels must be integers, got"),
         (["one.npz"], "one.npz: neural collapse compares classes, and there is only one"),
-        (["pickled.npz"], "pickled.npz holds pickled objects, which can run any code"),
+        (["pickled.npz"], "pickled.npz contains pickled objects, which can run any code"),
         (["unnamed.npz"], "unnamed.npz has no features: .* it has 'arr_0', 'arr_1'"),
-        (["numpy.pt"], "numpy.pt holds an object of numpy.* Give --weights_only false if you trust"),
+        (["numpy.pt"], "numpy.pt contains an object of numpy.* Give --weights_only false if you trust"),
         (["zero.npz"], "zero.npz is empty"),
         (["cut.npz"], "cut.npz is cut off"),
         (["good.npz", "--labels", "lost.npy"], "--labels lost.npy: no such file, and good.npz has no array of that"),
@@ -125,13 +125,13 @@ def here(files, monkeypatch, tmp_path):
         (["good.npz", "--features", "z"], "good.npz has no array 'z' for --features, it has 'H', 'y', 'W', 'b'"),
         (
             ["good.npz", "--head", "fc"],
-            "--head is for checkpoints of Lightning and models of Hugging Face",
+            "--head applies to checkpoints of Lightning and models of Hugging Face",
         ),
         (["good.npz", "--measures", "nc9"], "good.npz: measures must be different names out of"),
         (["good.npz", "--measures", "nc1,nc_2"], r"got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
-        (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. read the head: pass weight="),
-        (["h.npy", "w.npy"], "h.npy has no number in its name, by which several files are put in order"),
-        (["good.npz", "good.ckpt"], "good.npz is about saved features and good.ckpt about checkpoints"),
+        (["headless.npz", "--measures", "nc3"], "headless.npz: measures .'nc3'. need the head: pass weight="),
+        (["h.npy", "w.npy"], "h.npy has no number in its name, which is needed to order several files"),
+        (["good.npz", "good.ckpt"], "good.npz has saved features and good.ckpt has checkpoints"),
         (["good.npz", "--jobs", "0"], "--jobs, --limit and --batch_size must be at least 1"),
         (["good.npz", "--nope", "1"], "--nope: no such option"),
         (["good.npz", "--out", "file"], "cannot write file: File exists. Choose another folder with --out"),
@@ -148,9 +148,12 @@ def here(files, monkeypatch, tmp_path):
             ["good.ckpt", "--model", "tests.series.training:samples", *WORDS[2:]],
             "samples needs count, seed",
         ),
-        (["good.ckpt", "--model", "tests.series.training:loaders", *WORDS[2:]], "the model is a dict, and a Lightning"),
-        (["good.ckpt", *TWO], "NeedsMore needs 'depth', and good.ckpt has no such hyperparameters"),
-        (["bare.ckpt", *WORDS], "Net needs 'width', and bare.ckpt has no such hyperparameters"),
+        (
+            ["good.ckpt", "--model", "tests.series.training:loaders", *WORDS[2:]],
+            "the model must be a LightningModule, got a dict",
+        ),
+        (["good.ckpt", *TWO], "NeedsMore needs 'depth', which good.ckpt does not have as hyperparameters"),
+        (["bare.ckpt", *WORDS], "Net needs 'width', which bare.ckpt does not have as hyperparameters"),
         (["bare.ckpt", "--config", "full.yaml"], "--config full.yaml: model: width must be given"),
         (["good.ckpt", "--config", "wrong.yaml"], "--config wrong.yaml: model: depth: no such option"),
         (
@@ -159,7 +162,7 @@ def here(files, monkeypatch, tmp_path):
         ),
         (["good.ckpt", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (["good.ckpt", *WORDS, "--head", "nope"], "good.ckpt: no layer named head='nope' in Net"),
-        (["good.ckpt", *WORDS, "--text", "x"], "--text is for models of Hugging Face, and good.ckpt is about"),
+        (["good.ckpt", *WORDS, "--text", "x"], "--text applies to models of Hugging Face, but good.ckpt has"),
         (["good.ckpt", *WORDS, "--device", "nope"], "--device nope: "),
         (["good.ckpt", *WORDS, "--precision", "9"], "--precision 9: "),
         (["good.ckpt", *WORDS, "--state_dict", "ema"], "good.ckpt has no weights under --state_dict ema"),
@@ -170,11 +173,14 @@ def here(files, monkeypatch, tmp_path):
         (["flipped.ckpt", *WORDS], r"flipped.ckpt: not a readable checkpoint .its part data/\d+ is damaged"),
         (["good.ckpt", *WORDS[:3], "tests.series.training:three"], "must return a loader, .train, val., .* 3 of them"),
         (["good.ckpt", *WORDS[:3], "tests.series.training:misnamed"], "mapping of .*; got the names train, validation"),
-        (["folder.ckpt", *WORDS], "folder.ckpt is a folder, and a file is needed"),
-        (["objects.ckpt", *WORDS], "objects.ckpt holds an object of argparse.Namespace, .* Give --weights_only false"),
+        (["folder.ckpt", *WORDS], "folder.ckpt must be a file, but is a folder"),
+        (
+            ["objects.ckpt", *WORDS],
+            "objects.ckpt contains an object of argparse.Namespace, .* Give --weights_only false",
+        ),
         (["other.ckpt", *WORDS], "other model: it has no fc.weight, fc.bias; the model has no head.weight, head.bias"),
-        (["shape.ckpt", *WORDS], r"other model: its fc.weight has shape \(5, 6\), and the model's has \(3, 6\)"),
-        (["average.ckpt", "good.ckpt", *WORDS], "average.ckpt and good.ckpt are both of step 4, and differ"),
+        (["shape.ckpt", *WORDS], r"other model: its fc.weight has shape \(5, 6\), that of the model \(3, 6\)"),
+        (["average.ckpt", "good.ckpt", *WORDS], "average.ckpt and good.ckpt both have step 4, and differ"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
@@ -278,7 +284,7 @@ def test_the_step_is_the_number_that_counts(names, steps):
 
 def test_a_step_that_a_table_cannot_tell_from_the_next_is_refused(here):
     shutil.copy("good.npz", here / f"step_{2**53}.npz")
-    refused(["measure", str(here), "--out", str(here / "out")], r"is of step 9007199254740992, and steps from 0 to 2")
+    refused(["measure", str(here), "--out", str(here / "out")], r"has step 9007199254740992: steps must be from 0 to 2")
     assert not (here / "out").exists()
 
 
@@ -332,15 +338,15 @@ def test_new_files_are_added_and_those_that_are_gone_keep_their_rows(series, cap
     assert (out / "readings.csv").read_text().startswith(before)
     assert read_readings(out).iterations.tolist() == [10, 20, 30]
     told = capsys.readouterr().err
-    assert "1 of the measured files are gone; their rows stay." in told
-    assert "2 rows are there already, 1 are to be measured." in told
+    assert "measured files that no longer exist: 1; their rows are kept." in told
+    assert "existing rows: 2, files to measure: 1." in told
 
 
 def test_a_series_goes_on_whatever_its_files_are_called_by(series, monkeypatch, capsys):
     _, folder, out = series
     shutil.copy("headless.npz", folder / "a_30.npz")
     main(["measure", *map(str, sorted(folder.glob("*.npz"))), "--out", str(out)])
-    assert "2 rows are there already, 1 are to be measured." in capsys.readouterr().err
+    assert "existing rows: 2, files to measure: 1." in capsys.readouterr().err
     monkeypatch.chdir(folder)
     for path in (".", "../dumps/", "*.npz", "a_20.npz"):
         main(["measure", path, "--out", "../out"])
@@ -351,20 +357,20 @@ def test_files_of_another_series_are_not_added(series, here):
     _, _, out = series
     (here / "others").mkdir()
     shutil.copy("good.npz", here / "others" / "a_40.npz")
-    refused(["measure", str(here / "others"), "--out", str(out)], "holds a series of .*a_20.npz and such, and .*a_40")
+    refused(["measure", str(here / "others"), "--out", str(out)], "has the series of .*a_20.npz, to which .*a_40")
 
 
 def test_other_settings_changed_files_and_earlier_ones_are_refused_until_overwritten(series):
     words, folder, out = series
     before = {path: path.read_bytes() for path in out.iterdir()}
     refused(
-        [*words, "--measures", "nc1"], r'holds a series with measures=null, and this one has measures=\["nc1"\]: --ov'
+        [*words, "--measures", "nc1"], r'has a series with measures=null, and this one has measures=\["nc1"\]: --ov'
     )
     shutil.copy("headless.npz", folder / "a_15.npz")
-    refused(words, "a_15.npz is of step 15, which comes before the last row in .*, 20: --overwrite")
+    refused(words, "a_15.npz has step 15, which is before that of the last row in .*, 20: --overwrite")
     (folder / "a_15.npz").unlink()
     shutil.copy("headless.npz", folder / "a_20.npz")
-    refused(words, "a_20.npz has changed since .*a_20.npz was measured .step 20.: --overwrite measures all anew")
+    refused(words, "a_20.npz has changed since .*a_20.npz was measured .step 20.: --overwrite measures all files again")
     shutil.copy("zero.npz", folder / "a_15.npz")
     refused([*words, "--overwrite"], "a_15.npz is empty")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -381,11 +387,11 @@ def test_a_folder_that_is_in_use_or_holds_something_else_is_refused(series, here
     lock.release()
     (out / "measured.json").unlink()
     for more in ([], ["--overwrite"]):
-        refused([*words, *more], "readings.csv is the table of something else, such as a training run")
+        refused([*words, *more], "readings.csv is not the table of a series, but perhaps of a training run")
     (out / "measured.json").write_text("{")
-    refused(words, "measured.json is damaged: --overwrite measures all anew")
+    refused(words, "measured.json is damaged: --overwrite measures all files again")
     (out / "measured.json").write_text(json.dumps({"settings": {}, "rows": {}}))
-    refused(words, "holds a series with kind=null")
+    refused(words, "has a series with kind=null")
 
 
 def test_a_read_only_folder_is_refused(here):

@@ -89,7 +89,7 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         (["out"], "models of Hugging Face need data: give --data FOLDER of images"),
         (["out", "--data", "nowhere.csv"], "--data nowhere.csv: no such file or folder"),
         (["out", "--data", "vocab.txt"], "--data vocab.txt: expected a folder, or a csv, json, jsonl or parquet"),
-        (["out", "--data", "stars.csv"], "stars.csv has no column for the labels that is known, only review, stars"),
+        (["out", "--data", "stars.csv"], "stars.csv: the column of the labels is none of review, stars"),
         (
             ["out", "--data", "reviews.csv", "--text", "x"],
             "--text x: reviews.csv has no such column, it has",
@@ -97,11 +97,11 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         (["out", "--data", "others.csv"], "others.csv has the label 'x', and the model knows bad, ok, good"),
         (
             ["base", "--data", "reviews.csv"],
-            "base has no classifier.bias, classifier.weight: .* not trained",
+            "base has no classifier.bias, classifier.weight: .* not been trained",
         ),
         (
             ["words", "--data", "reviews.csv"],
-            "words holds the architecture BertForMaskedLM, and models for",
+            "words has the architecture BertForMaskedLM, but only models for",
         ),
         (["zero", "--data", "reviews.csv"], "zero/model.safetensors is empty"),
         (["plain", "--data", "reviews.csv"], "plain has no tokenizer that can be loaded"),
@@ -118,7 +118,7 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
             "^error: out/checkpoint-20: gaps.jsonl: the texts of 6",
         ),
         (["resnet", "--data", "cut"], "resnet: cut: sample 0 cannot be read: "),
-        (["out", "--data", "reviews.csv", "--config", "x"], "--config is for checkpoints of Lightning"),
+        (["out", "--data", "reviews.csv", "--config", "x"], "--config applies to checkpoints of Lightning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -40,7 +40,7 @@ def test_twenty_checkpoints_killed_twice_are_those_that_training_logged(trained,
     words = ["measure", str(trained / "checkpoints"), *WORDS, "--measures", *MEASURES, "--out"]
     main([*words, str(tmp_path / "whole")])
     printed = capsys.readouterr()
-    assert "last.ckpt holds the weights of" in printed.err
+    assert "last.ckpt has the same weights as" in printed.err
     assert "Neural collapse of 20 states" in printed.out
     assert run_killed([*words, str(tmp_path / "killed")], Killer(6, "sync", "readings.csv"))
     assert len(rows_of(tmp_path / "killed" / "readings.csv")) == 6
@@ -49,7 +49,7 @@ def test_twenty_checkpoints_killed_twice_are_those_that_training_logged(trained,
     main([*words, str(tmp_path / "killed")])
     whole = (tmp_path / "whole" / "readings.csv").read_bytes()
     assert (tmp_path / "killed" / "readings.csv").read_bytes() == whole
-    assert "13 rows are there already, 7 are to be measured" in capsys.readouterr().err
+    assert "existing rows: 13, files to measure: 7" in capsys.readouterr().err
     for name in ("whole", "killed"):
         check_events(tmp_path / name)
         assert (tmp_path / name / "measured.png").stat().st_size > 10_000

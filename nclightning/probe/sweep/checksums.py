@@ -1,4 +1,4 @@
-"""Numbers that tell whether tensors were changed."""
+"""Fingerprints that show whether tensors were changed."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from nclightning.sharding import own_shard
 
 __all__ = ["fingerprint", "fingerprint_together"]
 
-# Words of a tensor whose fingerprint is taken at a time: they stay in the cache.
+# Number of 64-bit words that are processed at once. They fit in the CPU's cache.
 _WORDS_AT_A_TIME = 2**15
-# Tensors of so many numbers are put together with others.
+# Tensors up to this number of elements are concatenated.
 _SMALL = 2**14
-# Multiplies as random generators do.
+# An odd multiplier as in random number generators.
 _ODD = -7046029254386353131
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Return numbers that tell whether tensors, such as a module's parameters, have been changed, bit for bit.
+    """Return 64-bit hashes of tensors, by which a change of a single bit can be detected.
 
-    Version counters miss writes through ``.data`` and by fused optimizers. The numbers are sums of 64
-    mixed bits per element and place: a change goes unseen with a probability of about :math:`2^{-64}`.
+    Torch's version counters miss writes through ``.data`` and by fused optimizers. A change goes undetected with a
+    probability of about :math:`2^{-64}`.
 
     Args:
-        tensors: Dense ones; of sharded ones the part of this process counts.
+        tensors: Dense tensors. For a sharded tensor, the shard of this process is used.
 
     Returns:
         One number per tensor.
@@ -39,10 +39,10 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def fingerprint_together(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Do as :func:`fingerprint` does, with one number for many small tensors.
+    """Return hashes of tensors like :func:`fingerprint`, but one for all small tensors of a device and dtype.
 
     Args:
-        tensors: As there; which of them there are is a part of what the numbers tell.
+        tensors: As for :func:`fingerprint`. The hashes depend on which tensors there are and on their order.
     """
     large, small = list[Tensor](), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for tensor in tensors:
@@ -57,7 +57,7 @@ def fingerprint_together(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 def _checksum(tensor: Tensor) -> Tensor:
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = flat.contiguous().view(-1).view(torch.uint8)
-    flat = flat.clone() if flat.storage_offset() % 8 else flat  # Words begin at multiples of their size.
+    flat = flat.clone() if flat.storage_offset() % 8 else flat  # 64-bit words must be aligned.
     rest = len(flat) % 8
     total = _mixed_sum(flat[len(flat) - rest :].long())
     for part in torch.split(flat[: len(flat) - rest].view(torch.int64), _WORDS_AT_A_TIME):
@@ -66,7 +66,7 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 def _mixed_sum(words: Tensor) -> Tensor:
-    """Sum words with a weight by place, mixed so that flipped signs do not cancel."""
+    """Sum words with weights that depend on the position, and mix bits so that two flipped signs do not cancel."""
     places = torch.arange(1, len(words) + 1, device=words.device).mul_(_ODD).bitwise_or_(1)
     mixed = places.mul_(words)
     return mixed.bitwise_xor_(mixed >> 32).sum()

@@ -1,4 +1,4 @@
-"""Which samples an evaluation pass over a training set sees, and in which order."""
+"""The samples that an evaluation pass over a loader reads, and their order."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from nclightning.compat.accelerate import Origin, is_seedable_random, num_real_s
 from nclightning.compat.fabric import sampler_of_lightning
 from nclightning.errors import UserError
 from nclightning.probe.inputs import tensors_of
-from nclightning.probe.sweep.at_once import batches_at_once
 from nclightning.probe.sweep.checksums import fingerprint
-from nclightning.probe.sweep.online import or_online
-from nclightning.probe.sweep.states import drawing_apart, random_states_kept
+from nclightning.probe.sweep.messages import online_hint
+from nclightning.probe.sweep.row_batches import row_batches
+from nclightning.probe.sweep.states import random_states_kept, with_own_generators
 from nclightning.ranks import world_size as running_processes
 
 __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_batches", "sequential_loader"]
@@ -39,54 +39,53 @@ __all__ = ["known_indices", "limited_batches", "num_own_samples", "num_planned_b
 def sequential_loader(
     loader: Iterable[Any], rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Iterable[Any]:
-    """Make a loader over the samples that a loader can yield, in order, each exactly once over all ranks.
+    """Return a loader of all samples that a loader can yield, in order, each exactly once over all ranks.
 
-    Shuffling, dropped last batches and the duplicates that a distributed sampler pads with would make a measurement
-    depend on the epoch, leave samples out or count some twice.
+    The user's loader is not used directly. Its shuffling would make a measurement depend on the epoch, dropped batches
+    would be left out, and the duplicates of a distributed sampler would count twice.
 
-    | sampler, also inside a ``BatchSampler`` | samples seen |
+    | sampler, also inside a ``BatchSampler`` | samples |
     |---|---|
-    | sequential, random, distributed | the whole data set that the sampler is of |
+    | sequential, random, distributed | the whole data set of the sampler |
     | ``SubsetRandomSampler`` | its indices |
     | ``WeightedRandomSampler`` | all with a weight above 0, each once |
     | any other, or a list of indices | those of one pass over a copy of it, each once |
-    | own batch sampler | the same, in the batches of that pass |
+    | the user's own batch sampler | those of one pass over a copy of it, each once, in its batches |
 
-    Loaders that Hugging Face's accelerate has prepared are looked through: what counts is the sampler or stream of all
-    processes, without the samples that are repeated to give each process as many, and without the batches that a
-    resumed epoch skips.
+    Loaders that Hugging Face's accelerate has prepared are unwrapped to the sampler or stream of all processes. Samples
+    that accelerate repeats to give each process equally many are left out; batches that a resumed epoch skips are not.
 
-    With a limit, a sampler with a fixed order is followed up to it: training never reads what comes later. A shuffling
-    one of torch's comes to all its samples sooner or later, so that all of them are seen. Of any other sampler the pass
-    ends at the limit.
+    With a limit, a sampler with a fixed order is followed up to the limit, because training never reads the samples
+    after it. A shuffling sampler of torch reaches all its samples in the course of the epochs, so that all are read.
+    For any other sampler the pass ends at the limit.
 
     Args:
         loader: A ``DataLoader``, or any other iterable of batches.
-        rank: Of this process.
-        world_size: Number of processes, which must all come here.
-        limit: Number of batches to which each process is held in an epoch; None if to none.
+        rank: Rank of this process.
+        world_size: Number of processes, which must all call this function.
+        limit: Largest number of batches that each process reads per epoch; None for no limit.
 
     Returns:
         The loader.
 
     Raises:
-        ValueError: If samples cannot be shared out over several processes, if a subclass of ``DataLoader`` has an
-            ``__iter__`` of its own (what it yields cannot be had from the dataset, and to run it would move it on), or
-            if a sampler or an iterator cannot be copied, so that to run it would move it on.
+        ValueError: If samples cannot be divided between several processes; if a subclass of ``DataLoader`` has an
+            ``__iter__`` of its own, which may yield other samples than its data set has; or if a sampler or iterator
+            cannot be copied, so that reading it would advance it for training.
     """
     origin = origin_of(loader)
     loader, limit = origin.loader, None if limit is None else limit * origin.per_step
     if isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__:
         raise UserError(
-            f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: a sweep over its dataset may see "
-            f"other samples than it yields. Use a plain DataLoader{or_online()}."
+            f"{type(loader).__name__} is a DataLoader with an __iter__ of its own: an evaluation pass over its dataset "
+            f"may read other samples than it yields. Use a plain DataLoader{online_hint()}."
         )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if world_size > 1 and origin.streams == "same":
             return _share(origin, limit, rank, world_size)
         if world_size > 1 and origin.streams != "own":
             raise UserError(
-                f"a {type(loader).__name__} without a map-style dataset cannot be shared out over {world_size} "
+                f"a {type(loader).__name__} without a map-style dataset cannot be divided between {world_size} "
                 "processes without counting samples twice."
             )
         return _stream(origin, limit)
@@ -103,16 +102,15 @@ def sequential_loader(
 
 
 def limited_batches(loader: Any, limit: float, read: int) -> int | None:
-    """Return the number of batches to which a limit holds an epoch of training.
+    """Return the number of batches in an epoch of training under Lightning's ``limit_train_batches``.
 
     Args:
         loader: Any loader.
-        limit: A number of batches, or as a float the share of a loader with a length: Lightning's
-            ``limit_train_batches``.
-        read: Batches that training has read of a loader without a length, which may have no end.
+        limit: The limit: a number of batches, or a float for a fraction of the loader's length.
+        read: Number of batches that training has read so far, for a loader without a length.
 
     Returns:
-        The number; None if the loader ends by itself before.
+        The number; None if the loader ends before the limit.
     """
     length = num_planned_batches(loader)
     if length is None:
@@ -130,14 +128,14 @@ def num_planned_batches(loader: Any) -> int | None:
 
 
 def known_indices(loader: DataLoader[Any], limit: int | None = None) -> Sequence[int] | None:
-    """Return the indices that a sweep over a map-style data set sees, where they are known without running a sampler.
+    """Return the indices that an evaluation pass reads from a map-style data set, without running a sampler.
 
     Args:
         loader: Any ``DataLoader``.
         limit: As for :func:`sequential_loader`.
 
     Returns:
-        The indices over all processes; None if they are not known.
+        The indices over all processes; None if they are known only after running the sampler.
     """
     origin = origin_of(loader)
     batches: Any = origin.batch_sampler
@@ -149,18 +147,18 @@ def known_indices(loader: DataLoader[Any], limit: int | None = None) -> Sequence
 
 
 def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoader[Any]:
-    """Make a loader with workers of its own, which the running pass does not lose."""
+    """Return a loader with its own worker processes, so that a running pass of training keeps its workers."""
     if loader.num_workers > 0:
         plan |= {
             "timeout": loader.timeout,
             "prefetch_factor": loader.prefetch_factor,
             "multiprocessing_context": loader.multiprocessing_context,
         }
-    at_once = batches_at_once(loader) if "batch_sampler" in plan else None
+    at_once = row_batches(loader) if "batch_sampler" in plan else None
     return DataLoader(
         dataset if at_once is None else at_once,
         num_workers=loader.num_workers,
-        collate_fn=drawing_apart(loader.collate_fn) if at_once is None else _as_it_is,
+        collate_fn=with_own_generators(loader.collate_fn) if at_once is None else _identity,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
@@ -168,7 +166,7 @@ def _new_loader(loader: DataLoader[Any], dataset: Any, **plan: Any) -> DataLoade
     )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -190,7 +188,7 @@ class _Stream:
 
 
 class _Every:
-    """The batches of a stream that fall to one process."""
+    """The batches of a stream that one process reads: every ``world_size``-th one."""
 
     def __init__(self, batches: Iterable[Any], rank: int, world_size: int) -> None:
         self._batches, self._rank, self._world_size = batches, rank, world_size
@@ -203,23 +201,25 @@ def _stream(origin: Origin, limit: int | None) -> Iterable[Any]:
     loader, length = origin.loader, num_planned_batches(origin.loader)
     stream: Iterable[Any] = loader
     if isinstance(loader, DataLoader):
-        moves = isinstance(origin.dataset, Iterator) and loader.num_workers == 0  # Workers have copies of their own.
+        moves = (
+            isinstance(origin.dataset, Iterator) and loader.num_workers == 0
+        )  # Worker processes have their own copies.
         dataset = _copied(origin.dataset, loader) if moves else origin.dataset
         stream = _new_loader(loader, dataset, batch_size=loader.batch_size, drop_last=loader.drop_last)
         if origin.dataset is not loader.dataset:  # The length is that of one process.
             length = num_planned_batches(stream)
     elif isinstance(loader, Iterator):
         stream = _copied(loader, loader)
-    if length is not None:  # More than its length is not read by training, either.
+    if length is not None:  # Training does not read more than the length either.
         limit = length if limit is None else min(limit, length)
     return stream if limit is None or (isinstance(loader, list | tuple) and limit == length) else _Stream(stream, limit)
 
 
 def _share(origin: Origin, limit: int | None, rank: int, world_size: int) -> Iterable[Any]:
-    """Give each process its batches of a stream that all of them go through.
+    """Return this process's batches of a stream that all processes iterate over.
 
     Raises:
-        ValueError: If they are seen to go through different ones.
+        ValueError: If the first batch differs between processes.
     """
     seen, error = tuple[int, ...](), None
     try:
@@ -235,8 +235,8 @@ def _share(origin: Origin, limit: int | None, rank: int, world_size: int) -> Ite
             raise UserError(f"the data set of process {everybody.index(None)} failed, which says why.")
         if error is None and any(each != seen for each in everybody):
             raise UserError(
-                f"a {type(origin.dataset).__name__} yields other samples on one process than on another, so that it "
-                "cannot be shared out without counting samples twice: give it the same seed on all of them."
+                f"a {type(origin.dataset).__name__} yields different samples on different processes, so that it "
+                "cannot be divided without counting samples twice: give it the same seed on all of them."
             )
     if error is not None:
         raise error
@@ -247,20 +247,20 @@ def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(
         loader.dataset,
         loader.batch_size,
-        collate_fn=drawing_apart(loader.collate_fn),
+        collate_fn=with_own_generators(loader.collate_fn),
         drop_last=loader.drop_last,
         generator=torch.Generator(),
     )
 
 
 def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
-    """Copy what would otherwise be moved on by a pass over it."""
+    """Copy an iterator or sampler that an evaluation pass would otherwise advance for training."""
     try:
         return copy.deepcopy(iterator, {id(shared): shared})
     except Exception as error:
         raise UserError(
-            f"a sweep over {type(loader).__name__} would move its {type(iterator).__name__} on, which cannot be copied "
-            f"({error}): use a loader that can be read again from the start{or_online()}."
+            f"a pass over {type(loader).__name__} would advance its {type(iterator).__name__}, which cannot "
+            f"be copied ({error}): use a loader that can be read again from the start{online_hint()}."
         ) from error
 
 
@@ -268,8 +268,8 @@ def _copied(iterator: Any, loader: Any, shared: Any = None) -> Any:
 
 
 def _indices(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None) -> Sequence[Any]:
-    """Return what a sampler can yield on all processes together, in order, each once."""
-    if isinstance(sampler, BatchSampler):  # In the place of a sampler, where its items are whole batches.
+    """Return the indices that a sampler can yield on all processes together, in order, each once."""
+    if isinstance(sampler, BatchSampler):  # Passed as ``sampler``, so that its items are whole batches.
         return _batches(loader, sampler, limit)
     if (order := _known_order(sampler, limit)) is not None:
         return order
@@ -282,9 +282,9 @@ def _indices(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None)
 
 
 def _inside(sampler: Any) -> tuple[Any, int]:
-    """Return the sampler that another one shares out over processes, and over how many; itself if there is none."""
+    """Return the sampler that a distributed one wraps, and the number of processes; itself and 1 if there is none."""
     inner = sampler_of_lightning(sampler)
-    # As catalyst's, which is copied to many a repository.
+    # The DistributedSamplerWrapper of catalyst, which many repositories copy, has an attribute ``sampler``.
     inner = getattr(sampler, "sampler", None) if inner is None and isinstance(sampler, DistributedSampler) else inner
     return (inner, sampler.num_replicas) if isinstance(inner, Iterable) else (sampler, 1)
 
@@ -292,9 +292,9 @@ def _inside(sampler: Any) -> tuple[Any, int]:
 def _known_order(sampler: Any, limit: int | None) -> Sequence[int] | None:
     sampler, shared_by = _inside(sampler)
     limit = None if limit is None else limit * shared_by
-    for kind, known in _KNOWN.items():
+    for kind, describe in _KNOWN.items():
         if type(sampler).__iter__ is kind.__iter__:
-            order, shuffled, copies = known(sampler)
+            order, shuffled, copies = describe(sampler)
             return order if shuffled or limit is None else order[: limit * copies]
     return range(len(sampler.data_source)) if is_seedable_random(sampler) else None
 
@@ -315,15 +315,15 @@ def _without_repeats(batches: Iterable[Iterable[Any]]) -> list[list[Any]]:
 
 
 def _one_pass(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None) -> list[Any]:
-    """Return what the samplers of all processes yield in one epoch, leaving samplers and random states as they are."""
-    length = num_planned_batches(sampler)  # More than its length is not read by training, either.
+    """Return what the samplers of all processes yield in one epoch. Samplers and random states are not advanced."""
+    length = num_planned_batches(sampler)  # Training does not read more than the length either.
     most = min((each for each in (length, limit) if each is not None), default=None)
     items: list[Any] = []
     error: Exception | None = None
     try:
         own = _copied(sampler, loader, loader.dataset)
         with random_states_kept():
-            # The same on all processes and in each sweep.
+            # The same seed on all processes and in each pass.
             random.seed(0)
             np.random.seed(0)  # noqa: NPY002
             torch.manual_seed(0)
@@ -334,7 +334,7 @@ def _one_pass(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None
         everybody: list[Any] = [None] * running_processes()
         dist.all_gather_object(everybody, None if error is not None else items)
         if error is None and None in everybody:
-            raise UserError(f"the sampler of process {everybody.index(None)} failed, which says why.")
+            raise UserError(f"the sampler of process {everybody.index(None)} failed: see the error of that process.")
         items = [item for each in everybody if each is not None for item in each]
     if error is not None:
         raise error
@@ -349,7 +349,7 @@ def _weighted(sampler: Any) -> tuple[Sequence[int], bool, int]:
     return torch.as_tensor(sampler.weights).nonzero().flatten().tolist(), True, 1
 
 
-# All that a sampler can yield, whether it shuffles, and how many processes share its epoch.
+# For each sampler class: all indices that it can yield, whether it shuffles, and how many processes share an epoch.
 _KNOWN: dict[type[Any], Callable[[Any], tuple[Sequence[int], bool, int]]] = {
     SequentialSampler: lambda sampler: (range(len(sampler.data_source)), False, 1),
     RandomSampler: lambda sampler: (range(len(sampler.data_source)), True, 1),
@@ -360,34 +360,34 @@ _KNOWN: dict[type[Any], Callable[[Any], tuple[Sequence[int], bool, int]]] = {
 
 
 def num_own_samples(loader: Any) -> int | None:
-    """Count the samples of an epoch of this process that are not duplicates.
+    """Return the number of samples of this process in an epoch that are not duplicates.
 
-    A ``DistributedSampler`` pads the last places with samples that another process, or an earlier place, has too, and
-    so do loaders that accelerate has prepared.
+    A ``DistributedSampler``, and loaders that accelerate has prepared, repeat samples at the end of an epoch to give
+    each process equally many.
 
     Args:
         loader: Any loader.
 
     Returns:
-        How many samples from the start of the epoch are real; None if all are.
+        The number of samples, counted from the start of the epoch, that are not duplicates; None if all are not.
 
     Raises:
-        ValueError: If samples are repeated and it cannot be known how many, as of a stream.
+        ValueError: If samples are repeated and their number cannot be known, for example for a stream.
     """
     try:
         real = num_real_samples(loader)
     except LookupError:
         raise UserError(
-            f"a {type(loader).__name__} repeats samples at the end of an epoch to give each process as many, and it "
-            "cannot be told which: measure by an evaluation pass, or with drop_last=True."
+            f"a {type(loader).__name__} repeats samples at the end of an epoch to give each process equally many, and "
+            "it is not known which: measure by an evaluation pass, or with drop_last=True."
         ) from None
     if real is not None:
         return real
-    # A loader that was given a batch sampler has a sequential sampler that it does not use.
+    # A loader with a batch sampler also has a sequential sampler, which it does not use.
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", getattr(loader, "sampler", None))
     if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
         return None
     length = len(sampler.dataset)  # type: ignore[arg-type]
-    if len(sampler) != -(-length // sampler.num_replicas):  # Of a subclass that draws as many as it likes.
+    if len(sampler) != -(-length // sampler.num_replicas):  # A subclass with a length of its own.
         return None
     return len(range(sampler.rank, length, sampler.num_replicas))

@@ -1,4 +1,4 @@
-"""A model and all that it remembers, put back as it was."""
+"""A snapshot of a model and everything that it refers to, and its restoration in place."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from torch.nn.parameter import is_lazy
 from nclightning.compat.torch import HOLDERS, version_of
 from nclightning.errors import UserError
 from nclightning.probe.sweep.checksums import fingerprint
-from nclightning.probe.sweep.kinds import LEAVES, keep
-from nclightning.probe.sweep.online import or_online
+from nclightning.probe.sweep.messages import online_hint
+from nclightning.probe.sweep.object_state import LEAVES, save_state
 from nclightning.sharding import own_shard
 
 __all__ = ["TraceError", "has_lazy_parts", "remembered"]
 
-# Objects that are searched, the nearest to the model first.
+# Largest number of objects that are searched, the nearest to the model first.
 _MOST_OBJECTS = 100_000
-# Tensors up to so many bytes in all are copied, weights that are trained last; of the others a change is seen.
+# Total size of the tensors that are copied, trainable weights last. Of further tensors a change is only detected.
 _COPIED_BYTES = 2**30
-# Containers that are emptied again if they were empty, as most of the thirteen dictionaries of each torch module are.
+# Containers of these types that were empty are just emptied again. Most dictionaries of a torch module are empty.
 _CLEARED = frozenset({dict, OrderedDict, list, set, deque})
 _SIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TraceError(UserError):
-    """A forward changed something of the model that could not be put back: training would go on from another state."""
+    """A forward changed the model in a way that could not be restored: training would continue from another state."""
 
 
 def has_lazy_parts(module: nn.Module) -> bool:
-    """Whether parameters or buffers of a module have no values before its first forward."""
+    """Return whether a module has lazy parameters or buffers, which have no values before its first forward."""
     return any(is_lazy(each) for each in (*module.parameters(), *module.buffers()))
 
 
 @contextmanager
 def remembered(module: nn.Module) -> Iterator[None]:
-    """Put back what a module remembers: parameters, buffers, attributes, and all that can be reached from them.
+    """Restore a module after the block: parameters, buffers, attributes, and all objects that they refer to.
 
-    That is tensors, arrays, random generators, lists, dictionaries and other containers, objects with attributes,
-    variables and caches of functions, and attributes of the user's own classes and modules. Everything is put back into
-    the same objects, and only what changed is written to.
+    These are tensors, arrays, random generators, lists, dictionaries and other containers, objects with attributes,
+    variables and caches of functions, and attributes of the user's own classes and modules. The state is restored into
+    the same objects, and only what changed is written.
 
     Args:
-        module: The module. Trainers, loggers and what else belongs to Lightning are left alone.
+        module: The module. Trainers, loggers and other objects of Lightning are left alone.
 
     Raises:
-        TraceError: If something changed that cannot be put back; not if there is another exception.
+        TraceError: If a change cannot be undone. Another exception of the block takes precedence.
     """
     snapshot = _Snapshot(module)
     try:
@@ -61,39 +61,39 @@ def remembered(module: nn.Module) -> Iterator[None]:
     if reasons := snapshot.restore():
         name, why = reasons[0]
         raise TraceError(
-            f"a forward of {type(module).__name__} changes {name!r}, and {why}, so that training would go on from "
-            "another state than without the measurement: pass forward_fn=(module, inputs) -> output that runs the "
-            f"model without this change{or_online()}."
+            f"a forward of {type(module).__name__} changes {name!r}, and {why}, so that training would continue "
+            "from another state than without the measurement: pass forward_fn=(module, inputs) -> output that runs the "
+            f"model without this change{online_hint()}."
         )
 
 
 class _Snapshot:
-    """What can be reached from a module."""
+    """The saved state of all objects that a module refers to."""
 
     def __init__(self, module: nn.Module) -> None:
-        # Objects stay referenced, so that no id is given away a second time.
+        # Objects stay referenced, so that Python does not reuse their id.
         self._objects: list[Any] = [module]
         self._origins: list[tuple[int, Any]] = [(-1, "")]
         self._restorers: list[tuple[int, Any]] = []
-        self._instead: dict[int, Any] = {}
+        self._replacements: dict[int, Any] = {}
         self._empty: list[Any] = []
         self._tensors = _Tensors(self._search())
 
     def _search(self) -> list[tuple[int, Tensor]]:
         objects, origins, tensors = self._objects, self._origins, list[tuple[int, Tensor]]()
         seen = {id(objects[0])}
-        for at, value in enumerate(objects):  # It grows on the way.
+        for at, value in enumerate(objects):  # The loop appends to this list.
             if len(objects) >= _MOST_OBJECTS:
                 break
             if isinstance(value, Tensor):
                 tensors.append((at, value))
                 continue
-            kept = keep(value)
-            if kept.restore is not None:
-                self._restorers.append((at, kept.restore))
-            if kept.instead is not None:
-                self._instead[id(value)] = kept.instead
-            for key, child in kept.children:
+            saved_state = save_state(value)
+            if saved_state.restore is not None:
+                self._restorers.append((at, saved_state.restore))
+            if saved_state.replacement is not None:
+                self._replacements[id(value)] = saved_state.replacement
+            for key, child in saved_state.children:
                 if (kind := type(child)) in LEAVES or (number := id(child)) in seen:
                     continue
                 seen.add(number)
@@ -105,7 +105,7 @@ class _Snapshot:
         return tensors
 
     def _name(self, at: int) -> str:
-        """Name an object as the user would."""
+        """Return the dotted name of an object."""
         parts = list[str]()
         while at > 0:
             at, key = self._origins[at]
@@ -114,18 +114,22 @@ class _Snapshot:
         return ".".join(reversed(parts))
 
     def restore(self) -> list[tuple[str, str]]:
-        """Put everything back; return names of what could not be, with the reasons."""
+        """Restore everything. Return the names of objects that could not be restored, with the reasons."""
         with torch.no_grad():
             for each in self._empty:
                 if each:
                     each.clear()
-            reasons = [(at, restore(self._instead)) for at, restore in self._restorers]
+            reasons = [(at, restore(self._replacements)) for at, restore in self._restorers]
             reasons += self._tensors.restore()
         return [(self._name(at), why) for at, why in reasons if why is not None]
 
 
 class _Tensors:
-    """Contents of tensors, with their places among the objects."""
+    """The saved values of tensors.
+
+    Args:
+        placed: The tensors, each with its index in the list of objects.
+    """
 
     def __init__(self, placed: list[tuple[int, Tensor]]) -> None:
         self._grads = [
@@ -136,17 +140,17 @@ class _Tensors:
         placed = [(at, value) for at, value in placed if not (is_lazy(value) or value.is_meta)]
         placed.sort(key=lambda each: isinstance(each[1], nn.Parameter) and each[1].requires_grad)
         self._copied: list[tuple[Tensor, Tensor, Tensor]] = []
-        watched, room = list[tuple[int, Tensor]](), _COPIED_BYTES
+        watched, budget = list[tuple[int, Tensor]](), _COPIED_BYTES
         for at, value in placed:
-            # Its own view of the same memory, which it may be pointed away from by way of .data.
+            # A view keeps the original memory, in case .data is assigned other memory.
             view = value.detach()
             shard = own_shard(view)
             strided = shard.layout == torch.strided
             size = shard.numel() * shard.element_size() if strided else 0
-            if size > room:
+            if size > budget:
                 watched.append((at, value))
                 continue
-            room -= size
+            budget -= size
             self._copied.append((value, view, shard.clone()))
         self._watched = watched
         self._before = fingerprint([value for _, value in watched])
@@ -155,7 +159,7 @@ class _Tensors:
         shards = [self._redirected(value, view) for value, view, _ in self._copied]
         copies = [copy for _, _, copy in self._copied]
         for changed, shard, copy in zip(_differ(shards, copies), shards, copies, strict=True):
-            if changed:  # Else untouched, as what autograd still needs must be.
+            if changed:  # Others are not written to, because autograd may still need them.
                 with torch.inference_mode(shard.is_inference()), torch.no_grad():
                     shard.copy_(copy)
         after = fingerprint([value for _, value in self._watched])
@@ -175,8 +179,8 @@ class _Tensors:
 
     @staticmethod
     def _redirected(value: Tensor, view: Tensor) -> Tensor:
-        """Point a tensor back to its memory; return the part of it that this process has."""
-        if view.layout != torch.strided:  # Sparse ones do not share their memory with what detach returns.
+        """Point a tensor to its original memory again, and return the shard of this process."""
+        if view.layout != torch.strided:  # A detached sparse tensor does not share memory with the original.
             return value
         if not hasattr(view, "to_local") and (
             value.data_ptr() != view.data_ptr() or value.shape != view.shape or value.stride() != view.stride()
@@ -191,14 +195,14 @@ def _version(tensor: Tensor | None) -> int:
 
 
 def _differ(tensors: list[Tensor], copies: list[Tensor]) -> list[bool]:
-    """Tell which tensors have other bits than their copies. One transfer to the host for each device."""
+    """Return which tensors differ from their copies, bit for bit. There is one transfer to the host per device."""
     found = [False] * len(tensors)
     waiting: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for i, (tensor, copy) in enumerate(zip(tensors, copies, strict=True)):
         if tensor.layout != torch.strided or tensor.is_quantized:
             found[i] = True
             continue
-        if tensor.untyped_storage().nbytes() < copy.untyped_storage().nbytes():  # It was given up.
+        if tensor.untyped_storage().nbytes() < copy.untyped_storage().nbytes():  # Its memory was freed.
             continue
         bits, others = _bits(tensor), _bits(copy)
         if tensor.device.type == "cpu":

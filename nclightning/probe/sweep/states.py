@@ -1,4 +1,4 @@
-"""Random states of Python, numpy and torch."""
+"""Saving and restoring the random states of Python, numpy, torch and data sets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from nclightning.compat.torch import parameters_of
-from nclightning.probe.sweep.kinds import LEAVES, keep
+from nclightning.probe.sweep.object_state import LEAVES, save_state
 
-__all__ = ["cuda_devices", "drawing_apart", "generators_kept", "random_states_kept", "torch_states_kept"]
+__all__ = ["cuda_devices", "generators_kept", "random_states_kept", "torch_states_kept", "with_own_generators"]
 
 _GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
-# Longer containers hold samples, and not what changes them.
+# Longer containers are taken for data, and not searched for generators.
 _MOST_ITEMS, _MOST_OBJECTS = 256, 10_000
 
 
@@ -33,10 +33,10 @@ def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
 
 @contextmanager
 def random_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Put the random states of Python, numpy and torch back afterwards.
+    """Restore the random states of Python, numpy and torch after the block.
 
     Args:
-        devices: CUDA devices; the host always counts.
+        devices: CUDA devices whose states are restored, in addition to the CPU.
     """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what is protected
     try:
@@ -49,18 +49,18 @@ def random_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def generators_kept(data: Any) -> Iterator[None]:
-    """Put the random generators back that a data set, its transforms and a collate function have for themselves.
+    """Restore the random generators of a data set, its transforms and its collate function after the block.
 
-    What else they hold, such as a cache of samples, is left alone.
+    Other attributes, such as a cache of samples, are not restored.
 
     Args:
         data: A loader, or any iterable of batches.
     """
-    kept = [keep(each).restore for each in _generators_in(data)]
+    saved_state = [save_state(each).restore for each in _generators_in(data)]
     try:
         yield
     finally:
-        for restore in kept:
+        for restore in saved_state:
             if restore is not None:
                 restore({})
 
@@ -68,7 +68,7 @@ def generators_kept(data: Any) -> Iterator[None]:
 def _generators_in(data: Any) -> list[Any]:
     objects, found = [data], list[Any]()
     seen = {id(data)}
-    for each in objects:  # It grows on the way.
+    for each in objects:  # The loop appends to this list.
         if isinstance(each, _GENERATORS):
             found.append(each)
             continue
@@ -90,7 +90,7 @@ def _held_by(value: Any) -> list[Any]:
     elif isinstance(value, functools.partial):
         held += [value.func, value.args, value.keywords]
     elif isinstance(value, types.FunctionType):
-        held += [*(value.__defaults__ or ()), *(keep(cell).children for cell in value.__closure__ or ())]
+        held += [*(value.__defaults__ or ()), *(save_state(cell).children for cell in value.__closure__ or ())]
     if isinstance(own := getattr(value, "__dict__", None), dict):
         held.append(own)
     return held
@@ -98,12 +98,12 @@ def _held_by(value: Any) -> list[Any]:
 
 @contextmanager
 def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
-    """Put the random states of torch back afterwards.
+    """Restore the random states of torch after the block.
 
     Args:
-        devices: CUDA devices; the host always counts.
+        devices: CUDA devices whose states are restored, in addition to the CPU.
     """
-    # As torch.random.fork_rng does, without looking for devices each time.
+    # Like torch.random.fork_rng, which looks for devices at each call.
     state, on_devices = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
     try:
         yield
@@ -113,26 +113,27 @@ def torch_states_kept(devices: Sequence[int] = ()) -> Iterator[None]:
             torch.cuda.set_rng_state(each, device)
 
 
-def drawing_apart(collator: Any, depth: int = 4) -> Any:
-    """Copy what makes batches, and the objects that it calls, with the random generators that they hold.
+def with_own_generators(collator: Any, depth: int = 4) -> Any:
+    """Copy a collate function and the callables that it refers to, together with their random generators.
 
-    Else the batches of training would be made by other draws; :func:`generators_kept` cannot put back a generator that
-    is made at the first batch. Models, functions and what else they hold are shared.
+    Without the copy an evaluation pass would advance the generators of training. :func:`generators_kept` is not enough,
+    because it cannot restore a generator that is constructed at the first batch. Models, functions and all other
+    objects are shared with the original.
 
     Args:
         collator: Any callable.
-        depth: How many objects within one another are copied.
+        depth: Largest depth of nested objects that are copied.
     """
     if isinstance(collator, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
         return copy.deepcopy(collator)
     if isinstance(collator, types.MethodType):
-        return types.MethodType(collator.__func__, drawing_apart(collator.__self__, depth - 1))
+        return types.MethodType(collator.__func__, with_own_generators(collator.__self__, depth - 1))
     is_shared = isinstance(collator, nn.Module | type | types.FunctionType) or not hasattr(collator, "__dict__")
     if is_shared or depth == 0 or not callable(collator):
         return collator
     try:
         made = copy.copy(collator)
-        vars(made).update({name: drawing_apart(each, depth - 1) for name, each in vars(collator).items()})
-    except Exception:  # It cannot be copied.
+        vars(made).update({name: with_own_generators(each, depth - 1) for name, each in vars(collator).items()})
+    except Exception:  # The object cannot be copied.
         return collator
     return made

@@ -1,4 +1,4 @@
-"""Running a model so that nothing of it is left changed."""
+"""Contexts in which a model runs without a trace."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ __all__ = ["compiled_parts", "eager", "frozen", "shared_buffers", "untouched"]
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Look at a module without a trace: eval mode, no gradients, and everything that it remembers put back.
+    """Run a module in eval mode without gradients, and restore all its state after the block.
 
-    That is what :func:`nclightning.probe.sweep.snapshot.remembered` reaches, and the random states of Python, numpy and
+    The state is that of :func:`nclightning.probe.sweep.snapshot.remembered`, and the random states of Python, numpy and
     torch.
 
     Args:
-        module: Its training flags are restored one by one, so that parts that were frozen stay so.
+        module: The module. The training mode of each submodule is restored.
 
     Raises:
-        TraceError: If the module changed in a way that cannot be put back.
+        TraceError: If the module changed in a way that cannot be undone.
     """
-    reshard(module)  # The memory of gathered weights may be given up on the way.
+    reshard(module)  # The memory of gathered weights may be freed within the block.
     try:
         with remembered(module), random_states_kept(cuda_devices(module.modules())), measurement(), torch.no_grad():
-            torch.clear_autocast_cache()  # Copies of weights in lower precision, of before they changed.
+            torch.clear_autocast_cache()  # It may have outdated copies of weights in lower precision.
             with evaluating(module):
                 yield
-            reshard(module)  # Else its shards would be put back into the places of whole weights.
+            reshard(module)  # The snapshot has shards, which must not be restored into gathered weights.
     finally:
-        torch.clear_autocast_cache()  # Copies that were made without gradients are not for training.
+        torch.clear_autocast_cache()  # Training must not use copies that were made without gradients.
 
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
-    """Run a module as it trains, without a trace.
+    """Run a module in its training modes without a trace.
 
-    Its buffers, its modes, the states of the torchmetrics among its submodules, and the random states of Python, numpy
-    and torch are put back afterwards.
+    After the block its buffers, its modes, the states of torchmetrics among its submodules, and the random states of
+    Python, numpy and torch are restored. Other attributes are not; see :func:`frozen`.
 
     Args:
-        module: Its modes are those of training, so that what is seen is what is trained.
+        module: The module.
     """
     modules = list(module.modules())
     with ExitStack() as stack:
@@ -67,7 +67,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 
 
 def _kinds_of_metrics() -> tuple[type, ...]:
-    """Classes of torchmetrics, which takes seconds to load: before that there is no object of them."""
+    """Return the classes of torchmetrics; none if it is not imported, because then no metric exists."""
     library = sys.modules.get("torchmetrics")
     return () if library is None else (library.Metric, library.MetricCollection)
 
@@ -79,7 +79,7 @@ def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for child, mode in zip(modules, modes, strict=True):
-            child.training = mode  # One by one: parts may be in eval mode while others train.
+            child.training = mode  # For each submodule, because some may be in eval mode while others train.
 
 
 @contextmanager
@@ -95,19 +95,19 @@ def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for child, name, buffer, value in buffers:
-                buffers_of(child)[name] = buffer.copy_(value)  # Some modules put a new tensor in its place.
+                buffers_of(child)[name] = buffer.copy_(value)  # Some modules replace the tensor.
 
 
 @contextmanager
 def shared_buffers(module: nn.Module, world_size: int) -> Iterator[None]:
-    """Give all processes the buffers of the first, and put their own back afterwards.
+    """Give all processes the buffers of the first one, and restore their own after the block.
 
-    Batch norm keeps running statistics of its own on each process, so that processes would look at different models;
-    the first one's is the model that checkpoints hold.
+    Batch norm has different running statistics on each process, so that processes would measure different models.
+    Checkpoints contain those of the first process.
 
     Args:
         module: Any module.
-        world_size: Number of processes, which must all come here.
+        world_size: Number of processes, which must all call this function.
     """
     if world_size == 1:
         yield
@@ -119,18 +119,18 @@ def shared_buffers(module: nn.Module, world_size: int) -> Iterator[None]:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Run compiled modules uncompiled, since compiled ones do not see hooks that came later."""
+    """Return a context in which compiled modules run without compilation, because compiled graphs ignore new hooks."""
     stance = getattr(torch.compiler, "set_stance", None)  # From torch 2.6 on.
     return nullcontext() if stance is None else stance("force_eager")
 
 
 def compiled_parts(module: nn.Module) -> list[nn.Module]:
-    """Return the parts of a module that ``torch.compile`` runs as graphs, in which hooks that came later do not fire.
+    """Return the submodules that run as compiled graphs, in which hooks do not fire that are added after compilation.
 
     Args:
         module: Any module.
 
     Returns:
-        Compiled submodules, and those that have a compiled function, such as a compiled ``validation_step``.
+        Compiled submodules, and submodules with a compiled method, such as a compiled ``validation_step``.
     """
     return [child for child in module.modules() if is_compiled(child)]

@@ -1,1 +1,1 @@
-"""Problems of the field from plain arguments, each a function in a file of its own."""
+"""Members of the family: functions that make a problem of the literature from plain arguments."""

@@ -1,4 +1,4 @@
-"""Sizes that members take."""
+"""Checks of the counts that members take as arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["balanced", "counts_of"]
 
 
 def balanced(num_classes: int, samples_per_class: int) -> list[int]:
-    """Counts of balanced classes, checked."""
+    """Return the counts of balanced classes, checked."""
     for name, value, least in (("num_classes", num_classes, 2), ("samples_per_class", samples_per_class, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f"{name} must be an integer of at least {least}, got {value!r}.")
@@ -21,7 +21,7 @@ def balanced(num_classes: int, samples_per_class: int) -> list[int]:
 
 
 def counts_of(counts: Sequence[int]) -> Tensor:
-    """Counts of classes, of which there must be two."""
+    """Return the counts of at least two classes, checked."""
     numbers = read_numbers(counts, "counts must be integers")
     if numbers.ndim != 1 or len(numbers) < 2:
         raise UserError(f"counts must hold the number of samples of each of at least two classes, got {counts!r}.")

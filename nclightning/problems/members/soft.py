@@ -1,4 +1,4 @@
-"""Cross-entropy with targets that are distributions: label smoothing, mixup, any soft labels."""
+"""Cross-entropy with distributions as targets: label smoothing, mixup, and any soft labels."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ def label_smoothing(
     lambda_h: float,
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    r"""Cross-entropy with targets :math:`(1 - \delta) e_k + \delta/K`, as ``label_smoothing`` of torch.
+    r"""Make the problem of cross-entropy with smoothed labels, as with ``label_smoothing`` in torch.
 
-    For balanced classes the optimal logits of class k are :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` and
-    :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`. Source: Zhou et al. 2022 (2210.02192). Other counts are
-    numerical.
+    The targets are :math:`(1 - \delta) e_k + \delta/K`. For balanced classes the optimal logits of class k are
+    :math:`s (e_k - 1/K)` with :math:`s = \log(1/q' - K + 1)` and :math:`q' = \sqrt{n\lambda_W\lambda_H} + \delta/K`.
+    For other counts the optimum is numerical. Source: Zhou et al. 2022 (2210.02192).
 
     Args:
-        counts: Samples of each class.
-        smoothing: delta, from 0 to below 1.
+        counts: Number of samples of each class.
+        smoothing: delta, at least 0 and below 1.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import label_smoothing
         >>> label_smoothing([10] * 4, 0.1, feature_dim=3, lambda_w=1e-3, lambda_h=1e-3).optimum.method
         'closed form'
     """
@@ -62,20 +63,21 @@ def soft_labels(
     lambda_h: float,
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    """Cross-entropy with any finite set of targets; the optimum is numerical.
+    """Make the problem of cross-entropy with any finite set of target distributions. The optimum is numerical.
 
     Args:
         targets: ``(M, K)``, rows of probabilities.
-        counts: Samples with each target.
+        counts: Number of samples with each target.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import soft_labels
         >>> problem = soft_labels([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]], [5, 5, 2], 2, lambda_w=1e-3, lambda_h=1e-3)
         >>> problem.optimum.rank
         1
@@ -93,25 +95,27 @@ def mixup(
     shares: Sequence[float] = (0.5,),
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    r"""Cross-entropy with mixed targets :math:`\mu e_j + (1 - \mu) e_k` of every pair of classes beside the pure ones.
+    r"""Make the problem of cross-entropy with mixup: pure classes, and mixed targets of every pair of classes.
 
-    Mixup with finitely many shares :math:`\mu`; the optimum is numerical. Source: Fisher et al. 2024 (2402.06171) for
-    the setting.
+    The mixed targets are :math:`\mu e_j + (1 - \mu) e_k` for finitely many shares :math:`\mu`. The optimum is
+    numerical. Source of the setting: Fisher et al. 2024 (2402.06171).
 
     Args:
         num_classes: K.
-        samples_per_class: Samples of each class that are not mixed.
-        samples_per_pair: Samples of each ordered pair and share; a share of one half counts a pair once.
+        samples_per_class: Number of samples of each pure class.
+        samples_per_pair: Number of samples of each ordered pair and share. For a share of one half both orders of a
+            pair are the same target, which is included once.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        shares: mu, each between 0 and 1.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        shares: The shares mu, each between 0 and 1.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import mixup
         >>> problem = mixup(3, 10, 2, feature_dim=4, lambda_w=1e-3, lambda_h=1e-3)
         >>> problem.num_groups, problem.num_samples
         (6, 36)

@@ -1,4 +1,4 @@
-"""Cross-entropy of classes with any counts: plain, with class weights, with adjusted logits."""
+"""Cross-entropy of classes with any counts: plain, with class weights, and with logit adjustment."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ def unbalanced_ce(
     lambda_h: float,
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    r"""Cross-entropy of classes with any counts, where minorities may merge (minority collapse).
+    r"""Make the problem of cross-entropy with any counts, where small classes may merge (minority collapse).
 
-    There is no formula: the optimum is found numerically and certified. Equal logits of two classes,
-    ``problem.optimum.logits``, say that they have merged; :func:`nclightning.problems.rank_thresholds` finds the
-    penalties at which that happens. Sources: Fang et al. 2021; Thrampoulidis et al. 2022 (2208.05512); Hong and Ling
-    2023.
+    The optimum is found numerically and certified. Two classes have merged if their rows of
+    ``problem.optimum.logits`` are equal; :func:`nclightning.problems.rank_thresholds` finds the penalties at which
+    this happens. Sources: Fang et al. 2021; Thrampoulidis et al. 2022 (2208.05512); Hong and Ling 2023.
 
     Args:
-        counts: Samples of each class; 0 for a class that is absent.
+        counts: Number of samples of each class; 0 for an absent class.
         feature_dim: d, at least the rank of the optimum, which is at most ``K - 1``.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import unbalanced_ce
         >>> problem = unbalanced_ce([100, 100, 2, 2], feature_dim=3, lambda_w=0.01, lambda_h=0.01)
         >>> problem.optimum.rank  # The two minorities share one feature.
         2
@@ -59,25 +59,26 @@ def weighted_ce(
     lambda_h: float,
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    r"""Cross-entropy with class weights, averaged as ``torch.nn.CrossEntropyLoss(weight=..)`` averages.
+    r"""Make the problem of cross-entropy with class weights, averaged as in ``torch.nn.CrossEntropyLoss(weight=..)``.
 
     .. math:: \frac{\sum_i w_{y_i} \mathrm{CE}(z_i, y_i)}{\sum_i w_{y_i}}
 
-    The optimum is numerical. With weights inverse to the counts the loss is that of balanced classes, and still the
-    optimum is not the simplex ETF: the penalty on the features counts samples.
+    The optimum is numerical. With weights inversely proportional to the counts, the loss gives all classes the same
+    weight. The optimum is still not a simplex ETF, since the penalty on the features is a sum over samples.
 
     Args:
-        counts: Samples of each class.
-        class_weights: A positive number for each class, up to a common factor; ``"inverse"`` takes one over the counts.
+        counts: Number of samples of each class.
+        class_weights: A positive number for each class, up to a common factor. ``"inverse"`` takes one over the counts.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import weighted_ce
         >>> problem = weighted_ce([40, 10], "inverse", feature_dim=2, lambda_w=1e-3, lambda_h=1e-3)
         >>> [round(w, 3) for w in problem.loss.class_weights.tolist()]
         [0.625, 2.5]
@@ -92,8 +93,9 @@ def weighted_ce(
     else:
         weights = read_numbers(class_weights, "class_weights must be numbers or 'inverse'")
         if weights.shape != numbers.shape:
-            came = f"the shape {tuple(weights.shape)}"
-            raise UserError(f"class_weights must hold {len(numbers)} numbers as counts does, got {came}.")
+            raise UserError(
+                f"class_weights must hold {len(numbers)} numbers like counts, got the shape {tuple(weights.shape)}."
+            )
         if not bool((weights > 0).all() & weights.isfinite().all()):
             raise UserError(f"class_weights must be positive and finite, got {class_weights!r}.")
     loss = CrossEntropy(class_weights=weights * numbers.sum() / (numbers * weights).sum())
@@ -108,22 +110,24 @@ def logit_adjusted_ce(
     temperature: float = 1.0,
     bias: Literal["none", "free"] | float = "none",
 ) -> Problem:
-    r"""Cross-entropy of logits plus :math:`\tau \log(n_k / N)` (Menon et al. 2021).
+    r"""Make the problem of cross-entropy with logit adjustment: the loss adds :math:`\tau \log(n_k / N)` to the logits.
 
-    The optimum is numerical. With a free bias that absorbs the adjustment nothing would change but the bias.
+    Menon et al. 2021. The optimum is numerical. A free bias absorbs the adjustment, so that the rest of the optimum is
+    that of plain cross-entropy.
 
     Args:
-        counts: Samples of each class, all positive.
+        counts: Number of samples of each class, all positive.
         feature_dim: d.
         lambda_w: Penalty on the head.
         lambda_h: Penalty on the features.
         temperature: tau; 0 is plain cross-entropy.
-        bias: ``"none"``, ``"free"`` or its penalty.
+        bias: ``"none"``, ``"free"`` or the penalty on the bias.
 
     Returns:
         The problem.
 
     Example:
+        >>> from nclightning.problems import logit_adjusted_ce
         >>> problem = logit_adjusted_ce([40, 10], feature_dim=2, lambda_w=1e-3, lambda_h=1e-3)
         >>> problem.optimum.rank
         1

@@ -40,7 +40,7 @@ def test_every_sample_once_over_all_ranks(world_size):
 
 def test_what_cannot_be_shared_out_is_refused():
     assert sequential_loader([1, 2]) == [1, 2]
-    with pytest.raises(ValueError, match="a list without a map-style dataset cannot be shared out over 2 processes"):
+    with pytest.raises(ValueError, match="a list without a map-style dataset cannot be divided between 2 processes"):
         sequential_loader([1, 2], 0, 2)
 
 
@@ -263,7 +263,7 @@ def test_the_same_samples_in_each_sweep():
 
 def test_a_sampler_that_cannot_be_copied_is_refused():
     loader = DataLoader(DATA, sampler=(i for i in CHOSEN), batch_size=3)
-    with pytest.raises(ValueError, match=r"a sweep over DataLoader would move its generator on.* source='online'"):
+    with pytest.raises(ValueError, match=r"a pass over DataLoader would advance its generator.* source='online'"):
         sequential_loader(loader)
     assert len(list(loader)) == 3
 
@@ -349,7 +349,7 @@ def test_an_iterator_is_not_moved_on():
     data = OneShot()
     assert seen(DataLoader(data, batch_size=2), limit=2) == [0, 1, 2, 3]
     assert data.i == 0
-    with pytest.raises(ValueError, match="a sweep over generator would move its generator on"):
+    with pytest.raises(ValueError, match="a pass over generator would advance its generator"):
         sequential_loader(((i,) for i in range(3)), limit=2)
 
 

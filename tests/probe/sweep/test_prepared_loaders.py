@@ -160,4 +160,4 @@ def shares_out_streams_that_differ():
 
 def test_a_stream_that_differs_between_processes_is_refused_whatever_its_batches_are(tmp_path):
     said = processes.on(2, tmp_path, lambda: list(shares_out_streams_that_differ()), group=True)
-    assert all(len(each) == 2 and "yields other samples on one process" in each[1] for each in said)
+    assert all(len(each) == 2 and "yields different samples on different processes" in each[1] for each in said)
