@@ -245,6 +245,7 @@ class UFMObjective(LineObjective):
         self._square = reduce(add, of_square) if of_square else math.nan
 
     def _combine(self, sums: Sequence[Scalar]) -> Scalar:
+        """Compute F from the sums of a pass."""
         losses, of_features, of_weight = sums[:3]
         of_bias = sums[3] if len(sums) > 3 else None
         return self._objective.combine(losses, self._num_samples, of_weight, of_features, of_bias)

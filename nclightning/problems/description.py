@@ -67,6 +67,7 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
 
 
 def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+    """Import a class or function by its path, and call it with arguments."""
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:
@@ -82,11 +83,13 @@ def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None 
 
 
 def _path_of(cls: type) -> str:
+    """Return the import path of a class."""
     module = "nclightning.problems" if cls.__module__.startswith("nclightning.problems.") else cls.__module__
     return f"{module}.{cls.__qualname__}"
 
 
 def _arguments_of(loss: Loss) -> dict[str, Any]:
+    """Return the arguments with which a loss was made, from its attributes."""
     names = [name for name in inspect.signature(type(loss)).parameters if name not in ("args", "kwargs")]
     missing = [name for name in names if not hasattr(loss, name)]
     if missing:
