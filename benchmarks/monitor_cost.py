@@ -7,8 +7,10 @@ monitor counts all that the steps leave to be done later, the reading at the end
 first step, before which the head is found: what that takes once in a fit is a row of its own. Sweep: a measurement of
 the training set against a bare pass over the same data, which moves each batch to the device and runs the model in eval
 mode, taking turns; by NeuralCollapseMonitor alone, and by it and OptimalityMonitor, which share the pass. Handing the
-values to Lightning's loggers is not counted. The example CNN is small: what a pass costs once, some milliseconds,
-weighs less on a larger network.
+values to Lightning's loggers is not counted. The example CNN is small: its step takes 3 milliseconds, so that each
+30 microseconds of the monitor are one percent. On the network for images of 32 x 32 a step takes 20 times as long.
+
+Memory that a step frees stays with the process on all sides: see ``quiet.keep_memory``.
 """
 
 import statistics
@@ -157,6 +159,7 @@ def online(kind, train, steps):
 
 
 def main():
+    quiet.keep_memory()
     quiet.settle()
     train, _ = digits.load()
     small = balanced(train)

@@ -28,11 +28,12 @@ from nclightning.compat.hparams import (
 )
 from nclightning.compat.tensorboard import Event, Summary
 from nclightning.figures.runs import known_problem, loss_of
-from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.figures.summary import RunSummary
 from nclightning.files import delete
 from nclightning.files.events import write_events
 from nclightning.interrupts import deferred_interrupt
 from nclightning.problems import Problem
+from nclightning.quantities import CONVERGING
 
 __all__ = ["hyperparameters", "is_recorded", "record_summary", "summary_scalars"]
 
@@ -176,12 +177,12 @@ def _metrics(summary: RunSummary) -> dict[str, tuple[str, float | None]]:
         "summary/iterations": ("iterations", summary.iteration),
         "summary/kappa": ("kappa", summary.kappa),
     }
-    for tag, label in QUANTITIES.items():
-        name, fit, last = tag.rpartition("/")[2], summary.fits.get(tag), summary.last.get(tag, 0.0)
+    for tag, each in CONVERGING.items():
+        fit, last = summary.fits.get(tag), summary.last.get(tag, 0.0)
         for quantity, unit, value in (
             ("iterations_per_decade", "it./decade", fit.iterations_per_decade if fit else None),
             ("r_squared", "R^2", fit.r_squared if fit else None),
             ("log10", "log10 at the end", math.log10(last) if last > 0 else None),
         ):
-            named[f"summary/{quantity}/{name}"] = f"{label}: {unit}", value
+            named[f"summary/{quantity}/{each.name}"] = f"{each.text_with_formula}: {unit}", value
     return named

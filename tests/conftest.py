@@ -21,10 +21,15 @@ torch.set_num_threads(1)
 registry.entry_points = functools.cache(registry.entry_points)
 
 
+# What a forked process has from this one is no garbage of its own, and to look at it copies its memory.
+os.register_at_fork(after_in_child=gc.freeze)
+
+
 def pytest_collection_finish():
-    """Keep what all tests share from being searched for garbage after each of them."""
+    """Begin to search for garbage, and leave out what all tests share."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Rules of the house that a machine can keep."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nclightning.quantities import GROUPS
 from tests.foreign import foreign_members, foreign_uses, members
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +20,7 @@ FLOORS = {
     "lazy": -3,
     "errors": -2,
     "overrides": -2,
+    "quantities": -2,
     "sharding": -1,
     "problems": -1,
     "sending": 0,
@@ -107,11 +110,6 @@ def test_files_of_a_package_import_in_one_direction(package):
     while free := {stem for stem, needs in waiting.items() if not needs & waiting.keys()}:
         waiting = {stem: needs for stem, needs in waiting.items() if stem not in free}
     assert waiting == {}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_fit_in_one_sitting(path):
-    assert len(path.read_text().splitlines()) <= 400
 
 
 WITHOUT_LIGHTNING = [
@@ -206,6 +204,40 @@ def test_only_the_objective_scales_a_penalty():
 )
 def test_each_way_to_scale_a_penalty_is_seen(line):
     assert list(scaled_penalties(line)) == [1]
+
+
+TAG = re.compile(rf"\b({'|'.join((*GROUPS, 'log10'))})/")
+
+
+def tags_written(source):
+    """Yield lines with a tag, or the beginning of one, in a text that is no docstring."""
+    tree = ast.parse(source)
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, owners)]
+    documentation = {id(body[0].value) for body in bodies if body and isinstance(body[0], ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    yield from (node.lineno for node in texts if id(node) not in documentation and TAG.search(node.value))
+
+
+def test_only_the_registry_writes_tags():
+    """Others ask ``nclightning.quantities``, so that a tag is changed in one place."""
+    found = {str(path.relative_to(PACKAGE)): lines for path in FILES if (lines := [*tags_written(path.read_text())])}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'tag = "optimality/gap"',
+        'tags = [f"nc/{stage}/{name}"]',
+        'known = tag.startswith(("nrc/", "other"))',
+        'say(f"no value of laws/sharpness in {run}")',
+        'tag = "log10/" + name',
+        'def f():\n    """Read nc/train/nc1."""\n    return "nc/train/nc1"',
+    ],
+)
+def test_each_way_to_write_a_tag_is_seen(line):
+    assert len(list(tags_written(line))) == 1
 
 
 def test_every_erratum_is_listed_once_and_tested():
@@ -344,13 +376,17 @@ COMPAT = sorted((PACKAGE / "compat").glob("*.py"))
 OTHERS = [path for path in FILES if path not in COMPAT]
 # Texts of our own that look like names of others: a state of metrics, a subparser.
 OWN_TEXTS = {"_apart_"}
-OWN = {name for path in FILES for name in members(ast.parse(path.read_text()))} | OWN_TEXTS
+
+
+@functools.cache
+def own_names():
+    return {name for path in FILES for name in members(ast.parse(path.read_text()))} | OWN_TEXTS
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_only_compat_uses_what_other_libraries_do_not_promise(path):
     """The rule is that of ``foreign_uses``."""
-    assert list(foreign_uses(path.read_text(), OWN)) == []
+    assert list(foreign_uses(path.read_text(), own_names())) == []
 
 
 def classes_of(path):

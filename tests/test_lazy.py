@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,35 +79,89 @@ def test_an_error_within_a_module_is_not_taken_for_a_name_that_is_missing(tmp_pa
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
 
 
-@pytest.mark.parametrize(
-    ("code", "loads"),
-    [
-        ("import nclightning.functional", set()),
-        ("import nclightning.theory", set()),
-        ("import nclightning.problems", set()),
-        ("import nclightning.objective", set()),
-        ("import nclightning.optim", set()),
-        ("import nclightning.metrics", {"no torch"}),
-        ("from nclightning.metrics import MEASURES", set()),
-        ("from nclightning.figures import read_run, fit_rate", set()),
-        (f"from nclightning import measure; measure({ARRAYS}, weight=[[1.0, 0], [-1, 0]], measures=('all',))", set()),
-        (MAIN.format(["theory", "--config", "ufm_mse"]), set()),
-        (MAIN.format(["theory", "--help"]), set()),
-        (MAIN.format(["theory", "--config", "ufm_mse", "--lamda", "1"]), set()),
-        (MAIN.format(["measure", "--help"]), {"matplotlib", "PIL", "tensorboard", "torch.utils.tensorboard"}),
-        (MAIN.format(["plot", "nothing"]), {"matplotlib", "PIL"}),
-        (MAIN.format(["theroy"]), {"no torch"}),
-        (MAIN.format([]), {"no torch"}),
-    ],
+# What follows runs in forks of an interpreter that has loaded torch, which takes a second, and nothing of the package.
+FORKS = f"""
+import gc, json, os, sys, traceback, torch
+
+assert "nclightning" not in sys.modules
+for code in sys.argv[1:]:
+    if os.fork() == 0:
+        error = None
+        sys.argv[1:] = ["theory", "--config", "ufm_mse"]
+        try:
+            exec(code)
+        except SystemExit:
+            pass
+        except BaseException:
+            error = traceback.format_exc()
+        loaded = sorted({HEAVY} & {{*sys.modules}})
+        report = code, error, loaded, gc.isenabled(), gc.get_freeze_count() > 100_000
+        print("report", json.dumps(report), sep="\t", file=sys.stderr, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+LIGHT = {
+    "import nclightning.functional": set(),
+    "import nclightning.theory": set(),
+    "import nclightning.problems": set(),
+    "import nclightning.objective": set(),
+    "import nclightning.optim": set(),
+    "from nclightning.metrics import MEASURES": set(),
+    "from nclightning.figures import read_run, fit_rate": set(),
+    f"from nclightning import measure; measure({ARRAYS}, weight=[[1.0, 0], [-1, 0]], measures=('all',))": set(),
+    MAIN.format(["theory", "--config", "ufm_mse"]): set(),
+    MAIN.format(["theory", "--help"]): set(),
+    MAIN.format(["theory", "--config", "ufm_mse", "--lamda", "1"]): set(),
+    MAIN.format(["measure", "--help"]): {"matplotlib", "PIL", "tensorboard", "torch.utils.tensorboard"},
+    MAIN.format(["plot", "nothing"]): {"matplotlib", "PIL"},
+}
+OWN_PROCESS = "import runpy; runpy.run_module('nclightning', run_name='__main__', alter_sys=True)"
+# Whether garbage is searched for at the end, and whether what was imported is left out of that.
+SEARCHED = {
+    OWN_PROCESS: [True, True],
+    MAIN.format(""): [True, False],
+    f"gc.disable(); {MAIN.format('')}": [False, False],
+}
+SEARCHES = (
+    "from nclightning.cli import main\n"
+    "searches = []\n"
+    "module = lambda: sys.modules.get('nclightning.commands.theory')\n"
+    "gc.callbacks.append(lambda *_: searches.append(hasattr(module(), 'print_theory')))\n"
+    "main()\n"
+    "assert searches and all(searches), searches"
 )
-def test_light_things_load_no_heavy_libraries(code, loads):
-    report = (
-        "import atexit, sys\n"
-        f"heavy = {HEAVY}\n"
-        "atexit.register(lambda: print('\\nloaded', *sorted(heavy & {*sys.modules}), "
-        "*['no torch'] * ('torch' not in sys.modules), sep='|', file=sys.stderr))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", report + code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Return by code: its error, heavy libraries that it loads, and what it leaves of searches for garbage."""
+    codes = [*LIGHT, *SEARCHED, SEARCHES]
+    ended = subprocess.run([sys.executable, "-c", FORKS, *codes], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.partition("\t")[2] for line in ended.stderr.splitlines() if line.startswith("report\t")]
+    return {code: found for code, *found in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize(("code", "loads"), LIGHT.items())
+def test_light_things_load_no_heavy_libraries(code, loads, reports):
+    error, loaded, *_ = reports[code]
+    assert error is None, error
+    assert {*loaded} == loads
+
+
+@pytest.mark.parametrize("code", ["import nclightning.metrics", MAIN.format(["theroy"]), MAIN.format([])])
+def test_the_lightest_load_no_torch(code):
+    code = f"import atexit, sys; atexit.register(lambda: print({HEAVY | {'torch'}} & {{*sys.modules}})); {code}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout == "set()\n"
     assert "Traceback" not in ended.stderr
-    loaded = set(ended.stderr.splitlines()[-1].split("|")[1:])
-    assert loaded == loads
+
+
+@pytest.mark.parametrize(("code", "searched"), SEARCHED.items())
+def test_only_a_process_of_its_own_leaves_imports_out_of_searches_for_garbage(code, searched, reports):
+    error, _, *found = reports[code]
+    assert error is None, error
+    assert found == searched
+
+
+def test_a_command_is_imported_without_searches_for_garbage(reports):
+    assert reports[SEARCHES][0] is None, reports[SEARCHES][0]

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nclightning
 from nclightning.metrics import MEASURES
-from nclightning.metrics.measures import meaning_of
-from nclightning.probe.collectors import DECISIONS
+from nclightning.quantities import DECISION_NAMES, measure_named
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "measuring.md").read_text()
 
@@ -69,12 +68,14 @@ def test_options_of_the_page_exist():
 def test_the_table_of_measures_is_that_of_the_package():
     section = PAGE.split("## Measures")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.*?) ?\|$", section, re.MULTILINE)
-    assert [name for name, *_ in rows] == [*MEASURES, *DECISIONS]
+    assert [name for name, *_ in rows] == [*MEASURES, *DECISION_NAMES]
     sizes = {"K": 4, "d": 8, "log": math.log, "min": min}
     for name, text, collapsed in rows:
-        meaning = meaning_of(name)
-        assert text == meaning.text, name
+        quantity = measure_named(name)
+        assert text == quantity.meaning, name
         formula = collapsed.replace("2K", "2*K").removesuffix(" *")
         value = eval(formula, sizes) if formula else None
-        assert value == pytest.approx(meaning.at_collapse(4, 8)), name
-        assert collapsed.endswith("*") == (meaning.at_collapse(9, 3) is None and meaning.at_collapse(4, 8) is not None)
+        assert value == pytest.approx(quantity.at_collapse(4, 8)), name
+        assert collapsed.endswith("*") == (
+            quantity.at_collapse(9, 3) is None and quantity.at_collapse(4, 8) is not None
+        )

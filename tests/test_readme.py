@@ -1,4 +1,4 @@
-"""What the README shows, runs."""
+"""What the README and the pages that it opens with show, runs."""
 
 import copy
 import re
@@ -14,10 +14,7 @@ from nclightning.functional import class_statistics, etf_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("run", "lightning", "parts", "hosts")}
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
@@ -67,8 +64,9 @@ def test_python_blocks_run(tmp_path, monkeypatch):
         "closure": closure,
     }
     monkeypatch.chdir(tmp_path)
-    for block in blocks("python"):
-        exec(block, scope)
+    for page in (README, PAGES["lightning"], PAGES["parts"]):
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(block, scope)
     assert set(scope["trainer"].callback_metrics) == {f"nc/train/nc{i}" for i in (1, 2, 3)}
     assert set(scope["result"]) == {"nc1", "nc2", "nc3"}
     assert scope["problem"].collapses
@@ -82,15 +80,12 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 def test_links_and_commands_point_at_what_exists():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / target).exists(), target
-    for script in re.findall(r"python (benchmarks/\w+\.py)", README):
-        assert (ROOT / script).exists(), script
-    for config in re.findall(r"--config (\w+)", README):
-        assert (ROOT / "configs" / f"{config}.yaml").exists(), config
+    for page in (README, *PAGES.values()):
+        for script in re.findall(r"python ((?:benchmarks|examples|docs)/\w+\.py)", page):
+            assert (ROOT / script).exists(), script
+        for config in re.findall(r"--config (\w+)", page):
+            assert (ROOT / "configs" / f"{config}.yaml").exists(), config
 
 
-def test_the_claims_are_those_of_the_report():
-    report = (ROOT / "docs" / "reproduction.md").read_text()
-    claims = re.findall(r"^\| (?:[1-4]|Thm\. \d|open) \| .* \|$", README, re.MULTILINE)
-    assert len(claims) == 9
-    for claim in claims:
-        assert claim in report, claim
+def test_it_is_short():
+    assert len(README.splitlines()) < 120

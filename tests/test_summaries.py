@@ -19,13 +19,14 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from nclightning.cli import main
 from nclightning.figures import Readings, summarize
 from nclightning.figures.rates import LinearFit
-from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.figures.summary import RunSummary
 from nclightning.models import UFM
 from nclightning.optim import ArmijoGD
 from nclightning.problems import label_smoothing
+from nclightning.quantities import CONVERGING
 from nclightning.summaries import hyperparameters, record_summary
 
-NAMES = {tag: tag.rpartition("/")[2] for tag in QUANTITIES}
+NAMES = {tag: tag.rpartition("/")[2] for tag in CONVERGING}
 
 
 def table(logdir):
@@ -58,7 +59,7 @@ def picture(tmp_path):
 def lines(rates, last=100):
     """Readings on straight lines: quantity by quantity, so many iterations for a decade."""
     iterations = np.arange(0.0, last + 1)
-    values = {tag: 10 ** (-iterations / rate) for tag, rate in zip(QUANTITIES, rates, strict=True)}
+    values = {tag: 10 ** (-iterations / rate) for tag, rate in zip(CONVERGING, rates, strict=True)}
     return Readings(iterations, values | {"optimality/error_bound_ratio": np.full(len(iterations), 2.5)})
 
 
@@ -83,7 +84,7 @@ def test_rates_and_last_values_reach_the_table(tmp_path, picture):
 
 def test_the_important_columns_come_first(tmp_path, picture):
     values = {"dtype": "float64", "feature_dim": 20, "loss": "ce", "lambda_w": 0.1, "lambda_h": 0.1}
-    record_summary(tmp_path / "a", summarize(lines([9.0] * len(QUANTITIES))), values, picture)
+    record_summary(tmp_path / "a", summarize(lines([9.0] * len(CONVERGING))), values, picture)
     assert table(tmp_path)[0] == ["lambda_h", "lambda_w", "loss", "dtype", "feature_dim"]
 
 
@@ -101,19 +102,19 @@ def test_only_finite_numbers_are_logged(tmp_path, picture):
 
 
 def test_an_interrupted_run_is_not_called_a_success(tmp_path, picture):
-    record_summary(tmp_path / "a", summarize(lines([9.0] * len(QUANTITIES))), {"loss": "ce"}, picture, finished=False)
+    record_summary(tmp_path / "a", summarize(lines([9.0] * len(CONVERGING))), {"loss": "ce"}, picture, finished=False)
     assert table(tmp_path)[2]["a"]["status"] == api_pb2.STATUS_UNKNOWN
 
 
 def test_equal_runs_keep_their_rows(tmp_path, picture):
     for name, rate in (("a", 9.0), ("b", 8.0)):
-        record_summary(tmp_path / name, summarize(lines([rate] * len(QUANTITIES))), {"loss": "ce"}, picture)
+        record_summary(tmp_path / name, summarize(lines([rate] * len(CONVERGING))), {"loss": "ce"}, picture)
     rows = table(tmp_path)[2]
     assert [rows[name]["summary/iterations_per_decade/gap"] for name in "ab"] == pytest.approx([9.0, 8.0], rel=1e-6)
 
 
 def test_the_picture_is_the_file(tmp_path, picture):
-    record_summary(tmp_path, summarize(lines([9.0] * len(QUANTITIES))), {}, picture)
+    record_summary(tmp_path, summarize(lines([9.0] * len(CONVERGING))), {}, picture)
     (image,) = EventAccumulator(str(tmp_path)).Reload().Images("convergence")
     assert (image.step, image.width, image.height) == (100, 300, 200)
     assert image.encoded_image_string == picture.read_bytes()
@@ -175,7 +176,7 @@ def test_a_run_without_seed_has_none(seed):
 def test_the_summary_is_read_after_the_files_of_a_continued_run(tmp_path, picture):
     for ahead in (0, 3600):  # A clock that was set back since, too.
         (tmp_path / f"events.out.tfevents.{int(time.time()) + ahead}.zzz.9.0").touch()
-    record_summary(tmp_path, summarize(lines([9.0] * len(QUANTITIES))), {}, picture)
+    record_summary(tmp_path, summarize(lines([9.0] * len(CONVERGING))), {}, picture)
     names = sorted(path.name for path in tmp_path.glob("events*"))
     assert len(names) == 3
     assert "zzz" not in names[-1]

@@ -27,6 +27,7 @@ from nclightning.probe.evaluation import check_loader
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, Gather, Measured, SetReader, StatisticsGatherer, gather_alone
 from nclightning.probe.step_measurement import StepMeasurement
+from nclightning.quantities import ANGLES, NC, tagged
 from nclightning.ranks import rank_zero_warn
 
 __all__ = ["CollapseAtEpochs", "EpochSettings"]
@@ -168,7 +169,7 @@ class CollapseAtEpochs(SharingMonitor):
         if self._online is not None:
             with self._on_error.guard(self):
                 values = self._online.read(pl_module)
-                self.publish(pl_module, {f"nc/train/{tag}": value for tag, value in values.items()})
+                self.publish(pl_module, tagged(values, NC, "train"))
             self._online = None
         if self._when.sweeps and self._ends_epoch(trainer):
             with self._on_error.guard(self):
@@ -194,7 +195,7 @@ class CollapseAtEpochs(SharingMonitor):
             assert measured.class_means is not None
             means, weight = measured.class_means[""], measured.head.weight
             step, joins_next = trainer.global_step, known is None
-            draw_angles(trainer.loggers, "nc/train/angles", means, weight, step, joins_next=joins_next)
+            draw_angles(trainer.loggers, ANGLES.tag("train"), means, weight, step, joins_next=joins_next)
         if known is None:
             self.publish(pl_module, _tagged(measured))
         else:  # The loggers have them at this step.
@@ -231,4 +232,4 @@ class CollapseAtEpochs(SharingMonitor):
 
 
 def _tagged(measured: Measured) -> dict[str, Tensor]:
-    return {f"nc/{tag}": value for tag, value in measured.values.items()}
+    return tagged(measured.values, NC)

@@ -15,9 +15,9 @@ from nclightning.callbacks.problem import num_groups_of
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
 from nclightning.metrics import NeuralCollapse
-from nclightning.metrics.measures import DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 from nclightning.probe.collectors import Measuring, merge_over_ranks
 from nclightning.probe.first_batch import check_range
+from nclightning.quantities import DEFAULT_MEASURES_OF_GROUPS, NC, mirrored_tags, tag_of, tagged
 
 __all__ = ["CollapseAtIterates"]
 
@@ -34,7 +34,7 @@ class CollapseAtIterates(MonitorAtIterates):
         stages: Of validation and test, those that are read.
     """
 
-    log10_tags = frozenset(f"nc/train/{name}" for name in DEFAULT_MEASURES)
+    log10_tags = mirrored_tags(NC, "train")
 
     def __init__(
         self, every_n_iterations: int, measuring: Measuring, stages: Collection[str] = ("val", "test")
@@ -56,12 +56,12 @@ class CollapseAtIterates(MonitorAtIterates):
             )
         self._metric = self._measuring.metric(head)
         if groups is not None:
-            self.log10_tags = frozenset(f"nc/train/{name}" for name in DEFAULT_MEASURES_OF_GROUPS)
+            self.log10_tags = frozenset(tag_of(NC, "train", name) for name in DEFAULT_MEASURES_OF_GROUPS)
 
     @torch.no_grad()
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure the training set at an iterate."""
-        return {f"nc/train/{name}": value for name, value in self._read(pl_module, batch).items()}
+        return dict(tagged(self._read(pl_module, batch), NC, "train"))
 
     def _read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor]:
         assert self._metric is not None
@@ -88,6 +88,4 @@ class CollapseAtIterates(MonitorAtIterates):
         self.prepare(pl_module, batch)
         with torch.inference_mode(False):
             values = self._read(pl_module, (batch[0].clone(), batch[1].clone()))
-        pl_module.log_dict(
-            {f"nc/{stage}/{name}": value for name, value in values.items()}, sync_dist=True, batch_size=1
-        )
+        pl_module.log_dict(tagged(values, NC, stage), sync_dist=True, batch_size=1)

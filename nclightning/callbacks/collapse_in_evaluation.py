@@ -18,6 +18,7 @@ from nclightning.probe.collectors import LayerStatistics, Measuring
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import SetReader, merged
 from nclightning.probe.step_measurement import StepMeasurement
+from nclightning.quantities import NC, tagged
 
 __all__ = ["CollapseInEvaluation"]
 
@@ -109,7 +110,7 @@ class CollapseInEvaluation(HookingMonitor):
         if self._steps is not None:
             with self._on_error.guard(self):
                 values = self._steps.read(pl_module)
-                self.publish(pl_module, {f"nc/{_stage(trainer)}/{tag}": value for tag, value in values.items()})
+                self.publish(pl_module, tagged(values, NC, _stage(trainer)))
         self._steps = None
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end

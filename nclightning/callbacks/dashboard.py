@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,24 @@ from nclightning.callbacks.problem import num_groups_of
 from nclightning.functional import class_statistics
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.probe.sweep import frozen
+from nclightning.quantities import (
+    ANGLES,
+    CERTIFIED_GAP,
+    DISTANCE,
+    ERROR_BOUND_RATIO,
+    EVALUATIONS,
+    GAP,
+    GRAD_NORM,
+    LOSS,
+    NC1,
+    NC2,
+    NC3,
+    PREDICTED_DECAY,
+    RELATIVE_DISTANCE,
+    STEP_SIZE,
+    Quantity,
+    log10_tag,
+)
 
 __all__ = ["TensorBoardDashboard"]
 
@@ -83,7 +102,7 @@ class TensorBoardDashboard(L.Callback):
         if not trainer.is_global_zero:
             return
         if int(stats.counts.sum()) == as_full_batch(pl_module).num_samples:  # The means of a part are other means.
-            draw_angles(trainer.loggers, "nc/train/angles", stats, head.weight, iteration)
+            draw_angles(trainer.loggers, ANGLES.tag("train"), stats, head.weight, iteration)
 
 
 def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Charts]:
@@ -94,37 +113,46 @@ def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Char
     convergence, neural_collapse, line_search = Charts(), Charts(), Charts()
     if full_batch(pl_module):
         if optimality is not None:
-            known = ("certified_gap",) if optimality.find_problem(pl_module) is None else ("gap", "distance")
+            known = (CERTIFIED_GAP,) if optimality.find_problem(pl_module) is None else (GAP, DISTANCE)
             convergence = {
-                "log10 of gap, distance, gradient norm": _lines("log10/optimality/", *known, "grad_norm"),
-                "objective F": _lines("", "loss"),
-                "error-bound ratio: distance / gradient norm": _lines("optimality/", "error_bound_ratio"),
+                "log10 of gap, distance, gradient norm": _logarithms(*known, GRAD_NORM),
+                "objective F": _lines(LOSS),
+                "error-bound ratio: distance / gradient norm": _lines(ERROR_BOUND_RATIO),
             }
             if optimality.predicts(pl_module):
-                convergence["log10 of the gap, and of the decay that the theory predicts for the steps taken"] = _lines(
-                    "log10/optimality/", "gap", "predicted_decay"
-                )
+                title = "log10 of the gap, and of the decay that the theory predicts for the steps taken"
+                convergence[title] = _logarithms(GAP, PREDICTED_DECAY)
             if any(hasattr(optimizer, "outcome") for optimizer in trainer.optimizers):
                 line_search = {
-                    "step size": _lines("line_search/", "step_size"),
-                    "evaluations of F and its gradient, in all": _lines("line_search/", "evaluations"),
+                    "step size": _lines(STEP_SIZE),
+                    "evaluations of F and its gradient, in all": _lines(EVALUATIONS),
                 }
         if collapse:
-            neural_collapse["log10 of NC1, NC2, NC3"] = _lines("log10/nc/train/", "nc1", "nc2", "nc3")
+            neural_collapse["log10 of NC1, NC2, NC3"] = _logarithms(NC1, NC2, NC3, place="train")
     else:
         if optimality is not None:
             convergence = {
-                "gap F - F*": _lines("optimality/", "gap"),
-                "distance to the optimum, relative to its norm": _lines("optimality/", "relative_distance"),
+                "gap F - F*": _lines(GAP),
+                "distance to the optimum, relative to its norm": _lines(RELATIVE_DISTANCE),
             }
         if collapse:
-            neural_collapse["NC1, NC2, NC3 of the training set"] = _lines("nc/train/", "nc1", "nc2", "nc3")
+            neural_collapse["NC1, NC2, NC3 of the training set"] = _lines(NC1, NC2, NC3, place="train")
             if trainer.enable_validation:
-                neural_collapse["NC1, NC2, NC3 of the validation set"] = _lines("nc/val/", "nc1", "nc2", "nc3")
+                neural_collapse["NC1, NC2, NC3 of the validation set"] = _lines(NC1, NC2, NC3, place="val")
     categories = {"Convergence": convergence, "Neural collapse": neural_collapse, "Line search": line_search}
     return {title: charts for title, charts in categories.items() if charts}
 
 
-def _lines(prefix: str, *names: str) -> list[Any]:
-    """One chart with a line per tag; TensorBoard takes tags as regular expressions that match from the start."""
-    return ["Multiline", [f"^{re.escape(prefix + name)}$" for name in names]]
+def _lines(*quantities: Quantity, place: str = "") -> list[Any]:
+    """One chart with a curve for each quantity."""
+    return _chart(each.tag(place) for each in quantities)
+
+
+def _logarithms(*quantities: Quantity, place: str = "") -> list[Any]:
+    """The same of their logarithms."""
+    return _chart(log10_tag(each.tag(place)) for each in quantities)
+
+
+def _chart(tags: Iterable[str]) -> list[Any]:
+    """TensorBoard takes tags as regular expressions that match from the start."""
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]

@@ -20,6 +20,7 @@ from nclightning.heads import Head
 from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.problems import NoAnswer, Problem
+from nclightning.quantities import CERTIFIED_GAP, DISTANCE, GAP
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
 
 __all__ = ["Gap", "Gaps", "said_if_slow"]
@@ -95,7 +96,7 @@ class Gaps:
             assert isinstance(self.problem, Problem)
             return _certified(self.problem, head, features, labels)
         gap, distance = self._gap_and_distance(head, features, labels)
-        return Gap(self.problem.optimal_value + gap, {"optimality/gap": gap, "optimality/distance": distance})
+        return Gap(self.problem.optimal_value + gap, {GAP.tag(): gap, DISTANCE.tag(): distance})
 
     def _gap_and_distance(self, head: Head, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         problem = self.problem
@@ -129,7 +130,7 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
     means = residuals / counts.clamp(min=1)
     bound = problem.lower_bound_from_means(means, linear(stats.means, weight, bias))
     assert bound is not None
-    return Gap(value, {"optimality/certified_gap": value - bound})
+    return Gap(value, {CERTIFIED_GAP.tag(): value - bound})
 
 
 def _logits(head: Head, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,13 +15,11 @@ from nclightning.callbacks.row_sums import RowSum, StepFn, place_of
 from nclightning.compat.twins import is_callback
 from nclightning.errors import UserError
 from nclightning.heads import HeadReader
+from nclightning.quantities import BIAS_SUM, HEAD_SUM
 
 __all__ = ["HeadLaw"]
 
-_TAGS = {
-    "weight": ("laws/nc0_norm", "laws/nc0_predicted", "laws/nc0_residual", "laws/nc0_forcing"),
-    "bias": ("laws/bias_sum", "laws/bias_sum_predicted", "laws/bias_sum_residual", "laws/bias_sum_forcing"),
-}
+_TAGS = {"weight": [each.tag() for each in HEAD_SUM], "bias": [each.tag() for each in BIAS_SUM]}
 
 
 class HeadLaw:

@@ -20,6 +20,7 @@ from nclightning.callbacks.sharpness import LossFn, TrainingLoss
 from nclightning.errors import UserError, UserTypeError
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import HEAD_SUM
 
 __all__ = ["OptimizerLaws"]
 
@@ -140,7 +141,7 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that each of these monitors logs."""
-        return {"laws/nc0_norm"}
+        return {HEAD_SUM[0].tag()}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse arguments that mean nothing for a full-batch module."""

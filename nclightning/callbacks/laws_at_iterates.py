@@ -19,6 +19,7 @@ from nclightning.callbacks.step_cadence import StepCadence
 from nclightning.errors import UserError
 from nclightning.functional import balance_deviation, balance_residual
 from nclightning.optim.rules import step_of, weight_decays
+from nclightning.quantities import BALANCE, BALANCE_RESIDUAL, LAWS, mirrored_tags
 
 __all__ = ["LawsAtIterates"]
 
@@ -32,8 +33,7 @@ class LawsAtIterates(MonitorAtIterates):
         sharpness_every_n_steps: Cadence of the sharpness in iterations, at the next reading; None reads none.
     """
 
-    # What is predicted falls on below all rounding, which would stretch a log axis.
-    log10_tags = frozenset({"laws/nc0_norm", "laws/balance"})
+    log10_tags = mirrored_tags(LAWS)
 
     def __init__(self, every_n_iterations: int, step_fn: StepFn | None, sharpness_every_n_steps: int | None) -> None:
         super().__init__(every_n_iterations)
@@ -96,10 +96,10 @@ class LawsAtIterates(MonitorAtIterates):
             return {}
         before, self._before = self._before, None
         now = as_full_batch(pl_module).head.weight, as_full_batch(pl_module).features_of(batch[0])
-        values: dict[str, Tensor | float] = {"laws/balance": balance_deviation(*now, *decays)}
+        values: dict[str, Tensor | float] = {BALANCE.tag(): balance_deviation(*now, *decays)}
         step = _plain_step(pl_module.trainer.optimizers[0])
         if before is not None and before[0] == self._iteration - 1 and step is not None:
-            values["laws/balance_residual"] = balance_residual(before[1:], now, step, *decays)
+            values[BALANCE_RESIDUAL.tag()] = balance_residual(before[1:], now, step, *decays)
         return values
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, iteration: int) -> None:

@@ -16,6 +16,7 @@ from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
 from nclightning.overrides import KeptHooks, kept
 from nclightning.probe.sweep import untouched
+from nclightning.quantities import log10_tag
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["MonitorAtIterates"]
@@ -108,7 +109,7 @@ class MonitorAtIterates(KeptHooks, Publisher):
         with untouched(pl_module):
             values = self.read(pl_module, self._batch)
         Rows.of(trainer).add(iteration, values, self.log10_tags)
-        self._own_tags |= values.keys() | {f"log10/{tag}" for tag in self.log10_tags & values.keys()}
+        self._own_tags |= values.keys() | set(map(log10_tag, self.log10_tags & values.keys()))
         self._last_iteration = iteration
 
     def on_train_batch_end(

@@ -25,6 +25,7 @@ from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import ANGLES, NC, NC5, tag_of
 
 __all__ = ["NeuralCollapseMonitor"]
 
@@ -182,9 +183,9 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         """Return tags that are logged, but for the names of the trainer's loaders in them."""
         chosen = self._at_epochs
         sets = {*chosen.stages, *chosen.datasets, *(("train",) if full_batch(pl_module) else ())} - set(chosen.ood)
-        tags = {f"{name}/{tag}" for name in sets for tag in self._measuring.tags(self._layers)}
-        tags |= {f"{name}/nc5" for name in chosen.ood} | ({"train/angles"} if chosen.pictures_every_n_epochs else set())
-        return {f"nc/{tag}" for tag in tags}
+        tags = {tag_of(NC, name, tag) for name in sets for tag in self._measuring.tags(self._layers)}
+        tags |= {NC5.tag(name) for name in chosen.ood}
+        return tags | ({ANGLES.tag("train")} if chosen.pictures_every_n_epochs else set())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse arguments that mean nothing for a full-batch module."""

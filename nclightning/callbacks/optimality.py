@@ -24,6 +24,7 @@ from nclightning.metrics.reference import LossLike, Reference, is_loss
 from nclightning.probe.agreement import Agreement
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import DISTANCE, GAP, GRAD_NORM, LOSS
 
 __all__ = ["OptimalityMonitor"]
 
@@ -159,7 +160,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that each of these monitors logs."""
-        return {"loss", "optimality/grad_norm"} if full_batch(pl_module) else {"optimality/gap", "optimality/distance"}
+        return {each.tag() for each in ((LOSS, GRAD_NORM) if full_batch(pl_module) else (GAP, DISTANCE))}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a full-batch fit whose optimum is not known, before anything is written."""

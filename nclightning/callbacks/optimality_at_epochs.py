@@ -17,6 +17,7 @@ from nclightning.probe.evaluation import check_loader
 from nclightning.probe.optimality import OptimalityGatherer
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet
+from nclightning.quantities import CERTIFIED_GAP, GAP, OPTIMALITY, tagged
 from nclightning.ranks import rank_zero_warn
 
 __all__ = ["OptimalityAtEpochs"]
@@ -95,8 +96,8 @@ class OptimalityAtEpochs(SharingMonitor):
             values, missing = gathered.read()
             if missing is not None and not self._said:
                 self._said = missing
-                rank_zero_warn(f"optimality/gap or distance is nan, and optimality/certified_gap holds: {missing}")
-            self.publish(pl_module, {f"optimality/{tag}": value for tag, value in values.items()})
+                rank_zero_warn(f"{GAP.tag()} or distance is nan, and {CERTIFIED_GAP.tag()} holds: {missing}")
+            self.publish(pl_module, tagged(values, OPTIMALITY))
 
     def _ends_epoch(self, trainer: L.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0

@@ -20,6 +20,17 @@ from nclightning.callbacks.search import search_readings
 from nclightning.callbacks.stopping import StopRule, goes_on
 from nclightning.compat.lightning import trainer_of
 from nclightning.errors import UserError
+from nclightning.quantities import (
+    CERTIFIED_GAP,
+    DISTANCE,
+    ERROR_BOUND_RATIO,
+    GRAD_NORM,
+    LOSS,
+    OPTIMALITY,
+    PREDICTED_DECAY,
+    mirrored_tags,
+    parse_tag,
+)
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["OptimalityAtIterates"]
@@ -35,9 +46,7 @@ class OptimalityAtIterates(MonitorAtIterates):
         stop_at_floor: The same.
     """
 
-    log10_tags = frozenset(
-        f"optimality/{name}" for name in ("gap", "distance", "certified_gap", "grad_norm", "predicted_decay")
-    )
+    log10_tags = mirrored_tags(OPTIMALITY)
 
     def __init__(self, every_n_iterations: int, theory: bool, stop_distance: float | None, stop_at_floor: bool) -> None:
         super().__init__(every_n_iterations)
@@ -110,7 +119,7 @@ class OptimalityAtIterates(MonitorAtIterates):
         if self._gaps.missing is not None and not self._told:
             self._told = True
             rank_zero_info(
-                f"Gap and distance are not known: {self._gaps.missing.reason} optimality/certified_gap is logged "
+                f"Gap and distance are not known: {self._gaps.missing.reason} {CERTIFIED_GAP.tag()} is logged "
                 "instead, F minus a lower bound of its minimum that the iterate itself certifies."
             )
 
@@ -127,7 +136,7 @@ class OptimalityAtIterates(MonitorAtIterates):
     def read(self, pl_module: L.LightningModule, batch: Batch) -> dict[str, Tensor | float]:
         """Measure at the current parameters."""
         value, grad_norm = as_full_batch(pl_module).value_and_grad_norm(batch)
-        readings: dict[str, Tensor | float] = {"loss": value}
+        readings: dict[str, Tensor | float] = {LOSS.tag(): value}
         if self._gaps is not None:
             features = as_full_batch(pl_module).features_of(batch[0])
             head = head_reader(as_full_batch(pl_module)).read()
@@ -136,11 +145,11 @@ class OptimalityAtIterates(MonitorAtIterates):
                 check_value(value, known, head.weight.dtype)
                 self._is_checked = True
             readings |= own
-        readings["optimality/grad_norm"] = grad_norm
-        if "optimality/distance" in readings:
-            readings["optimality/error_bound_ratio"] = readings["optimality/distance"] / grad_norm
+        readings[GRAD_NORM.tag()] = grad_norm
+        if DISTANCE.tag() in readings:
+            readings[ERROR_BOUND_RATIO.tag()] = readings[DISTANCE.tag()] / grad_norm
         if self._decay.rates is not None:
-            readings["optimality/predicted_decay"] = self._decay.value
+            readings[PREDICTED_DECAY.tag()] = self._decay.value
         return readings | search_readings(pl_module)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
@@ -153,7 +162,7 @@ class OptimalityAtIterates(MonitorAtIterates):
     def _reason_to_stop(self, trainer: L.Trainer) -> str | None:
         """Say why the run is to stop at the last reading, if it is."""
         assert self._gaps is not None
-        distance = float(Rows.of(trainer).value(self._last_iteration, "optimality/distance"))
+        distance = float(Rows.of(trainer).value(self._last_iteration, DISTANCE.tag()))
         return self._rule.follow(self._last_iteration, distance, self._gaps.problem.optimum_norm)
 
     @staticmethod
@@ -225,7 +234,7 @@ class OptimalityAtIterates(MonitorAtIterates):
         with torch.inference_mode(False):
             readings = self.read(pl_module, (batch[0].clone(), batch[1].clone()))
         # As tensors: of plain numbers Lightning makes float32.
-        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != "loss"}
-        own = {tag: value for tag, value in values.items() if tag.startswith("optimality/")}
+        values = {tag: torch.as_tensor(v, dtype=torch.float64) for tag, v in readings.items() if tag != LOSS.tag()}
+        own = {tag: value for tag, value in values.items() if parse_tag(tag).group == OPTIMALITY}
         # The same on all processes; weights by their numbers of samples would come to one only up to rounding down.
         pl_module.log_dict(own, sync_dist=True, batch_size=1)

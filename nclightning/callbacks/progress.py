@@ -9,6 +9,7 @@ import lightning as L
 from nclightning.compat.lightning import DescribedProgressBar
 from nclightning.compat.twins import is_of_twin
 from nclightning.errors import UserError
+from nclightning.quantities import DISTANCE, LOSS
 
 __all__ = ["IterationProgressBar"]
 
@@ -34,7 +35,7 @@ class IterationProgressBar(DescribedProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """Show the last reading of the distance, or of the objective where there is none: one fits in a line."""
-        for name, tag in (("distance", "optimality/distance"), ("F", "loss")):
+        for name, tag in ((each.text, each.tag()) for each in (DISTANCE, LOSS)):
             if tag in trainer.callback_metrics:
                 return {name: f"{float(trainer.callback_metrics[tag]):.1e}"}
         return {}

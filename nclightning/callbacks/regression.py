@@ -14,6 +14,7 @@ from nclightning.callbacks.regression_at_iterates import RegressionAtIterates
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.reader import BatchFn, ForwardFn
 from nclightning.probe.regression import TargetReader
+from nclightning.quantities import REGRESSION
 
 __all__ = ["RegressionCollapseMonitor"]
 
@@ -76,7 +77,7 @@ class RegressionCollapseMonitor(EitherMonitor[RegressionAtIterates, RegressionAt
 
     def tags(self, pl_module: L.LightningModule) -> set[str]:
         """Return tags that are logged."""
-        return {f"nrc/train/{name}" for name in ("nrc1", "nrc2", "nrc3", "gamma", "rank")}
+        return {each.tag("train") for each in REGRESSION}
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
         """Find head and targets of a full-batch module."""

@@ -15,6 +15,7 @@ from nclightning.callbacks.training_data import TrainingSets
 from nclightning.probe.evaluation import check_loader
 from nclightning.probe.regression import RegressionGatherer, TargetReader
 from nclightning.probe.sets import DataSet, gather_alone
+from nclightning.quantities import NRC, tagged
 
 __all__ = ["RegressionAtEpochs"]
 
@@ -66,7 +67,7 @@ class RegressionAtEpochs(HookingMonitor):
         if (trainer.current_epoch + 1) % self._every_n_epochs == 0:
             make = partial(RegressionGatherer, self._reader)
             gathered = gather_alone(LightningHost(pl_module), self._training_set(trainer), make)
-            self.publish(pl_module, {f"nrc/train/{tag}": value for tag, value in gathered.read().items()})
+            self.publish(pl_module, tagged(gathered.read(), NRC, "train"))
 
     def remove_hooks(self) -> None:
         """Leave no hook behind."""

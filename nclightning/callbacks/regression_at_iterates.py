@@ -14,6 +14,7 @@ from nclightning.metrics import RegressionCollapse
 from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
 from nclightning.problems.frames import one_hot
+from nclightning.quantities import NRC, mirrored_tags, tagged
 
 __all__ = ["RegressionAtIterates"]
 
@@ -21,7 +22,7 @@ __all__ = ["RegressionAtIterates"]
 class RegressionAtIterates(MonitorAtIterates):
     """Measures the training set at iterates, against the targets of the module's objective."""
 
-    log10_tags = frozenset(f"nrc/train/nrc{i}" for i in (1, 2, 3))
+    log10_tags = mirrored_tags(NRC, "train")
 
     def __init__(self, every_n_iterations: int) -> None:
         super().__init__(every_n_iterations)
@@ -41,7 +42,7 @@ class RegressionAtIterates(MonitorAtIterates):
         assert self._targets is not None
         features = sample_statistics(as_full_batch(pl_module).features_of(batch[0]))
         values = self._metric.read(merge_over_ranks(features), self._targets)
-        return {f"nrc/train/{name}": value for name, value in values.items()}
+        return dict(tagged(values, NRC, "train"))
 
 
 def _targets_of(pl_module: L.LightningModule) -> Tensor:

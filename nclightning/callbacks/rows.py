@@ -17,6 +17,7 @@ from nclightning.callbacks.publishing import as_metrics
 from nclightning.errors import UserError, say_the_same
 from nclightning.interrupts import deferred_interrupt
 from nclightning.loggers import RunLogger
+from nclightning.quantities import log10_tag
 from nclightning.sending import send_rows
 
 __all__ = ["Rows"]
@@ -149,7 +150,7 @@ class Rows:
         return values
 
     def _logarithms(self, row: dict[str, Any]) -> dict[str, float]:
-        return {f"log10/{tag}": _log10(value) for tag, value in row.items() if tag in self._log10_tags}
+        return {log10_tag(tag): _log10(value) for tag, value in row.items() if tag in self._log10_tags}
 
 
 def _log10(value: float) -> float:

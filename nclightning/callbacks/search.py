@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nclightning.compat.lightning import trainer_of
 from nclightning.optim import ArmijoGD, HeavyBall, Nesterov
+from nclightning.quantities import EVALUATIONS, STEP_SIZE
 
 __all__ = ["FixedStep", "search_readings", "step_found", "step_set"]
 
@@ -36,8 +37,8 @@ def search_readings(pl_module: L.LightningModule) -> dict[str, Tensor | float]:
         return {}
     outcome = optimizer.outcome
     return {
-        "line_search/step_size": math.nan if outcome is None else outcome.step_size,
-        "line_search/evaluations": optimizer.total_evaluations,
+        STEP_SIZE.tag(): math.nan if outcome is None else outcome.step_size,
+        EVALUATIONS.tag(): optimizer.total_evaluations,
     }
 
 

@@ -19,6 +19,7 @@ from nclightning.functional import extreme_eigenvalues
 from nclightning.optim.rules import curvature_scales, weight_decays
 from nclightning.probe.inputs import tensors_of
 from nclightning.probe.sweep import eager, generators_kept, sequential_loader, untouched
+from nclightning.quantities import SHARPNESS, SHARPNESS_OVER_LIMIT
 
 __all__ = ["LossFn", "Sharpness", "TrainingLoss"]
 
@@ -128,16 +129,16 @@ class Sharpness:
             return self.loss(pl_module) + sum(penalties)
 
         sharpness = self._largest(value, params)
-        values: dict[str, Tensor | float] = {"laws/sharpness": sharpness}
+        values: dict[str, Tensor | float] = {SHARPNESS.tag(): sharpness}
         scales = curvature_scales(optimizer)
         if scales is None:
             if optimizer.state:  # Before the first step of Adam there is no preconditioner yet.
                 kind = type(optimizer).__name__
-                self._tell(f"laws/sharpness_over_limit is left out: the stable curvature of {kind} is not known.")
+                self._tell(f"{SHARPNESS_OVER_LIMIT.tag()} is left out: the stable curvature of {kind} is not known.")
         elif all(isinstance(each, float) for each in scales) and len(set(scales)) == 1:
-            values["laws/sharpness_over_limit"] = sharpness * float(scales[0]) ** 2
+            values[SHARPNESS_OVER_LIMIT.tag()] = sharpness * float(scales[0]) ** 2
         else:
-            values["laws/sharpness_over_limit"] = self._largest(value, params, scales)
+            values[SHARPNESS_OVER_LIMIT.tag()] = self._largest(value, params, scales)
         return values
 
     def _largest(
@@ -155,8 +156,8 @@ class Sharpness:
             ) from error
         if not found.converged:
             self._tell(
-                f"laws/sharpness is a lower bound: Lanczos' method has not converged after {found.products} products "
-                "with the Hessian."
+                f"{SHARPNESS.tag()} is a lower bound: Lanczos' method has not converged after {found.products} "
+                "products with the Hessian."
             )
         return found.largest[0]
 

@@ -14,10 +14,12 @@ from nclightning.errors import UserError
 from nclightning.figures import Run, draw_collapse, draw_gaps, fit_straight, group_runs, read_run, thinned
 from nclightning.figures.tables import rates_table, settings_table
 from nclightning.files import make_folder
+from nclightning.quantities import CERTIFIED_GAP, GAP, NC1, NC2, NC3
 
 __all__ = ["plot_runs"]
 
-_GAPS = ("optimality/gap", "optimality/certified_gap")
+_GAPS = {GAP.tag(), CERTIFIED_GAP.tag()}
+_COLLAPSE = {each.tag("train") for each in (NC1, NC2, NC3)}
 _MOST_TABLES = 12  # More runs share one table.
 
 
@@ -46,8 +48,8 @@ def plot_runs(words: Sequence[str]) -> None:
         for run in runs:
             console.print(rates_table(run.summary, str(run.folder), run.problem))
     drawn = []
-    for draw, name, prefixes in ((draw_gaps, "gap", _GAPS), (draw_collapse, "collapse", ("nc/train/",))):
-        having = [run for run in runs if any(tag.startswith(prefixes) for tag in run.summary.last)]
+    for draw, name, tags in ((draw_gaps, "gap", _GAPS), (draw_collapse, "collapse", _COLLAPSE)):
+        having = [run for run in runs if tags & run.summary.last.keys()]
         if having:
             try:
                 make_folder(folder)
@@ -56,7 +58,7 @@ def plot_runs(words: Sequence[str]) -> None:
                 raise UserError(f"cannot write {folder}: {error.strerror or error}. Choose another --out.") from error
     if not drawn:
         names = given.runs[0] if len(given.runs) == 1 else f"{given.runs[0]} and {len(given.runs) - 1} more"
-        raise UserError(f"no reading to draw in {names}: neither optimality/gap nor nc/train/nc1-nc3.")
+        raise UserError(f"no reading to draw in {names}: neither {GAP.tag()} nor {NC1.tag('train')}-nc3.")
     for path in drawn:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True, markup=False)
 

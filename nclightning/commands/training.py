@@ -34,6 +34,7 @@ from nclightning.loggers import RunLogger
 from nclightning.models import RegularizedClassifier
 from nclightning.models.resume import check_resumable, check_weights
 from nclightning.parsing import ConfigFile, HelpFormatter, ParserMessage, RunParser, in_order, takes_lambda
+from nclightning.quantities import NC
 from nclightning.resuming import continue_elsewhere
 from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
@@ -44,8 +45,8 @@ __all__ = ["run_training"]
 _USAGE = "python -m nclightning {command} --config NAME [--KEY VALUE ...]"
 _PURPOSE = {
     "fit": "Train to the optimum, measure on the way, and leave a run folder in lightning_logs/.",
-    "validate": "Measure a checkpoint (tags nc/val/...) and print the values; no run folder is made.",
-    "test": "Measure a checkpoint (tags nc/test/...) and print the values; no run folder is made.",
+    "validate": f"Measure a checkpoint (tags {NC}/val/...) and print the values; no run folder is made.",
+    "test": f"Measure a checkpoint (tags {NC}/test/...) and print the values; no run folder is made.",
 }
 _DESCRIPTION = """nclightning: neural collapse, trained to its closed-form optimum and measured on the way.
 

@@ -14,18 +14,15 @@ from nclightning.figures.many import draw_bands
 from nclightning.figures.panels import MARKERS, STYLES, add_caption, add_legend, panels, save
 from nclightning.figures.rates import LinearFit
 from nclightning.figures.runs import LOSSES, Run
+from nclightning.quantities import CERTIFIED_GAP, GAP, NC1, NC2, NC3
 
 __all__ = ["draw_collapse", "draw_gaps"]
 
 # More curves in a panel, or more panels of a run each, are no picture any more.
 _MOST_CURVES, _MOST_RUNS = 20, 12
 # Where the minimum is not known, a bound takes its place.
-_GAPS = {"optimality/gap": "", "optimality/certified_gap": ", certified"}
-_COLLAPSE = {
-    "nc/train/nc1": r"$\mathcal{NC}_1$",
-    "nc/train/nc2": r"$\mathcal{NC}_2$",
-    "nc/train/nc3": r"$\mathcal{NC}_3$",
-}
+_GAPS = {GAP.tag(): "", CERTIFIED_GAP.tag(): ", certified"}
+_COLLAPSE = {each.tag("train"): each.latex for each in (NC1, NC2, NC3)}
 
 
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
@@ -46,7 +43,7 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
     losses = list(dict.fromkeys(run.loss for run in _having(runs, tuple(_GAPS))))
     if len(runs) > _MOST_CURVES:
         tags = {tag: f"gap{remark}" for tag, remark in _GAPS.items() if _any_has(runs, tag)}
-        return draw_bands(runs, tags, r"$F^k - F^*$", Path(path))
+        return draw_bands(runs, tags, GAP.latex, Path(path))
     chosen = {loss: [run for run in runs if run.loss == loss] for loss in losses}
     with panels(len(losses), legend_lines=max(map(len, chosen.values()))) as (figure, grid):
         for axes, (loss, own) in zip(grid, chosen.items(), strict=True):
@@ -54,7 +51,7 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
                 tag = next(tag for tag in _GAPS if tag in run.readings.values)
                 _draw_curve(axes, run, tag, label + _GAPS[tag], i)
             axes.set_title(LOSSES.get(loss, loss))
-            axes.set_ylabel(r"$F^k - F^*$")
+            axes.set_ylabel(GAP.latex)
             add_legend(axes)
         add_caption(figure, runs)
         return save(figure, Path(path))

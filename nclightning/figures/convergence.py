@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,12 @@ from matplotlib.figure import Figure
 
 from nclightning.errors import UserError
 from nclightning.figures.readings import Readings, read_readings
-from nclightning.figures.summary import QUANTITIES, RunSummary, predicted_gap, summarize
+from nclightning.figures.summary import RunSummary, predicted_gap, summarize
 from nclightning.files import replaced
+from nclightning.quantities import CONVERGING, GAP
 
 __all__ = ["draw_convergence"]
 
-_PANELS = (
-    (
-        "Optimality",
-        ("optimality/gap", "optimality/certified_gap", "optimality/distance", "optimality/grad_norm"),
-    ),
-    ("Neural collapse", ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")),
-)
 _DPI = 150
 # Colours that stay apart in the common kinds of colour blindness, and dashes that stay apart in grey.
 _STYLES = (("#0072B2", "-"), ("#D55E00", (0, (6, 2))), ("#009E73", (0, (2, 1.5))))
@@ -44,12 +39,14 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     """
     readings = read_readings(run)
     summary = summarize(readings)
-    panels = [(name, tags) for name, tags in _PANELS if any(tag in summary.last for tag in tags)]
+    panels: dict[str, list[str]] = {}
+    for tag in summary.last:
+        panels.setdefault(CONVERGING[tag].chart, []).append(tag)
     if not panels:
-        raise UserError(f"{run} has none of the readings {', '.join(QUANTITIES)}.")
+        raise UserError(f"{run} has none of the readings {', '.join(CONVERGING)}.")
     figure = Figure(figsize=(5.6 * len(panels), 4.2), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, (name, tags) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+    for axes, (name, tags) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
         _draw_panel(axes, readings, summary, name, tags)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -62,19 +59,19 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     return path
 
 
-def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, tags: tuple[str, ...]) -> None:
+def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, tags: Sequence[str]) -> None:
     # The certified gap is recorded only where the gap is not known, so that they are three.
-    for tag, (color, dashes) in zip((tag for tag in tags if tag in summary.last), _STYLES, strict=False):
+    for tag, (color, dashes) in zip(tags, _STYLES, strict=False):
         values = readings.values[tag]
         shown = np.isfinite(values) & (values > 0)  # Rows of another cadence have no value, and would tear the curve.
         fit = summary.fits[tag]
-        label = QUANTITIES[tag]
+        label = CONVERGING[tag].text_with_formula
         if fit is not None:
             label += f"   {fit.iterations_per_decade:.3g} it./decade, $R^2$ {fit.r_squared:.4f}"
             ends = np.array([fit.first, fit.last])
             axes.plot(ends, 10.0 ** (fit.intercept + fit.slope * ends), color=color, lw=5, alpha=0.22)
         axes.plot(readings.iterations[shown], values[shown], color=color, ls=dashes, lw=1.6, label=label)
-    if "optimality/gap" in tags:
+    if GAP.tag() in tags:
         _draw_prediction(axes, readings, summary)
     axes.set_yscale("log")
     axes.set_xlabel("gradient-descent iteration")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from nclightning.figures.panels import STYLES, add_caption, panels, save
 from nclightning.figures.readings import Readings
 from nclightning.figures.runs import LOSSES, Run
-from nclightning.figures.summary import QUANTITIES
+from nclightning.quantities import CONVERGING
 
 __all__ = ["Group", "draw_bands", "group_runs", "thinned"]
 
@@ -90,7 +90,7 @@ def thinned(run: Run) -> Run:
         The same with a few hundred readings of what converges.
     """
     at = np.unique(np.linspace(0, len(run.readings.iterations) - 1, 2 * _PLACES).round().astype(int))
-    values = {tag: run.readings.values[tag][at] for tag in QUANTITIES if tag in run.readings.values}
+    values = {tag: run.readings.values[tag][at] for tag in CONVERGING if tag in run.readings.values}
     return Run(run.folder, Readings(run.readings.iterations[at], values), run.summary, run.settings)
 
 

@@ -12,10 +12,11 @@ from matplotlib.ticker import LogLocator
 from nclightning.figures.panels import STYLES, add_caption, add_legend, panels, save
 from nclightning.figures.runs import LOSSES, Run
 from nclightning.figures.summary import predicted_gap
+from nclightning.quantities import GAP, NC0
 
 __all__ = ["draw_optimizers"]
 
-_GAP, _NC0 = "optimality/gap", "nc/train/nc0"
+_GAP, _NC0 = GAP.tag(), NC0.tag("train")
 
 
 def draw_optimizers(runs: Mapping[str, Mapping[str, Run]], path: str | Path) -> list[Path]:
@@ -60,7 +61,7 @@ def _draw_gaps(axes: Axes, runs: Mapping[str, Run]) -> None:
     axes.plot([], [], color="0.4", ls="--", lw=4, alpha=0.35, label="predicted decay")
     if ends:
         axes.set_xlim(-0.03 * max(ends), 1.05 * max(ends))
-    axes.set_ylabel(r"$F^k - F^*$")
+    axes.set_ylabel(GAP.latex)
     add_legend(axes)
 
 
@@ -70,7 +71,7 @@ def _draw_nc0(axes: Axes, runs: Mapping[str, Run]) -> None:
         _draw_curve(axes, run, _NC0, f"{name}  ({last:.1e} at the end)", color, dashes)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(numticks=9))
-    axes.set_ylabel(r"$\mathcal{NC}_0$, $\|W^\top 1\|$")
+    axes.set_ylabel(rf"{NC0.latex}, $\|W^\top 1\|$")
     add_legend(axes)
 
 

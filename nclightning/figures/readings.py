@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nclightning.compat.recorded import read_scalars
 from nclightning.errors import UserError
+from nclightning.quantities import NC, OPTIMALITY, parse_tag
 
 __all__ = ["Readings", "read_readings"]
 
@@ -122,10 +123,10 @@ def _read_events(folder: Path) -> Readings:
 
 def _measured(readings: Readings) -> Readings:
     """Leave out the rows of Lightning's loggers that hold other things only, such as a loss between two readings."""
-    ours = [values for tag, values in readings.values.items() if tag.startswith(("nc/", "optimality/"))]
+    ours = [values for tag, values in readings.values.items() if parse_tag(tag).group in (NC, OPTIMALITY)]
     if not ours:
         return readings
     rows = ~np.isnan(ours).all(axis=0)
     if not rows.any():
-        raise UserError("no row of the run holds a reading of nc/ or optimality/ yet.")
+        raise UserError(f"no row of the run holds a reading of {NC}/ or {OPTIMALITY}/ yet.")
     return Readings(readings.iterations[rows], {tag: values[rows] for tag, values in readings.values.items()})

@@ -9,21 +9,11 @@ import numpy as np
 
 from nclightning.figures.rates import LinearFit, fit_range, fit_rate
 from nclightning.figures.readings import Array, Readings
+from nclightning.quantities import CONVERGING, DISTANCE, ERROR_BOUND_RATIO, GAP, PREDICTED_DECAY
 
-__all__ = ["PREDICTED", "QUANTITIES", "RunSummary", "predicted_gap", "summarize"]
+__all__ = ["RunSummary", "predicted_gap", "summarize"]
 
-PREDICTED = "optimality/predicted_decay"
 Fit = Callable[[Array, Array], LinearFit | None]
-# Tag and label of what converges to zero, in the order of every table and legend.
-QUANTITIES = {
-    "optimality/gap": "gap F - F*",
-    "optimality/certified_gap": "certified gap",
-    "optimality/distance": "distance",
-    "optimality/grad_norm": "gradient norm",
-    "nc/train/nc1": "NC1",
-    "nc/train/nc2": "NC2",
-    "nc/train/nc3": "NC3",
-}
 
 
 @dataclass(frozen=True)
@@ -56,14 +46,14 @@ def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
     Returns:
         The summary.
     """
-    recorded = [tag for tag in QUANTITIES if tag in readings.values]
+    recorded = [tag for tag in CONVERGING if tag in readings.values]
     fits = {tag: fit(readings.iterations, readings.values[tag]) for tag in recorded}
-    kappa, tail = None, fits.get("optimality/distance")
-    ratio = readings.values.get("optimality/error_bound_ratio")
+    kappa, tail = None, fits.get(DISTANCE.tag())
+    ratio = readings.values.get(ERROR_BOUND_RATIO.tag())
     if tail is not None and ratio is not None:
         inside = (readings.iterations >= tail.first) & (readings.iterations <= tail.last) & np.isfinite(ratio)
         kappa = float(ratio[inside].max()) if inside.any() else None
-    predicted, gap = readings.values.get(PREDICTED), fits.get("optimality/gap")
+    predicted, gap = readings.values.get(PREDICTED_DECAY.tag()), fits.get(GAP.tag())
     return RunSummary(
         iteration=int(readings.iterations[-1]),
         last={tag: float(readings.values[tag][-1]) for tag in recorded},
@@ -85,10 +75,10 @@ def predicted_gap(readings: Readings, summary: RunSummary) -> tuple[Array, Array
     Returns:
         Iterations from the first of that line on, and values; None without a prediction or a line.
     """
-    predicted, gap = summary.predicted, summary.fits.get("optimality/gap")
+    predicted, gap = summary.predicted, summary.fits.get(GAP.tag())
     if predicted is None or gap is None:
         return None
     middle = (gap.first + gap.last) / 2
     shift = gap.intercept - predicted.intercept + (gap.slope - predicted.slope) * middle
-    inside = (readings.iterations >= gap.first) & np.isfinite(readings.values[PREDICTED])
-    return readings.iterations[inside], readings.values[PREDICTED][inside] * 10.0**shift
+    inside = (readings.iterations >= gap.first) & np.isfinite(readings.values[PREDICTED_DECAY.tag()])
+    return readings.iterations[inside], readings.values[PREDICTED_DECAY.tag()][inside] * 10.0**shift

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from nclightning.figures.rates import LinearFit
-from nclightning.figures.summary import QUANTITIES, RunSummary
+from nclightning.figures.summary import RunSummary
 from nclightning.problems import NoAnswer, Problem
+from nclightning.quantities import CONVERGING, GAP
 from nclightning.theory import UFMProblem
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Prob
     for column in ("last value", "factor/it.", "it./decade", "R^2", "decades"):
         table.add_column(column, justify="right", no_wrap=True)
     for tag, value in summary.last.items():
-        table.add_row(QUANTITIES[tag], f"{value:.3e}", *_cells(summary.fits[tag]))
-        if tag == "optimality/gap" and summary.predicted is not None:
+        table.add_row(CONVERGING[tag].text_with_formula, f"{value:.3e}", *_cells(summary.fits[tag]))
+        if tag == GAP.tag() and summary.predicted is not None:
             table.add_row("  theory", "-", *_cells(summary.predicted))
     if summary.kappa is not None:
         table.add_row("kappa", f"{summary.kappa:.6g}", *_cells(None))
@@ -77,8 +78,8 @@ def settings_table(groups: Sequence[Group]) -> Table:
     table = Table(title="Iterations per decade, median of the runs")
     for name in ("loss", "lambda_h"):
         table.add_column(name, no_wrap=True)
-    recorded = [tag for tag in QUANTITIES if any(tag in run.summary.last for group in groups for run in group.runs)]
-    for name in ("runs", *(QUANTITIES[tag] for tag in recorded)):
+    recorded = [tag for tag in CONVERGING if any(tag in run.summary.last for group in groups for run in group.runs)]
+    for name in ("runs", *(CONVERGING[tag].text_with_formula for tag in recorded)):
         table.add_column(name, justify="right")
     for group in groups:
         first, last = group.runs[0], group.runs[-1]

@@ -16,8 +16,7 @@ from nclightning.errors import UserError
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.integrations.trained import TransformersHost, check_task, labels_by_name
 from nclightning.metrics import MEASURES
-from nclightning.metrics.measures import meaning_of
-from nclightning.probe.collectors import DECISIONS, Measuring
+from nclightning.probe.collectors import Measuring
 from nclightning.probe.detection import HeadArgument
 from nclightning.probe.evaluation import check_loader
 from nclightning.probe.features import NoLabelsError
@@ -33,6 +32,7 @@ from nclightning.probe.sweep import (
 )
 from nclightning.probe.validation import names_of, plain_name
 from nclightning.probe.watch import FirstStepHooks
+from nclightning.quantities import DECISION_NAMES, NC, measure_named, tagged
 from nclightning.ranks import failing_together, rank_zero_warn
 
 try:
@@ -188,7 +188,7 @@ class NeuralCollapseCallback(TrainerCallback):
         with self._guard():
             values = self._read_sets(trainer, {"train": self._stream(train_dataloader)}, {}, training=True)
             self._measured_at = state.global_step
-        self._log(trainer, control, {f"nc/{tag.removeprefix('train/')}": each for tag, each in values.items()})
+        self._log(trainer, control, tagged({tag.removeprefix("train/"): each for tag, each in values.items()}, NC))
 
     def _end_batch(self) -> None:
         self._read += 1
@@ -314,7 +314,7 @@ class NeuralCollapseCallback(TrainerCallback):
         """Refuse an early stopping that would look for values before they are measured."""
         metric, callbacks = trainer.args.metric_for_best_model or "", trainer.callback_handler.callbacks
         before = callbacks[: next((i for i, each in enumerate(callbacks) if each is self), 0)]
-        if "nc/" in metric and any(isinstance(each, EarlyStoppingCallback) for each in before):
+        if f"{NC}/" in metric and any(isinstance(each, EarlyStoppingCallback) for each in before):
             raise UserError(
                 f"EarlyStoppingCallback looks for {metric!r} before NeuralCollapseCallback has measured it: put "
                 "NeuralCollapseCallback first, as callbacks=[NeuralCollapseCallback(), EarlyStoppingCallback()]."
@@ -323,8 +323,8 @@ class NeuralCollapseCallback(TrainerCallback):
     def _check_metric(self, trainer: Any) -> None:
         """Refuse to choose the best model by what is never measured, before an epoch is trained in vain."""
         metric = trainer.args.metric_for_best_model or ""
-        _, found, name = metric.partition("nc/")
-        if not found or name not in {*MEASURES, *DECISIONS} or trainer.args.eval_strategy == "no":
+        _, found, name = metric.partition(f"{NC}/")
+        if not found or name not in {*MEASURES, *DECISION_NAMES} or trainer.args.eval_strategy == "no":
             return  # What it does not find says the trainer.
         if "eval" not in self._stages:
             raise UserError(f"metric_for_best_model={metric!r} is of an evaluation: stages must have 'eval'.")
@@ -333,7 +333,7 @@ class NeuralCollapseCallback(TrainerCallback):
                 f"metric_for_best_model={metric!r} is not measured: put {name!r} into measures, which are "
                 f"{', '.join(sorted(measured))}."
             )
-        if trainer.args.greater_is_better and meaning_of(name).collapsed == 0:
+        if trainer.args.greater_is_better and measure_named(name).collapsed == 0:
             rank_zero_warn(
                 f"metric_for_best_model={metric!r} with greater_is_better=True takes the model that is least "
                 "collapsed for the best: pass greater_is_better=False, which is not the trainer's default."

@@ -12,12 +12,11 @@ from nclightning.functional import ClassStatistics
 from nclightning.functional.statistics import BetweenWeights, GlobalMean
 from nclightning.heads import HeadSource, read_head
 from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
     MeasureInput,
     select_measures,
 )
+from nclightning.quantities import DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 
 __all__ = ["check_conventions", "choose_measures", "evaluate_measures", "measure_input", "need_scatter"]
 

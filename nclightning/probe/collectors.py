@@ -13,16 +13,14 @@ from nclightning import metrics
 from nclightning.functional import ClassStatistics, ood_orthogonality
 from nclightning.heads import Head, HeadReader, device_of, weight_shape
 from nclightning.metrics.measures import (
-    DEFAULT_MEASURES,
-    DEFAULT_MEASURES_OF_GROUPS,
     MEASURES,
     MeasureInput,
     select_measures,
 )
+from nclightning.quantities import DECISION_NAMES, DEFAULT_MEASURES, DEFAULT_MEASURES_OF_GROUPS
 from nclightning.ranks import gather_tensors, rank_zero_warn, world_size
 
 __all__ = [
-    "DECISIONS",
     "DecisionsCollector",
     "LayerStatistics",
     "Measuring",
@@ -31,7 +29,6 @@ __all__ = [
     "orthogonality",
 ]
 
-DECISIONS = ("ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin")
 _LAYER_MEASURES = ("nc1", "nc1_cdnv")
 
 # Class statistics of the head's input under the empty name, and of further layers under their names.
@@ -45,7 +42,8 @@ class Measuring:
     samples with the class means.
 
     Args:
-        measures: Names from ``MEASURES`` and ``DECISIONS``. None is the default of the metric, ``("all",)`` is all.
+        measures: Names out of ``MEASURES`` and ``DECISION_NAMES``; None leaves the choice to the metric, ``("all",)``
+            takes all.
         ignore_index: Label of samples to leave out.
         **conventions: Further arguments of :class:`nclightning.metrics.NeuralCollapse`.
 
@@ -69,13 +67,13 @@ class Measuring:
         if measures is None:
             return
         if not isinstance(measures, str):
-            measures = (*MEASURES, *DECISIONS) if tuple(measures) == ("all",) else tuple(measures)
-            self.decision_measures = tuple(name for name in DECISIONS if name in measures)
+            measures = (*MEASURES, *DECISION_NAMES) if tuple(measures) == ("all",) else tuple(measures)
+            self.decision_measures = tuple(name for name in DECISION_NAMES if name in measures)
             if len(set(measures)) == len(measures) == len(self.decision_measures) > 0:
                 self.statistics_measures = ()
                 return
-            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISIONS)
-        self.statistics_measures = select_measures(measures, DECISIONS)
+            measures = tuple(name for name in measures if measures.count(name) > 1 or name not in DECISION_NAMES)
+        self.statistics_measures = select_measures(measures, DECISION_NAMES)
 
     def tags(self, layers: Iterable[str]) -> set[str]:
         """Return the names under which values of a data set are logged; for each further layer only that of NC1."""

@@ -22,7 +22,7 @@ from nclightning.metrics.choice import (
     need_scatter,
 )
 from nclightning.metrics.decided import Decisions, count_decisions, totals_of
-from nclightning.metrics.measures import DEFAULT_MEASURES, MEASURES
+from nclightning.metrics.measures import MEASURES
 from nclightning.probe.arrays import Arrays, arrays
 from nclightning.probe.building import Conventions, build
 from nclightning.probe.collectors import Measuring
@@ -31,6 +31,7 @@ from nclightning.probe.probing import Probe, in_order
 from nclightning.probe.reader import BatchFn, ForwardFn
 from nclightning.probe.results import Measurement
 from nclightning.probe.validation import readable
+from nclightning.quantities import DEFAULT_MEASURES
 
 __all__ = ["measure"]
 

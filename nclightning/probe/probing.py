@@ -26,6 +26,7 @@ from nclightning.probe.results import Measurement
 from nclightning.probe.sets import DataSet, DecisionsGatherer, StatisticsGatherer, gather_alone
 from nclightning.probe.sweep import known_indices
 from nclightning.probe.validation import check_samples, checked_model, names_of, plain_name, readable, unwrapped
+from nclightning.quantities import NC5
 from nclightning.ranks import alone as on_its_own
 from nclightning.ranks import are_several, meet
 from nclightning.sharding import is_sharded
@@ -173,7 +174,7 @@ class Probe:
             if name in ood:
                 assert class_means is not None
                 value = orthogonality(class_means[""], each.statistics[""])
-                found[name] = build_unlabelled({"nc5": value}, each.statistics[""], head, start)
+                found[name] = build_unlabelled({NC5.name: value}, each.statistics[""], head, start)
                 continue
             values, of_classes = each.collector.read(each.statistics), {}
             if class_means is not None and measuring.decides(class_means):
@@ -237,7 +238,7 @@ def _checked(
         raise UserError(f"ood must be a sequence of names: write ({ood!r},).")
     if unknown := [name for name in ood if name not in sets or name == "train"]:
         raise UserError(f"ood must name data sets other than 'train' among {list(sets)}, got {unknown}.")
-    needed = [*measuring.decision_measures, *(["nc5"] if ood else [])]
+    needed = [*measuring.decision_measures, *([NC5.name] if ood else [])]
     if needed and "train" not in sets:
         raise UserError(
             f"{', '.join(needed)} of several data sets need the class means of the training set: pass it under the "

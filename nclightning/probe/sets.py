@@ -21,6 +21,7 @@ from nclightning.probe.collectors import (
 from nclightning.probe.evaluation import Gatherer, evaluate
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
+from nclightning.quantities import NC5
 
 __all__ = [
     "DataSet",
@@ -195,7 +196,7 @@ class SetReader:
         for name, (data, stats) in sets.items():
             if name in ood:
                 assert class_means is not None
-                values[f"{name}/nc5"] = orthogonality(class_means[""], stats[""])
+                values[f"{name}/{NC5.name}"] = orthogonality(class_means[""], stats[""])
                 continue
             assert self._last is not None
             read = self._last.read(stats)

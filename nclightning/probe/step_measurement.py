@@ -25,6 +25,7 @@ from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sweep import fingerprint_together, num_own_samples
 from nclightning.probe.watch import Watch
+from nclightning.quantities import NC5
 from nclightning.ranks import raise_together
 from nclightning.sharding import is_sharded, reshard
 
@@ -229,7 +230,7 @@ class StepMeasurement:
         for name, (_, statistics, decisions, _) in self._loaders.items():
             stats = self.statistics[name] = statistics.statistics()
             if name in self._ood:
-                read = {} if self._class_means is None else {"nc5": orthogonality(self._class_means[""], stats[""])}
+                read = {} if self._class_means is None else {NC5.name: orthogonality(self._class_means[""], stats[""])}
             else:
                 read = statistics.read(stats)
             if decisions is not None:

@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from nclightning.metrics.measures import meaning_of
+from nclightning.quantities import measure_named
 
 __all__ = ["Row", "as_html", "as_text"]
 
@@ -44,9 +44,9 @@ class Row(NamedTuple):
             layers: Names of layers. Other groups are data sets.
         """
         group, _, name = tag.rpartition("/")
-        meaning = meaning_of(name)
+        quantity = measure_named(name)
         group = f"layer {group}" if group in layers else group
-        return cls(group, name, value, meaning.at_collapse(num_classes, feature_dim), meaning.text)
+        return cls(group, name, value, quantity.at_collapse(num_classes, feature_dim), quantity.meaning)
 
     @property
     def distance(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pydoc import ErrorDuringImport, locate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 from torch import Tensor
@@ -43,10 +43,13 @@ def describe(problem: Problem) -> dict[str, Any]:
 def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Problem:
     """Make a problem from the result of :func:`describe`, or from a configuration.
 
+    A description may come from somebody else's checkpoint. A function is called only if its return annotation says that
+    it makes a problem. The module that ``class_path`` names is imported in any case.
+
     Args:
         kind: :class:`nclightning.problems.Problem`.
-        description: ``class_path``, which is :class:`nclightning.problems.Problem` or a function that makes a problem,
-            and ``init_args``.
+        description: ``class_path`` and ``init_args``. The path names :class:`nclightning.problems.Problem`, or a
+            function whose return annotation is that class.
 
     Returns:
         The problem.
@@ -60,26 +63,37 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
     loss = arguments.get("loss")
     if isinstance(loss, Mapping) and "class_path" in loss:
         arguments["loss"] = _made(loss["class_path"], loss.get("init_args") or {}, "problem.loss", Loss)
-    made = _made(description["class_path"], arguments, "problem")
+    made = _made(description["class_path"], arguments, "problem", kind, functions=True)
     if not isinstance(made, kind):
         raise UserError(f"problem: {description['class_path']} made a {type(made).__name__} instead of a Problem.")
     return made
 
 
-def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type | None = None) -> Any:
+def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type, functions: bool = False) -> Any:
     """Import a class or function by its path, and call it with arguments."""
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:
         raise UserError(f"{name}: {path} cannot be imported ({error.value}).") from error
-    if not callable(maker) or (kind is not None and not (isinstance(maker, type) and issubclass(maker, kind))):
-        expected = "a function that makes a Problem" if kind is None else f"a subclass of {kind.__name__}"
+    made = maker if isinstance(maker, type) else _declared(maker) if functions else None
+    if not (isinstance(made, type) and issubclass(made, kind)):
+        expected = f"a subclass of {kind.__name__}"
+        if functions:
+            expected = f"a function that makes a {kind.__name__} and says so, `def make(...) -> {kind.__name__}`"
         local = " where it can be imported: define it at the top level of a module, or give problem= anew"
         raise UserError(f"{name}: {path} is not {expected}{local if '<locals>' in path else ''}.")
     try:
         return maker(**arguments)
     except TypeError as error:
         raise UserError(f"{name}: {path}: {error}.") from error
+
+
+def _declared(function: Any) -> Any:
+    """Return the annotation of what a function returns; None if it has none."""
+    try:
+        return get_type_hints(function).get("return")
+    except (TypeError, NameError):  # Not a function, or its annotation uses a name that is imported for types only.
+        return None
 
 
 def _path_of(cls: type) -> str:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from nclightning.figures import Run
+from nclightning.quantities import GAP, NC1, NC2, NC3
 from nclightning.reproduction.error_bound import NEAR, Reading
 
 __all__ = ["METRICS_REACH", "NC_TAGS", "Claim", "check_claims", "check_error_bound"]
 
-GAP = "optimality/gap"
-NC_TAGS = ("nc/train/nc1", "nc/train/nc2", "nc/train/nc3")
+NC_TAGS = tuple(each.tag("train") for each in (NC1, NC2, NC3))
 _UFM_DECADES = 10.0
 # In Figure 3 lines must reach this value.
 METRICS_REACH = 1e-10
 _METRICS_DECADES = 5.0
 # Of the network: NC2 and NC3 measure deviations, the gap and NC1 squared deviations, which fall twice as far.
-_MLP_DECADES = {GAP: 4.0, "nc/train/nc1": 4.0, "nc/train/nc2": 2.0, "nc/train/nc3": 2.0}
+_MLP_DECADES = dict(zip((GAP.tag(), *NC_TAGS), (4.0, 4.0, 2.0, 2.0), strict=True))
 _EQUAL_RATES = 1.5
 _SUBSTANTIALLY = 1.5
 _BOUND_SLACK = 1.01
@@ -96,7 +96,7 @@ def _bound_holds(name: str, sentence: str, readings: Sequence[Reading]) -> Claim
 
 
 def _gap_is_linear(runs: Sequence[Run]) -> Claim:
-    decades = [_decades(run, GAP) for run in runs]
+    decades = [_decades(run, GAP.tag()) for run in runs]
     return Claim(
         "1",
         "Under the unconstrained feature model the optimality gap converges linearly, for every lambda.",
@@ -114,7 +114,7 @@ def _decades(run: Run, tag: str) -> float:
 def _rate_is_independent(runs: Sequence[Run]) -> Claim:
     spread = {}
     for loss in _LOSSES:
-        fits = [run.summary.fits[GAP] for run in runs if run.loss == loss]
+        fits = [run.summary.fits[GAP.tag()] for run in runs if run.loss == loss]
         rates = [fit.iterations_per_decade for fit in fits if fit is not None]
         # A curve without a line has no rate that could be the same.
         spread[loss] = max(rates) / min(rates) if rates and len(rates) == len(fits) else float("nan")
@@ -175,7 +175,7 @@ def _network_is_linear_at_some(runs: Sequence[Run]) -> Claim:
         "2",
         "The network's gap converges linearly for particular lambda only, which require tuning.",
         runs,
-        (GAP,),
+        (GAP.tag(),),
         only=True,
     )
 

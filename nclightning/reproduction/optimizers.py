@@ -10,6 +10,7 @@ import numpy as np
 
 from nclightning.figures import Run, draw_optimizers, fit_rate, read_run
 from nclightning.objective import LossName
+from nclightning.quantities import DISTANCE, EVALUATIONS, GAP, NC0, NC1, NC2, NC3
 from nclightning.reproduction.claims import Claim
 from nclightning.reproduction.experiments import OPTIMIZERS, Experiment
 from nclightning.theory import UFMProblem
@@ -26,8 +27,7 @@ __all__ = [
 # By loss and name of the optimizer.
 Runs = Mapping[tuple[LossName, str], Run]
 
-GAP, DISTANCE, NC = "optimality/gap", "optimality/distance", tuple(f"nc/train/nc{i}" for i in range(4))
-_EVALUATIONS = "line_search/evaluations"
+_COLLAPSE = tuple(each.tag("train") for each in (NC0, NC1, NC2, NC3))
 _LOSSES: tuple[LossName, ...] = ("mse", "ce")
 # One number for head and features, because AdamW has one.
 _PENALTY = 5e-3
@@ -187,7 +187,7 @@ def _rates_are_predicted(runs: Runs) -> Claim:
 
 def _rates(run: Run) -> tuple[float, float]:
     """Iterations per decade of the gap, as measured and as predicted; nan where there is no line."""
-    lines = run.summary.fits.get(GAP), run.summary.predicted
+    lines = run.summary.fits.get(GAP.tag()), run.summary.predicted
     measured, predicted = (float("nan") if line is None else line.iterations_per_decade for line in lines)
     return measured, predicted
 
@@ -197,7 +197,7 @@ def _last(run: Run, tag: str) -> float:
 
 
 def _nc0_vanishes(runs: Runs) -> Claim:
-    last = [_last(run, NC[0]) for (_, name), run in runs.items() if METHODS[name].is_coupled]
+    last = [_last(run, _COLLAPSE[0]) for (_, name), run in runs.items() if METHODS[name].is_coupled]
     return Claim(
         OPTIMIZERS,
         "With the penalties in the objective NC0 vanishes, whatever the optimizer.",
@@ -211,8 +211,10 @@ def _nc0_stays(runs: Runs) -> Claim:
     held, parts = True, []
     for (loss, name), run in runs.items():
         if not METHODS[name].is_coupled:
-            half = float(np.interp(run.summary.iteration / 2, run.readings.iterations, run.readings.values[NC[0]]))
-            last = _last(run, NC[0])
+            half = float(
+                np.interp(run.summary.iteration / 2, run.readings.iterations, run.readings.values[NC0.tag("train")])
+            )
+            last = _last(run, _COLLAPSE[0])
             held &= last >= max(_DECOUPLED_NC0, half / 2)
             parts.append(f"{loss.upper()}: {half:.2g} at half of the run, {last:.2g} at its end")
     return Claim(
@@ -240,8 +242,8 @@ def _needs_fewer(runs: Runs) -> Iterator[Claim]:
 def _evaluations(run: Run) -> int | None:
     """Count the evaluations of F and its gradient until the distance was reached; None if it was not."""
     values = run.readings.values
-    near = np.flatnonzero(values.get(DISTANCE, np.full_like(run.readings.iterations, np.nan)) <= _DISTANCE)
-    counts = values.get(_EVALUATIONS, run.readings.iterations)  # Others evaluate once in an iteration.
+    near = np.flatnonzero(values.get(DISTANCE.tag(), np.full_like(run.readings.iterations, np.nan)) <= _DISTANCE)
+    counts = values.get(EVALUATIONS.tag(), run.readings.iterations)  # Others evaluate once in an iteration.
     return int(counts[near[0]]) if len(near) else None
 
 
@@ -282,4 +284,4 @@ def optimizer_section(runs: Runs) -> Iterator[str]:
     for (loss, name), run in runs.items():
         rates = ("-" if np.isnan(rate) else f"{rate:.4g}" for rate in _rates(run))
         cells = [loss.upper(), METHODS[name].title, *rates, str(run.summary.iteration), str(_evaluations(run) or "-")]
-        yield f"| {' | '.join([*cells, *(f'{_last(run, tag):.1e}' for tag in NC)])} |"
+        yield f"| {' | '.join([*cells, *(f'{_last(run, tag):.1e}' for tag in _COLLAPSE)])} |"

@@ -10,20 +10,20 @@ from pathlib import Path
 from nclightning.figures import LinearFit, Run
 from nclightning.figures.rates import LEAST_R_SQUARED
 from nclightning.files import replaced
+from nclightning.quantities import CONVERGING, GAP
 from nclightning.reproduction.claims import METRICS_REACH, NC_TAGS, Claim
 from nclightning.reproduction.error_bound import NEAR, Study, study_problem
 from nclightning.reproduction.optimizers import Runs, optimizer_section
 
 __all__ = ["write_report"]
 
-_QUANTITIES = {1: ("optimality/gap",), 2: ("optimality/gap",), 3: NC_TAGS, 4: NC_TAGS}
+_QUANTITIES = {1: (GAP.tag(),), 2: (GAP.tag(),), 3: NC_TAGS, 4: NC_TAGS}
 _TITLES = {
     1: "Figure 1: optimality gap of the unconstrained feature model",
     2: "Figure 2: optimality gap of the two-layer network",
     3: "Figure 3: NC metrics of the unconstrained feature model",
     4: "Figure 4: NC metrics of the two-layer network",
 }
-_NAMES = {"optimality/gap": "gap", "nc/train/nc1": "NC1", "nc/train/nc2": "NC2", "nc/train/nc3": "NC3"}
 
 
 def write_report(
@@ -99,7 +99,7 @@ def _rates_table(runs: Sequence[Run], tags: Sequence[str]) -> Iterator[str]:
     for run in runs:
         set_ = (run.loss.upper(), f"{run.settings['lambda_w']:g}", f"{run.settings['lambda_h']:g}")
         for tag in tags:
-            reached = (_NAMES[tag], str(run.summary.iteration), f"{run.summary.last[tag]:.1e}")
+            reached = (CONVERGING[tag].text, str(run.summary.iteration), f"{run.summary.last[tag]:.1e}")
             yield f"| {' | '.join((*set_, *reached, *_fit_cells(run.summary.fits[tag])))} |"
 
 

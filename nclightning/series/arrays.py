@@ -10,6 +10,7 @@ from typing import Any
 
 from nclightning.errors import UserError
 from nclightning.probe.measuring import measure
+from nclightning.quantities import NC, tagged
 from nclightning.series.opening import check_file, content_of, load_arrays
 from nclightning.series.source import steps_in_names
 
@@ -101,7 +102,7 @@ class ArraySource:
             found = measure(**arrays, **chosen.options)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return {f"nc/{chosen.set_name}/{name}": value for name, value in found.items()}
+        return tagged(found, NC, chosen.set_name)
 
     def _find(self, role: str, own: Mapping[str, Any]) -> Any:
         """Return the array for an argument; None if there is none and it is not needed."""

@@ -36,6 +36,7 @@ from nclightning.series.sets import ModelOptions, chosen_device, floats, values_
 __all__ = ["CheckpointSource", "Training", "checkpoint_sources"]
 
 _HPARAMS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
+_BASES = {"model": "LightningModule", "data": "LightningDataModule"}
 _LIMITS = ("limit_train_batches", "limit_val_batches", "overfit_batches")
 _MAX_NAMES = 3
 
@@ -217,7 +218,14 @@ class Training:
         if path is not None:
             return import_named(option, path)
         if "class_path" in section:
-            return import_named(f"{where}: {part}.class_path", str(section["class_path"]))
+            kind = import_named(f"{where}: {part}.class_path", str(section["class_path"]))
+            if not _is_lightnings(kind, _BASES[part]):
+                # The configuration is found beside the checkpoints: what it names is called only if it can be meant.
+                raise UserError(
+                    f"{where}: {part}.class_path: {section['class_path']} is no subclass of {_BASES[part]}. "
+                    f"If it is a function of yours that makes one, name it by {option} module:function."
+                )
+            return kind
         raise UserError(
             f"the class of the {part} is not known"
             + (f", {where} has no {part}.class_path" if self._config_path else "")
@@ -260,6 +268,11 @@ class Training:
                 )
             except ValueError as error:
                 raise UserError(f"--precision {precision}: {str(error).splitlines()[0]}") from error
+
+
+def _is_lightnings(kind: Any, base: str) -> bool:
+    """Whether something is a class made from one of Lightning's, of either of its packages."""
+    return inspect.isclass(kind) and any(each.__name__ == base for each in kind.__mro__)
 
 
 def _package_of(module: Any) -> str:

@@ -13,6 +13,7 @@ from nclightning.command_parser import command_parser
 from nclightning.configurations import find_configuration
 from nclightning.errors import UserError
 from nclightning.interrupts import Terminated
+from nclightning.quantities import NC
 from nclightning.series.arrays import NAMES, ArraysSettings, array_sources
 from nclightning.series.opening import paths_of
 from nclightning.series.places import KINDS, FileSet, find_config, find_files
@@ -35,7 +36,8 @@ _EPILOG = """examples:
   python -m nclightning measure checkpoints/*.ckpt --model my_project.models:Net --data my_project.data:CIFAR10
   python -m nclightning measure output/ --data reviews.csv --text review --labels sentiment
 
-Checkpoints and .pt files are loaded with weights_only=True, so that no code in them can run."""
+Checkpoints and .pt files are loaded with weights_only=True, so that no code in them can run. The config.yaml of a
+run folder names classes, which are imported and created: read it first if the folder is not yours."""
 # The kinds of files for which an option has a meaning. Options that are not listed here apply to all kinds.
 _OPTION_KINDS = {
     "weight": ("arrays",), "bias": ("arrays",), "features": ("arrays",), "set": ("arrays",),
@@ -103,7 +105,7 @@ def _parser() -> ArgumentParser:
         arrays.add_argument(
             f"--{role}", metavar="NAME", help=f"array or file (default: one of {', '.join(NAMES[role])})"
         )
-    arrays.add_argument("--set", metavar="NAME", help="name of the data set in the tags nc/SET/... (default: train)")
+    arrays.add_argument("--set", metavar="NAME", help=f"name of the data set in the tags {NC}/SET/... (default: train)")
     models = parser.add_argument_group("checkpoints of Lightning, and model folders of Hugging Face")
     models.add_argument("--config", metavar="FILE", help="saved by LightningCLI (default: that of the run folder)")
     models.add_argument("--model", metavar="MODULE:CLASS", help="its hyperparameters come from the checkpoint")

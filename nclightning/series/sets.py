@@ -14,6 +14,7 @@ from nclightning.probe.collectors import Measuring
 from nclightning.probe.host import Host
 from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
+from nclightning.quantities import NC, tagged
 
 __all__ = ["ModelOptions", "chosen_device", "floats", "values_of"]
 
@@ -120,7 +121,7 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
     reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
-    return floats({f"nc/{tag}": value for tag, value in reading.values.items()})
+    return floats(tagged(reading.values, NC))
 
 
 def floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -19,7 +19,8 @@ from nclightning.callbacks.modules import check_strategy
 from nclightning.functional import class_distance_normalized_variance, class_statistics, ood_orthogonality
 from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.probe.batches import RowBuffer
-from nclightning.probe.collectors import DECISIONS, StatisticsCollector
+from nclightning.probe.collectors import StatisticsCollector
+from nclightning.quantities import DECISION_NAMES
 from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
 from tests.trainers import quiet_trainer
 
@@ -57,7 +58,7 @@ def test_all_measures_of_train_and_val(tmp_path, samples):
     data = loader(samples), loader(samples, shuffle=False, drop_last=False)
     model, trainer = fit(tmp_path, [NeuralCollapseMonitor(measures=("all",))], data, num_sanity_val_steps=0)
     read = metrics(trainer)
-    names = [*MEASURES, *DECISIONS]
+    names = [*MEASURES, *DECISION_NAMES]
     assert read.keys() == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
     features, stats = features_of(model, samples[0]), None
     stats = class_statistics(features, samples[1], K)

@@ -113,7 +113,10 @@ REFUSED = {
     "another penalty": ({"problem": MEMBERS["CE"], "lambda_w": 1.0}, "lambda_w=1.0 .* that has 0.05: leave out"),
     "the single lambda": ({"problem": MEMBERS["CE"], "lambda_": 1e-2}, "lambda_=0.01 .*: leave out lambda,"),
     "a loss": ({"problem": MEMBERS["CE"], "loss": "ce"}, "loss='ce' was given together with a problem: leave out loss"),
-    "a description of nothing": ({"problem": {"class_path": "torch.eye", "init_args": {"n": 3}}}, "made a Tensor"),
+    "a description of nothing": (
+        {"problem": {"class_path": "torch.eye", "init_args": {"n": 3}}},
+        "torch.eye is not a function",
+    ),
     "a description without a class": ({"problem": {"counts": [3]}}, "class_path is missing, got counts"),
 }
 

@@ -13,8 +13,8 @@ import torch
 
 from nclightning import measure
 from nclightning.metrics import MEASURES
-from nclightning.metrics.measures import meaning_of
 from nclightning.probe.results import Measurement
+from nclightning.quantities import measure_named
 
 
 def etf(num_classes, dim):
@@ -56,11 +56,12 @@ def test_more_classes_than_an_etf_has_room_for_have_no_value_at_collapse():
 
 def test_every_name_that_is_logged_has_a_meaning():
     names = [*MEASURES, "ncc_accuracy", "ncc_mismatch", "accuracy", "cosine_margin", "nc5"]
-    texts = [meaning_of(name).text for name in names]
+    texts = [measure_named(name).meaning for name in names]
     assert all(texts)
     assert len(set(texts)) == len(texts)
     assert max(map(len, texts)) <= 80
-    assert meaning_of("of_the_user") == ("", None)
+    unknown = measure_named("of_the_user")
+    assert (unknown.meaning, unknown.collapsed) == ("", None)
 
 
 def test_is_an_immutable_mapping_of_floats():

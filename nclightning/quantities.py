@@ -1,0 +1,503 @@
+r"""What can be measured, by the names under which it is logged: the one table that all others ask.
+
+A tag such as ``nc/train/nc1`` has three parts: the group (``nc``), the place (a stage, a data set, a loader or a layer;
+most groups have none) and the name. Where values fall over many decades, loggers get them a second time as
+``log10/<tag>``, because the axis of TensorBoard is linear.
+
+A new measure needs an entry here, and its function in :data:`nclightning.metrics.MEASURES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+__all__ = [
+    "ANGLES",
+    "BALANCE",
+    "BALANCE_RESIDUAL",
+    "BIAS_SUM",
+    "CERTIFIED_GAP",
+    "CONVERGING",
+    "DECISION_NAMES",
+    "DEFAULT_MEASURES",
+    "DEFAULT_MEASURES_OF_GROUPS",
+    "DISTANCE",
+    "ERROR_BOUND_RATIO",
+    "EVALUATIONS",
+    "GAP",
+    "GRAD_NORM",
+    "GROUPS",
+    "HEAD_SUM",
+    "LAWS",
+    "LINE_SEARCH",
+    "LOSS",
+    "MEASURE_NAMES",
+    "NC",
+    "NC0",
+    "NC1",
+    "NC2",
+    "NC3",
+    "NC5",
+    "NRC",
+    "OPTIMALITY",
+    "PREDICTED_DECAY",
+    "QUANTITIES",
+    "REGRESSION",
+    "RELATIVE_DISTANCE",
+    "SHARPNESS",
+    "SHARPNESS_OVER_LIMIT",
+    "STEP_SIZE",
+    "Quantity",
+    "Tag",
+    "log10_tag",
+    "measure_named",
+    "mirrored_tags",
+    "parse_tag",
+    "quantity_of",
+    "tag_of",
+    "tagged",
+]
+
+# Groups of tags.
+NC, NRC, OPTIMALITY, LINE_SEARCH, LAWS = "nc", "nrc", "optimality", "line_search", "laws"
+GROUPS = (NC, NRC, OPTIMALITY, LINE_SEARCH, LAWS)
+_LOG10 = "log10"
+
+# A number, or a function of the number of classes and of features; None where nothing is known.
+Collapsed = float | Callable[[int, int], float | None] | None
+Axis = Literal["log", "linear"]
+Value = TypeVar("Value")
+
+
+def tag_of(group: str, *path: str) -> str:
+    """Put a tag together.
+
+    Args:
+        group: Of the tag.
+        *path: Place and name. Empty parts are left out.
+    """
+    return "/".join(filter(None, (group, *path)))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that is measured.
+
+    Attributes:
+        name: Last part of its tag.
+        group: First part of its tag; empty for ``loss``, whose tag is its name.
+        meaning: What it tells, in a few words.
+        label: In tables and legends; the name if empty.
+        latex: The same in figures of the paper; ``label`` if empty.
+        formula: Follows the label where there is room for it.
+        collapsed: Its value at neural collapse; of optimality, laws and regression at the optimum.
+        axis: On which it is drawn.
+        signed: Whether it can be negative.
+        unit: Empty for plain numbers.
+        mirrored: Whether loggers of runs at iterates also get its logarithm. Where labels say groups of samples,
+            ``DEFAULT_MEASURES_OF_GROUPS`` are mirrored.
+        chart: Title of the panel on which it is drawn with others.
+        maker: Who computes it: ``"measure"`` and ``"decision"`` are chosen by name in ``measures=``.
+    """
+
+    name: str
+    group: str
+    meaning: str = ""
+    label: str = ""
+    latex: str = ""
+    formula: str = ""
+    collapsed: Collapsed = None
+    axis: Axis = "log"
+    signed: bool = False
+    unit: str = ""
+    mirrored: bool = False
+    chart: str = ""
+    maker: str = ""
+
+    def tag(self, *place: str) -> str:
+        """Return the tag, such as ``nc/train/nc1``.
+
+        Args:
+            *place: Stage or data set, and where there are several the loader or layer. Empty parts are left out.
+        """
+        return tag_of(self.group, *place, self.name)
+
+    @property
+    def text(self) -> str:
+        """The label, or the name if there is none."""
+        return self.label or self.name
+
+    @property
+    def text_with_formula(self) -> str:
+        """The label, and the formula behind it."""
+        return f"{self.text} {self.formula}".rstrip()
+
+    def at_collapse(self, num_classes: int, feature_dim: int) -> float | None:
+        """Return the value at collapse of so many classes in so many dimensions; None if it is not known."""
+        return self.collapsed(num_classes, feature_dim) if callable(self.collapsed) else self.collapsed
+
+
+def _of_an_etf(value: Callable[[int], float]) -> Collapsed:
+    """Give the value for a simplex ETF of K classes, which needs K - 1 dimensions."""
+    return lambda num_classes, feature_dim: value(num_classes) if 2 <= num_classes <= feature_dim + 1 else None
+
+
+_ZERO_OF_AN_ETF = _of_an_etf(lambda _: 0.0)
+_COLLAPSE = "Neural collapse"
+
+# Measures that are read where none are named.
+DEFAULT_MEASURES = ("nc1", "nc2", "nc3")
+DEFAULT_MEASURES_OF_GROUPS = ("nc1_ratio", "nc1_cdnv", "nc2")  # Where labels say groups of samples.
+
+
+def _measure(
+    name: str,
+    meaning: str,
+    collapsed: Collapsed = 0.0,
+    *,
+    axis: Axis = "log",
+    signed: bool = False,
+    unit: str = "",
+) -> Quantity:
+    """Describe a measure, which has a label if it is one of the four with a number."""
+    number = name.removeprefix("nc")
+    label, latex = (f"NC{number}", rf"$\mathcal{{NC}}_{number}$") if number.isdigit() else ("", "")
+    return Quantity(
+        name,
+        NC,
+        meaning,
+        label,
+        latex,
+        collapsed=collapsed,
+        axis=axis,
+        signed=signed,
+        unit=unit,
+        mirrored=name in DEFAULT_MEASURES,
+        chart=_COLLAPSE,
+        maker="measure",
+    )
+
+
+def _decision(
+    name: str, meaning: str, collapsed: Collapsed, *, axis: Axis = "linear", signed: bool = False
+) -> Quantity:
+    return Quantity(
+        name, NC, meaning, collapsed=collapsed, axis=axis, signed=signed, chart="Decisions", maker="decision"
+    )
+
+
+_MEASURES = (
+    _measure("nc0", "norm of the sum of the head's rows"),
+    _measure("nc1", "spread within over between classes, tr(S_W S_B^+)/K"),
+    _measure(
+        "nc1_rank",
+        "directions along which class means spread",
+        lambda num_classes, feature_dim: min(num_classes - 1, feature_dim),
+        axis="linear",
+        unit="directions",
+    ),
+    _measure("nc1_ratio", "spread within over between classes, tr(S_W)/tr(S_B)"),
+    _measure("nc1_cdnv", "variance over squared distance, mean over pairs of classes"),
+    _measure("nc1_cdnv_worst", "variance over squared distance, worst pair of classes"),
+    _measure("nc1_vci", "share of the covariance that class means do not explain"),
+    _measure("nc2", "distance of the head from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc2_centred", "distance of the head minus its mean row from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc2_means", "distance of the class means from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc2_equinorm_head", "how much norms of the head's rows vary"),
+    _measure("nc2_equinorm_means", "how much norms of class means vary"),
+    _measure("nc2_equiangularity_head", "how far cosines of the head's rows are from -1/(K-1), mean", _ZERO_OF_AN_ETF),
+    _measure("nc2_equiangularity_means", "how far cosines of class means are from -1/(K-1), mean", _ZERO_OF_AN_ETF),
+    _measure("nc2_equiangularity_worst", "how far cosines of class means are from -1/(K-1), worst", _ZERO_OF_AN_ETF),
+    _measure(
+        "gnc2_energy",
+        "mean of log(1/distance) between directions of class means",
+        _of_an_etf(lambda num_classes: -math.log(2 * num_classes / (num_classes - 1)) / 2),
+        axis="linear",
+        signed=True,
+    ),
+    _measure("gnc2_energy_variance", "variance of log(1/distance) between directions of class means", _ZERO_OF_AN_ETF),
+    _measure("nc3", "distance of head times class means from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc3_difference", "squared distance of head and class means, both of norm 1"),
+    _measure("nc3_cosine", "cosine of class mean and row of the head, mean", 1.0, axis="linear", signed=True),
+    _measure(
+        "nc3_cosine_worst", "cosine of class mean and row of the head, worst class", 1.0, axis="linear", signed=True
+    ),
+    _measure("nc3_uniform", "variance over classes of the cosine of mean and row"),
+    _measure("bias_collapse", "norm of the logits of the mean feature"),
+    _measure("nc_distance", "relative distance of features and head from collapse"),
+    _measure("mse_nc1", "squared error of the best head from spread within classes"),
+    _measure("mse_nc2_nc3", "squared error of the best head on class means; 0 with a bias", None),
+    _measure("mse_perpendicular", "squared error that the head has more than the best one", None),
+)
+# What is read of samples one by one, after the class means.
+_DECISION_MEANINGS = (
+    _decision("ncc_accuracy", "share of samples whose nearest class mean is their own", 1.0),
+    _decision("ncc_mismatch", "share of samples on which network and nearest class mean differ (NC4)", 0.0, axis="log"),
+    _decision("accuracy", "share of samples that the network decides rightly", 1.0),
+    _decision(
+        "cosine_margin",
+        "cosine with the own row of the head minus that with the next best, mean",
+        _of_an_etf(lambda num_classes: num_classes / (num_classes - 1)),
+        signed=True,
+    ),
+)
+NC5 = Quantity(
+    "nc5",
+    NC,
+    "mean |cosine| of class means and the mean of out-of-distribution features",
+    label="NC5",
+    latex=r"$\mathcal{NC}_5$",
+    collapsed=0.0,
+    chart=_COLLAPSE,
+    maker="out-of-distribution set",
+)
+# A picture, and no number.
+ANGLES = Quantity("angles", NC, "picture of the cosines of class means and head", maker="picture")
+
+
+def _optimality(
+    name: str,
+    meaning: str,
+    label: str,
+    collapsed: float | None = 0.0,
+    *,
+    latex: str = "",
+    formula: str = "",
+    axis: Axis = "log",
+    signed: bool = False,
+    mirrored: bool = False,
+    chart: str = "Optimality",
+) -> Quantity:
+    return Quantity(
+        name,
+        OPTIMALITY,
+        meaning,
+        label,
+        latex,
+        formula,
+        collapsed,
+        axis,
+        signed,
+        mirrored=mirrored,
+        chart=chart,
+        maker="OptimalityMonitor",
+    )
+
+
+LOSS = Quantity("loss", "", "the training objective", "F", axis="linear", chart="Objective", maker="OptimalityMonitor")
+GAP = _optimality("gap", "objective above its minimum", "gap", latex="$F^k - F^*$", formula="F - F*", mirrored=True)
+CERTIFIED_GAP = _optimality(
+    "certified_gap",
+    "objective above a lower bound of its minimum",
+    "certified gap",
+    latex="$F^k - F^*$, certified",
+    mirrored=True,
+)
+DISTANCE = _optimality("distance", "distance of head and features from the set of optima", "distance", mirrored=True)
+GRAD_NORM = _optimality("grad_norm", "norm of the gradient over all parameters", "gradient norm", mirrored=True)
+ERROR_BOUND_RATIO = _optimality(
+    "error_bound_ratio",
+    "distance over gradient norm, at most kappa near the optimum",
+    "error-bound ratio",
+    None,
+    formula="distance / gradient norm",
+    axis="linear",
+    chart="Error bound",
+)
+PREDICTED_DECAY = _optimality(
+    "predicted_decay",
+    "what the theory makes of the gap's slowest mode; 1 at the start",
+    "predicted decay",
+    mirrored=True,
+)
+RELATIVE_DISTANCE = _optimality("relative_distance", "distance over the norm of the optimum", "relative distance")
+_BOUND_AND_PENALTIES = (
+    _optimality(
+        *("certified_bound", "a number that the minimum of F is not below", "certified bound", None),
+        axis="linear",
+        signed=True,
+        chart="Objective",
+    ),
+    _optimality("lambda_w", "penalty on the head, fitted to the scales", "lambda_w", None, chart="Penalties"),
+    _optimality("lambda_h", "penalty on the features, fitted to the scales", "lambda_h", None, chart="Penalties"),
+)
+
+
+def _search(name: str, meaning: str, label: str, axis: Axis = "log", unit: str = "") -> Quantity:
+    return Quantity(
+        name, LINE_SEARCH, meaning, label, axis=axis, unit=unit, chart="Line search", maker="OptimalityMonitor"
+    )
+
+
+STEP_SIZE = _search("step_size", "step that led to the iterate", "step size")
+EVALUATIONS = _search(
+    "evaluations", "evaluations of F and its gradient since the start", "evaluations", "linear", "evaluations"
+)
+
+
+def _law(name: str, meaning: str, collapsed: float | None = None, *, mirrored: bool = False) -> Quantity:
+    return Quantity(
+        name,
+        LAWS,
+        meaning,
+        collapsed=collapsed,
+        mirrored=mirrored,
+        chart="Laws of the optimizer",
+        maker="OptimizerLaws",
+    )
+
+
+# Each: the norm of the sum, what is predicted of it, the distance from that, and what steps of Adam add to it.
+# Predictions are not mirrored: they fall far below rounding, and their logarithm would stretch the axis.
+HEAD_SUM = (
+    _law("nc0_norm", "norm of the sum of the head's rows", mirrored=True),
+    _law("nc0_predicted", "norm of that sum if the law of the steps holds"),
+    _law("nc0_residual", "distance of that sum from its law since the last reading, relative", 0.0),
+    _law("nc0_forcing", "what steps of Adam add to that sum, for one unit of their length"),
+)
+BIAS_SUM = (
+    _law("bias_sum", "size of the sum of the bias"),
+    _law("bias_sum_predicted", "size of that sum if the law of the steps holds"),
+    _law("bias_sum_residual", "distance of that sum from its law since the last reading, relative", 0.0),
+    _law("bias_sum_forcing", "what steps of Adam add to that sum, for one unit of their length"),
+)
+BALANCE = _law("balance", "difference of lambda_w W^T W and lambda_h H^T H, relative", 0.0, mirrored=True)
+BALANCE_RESIDUAL = _law("balance_residual", "distance from the law of the balance in the last step, relative", 0.0)
+SHARPNESS = _law("sharpness", "largest eigenvalue of the Hessian of the training objective")
+SHARPNESS_OVER_LIMIT = _law("sharpness_over_limit", "sharpness over the largest at which the optimizer is stable")
+
+
+def _regression(name: str, meaning: str, label: str, collapsed: float | None = 0.0, axis: Axis = "log") -> Quantity:
+    return Quantity(
+        name,
+        NRC,
+        meaning,
+        label,
+        collapsed=collapsed,
+        axis=axis,
+        mirrored=collapsed is not None,
+        chart="Regression collapse",
+        maker="RegressionCollapseMonitor",
+    )
+
+
+REGRESSION = (
+    _regression("nrc1", "share of the features' variance outside of their leading components", "NRC1"),
+    _regression("nrc2", "share of the features' variance outside of the row space of the head", "NRC2"),
+    _regression("nrc3", "squared distance of the head's Gram matrix from its form at collapse", "NRC3"),
+    _regression("gamma", "the gamma of that form", "gamma", None),
+    _regression("rank", "directions along which targets spread", "rank of the targets", None, "linear"),
+)
+
+# All of them, by tag without the place: "nc/nc1", "optimality/gap", "loss".
+QUANTITIES = {
+    each.tag(): each
+    for each in (
+        *(LOSS, GAP, CERTIFIED_GAP, DISTANCE, GRAD_NORM, ERROR_BOUND_RATIO, PREDICTED_DECAY, RELATIVE_DISTANCE),
+        *_BOUND_AND_PENALTIES,
+        *_MEASURES,
+        *_DECISION_MEANINGS,
+        NC5,
+        ANGLES,
+        *(STEP_SIZE, EVALUATIONS),
+        *(*HEAD_SUM, *BIAS_SUM, BALANCE, BALANCE_RESIDUAL, SHARPNESS, SHARPNESS_OVER_LIMIT),
+        *REGRESSION,
+    )
+}
+MEASURE_NAMES = tuple(each.name for each in _MEASURES)
+DECISION_NAMES = tuple(each.name for each in _DECISION_MEANINGS)
+NC0, NC1, NC2, NC3 = (QUANTITIES[f"{NC}/nc{number}"] for number in range(4))
+
+
+def tagged(values: Mapping[str, Value], group: str, *place: str) -> dict[str, Value]:
+    """Put group and place before names.
+
+    Args:
+        values: By name, or by place and name with a slash between them.
+        group: Of the tags.
+        *place: Stage or data set.
+
+    Returns:
+        Values by tag.
+    """
+    return {tag_of(group, *place, name): value for name, value in values.items()}
+
+
+def log10_tag(tag: str) -> str:
+    """Return the tag of the logarithm of a value."""
+    return f"{_LOG10}/{tag}"
+
+
+def mirrored_tags(group: str, *place: str) -> frozenset[str]:
+    """Return the tags of a group whose logarithms are logged, too.
+
+    Args:
+        group: Of the tags.
+        *place: Stage or data set.
+    """
+    return frozenset(each.tag(*place) for each in QUANTITIES.values() if each.mirrored and each.group == group)
+
+
+class Tag(NamedTuple):
+    """The parts of a tag.
+
+    Attributes:
+        group: One of ``GROUPS``, or empty.
+        place: Stage or data set, loader and layer, with slashes between them; empty for most groups.
+        name: Of the quantity.
+        is_log10: Whether it is the tag of a logarithm.
+    """
+
+    group: str
+    place: str
+    name: str
+    is_log10: bool = False
+
+
+def parse_tag(tag: str) -> Tag:
+    """Take a tag apart. What begins with none of ``GROUPS`` is all place and name.
+
+    Args:
+        tag: Any.
+
+    Example:
+        >>> parse_tag("log10/nc/train/nc1")
+        Tag(group='nc', place='train', name='nc1', is_log10=True)
+    """
+    is_log10 = tag.startswith(f"{_LOG10}/")
+    place, _, name = tag.removeprefix(f"{_LOG10}/").rpartition("/")
+    first, _, rest = place.partition("/")
+    return Tag(first, rest, name, is_log10) if first in GROUPS else Tag("", place, name, is_log10)
+
+
+def quantity_of(tag: str) -> Quantity | None:
+    """Look up what a tag is of, wherever it was measured; None if that is no quantity of ours.
+
+    Args:
+        tag: As loggers have it, also of a logarithm.
+
+    Example:
+        >>> quantity_of("nc/val/layer4/nc1").meaning
+        'spread within over between classes, tr(S_W S_B^+)/K'
+    """
+    group, place, name, _ = parse_tag(tag)
+    # Only these are measured in several places; "train/loss" is the user's.
+    return None if place and group not in (NC, NRC) else QUANTITIES.get(tag_of(group, name))
+
+
+def measure_named(name: str) -> Quantity:
+    """Look up a measure or decision by its name alone; one that is not known has no meaning and no value at collapse.
+
+    Args:
+        name: Without stage or layer.
+    """
+    return QUANTITIES.get(tag_of(NC, name), Quantity(name, NC))
+
+
+# What falls to zero in a run of the unconstrained feature model, by tag, in the order of each table and legend.
+CONVERGING = {each.tag(): each for each in (GAP, CERTIFIED_GAP, DISTANCE, GRAD_NORM)} | {
+    each.tag("train"): each for each in (NC1, NC2, NC3)
+}
