@@ -72,7 +72,7 @@ def lines(loss, shape, dtype=torch.float64, **options):
 
 @pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
 def rows_at_a_time(request, monkeypatch):
-    monkeypatch.setattr(closed_form, "_ELEMENTS_AT_A_TIME", request.param)
+    monkeypatch.setattr(closed_form, "_ELEMENTS_PER_STEP", request.param)
 
 
 def assert_same(ours, theirs, dtype):
