@@ -1,6 +1,12 @@
 """Configuration of the documentation site: Sphinx, with pages in MyST Markdown."""
 
+import os
+import re
+from pathlib import Path
+
 from nclightning import __version__
+
+DOCS, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 
 project = "nclightning"
 author = "the nclightning developers"
@@ -16,7 +22,7 @@ extensions = [
     "sphinx-mathjax-offline",  # The site needs no network.
     "sphinxcontrib.programoutput",
 ]
-exclude_patterns = ["site", "**/.*"]
+exclude_patterns = ["**/.*"]
 
 html_theme = "furo"
 html_title = "nclightning"
@@ -33,6 +39,43 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+
+
+# Pages where a forge looks for them, and their names in docs/root/, which is written at each build.
+PAGES_OF_THE_ROOT = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
+    "SECURITY.md": "security.md",
+    "examples/README.md": "recipes.md",
+}
+
+
+def copy_pages_of_the_root(app):
+    """Write the pages of the root into the folder of the site, with links that lead from there to the same places."""
+    target = DOCS / "root"
+    target.mkdir(exist_ok=True)
+    for name, page in PAGES_OF_THE_ROOT.items():
+        source = ROOT / name
+
+        def link(match, source=source):
+            path, anchor = match["path"], match["anchor"] or ""
+            goal = (source.parent / path).resolve().relative_to(ROOT)
+            known = PAGES_OF_THE_ROOT.get(goal.as_posix())
+            return f"]({known or os.path.relpath(ROOT / goal, target)}{anchor})"
+
+        text = re.sub(r"\]\((?!https?:)(?P<path>[^)#]+)(?P<anchor>#[^)]*)?\)", link, source.read_text())
+        if page == "recipes.md":
+            scripts = sorted(path.name for path in source.parent.glob("*.py"))
+            text += "".join(f"\n## {name}\n\n```{{literalinclude}} ../../examples/{name}\n```\n" for name in scripts)
+        (target / page).write_text(text)
+
+
+def link_to_pages_of_the_root(app, docname, source):
+    """Let links of other pages to pages of the root lead to their copies."""
+    up = "../" * docname.count("/")
+    for name, page in PAGES_OF_THE_ROOT.items():
+        source[0] = source[0].replace(f"]({up}../{name}", f"]({up}root/{page}")
 
 
 def tables(app, what, name, obj, options, lines):
@@ -53,5 +96,7 @@ def tables(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    """Connect what docstrings need, before napoleon reads them."""
-    app.connect("autodoc-process-docstring", tables, priority=400)
+    """Connect what is done at a build."""
+    app.connect("builder-inited", copy_pages_of_the_root)
+    app.connect("source-read", link_to_pages_of_the_root)
+    app.connect("autodoc-process-docstring", tables, priority=400)  # Before napoleon.

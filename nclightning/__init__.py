@@ -3,17 +3,17 @@
 Where to find what:
 
 - :func:`nclightning.measure`: neural collapse of any network, or of arrays of features, in one call.
-- :class:`nclightning.Probe`: the same in a training loop of your own.
-- :mod:`nclightning.objective`: the training objective, Problem (2).
-- :mod:`nclightning.problems`: every convex unconstrained feature model: optimum, spectrum, rates, certificates.
-- :mod:`nclightning.theory`: closed forms of the paper's two, which are balanced.
+- :class:`nclightning.Probe`: the same in your own training loop.
+- :mod:`nclightning.objective`: the training objective, Problem (2) of the paper.
+- :mod:`nclightning.problems`: convex unconstrained feature models: optimum, spectrum, rates, certificates.
+- :mod:`nclightning.theory`: closed forms of the paper's two balanced problems.
 - :mod:`nclightning.functional` and :mod:`nclightning.metrics`: NC1-NC3 as functions and as torchmetrics.
 - :mod:`nclightning.optim`: gradient descent, BFGS, conjugate gradients and Newton's method with a line search that
   reaches round-off, and momentum with known constants.
 - :mod:`nclightning.models`, :mod:`nclightning.data`, :mod:`nclightning.callbacks`: the Lightning side.
 - :mod:`nclightning.figures`: pictures and rates from recorded runs.
 
-Nothing is imported here before it is asked for, so that the tensor parts load without Lightning.
+Names are imported at their first use, so that the parts for tensors do not import Lightning.
 """
 
 from typing import TYPE_CHECKING

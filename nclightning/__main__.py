@@ -4,5 +4,5 @@ from nclightning.cli import main
 from nclightning.interrupts import follow_launcher
 
 if __name__ == "__main__":
-    follow_launcher()  # Before the imports that take seconds.
+    follow_launcher()  # Before main, whose imports take seconds.
     main()

@@ -1,4 +1,4 @@
-"""Arguments that models, data and commands share: checked and resolved in one place."""
+"""Checks of arguments that models, data and commands share."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_sizes(**sizes: int) -> None:
     """Raise unless all sizes are positive and ``num_classes`` is at least 2.
 
     Args:
-        sizes: By argument name.
+        **sizes: Values by argument name.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If one is not; the message names the argument.
     """
     for name, value in sizes.items():
         least = 2 if name == "num_classes" else 1
@@ -47,10 +47,10 @@ def check_cadences(**cadences: int | None) -> None:
     """Raise unless all cadences are None or at least 1.
 
     Args:
-        **cadences: By the names of the arguments.
+        **cadences: Values by argument name.
 
     Raises:
-        ValueError: Naming the first that is not.
+        ValueError: If one is not; the message names the argument.
     """
     for name, value in cadences.items():
         if value is not None and value < 1:
@@ -58,12 +58,12 @@ def check_cadences(**cadences: int | None) -> None:
 
 
 def check_memory(what: str, elements: int, dtype: torch.dtype) -> None:
-    """Raise unless this machine's memory can hold some numbers; without a word where its size is not known.
+    """Raise if an array is larger than the memory of the machine. If that is not known, nothing is checked.
 
     Args:
-        what: They are.
-        elements: How many, at least.
-        dtype: Of each.
+        what: Name of the array, for the message.
+        elements: Least number of elements.
+        dtype: The dtype of the elements.
 
     Raises:
         ValueError: With both sizes.
@@ -71,16 +71,16 @@ def check_memory(what: str, elements: int, dtype: torch.dtype) -> None:
     needed, there = elements * dtype.itemsize, _memory()
     if there is not None and needed > there:
         raise UserError(
-            f"{what} needs at least {needed / 2**30:,.0f} GiB of memory, and here are {there / 2**30:,.1f} GiB: "
-            "reduce num_classes, samples_per_class or the dimensions."
+            f"{what} needs at least {needed / 2**30:,.0f} GiB of memory, but this machine has "
+            f"{there / 2**30:,.1f} GiB: reduce num_classes, samples_per_class or the dimensions."
         )
 
 
 def _memory() -> int | None:
-    """Bytes of the machine, or of the container that this runs in."""
+    """Return the memory of the machine, or the limit of its container, in bytes; None if it is not known."""
     try:
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    except (AttributeError, ValueError, OSError):  # Not on every system.
+    except (AttributeError, ValueError, OSError):  # Not available on every system.
         return None
     with suppress(OSError, ValueError):  # No container, or one without a limit.
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -88,28 +88,28 @@ def _memory() -> int | None:
 
 
 def check_choices(name: str, chosen: tuple[str, ...], *allowed: str) -> None:
-    """Raise unless something was chosen, and only what is allowed.
+    """Raise unless at least one value was chosen, and only allowed ones.
 
     Args:
-        name: Of the argument.
-        chosen: Its values.
-        *allowed: What they may be.
+        name: Name of the argument.
+        chosen: The chosen values.
+        *allowed: The allowed values.
 
     Raises:
-        ValueError: Naming both.
+        ValueError: With the chosen and the allowed values.
     """
     if not chosen or set(chosen) - set(allowed):
-        raise UserError(f"{name} must be out of {', '.join(allowed)}, got {chosen}.")
+        raise UserError(f"{name} must be among {', '.join(allowed)}, got {chosen}.")
 
 
 def check_scales(**scales: float) -> None:
     """Raise unless all scales are finite and non-negative.
 
     Args:
-        scales: By argument name.
+        **scales: Values by argument name.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: If one is not; the message names the argument.
     """
     for name, value in scales.items():
         if not (math.isfinite(value) and value >= 0):
@@ -117,7 +117,7 @@ def check_scales(**scales: float) -> None:
 
 
 def resolve_dtype(name: DtypeName) -> torch.dtype:
-    """Return torch's dtype of a name.
+    """Return the torch dtype with this name.
 
     Args:
         name: ``"float64"`` or ``"float32"``.
@@ -130,18 +130,18 @@ def resolve_dtype(name: DtypeName) -> torch.dtype:
     """
     if name not in get_args(DtypeName):
         raise UserError(f"dtype must be 'float64' or 'float32', got {name!r}.")
-    import torch  # noqa: PLC0415  # A word of a command line can be refused before torch is loaded.
+    import torch  # noqa: PLC0415  # The check above works without importing torch.
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def name_lambda(arguments: Any) -> None:
-    """Give the paper's ``lambda`` its name in Python, and let it override the penalties that were given before it.
+    """Rename the paper's ``lambda`` to ``lambda_``, and let it override penalties from a configuration.
 
     Args:
-        arguments: Of a model that takes ``lambda_w``, ``lambda_h`` and ``lambda_``, by name; changed in place. Those
-            that are given together with ``lambda`` stay.
+        arguments: Arguments of a model with ``lambda_w``, ``lambda_h`` and ``lambda_``; changed in place. Penalties
+            that are given together with ``lambda`` are kept.
 
     Raises:
         ValueError: If both names are used.
@@ -159,19 +159,19 @@ def name_lambda(arguments: Any) -> None:
 def resolve_lambdas(
     lambda_w: float | None, lambda_h: float | None, lambda_: float | None, samples_per_class: int
 ) -> tuple[float, float]:
-    """Fill in the penalties from the paper's single lambda.
+    """Return both penalties, computed from the paper's single lambda where they are not given.
 
     Args:
         lambda_w: Penalty on the head, or None for ``samples_per_class * lambda_``.
         lambda_h: Penalty on the features, or None for ``lambda_``.
         lambda_: The single lambda, or None.
-        samples_per_class: n.
+        samples_per_class: Number of samples per class n.
 
     Returns:
         ``lambda_w`` and ``lambda_h``.
 
     Raises:
-        ValueError: If one of them stays open.
+        ValueError: If one of them is not determined.
     """
     if lambda_ is not None:
         check_scales(**{"lambda": lambda_})

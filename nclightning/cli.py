@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nclightning.commands import COMMANDS, TRAINING, run_training
 from nclightning.errors import UserError, nearest
-from nclightning.mistakes import mistakes_worded
+from nclightning.mistakes import user_errors_handled
 
 __all__ = ["main"]
 
@@ -16,10 +16,10 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: Words after the program's name; None takes those of the process.
+        args: The words after the program's name; None for those of the process.
     """
     words = sys.argv[1:] if args is None else args
-    with mistakes_worded():
+    with user_errors_handled():
         if words and words[0] in COMMANDS:
             COMMANDS[words[0]](words[1:])
         elif not {*words} & {*TRAINING, "-h", "--help"}:
@@ -31,5 +31,5 @@ def main(args: list[str] | None = None) -> None:
 def _no_command(words: Sequence[str]) -> str:
     names = [*TRAINING, *COMMANDS]
     if not words or words[0].startswith("-"):
-        return f"give a command first: {', '.join(names)}."
+        return f"the first word must be a command: {', '.join(names)}."
     return f"there is no command {words[0]!r}, only {', '.join(names)}.{nearest(words[0], names)}"

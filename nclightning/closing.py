@@ -1,4 +1,4 @@
-"""The end of a run: its picture, its row among the runs, and what is printed."""
+"""The end of a run: its picture, its row in TensorBoard's table of runs, and the printed summary."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ __all__ = ["close_again", "close_run", "ending_of"]
 
 
 def ending_of(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.LightningModule) -> str | None:
-    """Say why the run of a checkpoint has ended where the checkpoint is.
+    """Return why a run has ended at a checkpoint.
 
     Args:
-        checkpoint: Lightning's.
-        trainer: Before the fit, with the settings that hold now.
+        checkpoint: Lightning's checkpoint.
+        trainer: The trainer before the fit, with the current settings.
         model: The module.
 
     Returns:
-        A sentence; None if the run goes on from there.
+        A sentence; None if the run continues from the checkpoint.
     """
     if trainer.max_steps == checkpoint["global_step"]:
         return f"It has done all of its trainer.max_steps={trainer.max_steps} iterations."
@@ -56,13 +56,13 @@ def _stopped(checkpoint: Mapping[str, Any], trainer: L.Trainer, model: L.Lightni
 
 
 def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
-    """Draw the picture of a run, add it to TensorBoard's table of runs and other loggers, and print what it reached.
+    """Draw the picture of a run, log its summary to TensorBoard and other loggers, and print it.
 
     Args:
-        trainer: After a fit with a :class:`~nclightning.loggers.RunLogger`; others are left alone.
-        seed: Of the run.
+        trainer: The trainer after a fit. Without a :class:`~nclightning.loggers.RunLogger` nothing is done.
+        seed: Random seed of the run.
     """
-    # Of the logger, not of the trainer, which asks all processes: this one may be alone after an error.
+    # trainer.log_dir communicates between processes. After an error this process may be the only one left.
     logger = find_run_logger(trainer)
     folder = None if logger is None else Path(logger.log_dir)
     if trainer.is_global_zero and folder is not None and (folder / "readings.csv").is_file():
@@ -77,7 +77,7 @@ def close_run(trainer: L.Trainer, seed: int | bool | None) -> None:
 
 
 def _send_summary(logger: Logger, summary: RunSummary, values: Mapping[str, Any], picture: Path) -> None:
-    """Give a logger that takes pictures what the run folder has; the fit is over, and an error cannot undo it."""
+    """Send the summary of a run to a logger that accepts pictures. An error is only a warning: the fit is complete."""
     try:
         if picture_writers([logger]):
             logger.log_hyperparams(dict(values))
@@ -85,20 +85,20 @@ def _send_summary(logger: Logger, summary: RunSummary, values: Mapping[str, Any]
             send_values(logger, summary_scalars(summary), summary.iteration)
             logger.save()
     except Exception as error:
-        rank_zero_warn(f"{type(logger).__name__} did not take the summary of the run: {error}")
+        rank_zero_warn(f"{type(logger).__name__} did not accept the summary of the run: {error}")
 
 
 def close_again(
     folder: Path, checkpoint: Mapping[str, Any], model: L.LightningModule, seed: int | bool | None, ending: str
 ) -> None:
-    """Print what a run reached that had ended before, and make up what a kill at its end left out.
+    """Print the summary of a run that had already ended, and write files that are missing because it was killed.
 
     Args:
-        folder: Of the run.
-        checkpoint: Its last one.
+        folder: The run folder.
+        checkpoint: The last checkpoint.
         model: The module.
-        seed: Of the run.
-        ending: Why it ended.
+        seed: Random seed of the run.
+        ending: The reason why the run ended.
     """
     console = Console()
     console.print(f"The run is finished. {ending}", soft_wrap=True, highlight=False, markup=False)
@@ -109,7 +109,7 @@ def close_again(
         lock = FolderLock(folder)
         lock.acquire()
         try:
-            if not _is_complete(folder, summary):  # Else another process has done it in the meantime.
+            if not _is_complete(folder, summary):  # Another process may have written the files in the meantime.
                 optimizer = only_optimizer(model.configure_optimizers())
                 optimizer.load_state_dict(checkpoint["optimizer_states"][0])
                 record_summary(folder, summary, hyperparameters(model, optimizer, seed), draw_convergence(folder))
@@ -119,7 +119,7 @@ def close_again(
 
 
 def _is_complete(folder: Path, summary: RunSummary) -> bool:
-    """Whether the report of a run that ended is there."""
+    """Return whether the summary and the picture of a run exist."""
     return is_recorded(folder, summary.iteration) and (folder / "convergence.png").is_file()
 
 
@@ -129,11 +129,11 @@ def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     console.print(f"Run folder:  {shown}", soft_wrap=True, highlight=False, markup=False)
     command = f"tensorboard --logdir {shown} --samples_per_plugin images=100"
-    console.print(f"Look at it:  {command}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"View with:   {command}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _predicted(model: L.LightningModule) -> AnyProblem | None:
-    """Find the problem whose rates are predicted; None where another one was trained."""
+    """Return the problem whose rates are predicted; None if the model is not an unconstrained feature model."""
     if not getattr(model, "features_are_free", False):
         return None
     try:

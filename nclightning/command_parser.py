@@ -1,4 +1,4 @@
-"""The parser of the commands that train nothing."""
+"""The parser of commands other than ``fit``, ``validate`` and ``test``."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import NoReturn
 
 from nclightning.compat.parsers import options_of
 from nclightning.errors import UserError
-from nclightning.wording import of_the_parser
+from nclightning.wording import word_parser_error
 
 __all__ = ["command_parser"]
 
 
 class _Parser(ArgumentParser):
-    """Says in one sentence what it cannot take."""
+    """A parser that raises a :class:`UserError` instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
-        raise UserError(of_the_parser(message, (), options_of(self)))
+        """Raise the error in one sentence."""
+        raise UserError(word_parser_error(message, (), options_of(self)))
 
 
 def command_parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:
-    """Make the parser of a command.
+    """Construct the parser of a command.
 
     Args:
-        name: Of the command.
+        name: Name of the command.
         description: Its purpose.
         epilog: Examples.
 
     Returns:
-        A parser whose mistakes are user errors.
+        A parser that raises a :class:`UserError` for wrong options.
     """
     return _Parser(
         f"python -m nclightning {name}",

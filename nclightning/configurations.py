@@ -1,4 +1,4 @@
-"""Configurations: YAML files, and those that are shipped."""
+"""Reading and checking of configurations: the user's YAML files, and those that are shipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Far above what configurations need, far below what takes long to process.
+# Limits far above what configurations need, and far below what would take long to process.
 _MOST_BYTES = 2**20
 _MOST_ENTRIES = 20_000
 _MOST_LEVELS = 50
@@ -33,32 +33,33 @@ _MOST_LEVELS = 50
 def shipped_configs() -> dict[str, Path]:
     """Return the shipped configurations by name."""
     folder = Path(str(resources.files("nclightning"))) / "configs"
-    if not folder.is_dir():  # A checkout keeps them beside the package; the wheel holds them inside.
+    if not folder.is_dir():  # In a checkout they are beside the package, in a wheel inside.
         folder = Path(__file__).resolve().parents[1] / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_configuration(name: str) -> Path:
-    """Find the file that ``--config`` names.
+    """Return the file that ``--config`` names.
 
     Args:
-        name: A path, or the name of a shipped configuration with or without ``.yaml``. A file here wins.
+        name: A path, or the name of a shipped configuration with or without ``.yaml``. An existing file takes
+            precedence.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         ValueError: If there is neither.
     """
     if not name.strip():
-        raise UserError(f"--config needs a file, or a name out of {', '.join(shipped_configs())}.")
+        raise UserError(f"--config needs a file, or one of the names {', '.join(shipped_configs())}.")
     try:
         path = Path(name).expanduser()
         if path.is_file():
             return path
         is_folder = path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # No such home, a name too long, a zero byte.
-        raise UserError(f"--config {name[:100]!r}: no readable file name ({error}).") from error
+    except (OSError, RuntimeError, ValueError) as error:  # An unknown home, a name that is too long, a zero byte.
+        raise UserError(f"--config {name[:100]!r}: not a valid file name ({error}).") from error
     if is_folder:
         raise UserError(f"--config {name} is a folder. Give a file in it, such as {Path(name) / 'config.yaml'}.")
     shipped = shipped_configs()
@@ -75,14 +76,14 @@ def read_configuration(path: Path, option: str = "--config") -> dict[str, Any]:
     """Read a configuration.
 
     Args:
-        path: YAML file.
-        option: What names the file, for messages.
+        path: The YAML file.
+        option: The option that named the file, for messages.
 
     Returns:
-        Its content.
+        The content of the file.
 
     Raises:
-        ValueError: If it cannot be read, is no mapping, or is not what it looks like: see :func:`check_yaml`.
+        ValueError: If it cannot be read, is not a mapping, or fails :func:`check_yaml`.
     """
     source = f"{option} {path}"
     text = read_text(path, source)
@@ -90,7 +91,7 @@ def read_configuration(path: Path, option: str = "--config") -> dict[str, Any]:
         config = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: {yaml_problem(error)}.") from error
-    except ValueError as error:  # Also of a number or a date that YAML takes for one.
+    except ValueError as error:  # Also raised for text that YAML takes for a number or date, but cannot convert.
         raise UserError(f"{source}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{source}: expected a mapping of options, got {type(config).__name__}.")
@@ -98,13 +99,13 @@ def read_configuration(path: Path, option: str = "--config") -> dict[str, Any]:
 
 
 def model_arguments(path: Path) -> dict[str, Any]:
-    """Read the model's ``init_args`` in a configuration.
+    """Return the model's ``init_args`` in a configuration.
 
     Args:
-        path: YAML file. Its model may be the path of another one, relative to this one.
+        path: The YAML file. Its model may be the path of another file, relative to this one.
 
     Returns:
-        Arguments by name, with ``lambda`` under its name in Python; empty where there are none.
+        Arguments by name, with ``lambda`` renamed to ``lambda_``; empty if there are none.
 
     Raises:
         ValueError: If a file cannot be read.
@@ -126,14 +127,14 @@ def read_text(path: Path, source: str, most_bytes: int = _MOST_BYTES) -> str:
 
     Args:
         path: The file.
-        source: What names it, for messages.
-        most_bytes: A larger file is refused.
+        source: The option that named it, for messages.
+        most_bytes: Largest size in bytes.
 
     Returns:
-        Its text, without a byte-order mark.
+        The text without a byte-order mark.
 
     Raises:
-        ValueError: If it cannot be read, is too large, or is no text in UTF-8.
+        ValueError: If it cannot be read, is too large, or is not text in UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -141,45 +142,45 @@ def read_text(path: Path, source: str, most_bytes: int = _MOST_BYTES) -> str:
     except OSError as error:
         raise UserError(f"{source}: {error.strerror or error}.") from error
     if len(content) > most_bytes:
-        raise UserError(f"{source}: larger than {most_bytes:,} bytes, so it is not what it is given as.")
+        raise UserError(f"{source}: larger than {most_bytes:,} bytes, which is too large for such a file.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: no text in UTF-8. Save it as UTF-8, if it is text.") from error
+        raise UserError(f"{source}: not text in UTF-8. Save it as UTF-8, if it is text.") from error
     if "\0" in text:
-        raise UserError(f"{source}: no text, it holds zero bytes.")
+        raise UserError(f"{source}: not a text file, it contains zero bytes.")
     return text
 
 
 def parse_yaml(text: str) -> Any:
-    """Read plain values.
+    """Read plain values from YAML.
 
     Args:
-        text: YAML.
+        text: The YAML text.
 
     Returns:
-        Its content.
+        The values.
 
     Raises:
-        ValueError: As of :func:`check_yaml`, or of a number or a date that YAML takes for one.
-        yaml.YAMLError: If it is no YAML.
+        ValueError: If the text fails :func:`check_yaml`, or has an impossible number or date.
+        yaml.YAMLError: If it is not YAML.
     """
     check_yaml(text)
     return yaml.load(text, Loader=_LOADER)
 
 
 def check_yaml(text: str, any_tag: bool = False) -> None:
-    """Raise unless a text is YAML that is read in a time and a memory that its length tells.
+    """Raise unless a text is safe YAML: of limited size and depth, without duplicate keys or tags of Python objects.
 
-    Aliases can stand for any number of entries and for themselves, and a key that comes twice loses one of its values.
+    Aliases of aliases can expand a short text to any number of entries. Of two equal keys, YAML would drop one.
 
     Args:
-        text: To check.
-        any_tag: Whether tags of Python objects are left to the caller.
+        text: The YAML text.
+        any_tag: Whether to allow tags of Python objects.
 
     Raises:
-        ValueError: With the place.
-        yaml.YAMLError: If it is no YAML.
+        ValueError: With the line.
+        yaml.YAMLError: If it is not YAML.
     """
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
@@ -187,16 +188,16 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
         if depth > _MOST_LEVELS:
             raise UserError(f"line {_line(event)} is nested more than {_MOST_LEVELS} levels deep.")
     for document in yaml.compose_all(text, Loader=_LOADER):
-        # Without aliases a text has fewer entries than letters.
+        # Without aliases a text has fewer entries than characters.
         _measure(document, {}, any_tag, max(_MOST_ENTRIES, len(text)))
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int) -> tuple[int, int]:
-    """Count entries and levels with all aliases written out. An alias names what came before, so that is known."""
+    """Count entries and levels with all aliases expanded. An alias refers to an earlier node, which is in ``known``."""
     if id(node) in known:
         measured = known[id(node)]
         if measured is None:
-            raise UserError(f"line {_line(node)} holds an alias of itself.")
+            raise UserError(f"line {_line(node)} contains an alias of itself.")
         return measured
     known[id(node)] = None
     if not any_tag and (":python/" in node.tag or not node.tag.startswith("tag:yaml.org,2002:")):
@@ -206,7 +207,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag:
         below = _measure(child, known, any_tag, most)
         entries, levels = entries + below[0], max(levels, below[1])
     if entries > most or levels >= _MOST_LEVELS:
-        raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are written out.")
+        raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are expanded.")
     known[id(node)] = entries, levels + 1
     return entries, levels + 1
 
@@ -226,18 +227,18 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """Say in one line what is wrong with a YAML file.
+    """Return in one line what is wrong with a YAML file.
 
     Args:
-        error: Of PyYAML.
+        error: An error of PyYAML.
 
     Returns:
-        With the line, without a full stop.
+        The message with the line number, without a full stop.
     """
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if problem is None:
-        return f"no YAML ({' '.join(str(error).split())[:200]})"
-    return f"no YAML ({problem}{'' if mark is None else f', line {mark.line + 1}'})"
+        return f"not YAML ({' '.join(str(error).split())[:200]})"
+    return f"not YAML ({problem}{'' if mark is None else f', line {mark.line + 1}'})"
 
 
 def _line(part: Any) -> int:

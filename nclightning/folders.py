@@ -1,4 +1,4 @@
-"""Where a run lives: one answer for checkpoints, the saved configuration, resumes and the closing report."""
+"""The folder of a run, for checkpoints, the saved configuration, resumes and the final summary."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ __all__ = ["checkpoint_of", "find_run_logger", "folder_of_checkpoint", "run_fold
 
 
 def find_run_logger(trainer: L.Trainer) -> RunLogger | None:
-    """Return the first :class:`RunLogger` of a trainer, whichever loggers come before it."""
+    """Return the first :class:`RunLogger` among the loggers of a trainer; None if there is none."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
-    """Find the folder of a trainer's run, as this process sees it.
+    """Return the folder of a trainer's run, without communication between processes.
 
-    That of a :class:`RunLogger`, else of the first logger that has a folder, else ``default_root_dir``.
+    It is the folder of a :class:`RunLogger`; without one, that of the first logger that has a folder; without any,
+    ``default_root_dir``.
 
     Args:
-        trainer: Of any kind.
+        trainer: Any trainer.
 
     Returns:
-        The folder, which may not be there yet; None for ``fast_dev_run``, which leaves nothing.
+        The folder, which need not exist yet; None for ``fast_dev_run``, which writes nothing.
 
     Raises:
-        ValueError: If it is no local folder.
+        ValueError: If it is not a local folder.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
@@ -40,14 +41,14 @@ def run_folder(trainer: L.Trainer) -> Path | None:
     place = str(places[0] if places else trainer.default_root_dir)
     if "://" in place:
         raise UserError(
-            f"the run folder {place} is a URL, and last.ckpt is kept in local folders only: give a local save_dir or "
-            "default_root_dir, or use Lightning's ModelCheckpoint instead of LastCheckpoint."
+            f"the run folder {place} is a URL, but last.ckpt can be written to local folders only: give a "
+            "local save_dir or default_root_dir, or use Lightning's ModelCheckpoint instead of LastCheckpoint."
         )
     return Path(place)
 
 
 def _place(logger: Any) -> str | None:
-    """Folder of one run of a logger, by the rule of Lightning's ``ModelCheckpoint``; None if it has none."""
+    """Return the folder of a logger's run, by the rule of Lightning's ``ModelCheckpoint``; None if it has none."""
     folder = getattr(logger, "log_dir", None)
     if isinstance(folder, str | os.PathLike):
         return os.fspath(folder)
@@ -64,5 +65,5 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def folder_of_checkpoint(path: Path) -> Path:
-    """Return the folder in which a run goes on from a checkpoint: where the given path lies, links not followed."""
+    """Return the run folder of a checkpoint path, in which the run continues. Links are not followed."""
     return Path(os.path.abspath(path)).parent.parent

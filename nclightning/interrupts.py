@@ -1,4 +1,4 @@
-"""Ctrl-C between units of work instead of within them."""
+"""Handling of SIGINT and SIGTERM: interrupts are deferred to the end of a unit of work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "terminable",
 ]
 
-# With which a process ends that a signal asked to, by the convention of shells.
+# Exit statuses of processes that a signal ended, by the convention of shells.
 SIGINT_STATUS = 128 + signal.SIGINT
 SIGTERM_STATUS = 128 + signal.SIGTERM
 _LAUNCHER = "NCLIGHTNING_LAUNCHER"
@@ -33,17 +33,24 @@ _POLL_SECONDS = 0.5
 
 
 class DeferredInterrupt:
-    """Whether an interrupt waits."""
+    """The state of :func:`deferred_interrupt`.
+
+    Attributes:
+        waiting: Whether an interrupt was received.
+    """
 
     def __init__(self) -> None:
         self.waiting = False
 
 
 class _NotedSignal:
-    """Notes a signal instead of acting on it, from :meth:`hold` to :meth:`release`.
+    """Records a signal instead of acting on it, between :meth:`hold` and :meth:`release`.
 
-    For processes that have to stop together: each asks the others at a point that all of them reach. Outside of the
-    main thread it does nothing.
+    Processes that must stop together use it: they exchange what they have recorded at a point that all of them reach.
+    Outside of the main thread it does nothing.
+
+    Attributes:
+        waiting: Whether the signal was received.
     """
 
     _number: signal.Signals
@@ -53,12 +60,12 @@ class _NotedSignal:
         self._previous: Any = None
 
     def hold(self) -> None:
-        """Begin."""
+        """Start to record the signal."""
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(self._number, self._note)
 
     def release(self) -> None:
-        """Let others handle what comes from here on."""
+        """Restore the earlier handler."""
         if self._previous is not None:
             signal.signal(self._number, self._previous)
             self._previous = None
@@ -68,7 +75,7 @@ class _NotedSignal:
 
 
 class HeldInterrupts(_NotedSignal):
-    """Notes SIGINT; a second one acts at once."""
+    """Records SIGINT. A second one is handled at once."""
 
     _number = signal.SIGINT
 
@@ -81,10 +88,10 @@ class HeldInterrupts(_NotedSignal):
 
 
 class NotedTermination(_NotedSignal):
-    """Notes SIGTERM.
+    """Records SIGTERM.
 
-    Lightning's handler talks to the other processes from within the signal, which can meet them in the middle of
-    talking about something else, and then all wait.
+    Lightning's own handler communicates with the other processes at once. If these are in another collective, all
+    processes wait for ever.
     """
 
     _number = signal.SIGTERM
@@ -92,13 +99,13 @@ class NotedTermination(_NotedSignal):
 
 @contextmanager
 def deferred_interrupt() -> Iterator[DeferredInterrupt]:
-    """Hold back the first SIGINT until the block ends; a second one acts at once.
+    """Defer the first SIGINT to the end of the block. A second one is handled at once.
 
-    Counters and files that belong together are then changed together. Outside of the main thread, where Python
-    delivers no signals, it does nothing.
+    An interrupt then cannot separate changes of counters and files that belong together. Outside of the main thread,
+    where Python delivers no signals, it does nothing.
 
     Yields:
-        Whether an interrupt waits, for long blocks to end early.
+        The state, by which a long block can end early.
     """
     state = DeferredInterrupt()
     previous = signal.getsignal(signal.SIGINT)
@@ -121,17 +128,18 @@ def deferred_interrupt() -> Iterator[DeferredInterrupt]:
 
 
 class Terminated(SystemExit):
-    """SIGTERM, as an exception of the main thread."""
+    """The exception in the main thread after SIGTERM."""
 
     def __init__(self) -> None:
         super().__init__(SIGTERM_STATUS)
 
 
 def status_of(stop: BaseException) -> int | None:
-    """Return the exit status of a process that a signal asked to stop; None if it was something else that did.
+    """Return the exit status of a process that a signal ended; None if it ended for another reason.
 
     Args:
-        stop: What ends the process. Lightning turns SIGINT into an exit with 1, and SIGTERM into one with success.
+        stop: The exception that ends the process. Lightning would exit with status 1 after SIGINT, and with 0 after
+            SIGTERM.
     """
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return SIGINT_STATUS
@@ -140,7 +148,7 @@ def status_of(stop: BaseException) -> int | None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise :class:`Terminated` in the block at the first SIGTERM, and let later ones wait for the end of the block.
+    """Raise :class:`Terminated` in the block at the first SIGTERM, and ignore later ones until the end of the block.
 
     Outside of the main thread, where Python delivers no signals, it does nothing.
     """
@@ -161,7 +169,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def ends_with_launcher() -> Iterator[None]:
-    """Let the processes that are launched in the block end with this one, if they call :func:`follow_launcher`."""
+    """Let processes that are started in the block end with this one. They must call :func:`follow_launcher`."""
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield
@@ -170,12 +178,12 @@ def ends_with_launcher() -> Iterator[None]:
 
 
 def follow_launcher() -> None:
-    """In a process that was launched in :func:`ends_with_launcher`: end as soon as its launcher has.
+    """End this process as soon as the one that started it in :func:`ends_with_launcher` has ended.
 
-    Ranks that wait for a first one that is gone would wait for as long as the process group allows, half an hour.
+    Without it the other ranks would wait for the first one until the timeout of the process group, half an hour.
     """
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is None or os.name == "nt":  # Windows does not give children of the dead to another parent.
+    if launcher is None or os.name == "nt":  # On Windows the parent's id does not change when it ends.
         return
 
     def watch() -> None:

@@ -1,7 +1,7 @@
-"""Public names of a package that are imported when they are first asked for.
+"""Lazy import of a package's public names.
 
-Lightning, torchmetrics and matplotlib take as long to import as torch. Whoever needs one light name of a package, such
-as a table of the theory or the measures of arrays, does not wait for what the others need.
+Lightning, torchmetrics and matplotlib take as long to import as torch. With lazy names, users of a light part of the
+package, such as the theory or the measures of arrays, do not wait for the imports of the other parts.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["lazy_names"]
 def lazy_names(
     package: str, names: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make ``__getattr__`` and ``__dir__`` of a package (PEP 562).
+    """Return ``__getattr__`` and ``__dir__`` for a package (PEP 562).
 
-    Type checkers do not run it: the package also imports the same names under ``TYPE_CHECKING``.
+    Type checkers do not run this function. The package must therefore also import the names under ``TYPE_CHECKING``.
 
     Args:
-        package: Its ``__name__``.
-        names: Public names by the module below the package that has them.
+        package: The ``__name__`` of the package.
+        names: For each submodule, its public names.
 
     Returns:
-        Both functions. The modules of the package can be asked for, too.
+        Both functions. Submodules of the package are imported at first access, too.
     """
     homes = {name: f"{package}.{module}" for module, public in names.items() for name in public}
 

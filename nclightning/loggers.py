@@ -1,4 +1,4 @@
-"""A run folder: TensorBoard events and a table of full-precision readings, written from the same rows."""
+"""The logger of a run folder: TensorBoard events, and a table of the same readings in full precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from nclightning import environment
 from nclightning.compat.lightning import WriterLogger, write_hyperparameters
 from nclightning.compat.tensorboard import Summary
 from nclightning.errors import UserError
@@ -24,34 +25,34 @@ __all__ = ["ReadingsTable", "RunLogger"]
 
 
 class RunLogger(WriterLogger):
-    """TensorBoard logger that also keeps ``readings.csv``, because TensorBoard's scalars are float32.
+    """TensorBoard logger that also writes ``readings.csv``, because TensorBoard's scalars are float32.
 
-    No other process can write in the run folder from :meth:`claim` or :meth:`continue_run` until the end of the fit, or
-    of :meth:`locked`.
-    Of a fit that is refused before its first value, or continues nothing, nothing stays.
+    The run folder is locked from :meth:`claim` or :meth:`continue_run` until the end of the fit, or of :meth:`locked`,
+    so that no other process can write to it. A fit that ends with an error before its first value leaves no files.
 
     Args:
-        save_dir: Where ``name/version_N`` is made; None is the working directory, and on the command line
-            ``trainer.default_root_dir`` if that is given.
+        save_dir: The folder in which ``name/version_N`` is created. None is the working directory; on the command line
+            it is ``trainer.default_root_dir`` if that is given.
         name: Folder of all runs.
-        version: Number or name of the run. None takes the next free number; one that exists is refused, so that no
-            run is written over.
+        version: Number or name of the run. None is the next free number. An existing run is never overwritten.
 
     Raises:
-        ValueError: If ``save_dir`` is a URL, or name or version lead out of it. When writing starts, if the run folder
-            exists or cannot be written.
+        ValueError: If ``save_dir`` is a URL, or ``name`` or ``version`` lead out of it; and when writing starts, if the
+            run folder exists or cannot be written.
     """
 
     def __init__(
         self, save_dir: str | None = None, name: str = "lightning_logs", version: int | str | None = None
     ) -> None:
         if save_dir is not None and "://" in str(save_dir):
-            raise UserError(f"save_dir={save_dir} is a URL, and runs are written to local folders only: give a path.")
+            raise UserError(
+                f"save_dir={save_dir} is a URL, but runs can be written to local folders only: give a path."
+            )
         for argument, value in (("name", name), ("version", version)):
             path = Path(str(value))
             if ".." in path.parts or path.is_absolute():
                 raise UserError(
-                    f"{argument}={value!r} leads out of save_dir: give a plain name there, and save_dir apart."
+                    f"{argument}={value!r} leads out of save_dir: give a plain name, and the path as save_dir."
                 )
         super().__init__(
             "." if save_dir is None else save_dir,
@@ -66,7 +67,7 @@ class RunLogger(WriterLogger):
         self._last_iteration = self._last_held = self._last_in_events = -1
         self._continued: Path | None = None
         self._lock: FolderLock | None = None
-        self._held: list[Row] = []  # Readings of the iterate that a continued run begins with.
+        self._held: list[Row] = []  # Rows that are not in the table yet.
         self._table: ReadingsTable | None = None
 
     @property
@@ -76,22 +77,22 @@ class RunLogger(WriterLogger):
 
     @property
     def table(self) -> ReadingsTable:
-        """The run's readings."""
+        """The table of the run's readings."""
         if self._table is None:
             self._table = ReadingsTable(Path(self.log_dir) / "readings.csv")
         return self._table
 
     def continue_run(self, folder: str | os.PathLike[str], iteration: int) -> None:
-        """Go on in an existing run folder from a checkpoint; call it before the fit.
+        """Continue in an existing run folder from a checkpoint. Call it before the fit.
 
-        Readings from ``iteration`` on are replaced as soon as new ones arrive, in the table and on the page.
+        Readings from ``iteration`` on are replaced by new ones, in the table and in TensorBoard.
 
         Args:
             folder: The run folder.
             iteration: Iteration of the checkpoint.
 
         Raises:
-            ValueError: If another process writes there, or the folder cannot be written.
+            ValueError: If another process writes to the folder, or it cannot be written.
         """
         self._take(Path(folder))
         self._continued = Path(folder)
@@ -100,7 +101,7 @@ class RunLogger(WriterLogger):
 
     @rank_zero_only
     def claim(self) -> None:
-        """Make the run folder, or say why not, before anything is written.
+        """Create and lock the run folder.
 
         Raises:
             ValueError: If it exists and is not empty, or cannot be written.
@@ -116,7 +117,7 @@ class RunLogger(WriterLogger):
                         f"the run folder {folder} exists. Leave out the logger's version to get a new one, or continue "
                         f"that run with --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}."
                     )
-                self.count_version_up()  # Another run took the number in the meantime.
+                self.count_version_up()  # Another run has taken the number in the meantime.
                 folder = Path(self.log_dir)
             probe = folder / ".writable"
             create(probe, b"")
@@ -138,7 +139,7 @@ class RunLogger(WriterLogger):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the lock of the run folder until the block ends, past the end of a fit in it."""
+        """Keep the lock of the run folder until the end of the block, and not only until the end of a fit in it."""
         self._keeps_lock = True
         try:
             yield
@@ -152,20 +153,20 @@ class RunLogger(WriterLogger):
             self._lock = None
 
     def make_writer(self, options: dict[str, Any]) -> RunWriter:
-        """Make TensorBoard's writer and the run folder."""
+        """Construct TensorBoard's writer, and create the run folder."""
         self.claim()
         return RunWriter(self.log_dir, **options)
 
     @rank_zero_only
     def log_rows(self, rows: Sequence[Row]) -> None:
-        """Write readings: one event and one table row per iteration.
+        """Write readings: one event and one row of the table per iteration.
 
         Args:
-            rows: Pairs of iteration and values by tag, in order. Values that are not finite are left out of the
-                events, where they would tear the curve, and kept in the table.
+            rows: Pairs of iteration and values by tag, in order. Values that are not finite are written to the table
+                but not to the events, where they would interrupt the curve.
 
         Raises:
-            ValueError: If an iteration was written before: the rows are those of another run.
+            ValueError: If an iteration was written before, so that the rows belong to another run.
         """
         if not rows:
             return
@@ -174,7 +175,8 @@ class RunLogger(WriterLogger):
                 f"iteration {rows[0][0]} came after iteration {self._last_iteration} in {self.log_dir}: two runs share "
                 "a RunLogger. Give each fit one of its own."
             )
-        # What fails is tried again with the next rows, and must not be there twice: each file has a count of its own.
+        # After an error the rows are written again with the next ones. Each file has its own count, so that no row is
+        # written twice.
         writer = self.experiment.event_file
         for iteration, values in rows:
             if iteration > self._last_in_events:
@@ -193,7 +195,7 @@ class RunLogger(WriterLogger):
 
     @rank_zero_only
     def written(self, before: int) -> WrittenRows | None:
-        """Write all rows, and return what a checkpoint has to remember of those before its iteration.
+        """Write all rows, and return the fingerprint of those before a checkpoint, which the checkpoint saves.
 
         Args:
             before: Iteration of the checkpoint.
@@ -205,7 +207,7 @@ class RunLogger(WriterLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring events and readings to disk, once there are values; a run that is refused before leaves no file."""
+        """Flush events and readings to the disk. Before the first value no file is written."""
         if not (self.has_writer and self.experiment.matters):
             return
         with deferred_interrupt():
@@ -213,20 +215,23 @@ class RunLogger(WriterLogger):
             if not hparams.exists():
                 with replaced(hparams) as partial:
                     write_hyperparameters(partial, self.hparams)
+                with replaced(Path(self.log_dir) / environment.FILE_NAME) as partial:
+                    partial.write_text(environment.environment_as_json())
             self._write_held()
             self.experiment.flush()
             self.table.sync()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the event file; a writer that is interrupted half closed could not be closed again.
+        """Close the event file, with interrupts deferred, because a half-closed writer cannot be closed again.
 
-        After an error what cannot be written any more is left out: a second error would hide the words of the first.
+        After an error of the fit, errors of writing are suppressed, because they would hide the first one.
         """
         try:
             with deferred_interrupt(), nullcontext() if status == "success" else suppress(OSError):
                 if status == "success" and self._held and self._held[-1][0] > self.table.last:
-                    self.written(self._held[-1][0])  # A run that ended again, whose last row a kill had left out.
+                    # A resumed run that was already complete, whose last row is missing because it was killed.
+                    self.written(self._held[-1][0])
                 begun = self.experiment.matters if self.has_writer else status == "success"
                 if not begun and (status != "success" or self._continued is not None):
                     self._leave_nothing()
@@ -238,7 +243,7 @@ class RunLogger(WriterLogger):
                 self._release()
 
     def _leave_nothing(self) -> None:
-        """Undo what a fit has written that was refused at its start."""
+        """Delete the run folder of a fit that ended with an error at its start."""
         if self.has_writer:
             self.experiment.discard()
         folder = Path(self.log_dir)
@@ -249,12 +254,12 @@ class RunLogger(WriterLogger):
 
 
 def _make_folder(folder: Path, take_empty: bool) -> bool:
-    """Make a folder, or take an empty one; False if it is in use."""
+    """Create a folder, and return whether it can be used. An empty existing one can, if ``take_empty`` is True."""
     try:
         make_folder(folder, exist_ok=False)
     except WriteError as error:
         if error.errno != errno.EEXIST:
             raise
-        # An empty folder with a counted number is that of a run which is just starting.
+        # If the version is a counted number, an empty folder belongs to another run that is just starting.
         return take_empty and folder.is_dir() and not any(folder.iterdir())
     return True

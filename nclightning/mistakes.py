@@ -1,4 +1,4 @@
-"""How a command ends that cannot go on: a sentence for mistakes of the user, a traceback for faults of the package."""
+"""The end of a command after an error: one line for an error of the user, a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from nclightning.interrupts import status_of
-from nclightning.wording import of_the_user
+from nclightning.wording import message_for_user
 
-__all__ = ["mistakes_worded"]
+__all__ = ["user_errors_handled"]
 
 _BUG = (
-    "This is no mistake of yours but a fault of nclightning or of code that it calls. "
+    "This is a bug in nclightning or in code that it calls, not an error of yours. "
     "Please report it with the command and all lines above."
 )
 
 
 @contextmanager
-def mistakes_worded() -> Iterator[None]:
-    """End the process with one line and status 1 at a mistake of the user in the block.
+def user_errors_handled() -> Iterator[None]:
+    """End the process with one line and status 1 after an error of the user in the block.
 
-    What a signal stopped ends with the status that shells expect. Anything else is a fault, and keeps its traceback.
+    If a signal ended the block, the exit status is the one that shells expect. Any other exception is a bug, and keeps
+    its traceback.
     """
     try:
         yield
@@ -33,7 +34,7 @@ def mistakes_worded() -> Iterator[None]:
             raise
         sys.exit(status)
     except Exception as error:
-        sentence = of_the_user(error)
+        sentence = message_for_user(error)
         if sentence is None:
             _ask_for_report(error)
             raise
@@ -41,7 +42,7 @@ def mistakes_worded() -> Iterator[None]:
 
 
 def _ask_for_report(error: Exception) -> None:
-    """Have the request to report a fault stand below its traceback."""
+    """Print a request to report the bug below its traceback."""
     if hasattr(error, "add_note"):
         error.add_note(_BUG)
         return

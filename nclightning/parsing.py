@@ -1,4 +1,4 @@
-"""The parser of ``fit``, ``validate`` and ``test``: the paper's lambda, checked YAML, mistakes in one sentence."""
+"""The parser of ``fit``, ``validate`` and ``test``, with the paper's lambda, checked YAML, and errors in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nclightning.compat.parsers import groups_of
 from nclightning.configurations import check_yaml, find_configuration, read_configuration, shipped_configs
 from nclightning.errors import UserError
 from nclightning.models import RegularizedClassifier
-from nclightning.wording import of_the_parser, place_of
+from nclightning.wording import option_of, word_parser_error
 
 __all__ = ["ConfigFile", "HelpFormatter", "ParserMessage", "RunParser", "in_order", "takes_lambda"]
 
@@ -32,27 +32,27 @@ def _load(text: str) -> Any:
     return get_loader("yaml")(text)
 
 
-# A mode of our own: all text that is read as YAML, of files and of the command line, is checked.
+# A mode of jsonargparse that checks all YAML text, in files and on the command line.
 _MODE = "checked_yaml"
 set_loader(_MODE, _load, (yaml.YAMLError,))
 
 
 def takes_lambda(model: Any, arguments: Collection[str]) -> bool:
-    """Say whether the paper's lambda sets both penalties of a model.
+    """Return whether the paper's lambda sets both penalties of a model.
 
     Args:
         model: A class, or its path.
         arguments: Names of its arguments.
 
     Returns:
-        True for the models of this package, and for classes made from them that have the same arguments.
+        True for the models of this package, and for subclasses with the same arguments.
     """
     model = locate(model) if isinstance(model, str) else model
     return inspect.isclass(model) and issubclass(model, RegularizedClassifier) and set(arguments) >= _OF_LAMBDA
 
 
 def in_order(words: Sequence[str]) -> list[str]:
-    """Put configurations before options, which win over them wherever they stand, and spell ``--lambda`` out.
+    """Move configurations before options, which then override them, and replace ``--lambda`` by its full name.
 
     Args:
         words: The command line.
@@ -76,31 +76,31 @@ def in_order(words: Sequence[str]) -> list[str]:
 
 
 class ParserMessage(Exception):
-    """What the parser says, of any number of lines, before it is put into one sentence."""
+    """The message of the parser, of any number of lines."""
 
-    source = ""  # Option that named the configuration that it is about.
+    source = ""  # The option that named the configuration with the error.
 
     def sentence(self, words: Sequence[str], options: Sequence[str]) -> UserError:
-        """Word it for the user.
+        """Convert the message to an error in one sentence.
 
         Args:
             words: The command line.
-            options: All options, as they are typed.
+            options: All options as they are typed.
 
         Returns:
-            To be raised.
+            The error to raise.
         """
         cause = self.__cause__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
-            return UserError(of_the_parser(str(self), words, options, self.source))
-        place = self.source or place_of(str(self), words)
+            return UserError(word_parser_error(str(self), words, options, self.source))
+        place = self.source or option_of(str(self), words)
         return UserError(f"{place}: {cause}" if place else str(cause))
 
 
 class RunParser(LightningArgumentParser):
-    """Takes ``lambda`` among the arguments of this package's models, and says in one sentence what it cannot take."""
+    """A parser that accepts ``lambda`` as an argument of this package's models, and raises errors in one sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -108,33 +108,33 @@ class RunParser(LightningArgumentParser):
         self._takes_lambda = False
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class, and see whether ``lambda`` is one of them."""
+        """Add the arguments of a class, and find out whether it accepts ``lambda``."""
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         self._takes_lambda = takes_lambda(theclass, added)
         return added
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse the arguments of a class, wherever they come from: a file, a file that it names, the command line."""
+        """Parse the arguments of a class, from a configuration, a separate file, or the command line."""
         if self._takes_lambda:
             name_lambda(obj)
         return super().parse_object(obj, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is worded where the whole command line is known."""
-        if not self.exit_on_error:  # The parser of a class: the one around it has more to say.
+        """Raise the message, which the caller converts to a sentence with the whole command line."""
+        if not self.exit_on_error:  # In the parser of a class. The outer parser has more information.
             super().error(message, ex)
         raise ParserMessage(message) from ex
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the examples."""
+    """A help formatter that keeps the line breaks of the examples."""
 
 
 class ConfigFile(ActionConfigFile):
     """``--config``: a file, or the name of a shipped configuration."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Resolve the name, check the file, and hand its path over to jsonargparse: other paths are relative to it."""
+        """Resolve the name, check the file, and pass its path to jsonargparse: other paths are relative to it."""
         path = find_configuration(values)
         content = read_configuration(path)
         for name in groups_of(parser):

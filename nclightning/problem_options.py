@@ -1,4 +1,4 @@
-"""The problem that the options of ``theory`` name."""
+"""Construction of a problem from the options of the command ``theory``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["problem_names", "problem_of", "split_options"]
 
-_MOST = 10**15  # Products of sizes stay far from the largest float.
+_MOST = 10**15  # Products of sizes must not overflow.
 _SIZES = ("num_classes", "samples_per_class", "feature_dim")
 _PREFIX = "--problem."
 
 
 def problem_names() -> list[str]:
-    """List the functions of :mod:`nclightning.problems` that make a problem."""
+    """List the functions of :mod:`nclightning.problems` that return a problem."""
     makers = {name: getattr(problems, name) for name in problems.__all__}
     return [
         name
@@ -36,16 +36,16 @@ def problem_names() -> list[str]:
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take ``--problem.ARGUMENT VALUE`` out of a command line.
+    """Split ``--problem.ARGUMENT VALUE`` off a command line.
 
     Args:
         words: The command line.
 
     Returns:
-        The other words, and the values, read as YAML, by argument.
+        The other words, and the values by argument, read as YAML.
 
     Raises:
-        ValueError: If a value is missing, or no YAML.
+        ValueError: If a value is missing, or is not YAML.
     """
     others, values, rest = list[str](), dict[str, Any](), iter(words)
     for word in rest:
@@ -58,7 +58,7 @@ def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             raise UserError(f"{option} needs a value.")
         try:
             read = parse_yaml(text)
-            # Brackets are signs of some shells: 100,10,1 is a list, too.
+            # 100,10,1 is a list, too, because some shells interpret brackets.
             is_list = isinstance(read, str) and "," in read
             values[option.removeprefix(_PREFIX)] = parse_yaml(f"[{text}]") if is_list else read
         except yaml.YAMLError as error:
@@ -69,17 +69,17 @@ def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def problem_of(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> UFMProblem | Problem:
-    """Build the problem from options, over those of a configuration.
+    """Construct the problem from options, which override those of a configuration.
 
     Args:
-        given: Options of ``theory`` by name, None for those that are not given.
-        arguments: Those of the problem, from :func:`split_options`.
+        given: Options of ``theory`` by name; None for options that are not given.
+        arguments: Arguments of the problem, from :func:`split_options`.
 
     Returns:
-        One of the paper's two problems where a loss and sizes are given, else any other.
+        The named problem; without a name, one of the paper's two problems.
 
     Raises:
-        ValueError: If something is missing, of the wrong kind, or out of range.
+        ValueError: If an option is missing, has the wrong type, or is out of range.
     """
     options: dict[str, Any] = {}
     if given["config"] is not None:
@@ -111,7 +111,7 @@ def problem_of(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> UFMPro
 
 
 def _number(name: str, value: Any) -> float | None:
-    """Take a number of a configuration, where 1e-4 is text to YAML."""
+    """Convert a value of a configuration to a number. YAML reads 1e-4 as text."""
     if value is None:
         return None
     try:
@@ -124,7 +124,7 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Problem:
-    """Make the problem of a name or a description, with the options that are given besides."""
+    """Construct the problem of a name or a description, with the other options as its arguments."""
     for option, reason in (
         ("loss", "the problem has its loss."),
         ("lambda_", "it is for balanced classes. Give --lambda_w and --lambda_h."),
@@ -147,10 +147,10 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
         return Problem.from_description({"class_path": path, "init_args": values})
     except UserError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:  # Of torch, which takes no such value for a tensor.
+    except (TypeError, ValueError, RuntimeError) as error:  # For example a value that torch cannot convert to a tensor.
         if "memory" in str(error):
             raise
-        raise UserError(f"problem: {path.rpartition('.')[2]} cannot be made: {error}.") from error
+        raise UserError(f"problem: {path.rpartition('.')[2]} cannot be constructed: {error}.") from error
 
 
 def _path_of(name: Any, option: str) -> str:
@@ -163,10 +163,10 @@ def _path_of(name: Any, option: str) -> str:
 
 
 def _check_names(path: str, values: Mapping[str, Any]) -> None:
-    """Refuse arguments that are misspelt or missing by the option that gives them."""
+    """Raise if an argument is misspelt or missing. The message names its option."""
     try:
         parameters = inspect.signature(locate(path)).parameters  # type: ignore[arg-type]
-    except (ErrorDuringImport, TypeError, ValueError):  # What is wrong with it is said where it is made.
+    except (ErrorDuringImport, TypeError, ValueError):  # Its construction raises the error.
         return
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
@@ -183,7 +183,7 @@ def _check_names(path: str, values: Mapping[str, Any]) -> None:
 
 
 def _in_numbers(value: Any) -> Any:
-    """Read text that is a number as one: 1e-4 is text to YAML."""
+    """Convert text to numbers where possible. YAML reads 1e-4 as text."""
     if isinstance(value, Mapping):
         return {name: _in_numbers(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-r"""What can be measured, by the names under which it is logged: the one table that all others ask.
+r"""The registry of measured quantities: their tags, labels, meanings, values at collapse, axes and charts.
 
 A tag such as ``nc/train/nc1`` has three parts: the group (``nc``), the place (a stage, a data set, a loader or a layer;
-most groups have none) and the name. Where values fall over many decades, loggers get them a second time as
+most groups have none) and the name. Quantities that fall over many decades are logged a second time as
 ``log10/<tag>``, because the axis of TensorBoard is linear.
 
 A new measure needs an entry here, and its function in :data:`nclightning.metrics.MEASURES`.
@@ -50,6 +50,7 @@ __all__ = [
     "SHARPNESS",
     "SHARPNESS_OVER_LIMIT",
     "STEP_SIZE",
+    "Collapsed",
     "Quantity",
     "Tag",
     "log10_tag",
@@ -66,17 +67,17 @@ NC, NRC, OPTIMALITY, LINE_SEARCH, LAWS = "nc", "nrc", "optimality", "line_search
 GROUPS = (NC, NRC, OPTIMALITY, LINE_SEARCH, LAWS)
 _LOG10 = "log10"
 
-# A number, or a function of the number of classes and of features; None where nothing is known.
+# A number, or a function of the numbers of classes and features; None if the value is not known.
 Collapsed = float | Callable[[int, int], float | None] | None
 Axis = Literal["log", "linear"]
 Value = TypeVar("Value")
 
 
 def tag_of(group: str, *path: str) -> str:
-    """Put a tag together.
+    """Return the tag of a group, a place and a name.
 
     Args:
-        group: Of the tag.
+        group: The group.
         *path: Place and name. Empty parts are left out.
     """
     return "/".join(filter(None, (group, *path)))
@@ -84,23 +85,23 @@ def tag_of(group: str, *path: str) -> str:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that is measured.
+    """A measured quantity.
 
     Attributes:
         name: Last part of its tag.
         group: First part of its tag; empty for ``loss``, whose tag is its name.
-        meaning: What it tells, in a few words.
-        label: In tables and legends; the name if empty.
-        latex: The same in figures of the paper; ``label`` if empty.
-        formula: Follows the label where there is room for it.
-        collapsed: Its value at neural collapse; of optimality, laws and regression at the optimum.
-        axis: On which it is drawn.
+        meaning: Its meaning in a few words.
+        label: Label in tables and legends; empty for the name.
+        latex: Label in figures of the paper; empty for ``label``.
+        formula: Formula that follows the label if there is space for it.
+        collapsed: Its value at neural collapse; for optimality, laws and regression its value at the optimum.
+        axis: Scale of the axis on which it is drawn.
         signed: Whether it can be negative.
-        unit: Empty for plain numbers.
-        mirrored: Whether loggers of runs at iterates also get its logarithm. Where labels say groups of samples,
-            ``DEFAULT_MEASURES_OF_GROUPS`` are mirrored.
-        chart: Title of the panel on which it is drawn with others.
-        maker: Who computes it: ``"measure"`` and ``"decision"`` are chosen by name in ``measures=``.
+        unit: Its unit; empty for plain numbers.
+        mirrored: Whether its logarithm is logged, too, in runs that log at iterates. If labels number groups of
+            samples, this holds for ``DEFAULT_MEASURES_OF_GROUPS``.
+        chart: Title of the panel in which it is drawn with others.
+        maker: Source of the value. ``"measure"`` and ``"decision"`` are chosen by name in ``measures=``.
     """
 
     name: str
@@ -121,7 +122,7 @@ class Quantity:
         """Return the tag, such as ``nc/train/nc1``.
 
         Args:
-            *place: Stage or data set, and where there are several the loader or layer. Empty parts are left out.
+            *place: Stage or data set; if there are several, also the loader or layer. Empty parts are left out.
         """
         return tag_of(self.group, *place, self.name)
 
@@ -132,25 +133,25 @@ class Quantity:
 
     @property
     def text_with_formula(self) -> str:
-        """The label, and the formula behind it."""
+        """The label, followed by the formula."""
         return f"{self.text} {self.formula}".rstrip()
 
     def at_collapse(self, num_classes: int, feature_dim: int) -> float | None:
-        """Return the value at collapse of so many classes in so many dimensions; None if it is not known."""
+        """Return the value at collapse for these numbers of classes and features; None if it is not known."""
         return self.collapsed(num_classes, feature_dim) if callable(self.collapsed) else self.collapsed
 
 
 def _of_an_etf(value: Callable[[int], float]) -> Collapsed:
-    """Give the value for a simplex ETF of K classes, which needs K - 1 dimensions."""
+    """Return a function that gives a value at a simplex ETF, and None if there are fewer than K - 1 dimensions."""
     return lambda num_classes, feature_dim: value(num_classes) if 2 <= num_classes <= feature_dim + 1 else None
 
 
 _ZERO_OF_AN_ETF = _of_an_etf(lambda _: 0.0)
 _COLLAPSE = "Neural collapse"
 
-# Measures that are read where none are named.
+# Measures that are evaluated if the user names none.
 DEFAULT_MEASURES = ("nc1", "nc2", "nc3")
-DEFAULT_MEASURES_OF_GROUPS = ("nc1_ratio", "nc1_cdnv", "nc2")  # Where labels say groups of samples.
+DEFAULT_MEASURES_OF_GROUPS = ("nc1_ratio", "nc1_cdnv", "nc2")  # Used if labels number groups of samples.
 
 
 def _measure(
@@ -162,7 +163,7 @@ def _measure(
     signed: bool = False,
     unit: str = "",
 ) -> Quantity:
-    """Describe a measure, which has a label if it is one of the four with a number."""
+    """Return the entry of a measure. NC0 to NC3 get a label."""
     number = name.removeprefix("nc")
     label, latex = (f"NC{number}", rf"$\mathcal{{NC}}_{number}$") if number.isdigit() else ("", "")
     return Quantity(
@@ -232,7 +233,7 @@ _MEASURES = (
     _measure("mse_nc2_nc3", "squared error of the best head on class means; 0 with a bias", None),
     _measure("mse_perpendicular", "squared error that the head has more than the best one", None),
 )
-# What is read of samples one by one, after the class means.
+# Measures of decisions, which need the class means and then each sample.
 _DECISION_MEANINGS = (
     _decision("ncc_accuracy", "share of samples whose nearest class mean is their own", 1.0),
     _decision("ncc_mismatch", "share of samples on which network and nearest class mean differ (NC4)", 0.0, axis="log"),
@@ -254,7 +255,7 @@ NC5 = Quantity(
     chart=_COLLAPSE,
     maker="out-of-distribution set",
 )
-# A picture, and no number.
+# A picture, not a number.
 ANGLES = Quantity("angles", NC, "picture of the cosines of class means and head", maker="picture")
 
 
@@ -350,8 +351,8 @@ def _law(name: str, meaning: str, collapsed: float | None = None, *, mirrored: b
     )
 
 
-# Each: the norm of the sum, what is predicted of it, the distance from that, and what steps of Adam add to it.
-# Predictions are not mirrored: they fall far below rounding, and their logarithm would stretch the axis.
+# For each sum: its norm, its prediction, the distance of the two, and the contribution of a step of Adam. Logarithms of
+# predictions are not logged, because predictions fall far below rounding and would stretch the axis.
 HEAD_SUM = (
     _law("nc0_norm", "norm of the sum of the head's rows", mirrored=True),
     _law("nc0_predicted", "norm of that sum if the law of the steps holds"),
@@ -413,11 +414,11 @@ NC0, NC1, NC2, NC3 = (QUANTITIES[f"{NC}/nc{number}"] for number in range(4))
 
 
 def tagged(values: Mapping[str, Value], group: str, *place: str) -> dict[str, Value]:
-    """Put group and place before names.
+    """Return values by tag, with group and place before their names.
 
     Args:
-        values: By name, or by place and name with a slash between them.
-        group: Of the tags.
+        values: Values by name, or by place and name with a slash between them.
+        group: The group.
         *place: Stage or data set.
 
     Returns:
@@ -435,7 +436,7 @@ def mirrored_tags(group: str, *place: str) -> frozenset[str]:
     """Return the tags of a group whose logarithms are logged, too.
 
     Args:
-        group: Of the tags.
+        group: The group.
         *place: Stage or data set.
     """
     return frozenset(each.tag(*place) for each in QUANTITIES.values() if each.mirrored and each.group == group)
@@ -447,7 +448,7 @@ class Tag(NamedTuple):
     Attributes:
         group: One of ``GROUPS``, or empty.
         place: Stage or data set, loader and layer, with slashes between them; empty for most groups.
-        name: Of the quantity.
+        name: Name of the quantity.
         is_log10: Whether it is the tag of a logarithm.
     """
 
@@ -458,10 +459,10 @@ class Tag(NamedTuple):
 
 
 def parse_tag(tag: str) -> Tag:
-    """Take a tag apart. What begins with none of ``GROUPS`` is all place and name.
+    """Split a tag into its parts. A tag that does not begin with one of ``GROUPS`` has only place and name.
 
     Args:
-        tag: Any.
+        tag: Any tag.
 
     Example:
         >>> parse_tag("log10/nc/train/nc1")
@@ -474,30 +475,31 @@ def parse_tag(tag: str) -> Tag:
 
 
 def quantity_of(tag: str) -> Quantity | None:
-    """Look up what a tag is of, wherever it was measured; None if that is no quantity of ours.
+    """Return the quantity of a tag, for any place; None if the tag is not in the registry.
 
     Args:
-        tag: As loggers have it, also of a logarithm.
+        tag: The tag as loggers have it, perhaps that of a logarithm.
 
     Example:
         >>> quantity_of("nc/val/layer4/nc1").meaning
         'spread within over between classes, tr(S_W S_B^+)/K'
     """
     group, place, name, _ = parse_tag(tag)
-    # Only these are measured in several places; "train/loss" is the user's.
+    # Only these groups have places. A tag such as "train/loss" is the user's own.
     return None if place and group not in (NC, NRC) else QUANTITIES.get(tag_of(group, name))
 
 
 def measure_named(name: str) -> Quantity:
-    """Look up a measure or decision by its name alone; one that is not known has no meaning and no value at collapse.
+    """Return a measure or decision by its name. An unknown one has no meaning and no value at collapse.
 
     Args:
-        name: Without stage or layer.
+        name: The name without stage or layer.
     """
     return QUANTITIES.get(tag_of(NC, name), Quantity(name, NC))
 
 
-# What falls to zero in a run of the unconstrained feature model, by tag, in the order of each table and legend.
+# Quantities that converge to zero in a run of the unconstrained feature model, by tag, in the order of tables and
+# legends.
 CONVERGING = {each.tag(): each for each in (GAP, CERTIFIED_GAP, DISTANCE, GRAD_NORM)} | {
     each.tag("train"): each for each in (NC1, NC2, NC3)
 }

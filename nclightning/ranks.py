@@ -1,4 +1,4 @@
-"""What processes that share a training set do together. On a single one, nothing."""
+"""Communication between processes of torch.distributed. On a single process, nothing is communicated."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ __all__ = [
     "failing_together",
     "gather_rows",
     "gather_tensors",
-    "meet",
     "own_rows",
     "raise_together",
     "rank",
     "rank_zero_warn",
     "sum_all_over_ranks",
     "sum_over_ranks",
+    "wait_for_all",
     "world_size",
 ]
 
-# Callers that a warning passes over. contextlib calls the code of a with block.
+# Packages whose frames are skipped to find the user's line for a warning. contextlib is in between for with blocks.
 _NOT_THE_USERS = {"nclightning", "lightning", "pytorch_lightning", "transformers", "torch", "contextlib"}
 
 
 _alone = [False]
-_PATIENCE = timedelta(seconds=30)  # After which it is said what is waited for.
+_PATIENCE = timedelta(seconds=30)  # After this time a warning says for which processes this one waits.
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this process take itself for the only one, so that nothing inside waits for others."""
+    """Let all functions of this module act in the block as if this process were the only one."""
     before, _alone[0] = _alone[0], True
     try:
         yield
@@ -52,12 +52,12 @@ def alone() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Count the processes."""
+    """Return the number of processes."""
     return 1 if _alone[0] or not (dist.is_available() and dist.is_initialized()) else dist.get_world_size()
 
 
 def are_several() -> bool:
-    """Whether there are other processes to talk to."""
+    """Return whether there are several processes."""
     return world_size() > 1
 
 
@@ -66,18 +66,19 @@ def rank() -> int:
     return 0 if world_size() == 1 else dist.get_rank()
 
 
-def meet(what: str, repair: str) -> None:
-    """Wait until all processes have come here, before they talk to each other.
+def wait_for_all(what: str, repair: str) -> None:
+    """Wait until all processes have called this function, before they communicate.
 
-    Who talks to processes that are elsewhere, such as in the backward of ``DistributedDataParallel``, may get their
-    numbers for ours. So this waits at the store by which processes found each other, and not in a collective.
+    A collective is not safe for this: other processes may be in another one, for example in the backward of
+    ``DistributedDataParallel``, and the numbers of the two would mix. Processes therefore wait at the store of
+    torch.distributed.
 
     Args:
-        what: They are to do, for messages.
-        repair: What to do if only some are to.
+        what: What the processes are about to do, for messages.
+        repair: What to do if only some processes should do it.
 
     Raises:
-        ValueError: If some have not come within the timeout of ``init_process_group``.
+        ValueError: If some processes have not called it within the timeout of ``init_process_group``.
     """
     store = default_store() if world_size() > 1 else None
     if store is None:
@@ -88,8 +89,8 @@ def meet(what: str, repair: str) -> None:
     if _all_there(store, places, _PATIENCE):
         return
     missing = [i for i, place in enumerate(places) if not store.check([place])]
-    sentence = f"process {rank()} of {world_size()} came to {what}, and processes {missing} did not"
-    warnings.warn(f"{sentence} for {_PATIENCE.total_seconds():g} s: it waits. {repair}", stacklevel=2)
+    sentence = f"process {rank()} of {world_size()} reached {what}, and processes {missing} did not"
+    warnings.warn(f"{sentence} within {_PATIENCE.total_seconds():g} s: it waits. {repair}", stacklevel=2)
     if not _all_there(store, places, store.timeout):
         store.add(f"nclightning/{rank()}", -1)
         store.delete_key(places[rank()])
@@ -99,13 +100,13 @@ def meet(what: str, repair: str) -> None:
 def _all_there(store: Any, places: list[str], patience: timedelta) -> bool:
     try:
         store.wait(places, patience)
-    except RuntimeError:  # As stores raise when the time is over.
+    except RuntimeError:  # Stores raise it after the timeout.
         return False
     return True
 
 
 def rank_zero_warn(message: str) -> None:
-    """Warn on the first process, on behalf of all, at the line of the user's from which this was called."""
+    """Warn on the first process only. The warning points to the user's line of code."""
     if rank() != 0:
         return
     level, frame = 1, inspect.currentframe()
@@ -115,34 +116,34 @@ def rank_zero_warn(message: str) -> None:
 
 
 def own_rows(num_rows: int, rank: int, world: int) -> tuple[int, int]:
-    """Share rows out among processes, in order and as evenly as can be.
+    """Divide rows between processes, in order and as evenly as possible.
 
     Args:
-        num_rows: Of all.
-        rank: Of this process.
+        num_rows: Total number of rows.
+        rank: Rank of this process.
         world: Number of processes.
 
     Returns:
-        First row of this process, and how many it has.
+        The first row of this process, and its number of rows.
 
     Raises:
         ValueError: If there are fewer rows than processes.
     """
     if num_rows < world:
-        raise UserError(f"{num_rows} samples cannot be shared by {world} processes: set trainer.devices lower.")
+        raise UserError(f"{num_rows} samples cannot be divided between {world} processes: lower trainer.devices.")
     first, end = num_rows * rank // world, num_rows * (rank + 1) // world
     return first, end - first
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in place; the same bits on each."""
+    """Sum a tensor over all processes in place. The result is bitwise the same on each."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def sum_all_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Sum several floating tensors over all processes, in place, with one message in the widest of their dtypes."""
+    """Sum several floating tensors over all processes in place, with one message in the widest of their dtypes."""
     if world_size() > 1 and tensors:
         total = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in tensors]))
         for tensor, part in zip(tensors, torch.split(total, [tensor.numel() for tensor in tensors]), strict=True):
@@ -150,30 +151,30 @@ def sum_all_over_ranks(tensors: Sequence[Tensor]) -> None:
 
 
 def count_over_ranks(count: int, device: torch.device) -> int:
-    """Sum a number of things over all processes, which talk to each other on this device."""
+    """Sum an integer over all processes, with communication on this device."""
     return count if world_size() == 1 else int(sum_over_ranks(torch.tensor(count, device=device)))
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
-    """Raise on all processes if one of them failed, so that none waits for it. All must come here.
+    """Raise on all processes if one of them failed, so that none waits for it. All processes must call it.
 
     Args:
-        error: Of this process, or None.
-        device: On which processes talk to each other.
+        error: The error of this process, or None.
+        device: Device for communication between processes.
 
     Raises:
-        Exception: The error; a ``UserError`` where another process had one.
+        Exception: The error of this process, or a ``UserError`` if only other processes failed.
     """
     failed = count_over_ranks(int(error is not None), device)
     if error is not None:
         raise error
     if failed:
-        raise UserError(f"{failed} of {world_size()} processes failed, which say why.")
+        raise UserError(f"{failed} of {world_size()} processes failed: see their errors.")
 
 
 @contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
-    """Raise on all processes if what runs inside failed on one of them; see :func:`raise_together`."""
+    """Raise on all processes if the block failed on one of them; see :func:`raise_together`."""
     error: Exception | None = None
     try:
         yield
@@ -183,16 +184,14 @@ def failing_together(device: torch.device) -> Iterator[None]:
 
 
 def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Put the rows of all processes together on the host of the first, one process's rows at a time.
-
-    All processes must come here.
+    """Gather the rows of all processes on the CPU of the first one, process by process. All processes must call it.
 
     Args:
-        rows: Those of this process, as :func:`own_rows` shares them out.
-        num_rows: Of all.
+        rows: The rows of this process, divided as by :func:`own_rows`.
+        num_rows: Total number of rows.
 
     Returns:
-        All rows on the first process; on others their own.
+        All rows on the first process; on others their own rows.
     """
     world = world_size()
     if world == 1:
@@ -212,13 +211,13 @@ def gather_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Exchange tensors of equal shapes and dtypes with all processes, with one message. All must come here.
+    """Gather tensors of equal shapes and dtypes from all processes with one message. All processes must call it.
 
     Args:
-        tensors: Those of this process.
+        tensors: The tensors of this process.
 
     Returns:
-        Those of each process, in the same order on each.
+        The tensors of each process, in the same order on each.
     """
     if world_size() == 1:
         return [list(tensors)]

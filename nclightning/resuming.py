@@ -1,4 +1,4 @@
-"""Where a resumed run goes on if it has no :class:`~nclightning.loggers.RunLogger`."""
+"""The folder of a resumed run that has no :class:`~nclightning.loggers.RunLogger`."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _BEFORE = "metrics_before_resume.csv"
 def continue_elsewhere(
     trainer: L.Trainer, folder: Path, iteration: int, options: Sequence[Mapping[str, Any] | None]
 ) -> None:
-    """Let a run go on in the folder of its checkpoint, or say why it cannot.
+    """Let a run continue in the folder of its checkpoint, or raise if it cannot.
 
-    A ``CSVLogger`` goes on with its table: by itself it would begin a new one, and delete the one that is there. What
-    that held stays as ``metrics_before_resume.csv``.
+    A ``CSVLogger`` then continues its table. On its own it would delete the table and begin a new one. The earlier
+    table is kept as ``metrics_before_resume.csv``.
 
     Args:
-        trainer: Before the fit, without a ``RunLogger``.
-        folder: In which the checkpoint lies.
-        iteration: Of the checkpoint. Rows from there on are taken again.
+        trainer: The trainer before the fit, without a ``RunLogger``.
+        folder: The folder of the checkpoint.
+        iteration: Iteration of the checkpoint. Later rows are removed.
         options: Arguments of the trainer's loggers, in order; None where they are not known.
 
     Raises:
-        ValueError: If the run would go on somewhere else.
+        ValueError: If the run would continue in another folder.
     """
     place = run_folder(trainer)
     if place is None:
@@ -54,14 +54,14 @@ def continue_elsewhere(
     if is_run and place.absolute() != folder.absolute():
         kinds = " and ".join(type(each).__name__ for each in loggers) or "no logger"
         raise UserError(
-            f"the checkpoint lies in the run folder {folder}, and with {kinds} the run would go on in {place}: give "
+            f"the checkpoint is in the run folder {folder}, but with {kinds} the run would continue in {place}: give "
             "the logger the name and version of that folder."
         )
 
 
 @rank_zero_only
 def _keep_table(logger: Logger, folder: Path, iteration: int) -> None:
-    """Have a logger add to the table that is there, once what it replaces has a second name."""
+    """Let a logger append to the existing table, of which a copy is kept."""
     table, before = folder / "metrics.csv", folder / _BEFORE
     keep_as(table, before)
     rows = list(csv.reader(io.StringIO(before.read_text())))

@@ -1,4 +1,4 @@
-"""The configuration of a run, as its folder keeps it."""
+"""The saved configuration of a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["SaveRunConfig"]
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration in the run folder; a resumed run gets a file of its own beside it.
+    """Saves the resolved configuration in the run folder. A resumed run gets a second file.
 
-    That is when training has begun: a run that is refused leaves no file.
+    The file is written when training has begun, so that a run that ends with an error at its start leaves no file.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write nothing yet."""
+        """Do nothing: the file is written later."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -32,17 +32,17 @@ class SaveRunConfig(SaveConfigCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write that of a resumed run, whose checkpoint is accepted only now."""
+        """Write the configuration of a resumed run, whose checkpoint has been accepted by now."""
         self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
-        """Write ``config.yaml``, or ``config_resumed_N.yaml`` where that is there already."""
+        """Write ``config.yaml``, or ``config_resumed_N.yaml`` if that exists."""
         if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
         folder = run_folder(trainer)
         if folder is None or not (trainer.loggers or trainer.checkpoint_callbacks):
-            return  # A run that leaves nothing else.
+            return  # The run writes no other files either.
         path, count = folder / "config.yaml", 0
         while path.exists():
             count += 1

@@ -1,4 +1,4 @@
-"""Weights of which each process holds a part, as torch's ``fully_shard`` leaves them."""
+"""Weights that torch's ``fully_shard`` splits between processes."""
 
 from __future__ import annotations
 
@@ -12,63 +12,65 @@ from nclightning.errors import UserError
 
 __all__ = ["gathered", "in_step", "is_sharded", "own_shard", "reshard", "shard_of"]
 
-# Told by the methods of their classes: where these are to be imported from changes with torch's version, and to ask a
-# module for what it has not takes ten times as long.
+# Sharded modules are recognised by the methods of their classes, because the import path of these classes depends on
+# torch's version. Looking up a missing attribute of a module instance would take ten times as long.
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a part of a module gathers its weights at each forward, in which all processes must take part."""
+    """Return whether a part of a module is sharded, so that all processes must take part in each forward."""
     return any(hasattr(type(child), "set_reshard_after_forward") for child in module.modules())
 
 
 def reshard(module: nn.Module) -> None:
-    """Give up the weights that a forward without a backward left gathered; those in the shards are the true ones."""
+    """Free the gathered weights that a forward without a backward leaves. The shards have the actual weights."""
     for child in module.modules():
         if hasattr(type(child), "set_reshard_after_forward"):
             child.reshard()  # type: ignore[operator]
 
 
 def own_shard(tensor: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this process has, in the same memory; any other tensor as it is."""
+    """Return this process's shard of a sharded tensor, in the same memory; any other tensor unchanged."""
     shard = getattr(tensor, "to_local", None)
     return tensor if shard is None else shard()
 
 
 def shard_of(tensor: Tensor, part: Any) -> Any:
-    """Make a copy of the part that this process has of something shaped like a sharded tensor a sharded tensor.
+    """Convert a tensor with the shape of a shard to a sharded tensor.
 
     Args:
-        tensor: Sharded or not.
-        part: Tensor of the shape of its shard, which comes back as it is if the other is not sharded; so does what is
-            no tensor.
+        tensor: A tensor that gives the sharding. If it is not sharded, ``part`` is returned unchanged.
+        part: A tensor with the shape of its shard. Any other object is returned unchanged.
+
+    Returns:
+        The sharded tensor, with a copy of ``part``.
     """
     if own_shard(tensor) is tensor or not isinstance(part, Tensor):
         return part
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - not part of all builds of torch
 
     assert isinstance(tensor, DTensor)
-    part = part.clone()  # copy.deepcopy of torch 2.13 fails on a sharded tensor whose part begins within its memory.
+    part = part.clone()  # copy.deepcopy of torch 2.13 fails if the shard does not begin at the start of its memory.
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor detached and, if it is sharded, gathered from all processes, which must all ask for it."""
+    """Return a detached tensor, gathered from all processes if it is sharded. All processes must call it."""
     tensor = tensor.detach()
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def in_step(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """Run as many batches on each process as on the one with the most: the last one comes again.
+    """Yield equally many batches on each process, by repeating the last one.
 
     Args:
-        loader: Of this process, with a length.
-        device: On which processes talk to each other.
+        loader: The loader of this process, with a length.
+        device: Device for communication between processes.
 
     Yields:
-        A batch, and whether it is seen for the first time.
+        A batch, and whether it is yielded for the first time.
 
     Raises:
         ValueError: On all processes, if one of them has no batch.
@@ -79,7 +81,9 @@ def in_step(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, 
     torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
     most, least = int(extremes[0]), -int(extremes[1])
     if least == 0:
-        raise UserError("a sweep of sharded weights needs a batch for each process: this data set has too few samples.")
+        raise UserError(
+            "an evaluation pass with sharded weights needs a batch for each process: this data set has too few samples."
+        )
     batch: Any = None
     for batch in loader:
         yield batch, True

@@ -1,4 +1,4 @@
-"""What a run reached, on its TensorBoard page."""
+"""The summary of a run in TensorBoard: its row in the HPARAMS tab, and its picture."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ _SHOWN_FIRST = ("loss", "lambda_w", "lambda_h", "optimizer", "seed")
 
 
 def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: int | bool | None) -> dict[str, Value]:
-    """Collect what tells a run from others.
+    """Return the hyperparameters of a run.
 
-    TensorBoard takes the columns of all runs from one of them, so that their names must not depend on the optimizer:
-    that is one column, with the options that differ from its defaults.
+    TensorBoard takes the columns of all runs from one of them. Their names therefore must not depend on the optimizer,
+    which is a single column with the options that differ from its defaults.
 
     Args:
-        pl_module: Its ``hparams`` that are numbers or text; a problem is said in words.
-        optimizer: After the fit.
-        seed: None, or a bool as a command line may have it, leaves it out.
+        pl_module: The module. Its ``hparams`` that are numbers or text are included; a problem is described in words.
+        optimizer: The optimizer after the fit.
+        seed: The random seed; None or a bool, which the command line allows, is left out.
 
     Returns:
-        Value by name.
+        Values by name.
     """
     defaults = {name: p.default for name, p in inspect.signature(type(optimizer)).parameters.items()}
     options = [
@@ -66,7 +66,7 @@ def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: in
     if isinstance(problem := known_problem(values), Problem):
         values |= {"loss": loss_of(values, problem), "problem": problem.summary()}
     values["seed"] = None if isinstance(seed, bool) else seed
-    values.pop("iterations_per_step", None)  # How often Lightning is asked; the iterates do not depend on it.
+    values.pop("iterations_per_step", None)  # The iterates do not depend on it.
     return {
         name: value
         for name, value in values.items()
@@ -79,17 +79,18 @@ def hyperparameters(pl_module: L.LightningModule, optimizer: Optimizer, seed: in
 def record_summary(
     folder: Path, summary: RunSummary, values: Mapping[str, Value], picture: Path, finished: bool = True
 ) -> None:
-    """Add a run to TensorBoard's HPARAMS tab and its picture to IMAGES, in an event file of their own.
+    """Add a run to TensorBoard's HPARAMS tab, and its picture to IMAGES, in a separate event file.
 
-    The logger's file is closed by then, and a second one of the same writer would repeat its order to forget what a
-    resumed run replaced, which by now are the new readings. The file appears in one step, and that of an earlier end
-    of the run goes.
+    The logger's file cannot be used, because it is closed. A second file of its writer would repeat the instruction to
+    drop the readings that a resumed run replaces, and so drop the new ones. The file is written in one step, and
+    replaces that of an earlier end of the run.
 
     Args:
-        folder: Run folder.
-        summary: Logged as ``summary/...`` where finite; last values as log10, because TensorBoard keeps float32.
-        values: Hyperparameters.
-        picture: PNG file, logged as ``convergence``.
+        folder: The run folder.
+        summary: The summary. Finite values are logged as ``summary/...``; last values as log10, because TensorBoard
+            stores float32.
+        values: The hyperparameters.
+        picture: A PNG file, logged as ``convergence``.
         finished: False if the fit was interrupted.
     """
     metrics = _metrics(summary)
@@ -113,21 +114,21 @@ def record_summary(
 
 
 def summary_scalars(summary: RunSummary) -> dict[str, float]:
-    """Return what a run reached, by tag ``summary/...``, where it is finite.
+    """Return the finite values of a summary by tag ``summary/...``.
 
     Args:
-        summary: Of the run.
+        summary: The summary of a run.
     """
     values = {tag: value for tag, (_, value) in _metrics(summary).items()}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def is_recorded(folder: Path, iteration: int) -> bool:
-    """Say whether :func:`record_summary` has been called for a finished run that ended at an iteration.
+    """Return whether :func:`record_summary` has been called for a finished run that ended at an iteration.
 
     Args:
-        folder: Run folder.
-        iteration: The last one.
+        folder: The run folder.
+        iteration: The last iteration.
     """
     return any(folder.glob(_name(iteration, finished=True)))
 
@@ -172,7 +173,7 @@ def _row(values: Mapping[str, Value]) -> SessionStartInfo:
 
 
 def _metrics(summary: RunSummary) -> dict[str, tuple[str, float | None]]:
-    """Label and value by tag; the tags are the same for every run, and the first five are the story in short."""
+    """Return label and value by tag. The tags are the same for all runs, and the first five are the most important."""
     named: dict[str, tuple[str, float | None]] = {
         "summary/iterations": ("iterations", summary.iteration),
         "summary/kappa": ("kappa", summary.kappa),

@@ -1,4 +1,4 @@
-"""``readings.csv``: its rows, what a checkpoint remembers of them, and whether they are all there."""
+"""``readings.csv``: writing and reading of its rows, and their verification against a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Row = tuple[int, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class WrittenRows:
-    """What tells whether rows of a table are those that were written.
+    """A fingerprint of the rows of a table.
 
     Attributes:
-        count: Of the rows.
-        last: Iteration of the last one.
-        checksum: Over iterations, tags and values; columns that are empty do not count, since a tag that comes later
-            gives all rows a new one.
+        count: Number of rows.
+        last: Iteration of the last row.
+        checksum: Checksum of iterations, tags and values. Empty cells are left out, because a new tag adds an empty
+            cell to all earlier rows.
     """
 
     count: int = 0
@@ -34,7 +34,7 @@ class WrittenRows:
     checksum: int = 0
 
     def with_row(self, tags: Sequence[str], cells: Sequence[str]) -> WrittenRows:
-        """Return the same with one more row."""
+        """Return the fingerprint with one more row."""
         text = "\n".join([cells[0], *(f"{tag}={cell}" for tag, cell in zip(tags, cells[1:], strict=False) if cell)])
         return WrittenRows(self.count + 1, int(cells[0]), zlib.crc32(text.encode(), self.checksum))
 
@@ -46,8 +46,8 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int | None]:
         path: The file.
 
     Returns:
-        Tags, the cells of each row with the iteration first, and the number of the first line that is no row; None if
-        there is none. A last line without its end is left out: it was cut in writing.
+        The tags; the cells of each row with the iteration first; and the number of the first damaged line, or None. A
+        last line without a line break is left out, because it is incomplete.
     """
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
@@ -75,21 +75,21 @@ def _is_row(cells: Sequence[str], width: int, last: int) -> bool:
 
 
 def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) -> int:
-    """Raise unless a table holds the rows that a run had when it came to an iteration.
+    """Raise unless a table has the rows that a run had when a checkpoint was saved.
 
     Args:
         path: The file.
-        iteration: Of the checkpoint from which the run is to go on. Rows from there on are taken again, and may be
-            missing or damaged.
+        iteration: Iteration of the checkpoint from which the run continues. Later rows will be written again, and may
+            be missing or damaged.
         written: The checkpoint's :class:`WrittenRows` as a mapping; None if it has none.
 
     Returns:
-        The iteration of the last row, also of one that will be taken again; -1 without any.
+        The iteration of the last row, also if it will be written again; -1 without rows.
 
     Raises:
-        ValueError: If rows are missing, damaged or others.
+        ValueError: If rows are missing, damaged or different.
     """
-    repair = "Put back the table that belongs to the checkpoint, or start a new run without --ckpt_path."
+    repair = "Restore the table that belongs to the checkpoint, or start a new run without --ckpt_path."
     if not path.is_file():
         if written is None or not written["count"]:
             return -1
@@ -104,7 +104,7 @@ def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) ->
     if written is not None:
         complete = found == WrittenRows(**written)
         others = found.last >= written["last"]
-    else:  # An earlier version wrote the checkpoint: the widest gap so far tells when the next row was due.
+    else:  # An earlier version wrote the checkpoint. The next row was due after at most the widest gap so far.
         complete, others = (
             last >= iteration or (found.count > 0 and found.last + (widest or iteration) >= iteration),
             False,
@@ -125,15 +125,15 @@ def check_rows(path: Path, iteration: int, written: Mapping[str, Any] | None) ->
 
 
 class ReadingsTable:
-    """``readings.csv``: column ``iteration``, then one column per tag, floats in full.
+    """``readings.csv``: a column ``iteration``, then one column per tag, with floats in full precision.
 
-    Rows are appended and reach the disk with :meth:`sync`. A tag that was not there at the start gets a new column.
+    Rows are appended, and reach the disk with :meth:`sync`. A new tag gets a new column.
 
     Args:
         path: The file.
 
     Attributes:
-        replace_from: Before the next append, drop rows from this iteration on; None to keep all.
+        replace_from: Iteration from which rows are dropped before the next append; None to keep all.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +141,7 @@ class ReadingsTable:
         self.replace_from: int | None = None
         self._tags: list[str] | None = None
         self._is_on_disk = True
-        self._written = [WrittenRows()]  # Before the last row, and with it.
+        self._written = [WrittenRows()]  # The fingerprints without and with the last row.
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows at the end, all of them or, after an error, none.
@@ -170,20 +170,20 @@ class ReadingsTable:
             self._written = [self._written[-1], self._written[-1].with_row(self._tags, row)]
 
     def sync(self) -> None:
-        """Bring the rows to disk; each monitor asks at a checkpoint, and the first does it."""
+        """Flush the rows to the disk. Each monitor calls it at a checkpoint, and only the first call does something."""
         if not self._is_on_disk:
             sync(self.path)
             self._is_on_disk = True
 
     def written(self, before: int) -> WrittenRows:
-        """Return what there is of rows before an iteration, which is at most one row back."""
+        """Return the fingerprint of the rows before an iteration. At most one row may be later."""
         if self._tags is None:  # Nothing was added yet.
             self._written = _both_last(*self._read(before))
         return next(each for each in reversed(self._written) if each.last < before)
 
     @property
     def last(self) -> int:
-        """Iteration of the last row; -1 without any."""
+        """Iteration of the last row; -1 without rows."""
         return self._written[-1].last if self._tags is not None else int((self._read(None)[1] or [["-1"]])[-1][0])
 
     def _read(self, before: int | None) -> tuple[list[str], list[list[str]]]:
@@ -191,7 +191,7 @@ class ReadingsTable:
         return tags, [row for row in rows if before is None or int(row[0]) < before]
 
     def _rewrite(self, new: Mapping[str, Any]) -> None:
-        """Write header and kept rows anew."""
+        """Write the file again, with new tags and without the rows to drop."""
         tags, kept = self._read(self.replace_from)
         more = [tag for tag in new if tag not in tags]
         with replaced(self.path) as partial, partial.open("w", newline="") as file:
@@ -202,7 +202,7 @@ class ReadingsTable:
 
 
 def _both_last(tags: Sequence[str], rows: Sequence[Sequence[str]]) -> list[WrittenRows]:
-    """Return what there is before the last row, and with it."""
+    """Return the fingerprints of rows, without and with the last one."""
     both = [WrittenRows()]
     for row in rows:
         both = [both[-1], both[-1].with_row(tags, row)]

@@ -1,4 +1,4 @@
-"""Mistakes of users in one sentence each, made of what the parser, Lightning, torch and the system say about them."""
+"""Conversion of errors of the parser, Lightning, torch and the operating system to one sentence for the user."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 from nclightning.compat.twins import is_refusal
 from nclightning.configurations import find_configuration, read_configuration
 from nclightning.errors import UserError, nearest
-from nclightning.refusals import of_a_client, of_a_list
+from nclightning.library_errors import client_error, constructor_error
 
-__all__ = ["of_the_parser", "of_the_user", "one_line", "place_of", "refusals_worded"]
+__all__ = ["library_errors_worded", "message_for_user", "one_line", "option_of", "word_parser_error"]
 
-# What a message of jsonargparse comes down to. The first kind that occurs in it says most.
+# The kinds of messages of jsonargparse. A message may have several; the first one here is the most informative.
 _KINDS = {
     "unknown": re.compile(r"(?:Option|does not accept option|Key|No action for key) ['\"](?P<name>[^'\"]+)['\"]"),
     "no file": re.compile(r"Expected a path but (?P<name>\S+\.(?:yaml|yml|json)) either not accessible"),
@@ -37,16 +37,16 @@ _KINDS = {
         r"Expected an? (?!path but)(?P<name>.+?)(?:\. Got value: (?P<value>.*?))?(?:\. Got value: .*)?$"
     ),
 }
-_SAID = {
+_SENTENCES = {
     "unknown": "{owner} has no argument {name!r}.",
     "no file": "{name}: no such file.",
-    "no text": "the file is no text in UTF-8.",
-    "no section": "expected a mapping of options, or a YAML file that holds one, got {name}.",
+    "no text": "the file is not text in UTF-8.",
+    "no section": "expected a mapping of options, or a YAML file with one, got {name}.",
     "missing": "{name} must be given{of_owner}.",
-    "no class": "there is no class {name!r} here.",
+    "no class": "there is no class {name!r}.",
     "no name": "there is no {name!r} in {module}.",
     "no module": "there is no Python module {name!r}.",
-    "other class": "{value} is no {name}.",
+    "other class": "{value} is not a {name}.",
     "no object": "expected a class_path with its init_args, got {value}.",
     "type": "expected {expected}, got {value}.",
 }
@@ -66,7 +66,7 @@ _TYPES = {
     "dict": "a mapping",
     "Mapping": "a mapping",
 }
-# By their paths: what refuses a class has loaded Lightning, and what refuses another word need not.
+# Given as paths, so that errors that have nothing to do with classes do not import Lightning.
 _BASES = {
     "model": "lightning.pytorch.LightningModule",
     "data": "lightning.pytorch.LightningDataModule",
@@ -74,20 +74,20 @@ _BASES = {
     "logger": "lightning.pytorch.loggers.Logger",
     "optimizer": "torch.optim.Optimizer",
 }
-# Functions of this package that hand options to the constructors of others.
-_MAKES_OBJECTS = ("instantiate_classes", "before_fit", "configure_optimizers")
+# Functions of this package that call constructors of other libraries with the user's options.
+_CONSTRUCTING_FUNCTIONS = ("instantiate_classes", "before_fit", "configure_optimizers")
 _LIBRARIES = ("lightning", "pytorch_lightning", "lightning_fabric", "torch", "torchmetrics")
-# Of the place where a run lives, not of the program.
-_OF_THE_PLACE = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EIO", "ESTALE", "EFBIG")
-# Parts of messages of torch and Lightning, and what they mean.
-_OF_LIBRARIES = (
+# Errors about the folder of a run, not about the program.
+_DISK_ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EIO", "ESTALE", "EFBIG")
+# Parts of messages of torch and Lightning, and the sentence for the user.
+_LIBRARY_MESSAGES = (
     (
         ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate"),
-        "the memory does not hold this problem: take fewer classes, samples or dimensions, or another device.",
+        "this problem does not fit in memory: use fewer classes, samples or dimensions, or another device.",
     ),
     (
         ("PytorchStreamWriter failed", "Parent directory", "cannot be opened", "unexpected pos", "Missing folder"),
-        "the run folder cannot be written ({}): a full disk, or a folder that is gone.",
+        "the run folder cannot be written ({}): the disk is full, or the folder is gone.",
     ),
     (("Error(s) in loading state_dict",), "the checkpoint does not fit the model: {}."),
 )
@@ -95,25 +95,25 @@ _TOP_LEVEL = ("nclightning", "torch", "lightning", "torchmetrics")
 _MOST_SHOWN = 60
 
 
-def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], source: str = "") -> str:
-    """Put what a parser says into one sentence.
+def word_parser_error(message: str, words: Sequence[str], options: Iterable[str], source: str = "") -> str:
+    """Convert the message of a parser to one sentence.
 
     Args:
-        message: Of argparse or jsonargparse, of any number of lines.
+        message: The message of argparse or jsonargparse, of any number of lines.
         words: The command line.
-        options: All options, as they are typed.
-        source: What named the configuration that the mistake is in, such as ``--config a.yaml``; empty if it is on the
-            command line.
+        options: All options as they are typed.
+        source: The option that named the configuration with the error, such as ``--config a.yaml``; empty if the error
+            is on the command line.
 
     Returns:
-        The sentence, with the option as it was typed and the nearest name where one is misspelt.
+        The sentence, with the option as it was typed, and a suggestion for a misspelt name.
     """
     words = list(words)
     if (found := re.search(r"unrecognized arguments: (\S+)", message)) is not None:
         name = found[1].partition("=")[0]
         if name.startswith("-"):
             return f"{name}: no such option.{_nearest_option(name, options)}"
-        return f"{name!r} belongs to no option, whose names begin with --."
+        return f"{name!r} does not belong to an option. Options begin with --."
     if (found := re.search(r"argument (?:-\w/)?(\S+): expected \S+ \S*\s?argument", message)) is not None:
         alone = [word for word, after in zip(words, [*words[1:], "--"], strict=False) if after.startswith("--")]
         return f"{next((word for word in alone if word.startswith(found[1])), found[1])} needs a value."
@@ -123,17 +123,17 @@ def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], so
     if found is None:
         said = one_line(_KEY.sub(r"\1", message.removeprefix("argument ")))
         return f"{source}: {said}" if source else said
-    name = re.sub(r"^(fit|validate|test)\.", "--", found["name"])  # What a whole command lacks, as it is typed.
+    name = re.sub(r"^(fit|validate|test)\.", "--", found["name"])  # A required option, as it is typed.
     option, value = (None, None) if source else _typed([*path, name] if kind == "unknown" else path, words)
-    if option is None and not source:  # Found at the end, when all had been read.
-        source = _holding([*path, name] if kind == "unknown" else path, words)
+    if option is None and not source:  # The error was found after all options had been read.
+        source = _configuration_with([*path, name] if kind == "unknown" else path, words)
     value = value or found.groupdict().get("value") or _last(_GIVEN, lines[at:], first=True) or "nothing"
     if kind == "unknown" and owner is None:
         path.append(name)
         said = "no such option." + _nearest_option(f"--{'.'.join(path)}", options, dashes=not source)
     else:
         expected = _expectation(lines, at) if kind == "type" else ""
-        said = _SAID["no object" if expected == "null" else kind].format(
+        said = _SENTENCES["no object" if expected == "null" else kind].format(
             name=name,
             value=_shortened(value),
             owner=owner,
@@ -144,8 +144,8 @@ def of_the_parser(message: str, words: Sequence[str], options: Iterable[str], so
     return ": ".join(filter(None, (source, option or ".init_args.".join(path), said)))
 
 
-def _holding(path: Sequence[str], words: Sequence[str]) -> str:
-    """Name the configuration that an option is in; empty if none is given."""
+def _configuration_with(path: Sequence[str], words: Sequence[str]) -> str:
+    """Return the configuration that contains an option, as it was typed; empty if there is none."""
     given = [after for word, after in pairwise(words) if word in ("-c", "--config")]
     for each in reversed(given):
         content: Any = read_configuration(find_configuration(each))
@@ -157,7 +157,7 @@ def _holding(path: Sequence[str], words: Sequence[str]) -> str:
 
 
 def _known(kind: str, owner: str | None, path: Sequence[str], found: re.Match[str]) -> Sequence[str]:
-    """Names among which the one that was meant may be."""
+    """Return the valid names for a suggestion."""
     if kind == "unknown" and owner is not None:
         return _arguments(owner)
     if kind == "no class":
@@ -167,18 +167,18 @@ def _known(kind: str, owner: str | None, path: Sequence[str], found: re.Match[st
     return _TOP_LEVEL if kind == "no module" else ()
 
 
-def place_of(message: str, words: Sequence[str]) -> str:
-    """Name the option that a message is about, as it was typed; empty if none is.
+def option_of(message: str, words: Sequence[str]) -> str:
+    """Return the option that a message is about, as it was typed; empty if there is none.
 
     Args:
-        message: Of jsonargparse.
+        message: A message of jsonargparse.
         words: The command line.
     """
     return _typed(_path(message.splitlines()), words)[0] or ""
 
 
 def _reduce(lines: Sequence[str]) -> tuple[str, int, re.Match[str] | None]:
-    """Find the line that a message comes down to: its kind, its number and its match."""
+    """Return the most informative line of a message: its kind, its number and its match."""
     for kind, pattern in _KINDS.items():
         for i, line in enumerate(lines):
             if (found := pattern.search(line)) is not None:
@@ -187,7 +187,7 @@ def _reduce(lines: Sequence[str]) -> tuple[str, int, re.Match[str] | None]:
 
 
 def _path(lines: Sequence[str]) -> list[str]:
-    """Names from the outermost option to the innermost argument, which is indented most."""
+    """Return the names from the outermost option to the innermost argument, which is indented most."""
     path: list[tuple[int, str]] = []
     for line in lines:
         for pattern in (_KEY, _GROUP):
@@ -203,7 +203,7 @@ def _last(pattern: re.Pattern[str], lines: Sequence[str], first: bool = False) -
 
 
 def _expectation(lines: Sequence[str], at: int) -> str:
-    """What would have been right: the alternatives from a line on that are indented as it is."""
+    """Return the expected types: those in the lines from ``at`` on that have the same indentation."""
     indent, names = len(lines[at]) - len(lines[at].lstrip()), list[str]()
     for line in lines[at:]:
         found = _KINDS["type"].search(line)
@@ -219,13 +219,13 @@ def _expectation(lines: Sequence[str], at: int) -> str:
 def _described(expected: str) -> str:
     name = re.sub(r"<class '([^']+)'>", r"\1", expected)
     if name == expected and "[" not in name and "." not in name:
-        return name  # A value.
+        return name  # A value, not a type.
     name = name.partition("[")[0].rpartition(".")[2]
     return _TYPES.get(name, f"a {name}")
 
 
 def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str | None]:
-    """Find the word that set an option, and the value that it set."""
+    """Return the word that set an option, and its value."""
     if not path:
         return None, None
     wanted = re.sub(r"^model\.lambda$", "model.lambda_", ".".join(path))
@@ -280,11 +280,11 @@ def _shortened(value: str) -> str:
 
 
 def one_line(text: object, most: int = 400) -> str:
-    """Put a text on one line that ends with a full stop.
+    """Convert a text to one line that ends with a full stop.
 
     Args:
-        text: Of any length.
-        most: Characters to keep.
+        text: The text.
+        most: Largest number of characters.
 
     Returns:
         The line.
@@ -295,16 +295,16 @@ def one_line(text: object, most: int = 400) -> str:
 
 
 @contextmanager
-def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
-    """Word the refusal of an option by Lightning or torch, while objects are made from options.
+def library_errors_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
+    """Convert errors of Lightning and torch about options to user errors, while objects are constructed in the block.
 
     Args:
         words: The command line.
-        what: Option that is meant if no word is.
+        what: The option to name if no word of the command line is in the message.
 
     Raises:
-        UserError: Instead of the library's error. What else is raised may be a fault of this package or of the user's
-            code, and stays as it is.
+        UserError: Instead of the library's error. Other exceptions may be bugs of this package or of the user's code,
+            and are raised unchanged.
     """
     try:
         yield
@@ -316,14 +316,14 @@ def refusals_worded(words: Sequence[str], what: str = "") -> Iterator[None]:
 
 
 def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
-    of_client, of_list = of_a_client(error), of_a_list(error)
-    while (cause := error.__cause__ or error.__context__) is not None:  # Of several types tried, the first said most.
+    of_client, of_list = client_error(error), constructor_error(error)
+    while (cause := error.__cause__ or error.__context__) is not None:  # The first cause is the most informative.
         error = cause
     if isinstance(error, UserError):
         return error
     if of_client is not None:
         return UserError(one_line(of_client, most=1000))
-    if of_list is None and not _is_of_libraries(error):
+    if of_list is None and not _raised_by_library(error):
         return None
     text = one_line(error) if of_list is None else one_line(of_list, most=1000)
     options = [word.partition("=") for word in words]
@@ -332,7 +332,7 @@ def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError
         for (name, equals, value), after in zip(options, [*words[1:], ""], strict=True)
         if name.startswith("--")
     ]
-    for name, value in reversed(given):  # The last one counts.
+    for name, value in reversed(given):  # The last occurrence of an option counts.
         if re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", text):
             return UserError(f"{name} {value}: {text}")
     for name, value in reversed(given):
@@ -341,46 +341,46 @@ def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError
     return UserError(f"{what}: {text}" if what else text)
 
 
-def _is_of_libraries(error: BaseException) -> bool:
-    """Whether Lightning or torch refused, and not code of this package or of the user that they called."""
+def _raised_by_library(error: BaseException) -> bool:
+    """Return whether Lightning or torch raised an error themselves, and not code that they called."""
     if not (isinstance(error, (ValueError, TypeError, ModuleNotFoundError)) or is_refusal(error)):
         return False
     frames = [(frame.f_globals.get("__name__", ""), frame.f_code.co_name) for frame, _ in walk_tb(error.__traceback__)]
     ours = [frame for frame in frames if frame[0].partition(".")[0] == "nclightning"]
-    return frames[-1][0].partition(".")[0] in _LIBRARIES and (not ours or ours[-1][1] in _MAKES_OBJECTS)
+    return frames[-1][0].partition(".")[0] in _LIBRARIES and (not ours or ours[-1][1] in _CONSTRUCTING_FUNCTIONS)
 
 
-def of_the_user(error: BaseException) -> str | None:
-    """Say in one sentence what ended a command, if it is for the user to mend.
+def message_for_user(error: BaseException) -> str | None:
+    """Return the message in one sentence if an error is one that the user can repair.
 
     Args:
-        error: What was raised.
+        error: The error that ended a command.
 
     Returns:
-        None if it is a fault of this package or of code that it calls.
+        The sentence; None if the error is a bug of this package or of code that it calls.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return one_line(cause, most=2000)
         cause = cause.__cause__
-    if (said := of_a_client(error)) is not None:
+    if (said := client_error(error)) is not None:
         return one_line(said, most=1000)
     if is_refusal(error):
         return one_line(error)
     if isinstance(error, OSError):
-        return _of_the_place(error)
+        return _disk_error(error)
     if isinstance(error, (MemoryError, RuntimeError)):
         text = "out of memory" if isinstance(error, MemoryError) else str(error)
-        said = next((each for parts, each in _OF_LIBRARIES if any(part in text for part in parts)), None)
+        said = next((each for parts, each in _LIBRARY_MESSAGES if any(part in text for part in parts)), None)
         return None if said is None else said.format(one_line(text, 200)[:-1])
     return None
 
 
-def _of_the_place(error: OSError) -> str | None:
+def _disk_error(error: OSError) -> str | None:
     name = "" if error.filename is None else f"{error.filename}: "
-    if errno.errorcode.get(error.errno or 0) in _OF_THE_PLACE:
+    if errno.errorcode.get(error.errno or 0) in _DISK_ERRORS:
         return f"{name}{error.strerror}."
     if error.errno == errno.ENOENT and name and not Path(error.filename).parent.exists():
-        return f"{name}its folder is gone. What was saved before is all that is left of the run."
+        return f"{name}its folder is gone. Only what was saved before is left of the run."
     return None

@@ -91,3 +91,24 @@ class Largest(TorchDispatchMode):
         ]
         self.elements = max([self.elements, *sizes])
         return result
+
+
+class Once(torch.autograd.Function):
+    """Torch's products with a Hessian leave out how such a gradient depends on what came in."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g
+
+
+def fake_twin(model, device, num_samples):
+    """Replace all parameters by fake ones, and return fake rows and labels; call it under ``FakeTensorMode``."""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
+    return tuple(torch.zeros(num_samples, dtype=torch.int64, device=device) for _ in range(2))

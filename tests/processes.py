@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict  # Loaded by sharded models in each process, unless it is here before.
 import torch.multiprocessing as mp
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.test_house import FLOORS, PACKAGE
+from tests.floors import FLOORS, PACKAGE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 REPAIR = "run: python docs/architecture.py"

@@ -177,10 +177,6 @@ INCOMPLETE = {
     "figures.summarize",
     "figures.thinned",
     "pictures.Picture",
-    "pictures.PictureWriter",
-    "pictures.log_picture",
-    "pictures.picture_writers",
-    "pictures.register_logger",
     "reproduction.reproduce",
 }
 

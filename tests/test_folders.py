@@ -379,7 +379,7 @@ def test_a_run_with_another_logger_does_not_go_on_elsewhere():
     options = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "."]
     fit(*options)
     before = tree()
-    with pytest.raises(SystemExit, match=r"^error: the checkpoint lies in the run folder .*version_0, and with Tensor"):
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint is in the run folder .*version_0, but with Tensor"):
         resume(LAST, *options)
     assert tree() == before
     resume(LAST, *options, "--trainer.logger.version", "0")

@@ -6,68 +6,13 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nclightning.quantities import GROUPS
+from tests.floors import FLOORS, PACKAGE, ROOT, STRANGERS
 from tests.foreign import foreign_members, foreign_uses, members
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "nclightning"
-FLOORS = {
-    "compat": -3,
-    "lazy": -3,
-    "errors": -2,
-    "overrides": -2,
-    "quantities": -2,
-    "sharding": -1,
-    "problems": -1,
-    "sending": 0,
-    "pictures": 1,
-    "objective": 0.5,
-    "heads": 0,
-    "ranks": 0,
-    "theory": 0,
-    "functional": 0,
-    "optim": 1,
-    "metrics": 1,
-    "probe": 2,
-    "arguments": 3,
-    "files": 1,
-    "table": 3,
-    "interrupts": 3,
-    "configurations": 4,
-    "models": 4,
-    "data": 4,
-    "loggers": 4,
-    "folders": 5,
-    "resuming": 6,
-    "saved_config": 6,
-    "callbacks": 6,
-    "integrations": 6,
-    "figures": 7,
-    "reproduction": 8,
-    "summaries": 8,
-    "closing": 9,
-    "refusals": 7,
-    "wording": 8,
-    "parsing": 9,
-    "command_parser": 9,
-    "problem_options": 10,
-    "mistakes": 9,
-    "series": 10,
-    "commands": 11,
-    "cli": 12,
-    "__main__": 13,
-}
-# Pairs that share no code although their floors would allow it.
-STRANGERS = {
-    ("theory", "functional"), ("functional", "theory"), ("theory", "objective"), ("functional", "objective"),
-    ("problems", "functional"), ("functional", "problems"), ("problems", "objective"),
-    ("callbacks", "models"), ("callbacks", "data"),
-    *(("integrations", other) for other in ("callbacks", "loggers", "data", "models")),
-}  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
@@ -96,6 +41,41 @@ def test_imports_go_down(path):
         assert (unit, other) not in STRANGERS, module
 
 
+def modules_of_tests_imported(source):
+    """Yield modules of tests, and ``conftest`` files, that a file imports."""
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        yield from (each for each in names if re.match(r"tests\.(\w+\.)*(test_\w+|conftest)(\.|$)", each))
+
+
+def test_no_test_imports_from_another():
+    """What several tests need is a fixture in ``conftest.py``, or in a module of its own without tests."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    found = {str(path.relative_to(ROOT)): [*modules_of_tests_imported(path.read_text())] for path in files}
+    assert len(files) > 100
+    assert {path: modules for path, modules in found.items() if modules} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from tests.callbacks.test_attach import Net",
+        "from tests.callbacks import test_attach",
+        "import tests.test_house",
+        "def f():\n    from tests.conftest import generator",
+    ],
+)
+def test_each_way_to_import_from_a_test_is_seen(line):
+    assert len([*modules_of_tests_imported(line)]) == 1
+
+
+@pytest.mark.parametrize("line", ["from tests.faults.runs import run", "from tests import processes"])
+def test_helpers_may_be_imported(line):
+    assert not [*modules_of_tests_imported(line)]
+
+
 @pytest.mark.parametrize("package", sorted({path.parent for path in FILES} - {PACKAGE}), ids=lambda p: p.name)
 def test_files_of_a_package_import_in_one_direction(package):
     """Order them so that each imports only what stands before it, but for names that types alone need."""
@@ -115,6 +95,7 @@ def test_files_of_a_package_import_in_one_direction(package):
 WITHOUT_LIGHTNING = [
     *("objective", "theory", "functional", "optim", "metrics", "probe.measuring", "files", "interrupts", "figures"),
     "problems",
+    "report",
     "integrations.trained",
     "series.command",
 ]

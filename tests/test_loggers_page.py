@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning import pictures
 from tests.offline_runs import finished_wandb_run, mlflow_pictures, wandb_pictures, wandb_rows
-from tests.test_measuring_page import Net
+from tests.pages import Net
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "loggers.md").read_text()
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from nclightning import measure
-from tests.test_measuring_page import Net
+from tests.pages import Net
 from tests.trainers import forget_accelerator
 
 pytest.importorskip("accelerate")

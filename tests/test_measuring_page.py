@@ -8,23 +8,14 @@ from pathlib import Path
 import lightning  # noqa: F401  # Not in a test, where what its import sets would be taken for a leak.
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nclightning
 from nclightning.metrics import MEASURES
 from nclightning.quantities import DECISION_NAMES, measure_named
+from tests.pages import Net
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "measuring.md").read_text()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.fc = nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.fc(self.body(x))
 
 
 def test_blocks_run_and_print_what_is_shown(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nclightning.cli import main
-from nclightning.wording import of_the_user
+from nclightning.wording import message_for_user
 
 ROOT = Path(__file__).resolve().parents[1]
 INIT, OPT = "--model.init_args", "--model.init_args.optimizer"
@@ -27,7 +27,7 @@ FIT = [
     ("--modle.init_args.loss mse", "--modle.init_args.loss: no such option. Did you mean --model.init_args.loss?"),
     ("--lamda 1", "--lamda: no such option. Did you mean --lambda?"),
     ("--foo.bar 1", "--foo.bar: no such option."),
-    ("extra", "'extra' belongs to no option"),
+    ("extra", "'extra' does not belong to an option"),
     ("--trainer.max_steps five", "--trainer.max_steps: expected an integer, got 'five'"),
     ("--trainer.max_steps 1.5", "--trainer.max_steps: expected an integer, got '1.5'"),
     ("--trainer.max_steps", "--trainer.max_steps needs a value"),
@@ -44,7 +44,7 @@ FIT = [
     ("--trainer.accumulate_grad_batches 2", "trainer.accumulate_grad_batches=2 does not fit"),
     ("--trainer.limit_train_batches 0", "trainer.limit_train_batches=0.* leaves nothing to train on"),
     ("--trainer.num_nodes 0", "--trainer.num_nodes 0: "),
-    ("--trainer 3", "--trainer: expected a mapping of options, or a YAML file that holds one, got '3'"),
+    ("--trainer 3", "--trainer: expected a mapping of options, or a YAML file with one, got '3'"),
     (
         "--trainer.logger Tensorboard",
         "--trainer.logger: there is no class 'Tensorboard' here. Did you mean TensorBoard",
@@ -76,7 +76,7 @@ FIT = [
     (f"{INIT}.dtype float16", f"{INIT}.dtype: expected 'float64' or 'float32', got 'float16'"),
     (f"{INIT}.num_classes ten", f"{INIT}.num_classes: expected an integer, got 'ten'"),
     (f"{INIT}.num_classes 1", "num_classes must be at least 2, got 1"),
-    (f"{INIT}.num_classes 1{'0' * 23}", "this UFM needs at least .* GiB of memory, and here are"),
+    (f"{INIT}.num_classes 1{'0' * 23}", "this UFM needs at least .* GiB of memory, but this machine has"),
     (f"{INIT}.num_classes 100000 {INIT}.feature_dim 100000000", "this UFM needs at least .* GiB"),
     (f"{INIT}.num_classes 100000", "training on this many samples and classes needs at least .* GiB"),
     (f"{INIT}.init_scale -1", "init_scale must be finite and non-negative, got -1.0"),
@@ -84,9 +84,9 @@ FIT = [
     ("--model UFN", "--model: there is no class 'UFN' here. Did you mean UFM?"),
     ("--model nclightning.models.UFN", "--model: there is no 'UFN' in nclightning.models. Did you mean UFM?"),
     ("--model nclightnin.models.UFM", "there is no Python module 'nclightnin'. Did you mean nclightning?"),
-    ("--model torch.nn.Linear", "--model: 'torch.nn.Linear' is no LightningModule"),
+    ("--model torch.nn.Linear", "--model: 'torch.nn.Linear' is not a LightningModule"),
     ("--model nowhere.yaml", "--model: nowhere.yaml: no such file"),
-    ("--data nclightning.models.UFM", "--data: 'nclightning.models.UFM' is no LightningDataModule"),
+    ("--data nclightning.models.UFM", "--data: 'nclightning.models.UFM' is not a LightningDataModule"),
     ("--data.init_args.num_classes 5", "differs from the model's 10"),
     (f"{OPT} Adamm", f"{OPT}: there is no class 'Adamm' here. Did you mean Adam?"),
     (f"{OPT}.init_args.c2 1", f"{OPT}.init_args.c2: nclightning.optim.ArmijoGD has no argument 'c2'"),
@@ -120,10 +120,10 @@ CONFIG = [
     ("seed_everything: 1\nseed_everything: 2", "--config a.yaml: line 2 gives 'seed_everything' a second time"),
     ("a: !!python/name:os.system ''", "--config a.yaml: line 1 has the tag"),
     (BOMB, "--config a.yaml: line . has too many entries"),
-    ("a: &a [*a]", "--config a.yaml: line 1 holds an alias of itself"),
-    ("a: " + "[" * 5000, "--config a.yaml: (line 1 is nested|no YAML)"),
-    (b"\xff\xfe\x00", "--config a.yaml: no text in UTF-8"),
-    ("seed_everything: 1".encode("utf-16"), "--config a.yaml: no text in UTF-8"),
+    ("a: &a [*a]", "--config a.yaml: line 1 contains an alias of itself"),
+    ("a: " + "[" * 5000, "--config a.yaml: (line 1 is nested|not YAML)"),
+    (b"\xff\xfe\x00", "--config a.yaml: not text in UTF-8"),
+    ("seed_everything: 1".encode("utf-16"), "--config a.yaml: not text in UTF-8"),
     ("1: 2", "--config a.yaml: .*1"),
     ("- 3", "--config a.yaml: expected a mapping of options, got list"),
     ("", "--config a.yaml: expected a mapping of options, got NoneType"),
@@ -132,9 +132,9 @@ CONFIG = [
 
 # Whole command lines.
 WORDS = [
-    ("", "give a command first: fit, validate"),
+    ("", "the first word must be a command: fit, validate"),
     ("fitt", "there is no command 'fitt'.*Did you mean fit?"),
-    ("--config ufm_mse", "give a command first"),
+    ("--config ufm_mse", "the first word must be a command"),
     ("fit", "give a configuration: --config NAME"),
     ("fit --trainer.max_steps 3", "give a configuration: --config NAME"),
     ("fit --model UFM", "--data must be given"),
@@ -146,7 +146,7 @@ WORDS = [
     ("theory --loss hinge", "--loss: invalid choice: 'hinge'"),
     ("theory --num_classes x", "--num_classes: invalid int value: 'x'"),
     ("theory --lambda", "--lambda needs a value"),
-    ("theory --config ufm_mse extra", "'extra' belongs to no option"),
+    ("theory --config ufm_mse extra", "'extra' does not belong to an option"),
     ("theory --config ufm_mse --lambda -1", "lambda must be finite and non-negative"),
     ("theory --config ufm_mse --lambda nan", "lambda must be finite and non-negative"),
     ("theory --config ufm_mse --lambda 0", "lambda_w must be positive and finite"),
@@ -164,7 +164,7 @@ WORDS = [
     ("theory --problem unbalanced_ce --num_classes 3", "--problem.num_classes: unbalanced_ce has no argument"),
     ("theory --problem unbalanced_ce --problem.counts", "--problem.counts needs a value"),
     ("theory --problem unbalanced_ce --problem.counts --thresholds", "--problem.counts needs a value"),
-    ("theory --problem unbalanced_ce --problem.counts [1", "--problem.counts: no YAML"),
+    ("theory --problem unbalanced_ce --problem.counts [1", "--problem.counts: not YAML"),
     ("theory --problem unbalanced_ce --loss ce", "--loss does not go with a problem: the problem has its loss"),
     ("theory --problem unbalanced_ce --lambda 1", "--lambda does not go with a problem: .*Give --lambda_w"),
     ("theory --problem.counts 3", "--problem.counts needs --problem NAME"),
@@ -204,8 +204,8 @@ THEORY = [
 READINGS = [
     ("", "holds no readings yet"),
     (TABLE, "holds no readings yet"),
-    (b"\x00\xff\xfe\x01" * 50, "no text in UTF-8"),
-    (GOOD.encode("utf-16"), "no text in UTF-8"),
+    (b"\x00\xff\xfe\x01" * 50, "not text in UTF-8"),
+    (GOOD.encode("utf-16"), "not text in UTF-8"),
     (GOOD.replace(",", ";"), "could not convert"),
     (TABLE + "0,one\n", "could not convert string to float: 'one'"),
     (TABLE + "0,1\n20,1\n10,1\n", "damaged: line 4 is of iteration 10 after 20"),
@@ -223,10 +223,10 @@ READINGS = [
 ]
 
 HPARAMS = [
-    ("a: [1", "hparams.yaml is damaged: no YAML .*line"),
-    (b"\xff\xfe\x00", "hparams.yaml: no text in UTF-8"),
+    ("a: [1", "hparams.yaml is damaged: not YAML .*line"),
+    (b"\xff\xfe\x00", "hparams.yaml: not text in UTF-8"),
     (BOMB, "hparams.yaml is damaged: line . has too many entries"),
-    ("a: &a [*a]", "hparams.yaml is damaged: line 1 holds an alias of itself"),
+    ("a: &a [*a]", "hparams.yaml is damaged: line 1 contains an alias of itself"),
 ]
 
 
@@ -356,10 +356,10 @@ def test_the_request_for_a_report_needs_no_notes(monkeypatch, capsys):
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            "the memory does not hold this problem",
+            "this problem does not fit in memory",
         ),
         (RuntimeError("Missing folder: lightning_logs/version_0."), "the run folder cannot be written"),
-        (MemoryError(), "the memory does not hold this problem"),
+        (MemoryError(), "this problem does not fit in memory"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -396,4 +396,4 @@ def test_what_a_client_refuses_during_a_fit_is_one_sentence():
     wandb_errors = pytest.importorskip("wandb.errors")
     error = RuntimeError("setup failed")
     error.__cause__ = wandb_errors.UsageError("No API key configured.")
-    assert of_the_user(error) == "the logger's client wandb says: No API key configured."
+    assert message_for_user(error) == "the logger's client wandb says: No API key configured."

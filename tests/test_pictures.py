@@ -112,7 +112,7 @@ def test_a_list_in_any_order_leaves_those_without_pictures_alone(tmp_path):
 
 @pytest.mark.parametrize("make", [CSVLogger, lambda _: DummyLogger(), lambda _: MagicMock(), lambda _: 3])
 def test_a_single_logger_without_pictures_is_said(make, tmp_path):
-    with pytest.raises(UserTypeError, match=r"takes no pictures.*register_logger"):
+    with pytest.raises(UserTypeError, match=r"does not accept pictures.*register_logger"):
         log_picture(make(tmp_path), "a", RED, 1)
 
 
@@ -175,7 +175,7 @@ def test_a_figure_is_as_before():
     ("picture", "said"),
     [
         (np.zeros((3, 40, 40)), r"\(height, width, 3\).*got an array of shape \(3, 40, 40\)"),
-        (np.full((2, 2), 3.0), "bytes, or of floats from 0 to 1, got float64 from 3.0 to 3.0"),
+        (np.full((2, 2), 3.0), "dtype uint8, or of floats from 0 to 1, got float64 from 3.0 to 3.0"),
         (np.full((2, 2), np.nan), "got float64 from nan to nan"),
         (np.zeros((0, 4)), r"shape \(0, 4\)"),
         (None, "got"),

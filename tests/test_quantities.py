@@ -176,9 +176,9 @@ def test_tags_are_put_together():
     assert tagged({"nc1": 1.0, "layer/nc1": 2.0}, NC, "train") == {"nc/train/nc1": 1.0, "nc/train/layer/nc1": 2.0}
 
 
-def test_a_measure_of_the_user_has_no_meaning():
+def test_an_unknown_measure_has_no_meaning():
     assert measure_named("nc1") is NC1
-    assert (measure_named("mine").meaning, measure_named("mine").collapsed) == ("", None)
+    assert (measure_named("unknown").meaning, measure_named("unknown").collapsed) == ("", None)
 
 
 def test_the_registry_needs_no_other_library():

@@ -21,7 +21,7 @@ from nclightning.files import FolderLock, check_checkpoint, is_sound, keep_as, m
 from nclightning.files import save_checkpoint as write_checkpoint
 from nclightning.folders import checkpoint_of, find_run_logger, run_folder
 from nclightning.interrupts import SIGTERM_STATUS, NotedTermination
-from nclightning.overrides import KeptHooks, kept
+from nclightning.overrides import ProtectedHooks, protected
 from nclightning.ranks import count_over_ranks
 
 __all__ = ["LastCheckpoint"]
@@ -48,7 +48,7 @@ class _CheckedCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **options)
 
 
-class LastCheckpoint(KeptHooks, Checkpoint):
+class LastCheckpoint(ProtectedHooks, Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` of the run folder: at a cadence, at the end, and on an interrupt or error.
 
     Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is no multiple of its cadence.
@@ -97,7 +97,7 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         if is_torch_checkpoint_io(trainer.strategy.checkpoint_io):
             trainer.strategy.checkpoint_io = _CheckedCheckpointIO()
 
-    @kept
+    @protected
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let a run that had been stopped end again, unless the settings that did it have changed."""
         stop = checkpoint.get("stop")
@@ -130,7 +130,7 @@ class LastCheckpoint(KeptHooks, Checkpoint):
         if self._stops_at_first:
             self._stops_at_first, trainer.should_stop = False, True
 
-    @kept
+    @protected
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep who stopped training."""
         stop = None if self._stops is None else self._stops.record(pl_module)

@@ -12,7 +12,7 @@ import lightning as L
 from nclightning.callbacks.full_batch import full_batch
 from nclightning.callbacks.publishing import Publisher
 from nclightning.errors import UserTypeError
-from nclightning.overrides import KeptHooks, kept
+from nclightning.overrides import ProtectedHooks, protected
 
 __all__ = ["EitherMonitor"]
 
@@ -20,7 +20,7 @@ AtIterates = TypeVar("AtIterates", bound=Publisher)
 AtEpochs = TypeVar("AtEpochs", bound=Publisher)
 
 
-class EitherMonitor(KeptHooks, Publisher, Generic[AtIterates, AtEpochs]):
+class EitherMonitor(ProtectedHooks, Publisher, Generic[AtIterates, AtEpochs]):
     """Hands the hooks of a trainer on to callbacks: one at iterates of full-batch modules, or one at epochs of others.
 
     Both are made when they are first needed, and kept: a test after a fit knows what the fit has seen.
@@ -130,4 +130,4 @@ for _stage in ("train", "validation", "test"):
 for _hook in ("on_iteration_end", "teardown"):
     setattr(EitherMonitor, _hook, _handed_on(_hook))
 EitherMonitor.on_exception = _refusing_classes(_handed_on("on_exception"))  # type: ignore[method-assign]
-EitherMonitor.on_save_checkpoint = kept(_handed_on("on_save_checkpoint"))  # type: ignore[method-assign]
+EitherMonitor.on_save_checkpoint = protected(_handed_on("on_save_checkpoint"))  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from nclightning.callbacks.publishing import Publisher
 from nclightning.callbacks.rows import Rows
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
-from nclightning.overrides import KeptHooks, kept
+from nclightning.overrides import ProtectedHooks, protected
 from nclightning.probe.sweep import untouched
 from nclightning.quantities import log10_tag
 from nclightning.ranks import count_over_ranks
@@ -24,7 +24,7 @@ __all__ = ["MonitorAtIterates"]
 Batch = tuple[Tensor, Tensor]
 
 
-class MonitorAtIterates(KeptHooks, Publisher):
+class MonitorAtIterates(ProtectedHooks, Publisher):
     """Base of the callbacks that measure at stated iterates of a full-batch run.
 
     A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
@@ -130,7 +130,7 @@ class MonitorAtIterates(KeptHooks, Publisher):
         if self._rows is not None:
             self._rows.rescue(trainer, exception)
 
-    @kept
+    @protected
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
         if self._rows is not None:

@@ -49,6 +49,7 @@ COMMANDS = {
     "measure": _of("series.command", "measure_files"),
     "reproduce": _of("commands.reproduce", "reproduce_figures"),
     "plot": _of("commands.plot", "plot_runs"),
+    "report": _of("commands.report", "report_runs"),
     "theory": _of("commands.theory", "print_theory"),
 }
 # One parser of Lightning takes all words, or None for those of the process.

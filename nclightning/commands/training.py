@@ -38,7 +38,7 @@ from nclightning.quantities import NC
 from nclightning.resuming import continue_elsewhere
 from nclightning.saved_config import SaveRunConfig
 from nclightning.table import check_rows
-from nclightning.wording import refusals_worded
+from nclightning.wording import library_errors_worded
 
 __all__ = ["run_training"]
 
@@ -126,7 +126,7 @@ class RunCLI(GivenConfigurationCLI):
 
     def instantiate_classes(self) -> None:
         """Make the objects; a value that Lightning or torch refuses is the user's."""
-        with refusals_worded(self._words):
+        with library_errors_worded(self._words):
             super().instantiate_classes()
 
     def before_instantiate_classes(self) -> None:
@@ -168,7 +168,7 @@ class RunCLI(GivenConfigurationCLI):
         if isinstance(self.model, RegularizedClassifier):
             self.model.check_parameters()
             self.model.check_trainer(self.trainer)
-            with refusals_worded(self._words, "model.init_args.optimizer"):
+            with library_errors_worded(self._words, "model.init_args.optimizer"):
                 self.model.configure_optimizers()
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, OptimalityMonitor):

@@ -1,4 +1,4 @@
-"""Names of Lightning that its documentation does not promise."""
+"""Undocumented names of Lightning."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def trainer_of(pl_module: Any) -> Any:
     """Return the trainer of a module; None if it has none.
 
     Non-public: ``LightningModule._trainer`` (lightning 2.6). ``LightningModule.trainer`` raises without a trainer, and
-    gives a stand-in without ``training`` and ``strategy`` under Fabric. Without it nothing could be asked of a model
+    under Fabric returns a stand-in without ``training`` and ``strategy``. Without it a model could not be inspected
     outside of a fit.
 
     Args:
-        pl_module: Of either package.
+        pl_module: A LightningModule of either package.
     """
     return pl_module._trainer
 
@@ -58,12 +58,12 @@ def trainer_of(pl_module: Any) -> Any:
 def prepare_batch(pl_module: Any, batch: Any) -> Any:
     """Run the user's hook ``on_before_batch_transfer`` as the trainer does before it moves a batch to the device.
 
-    Non-public: ``LightningModule._on_before_batch_transfer`` (lightning 2.6), which takes the hook of the data module
-    where that has one. Without it a sweep would measure other inputs than training sees.
+    Non-public: ``LightningModule._on_before_batch_transfer`` (lightning 2.6), which calls the hook of the data module
+    if that has one. Without it an evaluation pass would measure other inputs than those of training.
 
     Args:
-        pl_module: Attached to a trainer.
-        batch: Of a loader.
+        pl_module: A module that is attached to a trainer.
+        batch: A batch of a loader.
     """
     return pl_module._on_before_batch_transfer(batch)
 
@@ -73,14 +73,14 @@ _LIGHTNINGS_OWN = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks
 
 
 def moves_plainly(trainer: Any, pl_module: Any) -> bool:
-    """Whether batches are only moved to the device on their way to a step, by no hook of the user's.
+    """Return whether batches are moved to the device without a hook of the user.
 
-    Non-public: ``lightning.pytorch.core.hooks``, where Lightning's own hooks are (lightning 2.6). If they moved
-    elsewhere, batches would go through empty hooks, which takes three times as long for small ones.
+    Non-public: ``lightning.pytorch.core.hooks``, where Lightning's own hooks are defined (lightning 2.6). If these were
+    elsewhere, batches would go through empty hooks, which takes three times as long for small batches.
 
     Args:
-        trainer: Of the module.
-        pl_module: Of either package.
+        trainer: The trainer of the module.
+        pl_module: A LightningModule of either package.
     """
     owners = [each for each in (pl_module, trainer.datamodule) if each is not None]
     hooks = [(owner, name) for owner in owners for name in _TRANSFER_HOOKS]
@@ -89,21 +89,21 @@ def moves_plainly(trainer: Any, pl_module: Any) -> bool:
 
 
 def batches_read(trainer: Any) -> int:
-    """Count the batches that training has read in the present epoch, or in its last one.
+    """Return the number of batches that training has read in the current epoch, or in the last one.
 
-    Non-public: ``trainer.fit_loop``, ``epoch_loop.batch_idx`` (lightning 2.6). Hooks are told the number of their own
-    batch only, and a validation between two of them is told none. Without it a stream, which may have no end, would be
-    swept further than training has read.
+    Non-public: ``trainer.fit_loop``, ``epoch_loop.batch_idx`` (lightning 2.6). Hooks get only the index of their own
+    batch, and those of a validation get none. Without it an evaluation pass over a stream, which may be infinite, would
+    read further than training has.
 
     Args:
-        trainer: In a fit, or after it.
+        trainer: A trainer in a fit, or after it.
     """
     count: int = trainer.fit_loop.epoch_loop.batch_idx + 1
     return count
 
 
 def count_iterations(trainer: Any, done: int, reached: int) -> None:
-    """Let a trainer count the steps of an optimizer that it has not stepped itself.
+    """Add optimizer steps that the trainer has not taken itself to its counts.
 
     Non-public: ``trainer.fit_loop``, ``epoch_loop.manual_optimization``, ``optim_step_progress`` and
     ``epoch_loop._batches_that_stepped`` (lightning 2.6). Lightning counts one step for each call of a wrapped
@@ -112,8 +112,8 @@ def count_iterations(trainer: Any, done: int, reached: int) -> None:
     drawn against Lightning steps instead of iterations.
 
     Args:
-        trainer: In a fit.
-        done: Iterations since the last call.
+        trainer: A trainer in a fit.
+        done: Number of iterations since the last call.
         reached: Number of the last iteration.
     """
     loop = trainer.fit_loop.epoch_loop
@@ -122,17 +122,17 @@ def count_iterations(trainer: Any, done: int, reached: int) -> None:
 
 
 def iterations_done(checkpoint: Mapping[str, Any]) -> int:
-    """Read from a checkpoint how many iterations were counted by :func:`count_iterations`.
+    """Return the number of iterations in a checkpoint, as counted by :func:`count_iterations`.
 
     Non-public: the entry ``["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]`` (lightning
-    2.6). Without it a checkpoint whose counts disagree would be resumed with curves that are shifted.
+    2.6). Without it a checkpoint with inconsistent counts would be resumed with shifted curves.
 
     Args:
-        checkpoint: Lightning's.
+        checkpoint: Lightning's checkpoint.
 
     Raises:
         KeyError: If there is no such entry.
-        TypeError: If it is of another kind.
+        TypeError: If the entry has another type.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.manual_optimization.optim_step_progress"]
     done: int = progress["total"]["completed"]
@@ -140,45 +140,45 @@ def iterations_done(checkpoint: Mapping[str, Any]) -> int:
 
 
 def present(trainer: Any, values: Mapping[str, Tensor]) -> None:
-    """Put values in ``trainer.callback_metrics``, also where ``LightningModule.log`` refuses to.
+    """Add values to ``trainer.callback_metrics``, also in hooks where ``LightningModule.log`` raises an error.
 
     Non-public: that ``Trainer.callback_metrics`` is the mapping in which Lightning itself keeps the values (lightning
-    2.6). Without it EarlyStopping and ModelCheckpoint would not find what was measured in the middle of an epoch, or
-    before a resume.
+    2.6). Without it EarlyStopping and ModelCheckpoint would not find values that were measured in the middle of an
+    epoch, or before a resume.
 
     Args:
-        trainer: In a fit.
-        values: By name.
+        trainer: A trainer in a fit.
+        values: Values by name.
     """
     trainer.callback_metrics.update(values)
 
 
 def present_logged(trainer: Any, values: Mapping[str, Tensor]) -> None:
-    """Put values in ``trainer.logged_metrics``, also where ``LightningModule.log`` refuses to.
+    """Add values to ``trainer.logged_metrics``, also in hooks where ``LightningModule.log`` raises an error.
 
     Non-public: that ``Trainer.logged_metrics`` is the mapping in which Lightning itself keeps the values (lightning
-    2.6). Without it they would not have what went to the loggers past Lightning.
+    2.6). Without it the mapping would miss values that are sent to loggers directly.
 
     Args:
-        trainer: In a fit.
-        values: By name.
+        trainer: A trainer in a fit.
+        values: Values by name.
     """
     trainer.logged_metrics.update(values)
 
 
 def attach_as_in_a_fit(trainer: Any, pl_module: Any, datamodule: Any) -> None:
-    """Bring a module and its data to where they are when a fit begins: set up, converted and on the device.
+    """Set up a module and its data as at the start of a fit: all setup hooks have run, and the model is on the device.
 
     Non-public: ``Trainer._data_connector``, ``trainer.call._call_setup_hook``, ``trainer.call._call_configure_model``,
-    and that ``Trainer.state.fn`` and ``Trainer.validating`` can be set (lightning 2.6). A fit would also make the
-    user's optimizers and run steps. As in an evaluation pass of a fit, the trainer says that it validates. Without it
-    hooks of the user that set up models or data, or change batches, would not run, and a checkpoint would be measured
-    on other inputs than training saw.
+    and that ``Trainer.state.fn`` and ``Trainer.validating`` can be set (lightning 2.6). A fit itself cannot be used,
+    because it would also construct the user's optimizers and run steps. The trainer is in the state of validation, as
+    in an evaluation pass of a fit. Without it the user's hooks that set up models or data, or change batches, would not
+    run, and a checkpoint would be measured on other inputs than those of training.
 
     Args:
-        trainer: Of one process and the package of the module.
-        pl_module: Of either package.
-        datamodule: None if the module has loaders of its own.
+        trainer: A trainer for one process, from the package of the module.
+        pl_module: A LightningModule of either package.
+        datamodule: The data module; None if the module has its own loaders.
     """
     call = import_module(f"{type(trainer).__module__.rpartition('.')[0]}.call")
     trainer.strategy.connect(pl_module)
@@ -193,13 +193,13 @@ def attach_as_in_a_fit(trainer: Any, pl_module: Any, datamodule: Any) -> None:
 
 @contextmanager
 def shown_as_validating(trainer: Any) -> Iterator[None]:
-    """Let a trainer that trains say that it validates.
+    """Let a training trainer report that it validates, within the block.
 
     Non-public: that ``Trainer.validating`` and ``Trainer.state.stage`` can be set (lightning 2.6). Without it hooks of
-    the user that ask ``trainer.training`` would augment the batches of a sweep.
+    the user that check ``trainer.training`` would augment the batches of an evaluation pass.
 
     Args:
-        trainer: Of either package.
+        trainer: A trainer of either package.
     """
     stage = trainer.state.stage
     try:
@@ -211,22 +211,23 @@ def shown_as_validating(trainer: Any) -> Iterator[None]:
 
 
 def state_key_unchecked(method: Method) -> Method:
-    """Let several callbacks of a class whose states in checkpoints would be taken for one another be in a trainer.
+    """Disable Lightning's check that callbacks of a trainer have different keys for their states.
 
-    Non-public: that Lightning, which refuses them in ``_validate_callbacks_list``, looks at what a method wraps
-    (lightning 2.6). Its message knows no repair. Without it the message that names the repair would come second.
+    The package makes the check itself, with a message that names the repair. Non-public: that Lightning's check, in
+    ``_validate_callbacks_list``, looks at the function that a method wraps (lightning 2.6). Without it Lightning's own
+    message, without a repair, would come first.
 
     Args:
-        method: ``state_dict`` of a callback.
+        method: The method ``state_dict`` of a callback.
     """
     return wraps(L.Callback.state_dict)(method)  # type: ignore[return-value]
 
 
 def cadence_of(checkpoint: Any) -> int:
-    """Return after how many steps a checkpoint callback saves; 0 if it does not go by steps.
+    """Return the number of steps between two saves of a checkpoint callback; 0 if it does not count steps.
 
-    Non-public: ``ModelCheckpoint._every_n_train_steps`` (lightning 2.6). Without it a cadence that never comes true,
-    because the full-batch loop makes many iterations at once, would not be refused, and nothing would be saved.
+    Non-public: ``ModelCheckpoint._every_n_train_steps`` (lightning 2.6). Without it there would be no error for a
+    cadence that is never met, because the full-batch loop makes many iterations at once, and nothing would be saved.
 
     Args:
         checkpoint: Any callback.
@@ -235,26 +236,26 @@ def cadence_of(checkpoint: Any) -> int:
 
 
 def splits_layers(strategy: ModelParallelStrategy) -> bool:
-    """Whether a strategy is to share out layers, and not samples only; its processes need not run yet.
+    """Return whether a strategy splits layers between processes, and not only samples. Processes need not run yet.
 
-    Non-public: ``ModelParallelStrategy._tensor_parallel_size`` (lightning 2.6). ``device_mesh`` is there only when the
-    processes run. Without it a run that cannot work would be refused after its start on all processes.
+    Non-public: ``ModelParallelStrategy._tensor_parallel_size`` (lightning 2.6). ``device_mesh`` exists only after the
+    start of the processes. Without it the error for an unsupported strategy would come only after this start.
 
     Args:
-        strategy: Of a trainer.
+        strategy: The strategy of a trainer.
     """
     size = strategy._tensor_parallel_size
     return (strategy.num_processes if size == "auto" else int(size)) > 1
 
 
 def writes_distributed_checkpoints(strategy: ModelParallelStrategy) -> bool:
-    """Whether the checkpoints of a strategy are folders, which a single process cannot read.
+    """Return whether the checkpoints of a strategy are folders, which a single process cannot read.
 
-    Non-public: ``ModelParallelStrategy._save_distributed_checkpoint`` (lightning 2.6). Without it such a run would be
-    refused when it saves its first checkpoint.
+    Non-public: ``ModelParallelStrategy._save_distributed_checkpoint`` (lightning 2.6). Without it the error for such a
+    run would come only when it saves its first checkpoint.
 
     Args:
-        strategy: Of a trainer.
+        strategy: The strategy of a trainer.
     """
     return bool(strategy._save_distributed_checkpoint)
 
@@ -264,15 +265,15 @@ def change_checkpointing(
     optimizer_state: Callable[[Any], dict[str, Any]],
     load_checkpoint: Callable[..., dict[str, Any]],
 ) -> None:
-    """Replace two methods of a strategy that a trainer has made already.
+    """Replace two methods of an existing strategy.
 
     Non-public: that ``Strategy.optimizer_state`` is called with the optimizer, and ``Strategy.load_checkpoint`` with
     ``(checkpoint_path, weights_only)`` (lightning 2.6). Without it the state of ArmijoGD would be lost in checkpoints.
 
     Args:
-        strategy: Whose methods are replaced.
-        optimizer_state: Instead of its method of that name.
-        load_checkpoint: The same.
+        strategy: The strategy.
+        optimizer_state: Replacement for its method of the same name.
+        load_checkpoint: Replacement for its method of the same name.
     """
     strategy.optimizer_state = optimizer_state  # type: ignore[method-assign,assignment]
     strategy.load_checkpoint = load_checkpoint  # type: ignore[method-assign]
@@ -282,17 +283,17 @@ def write_hyperparameters(path: Any, hparams: Any) -> None:
     """Write ``hparams.yaml`` as Lightning's loggers do.
 
     Non-public: ``lightning.pytorch.core.saving`` (lightning 2.6). Without it run folders would have no
-    ``hparams.yaml``, by which a folder is known as that of a run.
+    ``hparams.yaml``, by which they are recognised.
 
     Args:
-        path: To write to.
-        hparams: By name.
+        path: The file to write.
+        hparams: Hyperparameters by name.
     """
     save_hparams_to_yaml(path, hparams)
 
 
 class WriterLogger(TensorBoardLogger):
-    """TensorBoard logger with a writer of its own, which counts its versions up.
+    """TensorBoard logger whose subclass constructs the writer, and can change the version.
 
     Non-public: ``TensorBoardLogger._experiment``, ``TensorBoardLogger._kwargs``, ``TensorBoardLogger._version``
     (lightning 2.6). Without the first ``finalize`` would leave the event file open; without the second options of the
@@ -300,49 +301,49 @@ class WriterLogger(TensorBoardLogger):
     """
 
     def make_writer(self, options: dict[str, Any]) -> Any:
-        """Make the writer, when something is to be written for the first time.
+        """Construct the writer at its first use.
 
         Args:
-            options: Arguments that the logger was given for it.
+            options: The logger's arguments for the writer.
         """
         raise NotImplementedError
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """TensorBoard's writer; the first access makes the run folder."""
+        """TensorBoard's writer. The first access creates the run folder."""
         if self._experiment is None:
             self._experiment = self.make_writer(self._kwargs)
         return self._experiment
 
     @property
     def has_writer(self) -> bool:
-        """Whether the writer was made."""
+        """Whether the writer exists."""
         return self._experiment is not None
 
     def set_writer_option(self, name: str, value: Any) -> None:
-        """Set an argument for the writer that is to be made."""
+        """Set an argument for the writer before its construction."""
         self._kwargs[name] = value
 
     def count_version_up(self) -> None:
-        """Go on to the next number."""
+        """Increase the version by one."""
         self._version = int(self.version) + 1
 
 
 class DescribedProgressBar(RichProgressBar):
-    """Rich progress bar that says itself what it counts.
+    """Rich progress bar with its own description of training.
 
     Non-public: ``RichProgressBar._get_train_description``, ``RichProgressBar.train_progress_bar_id`` (lightning 2.6).
-    Without the first the bar would say ``Epoch 0/-2``, without the second each epoch would begin a new bar.
+    Without the first the bar would show ``Epoch 0/-2``, without the second each epoch would begin a new bar.
     """
 
     def describe_training(self) -> str:
-        """Say what is counted."""
+        """Return the description of the training bar."""
         raise NotImplementedError
 
     @property
     def has_training_bar(self) -> bool:
-        """Whether the bar of training is there."""
+        """Whether the training bar exists."""
         return self.train_progress_bar_id is not None
 
     def _get_train_description(self, current_epoch: int) -> str:
@@ -350,10 +351,10 @@ class DescribedProgressBar(RichProgressBar):
 
 
 class GivenConfigurationCLI(LightningCLI):
-    """Command line whose configuration is the given one, also with a checkpoint.
+    """Command line that does not replace the given configuration by the hyperparameters of a checkpoint.
 
     Non-public: ``LightningCLI._parse_ckpt_path`` (lightning 2.6). Without it the hyperparameters of a checkpoint would
-    win over the configuration in silence.
+    silently override the configuration.
     """
 
     def _parse_ckpt_path(self) -> None:

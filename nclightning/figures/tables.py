@@ -18,7 +18,7 @@ from nclightning.theory import UFMProblem
 if TYPE_CHECKING:
     from nclightning.figures.many import Group
 
-__all__ = ["rates_table", "settings_table", "titled_table"]
+__all__ = ["error_bound_constant_of", "rates_table", "settings_table", "titled_table"]
 
 
 # Rows of the matrix whose eigenvalues are taken for a table; the command theory takes more.
@@ -48,13 +48,13 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Prob
             table.add_row("  theory", "-", *_cells(summary.predicted))
     if summary.kappa is not None:
         table.add_row("kappa", f"{summary.kappa:.6g}", *_cells(None))
-    constant = None if problem is None else _error_bound_constant(problem)
+    constant = None if problem is None else error_bound_constant_of(problem)
     if constant is not None:
         table.add_row("  theory", f"{constant:.6g}", *_cells(None))
     return table
 
 
-def _error_bound_constant(problem: UFMProblem | Problem) -> float | None:
+def error_bound_constant_of(problem: UFMProblem | Problem) -> float | None:
     if isinstance(problem, UFMProblem):
         return problem.error_bound_constant
     M, K = problem.num_groups, problem.num_classes

@@ -71,7 +71,7 @@ def check_checkpoint(path: Path, name: str | None = None, hand_over: bool = Fals
             _handed_over.add(seen)
         return
     previous = path.with_name("previous.ckpt")
-    repair = "Use another checkpoint."
+    repair = "Take another checkpoint."
     if path.name != previous.name and previous.is_file() and is_sound(previous):
         repair = f"The checkpoint saved before it, {previous}, is good."
     raise UserError(f"{name or path}: not a readable checkpoint ({damage}). {repair}")

@@ -54,7 +54,7 @@ class _EventFile:
             self.flush()
 
     def _has_value(self, event: Event) -> bool:
-        """Return whether an event has a new value: not a layout, and not from before the step where a run continues."""
+        """Return whether an event has a new value: not a layout, and later than the step from which a run continues."""
         if self._start is not None and event.step <= self._start:
             return False
         return any(not value.tag.startswith(_LAYOUTS) for value in event.summary.value)

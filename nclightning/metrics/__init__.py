@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from nclightning.metrics.nearest_centre import NearestClassCentre
     from nclightning.metrics.neural_collapse import NeuralCollapse
     from nclightning.metrics.optimality import Optimality
+    from nclightning.metrics.registering import register_measure
     from nclightning.metrics.regression_collapse import RegressionCollapse
 else:
     from nclightning.lazy import lazy_names
@@ -18,8 +19,9 @@ else:
             "nearest_centre": ("NearestClassCentre",),
             "neural_collapse": ("NeuralCollapse",),
             "optimality": ("Optimality",),
+            "registering": ("register_measure",),
             "regression_collapse": ("RegressionCollapse",),
         },
     )
 
-__all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse", "Optimality", "RegressionCollapse"]
+__all__ = ["MEASURES", "NearestClassCentre", "NeuralCollapse", "Optimality", "RegressionCollapse", "register_measure"]

@@ -26,7 +26,7 @@ from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.objectives import Hessian
+from nclightning.optim.hessian import Hessian
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["UFMObjective"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from nclightning.errors import UserError
 from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation
-from nclightning.optim.objectives import Hessian, multiply_by_graph
+from nclightning.optim.hessian import Hessian, multiply_by_graph
 from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["AutogradObjective"]

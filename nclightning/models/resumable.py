@@ -10,14 +10,14 @@ import lightning as L
 from nclightning.compat.lightning import trainer_of
 from nclightning.models.resume import check_problem, check_resumable, check_weights, warn_of_optimizer_options
 from nclightning.models.schedules import only_optimizer
-from nclightning.overrides import KeptHooks, kept
+from nclightning.overrides import ProtectedHooks, protected
 from nclightning.ranks import world_size
 from nclightning.sharding import is_sharded
 
 __all__ = ["ResumableModule"]
 
 
-class ResumableModule(KeptHooks, L.LightningModule):
+class ResumableModule(ProtectedHooks, L.LightningModule):
     """A module that checks the checkpoint of a resumed run, and saves in it why training ended early.
 
     Attributes:
@@ -30,13 +30,13 @@ class ResumableModule(KeptHooks, L.LightningModule):
         self.failure: dict[str, Any] | None = None
         self._ending: str | None = None  # Why the run that is resumed had ended, in words.
 
-    @kept
+    @protected
     def setup(self, stage: str) -> None:
         """Forget how the previous fit ended."""
         if stage == "fit":
             self.failure = self._ending = None
 
-    @kept
+    @protected
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check the checkpoint, and warn of options that a resumed run ignores."""
         self.check_checkpoint(checkpoint)
@@ -74,7 +74,7 @@ class ResumableModule(KeptHooks, L.LightningModule):
         ended = failure.get("iteration") == checkpoint["global_step"]
         return f"Iteration {failure['iteration']}: {failure['sentence']}" if ended else None
 
-    @kept
+    @protected
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save why training ended early."""
         checkpoint["failure"] = self.failure

@@ -20,7 +20,7 @@ from nclightning.models.backbones import FeatureTable
 from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ClosureObjective
 from nclightning.optim.evaluation import Evaluation, parameters_of
-from nclightning.optim.objectives import Hessian
+from nclightning.optim.hessian import Hessian
 from nclightning.ranks import world_size
 from nclightning.sharding import gathered, reshard
 

@@ -62,7 +62,7 @@ def backtrack(
         interpolate: How to choose the next trial after a rejected one. A parabola is fitted to value and slope at the
             start and to the value, or the slope, at the rejected trial. If True, the next trial is its minimum, but at
             least a hundredth of the rejected step and at most ``shrink`` times it. If False, the rejected step is
-            multiplied by ``shrink`` until the parabola would be accepted.
+            multiplied by ``shrink``; if slopes decided, as often as needed for the parabola to be accepted.
 
     Returns:
         The accepted trial, or the reason why there is none.

@@ -124,8 +124,8 @@ class ConjugateGradients(LearningDirection):
 
     def restart(self) -> bool:
         """Forget the last vector, and keep the scale."""
-        learnt, self._measured = self._measured, False
-        return learnt
+        had_history, self._measured = self._measured, False
+        return had_history
 
     def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
         """Solve the two equations for mu and nu, and combine gradient and last vector."""

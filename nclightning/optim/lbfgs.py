@@ -43,7 +43,7 @@ class ArmijoLBFGS(LineSearchOptimizer):
     flat to measure its curvature. Second, all pairs are forgotten if p is not a direction of descent beyond round-off,
     if no step is found along p, or if parameters were frozen, added or changed their shape. The step then goes along
     the gradient, scaled by :math:`\gamma`. Closures, options, writes to parameters between steps, and several processes
-    are treated as by :class:`ArmijoGD`. Writes to parameters do not remove pairs, which remain valid curvature.
+    are treated as by :class:`ArmijoGD`. Writes to parameters do not remove pairs, because these are measured curvature.
 
     A ``state_dict`` contains the pairs for each parameter, in its shape, so that a resumed run continues bit for bit.
     For parameters that are split between processes, each process keeps its part of the pairs.
@@ -136,9 +136,9 @@ class LimitedMemoryBFGS(LearningDirection):
 
     def restart(self) -> bool:
         """Forget the pairs, and keep the scale."""
-        learnt = bool(self._order)
+        had_history = bool(self._order)
         self._forget()
-        return learnt
+        return had_history
 
     def find(self, start: Evaluation, objective: LineObjective, space: Space) -> Descent:
         """Return H g."""

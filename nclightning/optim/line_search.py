@@ -54,18 +54,10 @@ class LineSearchOptimizer(Optimizer):
 
     Example:
         >>> import torch
-        >>> from nclightning.optim import ArmijoCG, LineSearchOptimizer
-        >>> x = torch.nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
-        >>> optimizer: LineSearchOptimizer = ArmijoCG([x])
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     value = x.square().sum() / 2
-        ...     value.backward()
-        ...     return value
-        >>> while optimizer.outcome is None or optimizer.outcome.accepted:
-        ...     value = optimizer.step(closure)
-        >>> optimizer.outcome.status.value, optimizer.total_evaluations
-        ('stationary', 3)
+        >>> from nclightning.optim import ArmijoGD, LineSearchOptimizer
+        >>> optimizer: LineSearchOptimizer = ArmijoGD([torch.nn.Parameter(torch.ones(2))], c1=0.2)
+        >>> optimizer.param_groups[0]["c1"], optimizer.total_evaluations, optimizer.outcome
+        (0.2, 0, None)
     """
 
     def __init__(
@@ -105,19 +97,15 @@ class LineSearchOptimizer(Optimizer):
         return self._total_evaluations
 
     def evaluation(self) -> Evaluation | None:
-        """Return value and gradient at the current parameters, or None if they have changed since the last step.
-
-        On several processes all must call it.
-        """
+        """Return value and gradient if the parameters are those of the last step, else None. All ranks must call it."""
         return self._recall(parameters_of(self))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Promise that no other code writes to the parameters through ``.data`` between the steps within the block.
 
-        Steps within the block do not compare the parameters with the last iterate, which costs time. The comparison is
-        made once at the beginning of the block, and once after it. Writes that torch's version counters see are still
-        noticed.
+        The comparison with the last iterate, which costs time, is then made only at the beginning and after the end of
+        the block. Writes that torch's version counters see are still noticed.
         """
         params = parameters_of(self)
         if self._recall(params) is None:
@@ -226,11 +214,7 @@ class LineSearchOptimizer(Optimizer):
         return self._finish(objective, params, start, found.end, found.status, found.size, spent)
 
     def _find_step(self, objective: LineObjective, start: Evaluation, space: Space) -> tuple[Found, int]:
-        """Search along the descent vector, and if no step is found along the gradient.
-
-        Returns:
-            The result, and the number of evaluations.
-        """
+        """Search along the descent vector, then along the gradient. Return the result and the number of evaluations."""
         trials, spent, direction = 0, 0, self._direction
         while True:
             try:
@@ -260,10 +244,7 @@ class LineSearchOptimizer(Optimizer):
             raise
 
     def _may_search_from(self, stored: Evaluation) -> bool:
-        """Return whether a search from this evaluation will call the closure.
-
-        If it would not, the closure is called for a new evaluation: callers may rely on one call per step.
-        """
+        """Return whether a search from here calls the closure. If not, it is called anyway: at least once per step."""
         accepted = self._outcome is not None and self._outcome.accepted
         return accepted and stored.square > 0 and not self._steps_ran_away
 
@@ -382,10 +363,10 @@ class LineSearchOptimizer(Optimizer):
         if "search" not in state_dict:
             raise UserError(f"this state_dict was not made by {self._name}: it has no entry 'search'.")
         search, outcome = state_dict["search"], state_dict["search"]["outcome"]
-        learnt = search.get("direction", {"kind": "steepest descent"})  # Older states have no direction.
-        if learnt["kind"] != self._direction.kind:
+        saved_direction = search.get("direction", {"kind": "steepest descent"})  # Older states have no direction.
+        if saved_direction["kind"] != self._direction.kind:
             raise UserError(
-                f"this state_dict was not made by {self._name}: it is a state of {learnt['kind']}, not of "
+                f"this state_dict was not made by {self._name}: it is a state of {saved_direction['kind']}, not of "
                 f"{self._direction.kind}."
             )
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "search"})
@@ -394,7 +375,7 @@ class LineSearchOptimizer(Optimizer):
         self._options, self._streak, self._failed_with = options, search["streak"], None
         self._steps_ran_away = search.get("steps_ran_away", False)  # Older states have none.
         self._set_next_step(search["next_step"])  # Older states have no lr.
-        self._direction.load_state_dict(learnt)
+        self._direction.load_state_dict(saved_direction)
         space = Space(parameters_of(self), self.state, self._options)
         for p in list(self.state):
             entries = {name: own_shard(value) for name, value in self.state[p].items()}

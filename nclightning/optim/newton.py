@@ -12,8 +12,9 @@ from torch import Tensor
 from nclightning.optim.backtracking import Found
 from nclightning.optim.direction import ROUNDINGS, Descent, Direction, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
+from nclightning.optim.hessian import Hessian
 from nclightning.optim.line_search import LineSearchOptimizer
-from nclightning.optim.objectives import Hessian, LineObjective
+from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import check_precision, largest_step
 from nclightning.sharding import own_shard
 
@@ -38,11 +39,12 @@ class ArmijoNewtonCG(LineSearchOptimizer):
     gradients stay in its range.
 
     Let d be a direction of conjugate gradients whose curvature :math:`\langle d, \nabla^2 F\, d\rangle` is not positive
-    beyond the error of the products. If the radius is finite, p follows d up to the radius and so uses negative
-    curvature. If the radius is infinite, p ends before d. If d is the gradient itself, p then is a multiple of the
-    gradient: it is divided by the absolute value of a negative curvature; without any curvature it has the last scale,
-    which grows fourfold from step to step. The radius is infinite until the line search shortens a step. It then is the
-    length of that step, and doubles after each step that reaches it and is not shortened.
+    beyond the error of the products. Then p follows d up to the radius, and so uses negative curvature. If the radius
+    is infinite, p follows d up to ten times the length that it has reached. If in this case d is the gradient itself,
+    p is a multiple of the gradient: it is divided by the absolute value of a negative curvature; without any curvature
+    it has the last scale, which grows fourfold from step to step. The radius is infinite at first. After a step that
+    the line search shortens, it is the length of that step. After a step to the radius that is accepted at once, it is
+    twice as long.
 
     The first trial is t = 1. A trial is accepted on the conditions of :class:`ArmijoGD` with
     :math:`\langle g, p\rangle` in place of :math:`\|g\|^2`. After a rejected trial the next one is the minimum of the

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,12 @@ from torch import Tensor
 from nclightning.compat.torch import version_of
 from nclightning.errors import UserError
 from nclightning.optim.evaluation import Evaluation, add_up, average_over_ranks, products_of
+from nclightning.optim.hessian import Hessian, multiply_by_graph
 from nclightning.optim.unchanged import Iterate, IterateCopy, remember
 from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard
 
-__all__ = ["ClosureObjective", "Hessian", "LineObjective"]
-
-
-class Hessian(NamedTuple):
-    """Products with the Hessian at one point.
-
-    Attributes:
-        multiply: Function that multiplies the Hessian by a vector. The vector has one entry per parameter, None where
-            the gradient is None; for a sharded parameter, the shard of this process.
-        error: Rough error of a product, relative to the largest eigenvalue times the length of the vector.
-        evaluations: Number of evaluations that it took to set up. Each product counts one more.
-    """
-
-    multiply: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]
-    error: float
-    evaluations: int = 0
+__all__ = ["ClosureObjective", "LineObjective"]
 
 
 class LineObjective(ABC):
@@ -255,7 +241,7 @@ class ClosureObjective(LineObjective):
         return torch.tensor(here.value, dtype=torch.float64), torch.tensor(here.square, dtype=torch.float64)
 
     def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
-        """Remember the parameters."""
+        """Copy the parameters at the start of the search."""
         self._start, self._along = start, start.gradients if along is None else along
         moving = [i for i, v in enumerate(self._along) if v is not None]
         self._moving = [(own_shard(self._params[i]), own_shard(self._along[i])) for i in moving]  # type: ignore[arg-type]
@@ -387,28 +373,3 @@ def _describe(result: Any) -> str:
     if isinstance(result, Tensor):
         return f"a tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
     return "nothing (None)" if result is None else f"an object of type {type(result).__name__}"
-
-
-def multiply_by_graph(
-    gradients: Sequence[Tensor | None], params: Sequence[Tensor], vector: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Multiply the Hessian by a vector.
-
-    Args:
-        gradients: The gradients with their graph; None where a parameter has none.
-        params: The parameters of the gradients.
-        vector: One entry per parameter; None is zero.
-
-    Returns:
-        The product, one entry per parameter; None where there is no gradient.
-    """
-    known = [(g, v) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
-    outputs, weights = [g for g, v in known if v is not None], [v for _, v in known if v is not None]
-    wanted = [i for i, g in enumerate(gradients) if g is not None]
-    products = [None if g is None else torch.zeros_like(p) for g, p in zip(gradients, params, strict=True)]
-    if not outputs:
-        return products
-    found = torch.autograd.grad(outputs, [params[i] for i in wanted], weights, retain_graph=True, allow_unused=True)
-    for i, product in zip(wanted, found, strict=True):
-        products[i] = products[i] if product is None else product
-    return products

@@ -48,8 +48,8 @@ class Link(NamedTuple):
         position: The one position, ``0`` or ``-1``; None if it differs from sample to sample.
         undo: The function that is inverted first: ``"softmax"``, ``"sigmoid"``, or none.
         second: Whether classes are the second dimension, and not the last.
-        like: Whether it is ``"equal"`` to the logits, or up to a ``"shift"`` of each row, which cross-entropy does not
-            see, or up to a shift and a ``"factor"``; ``"values"`` as ``"equal"``.
+        agreement: Whether it is ``"equal"`` to these rows, or equal up to a ``"shift"`` of each row, which does not
+            change the cross-entropy, or up to a shift and a ``"factor"``; ``"values"`` is ``"equal"``.
     """
 
     part: str
@@ -66,25 +66,25 @@ class Link(NamedTuple):
             output: The part of the output.
             logits: ``(..., K)``.
         """
-        made, rows = self._both(output, logits)
+        logit_rows, rows = self._both(output, logits)
         no = torch.ones((), dtype=torch.bool, device=output.device)
         if self.rows != "same":
-            made = made.flatten(1, -2) if made.ndim > 2 else made.unsqueeze(1)
-            if len(made) != len(rows):
+            logit_rows = logit_rows.flatten(1, -2) if logit_rows.ndim > 2 else logit_rows.unsqueeze(1)
+            if len(logit_rows) != len(rows):
                 return no
             if self.rows == "one" and self.position is None:
-                return _nearest(rows, made, tolerance(output, logits))[1]
-            made = made.mean(dim=1) if self.rows == "mean" else made[:, self.position]
-        made = made.reshape(-1, made.shape[-1])
-        if rows.shape != made.shape:
+                return _nearest(rows, logit_rows, tolerance(output, logits))[1]
+            logit_rows = logit_rows.mean(dim=1) if self.rows == "mean" else logit_rows[:, self.position]
+        logit_rows = logit_rows.reshape(-1, logit_rows.shape[-1])
+        if rows.shape != logit_rows.shape:
             return no
-        holds, is_shift, is_equal = _compare(rows, made, tolerance(output, logits))
-        return ~{"factor": holds, "shift": is_shift}.get(self.agreement, is_equal)
+        with_factor, with_shift, equal = _compare(rows, logit_rows, tolerance(output, logits))
+        return ~{"factor": with_factor, "shift": with_shift}.get(self.agreement, equal)
 
     def chosen(self, output: Tensor, logits: Tensor) -> Tensor:
         """Return the positions ``(B,)`` of the rows that an output has. Stays on the device."""
-        made, rows = self._both(output, logits)
-        return _nearest(rows, made.flatten(1, -2), tolerance(output, logits))[0]
+        logit_rows, rows = self._both(output, logits)
+        return _nearest(rows, logit_rows.flatten(1, -2), tolerance(output, logits))[0]
 
     def _both(self, output: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(torch.promote_types(output.dtype, logits.dtype), torch.float32)
@@ -115,36 +115,36 @@ def links(
         if output.ndim == 0 or output.numel() % classes or output.numel() // classes not in sizes:
             continue
         wide = torch.promote_types(torch.promote_types(output.dtype, logits.dtype), torch.float32)
-        made, seen = logits.detach().to(wide), output.detach().to(wide)
+        logit_rows, seen = logits.detach().to(wide), output.detach().to(wide)
         last = seen.ndim < 2 or seen.shape[-1] == classes or seen.shape[1] != classes
         for second in [False] * last + [True] * (seen.ndim > 1 and seen.shape[1] == classes):
             rows = _rows(seen, classes, second)
-            undoes: tuple[Literal["", "softmax", "sigmoid"], ...] = ("",)
+            functions: tuple[Literal["", "softmax", "sigmoid"], ...] = ("",)
             if classes > 1 and bool(((rows > 0) & (rows < 1)).all()):
-                undoes = ("", "softmax", "sigmoid")
-            for undo in undoes:
+                functions = ("", "softmax", "sigmoid")
+            for undo in functions:
                 values = _inverted(rows, undo)
-                for kind, position, own in _candidate_rows(values, made, tolerance(output, logits), per_sample):
-                    holds, is_shift, is_equal = _compare(values, own, tolerance(output, logits))
-                    holds = holds if classes > 1 else is_equal
-                    if bool(holds) and undo != "sigmoid":
+                for kind, position, own in _candidate_rows(values, logit_rows, tolerance(output, logits), per_sample):
+                    with_factor, with_shift, equal = _compare(values, own, tolerance(output, logits))
+                    with_factor = with_factor if classes > 1 else equal
+                    if bool(with_factor) and undo != "sigmoid":
                         agreement: Agreement = (
-                            "equal" if not undo and bool(is_equal) else "shift" if bool(is_shift) else "factor"
+                            "equal" if not undo and bool(equal) else "shift" if bool(with_shift) else "factor"
                         )
                         yield Link(part, kind, position, undo, second, agreement)
-                    elif bool(holds):
+                    elif bool(with_factor):
                         yield Link(part, kind, position, undo, second, "factor")
 
 
 def _candidate_rows(
-    rows: Tensor, made: Tensor, bound: float, per_sample: bool
+    rows: Tensor, logit_rows: Tensor, bound: float, per_sample: bool
 ) -> Iterator[tuple[Literal["same", "mean", "one"], int | None, Tensor]]:
     """Yield the choices of rows of the logits that an output with so many rows may have."""
-    flat = made.reshape(-1, made.shape[-1])
+    flat = logit_rows.reshape(-1, logit_rows.shape[-1])
     if len(flat) == len(rows) and not per_sample:
         yield "same", None, flat
-    elif len(made) == len(rows):
-        places = made.flatten(1, -2)
+    elif len(logit_rows) == len(rows):
+        places = logit_rows.flatten(1, -2)
         yield "mean", None, places.mean(dim=1)
         chosen, misses = _nearest(rows, places, bound)
         if not bool(misses):
@@ -177,12 +177,12 @@ def in_another_order(output: Tensor, logits: Tensor) -> bool:
     """
     if output.shape != logits.shape or logits.ndim < 2 or logits[..., 0].numel() > _MOST_COMPARED:
         return False
-    rows, made = (each.detach().reshape(-1, each.shape[-1]).double() for each in (output, logits))
+    rows, logit_rows = (each.detach().reshape(-1, each.shape[-1]).double() for each in (output, logits))
     if bool(((rows > 0) & (rows < 1)).all()):
         rows = _inverted(rows, "softmax")
-    rows, made = _centred(rows), _centred(made)
-    distances = torch.cdist(rows, made, compute_mode="donot_use_mm_for_euclid_dist")
-    same = distances <= tolerance(output, logits) * torch.linalg.vector_norm(made) / len(made) ** 0.5
+    rows, logit_rows = _centred(rows), _centred(logit_rows)
+    distances = torch.cdist(rows, logit_rows, compute_mode="donot_use_mm_for_euclid_dist")
+    same = distances <= tolerance(output, logits) * torch.linalg.vector_norm(logit_rows) / len(logit_rows) ** 0.5
     return not bool(same.diagonal().all()) and bool(same.any(dim=1).all() & same.any(dim=0).all())
 
 
@@ -192,25 +192,25 @@ def _rows(output: Tensor, classes: int, second: bool) -> Tensor:
     return output.reshape(-1, classes) if output.numel() % classes == 0 else output.reshape(-1, 1)
 
 
-def _compare(rows: Tensor, made: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(rows: Tensor, logit_rows: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
     """Compare rows with others: equal up to a shift of each and a positive factor, up to a shift, and exactly.
 
     Rows that are not finite are left out.
     """
-    finite = (rows.isfinite().all(dim=1) & made.isfinite().all(dim=1)).unsqueeze(1)
-    rows, made = torch.where(finite, rows, 0), torch.where(finite, made, 0)
-    values, own = _centred(rows), _centred(made)
+    finite = (rows.isfinite().all(dim=1) & logit_rows.isfinite().all(dim=1)).unsqueeze(1)
+    rows, logit_rows = torch.where(finite, rows, 0), torch.where(finite, logit_rows, 0)
+    values, own = _centred(rows), _centred(logit_rows)
     size, other = torch.linalg.vector_norm(values), torch.linalg.vector_norm(own)
     factor = (values * own).sum() / other.square()
-    holds = (factor > 0) & (torch.linalg.vector_norm(values - factor * own) <= bound * size)
+    with_factor = (factor > 0) & (torch.linalg.vector_norm(values - factor * own) <= bound * size)
     one = (factor - 1).abs() <= bound
     if values.numel() - len(values) < 3:  # A free factor would fit by chance.
-        holds = holds & one
+        with_factor = with_factor & one
     # A head that is initialised at zero gives zero logits.
     none = (size == 0) | (other == 0)
-    holds = torch.where(none, (size == other) & finite.any(), holds)
-    equal = torch.linalg.vector_norm(rows - made) <= bound * torch.linalg.vector_norm(made)
-    return holds, holds & (one | none), holds & equal
+    with_factor = torch.where(none, (size == other) & finite.any(), with_factor)
+    equal = torch.linalg.vector_norm(rows - logit_rows) <= bound * torch.linalg.vector_norm(logit_rows)
+    return with_factor, with_factor & (one | none), with_factor & equal
 
 
 def _nearest(rows: Tensor, places: Tensor, bound: float) -> tuple[Tensor, Tensor]:

@@ -50,9 +50,8 @@ class RowBuffer:
             rows = max(min(rows, num_own - self.seen), 0)
             labels = labels.narrow(0, 0, rows)
             captured = {name: tensor.narrow(0, 0, rows) for name, tensor in captured.items()}
-        if (
-            rows == 0 and self._named
-        ):  # The first batch counts even if it is empty, so that all processes make the same metrics.
+        # The first batch counts even if it is empty, so that all processes construct the same metrics.
+        if rows == 0 and self._named:
             return
         self._named = True
         self.seen += rows

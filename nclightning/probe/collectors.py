@@ -116,7 +116,7 @@ class Measuring:
         if present < expected and head.name not in self._warned:
             self._warned.add(head.name)
             rank_zero_warn(
-                f"the head {head.name!r} has {head.out_features} outputs, and the labels hold {present} classes: the "
+                f"the head {head.name!r} has {head.out_features} outputs, and the labels have {present} classes: the "
                 "others have no class mean, and measures of class means leave them out. If this layer is not the one "
                 "that the labels belong to, pass head=."
             )

@@ -35,9 +35,8 @@ def find_head(
     If ``head`` is None, a layer is the head if a run shows one of two things. Either its output is the output of the
     model, or an element of it at any depth. Or the output follows from it by an operation that keeps the classes:
     log_softmax, softmax, sigmoid, a temperature, a squeeze, a cast, a mean over positions, or the choice of one
-    position per sample. This must still be so when the output of the layer is replaced by other values, and when
-    parameters that may have no effect at initialisation get other values. If several layers pass, those that feed
-    another one are left out, and those that have too few outputs for the labels.
+    position per sample. This must also be so when the layer's output, and parameters without effect at initialisation,
+    get other values. Layers that feed another one, or have too few outputs for the labels, are left out.
 
     Args:
         module: The model.

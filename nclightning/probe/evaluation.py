@@ -98,8 +98,8 @@ def _run(host: Host, loader: Any, gatherers: list[Gatherer], limit: int | None) 
                 watch.verify()
         if watch is None:
             raise UserError(
-                f"there is no batch for process {host.rank} of {host.world_size}: an evaluation pass needs one for "
-                "each process, and a loader that starts again in each pass."
+                f"the data are empty for process {host.rank} of {host.world_size}: an evaluation pass needs a batch "
+                "for each process, and a loader that starts again in each pass."
             )
         rows.flush()
     finally:

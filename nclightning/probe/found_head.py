@@ -118,11 +118,11 @@ class FoundHead:
         made = logits_of(head, rows) if self.reader.layer is None else class_last(layer, run.output)
         if not bool(made.isfinite().all(dim=-1).any()):
             return seen.output  # Logits that are not finite show nothing.
-        holds = self.reader.layer is None or makes(layer, head, rows, made)
-        if holds and self.link is not None:
+        agrees = self.reader.layer is None or makes(layer, head, rows, made)
+        if agrees and self.link is not None:
             part = self.part_of(seen.output)
-            holds = part is not None and (torch.equal(part, made) or not bool(self.link.misses(part, made)))
-        if not holds:
+            agrees = part is not None and (torch.equal(part, made) or not bool(self.link.misses(part, made)))
+        if not agrees:
             raise self.refusal(module)
         return seen.output
 

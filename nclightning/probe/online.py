@@ -18,7 +18,7 @@ from nclightning.probe.reader import PairReader
 from nclightning.probe.results import Measurement
 from nclightning.probe.step_measurement import StepMeasurement
 from nclightning.probe.sweep import num_own_samples
-from nclightning.ranks import meet, rank_zero_warn
+from nclightning.ranks import rank_zero_warn, wait_for_all
 
 __all__ = ["OnlineEpoch"]
 
@@ -103,7 +103,7 @@ class OnlineEpoch:
         if self._loader is not None:
             raise UserError(
                 "epoch.batches was called twice in a block, which measures one pass over one loader: call "
-                "probe.online() anew for each epoch, and leave validation loaders as they are."
+                "probe.online() again for each epoch, and leave validation loaders as they are."
             )
         self._loader = loader_of_fabric(loader)
         if self._host.world_size > 1 and not isinstance(self._loader, DataLoader):
@@ -155,7 +155,7 @@ class OnlineEpoch:
 
     def _read(self) -> Measurement:
         title = type(self._host.module).__name__
-        meet("the end of a block of Probe.online", "Let all processes enter it.")
+        wait_for_all("the end of a block of Probe.online", "Let all processes enter it.")
         if self._failure is not None:
             self._steps.fail(self._failure)
         elif not self._num_measured:

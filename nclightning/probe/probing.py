@@ -28,7 +28,7 @@ from nclightning.probe.sweep import known_indices
 from nclightning.probe.validation import check_samples, checked_model, names_of, plain_name, readable, unwrapped
 from nclightning.quantities import NC5
 from nclightning.ranks import alone as on_its_own
-from nclightning.ranks import are_several, meet
+from nclightning.ranks import are_several, wait_for_all
 from nclightning.sharding import is_sharded
 
 __all__ = ["Probe"]
@@ -153,7 +153,9 @@ class Probe:
         if alone and are_several():
             _check_alone(self._model.module, sets)
         with on_its_own() if alone else nullcontext():
-            meet("measure", "All processes must call it; nclightning.Probe(model).read(data, alone=True) is for one.")
+            wait_for_all(
+                "measure", "All processes must call it; nclightning.Probe(model).read(data, alone=True) is for one."
+            )
             found = self._read(sets, ood, start)
         return found if several else found[""]
 

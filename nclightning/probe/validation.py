@@ -212,7 +212,7 @@ def check_samples(counts: Tensor, means: Tensor, head: str, name: str = "") -> N
     which = f"the data set {name!r}" if name else "data"
     if present < 2:
         raise UserError(
-            f"neural collapse compares classes, and the labels of {which} hold {['none', 'only one'][present]}: pass "
+            f"neural collapse compares classes, and the labels of {which} have {['none', 'only one'][present]}: pass "
             "samples of two classes at least, or another ignore_index if that leaves them out."
         )
     if not finite:

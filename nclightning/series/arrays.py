@@ -131,7 +131,7 @@ class ArraySource:
         if role in _NEEDED:
             raise UserError(
                 f"{self.name} has no {role}: looked for {', '.join(NAMES[role])}, it has {_listed(own)}. Give --{role} "
-                "NAME, or the path of a file that holds them."
+                "NAME, or the path of a file with them."
             )
         return None
 

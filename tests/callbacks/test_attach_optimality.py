@@ -12,7 +12,7 @@ from nclightning.functional import class_statistics, distance_to_collapse
 from nclightning.objective import Objective
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, SquaredError, label_smoothing
 from nclightning.theory import UFMProblem
-from tests.callbacks.test_attach import K, Net, fit, hooks_of, loader
+from tests.callbacks.attached import K, Net, fit, hooks_of, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -11,7 +11,7 @@ from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.functional import etf_deviation
 from nclightning.metrics import Optimality
 from nclightning.theory import UFMProblem
-from tests.callbacks.test_attach import K, Net, loader, measure, read
+from tests.callbacks.attached import K, Net, loader, measure, read
 from tests.processes import on
 from tests.trainers import quiet_trainer
 
@@ -153,5 +153,5 @@ def test_refusals(tmp_path):
         return refused(tmp_path, count=1, still=True), refused(tmp_path, tensor_parallel_size=2)
 
     for few, split in on(2, tmp_path, job):
-        assert few == "a sweep of sharded weights needs a batch for each process: this data set has too few samples."
+        assert few.startswith("an evaluation pass with sharded weights needs a batch for each process")
         assert split.startswith("layers that are split over processes need the same batch on each")

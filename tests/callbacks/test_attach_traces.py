@@ -7,10 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, samples
+from tests.callbacks.attached import K, N, Net, fit, loader, measure
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

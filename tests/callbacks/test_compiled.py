@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from tests.callbacks.test_attach import K, Net, fit, loader, measure, read, samples
+from tests.callbacks.attached import K, Net, fit, loader, measure, read
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

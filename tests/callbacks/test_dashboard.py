@@ -18,7 +18,7 @@ from nclightning.functional import class_statistics
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
-from tests.callbacks.test_attach import Net, loader, samples  # noqa: F401 - a fixture.
+from tests.callbacks.attached import Net, loader
 from tests.trainers import quiet_trainer
 
 ANGLES = "nc/train/angles"
@@ -190,7 +190,7 @@ def test_loggers_of_others_are_left_alone(tmp_path):
     assert files("with", [TensorBoardDashboard()]) == files("without", [])
 
 
-def test_on_an_ordinary_module(tmp_path, samples):  # noqa: F811
+def test_on_an_ordinary_module(tmp_path, samples):
     samples = samples[0][:48], torch.arange(48) % 3
     logger = TensorBoardLogger(tmp_path)
     monitors = [NeuralCollapseMonitor(), OptimalityMonitor(loss="ce")]

@@ -8,13 +8,9 @@ from torch import nn
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.probe.nesting import measurements
+from tests.callbacks.attached import K, N, Net, TwoOptimizers, fit, hooks_of, loader, metrics
 from tests.callbacks.stateful import CASES
-from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, samples
-from tests.callbacks.test_monitor_options import metrics
-from tests.callbacks.test_steps import TwoOptimizers
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -2,71 +2,13 @@
 
 import warnings
 
-import lightning as L
-import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from nclightning.callbacks import NeuralCollapseMonitor
-from tests.forms import CASES
+from tests.forms import CASES, Wrapped, oracle
 from tests.trainers import quiet_trainer
-
-
-class Wrapped(L.LightningModule):
-    """A network in a LightningModule that knows nothing of the monitor."""
-
-    def __init__(self, form, rate):
-        super().__init__()
-        self.net, self.rate = form.model, rate
-        self.anchor = nn.Parameter(torch.zeros(()))  # Something to train where the rest stands still.
-        self._step = form.step or (lambda model, batch: nn.functional.cross_entropy(first(model(batch[0])), batch[1]))
-
-    def forward(self, *args, **kwargs):
-        return self.net(*args, **kwargs)
-
-    def training_step(self, batch, batch_idx):
-        self.trainer.steps = batch_idx + 1
-        return self._step(self, batch)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=self.rate)
-
-
-def first(output):
-    """The first tensor of as many columns as labels need, whatever it means."""
-    values = [output]
-    while values:
-        value = values.pop(0)
-        if isinstance(value, torch.Tensor):
-            return value.flatten(1) if value.ndim != 4 or value.shape[2] == 1 else value
-        values += list(
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, tuple | list)
-            else vars(value).values()
-        )
-    raise AssertionError
-
-
-def oracle(features, weight, labels):
-    """NC1, NC2 and NC3 by the book."""
-    h, w, y = (t.detach().double().numpy() if t.is_floating_point() else t.numpy() for t in (features, weight, labels))
-    present = np.unique(y)
-    means = np.stack([h[y == k].mean(0) for k in present])
-    centred, noise = means - means.mean(0), h - means[np.searchsorted(present, y)]
-    between = centred.T @ centred / len(present)
-    within = noise.T @ noise / len(y)
-    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-9)) / len(present)
-    etf = (np.eye(len(w)) - 1 / len(w)) / np.sqrt(len(w) - 1)
-    gram = w @ w.T
-    read = {"nc1": nc1, "nc2": np.linalg.norm(gram / np.linalg.norm(gram) - etf)}
-    if len(present) == len(w):
-        product = w @ centred.T
-        read["nc3"] = np.linalg.norm(product / np.linalg.norm(product) - etf)
-    return read
 
 
 def fit(form, folder, callbacks=()):

@@ -12,19 +12,7 @@ from torch.nn import functional as F
 
 from nclightning.callbacks import OptimizerLaws
 from nclightning.errors import UserError
-from tests.callbacks.test_row_sums import (
-    D,
-    K,
-    Net,
-    adaptive,
-    fit,
-    hooks_of,
-    made,
-    norm_of_sum,
-    repeated,
-    said,
-    sgd,
-)
+from tests.callbacks.law_runs import D, K, Net, adaptive, fit, hooks_of, made, norm_of_sum, repeated, said, sgd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning import Probe
 from nclightning.callbacks import NeuralCollapseMonitor
-from tests.callbacks.test_head_forms import oracle
+from tests.forms import oracle
 from tests.trainers import quiet_trainer
 
 K, D, N, B = 4, 6, 48, 8

@@ -13,15 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from nclightning.callbacks import NeuralCollapseMonitor, OptimizerLaws
 from nclightning.errors import UserError
 from nclightning.loggers import RunLogger
-from tests.callbacks.test_row_sums import (
-    LINEAR,
-    data,
-    fit,
-    hooks_of,
-    loss_of,
-    made,
-    sgd,
-)
+from tests.callbacks.law_runs import LINEAR, data, fit, hooks_of, loss_of, made, sgd
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

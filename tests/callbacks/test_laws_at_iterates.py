@@ -17,7 +17,7 @@ from nclightning.functional import dense_hessian
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM, TwoLayerMLP
 from nclightning.optim import ArmijoGD
-from tests.callbacks.test_row_sums import LINEAR, data, loss_of, made, said
+from tests.callbacks.law_runs import LINEAR, data, loss_of, made, said
 from tests.trainers import quiet_trainer
 
 pytestmark = [

@@ -21,26 +21,14 @@ from nclightning.metrics import MEASURES, NearestClassCentre, NeuralCollapse
 from nclightning.probe.batches import RowBuffer
 from nclightning.probe.collectors import StatisticsCollector
 from nclightning.quantities import DECISION_NAMES
-from tests.callbacks.test_attach import K, N, Net, fit, hooks_of, loader, measure, samples
+from tests.callbacks.attached import K, N, Net, features_of, fit, hooks_of, loader, measure, metrics
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
 ]
-
-
-def metrics(trainer, prefix="nc/"):
-    return {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-
-
-def features_of(model, x):
-    model.eval()
-    with torch.no_grad():
-        return model.body(x)
 
 
 class Conv(Net):
@@ -305,10 +293,10 @@ class TestErrors:
         [
             ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
             ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-            ({"source": "offline"}, "source must be out of sweep, online"),
-            ({"stages": ("fit",)}, "stages must be out of train, val, test"),
-            ({"stages": ()}, "stages must be out of"),
-            ({"on_error": "ignore"}, "on_error must be out of"),
+            ({"source": "offline"}, "source must be among sweep, online"),
+            ({"stages": ("fit",)}, "stages must be among train, val, test"),
+            ({"stages": ()}, "stages must be among"),
+            ({"on_error": "ignore"}, "on_error must be among"),
             ({"measures": ("nc9",)}, "measures must be different names out of nc0.*Further names are ncc_accuracy"),
             ({"measures": ("nc1", "nc_2")}, r"nc0, .* and \d+ more; got \['nc1', 'nc_2'\].*Did you mean nc2\?"),
             ({"measures": ("acuracy",)}, r"Did you mean accuracy\?"),

@@ -21,6 +21,7 @@ from nclightning.loggers import RunLogger
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
+from tests.helpers import fake_twin
 from tests.trainers import quiet_trainer
 
 K, N = 4, 12
@@ -210,14 +211,6 @@ def test_one_transfer_per_lightning_step(tmp_path):
     assert transfers == []
 
 
-def fake_twin(model, device):
-    """Replace all parameters by fake ones; call it under ``FakeTensorMode``."""
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
-    return torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, dtype=torch.int64, device=device)
-
-
 @pytest.mark.parametrize("loss", ["mse", "ce"])
 def test_readings_make_no_host_sync(loss):
     """Fake tensors raise on a host sync; those of a fake CUDA device on a mix of devices, too."""
@@ -226,7 +219,7 @@ def test_readings_make_no_host_sync(loss):
     for monitor in (optimality, collapse):
         monitor.prepare(model, (torch.arange(N), torch.arange(N) // 3))
     with FakeTensorMode():
-        index, labels = fake_twin(model, "cuda")
+        index, labels = fake_twin(model, "cuda", N)
         model._all_rows = index, index._version  # As after the first reading, which looks at them.
         collapse.at_iterates()._metric._head = Borrowed(model.head)
         optimality.at_iterates()._is_checked = True

@@ -17,7 +17,7 @@ from nclightning.closing import close_run
 from nclightning.data import IndexDataModule
 from nclightning.loggers import RunLogger
 from nclightning.models import UFM
-from tests.callbacks.test_attach import K, Net, loader
+from tests.callbacks.attached import K, Net, loader
 from tests.offline_runs import (
     finished_wandb_run,
     mlflow_curve,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_head_forms import oracle
+from tests.forms import oracle
 from tests.trainers import quiet_trainer
 
 K, D, N, B = 4, 6, 48, 8
@@ -306,7 +306,7 @@ def test_an_unlabelled_training_loader_is_refused_at_once_with_a_repair_that_wor
         return batch if isinstance(batch, list) else (batch, torch.full((len(batch),), -100))
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*the labels hold 0 classes")
+        warnings.filterwarnings("ignore", ".*the labels have 0 classes")
         read = fit(model, tmp_path, NeuralCollapseMonitor(batch_fn=split), halves())
     expected = right(model, "train/labelled")
     assert {tag: read[tag] for tag in expected} == pytest.approx(expected, rel=1e-4)

@@ -14,8 +14,8 @@ from nclightning.metrics import RegressionCollapse
 from nclightning.metrics.borrowed import Borrowed
 from nclightning.models import UFM
 from nclightning.problems import regression, unbalanced_ce
-from tests.callbacks.test_attach import hooks_of
-from tests.callbacks.test_monitors import fake_twin
+from tests.callbacks.attached import hooks_of
+from tests.helpers import fake_twin
 from tests.processes import on
 from tests.trainers import quiet_trainer
 

@@ -9,11 +9,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import IndexDataModule
 from nclightning.models import UFM
-from tests.callbacks.test_attach import Net, fit, loader, samples
-from tests.callbacks.test_monitor_options import metrics
+from tests.callbacks.attached import Net, fit, loader, metrics
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import K, Net, fit, loader
+from tests.callbacks.attached import K, Net, fit, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

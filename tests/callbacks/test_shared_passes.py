@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import K, Net, fit
+from tests.callbacks.attached import K, Net, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -14,8 +14,8 @@ from nclightning.callbacks import OptimizerLaws
 from nclightning.callbacks.sharpness import Sharpness
 from nclightning.errors import UserError
 from nclightning.functional import dense_hessian
-from tests.callbacks.test_row_sums import LINEAR, K, Net, adaptive, data, fit, loss_of, made, repeated, sgd
-from tests.functional.test_curvature import Once
+from tests.callbacks.law_runs import LINEAR, K, Net, adaptive, data, fit, loss_of, made, repeated, sgd
+from tests.helpers import Once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 

@@ -9,9 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import Net, fit, loader, measure, samples
-
-__all__ = ["samples"]
+from tests.callbacks.attached import Net, TwoOptimizers, fit, loader, measure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -67,23 +65,6 @@ def test_each_step_once_and_in_order(options, trainer, steps, samples, tmp_path)
     rows = logged(logger, "nc/train/nc1")
     assert [step for step, _ in rows] == monitor.steps == steps
     assert [value for _, value in rows] == pytest.approx(monitor.expected, rel=1e-5)
-
-
-class TwoOptimizers(Net):
-    """Trains its halves with an optimizer each."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.step(batch))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.body, self.last)]
 
 
 def test_a_multiple_that_several_optimizers_step_over_counts(samples, tmp_path):

@@ -12,18 +12,14 @@ from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
 from nclightning.data import IndexDataModule
 from nclightning.functional import class_statistics, ood_orthogonality, within_class_variability
 from nclightning.models import UFM
-from tests.callbacks.test_attach import K, N, Net, fit, loader, samples
-from tests.callbacks.test_monitor_options import features_of, metrics, pytestmark
+from tests.callbacks.attached import K, N, Net, Pair, features_of, fit, loader, metrics
 from tests.trainers import quiet_trainer
 
-__all__ = ["pytestmark", "samples"]
-
-
-class Pair(Net):
-    """Takes batches of two loaders."""
-
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch["a"], batch_idx) + super().training_step(batch["b"], batch_idx)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but"),
+    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
+]
 
 
 def test_several_training_loaders(tmp_path, samples):
@@ -134,7 +130,9 @@ def test_a_loader_that_runs_out_is_said(tmp_path, samples):
         def __iter__(self):
             return self.batches
 
-    with pytest.raises(ValueError, match=r"no batch for process 0 of 1: .* a loader that starts again in each pass"):
+    with pytest.raises(
+        ValueError, match=r"data are empty for process 0 of 1: .* a loader that starts again in each pass"
+    ):
         fit(tmp_path, [NeuralCollapseMonitor(datasets={"once": Once(list(loader(samples)))})], loader(samples))
 
 

@@ -5,12 +5,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SubsetRandomSampler, TensorDataset
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import K, N, Net, fit, loader, measure, read, samples
-from tests.callbacks.test_monitor_options import metrics
-from tests.callbacks.test_sweeps import Pair
+from tests.callbacks.attached import K, N, Net, Pair, fit, loader, measure, metrics, read
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

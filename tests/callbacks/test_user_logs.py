@@ -10,9 +10,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
-from tests.callbacks.test_attach import K, Net, fit, loader, samples
-
-__all__ = ["samples"]
+from tests.callbacks.attached import K, Net, fit, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

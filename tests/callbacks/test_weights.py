@@ -9,11 +9,8 @@ from torch import nn
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.functional import class_statistics
 from nclightning.metrics import NearestClassCentre
-from tests.callbacks.test_attach import K, Net, fit, loader, measure, read, samples
-from tests.callbacks.test_monitor_options import metrics
+from tests.callbacks.attached import K, Net, fit, loader, measure, metrics, read
 from tests.trainers import quiet_trainer
-
-__all__ = ["samples"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nclightning.callbacks
+import nclightning.commands.training
 import nclightning.data
+import nclightning.figures.convergence
 import nclightning.models  # noqa: F401 (children find everything loaded)
 from nclightning.cli import main
 from nclightning.files import observers

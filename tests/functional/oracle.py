@@ -1,8 +1,10 @@
 """The measures once more, by loops over samples and classes in NumPy, from the formulas as they are printed."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 
 class Oracle:
@@ -125,3 +127,28 @@ MEASURES_OF_THE_HEAD = {
     "nc2_centred": lambda o: o.etf_gram(o.W - o.W.mean(0), o.W - o.W.mean(0)),
     "nc2_equiangularity_head": lambda o: np.mean(o.angles(o.W)),
 }
+
+
+def stats_of(means, present=None):
+    """What the geometry reads of the statistics."""
+    present = torch.ones(len(means), dtype=torch.bool) if present is None else present
+    kept = means * present.unsqueeze(1)
+    centred = (kept - kept.sum(dim=0) / present.sum()) * present.unsqueeze(1)
+    return SimpleNamespace(
+        means=kept,
+        centred_means=centred,
+        mean_offsets=centred,
+        present=present,
+        counts=present.long(),
+        norms=0 * centred[:, 0],
+    )
+
+
+def by_gram(left, right, present=None):
+    """The formula as it is printed, with the K x K matrix, in float64."""
+    if present is not None:
+        left, right = left[present], right[present]
+    left, right, K = left.double(), right.double(), len(left)
+    gram = left @ right.T
+    target = (torch.eye(K, dtype=torch.float64) - 1 / K) / (K - 1) ** 0.5
+    return float(torch.linalg.matrix_norm(gram / torch.linalg.matrix_norm(gram) - target))

@@ -9,7 +9,7 @@ from torch import nn
 from nclightning.functional import dense_hessian, dense_spectrum, extreme_eigenvalues, hessian_vector_product
 from nclightning.theory import UFMProblem
 from tests.cases import COLLAPSED, LOW_RANK, ZERO, name_of
-from tests.helpers import objective_of
+from tests.helpers import Once, objective_of
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -258,19 +258,6 @@ def test_options_of_ends_and_scales_are_checked(generator):
         extreme_eigenvalues(value, params, ends="smallest")
     with pytest.raises(ValueError, match="one entry for each of the 1 params, got 2"):
         extreme_eigenvalues(value, params, scales=[1.0, 2.0])
-
-
-class Once(torch.autograd.Function):
-    """Torch's products with a Hessian leave out how such a gradient depends on what came in."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g
 
 
 def test_functions_that_can_be_differentiated_once_are_refused(generator):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nclightning.functional import class_statistics, distance_to_collapse
-from tests.functional.test_defects import draw, etf
+from tests.functional.inputs import draw, etf
 
 
 def measure(features, labels, weight):

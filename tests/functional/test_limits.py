@@ -8,7 +8,7 @@ import torch
 
 from nclightning.functional import class_statistics, self_duality, uniform_duality
 from nclightning.metrics.measures import MEASURES, MeasureInput
-from tests.functional.test_many_classes import by_gram, stats_of
+from tests.functional.oracle import by_gram, stats_of
 
 
 def normal(*shape, seed=0):

@@ -1,7 +1,6 @@
 """More classes than features: what is formed grows with K d, not with the square of K, and the values stay."""
 
 import math
-from types import SimpleNamespace
 
 import mpmath
 import pytest
@@ -9,36 +8,12 @@ import torch
 
 from nclightning import functional as F
 from nclightning.theory import UFMProblem
+from tests.functional.oracle import by_gram, stats_of
 from tests.helpers import Largest
 
 
 def draw(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def stats_of(means, present=None):
-    """What the geometry reads of the statistics."""
-    present = torch.ones(len(means), dtype=torch.bool) if present is None else present
-    kept = means * present.unsqueeze(1)
-    centred = (kept - kept.sum(dim=0) / present.sum()) * present.unsqueeze(1)
-    return SimpleNamespace(
-        means=kept,
-        centred_means=centred,
-        mean_offsets=centred,
-        present=present,
-        counts=present.long(),
-        norms=0 * centred[:, 0],
-    )
-
-
-def by_gram(left, right, present=None):
-    """The formula as it is printed, with the K x K matrix, in float64."""
-    if present is not None:
-        left, right = left[present], right[present]
-    left, right, K = left.double(), right.double(), len(left)
-    gram = left @ right.T
-    target = (torch.eye(K, dtype=torch.float64) - 1 / K) / (K - 1) ** 0.5
-    return float(torch.linalg.matrix_norm(gram / torch.linalg.matrix_norm(gram) - target))
 
 
 def nearly_tight(K, d, noise=0.0):

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import nnls
 
 from nclightning.functional import hyperspherical_energy, one_vs_rest_distance
-from tests.functional.test_defects import draw, etf
+from tests.functional.inputs import draw, etf
 
 
 def hull_distances_by_nnls(rows):

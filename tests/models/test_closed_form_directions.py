@@ -11,7 +11,7 @@ from nclightning.models import closed_form
 from nclightning.models.closed_form import UFMObjective
 from nclightning.optim import ArmijoGD
 from nclightning.ranks import own_rows
-from tests.models.test_closed_form import LOSSES, TOLERANCE, any_lines, lines
+from tests.models.lines import LOSSES, TOLERANCE, any_lines, lines
 from tests.processes import on
 
 ROWS_AT_A_TIME = {"at once": 2**17, "a row or so at a time": 7}

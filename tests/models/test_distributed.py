@@ -38,13 +38,13 @@ def mlp(loss, **options):
 MODELS = {"ufm": (ufm, IndexDataModule), "mlp": (mlp, GaussianDataModule)}
 
 
-def fit(folder, model, data, devices, max_steps=40, ckpt_path=None):
+def fit(folder, model, data, devices, max_steps=20, ckpt_path=None):
     trainer = quiet_trainer(
         folder,
         max_steps=max_steps,
         devices=devices,
         strategy="ddp_fork" if devices > 1 else "auto",
-        callbacks=[OptimalityMonitor(5), NeuralCollapseMonitor(5), LastCheckpoint(20)],
+        callbacks=[OptimalityMonitor(5), NeuralCollapseMonitor(5), LastCheckpoint(10)],
         enable_checkpointing=True,
         logger=RunLogger(str(folder)),
     )
@@ -68,14 +68,14 @@ def sgd(params):
 
 @pytest.fixture(scope="module")
 def of_one_process(tmp_path_factory):
-    """Give the models of a kind and a loss after 40 and 60 iterations, with the readings of the first; each once."""
+    """Give the models of a kind and a loss after 20 and 30 iterations, with the readings of the first; each once."""
 
     @functools.cache
     def runs(kind, loss):
         make, data = MODELS[kind]
         folder = tmp_path_factory.mktemp("alone")
         alone = fit(folder / "alone", make(loss), data(), 1)
-        return alone, fit(folder / "whole", make(loss), data(), 1, max_steps=60), readings(folder / "alone")
+        return alone, fit(folder / "whole", make(loss), data(), 1, max_steps=30), readings(folder / "alone")
 
     return runs
 
@@ -90,14 +90,14 @@ def test_iterates_readings_and_resumed_runs_are_those_of_one_process(kind, loss,
     # Sums in another order: roundings, carried along by as many steps.
     assert difference(alone, together) < 1e-12
     many = readings(tmp_path / "together")
-    assert [row["iteration"] for row in one] == [row["iteration"] for row in many] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert [row["iteration"] for row in one] == [row["iteration"] for row in many] == [0, 5, 10, 15, 20]
     for row, other in zip(one, many, strict=True):
         for tag, value in row.items():
             # Near the optimum every reading is of differences that the iterates' roundings blur.
             assert other[tag] == pytest.approx(value, rel=1e-6, nan_ok=True), (row["iteration"], tag)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
     for number in (1, 5 - devices):
-        resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=60, ckpt_path=checkpoint)
+        resumed = fit(tmp_path / f"on {number}", make(loss), data(), number, max_steps=30, ckpt_path=checkpoint)
         assert difference(whole, resumed) < 1e-11
 
 
@@ -114,7 +114,7 @@ def test_problems_of_other_losses_are_shared_alike(name, tmp_path):
         torch.manual_seed(0)
         model = UFM(problem=PROBLEMS[name], iterations_per_step=10)
         models.append(fit(tmp_path / str(devices), model, IndexDataModule(), devices))
-    assert difference(*models) < 1e-12  # Sums in another order: roundings, carried along by 40 steps.
+    assert difference(*models) < 1e-12  # Sums in another order: roundings, carried along by 20 steps.
 
 
 def adam_backwards(params):
@@ -128,12 +128,12 @@ def adam_in_groups(params):
 
 @pytest.mark.parametrize("make", [sgd, HeavyBall, adam_backwards, adam_in_groups])
 def test_what_optimizers_keep_of_shared_features_goes_into_the_checkpoint(make, tmp_path):
-    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 1, max_steps=60)
+    alone = fit(tmp_path / "alone", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 1, max_steps=30)
     fit(tmp_path / "together", ufm("mse", optimizer=make, init_scale=0.1), IndexDataModule(), 2)
     checkpoint = tmp_path / "together/lightning_logs/version_0/checkpoints/last.ckpt"
     for number in (1, 3):
         model = ufm("mse", optimizer=make, init_scale=0.1)
-        resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=60, ckpt_path=checkpoint)
+        resumed = fit(tmp_path / f"on {number}", model, IndexDataModule(), number, max_steps=30, ckpt_path=checkpoint)
         assert difference(alone, resumed) < 1e-12
 
 
@@ -150,12 +150,12 @@ def test_what_directions_learnt_on_shared_features_goes_into_the_checkpoint(loss
     def run(name, devices, max_steps, ckpt_path=None):
         return fit(tmp_path / name, ufm(loss, optimizer=make), IndexDataModule(), devices, max_steps, ckpt_path)
 
-    one, two = (run(f"{devices} to 20", devices, 20) for devices in (1, 2))
+    one, two = (run(f"{devices} to 10", devices, 10) for devices in (1, 2))
     assert difference(one, two) < 1e-9
-    checkpoint = tmp_path / "2 to 20/lightning_logs/version_0/checkpoints/last.ckpt"
-    straight = run("2 to 26", 2, 26)
+    checkpoint = tmp_path / "2 to 10/lightning_logs/version_0/checkpoints/last.ckpt"
+    straight = run("2 to 14", 2, 14)
     for devices in (1, 2, 3):
-        resumed = run(f"on {devices}", devices, 26, checkpoint)
+        resumed = run(f"on {devices}", devices, 14, checkpoint)
         assert difference(straight, resumed) < (1e-10 if devices != 2 else 1e-300)
 
 
@@ -200,7 +200,7 @@ def hooked(model):
     [
         (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may combine numbers"),
         (lambda: hooked(ufm("mse")), "features shared by processes need head and features as UFM makes them"),
-        (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be shared by 3 processes"),
+        (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be divided between 3 processes"),
         (
             lambda: UFM(6, 2, 3, "mse", lambda_=1e-2),
             "need feature_dim of at least num_classes - 1 = 5 where processes share the features, got 3",

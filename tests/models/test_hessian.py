@@ -9,7 +9,7 @@ from nclightning.models import closed_form
 from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD
-from tests.models.test_closed_form import LOSSES, TOLERANCE, any_lines, lines
+from tests.models.lines import LOSSES, TOLERANCE, any_lines, lines
 
 
 def hessian_of(objective, point, labels):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from nclightning.optim import ArmijoCG
+from tests.optim.closures import closure_of, parameter, quadratic
 from tests.optim.problems import FUNCTIONS
-from tests.optim.test_lbfgs import closure_of, parameter, quadratic
 
 
 def minimum_over_the_plane(g, p, q):

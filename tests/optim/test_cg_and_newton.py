@@ -8,10 +8,9 @@ import torch
 
 from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoCG, ArmijoGD, ArmijoNewtonCG, SearchStatus
-from tests.optim.problems import FUNCTIONS, beale, rosenbrock
-from tests.optim.test_closures import FALLING
-from tests.optim.test_lbfgs import (
+from tests.optim.closures import (
     DISTURBANCES,
+    FALLING,
     closure_of,
     freeze,
     logistic,
@@ -21,6 +20,7 @@ from tests.optim.test_lbfgs import (
     shorten_history,
     step,
 )
+from tests.optim.problems import FUNCTIONS, beale, rosenbrock
 
 BOTH = pytest.mark.parametrize("make", [ArmijoCG, ArmijoNewtonCG])
 
@@ -288,3 +288,15 @@ def test_a_resumed_run_sees_what_is_frozen_after_it(make):
     straight, resumed = (step(o, m, 15) for o, m in zip(optimizers, models, strict=True))
     assert [o.objective for o in resumed] == [o.objective for o in straight]
     assert all(torch.equal(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
+
+
+def test_an_older_state_of_conjugate_gradients_is_loaded():
+    """Its tensors had other names."""
+    models = network(), network()
+    optimizers = [ArmijoCG(model.parameters()) for model in models]
+    for optimizer, model in zip(optimizers, models, strict=True):
+        step(optimizer, model, 5)
+    state, older = optimizers[0].state_dict(), {"step": "along", "change": "bend"}
+    state["state"] = {i: {older[name]: value for name, value in each.items()} for i, each in state["state"].items()}
+    optimizers[1].load_state_dict(state)
+    assert step(optimizers[1], models[1], 5) == step(optimizers[0], models[0], 5)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from nclightning import optim
 from nclightning.optim import ArmijoGD, SearchStatus
+from tests.optim.closures import FALLING
 
 
 def bowl(x):
@@ -314,20 +316,6 @@ def test_a_copy_of_an_optimizer_with_a_scheduler_steps_its_own_parameters(duplic
     assert (x.item(), y.item()) == (1.0, 0.5)
 
 
-CLASSES = torch.tensor([0, 0, 1, 1])
-FALLING = {
-    "-x^2": (lambda x: -x.square().sum(), SearchStatus.UNBOUNDED),
-    "-x^4": (lambda x: -(x**4).sum(), SearchStatus.UNBOUNDED),
-    "-x": (lambda x: -x.sum(), None),
-    "-log x": (lambda x: -x.log().sum(), None),
-    "exp(-x)": (lambda x: (-x).exp().sum(), SearchStatus.UNATTAINED),
-    "separable": (
-        lambda x: cross_entropy(torch.outer(x.new_tensor([1.0, 2.0, -1.0, -2.0]), torch.stack([x[0], -x[0]])), CLASSES),
-        SearchStatus.UNATTAINED,
-    ),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("function", "status"), FALLING.values(), ids=FALLING)
 def test_objectives_that_fall_for_ever_end_in_words_that_say_so(function, status, dtype):
@@ -373,3 +361,10 @@ def test_degenerate_minima_are_stationary(power, dtype):
         if not optimizer.outcome.accepted:
             break
     assert optimizer.outcome.status is SearchStatus.STATIONARY
+
+
+def test_the_earlier_name_of_closure_objectives_warns():
+    with pytest.warns(DeprecationWarning, match="ClosureLine is now called ClosureObjective"):
+        assert optim.ClosureLine is optim.ClosureObjective
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = optim.Nothing

@@ -6,8 +6,8 @@ import torch
 from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoGD, LineSearchOptimizer, SearchStatus
 from nclightning.optim.direction import Descent, SteepestDescent
+from tests.optim.own_line import OwnLine, closure_of, objective, parameters
 from tests.optim.problems import FUNCTIONS
-from tests.optim.test_disturbances import OwnLine, closure_of, objective, parameters
 
 GD = {
     "initial_step": 1.0, "shrink": 0.5, "grow": 4.0, "patience": 2, "c1": 0.3, "max_trials": 60, "noise": None,

@@ -11,22 +11,19 @@ from torch import nn
 
 from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoGD, ArmijoLBFGS, SearchStatus
+from tests.optim.closures import (
+    DISTURBANCES,
+    FALLING,
+    closure_of,
+    freeze,
+    logistic,
+    loss_of,
+    network,
+    parameter,
+    quadratic,
+    step,
+)
 from tests.optim.problems import FUNCTIONS, beale, rosenbrock
-from tests.optim.test_closures import FALLING
-
-
-def parameter(*values, dtype=torch.float64):
-    return nn.Parameter(torch.tensor(values, dtype=dtype))
-
-
-def closure_of(optimizer, f, *params):
-    def closure():
-        optimizer.zero_grad()
-        value = f(*params)
-        value.backward()
-        return value
-
-    return closure
 
 
 def run(f, start, steps=500, dtype=torch.float64, **options):
@@ -100,18 +97,6 @@ def test_minima_are_reached_to_round_off(f, start, minimum):
     torch.testing.assert_close(x, torch.tensor(minimum, dtype=x.dtype), rtol=0, atol=1e-12)
 
 
-def quadratic(condition, size=50):
-    """Minimum 1 at ones; eigenvalues from 1/condition to 1, in a basis that no coordinate is along."""
-    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    matrix = basis @ torch.diag(torch.logspace(-math.log10(condition), 0, size, dtype=torch.float64)) @ basis.T
-
-    def f(x):
-        d = x - 1
-        return d @ (matrix.to(x.dtype) @ d) / 2 + 1
-
-    return f
-
-
 @pytest.mark.parametrize(
     ("condition", "size", "history", "evaluations"), [(1e2, 50, 10, 200), (1e4, 20, 10, 1500), (1e8, 6, 20, 400)]
 )
@@ -125,18 +110,6 @@ def test_quadratics_of_any_condition(condition, size, history, evaluations):
         assert optimizer.total_evaluations < evaluations
     # The gradient's round-off, over the least eigenvalue.
     assert float((x.detach() - 1).norm()) < 2e-14 * condition
-
-
-def logistic(dtype):
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(200, 12, dtype=torch.float64, generator=generator) * torch.logspace(-0.5, 0.5, 12).double()
-    labels = (inputs.sum(1) + 5 * torch.randn(200, dtype=torch.float64, generator=generator) > 0).double()
-    inputs, labels = inputs.to(dtype), labels.to(dtype)
-
-    def f(w):
-        return nn.functional.binary_cross_entropy_with_logits(inputs @ w, labels) + 1e-4 * w.square().sum()
-
-    return f
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -264,11 +237,11 @@ def test_pairs_that_mislead_are_forgotten_within_the_step():
     x = nn.Parameter(torch.ones(6, dtype=torch.float64))
     optimizer = ArmijoLBFGS([x], reuse_gradient=False, max_trials=30)
     closure = closure_of(optimizer, lambda x: (curvatures[0] * x.square()).sum() / 2, x)
-    for step in range(60):
-        if step == 5:
+    for i in range(60):
+        if i == 5:
             curvatures[0] = curvatures[0].flip(0)
         optimizer.step(closure)
-        if step in (4, 59):
+        if i in (4, 59):
             assert optimizer.outcome.accepted or optimizer.outcome.objective < 1e-12
     assert optimizer.outcome.objective < 1e-6
 
@@ -316,27 +289,6 @@ def test_objectives_that_fall_for_ever_end_in_words_that_say_so(function, status
 def test_degenerate_minima_are_stationary(power, dtype):
     _, optimizer = run(lambda x: (x**power).sum(), (0.7,), 3000, dtype)
     assert optimizer.outcome.status is SearchStatus.STATIONARY
-
-
-def network(dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
-
-
-def loss_of(model, weights=None):
-    dtype = next(model.parameters()).dtype
-    x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    penalty = 5e-2 * sum(p.square().sum() for p in model.parameters())
-    return nn.functional.cross_entropy(model(x), torch.arange(40) % 3) + penalty
-
-
-def step(optimizer, model, count, line=None):
-    closure = line or closure_of(optimizer, lambda: loss_of(model))
-    outcomes = []
-    for _ in range(count):
-        optimizer.step(closure)
-        outcomes.append(optimizer.outcome)
-    return outcomes
 
 
 @pytest.mark.parametrize("in_memory", [True, False], ids=["deepcopy", "file"])
@@ -454,45 +406,6 @@ def test_groups_take_the_steps_of_one():
     optimizer = ArmijoLBFGS(whole.parameters())
     other = ArmijoLBFGS([{"params": [p]} for p in split.parameters()])
     assert step(optimizer, whole, 20) == step(other, split, 20)
-
-
-def freeze(model, optimizer):
-    model[0].weight.requires_grad_(False)
-
-
-def write(model, optimizer):
-    model[2].bias.data.add_(0.3)
-
-
-def shorten_history(model, optimizer):
-    optimizer.param_groups[0]["history"] = 2
-
-
-def add_a_group(model, optimizer):
-    model.extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer.add_param_group({"params": [model.extra]})
-
-
-def change_dtype(model, optimizer):
-    model.float()
-
-
-def new_memory(model, optimizer):
-    for p in model.parameters():
-        p.data = p.data.clone()
-
-
-def clear(model, optimizer):
-    optimizer.zero_grad()
-
-
-def thaw(model, optimizer):
-    freeze(model, optimizer)
-    step(optimizer, model, 3)
-    model[0].weight.requires_grad_(True)
-
-
-DISTURBANCES = [freeze, write, shorten_history, add_a_group, change_dtype, new_memory, clear, thaw]
 
 
 @pytest.mark.parametrize("disturb", DISTURBANCES)

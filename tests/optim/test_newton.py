@@ -10,9 +10,9 @@ from torch import nn
 from nclightning.models.graph import AutogradObjective
 from nclightning.optim import ArmijoNewtonCG, ClosureObjective, LineObjective
 from nclightning.optim.evaluation import Evaluation
+from tests.optim.closures import closure_of, loss_of, network, parameter, quadratic, step
+from tests.optim.own_line import OwnLine, parameters
 from tests.optim.problems import FUNCTIONS, rosenbrock
-from tests.optim.test_disturbances import OwnLine, parameters
-from tests.optim.test_lbfgs import closure_of, loss_of, network, parameter, quadratic, step
 
 
 def flat(tensors):

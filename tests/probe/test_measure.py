@@ -32,8 +32,7 @@ from torch.utils.data import (
 from nclightning import measure
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.metrics import NearestClassCentre, NeuralCollapse
-from tests.callbacks.test_head_forms import Wrapped, oracle
-from tests.forms import CASES
+from tests.forms import CASES, Wrapped, oracle
 from tests.trainers import quiet_trainer
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -242,8 +241,8 @@ REFUSED = {
     "float labels": (lambda: [(X, Y.float())], r"labels must be integers.*labels.long\(\)"),
     "labels from 1": (lambda: [(X, Y + 1)], r"labels must be within 0\.\.3.*got 1\.\.4"),
     "labels beyond in a later batch": (lambda: [(X, Y), (X, Y + 1)], r"6 labels were outside 0\.\.3"),
-    "one class": (lambda: [(X, Y * 0)], "the labels of data hold only one: pass samples of two classes"),
-    "samples left out": (lambda: [(X, Y * 0 - 100)], "the labels of data hold none: pass .*another ignore_index"),
+    "one class": (lambda: [(X, Y * 0)], "the labels of data have only one: pass samples of two classes"),
+    "samples left out": (lambda: [(X, Y * 0 - 100)], "the labels of data have none: pass .*another ignore_index"),
     "numpy": (lambda: [(X.numpy(), Y.numpy())], r"batch_fn=.*torch.as_tensor\(b\[1\]\)"),
     "inputs in another precision": (
         lambda: [(X.double(), Y)],
@@ -262,7 +261,7 @@ def test_data_are_refused_with_the_repair(name):
 
 
 def test_a_warning_is_of_the_line_of_the_user():
-    with pytest.warns(UserWarning, match="has 4 outputs, and the labels hold 2 classes") as caught:
+    with pytest.warns(UserWarning, match="has 4 outputs, and the labels have 2 classes") as caught:
         measure(Net(), [(X, Y % 2)])
     assert [each.filename for each in caught] == [__file__]
 
@@ -545,7 +544,7 @@ def test_a_model_without_parameters():
 
 
 def test_more_outputs_than_classes_are_said_aloud():
-    with pytest.warns(UserWarning, match="4 outputs, and the labels hold 3 classes"):
+    with pytest.warns(UserWarning, match="4 outputs, and the labels have 3 classes"):
         found = measure(Net(), [(X[Y < 3], Y[Y < 3])])
     assert found.counts.tolist() == [6, 6, 6, 0]
 

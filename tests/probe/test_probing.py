@@ -16,73 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nclightning import Probe, measure
 from nclightning.callbacks import NeuralCollapseMonitor
+from tests.probe.loops import EXACT, D, K, N, Net, Wrapped, X, Y, loader, made, sgd, states, step
 from tests.trainers import quiet_trainer
 
-K, D, N = 4, 6, 26
-X, Y = torch.randn(N, 5, generator=torch.Generator().manual_seed(0)), torch.arange(N) % K
 FAR = torch.randn(12, 5, generator=torch.Generator().manual_seed(1)) + 3
-EXACT = {"rel": 1e-12, "abs": 1e-12}
-
-
-class Net(nn.Module):
-    """It remembers running statistics, and draws dropout."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, D), nn.BatchNorm1d(D), nn.Tanh(), nn.Dropout(0.2))
-        self.out = nn.Linear(D, K)
-
-    def forward(self, x):
-        return self.out(self.body(x))
-
-
-def loader(rows=slice(None), dtype=torch.float64, **options):
-    return DataLoader(TensorDataset(X[rows].to(dtype), Y[rows]), **{"batch_size": 8, "shuffle": True} | options)
-
-
-def made():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-def step(model, optimizer, x, y):
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def states(model):
-    parts = [*model.modules()]
-    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts]
-    rng = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-    grads = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-    tensors = {name: value.tolist() for name, value in model.state_dict().items()}
-    return [part.training for part in parts], hooks, rng, grads, tensors
 
 
 # The numbers of the monitor.
-
-
-class Wrapped(L.LightningModule):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    validation_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 NAMES = ("nc1", "nc1_cdnv", "nc2", "nc3", "nc_distance")
@@ -481,7 +421,7 @@ MISUSES = {
     "read before the end": (["for x, y in epoch.batches(loader): model(x)", "epoch.measurement"], "after the block"),
     "two passes": (["for _ in range(2):", "    for x, y in epoch.batches(loader): model(x)"], "called twice"),
     "nested": (["with probe.online() as other: pass"], "is already measuring an epoch"),
-    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) anew"),
+    "entered again": (["pass", "with epoch: pass"], "call probe.online\\(\\) again"),
     "a copy": (["for x, y in epoch.batches(loader): copy.deepcopy(model)(x)"], "did not run on any of 4 batches"),
     "mixed": (["for x, y in epoch.batches(loader): model(0.5 * x + 0.5 * x.flip(0))"], "on other inputs than"),
     "in another order": (["for x, y in epoch.batches(loader): model(x.flip(0))"], "on other inputs than"),
@@ -532,7 +472,7 @@ def test_what_cannot_be_read_online():
 
 
 def test_a_data_set_of_one_class_is_named():
-    with pytest.raises(ValueError, match="the labels of the data set 'val' hold only one: pass samples of two classes"):
+    with pytest.raises(ValueError, match="the labels of the data set 'val' have only one: pass samples of two classes"):
         Probe(made()).read({"train": loader(), "val": loader(slice(0, N, K))})
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nclightning import Probe, measure
 from nclightning.probe.host import moved
-from tests.probe.test_probing import EXACT, D, K, N, X, Y, loader, made, sgd, states, step
+from tests.probe.loops import EXACT, D, K, N, X, Y, loader, made, sgd, states, step
 
 # Batches of a class of the user's own.
 

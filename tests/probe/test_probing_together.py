@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorData
 from nclightning import Probe, measure, ranks
 from nclightning.callbacks import NeuralCollapseMonitor
 from nclightning.compat.torch import default_store
-from tests.probe.test_probing import EXACT, Wrapped, X, Y, loader, made, sgd, states, step
+from tests.probe.loops import EXACT, Wrapped, X, Y, loader, made, sgd, states, step
 from tests.trainers import forget_accelerator, quiet_trainer
 
 accelerate = pytest.importorskip("accelerate")
@@ -132,7 +132,7 @@ def test_processes_of_a_plain_loop(tmp_path):
     val = Probe(model, measures=MEASURES).read(sets)["val"]
     assert dict(results["found", 0][3]) == pytest.approx(dict(val), **EXACT)
     assert "the sampler Half leaves to other processes is not known" in results["half"]
-    assert "process 0 of 2 came to measure, and processes [1] did not" in results["missing"]
+    assert "process 0 of 2 reached measure, and processes [1] did not" in results["missing"]
     assert "read(data, alone=True) is for one" in results["said"]
 
 

@@ -25,7 +25,7 @@ from nclightning.problems import (
     weighted_ce,
 )
 from tests.problems.cases import one_against_rest
-from tests.problems.test_accuracy import LOSSES
+from tests.problems.multiprecision import LOSSES
 
 DIGITS = 40
 

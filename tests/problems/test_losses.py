@@ -7,8 +7,8 @@ from mpmath import mp, mpf
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Loss, Problem, SquaredError
 from nclightning.problems.row_hessians import RowHessians
-from tests.problems.cases import one_against_rest
-from tests.problems.test_accuracy import LOSSES
+from tests.problems.cases import ByValue, one_against_rest
+from tests.problems.multiprecision import LOSSES
 
 K = 4
 OFFSET, WEIGHTS = [0.5, -1.0, 0.0, 2.0], [0.2, 1.0, 3.0, 0.7]
@@ -19,13 +19,6 @@ KINDS = {
     "binary cross-entropy": BinaryCrossEntropy(),
     "squared hinge": one_against_rest([1, 1], 1, 1.0, 1.0).loss,
 }
-
-
-class ByValue(Loss):
-    """What is left of a loss if only its value is known."""
-
-    def __init__(self, loss):
-        self.value = loss.value
 
 
 @pytest.fixture(params=KINDS)

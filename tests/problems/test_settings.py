@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nclightning.problems import BinaryCrossEntropy, CrossEntropy, Problem, multi_label_bce, regression, unbalanced_ce
-from tests.problems.test_losses import ByValue
+from tests.problems.cases import ByValue
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), ByValue(BinaryCrossEntropy())], ids=["formulas", "autograd"])

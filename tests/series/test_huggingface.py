@@ -96,7 +96,7 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
         (["out", "--data", "others.csv"], "others.csv has the label 'x', and the model knows bad, ok, good"),
         (
             ["base", "--data", "reviews.csv"],
-            "base has no classifier.bias, classifier.weight: .* not trained",
+            "base has no classifier.bias, classifier.weight: .* not been trained",
         ),
         (
             ["words", "--data", "reviews.csv"],
@@ -117,7 +117,7 @@ def test_labels_of_other_names_are_taken_in_order_where_that_is_asked_for(here):
             "^error: out/checkpoint-20: gaps.jsonl: the texts of 6",
         ),
         (["resnet", "--data", "cut"], "resnet: cut: sample 0 cannot be read: "),
-        (["out", "--data", "reviews.csv", "--config", "x"], "--config is for checkpoints of Lightning"),
+        (["out", "--data", "reviews.csv", "--config", "x"], "--config applies to checkpoints of Lightning"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

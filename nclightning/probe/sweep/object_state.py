@@ -11,6 +11,7 @@ import operator
 import random
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -239,7 +240,10 @@ def _iterator(value: Any) -> SavedState:
     if isinstance(value, io.IOBase):
         return SavedState()
     try:
-        return SavedState(None, _numbered(value.__reduce__()[1]), _copy_of(value))
+        with warnings.catch_warnings():
+            # From Python 3.12 on, iterators of itertools warn that Python 3.14 does not know how to copy them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return SavedState(None, _numbered(value.__reduce__()[1]), _copy_of(value))
     except (TypeError, IndexError):
         return SavedState()
 

@@ -49,7 +49,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """Run a module in its training modes without a trace.
 
     After the block its buffers, its modes, the states of torchmetrics among its submodules, and the random states of
-    Python, numpy and torch are restored. Other attributes are not, which is faster than :func:`frozen`.
+    Python, numpy and torch are restored. Other attributes are not; see :func:`frozen`.
 
     Args:
         module: The module.
