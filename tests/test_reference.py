@@ -1,4 +1,4 @@
-"""What the pages of the API reference call public. ``docs/check.py`` asks the built site whether each name has an entry."""
+"""What the API reference calls public. ``docs/check.py`` asks the built site whether each name has an entry."""
 
 import importlib
 import pkgutil
