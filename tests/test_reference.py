@@ -1,4 +1,7 @@
-"""What the API reference calls public. ``docs/check.py`` asks the built site whether each name has an entry."""
+"""What the pages of the API reference call public.
+
+``docs/check.py`` asks the built site whether each of these names has an entry.
+"""
 
 import importlib
 import pkgutil
