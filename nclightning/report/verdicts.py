@@ -156,9 +156,12 @@ def _on_run(record: Record) -> Iterator[Verdict]:
         least=least_nc2(K, d) if K else 0.0,
     )
     yield from _on_sizes(record.settings, last)
+    of_collapse = [f"{of_training}{name}" for name in OF_COLLAPSE]
     yield from _on_collapse(trends, dtype)
-    if floored:
-        yield _on_floored(floored, trends, dtype)
+    # A run that has collapsed was said to have, with these values.
+    repeated = of_collapse if {*of_collapse} <= {*floored} else []
+    if others := [tag for tag in floored if tag not in repeated]:
+        yield _on_floored(others, trends, dtype)
     for tag in reached:
         if tag not in floored:
             yield _on_trend(label_of(tag), tag, trends[tag], context)
