@@ -151,6 +151,7 @@ class ExcessLoss(NamedTuple):
         return total
 
     def _add(self, features: Tensor, labels: Tensor, head: HeadLoss) -> ExcessLoss:
+        """Add one block of samples, whose labels are M for samples to leave out."""
         num_classes, dim = self.anchors.shape
         place = torch.arange(len(labels), device=labels.device)
         first = torch.full((num_classes + 1,), len(labels) - 1, device=labels.device)

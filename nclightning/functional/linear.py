@@ -152,6 +152,7 @@ def distinct_pairs(part: range, present: Tensor) -> Tensor:
 
 
 def _tiles(num_rows: int, size: int | None) -> Iterator[range]:
+    """Yield ranges of rows, small enough that a tile against all rows fits in memory."""
     size = size or max(_TILE // max(num_rows, 1), 1)
     for start in range(0, num_rows, size):
         yield range(start, min(start + size, num_rows))

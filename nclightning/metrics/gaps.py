@@ -215,6 +215,7 @@ class SoftSums(NamedTuple):
         return total
 
     def _add(self, features: Tensor, targets: Tensor, loss: Loss, head: HeadLoss) -> SoftSums:
+        """Add one block of samples."""
         logits = head.logits(features)
         residuals, losses = loss.residual(logits, targets), loss.value(logits, targets)
         free, bound = loss.dual_value(torch.zeros_like(targets), targets), loss.dual_value(residuals, targets)
