@@ -72,7 +72,7 @@ def measure(
             ``torch.autocast``. For ``DataParallel``, ``DistributedDataParallel`` and compiled models, the model inside
             is run, and ``head``, ``layers`` and ``forward_fn`` refer to it.
         data: A ``DataLoader`` or any iterable of batches. A loader is read without shuffling and dropped batches: every
-            sample that it can yield, in order (:func:`nclightning.probe.sweep.sequential_loader`). An iterator, such as
+            sample that it can yield, in order. An iterator, such as
             a generator, is consumed. With torch.distributed, all processes must call; each takes its share of the
             samples, and all get the same result.
         measures: Names from :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,

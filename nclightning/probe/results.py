@@ -200,7 +200,7 @@ class Measurement(Mapping[str, float]):
 
         Args:
             path: Path of the file. An existing file is replaced; the folder must exist. None writes no file.
-            indent: As for :func:`json.dumps`.
+            indent: As for ``json.dumps``.
 
         Raises:
             OSError: If the file cannot be written. An existing file is then unchanged.
