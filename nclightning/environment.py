@@ -21,12 +21,7 @@ def describe_environment() -> dict[str, str]:
     """
     import torch  # noqa: PLC0415 - reading the name of the file must not load torch.
 
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # Run from a clone that is not installed.
-            found[name] = "not installed"
+    found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     found["torch build"] = torch.__version__
     found["platform"] = f"{platform.system()} {platform.machine()}"
     found["threads"] = str(torch.get_num_threads())
@@ -34,7 +29,7 @@ def describe_environment() -> dict[str, str]:
     found["seed"] = os.environ.get("PL_GLOBAL_SEED", "not set")  # Where Lightning's seed_everything leaves it.
     found["device"] = "cpu"
     # Only where the process uses it already: to ask for the name would start it.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = str(torch.version.cuda)
         found["device"] = torch.cuda.get_device_name()
     return found
@@ -43,3 +38,10 @@ def describe_environment() -> dict[str, str]:
 def environment_as_json() -> str:
     """Return :func:`describe_environment` as the run folder keeps it."""
     return json.dumps(describe_environment(), indent=1) + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # Run from a clone.
+        return "not installed"

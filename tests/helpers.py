@@ -1,11 +1,22 @@
 """What several tests need."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nclightning.objective import Objective
 from nclightning.theory import Solution
+
+
+def fakes_a_gpu():
+    """Whether fake tensors take real ones to a GPU that is not there: torch 2.6 with CUDA looks for its driver."""
+    real = torch.ones(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            return real.to(torch.device("cuda", 0)).device.type == "cuda"
+        except (RuntimeError, AssertionError):
+            return False
 
 
 def linear_head(num_classes, dim, generator):

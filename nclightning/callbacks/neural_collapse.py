@@ -46,8 +46,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     is moved on. In validation and test it collects the features of the ordinary forwards (of a compiled model, of one
     more forward per batch), without the duplicates that a distributed sampler pads with.
 
-    The pass sees what training can read: of a subset sampler the subset
-    (:func:`nclightning.probe.sweep.sequential_loader`); under ``limit_train_batches`` or ``overfit_batches`` the first
+    The pass sees what training can read: of a subset sampler the subset; under
+    ``limit_train_batches`` or ``overfit_batches`` the first
     batches of an order that does not change; of a loader without a length as many batches as its longest epoch read so
     far. A further set without a length ends at ``limit_val_batches``. Features, head and class means of a measurement
     are of the same weights. Monitors of one trainer that look at the same loader share one pass, unless a callback
@@ -68,7 +68,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)`` that
             returns them as the loss sees them. Convolutions with kernels of size 1 are heads, too; of cosine heads
             features and rows are normalised. None finds the layer whose output is seen to be the model's output, or
-            what that follows from (:func:`nclightning.probe.detection.find_head`). What comes after the layer, such as
+            what that follows from. What comes after the layer, such as
             a temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
         every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.

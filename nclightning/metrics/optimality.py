@@ -37,7 +37,7 @@ class Optimality(NeuralCollapse):
       this bound. ``F - bound >= F - F* >= 0`` holds for any loss, counts and d, up to rounding of about ``1e-15 F``. If
       d is at least the rank of the optimum, the certified gap is proportional to the distance near the optimal set.
       Both are left out above 4096 classes.
-    * ``lambda_w`` and ``lambda_h``, if they are fitted (:func:`nclightning.metrics.gaps.read_optimality`).
+    * ``lambda_w`` and ``lambda_h``, if they are fitted.
 
     F is the objective of Problem (2) for the features since the last reset. The features of a network are not free, so
     that F* is only a lower bound for it. The states do not depend on the penalties, so that penalties can be fitted to

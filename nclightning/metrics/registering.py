@@ -56,14 +56,14 @@ def register_measure(
     Example:
         >>> from nclightning import measure
         >>> from nclightning.metrics import MEASURES, register_measure
+        >>> from nclightning.quantities import QUANTITIES
         >>> @register_measure("mean_size", "root mean square of the centred class means")
         ... def mean_size(given):
         ...     means, present = given.means
         ...     return (means.square().sum() / present.sum()).sqrt()
         >>> measure(features=[[3.0], [3.0], [-3.0]], labels=[0, 0, 1], measures=["mean_size"])["mean_size"]
         3.0
-        >>> from nclightning.quantities import QUANTITIES
-        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]
+        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]  # forget it again
     """
     if not name.isidentifier():
         raise UserError(f"name must be an identifier such as 'effective_rank', got {name!r}.")

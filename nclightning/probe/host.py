@@ -126,6 +126,7 @@ def _with_items(batch: Any, keys: list[Any], items: list[Any]) -> Any:
 
 
 def _filled(batch: Any, keys: list[Any], items: list[Any]) -> Any:
+    """Return a copy of a container with other items."""
     made = copy.copy(batch)
     for key, item in zip(keys, items, strict=True):
         made[key] = item

@@ -59,7 +59,7 @@ class CrossEntropy(Loss):
 
     @property
     def exchangeable(self) -> bool:  # type: ignore[override]
-        """Whether classes may be permuted: only without offset and weights."""
+        """Whether classes may be permuted, which holds without offset and weights only."""
         return self.offset is None and self.class_weights is None
 
     def __post_init__(self) -> None:

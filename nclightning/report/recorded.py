@@ -15,6 +15,7 @@ from nclightning.environment import FILE_NAME as ENVIRONMENT
 from nclightning.errors import UserError, UserTypeError
 from nclightning.figures.runs import Run, read_run
 from nclightning.probe.results import Measurement
+from nclightning.quantities import ERROR_BOUND_RATIO, EVALUATIONS, STEP_SIZE, quantity_of
 
 __all__ = ["Given", "Record", "read_records"]
 
@@ -61,7 +62,7 @@ class Record:
         """Whether rows are iterations of a full-batch method, and not steps of minibatches or epochs."""
         return self.run is not None and (
             self.run.problem is not None
-            or any(tag.startswith(("line_search/", "optimality/error_bound")) for tag in self.run.readings.values)
+            or any(quantity_of(tag) in (STEP_SIZE, EVALUATIONS, ERROR_BOUND_RATIO) for tag in self.run.readings.values)
         )
 
 

@@ -24,6 +24,7 @@ from nclightning.models import UFM, RegularizedClassifier
 from nclightning.objective import Objective
 from nclightning.problems import problem as problem_module
 from nclightning.problems import spectrum as spectrum_module
+from tests.helpers import fakes_a_gpu
 from tests.problems.cases import CASES, one_against_rest
 from tests.processes import on
 from tests.trainers import quiet_trainer
@@ -380,6 +381,7 @@ def test_a_run_on_two_processes_reads_what_one_does(case, tmp_path):
         np.testing.assert_allclose(read[1][tag], values, rtol=1e-9, err_msg=tag)
 
 
+@pytest.mark.skipif(not fakes_a_gpu(), reason="this torch looks for a real GPU")
 @pytest.mark.parametrize("case", ["ce", "mse, penalized bias", "multi-label"])
 def test_a_bound_is_read_where_the_features_are(case):
     """Fake tensors raise on a transfer to the host, and on a mix of devices."""

@@ -12,9 +12,9 @@ def fit(folder, *others):
     seen = []
 
     class Watch(IterationProgressBar):
-        def _update(self, progress_bar_id, current, visible=True, hard=False):
+        def _update(self, progress_bar_id, current, *options, **more):
             seen.append((current, self.total_train_batches, self.get_metrics(self.trainer, self.trainer.model)))
-            super()._update(progress_bar_id, current, visible, hard)
+            super()._update(progress_bar_id, current, *options, **more)
 
     torch.manual_seed(0)
     model = UFM(4, 3, 6, "mse", lambda_=5e-3, iterations_per_step=10)

@@ -44,5 +44,5 @@ def test_gaps_are_above_with_their_prediction_and_nc0_below(runs, tmp_path, monk
 def test_one_loss_and_no_prediction(runs, tmp_path):
     del runs["GD"]
     png, pdf = draw_optimizers({"ce": runs}, tmp_path / "a")
-    assert matplotlib.image.imread(png).shape[1] == 920
+    assert matplotlib.image.imread(png).shape[1] == pytest.approx(920, abs=1)  # Matplotlib before 3.11 rounds down.
     assert pdf.read_bytes().startswith(b"%PDF")

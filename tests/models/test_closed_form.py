@@ -13,6 +13,7 @@ from nclightning.models.graph import AutogradObjective
 from nclightning.objective import Objective
 from nclightning.optim import ArmijoGD, ClosureObjective
 from nclightning.problems import SquaredError
+from tests.helpers import fakes_a_gpu
 from tests.models.lines import LOSSES, TOLERANCE, any_lines, lines, point
 
 SHAPES = [(2, 1, 1), (4, 3, 6), (5, 2, 3), (10, 10, 20)]
@@ -313,6 +314,7 @@ def test_a_mix_of_devices_raises():
             UFMObjective(Objective("ce", 1e-2, 1e-2), features, [weight], labels, [features, weight], 12)
 
 
+@pytest.mark.skipif(not fakes_a_gpu(), reason="this torch looks for a real GPU")
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if "hinge" not in loss])  # Autograd would look for a GPU.
 def test_on_a_device_only_decisions_come_to_the_host(loss, monkeypatch):
     """Fake tensors raise on a transfer and on a mix of devices; numbers come by one function."""
