@@ -261,7 +261,7 @@ class WithOptimum(ABC):
         return self.rates.iterations_per_decade(step, momentum, nesterov)
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        """Compute the best step and momentum of the heavy-ball method; see :meth:`nclightning.problems.Rates.heavy_ball`."""
+        """Compute best step and momentum of the heavy ball; see :meth:`nclightning.problems.Rates.heavy_ball`."""
         return self.rates.heavy_ball(step)
 
     def nesterov(self, step: float | None = None) -> Momentum:

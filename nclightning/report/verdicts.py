@@ -25,7 +25,6 @@ from nclightning.quantities import (
     NC2,
     NC3,
     parse_tag,
-    quantity_of,
 )
 from nclightning.report.quantities import OF_COLLAPSE, falls_to_zero, label_of
 from nclightning.report.recorded import Record
@@ -303,13 +302,9 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
     readings = record.run.readings
     rule = "a recorded value is infinite; or all values are nan to the end; or loss or gradient norm grew 1000-fold"
     for tag, values in readings.values.items():
-<<<<<<< HEAD
-        if not parse_tag(tag).is_log10 and np.isinf(values).any() and quantity_of(tag) is not ERROR_BOUND_RATIO:
-=======
         # The ratio and logarithms are infinite where a gradient or a value is 0.
         may_be = parse_tag(tag).is_log10 or tag == ERROR_BOUND_RATIO.tag()
         if not may_be and np.isinf(values).any():
->>>>>>> report
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return
