@@ -2,14 +2,18 @@
 
     python benchmarks/startup.py
     python benchmarks/startup.py --against ../other_checkout --runs 7
+    python benchmarks/startup.py --cpu --only fit
 
 Medians in seconds of wall time, of processes that take turns, after one that fills the cache of the disk. The floor of
-a row is the time of the imports in its column: what nclightning adds is the rest. ``--against`` measures another
-checkout, too, run by run in turn with this one.
+a row is the time of the imports in its column: what nclightning adds is the rest. Commands import without garbage
+collection, and can end before their floor. ``--against`` measures another checkout, too, run by run in turn with this
+one. ``--cpu`` takes the time of the processor instead, which other processes disturb less; ``--reproduce`` measures
+``reproduce --quick`` alone, with all runs that it starts, in minutes.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,15 +52,27 @@ ROWS = {
     "fit of ten iterations": ((*FIT, "--trainer.max_steps", "10"), "torch, lightning"),
     "fit --config ufm_mse": (FIT, "torch, lightning"),
 }
+REPRODUCE = {
+    "reproduce --quick": (
+        ("-m", "nclightning", "reproduce", "--quick", "--jobs", "1", "--out", "reproduced"),
+        "torch, lightning",
+    ),
+}
 
 
-def seconds(words, root, folder):
+def now(cpu):
+    """Read the clock, or the processor's time of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime if cpu else time.perf_counter()
+
+
+def seconds(words, root, folder, cpu=False):
     """Run Python with some words, and take the time until it ends."""
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # Installed packages are compiled.
-    start = time.perf_counter()
+    start = now(cpu)
     ended = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, check=False)
-    took = time.perf_counter() - start
+    took = now(cpu) - start
     if ended.returncode != (1 if "theroy" in words else 0):
         sys.exit(f"{' '.join(words)}: {ended.stderr.decode()}")
     return took
@@ -73,7 +89,7 @@ def prepare(folder):
     (folder / "lightning_logs" / "version_0").rename(folder / "run")
 
 
-def measure(cases, roots, runs):
+def measure(cases, roots, runs, cpu):
     """Return medians by case and checkout."""
     times = {(name, root): [] for name in cases for root in roots}
     for turn in range(runs + 1):
@@ -82,7 +98,7 @@ def measure(cases, roots, runs):
                 with tempfile.TemporaryDirectory() as folder:
                     for each in ("features.npz", "run"):
                         (Path(folder) / each).symlink_to(Path.cwd() / each)
-                    took = seconds(words, root, folder)
+                    took = seconds(words, root, folder, cpu)
                 if turn:
                     times[name, root].append(took)
     return {key: statistics.median(each) for key, each in times.items()}
@@ -93,15 +109,17 @@ def main():
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--only", default="", help="rows whose names hold this")
+    parser.add_argument("--cpu", action="store_true", help="time of the processor instead of the clock's")
+    parser.add_argument("--reproduce", action="store_true", help="reproduce --quick alone")
     given = parser.parse_args()
     roots = [HERE] if given.against is None else [given.against.resolve(), HERE]
-    rows = {name: row for name, row in ROWS.items() if given.only in name}
+    rows = {name: row for name, row in (REPRODUCE if given.reproduce else ROWS).items() if given.only in name}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         prepare(Path(folder))
         wanted = {floor for _, floor in rows.values()}
-        bare = measure({name: words for name, words in FLOORS.items() if name in wanted}, [HERE], given.runs)
-        found = measure({name: words for name, (words, _) in rows.items()}, roots, given.runs)
+        bare = measure({name: words for name, words in FLOORS.items() if name in wanted}, [HERE], given.runs, given.cpu)
+        found = measure({name: words for name, (words, _) in rows.items()}, roots, given.runs, given.cpu)
         os.chdir(HERE)
     print(f"| command | {'before | ' if given.against else ''}now | floor | imports of the floor |")
     print("|---|" + "---|" * (2 + len(roots)))

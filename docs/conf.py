@@ -40,6 +40,11 @@ autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+# A role in a docstring must lead to a name of the reference. Annotations may name classes of others and of our own that
+# are not public.
+nitpicky = True
+nitpick_ignore_regex = [("py:class", ".*")]
+
 
 # Pages where a forge looks for them, and their names in docs/root/, which is written at each build.
 PAGES_OF_THE_ROOT = {
@@ -95,8 +100,14 @@ def tables(app, what, name, obj, options, lines):
     lines[:] = made
 
 
+def leave_out_object(app, name, obj, options, bases):
+    """Show the bases that say something."""
+    bases[:] = [base for base in bases if base is not object]
+
+
 def setup(app):
     """Connect what is done at a build."""
     app.connect("builder-inited", copy_pages_of_the_root)
     app.connect("source-read", link_to_pages_of_the_root)
+    app.connect("autodoc-process-bases", leave_out_object)
     app.connect("autodoc-process-docstring", tables, priority=400)  # Before napoleon.

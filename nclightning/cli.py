@@ -29,6 +29,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _no_command(words: Sequence[str]) -> str:
+    """Return the error message for a missing or unknown command."""
     names = [*TRAINING, *COMMANDS]
     if not words or words[0].startswith("-"):
         return f"the first word must be a command: {', '.join(names)}."

@@ -124,6 +124,7 @@ def _is_complete(folder: Path, summary: RunSummary) -> bool:
 
 
 def _print(folder: Path, summary: RunSummary, model: L.LightningModule) -> None:
+    """Print the rates of a run, its folder, and the command to view it."""
     console = Console()
     console.print(rates_table(summary, problem=_predicted(model)))
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder

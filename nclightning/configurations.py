@@ -25,9 +25,9 @@ __all__ = [
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Limits far above what configurations need, and far below what would take long to process.
-_MOST_BYTES = 2**20
-_MOST_ENTRIES = 20_000
-_MOST_LEVELS = 50
+_MAX_BYTES = 2**20
+_MAX_ENTRIES = 20_000
+_MAX_LEVELS = 50
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -122,7 +122,7 @@ def model_arguments(path: Path) -> dict[str, Any]:
     return arguments
 
 
-def read_text(path: Path, source: str, most_bytes: int = _MOST_BYTES) -> str:
+def read_text(path: Path, source: str, most_bytes: int = _MAX_BYTES) -> str:
     """Read a small text file.
 
     Args:
@@ -185,11 +185,11 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MOST_LEVELS:
-            raise UserError(f"line {_line(event)} is nested more than {_MOST_LEVELS} levels deep.")
+        if depth > _MAX_LEVELS:
+            raise UserError(f"line {_line(event)} is nested more than {_MAX_LEVELS} levels deep.")
     for document in yaml.compose_all(text, Loader=_LOADER):
         # Without aliases a text has fewer entries than characters.
-        _measure(document, {}, any_tag, max(_MOST_ENTRIES, len(text)))
+        _measure(document, {}, any_tag, max(_MAX_ENTRIES, len(text)))
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int) -> tuple[int, int]:
@@ -206,13 +206,14 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag:
     for child in _children(node):
         below = _measure(child, known, any_tag, most)
         entries, levels = entries + below[0], max(levels, below[1])
-    if entries > most or levels >= _MOST_LEVELS:
+    if entries > most or levels >= _MAX_LEVELS:
         raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are expanded.")
     known[id(node)] = entries, levels + 1
     return entries, levels + 1
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield the nodes below a node. Raise if a mapping has the same key twice."""
     if isinstance(node, yaml.SequenceNode):
         yield from node.value
     elif isinstance(node, yaml.MappingNode):

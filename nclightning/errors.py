@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 __all__ = ["UserError", "UserTypeError", "listed", "nearest", "say_the_same"]
 
-_MOST_LISTED = 10
+_MAX_LISTED = 10
 
 
 class UserError(ValueError):
@@ -54,5 +54,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """Join names for a message. Of many names, only the first ones are listed, with the number of the others."""
-    more = len(names) - _MOST_LISTED
-    return f"{', '.join(names[:_MOST_LISTED])} and {more} more" if more > 1 else ", ".join(names)
+    more = len(names) - _MAX_LISTED
+    return f"{', '.join(names[:_MAX_LISTED])} and {more} more" if more > 1 else ", ".join(names)

@@ -132,6 +132,7 @@ class RunLogger(WriterLogger):
 
     @rank_zero_only
     def _take(self, folder: Path) -> None:
+        """Lock a run folder, after releasing the lock of the last one."""
         self._release()
         lock = FolderLock(folder)
         lock.acquire()
@@ -148,6 +149,7 @@ class RunLogger(WriterLogger):
             self._release()
 
     def _release(self) -> None:
+        """Release the lock of the run folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

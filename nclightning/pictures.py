@@ -175,6 +175,7 @@ def picture_writers(loggers: Sequence[Any]) -> list[PictureWriter]:
 
 
 def _writer(logger: Any) -> PictureWriter | None:
+    """Return a writer for a logger or its client; None if it does not accept pictures."""
     for each in _layers(logger):
         for known in (_own, _mlflow, _wandb, _by_method):
             writer = known(each)
@@ -240,6 +241,7 @@ def _wandb(logger: Any) -> PictureWriter | None:
 
 
 def _write_to_run(run: Any, tag: str, pixels: Pixels, step: int | None) -> None:
+    """Add a picture to a row of a W&B run, or to its current row if that is later."""
     if step is not None and step >= run.step:
         run.log({tag: _wandb_image(pixels)}, step=step)
         return
@@ -253,6 +255,7 @@ def _write_to_run(run: Any, tag: str, pixels: Pixels, step: int | None) -> None:
 
 
 def _wandb_image(pixels: Pixels) -> Any:
+    """Convert pixels to an image of W&B."""
     from wandb import Image  # noqa: PLC0415
 
     return Image(pixels)
@@ -270,6 +273,7 @@ _METHODS: tuple[tuple[str, set[str], Write], ...] = (
 
 
 def _by_method(logger: Any) -> PictureWriter | None:
+    """Return a writer for a logger that has one of the known methods."""
     for method, needed, write in _METHODS:
         names = argument_names(logger, method)
         if len(names) >= 3 and needed <= names:
@@ -278,6 +282,7 @@ def _by_method(logger: Any) -> PictureWriter | None:
 
 
 def _aim(pixels: Pixels) -> Any:
+    """Convert pixels to an image of Aim."""
     from aim import Image  # type: ignore[import-not-found]  # noqa: PLC0415
     from PIL import Image as Pillow  # noqa: PLC0415
 
@@ -311,6 +316,7 @@ def _pixels(picture: Picture) -> Pixels:
 
 
 def _bytes(array: Any) -> Pixels:
+    """Convert an array to uint8 ``(height, width)`` or ``(height, width, channels)``."""
     array = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
@@ -329,6 +335,7 @@ def _bytes(array: Any) -> Pixels:
 
 
 def _figure(pixels: Pixels) -> Any:
+    """Return a matplotlib figure that shows pixels one to one."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     dpi = 100

@@ -20,7 +20,7 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["problem_names", "problem_of", "split_options"]
 
-_MOST = 10**15  # Products of sizes must not overflow.
+_MAX_SIZE = 10**15  # Products of sizes must not overflow.
 _SIZES = ("num_classes", "samples_per_class", "feature_dim")
 _PREFIX = "--problem."
 
@@ -104,8 +104,8 @@ def problem_of(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> UFMPro
     single, lambda_w, lambda_h = (_number(name, options.get(name)) for name in ("lambda_", "lambda_w", "lambda_h"))
     sizes = [options[name] for name in _SIZES]
     for name, size in zip(_SIZES, sizes, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MOST:
-            raise UserError(f"{name} must be an integer between 1 and {_MOST:.0e}, got {size!r}.")
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MAX_SIZE:
+            raise UserError(f"{name} must be an integer between 1 and {_MAX_SIZE:.0e}, got {size!r}.")
     K, n, d = sizes
     return UFMProblem(options["loss"], K, n, d, *resolve_lambdas(lambda_w, lambda_h, single, n))
 
@@ -154,6 +154,7 @@ def _any_problem(named: Any, given: Mapping[str, Any], arguments: Mapping[str, A
 
 
 def _path_of(name: Any, option: str) -> str:
+    """Return the import path of a problem by its name."""
     if isinstance(name, str) and "." in name:
         return name
     if name not in problem_names():

@@ -185,6 +185,7 @@ def _measure(
 def _decision(
     name: str, meaning: str, collapsed: Collapsed, *, axis: Axis = "linear", signed: bool = False
 ) -> Quantity:
+    """Return the entry of a measure of decisions."""
     return Quantity(
         name, NC, meaning, collapsed=collapsed, axis=axis, signed=signed, chart="Decisions", maker="decision"
     )
@@ -272,6 +273,7 @@ def _optimality(
     mirrored: bool = False,
     chart: str = "Optimality",
 ) -> Quantity:
+    """Return the entry of a quantity of the optimality monitor."""
     return Quantity(
         name,
         OPTIMALITY,
@@ -328,6 +330,7 @@ _BOUND_AND_PENALTIES = (
 
 
 def _search(name: str, meaning: str, label: str, axis: Axis = "log", unit: str = "") -> Quantity:
+    """Return the entry of a quantity of the line search."""
     return Quantity(
         name, LINE_SEARCH, meaning, label, axis=axis, unit=unit, chart="Line search", maker="OptimalityMonitor"
     )
@@ -340,6 +343,7 @@ EVALUATIONS = _search(
 
 
 def _law(name: str, meaning: str, collapsed: float | None = None, *, mirrored: bool = False) -> Quantity:
+    """Return the entry of a quantity of the optimizer's laws."""
     return Quantity(
         name,
         LAWS,
@@ -372,6 +376,7 @@ SHARPNESS_OVER_LIMIT = _law("sharpness_over_limit", "sharpness over the largest 
 
 
 def _regression(name: str, meaning: str, label: str, collapsed: float | None = 0.0, axis: Axis = "log") -> Quantity:
+    """Return the entry of a measure of regression collapse."""
     return Quantity(
         name,
         NRC,

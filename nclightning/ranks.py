@@ -98,6 +98,7 @@ def wait_for_all(what: str, repair: str) -> None:
 
 
 def _all_there(store: Any, places: list[str], patience: timedelta) -> bool:
+    """Return whether all keys are in the store within a time."""
     try:
         store.wait(places, patience)
     except RuntimeError:  # Stores raise it after the timeout.

@@ -77,6 +77,7 @@ def _keep_table(logger: Logger, folder: Path, iteration: int) -> None:
 
 
 def _is_before(row: Sequence[str], step: int, iteration: int) -> bool:
+    """Return whether a row of a table is before an iteration; True if it has no step."""
     try:
         return float(row[step]) < iteration
     except (ValueError, IndexError):

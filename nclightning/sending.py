@@ -18,7 +18,7 @@ from nclightning.compat.experiments import batch_options, prefixed
 __all__ = ["argument_names", "is_wandb_run", "join_row", "send_rows", "send_values", "wandb_run"]
 
 Row = tuple[int, Mapping[str, float]]
-_MOST_IN_A_BATCH = 1000  # MLflow's limit.
+_MAX_IN_A_BATCH = 1000  # MLflow's limit.
 _NOT_IN_KEYS = re.compile(r"[^a-zA-Z0-9_/. -]")  # Characters that Lightning removes from MLflow's keys, with a warning.
 # For each run: the number of the unfinished row with values from here, and the step of these values.
 _open: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()
@@ -125,7 +125,7 @@ def send_rows(logger: Any, rows: Sequence[Row]) -> Iterator[int]:
 
     now, batch, last = int(time.time() * 1000), list[Any](), -1
     for iteration, values in rows:
-        if batch and len(batch) + len(values) > _MOST_IN_A_BATCH:
+        if batch and len(batch) + len(values) > _MAX_IN_A_BATCH:
             _write(logger, batch)
             yield last
             batch = []
@@ -144,6 +144,7 @@ def _takes_batches(logger: Any) -> bool:
 
 
 def _write(logger: Any, batch: Sequence[Any]) -> None:
-    for start in range(0, len(batch), _MOST_IN_A_BATCH):  # One row may have more values than a batch.
-        part = batch[start : start + _MOST_IN_A_BATCH]
+    """Send values to MLflow, in as many requests as its limit requires."""
+    for start in range(0, len(batch), _MAX_IN_A_BATCH):  # One row may have more values than a batch.
+        part = batch[start : start + _MAX_IN_A_BATCH]
         logger.experiment.log_batch(run_id=logger.run_id, metrics=part, **batch_options(logger))

@@ -142,6 +142,7 @@ def _name(iteration: int | str, finished: bool) -> str:
 
 
 def _image(picture: Path) -> Summary.Value:
+    """Return the summary entry of a PNG file."""
     png = picture.read_bytes()
     width, height = struct.unpack(">II", png[16:24])
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
@@ -149,12 +150,14 @@ def _image(picture: Path) -> Summary.Value:
 
 
 def _plugin_value(tag: str, **content: Any) -> Summary.Value:
+    """Return a summary entry for TensorBoard's HPARAMS tab."""
     # The plugin's own helpers import TensorFlow.
     data = metadata.create_summary_metadata(HParamsPluginData(**content))
     return Summary.Value(tag=tag, metadata=data, tensor=metadata.NULL_TENSOR)
 
 
 def _columns(values: Mapping[str, Value], metrics: Mapping[str, tuple[str, float | None]]) -> Experiment:
+    """Return the columns of TensorBoard's HPARAMS tab."""
     types = {name: DATA_TYPE_STRING if isinstance(value, str) else DATA_TYPE_FLOAT64 for name, value in values.items()}
     return Experiment(
         hparam_infos=[HParamInfo(name=name, type=kind, differs=name in _SHOWN_FIRST) for name, kind in types.items()],
@@ -163,6 +166,7 @@ def _columns(values: Mapping[str, Value], metrics: Mapping[str, tuple[str, float
 
 
 def _row(values: Mapping[str, Value]) -> SessionStartInfo:
+    """Return the row of a run in TensorBoard's HPARAMS tab."""
     row = SessionStartInfo(start_time_secs=time.time())
     for name, value in values.items():
         if isinstance(value, str):

@@ -67,6 +67,7 @@ def read_rows(path: Path) -> tuple[list[str], list[list[str]], int | None]:
 
 
 def _is_row(cells: Sequence[str], width: int, last: int) -> bool:
+    """Return whether cells are a valid row after the last one."""
     try:
         values = [float(cell) for cell in cells[1:] if cell]
     except ValueError:

@@ -92,7 +92,7 @@ _LIBRARY_MESSAGES = (
     (("Error(s) in loading state_dict",), "the checkpoint does not fit the model: {}."),
 )
 _TOP_LEVEL = ("nclightning", "torch", "lightning", "torchmetrics")
-_MOST_SHOWN = 60
+_MAX_SHOWN = 60
 
 
 def word_parser_error(message: str, words: Sequence[str], options: Iterable[str], source: str = "") -> str:
@@ -198,6 +198,7 @@ def _path(lines: Sequence[str]) -> list[str]:
 
 
 def _last(pattern: re.Pattern[str], lines: Sequence[str], first: bool = False) -> str | None:
+    """Return the last match of a pattern in lines, or the first one."""
     found = [next(filter(None, match.groups()), "") for line in lines for match in pattern.finditer(line)]
     return (found[0] if first else found[-1]) if found else None
 
@@ -217,6 +218,7 @@ def _expectation(lines: Sequence[str], at: int) -> str:
 
 
 def _described(expected: str) -> str:
+    """Return the name of a type in plain words."""
     name = re.sub(r"<class '([^']+)'>", r"\1", expected)
     if name == expected and "[" not in name and "." not in name:
         return name  # A value, not a type.
@@ -241,6 +243,7 @@ def _typed(path: Sequence[str], words: Sequence[str]) -> tuple[str | None, str |
 
 
 def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> str:
+    """Suggest an option for a misspelt one."""
     if name == "--lambda":
         return " Did you mean model.init_args.lambda?"
     options = [*options, "--config", "--lambda"]
@@ -255,6 +258,7 @@ def _nearest_option(name: str, options: Iterable[str], dashes: bool = True) -> s
 
 
 def _arguments(owner: str) -> list[str]:
+    """Return the names of a constructor's arguments; none if it cannot be inspected."""
     try:
         module, _, name = owner.rpartition(".")
         parameters = inspect.signature(getattr(import_module(module), name)).parameters
@@ -264,11 +268,13 @@ def _arguments(owner: str) -> list[str]:
 
 
 def _classes(path: Sequence[str]) -> list[str]:
+    """Return the names of the classes that an option accepts."""
     base = _BASES.get(path[-1].rpartition(".")[2].rstrip("+")) if path else None
     return [] if base is None else [each.__name__ for each in _subclasses(locate(base))]
 
 
 def _subclasses(base: Any) -> Iterator[type]:
+    """Yield all subclasses of a class."""
     derived: list[type] = base.__subclasses__()
     for each in derived:
         yield each
@@ -276,7 +282,7 @@ def _subclasses(base: Any) -> Iterator[type]:
 
 
 def _shortened(value: str) -> str:
-    return repr(value if len(value) <= _MOST_SHOWN else f"{value[: _MOST_SHOWN - 3]}...")
+    return repr(value if len(value) <= _MAX_SHOWN else f"{value[: _MAX_SHOWN - 3]}...")
 
 
 def one_line(text: object, most: int = 400) -> str:
@@ -316,6 +322,7 @@ def library_errors_worded(words: Sequence[str], what: str = "") -> Iterator[None
 
 
 def _refusal(error: BaseException, words: Sequence[str], what: str) -> UserError | None:
+    """Return the user error for an exception of a library; None if it may be a bug."""
     of_client, of_list = client_error(error), constructor_error(error)
     while (cause := error.__cause__ or error.__context__) is not None:  # The first cause is the most informative.
         error = cause
@@ -378,6 +385,7 @@ def message_for_user(error: BaseException) -> str | None:
 
 
 def _disk_error(error: OSError) -> str | None:
+    """Return the message of an error of the disk; None for other errors."""
     name = "" if error.filename is None else f"{error.filename}: "
     if errno.errorcode.get(error.errno or 0) in _DISK_ERRORS:
         return f"{name}{error.strerror}."

@@ -995,7 +995,7 @@ CASES["labels_of_two_heads"] = lambda: odd((vectors()[0], {"a": vectors()[1]}), 
 CASES["batch_fn_that_returns_no_pair"] = lambda: odd(vectors(), "batch_fn must return", batch_fn=lambda b: b[0])
 CASES["unknown_layer"] = lambda: odd(vectors(), "layer 'nothing' does not exist", layers=["nothing"])
 CASES["unknown_head"] = lambda: odd(vectors(), "no layer named head='fc' in", head="fc")
-CASES["head_of_another_model"] = lambda: odd(vectors(), "that is no part of", head=nn.Linear(D, K))
+CASES["head_of_another_model"] = lambda: odd(vectors(), "that is not a part of", head=nn.Linear(D, K))
 CASES["head_that_is_a_number"] = lambda: odd(vectors(), "head must be a dotted name", head=3)
 CASES["layer_that_is_no_head"] = lambda: odd(vectors(), "neither as W h", head="net.body.1")
 

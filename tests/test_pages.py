@@ -8,9 +8,10 @@ import pytest
 
 from nclightning import pictures
 from nclightning.metrics import MEASURES
-from nclightning.probe.collectors import DECISIONS
+from nclightning.quantities import DECISION_NAMES, QUANTITIES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SLOW = {"tutorials/digits.md", "tutorials/depth.md"}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
@@ -37,18 +38,24 @@ def assert_same_figures(printed, shown):
         assert abs(float(now) - float(then)) <= 2 * unit_of_last_digit(then), (now, then)
 
 
+def case(page):
+    name = str(page.relative_to(DOCS))
+    return pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+
+
 @pytest.fixture
 def _nothing_stays():
     """What pages register is forgotten."""
-    measures, loggers = dict(MEASURES), dict(pictures._registered)
+    registries = MEASURES, QUANTITIES, pictures._registered
+    before = [dict(each) for each in registries]
     yield
-    for registered, before in ((MEASURES, measures), (pictures._registered, loggers)):
-        registered.clear()
-        registered.update(before)
+    for each, entries in zip(registries, before, strict=True):
+        each.clear()
+        each.update(entries)
 
 
 @pytest.mark.usefixtures("_nothing_stays")
-@pytest.mark.parametrize("page", PAGES.pages(), ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", [case(page) for page in PAGES.pages()])
 def test_blocks_print_what_the_page_shows(page):
     for printed, shown in zip(PAGES.printed(page), PAGES.shown(page), strict=True):
         assert_same_figures(printed, shown)
@@ -71,14 +78,23 @@ def test_writing_a_page_that_is_right_changes_nothing(tmp_path):
     assert page.read_text() == text
 
 
+def test_pictures_that_blocks_save_go_beside_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nopen('a.png', 'w').close()\n```\n")
+    assert PAGES.printed(page) == [""]
+    assert not (tmp_path / "images").exists()
+    PAGES.write(page)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]
+
+
 def test_every_measure_has_its_place_on_a_page():
     pages = [page for page in (DOCS / "numbers").glob("*.md") if page.stem != "index"]
     lines = [line for page in pages for line in page.read_text().splitlines()]
     places = [line for line in lines if line.startswith("#")] + [line.split("|")[1] for line in lines if "|" in line]
     of_pages = {name for place in places for name in re.findall(r"`(\w+)`", place)}
-    assert {*MEASURES, *DECISIONS, "nc5", "gap", "distance", "certified_gap", "nrc1", "nrc2", "nrc3"} <= of_pages
+    assert {*MEASURES, *DECISION_NAMES, "nc5", "gap", "distance", "certified_gap", "nrc1", "nrc2", "nrc3"} <= of_pages
     questions = (DOCS / "numbers" / "index.md").read_text().partition("## When to trust")[0]
-    assert {*MEASURES, *DECISIONS} <= set(re.findall(r"`(\w+)`", questions))
+    assert {*MEASURES, *DECISION_NAMES} <= set(re.findall(r"`(\w+)`", questions))
 
 
 def test_pictures_of_the_numbers_are_drawn_and_shown(monkeypatch):
@@ -87,3 +103,21 @@ def test_pictures_of_the_numbers_are_drawn_and_shown(monkeypatch):
     pages = (page.read_text() for page in (DOCS / "numbers").glob("*.md"))
     shown = {name for text in pages for name in re.findall(r"!\[[^\]]+\]\(images/(\w+)\.png\)", text)}
     assert drawn == shown == {path.stem for path in (DOCS / "numbers" / "images").glob("*.png")}
+
+
+@pytest.mark.parametrize("script", PAGES.tutorials(), ids=lambda script: script.stem)
+def test_pages_of_tutorials_are_those_of_their_scripts(script):
+    page = script.with_suffix(".md")
+    assert PAGES.without_outputs(page) == PAGES.page_of(script), "run: python docs/pages.py"
+    saved = set(re.findall(r'savefig\("([\w.]+)"', script.read_text()))
+    shown = set(re.findall(r"!\[[^\]]+\]\(images/([\w.]+)\)", page.read_text()))
+    assert saved == shown
+    assert all((page.parent / "images" / name).exists() for name in saved)
+    assert f"]({page.name})" in (page.parent / "index.md").read_text()
+
+
+def test_links_lead_somewhere():
+    for folder in ("numbers", "extend", "tutorials"):
+        for page in [*(DOCS / folder).glob("*.md"), DOCS / "start.md"]:
+            for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+                assert (page.parent / target).exists(), (page, target)

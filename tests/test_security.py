@@ -98,7 +98,7 @@ def test_a_checkpoint_with_objects_is_not_unpickled(command, finished, ran, tmp_
     checkpoint = torch.load(path, weights_only=True) | {"more": Touches(ran)}
     torch.save(checkpoint, path)
     refused([command, "--config", "ufm_mse", "--ckpt_path", path], r"not a readable checkpoint \(UnpicklingError\)")
-    refused(["measure", finished, "--out", tmp_path / "out"], r"holds an object of (io|_io|builtins).open")
+    refused(["measure", finished, "--out", tmp_path / "out"], r"contains an object of (io|_io|builtins).open")
     assert not ran.exists()
 
 

@@ -13,7 +13,7 @@ from nclightning.callbacks.collapse_at_epochs import CollapseAtEpochs, EpochSett
 from nclightning.callbacks.collapse_at_iterates import CollapseAtIterates
 from nclightning.callbacks.collapse_in_evaluation import CollapseInEvaluation
 from nclightning.callbacks.either import EitherMonitor
-from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.full_batch import full_batch, warn_of_steps
 from nclightning.callbacks.modules import check_names, check_online
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.problem import num_groups_of
@@ -46,12 +46,11 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     is moved on. In validation and test it collects the features of the ordinary forwards (of a compiled model, of one
     more forward per batch), without the duplicates that a distributed sampler pads with.
 
-    The pass sees what training can read: of a subset sampler the subset
-    (:func:`nclightning.probe.sweep.sequential_loader`); under ``limit_train_batches`` or ``overfit_batches`` the first
-    batches of an order that does not change; of a loader without a length as many batches as its longest epoch read so
-    far. A further set without a length ends at ``limit_val_batches``. Features, head and class means of a measurement
-    are of the same weights. Monitors of one trainer that look at the same loader share one pass, unless a callback
-    that could change something has its turn between theirs.
+    The pass sees what training can read: of a subset sampler the subset; under ``limit_train_batches`` or
+    ``overfit_batches`` the first batches of an order that does not change; of a loader without a length as many batches
+    as its longest epoch read so far. A further set without a length ends at ``limit_val_batches``. Features, head and
+    class means of a measurement are of the same weights. Monitors of one trainer that look at the same loader share one
+    pass, unless a callback that could change something has its turn between theirs.
 
     Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, after a resume
     from the start. Two monitors in one trainer must log different tags.
@@ -68,7 +67,7 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)`` that
             returns them as the loss sees them. Convolutions with kernels of size 1 are heads, too; of cosine heads
             features and rows are normalised. None finds the layer whose output is seen to be the model's output, or
-            what that follows from (:func:`nclightning.probe.detection.find_head`). What comes after the layer, such as
+            what that follows from. What comes after the layer, such as
             a temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
         every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
@@ -101,6 +100,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     Raises:
         ValueError: If an argument is out of range, the head or a layer cannot be found, or labels do not fit the head.
     """
+
+    separation = ", or give NeuralCollapseMonitor(measures=..., stages=..., datasets=...) that do not overlap"
 
     def __init__(
         self,
@@ -194,6 +195,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
                 f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
                 "iterations: leave them out, and pass a validation loader."
             )
+        if full_batch(pl_module) and self._at_epochs.every_n_steps is not None:
+            warn_of_steps(pl_module, self._at_epochs.every_n_steps)
         super().on_fit_start(trainer, pl_module)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:

@@ -76,10 +76,9 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``optimality/certified_gap`` | F minus that, at least F - F*, for any loss, counts and number of features |
     | ``optimality/lambda_w``, ``optimality/lambda_h`` | the penalties, if none are given |
 
-    Without penalties given, those are taken that make the scales of head and features optimal
-    (:func:`nclightning.metrics.gaps.read_optimality`): for balanced classes the scales of the nearest collapsed
-    configuration, else those at which no change of scale lowers F. All values are ``nan`` at scales that no penalties
-    make optimal: zero, as far from collapse, and for MSE logits that are too large.
+    Without penalties given, those are taken that make the scales of head and features optimal: for balanced classes the
+    scales of the nearest collapsed configuration, else those at which no change of scale lowers F. All values are
+    ``nan`` at scales that no penalties make optimal: zero, as far from collapse, and for MSE logits that are too large.
 
     The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done, and each of
     them has a class: no label can be ignored.
@@ -178,7 +177,7 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
             The problem; None with ``theory=False``, and if its optimum is not known.
 
         Raises:
-            ValueError: As :meth:`nclightning.callbacks.optimality_at_iterates.OptimalityAtIterates.find`.
+            ValueError: If the module has no problem, or if it has no distance although the options stop the run by it.
         """
         gaps = self.at_iterates().find(pl_module)
         return None if gaps is None or gaps.missing is not None else gaps.problem

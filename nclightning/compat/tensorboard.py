@@ -59,6 +59,7 @@ class OwnFileWriter(SummaryWriter):
         return file
 
     def _get_file_writer(self: Any) -> Any:
+        """Return the writer of events, and construct it at first use."""
         if self.file_writer is None:
             start, self.purge_step = self.purge_step, None
             self.file_writer = self.make_event_file(self.max_queue, self.flush_secs, start)

@@ -55,6 +55,11 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Prob
 
 
 def error_bound_constant_of(problem: UFMProblem | Problem) -> float | None:
+    """Return the error-bound constant 1/mu of a problem; None where it is not known, or takes long to find.
+
+    Args:
+        problem: The unconstrained feature model.
+    """
     if isinstance(problem, UFMProblem):
         return problem.error_bound_constant
     M, K = problem.num_groups, problem.num_classes

@@ -42,6 +42,7 @@ _handed_over: set[tuple[int, ...]] = set()
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what identifies a file and its version: inode, size and times; None if it does not exist."""
     try:
         seen = path.stat()
     except OSError:

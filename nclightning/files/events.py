@@ -44,6 +44,7 @@ class _EventFile:
         return str(self._folder)
 
     def add_event(self, event: Event) -> None:
+        """Add an event, and write the file if enough events or time have accumulated."""
         self.matters = self.matters or self._has_value(event)
         record = _Record()
         RecordWriter(record).write(event.SerializeToString())
@@ -60,6 +61,7 @@ class _EventFile:
         return any(not value.tag.startswith(_LAYOUTS) for value in event.summary.value)
 
     def flush(self) -> None:
+        """Write the events in memory to the file, unless it has no value yet."""
         if not self._waiting or not self.matters:
             return
         if self._path is None:
@@ -146,6 +148,7 @@ def _row_event(row: tuple[int, Mapping[str, float]]) -> Event:
 
 
 def _records(events: Iterable[Event]) -> bytes:
+    """Serialise events in TensorBoard's format."""
     records = _Record()
     for event in events:
         RecordWriter(records).write(event.SerializeToString())

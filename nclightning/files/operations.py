@@ -130,6 +130,7 @@ def create(path: Path, data: bytes) -> None:
 
 
 def _add(descriptor: int, data: bytes) -> None:
+    """Write all bytes to an open file, or restore its length after an error."""
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         before = os.fstat(file.fileno()).st_size
         rest = memoryview(data)

@@ -83,6 +83,7 @@ class StatisticsBuffer:
         self.totals, self.kept = self.statistics.folded.totals, Samples()
 
     def _can_keep(self, samples: Samples) -> bool:
+        """Whether samples may stay stored instead of being folded."""
         return samples.are_worth_keeping(len(self.totals.counts), light=self.totals.root is None)
 
 

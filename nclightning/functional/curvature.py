@@ -249,10 +249,12 @@ def dense_spectrum(value: Value, params: Iterable[Tensor]) -> Tensor:
 
 
 def _scaled(product: Product, scales: Tensor) -> Product:
+    """Multiply the Hessian from both sides with a diagonal matrix."""
     return lambda vector: scales * product(scales * vector)
 
 
 def _flat_scales(scales: Sequence[Tensor | float], params: Sequence[Tensor]) -> Tensor:
+    """Concatenate the scales of all parameters to one vector, checked."""
     if len(scales) != len(params):
         raise UserError(f"scales must have one entry for each of the {len(params)} params, got {len(scales)}.")
     dtype = _working_dtype(params)
@@ -314,6 +316,7 @@ def _next_vector(product: Product, basis: Sequence[Tensor]) -> tuple[Tensor, flo
 
 
 def _tridiagonal(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Tensor:
+    """Make the symmetric tridiagonal matrix of the Lanczos method."""
     side = torch.tensor(off_diagonal, dtype=torch.float64)
     return torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(side, 1) + torch.diag(side, -1)
 
@@ -336,9 +339,11 @@ def _working_dtype(params: Sequence[Tensor]) -> torch.dtype:
 
 
 def _flatten(parts: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Concatenate tensors to one vector."""
     return torch.cat([part.detach().to(like).flatten() for part in parts])
 
 
 def _check_finite(values: Tensor) -> None:
+    """Raise an error if a Hessian-vector product is not finite."""
     if not torch.isfinite(values).all():
         raise UserError("the Hessian is not finite at these parameters: check them and the value there.")

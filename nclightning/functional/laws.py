@@ -115,6 +115,7 @@ class GradientStep:
 
 
 def _apply(matrix: Matrix, total: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply the matrix of a step to the two sums of rows."""
     (a, b), (c, d) = matrix
     return a * total + b * velocity, c * total + d * velocity
 
@@ -260,6 +261,7 @@ def _common_power_of_two(*tensors: Tensor) -> Tensor:
 
 
 def _check_factors(outgoing: Tensor, incoming: Tensor) -> None:
+    """Raise an error unless both factors are matrices with the same number of columns."""
     if outgoing.ndim != 2 or incoming.ndim != 2 or outgoing.shape[1] != incoming.shape[1] or not outgoing.numel():
         raise UserError(
             "outgoing and incoming must be (K, d) and (N, d), got "

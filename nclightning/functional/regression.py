@@ -277,12 +277,12 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
     number = torch.arange(1, len(sizes) + 1, device=sizes.device)
     mean = (sizes * left).sum(dim=1) / number
     deviations = torch.where(left, sizes - mean.unsqueeze(1), 0)
-    alike, spread = (deviations * gram.diagonal()).sum(dim=1), deviations.square().sum(dim=1)
+    overlap, spread = (deviations * gram.diagonal()).sum(dim=1), deviations.square().sum(dim=1)
     # The cosine between both matrices is largest where its derivative vanishes. Without such a point it falls with
     # gamma, and is largest at the lower end of the interval.
-    best = mean - (gram.diagonal() * left).sum(dim=1) / number * spread / alike
+    best = mean - (gram.diagonal() * left).sum(dim=1) / number * spread / overlap
     gamma_is_unique = spread.sqrt() > rounding
-    best = torch.where(gamma_is_unique & (alike > 0), torch.minimum(torch.maximum(best, next_), sizes), next_)
+    best = torch.where(gamma_is_unique & (overlap > 0), torch.minimum(torch.maximum(best, next_), sizes), next_)
     forms = (sizes - best.unsqueeze(1)).clamp(min=0) * left
     forms = forms / norm(forms, dim=1).unsqueeze(1)
     deviations = (forms - gram.diagonal()).square().sum(dim=1) + gram.tril(-1).square().sum() * 2

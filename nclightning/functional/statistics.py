@@ -186,6 +186,7 @@ class ClassStatistics:
         return self._minus_global_mean("class")
 
     def _minus_global_mean(self, global_mean: GlobalMean) -> Tensor:
+        """Subtract the global mean from the class means."""
         # The second subtraction removes the rounding error that a large common offset leaves after the first.
         first, present = self._class_means, self.present.unsqueeze(1)
         centred = ((first.means - self.global_mean(global_mean)) + first.tails) * present
@@ -225,6 +226,7 @@ class ClassStatistics:
         return self._class_weights(between_weights).sqrt().unsqueeze(1) * self.centre_means(global_mean)
 
     def _class_weights(self, convention: str) -> Tensor:
+        """Return the weights of the classes under a convention, checked."""
         if convention not in ("uniform", "count"):
             raise UserError(
                 f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
@@ -323,6 +325,7 @@ class ClassStatistics:
         return root.T @ root
 
     def _root_of_totals(self) -> Tensor:
+        """Return the square root of the scatter of the totals; an error for light statistics."""
         if self.totals.root is None:
             raise UserError("this measure needs the (d, d) scatter: make the statistics with scatter=True.")
         return self.totals.root

@@ -72,6 +72,7 @@ class Measure(NamedTuple):
 
 
 def _worst(alignment: Tensor, present: Tensor) -> Tensor:
+    """Return the least cosine among the present classes."""
     return torch.where(present.any(), torch.where(present, alignment, 1).amin(), torch.nan)
 
 

@@ -125,12 +125,14 @@ class NearestClassCentre(StreamingMetric):
             setattr(self, name, getattr(self, name) + earlier[name])
 
     def _totals(self) -> dict[str, Tensor]:
+        """Return the counts that are divided by the number of samples, by name."""
         counted = Decisions(self.samples, self.num_invalid, self.ncc_right)
         if self._head.get() is not None:
             counted = counted._replace(right=self.right, mismatched=self.mismatched, margin=self.margin)
         return totals_of(counted)
 
     def _check(self) -> None:
+        """Raise an error if there were invalid labels."""
         if int(self.num_invalid) > 0:
             raise UserError(
                 f"{int(self.num_invalid)} labels were outside 0..{len(self.reference.counts) - 1}. "

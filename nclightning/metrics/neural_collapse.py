@@ -225,6 +225,7 @@ class NeuralCollapse(StreamingMetric):
         return figure, axis
 
     def _measure_input(self, stats: ClassStatistics) -> MeasureInput:
+        """Make the input of the measures, with the current values of the head."""
         return measure_input(stats, self._head.get(), self.global_mean, self.between_weights)
 
     def set_dtype(self, dst_type: Any) -> NeuralCollapse:
@@ -236,9 +237,11 @@ class NeuralCollapse(StreamingMetric):
         return self
 
     def _fold(self) -> None:
+        """Fold stored samples into the totals."""
         self._set(self.statistics.folded)
 
     def _set(self, stats: ClassStatistics) -> None:
+        """Set the states to those of statistics."""
         for name, value in states_of(stats).items():
             if value is not getattr(self, name):  # Most updates replace only a few states.
                 setattr(self, name, value)

@@ -37,7 +37,7 @@ class Optimality(NeuralCollapse):
       this bound. ``F - bound >= F - F* >= 0`` holds for any loss, counts and d, up to rounding of about ``1e-15 F``. If
       d is at least the rank of the optimum, the certified gap is proportional to the distance near the optimal set.
       Both are left out above 4096 classes.
-    * ``lambda_w`` and ``lambda_h``, if they are fitted (:func:`nclightning.metrics.gaps.read_optimality`).
+    * ``lambda_w`` and ``lambda_h``, if they are fitted.
 
     F is the objective of Problem (2) for the features since the last reset. The features of a network are not free, so
     that F* is only a lower bound for it. The states do not depend on the penalties, so that penalties can be fitted to
@@ -130,6 +130,7 @@ class Optimality(NeuralCollapse):
         self._set_excess(buffer.excess)
 
     def _update_soft(self, features: Tensor, targets: Tensor) -> None:
+        """Add a batch of samples with individual targets."""
         head = self._head_loss()
         expected = (len(features), len(head.weight))
         if self.reference.is_problem or self.reference.targets is not None:
@@ -186,6 +187,7 @@ class Optimality(NeuralCollapse):
         return values
 
     def _head_loss(self) -> HeadLoss:
+        """Return the loss and the head, in float64 on the device of the states."""
         if self._snapshot is None:
             return self.reference.head_loss(self._head.get(), self.means.device)  # type: ignore[arg-type]
         if self._loss is None or self._loss.weight.device != self.means.device:
@@ -206,6 +208,7 @@ class Optimality(NeuralCollapse):
         return reduce(lambda one, other: one.merge(other, head), map(ExcessLoss._make, zip(*excess, strict=True)))
 
     def _set_excess(self, excess: ExcessLoss) -> None:
+        """Set the states of the excess loss."""
         for name, value in excess._asdict().items():
             setattr(self, f"excess_{name}", value)
 
@@ -214,6 +217,7 @@ class Optimality(NeuralCollapse):
         return _soft_in(vars(self))
 
     def _set_soft(self, sums: SoftSums) -> None:
+        """Set the states of samples with individual targets."""
         for name, value in sums._asdict().items():
             setattr(self, f"soft_{name}", value)
 
@@ -246,14 +250,17 @@ class _Buffer(StatisticsBuffer):
 
 
 def _excess_in(states: Mapping[str, Any]) -> ExcessLoss:
+    """Return the excess loss that is stored in states."""
     return ExcessLoss(*(states[f"excess_{name}"].double() for name in ExcessLoss._fields))
 
 
 def _soft_in(states: Mapping[str, Any]) -> SoftSums:
+    """Return the sums over samples with individual targets that are stored in states."""
     return SoftSums(*(states[f"soft_{name}"].double() for name in SoftSums._fields))
 
 
 def _with_kept(excess: ExcessLoss, kept: Samples, head: HeadLoss) -> ExcessLoss:
+    """Add stored samples to an excess loss."""
     for features, labels in zip(kept.features, kept.labels, strict=True):
         excess = excess.add(features, labels, head)
     return excess

@@ -301,6 +301,7 @@ def is_loss(value: object) -> bool:
 
 
 def _has_formula(problem: Problem) -> bool:
+    """Whether the optimum of a problem has a formula."""
     present = problem.present
     counts = problem.counts[present].double()
     groups = Groups(problem.loss, problem.targets[present], counts, problem.strength, problem.lambda_b)

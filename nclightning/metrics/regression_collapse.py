@@ -163,9 +163,11 @@ class RegressionCollapse(StreamingMetric):
         return self
 
     def _statistics(self, states: Any, side: str) -> ClassStatistics:
+        """Return the statistics of features or targets that are stored in states."""
         return statistics_of({name: states[f"{side}_{name}"] for name in self._names})
 
     def _set(self, side: str, stats: ClassStatistics) -> None:
+        """Set the states of features or targets."""
         for name, value in states_of(stats).items():
             setattr(self, f"{side}_{name}", value)
 

@@ -92,7 +92,7 @@ class FeatureTable(OwnEntries):
         return table
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Gather the rows of all processes; see :func:`nclightning.ranks.gather_rows`."""
+        """Gather the rows of all processes where they are shared out, else return them."""
         return gather_rows(rows, self.num_samples) if self.is_shared else rows
 
     def change_saved(self, entries: dict[str, Any], prefix: str) -> None:

@@ -343,6 +343,7 @@ class RegularizedClassifier(ResumableModule):
                 )
 
     def _step_schedulers(self, iteration: int) -> None:
+        """Step each scheduler that is due after an iteration."""
         for config in self._schedules:
             if iteration % config.frequency == 0:
                 self.lr_scheduler_step(config.scheduler, None)
@@ -387,6 +388,7 @@ class RegularizedClassifier(ResumableModule):
         self._log_objective(batch)
 
     def _log_objective(self, batch: Batch) -> None:
+        """Evaluate F on a batch and log it as ``loss``."""
         reshard(self)
         # In inference mode, sharded weights would be gathered into tensors that cannot be trained later.
         with torch.inference_mode(False), torch.no_grad():

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
+from nclightning.functional.linear import ELEMENTS_PER_STEP
 from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
@@ -31,9 +32,8 @@ from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["UFMObjective"]
 
-# Number of elements of the features that fit the cache of a CPU together with their gradient; a GPU needs larger
-# products.
-_ELEMENTS_PER_STEP, _ELEMENTS_ON_A_GPU = 2**17, 2**24
+# Number of elements of the features per step on a GPU, which needs larger products than a CPU.
+_ELEMENTS_ON_A_GPU = 2**24
 
 
 class UFMObjective(LineObjective):
@@ -74,16 +74,16 @@ class UFMObjective(LineObjective):
         info = torch.finfo(features.dtype)
         # For a larger value the gradient may overflow in its dtype, although the value, a float64, does not.
         self._epsilon, self._largest = info.eps, math.sqrt(info.max)
-        elements = _ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
+        elements = ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
         # Trial features are formed block of rows by block, so that all work on a block happens in the cache.
-        self._some = features.detach().new_empty(self._rows, features.shape[1])
-        self._residual = self._some.new_empty(self._rows, len(head[0]))  # From the first trial on it has all rows.
+        self._block = features.detach().new_empty(self._rows, features.shape[1])
+        self._residual = self._block.new_empty(self._rows, len(head[0]))  # From the first trial on it has all rows.
         self._trial_head = [torch.empty_like(part.detach()) for part in head]
         self._gradients: list[Tensor] = []  # At the start.
         # From the first slope on, the trial gradient of the features is stored. Near an optimum, computing it twice
         # would take a quarter longer.
-        self._trial_gradients = [self._some, *map(torch.empty_like, self._trial_head)]
+        self._trial_gradients = [self._block, *map(torch.empty_like, self._trial_head)]
         # Whether the last step needed a slope. If so, value and slope are computed in one pass, which saves a tenth.
         self._expects_slope = False
 
@@ -98,13 +98,13 @@ class UFMObjective(LineObjective):
     def evaluate(self) -> Evaluation:
         """Evaluate value and gradient."""
         self._gradients = self._gradients or [torch.empty_like(owner) for owner in self._owners]
-        self._read(self._pass(None, self._gradients[0], value=True))
+        self._collect(self._pass(None, self._gradients[0], value=True))
         return self._swap(1)
 
     @torch.no_grad()
     def measure(self) -> tuple[Tensor, Tensor]:
         """Evaluate the value and the squared norm of the gradient on the device, without storing the whole gradient."""
-        of_value, _, of_square = self._pass(None, self._some, value=True)
+        of_value, _, of_square = self._pass(None, self._block, value=True)
         return self._combine(of_value), reduce(add, of_square)
 
     def is_shared_out(self, index: int) -> bool:
@@ -115,8 +115,8 @@ class UFMObjective(LineObjective):
         """Multiply vectors in the order of the parameters, over all processes; one float64 per pair."""
         features, head = [], []
         for pair in pairs:
-            both, *rest = zip(*map(self._by_owner, pair), strict=True)
-            features.append(reduce(add, starmap(dot, self._each(*both))))
+            both, *rest = zip(*map(self._in_own_order, pair), strict=True)
+            features.append(reduce(add, starmap(dot, self._blocks(*both))))
             head.append(reduce(add, starmap(dot, rest)))
         total = torch.stack(features)
         return (sum_over_ranks(total) if self._shared else total) + torch.stack(head)
@@ -129,16 +129,16 @@ class UFMObjective(LineObjective):
     def hessian_product(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """Multiply the Hessian at the current parameters by a vector; both in the order of the parameters."""
         numbers = self._num_samples, self._shared, self._rows
-        products = hessian_product(self._objective, self._owners, self._by_owner(vectors), self._labels, *numbers)
+        products = hessian_product(self._objective, self._owners, self._in_own_order(vectors), self._labels, *numbers)
         return [products[i] for i in self._order]
 
     def begin(self, start: Evaluation, along: Sequence[Tensor | None] | None = None) -> None:
         """Start a search along a vector, or along the gradient, which is overwritten once a trial is accepted."""
-        self._gradients = self._by_owner(start.gradients)
-        self._along = list(self._gradients) if along is None else self._by_owner(along)
+        self._gradients = self._in_own_order(start.gradients)
+        self._along = list(self._gradients) if along is None else self._in_own_order(along)
         self._limit = max(self._largest, start.value)  # Larger values are reported as infinite, and rejected.
 
-    def _by_owner(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
+    def _in_own_order(self, vectors: Sequence[Tensor | None]) -> list[Tensor]:
         """Order vectors as features, weight, bias; a missing one is zero."""
         given = dict(zip(self._order, vectors, strict=True))
         return [torch.zeros_like(owner) if (v := given[i]) is None else v for i, owner in enumerate(self._owners)]
@@ -150,21 +150,21 @@ class UFMObjective(LineObjective):
             torch.sub(x, p, alpha=size, out=t)
         if len(self._residual) < len(self._labels):
             self._residual = self._residual.new_empty(len(self._labels), self._residual.shape[1])
-        self._read(self._pass(self._some, self._trial_gradients[0] if self._expects_slope else None, value=True))
+        self._collect(self._pass(self._block, self._trial_gradients[0] if self._expects_slope else None, value=True))
         return self._value if self._value <= self._limit else math.inf
 
     def slope(self) -> float:
         """Evaluate the inner product of the gradient at the last trial with the direction: two matrix products."""
         if self._slope is None:
-            if self._trial_gradients[0] is self._some:
+            if self._trial_gradients[0] is self._block:
                 self._trial_gradients[0] = torch.empty_like(self._gradients[0])
-            self._read(self._pass(self._some, self._trial_gradients[0]))
+            self._collect(self._pass(self._block, self._trial_gradients[0]))
         assert self._slope is not None
         return self._slope
 
     def stands_still(self) -> bool:
         """Whether the trial point equals the start."""
-        rows = self._each(self._owners[0], self._along[0], self._some)
+        rows = self._blocks(self._owners[0], self._along[0], self._block)
         moves = [(torch.sub(x, p, alpha=self._length, out=t) != x).any() for x, p, t in rows]
         moved = torch.stack(moves).any().double()
         if self._shared:
@@ -178,7 +178,7 @@ class UFMObjective(LineObjective):
         for x, p in zip(self._owners[first:], self._along[first:], strict=True):
             x.sub_(p, alpha=self._length)
         if not self._expects_slope:
-            self._read(self._pass(self._owners[0], self._gradients[0]))
+            self._collect(self._pass(self._owners[0], self._gradients[0]))
         if not math.isfinite(self._square):
             raise UserError(
                 f"the gradient of {type(self._objective.function).__name__} is not finite where its value is: define "
@@ -211,13 +211,13 @@ class UFMObjective(LineObjective):
         """
         objective, head = self._objective, self._owners[1:] if trial is None else self._trial_head
         gradients = [] if out is None else self._trial_gradients[1:]
-        slope = out is not None and trial is self._some
+        slope = out is not None and trial is self._block
         for gradient in gradients:
             gradient.zero_()
-        along = self._some if trial is None else self._along[0]
-        places = [self._some if place is None else place for place in (trial, out)]
+        along = self._block if trial is None else self._along[0]
+        places = [self._block if place is None else place for place in (trial, out)]
         total: list[Tensor] = []
-        for x, y, r, p, t, o in self._each(self._owners[0], self._labels, self._residual, along, *places):
+        for x, y, r, p, t, o in self._blocks(self._owners[0], self._labels, self._residual, along, *places):
             features = x if trial is None else torch.sub(x, p, alpha=self._length, out=t)
             sums = objective.residual_of(features, head, y, r) if value else []
             if out is not None:
@@ -235,7 +235,7 @@ class UFMObjective(LineObjective):
             [total[-1], *map(square_norm, gradients)] if gradients else [],
         ]
 
-    def _read(self, sums: list[list[Tensor]]) -> None:
+    def _collect(self, sums: list[list[Tensor]]) -> None:
         """Transfer the terms of a pass to the host, and sum them."""
         numbers = iter(_numbers([*chain(*sums)]))
         of_value, of_slope, of_square = ([next(numbers) for _ in part] for part in sums)
@@ -245,11 +245,12 @@ class UFMObjective(LineObjective):
         self._square = reduce(add, of_square) if of_square else math.nan
 
     def _combine(self, sums: Sequence[Scalar]) -> Scalar:
+        """Compute F from the sums of a pass."""
         losses, of_features, of_weight = sums[:3]
         of_bias = sums[3] if len(sums) > 3 else None
         return self._objective.combine(losses, self._num_samples, of_weight, of_features, of_bias)
 
-    def _each(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    def _blocks(self, *tensors: Tensor) -> Iterator[Sequence[Tensor]]:
         """Yield blocks of rows of all tensors, or the tensors themselves if one block is enough."""
         count = len(self._labels)
         if count == self._rows:

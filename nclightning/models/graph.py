@@ -74,10 +74,12 @@ class AutogradObjective(ClosureObjective):
         return value, self._product(gradients, gradients)
 
     def _evaluate_value(self) -> float:
+        """Evaluate the value, summed over processes, as a float."""
         self._value = float(self._evaluate_share())
         return self._value
 
     def _evaluate_share(self) -> Tensor:
+        """Evaluate this process's share with its graph; return the sum over processes on the device."""
         share = self._call()
         if not share.requires_grad:
             raise UserError(
@@ -88,6 +90,7 @@ class AutogradObjective(ClosureObjective):
         return sum_over_ranks(share.detach().to(torch.float64, copy=True))
 
     def _differentiate(self) -> Evaluation:
+        """Compute the gradient of the last value."""
         epsilon = self._differentiate_share()
         gradients = self._gradients()
         return Evaluation(self._value, epsilon, gradients, float(self._product(gradients, gradients)))

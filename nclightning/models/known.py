@@ -53,6 +53,7 @@ def check_known(module: RegularizedClassifier, unconstrained: bool) -> None:
 
 
 def _check_objective(module: RegularizedClassifier) -> None:
+    """Raise an error unless objective and methods are those whose minimum is known."""
     name, objective = type(module).__name__, module.objective
     if module.penalty == "weights":
         raise UserError("penalty='weights' has no closed form: set penalty='features', as in Problem (2).")
@@ -74,6 +75,7 @@ def _check_objective(module: RegularizedClassifier) -> None:
 
 
 def _check_head(module: RegularizedClassifier) -> None:
+    """Raise an error unless the head is a free, trainable linear layer."""
     head = module.head
     if getattr(type(head), "forward", None) is not nn.Linear.forward or "forward" in vars(head):
         raise UserError(
@@ -92,6 +94,7 @@ def _check_head(module: RegularizedClassifier) -> None:
 
 
 def _check_features(module: RegularizedClassifier) -> None:
+    """Raise an error unless the features are free, trainable parameters of the right size."""
     if not features_are_free(module):
         raise UserError(
             f"backbone is a {type(module.backbone).__name__} that changes the features of a FeatureTable, and the "
@@ -108,6 +111,7 @@ def _check_features(module: RegularizedClassifier) -> None:
 
 
 def _check_trainable(name: str, parameter: Tensor) -> None:
+    """Raise an error unless a parameter is trained."""
     if not parameter.requires_grad:
         raise UserError(
             f"{name} is not trained (requires_grad=False), and the known minimum is that over head and features: set "

@@ -105,6 +105,7 @@ def check_problem(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def _differ(name: str, old: str, new: str) -> str:
+    """Describe a hyperparameter that differs, without values if they are long."""
     longest = max(len(old), len(new))
     return f"{name}: {old} there, {new} here" if longest <= _MOST_SHOWN else f"{name}, of which each is long"
 

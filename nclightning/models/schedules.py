@@ -46,6 +46,7 @@ def only_optimizer(configured: Any) -> Optimizer:
 
 
 def _optimizers_in(configured: Any) -> list[Optimizer]:
+    """Return all optimizers in a result of ``configure_optimizers``."""
     if isinstance(configured, Optimizer):
         return [configured]
     if isinstance(configured, dict):
@@ -56,6 +57,7 @@ def _optimizers_in(configured: Any) -> list[Optimizer]:
 
 
 def _refuse_other_numbers(count: int) -> None:
+    """Raise an error unless there is exactly one optimizer."""
     if count != 1:
         raise UserError(
             f"the full-batch loop steps one optimizer, but configure_optimizers returned {count}: return one, with "

@@ -92,6 +92,7 @@ class Settings(NamedTuple):
 
 
 def _own(problem: Problem) -> dict[str, Any]:
+    """Return the hyperparameters that follow from a problem."""
     counts = problem.counts.tolist()
     return {
         "num_classes": problem.num_classes,

@@ -181,6 +181,7 @@ def _shard_like(tensor: Tensor, param: Tensor) -> Tensor:
 
 
 def _refuse_free_features(module: nn.Module) -> None:
+    """Raise an error if a module has a table of free features."""
     if any(isinstance(child, FeatureTable) for child in module.modules()):
         raise UserError(
             "ModelParallelStrategy does not fit free features, whose rows are shared by processes: set "
@@ -189,6 +190,7 @@ def _refuse_free_features(module: nn.Module) -> None:
 
 
 def _refuse_split_layers(split: bool, world: int) -> None:
+    """Raise an error if a strategy splits layers."""
     if split:
         raise UserError(
             "ModelParallelStrategy would split layers, but the full-batch loop needs whole layers: set its "
@@ -197,4 +199,5 @@ def _refuse_split_layers(split: bool, world: int) -> None:
 
 
 def _is_group(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has made a module the root of a group of shards."""
     return hasattr(module, "set_reshard_after_forward")

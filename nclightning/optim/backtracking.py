@@ -13,7 +13,7 @@ from nclightning.optim.objectives import LineObjective
 from nclightning.optim.options import largest_step
 from nclightning.optim.outcome import SearchStatus
 
-__all__ = ["Found", "backtrack", "grown"]
+__all__ = ["SearchResult", "backtrack", "grown"]
 
 Options = Mapping[str, Any]
 
@@ -22,7 +22,7 @@ _FACTOR_AFTER_NON_FINITE = 0.1  # There is no parabola through a value that is n
 _SAFE_STEP = 1e38  # Steps up to this length can multiply gradients of any dtype.
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The result of backtracking.
 
     Attributes:
@@ -49,7 +49,7 @@ def backtrack(
     descent: float,
     params: Sequence[Tensor],
     interpolate: bool = False,
-) -> Found:
+) -> SearchResult:
     """Shorten the step until a trial is accepted, and leave the parameters there.
 
     Args:
@@ -82,17 +82,17 @@ def backtrack(
         if verdict.status is not None:
             end = objective.accept()
             if end.finite:
-                return Found(verdict.status, end, size, number, verdict.relative_curvature)
+                return SearchResult(verdict.status, end, size, number, verdict.relative_curvature)
             fell_beyond_numbers |= end.value < start.value and math.isinf(end.square)
         if interpolate:
             size *= min(_factor_to_minimum(verdict.relative_curvature), options["shrink"])
             continue
         for _ in range(verdict.rejections):  # A power would round differently from plain backtracking.
             size *= options["shrink"]
-    return Found(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
+    return SearchResult(SearchStatus.UNBOUNDED if fell_beyond_numbers else status, None, 0.0, number)
 
 
-def grown(options: Options, streak: int, found: Found, params: Sequence[Tensor]) -> tuple[float, bool]:
+def grown(options: Options, streak: int, found: SearchResult, params: Sequence[Tensor]) -> tuple[float, bool]:
     """Choose the first trial of the next search.
 
     Args:
@@ -131,6 +131,7 @@ class _Verdict(NamedTuple):
 def _judge(
     options: Options, start: Evaluation, descent: float, value: float, size: float, objective: LineObjective
 ) -> _Verdict:
+    """Decide on a trial: by values, or by slopes where the change of the value is below round-off."""
     if not math.isfinite(value):
         return _Verdict(None, math.inf)
     c1, change = options["c1"], value - start.value

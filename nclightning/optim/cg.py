@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found
+from nclightning.optim.backtracking import SearchResult
 from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line_search import LineSearchOptimizer
@@ -163,7 +163,7 @@ class ConjugateGradients(LearningDirection):
             return math.nan, math.nan
         return (curvature - descent * mixed) / rest, (steep * descent - mixed) / rest * norm
 
-    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Measure the curvature along the step from the change of the gradient."""
         assert found.end is not None
         end = found.end
@@ -218,6 +218,7 @@ class ConjugateGradients(LearningDirection):
 
 
 def _combine(gradient: Tensor | None, factor: float, last: Tensor | None, turn: float) -> Tensor | None:
+    """Return ``factor * gradient + turn * last``; None without a gradient."""
     if gradient is None:
         return None
     vector = gradient * factor

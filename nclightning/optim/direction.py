@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found, Options, grown
+from nclightning.optim.backtracking import Options, SearchResult, grown
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.objectives import LineObjective
 
@@ -87,7 +87,7 @@ class Direction(ABC):
         """
 
     @abstractmethod
-    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Update the direction after a step along the last descent vector.
 
         Args:
@@ -98,7 +98,7 @@ class Direction(ABC):
         """
 
     @abstractmethod
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+    def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
         """Choose the first trial of the next search, after :meth:`accept`.
 
         Args:
@@ -145,10 +145,10 @@ class SteepestDescent(Direction):
         """Return the gradient."""
         return Descent(None, start.square)
 
-    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Do nothing: there is nothing to learn."""
 
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+    def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
         """Return the last step, or a longer one when growth is due."""
         return grown(space.options, streak, found, space.params)
 
@@ -161,7 +161,7 @@ class LearningDirection(Direction):
         self._measured = False  # Whether the curvature along the last step was positive.
         self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable at the last step.
 
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+    def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
         """Return 1 if the last step measured a curvature, else longer and longer steps."""
         if self._measured:
             return 1.0, False

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found
+from nclightning.optim.backtracking import SearchResult
 from nclightning.optim.direction import ROUNDINGS, Descent, LearningDirection, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.line_search import LineSearchOptimizer
@@ -126,6 +126,7 @@ class LimitedMemoryBFGS(LearningDirection):
         self._forget()
 
     def _forget(self) -> None:
+        """Remove all pairs and everything that was computed from them."""
         self._order: list[int] = []  # Rows of the pairs, from the oldest to the newest.
         self._inner: list[list[float]] = []  # Inner products of steps with gradient changes, by row.
         self._squares: list[list[float]] = []  # Inner products of gradient changes with each other, by row.
@@ -164,7 +165,7 @@ class LimitedMemoryBFGS(LearningDirection):
                 before.zero_() if g is None else before.copy_(_flat(g))
         return Descent(self._along, slope)
 
-    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Build the pair of the step, and keep it if the curvature along the step is positive."""
         assert found.end is not None
         end, count = found.end, space.options["history"] + 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nclightning.errors import UserError
-from nclightning.optim.backtracking import Found, backtrack
+from nclightning.optim.backtracking import SearchResult, backtrack
 from nclightning.optim.direction import Descent, Direction, Space
 from nclightning.optim.evaluation import Evaluation, StoredEvaluation, parameters_of
 from nclightning.optim.objectives import ClosureObjective, LineObjective
@@ -177,11 +177,13 @@ class LineSearchOptimizer(Optimizer):
         self._set_next_step(first)
 
     def _set_next_step(self, size: float) -> None:
+        """Set the first trial of the next search, in the groups as well."""
         self._next_step = size
         for group in self.param_groups:
             group["lr"] = size
 
     def _objective_of(self, closure: Callable[[], Any], params: list[Tensor]) -> LineObjective:
+        """Return the objective of a closure, which keeps its copies of the parameters."""
         if isinstance(closure, LineObjective):
             return closure
         if self._closure_objective is None or not self._closure_objective.has(params):
@@ -190,6 +192,7 @@ class LineSearchOptimizer(Optimizer):
         return self._closure_objective
 
     def _search(self, objective: LineObjective, params: list[Tensor]) -> float:
+        """Take a step: evaluate the start if needed, search, and record the outcome."""
         stored = self._recall(params)
         spent = 0
         if stored is not None and self._may_search_from(stored):
@@ -213,7 +216,7 @@ class LineSearchOptimizer(Optimizer):
         self._adapt(start, found, objective, space)
         return self._finish(objective, params, start, found.end, found.status, found.size, spent)
 
-    def _find_step(self, objective: LineObjective, start: Evaluation, space: Space) -> tuple[Found, int]:
+    def _find_step(self, objective: LineObjective, start: Evaluation, space: Space) -> tuple[SearchResult, int]:
         """Search along the descent vector, then along the gradient. Return the result and the number of evaluations."""
         trials, spent, direction = 0, 0, self._direction
         while True:
@@ -233,7 +236,10 @@ class LineSearchOptimizer(Optimizer):
                 break
         return found._replace(trials=trials), trials + spent
 
-    def _search_along(self, objective: LineObjective, start: Evaluation, descent: Descent, space: Space) -> Found:
+    def _search_along(
+        self, objective: LineObjective, start: Evaluation, descent: Descent, space: Space
+    ) -> SearchResult:
+        """Search along a descent vector, and restore the parameters after an exception."""
         interpolates = self._direction.interpolates
         try:
             return backtrack(
@@ -271,7 +277,7 @@ class LineSearchOptimizer(Optimizer):
             return SearchStatus.UNATTAINED if vanished else SearchStatus.STATIONARY
         return SearchStatus.UNATTAINED if self._steps_ran_away else None
 
-    def _adapt(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def _adapt(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Update the direction after an accepted step, and choose the first trial of the next one."""
         self._streak = self._streak + 1 if found.trials == 1 else 0
         self._direction.accept(start, found, objective, space)
@@ -289,6 +295,7 @@ class LineSearchOptimizer(Optimizer):
         size: float,
         evaluations: int,
     ) -> float:
+        """Set gradients, stored evaluation, counts and outcome at the end of a step; return the objective."""
         for p, g in zip(params, end.gradients, strict=True):
             p.grad = g
         self._stored = StoredEvaluation(end, params, None if self._alone else objective.iterate(params))
@@ -322,6 +329,7 @@ class LineSearchOptimizer(Optimizer):
                 p.grad = None if p.grad is g else p.grad
 
     def _drop_gradients(self, params: Sequence[Tensor]) -> None:
+        """Drop all gradients after an exception."""
         for p in params:
             p.grad = None
         self._stored = None

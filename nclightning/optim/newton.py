@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nclightning.optim.backtracking import Found
+from nclightning.optim.backtracking import SearchResult
 from nclightning.optim.direction import ROUNDINGS, Descent, Direction, Space, epsilon_of, is_descent
 from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.hessian import Hessian
@@ -173,7 +173,7 @@ class NewtonByConjugateGradients(Direction):
     def _tolerance(self, norm: float) -> float:
         return min(_LARGEST_RESIDUAL, math.pow(norm / self._first, 0.25))
 
-    def accept(self, start: Evaluation, found: Found, objective: LineObjective, space: Space) -> None:
+    def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
         """Update the radius, and the scale of a vector whose length is not based on a curvature."""
         self._unit = max(self._unit / 2, found.size * self._length)
         if found.trials > 1:
@@ -183,7 +183,7 @@ class NewtonByConjugateGradients(Direction):
         if self._is_flat:
             self.scale *= found.size * (_GROWTH if found.trials == 1 else 1)
 
-    def next_trial(self, found: Found, streak: int, space: Space) -> tuple[float, bool]:
+    def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
         """Return 1, and whether the vectors have grown beyond the dtype of the parameters."""
         return 1.0, self.scale > largest_step(space.params)
 

@@ -316,6 +316,7 @@ class ClosureObjective(LineObjective):
         return IterateCopy([self._copy(i) if p.requires_grad else None for i, p in enumerate(params)])
 
     def _copy(self, index: int) -> Tensor:
+        """Copy a parameter, or its shard, into memory that is kept for later searches."""
         shard = own_shard(self._params[index].detach())
         copy = self._copies[index]
         if copy is None or (copy.shape, copy.dtype, copy.device) != (shard.shape, shard.dtype, shard.device):
@@ -324,6 +325,7 @@ class ClosureObjective(LineObjective):
         return copy.copy_(shard)
 
     def _move(self, size: float) -> None:
+        """Set the parameters to x - size * p."""
         for (p, v), x in zip(self._moving, self._origin, strict=True):
             if p.dtype in (torch.float16, torch.bfloat16):  # Their kernels round the step to this dtype.
                 p.copy_(torch.sub(x.float(), v.float(), alpha=size))
@@ -331,6 +333,7 @@ class ClosureObjective(LineObjective):
                 torch.sub(x, v, alpha=size, out=p)
 
     def _call(self) -> Tensor:
+        """Call the closure, and return its value as a tensor. Raise if it changed a parameter."""
         # A closure that zeroes gradients in place must not overwrite those of the start.
         for p in self._params:
             p.grad = None
@@ -360,6 +363,7 @@ class ClosureObjective(LineObjective):
         return max([torch.finfo(value.dtype).eps, *(eps for eps in of_params if eps > torch.finfo(torch.float32).eps)])
 
     def _gradients(self) -> list[Tensor | None]:
+        """Return the gradients of the parameters. Raise if one is sparse."""
         gradients = [p.grad for p in self._params]
         for g in gradients:
             if g is not None and g.layout != torch.strided:
@@ -370,6 +374,7 @@ class ClosureObjective(LineObjective):
 
 
 def _describe(result: Any) -> str:
+    """Describe what a closure returned, for messages."""
     if isinstance(result, Tensor):
         return f"a tensor of shape {tuple(result.shape)} and dtype {result.dtype}"
     return "nothing (None)" if result is None else f"an object of type {type(result).__name__}"

@@ -137,6 +137,7 @@ def _scale(law: GradientStep) -> float | None:
 
 
 def _scale_of_adam(optimizer: Optimizer, group: Mapping[str, Any], law: GradientStep, p: Tensor) -> Tensor | None:
+    """Return the scaling of Adam for one parameter; None before its first step."""
     state = optimizer.state.get(p, {})
     squares = state.get("max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
     beta, second = (float(each) for each in group["betas"])

@@ -17,7 +17,7 @@ __all__ = ["Agreement", "Link", "follows", "in_another_order", "links", "logits_
 # factor. "values" is "equal" for regression, where a head may have a single output.
 Agreement = Literal["values", "equal", "shift", "factor"]
 
-_MOST_COMPARED = 2048
+_MAX_COMPARED = 2048
 
 
 def makes(layer: nn.Module, head: Head, features: Tensor, output: Tensor) -> bool:
@@ -87,6 +87,7 @@ class Link(NamedTuple):
         return _nearest(rows, logit_rows.flatten(1, -2), tolerance(output, logits))[0]
 
     def _both(self, output: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits, and the rows of an output with its function inverted, in a common dtype."""
         wide = torch.promote_types(torch.promote_types(output.dtype, logits.dtype), torch.float32)
         rows = _rows(output.detach().to(wide), logits.shape[-1], self.second)
         return logits.detach().to(wide), _inverted(rows, self.undo)
@@ -175,7 +176,7 @@ def in_another_order(output: Tensor, logits: Tensor) -> bool:
     Returns:
         False if the order is the same, and for very many rows, because all pairs are compared. Transfers to the host.
     """
-    if output.shape != logits.shape or logits.ndim < 2 or logits[..., 0].numel() > _MOST_COMPARED:
+    if output.shape != logits.shape or logits.ndim < 2 or logits[..., 0].numel() > _MAX_COMPARED:
         return False
     rows, logit_rows = (each.detach().reshape(-1, each.shape[-1]).double() for each in (output, logits))
     if bool(((rows > 0) & (rows < 1)).all()):

@@ -111,6 +111,7 @@ def _kind(value: Any) -> str:
 
 
 def _stacked(value: list[Any] | tuple[Any, ...], name: str) -> Tensor:
+    """Stack a list of tensors of equal shapes."""
     shapes = {tuple(each.shape) if isinstance(each, Tensor) else None for each in value}
     shape = next(iter(shapes))
     if len(shapes) > 1 or shape is None or len(shape) > (0 if name == "labels" else 1):
@@ -119,6 +120,7 @@ def _stacked(value: list[Any] | tuple[Any, ...], name: str) -> Tensor:
 
 
 def _from_numpy(array: Any, name: str) -> Tensor:
+    """Convert a numpy array to a tensor, and its dtype to one that torch supports."""
     if array.dtype.kind in "OSUV":
         repair = (
             "numpy.unique(labels, return_inverse=True)[1], which numbers the classes"
@@ -145,6 +147,7 @@ def _described(value: Any) -> str:
 
 
 def _check_kinds(features: Tensor, labels: Tensor) -> None:
+    """Raise unless features are floating and labels are integers, and neither is empty."""
     if not features.numel() or not labels.numel():
         raise UserError(
             f"features and labels must not be empty, got shapes {tuple(features.shape)} and {tuple(labels.shape)}: "
@@ -192,6 +195,7 @@ def _paired(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _head(weight: Any, bias: Any, feature_dim: int, device: torch.device) -> Head:
+    """Check weight and bias, and return them as a head."""
     rows = tensor_of(weight, "weight").to(device)
     if not rows.is_floating_point():
         raise UserTypeError(f"weight must be floating, got {_described(rows)}: pass it as float32 or float64.")
@@ -261,6 +265,7 @@ def _check_numbers(labels: Tensor, least: int, most: int) -> None:
 
 
 def _check_finite(features: Tensor, counted: Tensor) -> None:
+    """Raise if a row of features that counts is not finite."""
     bad = sum(
         ((~rows.isfinite().all(dim=1)) & own).sum()
         for rows, own in zip(torch.split(features, _ROWS_AT_A_TIME), torch.split(counted, _ROWS_AT_A_TIME), strict=True)

@@ -23,9 +23,9 @@ __all__ = ["Conventions", "build", "build_unlabelled"]
 
 # Measures of all pairs of classes are part of the table up to this number of classes. With a vocabulary of 50000 words
 # they would take an hour.
-_MOST_PAIRED = 2048
+_MAX_PAIRED = 2048
 _PAIR_MEASURES = {"nc1_cdnv", "nc1_cdnv_worst", "nc2_equiangularity_means", "nc2_equiangularity_worst"}
-_MOST_DRAWN = 1024  # Number of classes whose cosines are kept for the picture, in at most 4 MiB.
+_MAX_DRAWN = 1024  # Number of classes whose cosines are kept for the picture, in at most 4 MiB.
 
 
 class Conventions(NamedTuple):
@@ -66,7 +66,7 @@ def build(
     scalars = [values[name] for name in names] + ([] if rank is None else [rank])
     numbers = torch.stack([each.double() for each in scalars]).tolist() if scalars else []
     last = None if rank is None else numbers.pop()
-    pairs = len(stats.counts) <= _MOST_PAIRED or not _PAIR_MEASURES.isdisjoint(values)
+    pairs = len(stats.counts) <= _MAX_PAIRED or not _PAIR_MEASURES.isdisjoint(values)
     classes = _evenly_spaced(len(stats.counts))
     return Measurement(
         dict(zip(names, numbers, strict=True)),
@@ -114,6 +114,7 @@ def _table(
     decisions: Mapping[str, Tensor],
     pairs: bool,
 ) -> dict[str, NDArray[Any]]:
+    """Return the values for each class, as columns of a table."""
     weight = None if head is None else head.weight.to(stats.means)
     columns = per_class_values(MeasureInput(stats, weight, None, *conventions), pairs) | dict(decisions)
     names = list(columns)
@@ -123,11 +124,12 @@ def _table(
 
 
 def _evenly_spaced(num_classes: int) -> NDArray[np.int64]:
-    step = -(-num_classes // _MOST_DRAWN)
+    step = -(-num_classes // _MAX_DRAWN)
     return np.arange(0, num_classes, step, dtype=np.int64)
 
 
 def _cosines(stats: ClassStatistics, classes: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the cosines of the centred means of some classes; nan for a class without samples."""
     index = torch.from_numpy(classes).to(stats.means.device)
     rows = unit_rows(stats.centred_means.index_select(0, index))
     rows = torch.where(stats.present.index_select(0, index).unsqueeze(1), rows, torch.nan)

@@ -69,15 +69,17 @@ class _Search:
         agreement: Agreement,
     ) -> None:
         self._module, self._call, self._labels, self._agreement = module, call, labels, agreement
-        self._explained, self._single = set[str](), agreement == "values"
+        self._explained_parts = set[str]()  # Parts of the output that follow from the detected head; empty for all.
+        self._allows_single = agreement == "values"  # Whether the head may have a single output.
         self._names = {child: name for name, child in module.named_modules()}
         self._seen = observe(module, call)
-        self._most = -1
+        self._largest_label = -1  # Stays -1 if labels are not known.
         if labels is not None and labels.numel() and not labels.is_floating_point():
             counted = labels if ignored is None else labels[labels != ignored]
-            self._most = int(counted.max()) if counted.numel() else -1
+            self._largest_label = int(counted.max()) if counted.numel() else -1
 
     def find(self, head: HeadArgument) -> tuple[FoundHead, Observation]:
+        """Return the head and the observed run, for any form of the argument ``head``."""
         if head is None:
             layer = self._detect()
         elif isinstance(head, str):
@@ -88,20 +90,23 @@ class _Search:
             layer = named[head]
         elif isinstance(head, nn.Module):
             if head is self._module or head not in self._names:
-                raise UserError(f"head= is a {type(head).__name__} that is no part of {self._title}. {self._layers()}")
+                raise UserError(
+                    f"head= is a {type(head).__name__} that is not a part of {self._title}. {self._layers()}"
+                )
             layer = head
         elif callable(head):
-            return self._found_by_values(head), self._seen
+            return self._find_function(head), self._seen
         else:
             raise UserTypeError(
                 "head must be a dotted name, a module, a function (model) -> (weight, bias) or None, got "
                 f"{type(head).__name__}."
             )
-        return self._found(layer, named=head is not None), self._seen
+        return self._check_layer(layer, named=head is not None), self._seen
 
     # A layer that is known to be the head.
 
-    def _found(self, layer: nn.Module, named: bool) -> FoundHead:
+    def _check_layer(self, layer: nn.Module, named: bool) -> FoundHead:
+        """Return a layer as the head, after all checks."""
         name, runs = self._names[layer], self._seen.of(layer)
         if len(runs) != 1:
             what = "did not run" if not runs else f"ran {len(runs)} times"
@@ -112,24 +117,25 @@ class _Search:
             )
         run = runs[0]
         features, output = class_last(layer, run.inputs), class_last(layer, run.output)
-        if output.shape[-1] < 2 and not self._single:
+        if output.shape[-1] < 2 and not self._allows_single:
             raise UserError(
                 f"the head {name!r} of {self._title} has one output, and neural collapse compares at least two "
                 f"classes: train with an output for each class. {single_output_hint(self._agreement)}{self._layers()}"
             )
-        reader, margin = self._reader(layer, name, features, output, named)
-        pooling, link = self._pairing(layer, features.shape[:-1], reader, named, margin)
+        reader, margin = self._make_reader(layer, name, features, output, named)
+        pooling, link = self._pair(layer, features.shape[:-1], reader, named, margin)
         identical = link is not None and self._seen.leaves[link.part] is run.raw_output and not pooling
         if link is not None and not margin:
             identical = identical and torch.equal(run.raw_output, run.output)
             if not named or self._agreement != "factor":
                 check_effects(self._module, self._call, layer, name, link, identical)
         shape = features.shape[:1] + features.shape[-1:] if pooling else features.shape
-        return FoundHead(reader, name, "input", pooling, shape, link, identical, self._exit(layer, link), margin)
+        return FoundHead(reader, name, "input", pooling, shape, link, identical, self._name_exit(layer, link), margin)
 
-    def _reader(
+    def _make_reader(
         self, layer: nn.Module, name: str, features: Tensor, output: Tensor, named: bool
     ) -> tuple[HeadReader, bool]:
+        """Return a reader of the layer's weight that reproduces its output, and whether it has a margin."""
         readable, more = has_weight(layer), has_more_than_a_weight(layer)
         plain = [("weight", False), ("transposed", False)] if readable and not more else []
         if more or named:
@@ -161,13 +167,13 @@ class _Search:
             f"measured. {self._layers()} {REPAIRS}"
         )
 
-    def _pairing(
+    def _pair(
         self, layer: nn.Module, rows: torch.Size, reader: HeadReader, named: bool, margin: bool
     ) -> tuple[Pooling, Link | None]:
         """Return how positions are reduced to samples, and how the output follows if later batches must confirm it."""
         shape = None if self._labels is None else self._labels.shape
         per_sample = len(rows) > 1 and shape != rows and self._are_per_sample(rows)
-        link = None if margin else self._link(layer, per_sample, named and not per_sample)
+        link = None if margin else self._find_link(layer, per_sample, named and not per_sample)
         pooled: Pooling = ""
         if per_sample and link is not None and not (reader.normalizes and link.rows == "mean" and rows[1:].numel() > 1):
             pooled = "one" if link.rows == "one" else "mean"
@@ -186,16 +192,19 @@ class _Search:
         return pooled, None if link is None else link._replace(agreement=self._agreement)
 
     def _are_per_sample(self, rows: torch.Size) -> bool:
+        """Return whether there is one label per sample, although rows have positions."""
         return self._labels is None or self._labels.shape in (rows[:1], torch.Size([*rows[:1], 1]))
 
-    def _link(self, layer: nn.Module, per_sample: bool, real: bool) -> Link | None:
+    def _find_link(self, layer: nn.Module, per_sample: bool, only_actual: bool) -> Link | None:
         """Return how the output of the model follows from that of a layer, or None.
 
-        With ``real``, only the actual run counts. Otherwise a run in which the output of the layer is replaced by a
-        pattern is tried first, in which no two logits are equal by chance.
+        With ``only_actual``, only the actual run counts. Otherwise a run is tried first in which the output of the
+        layer is replaced by a pattern, because no two logits are then equal by chance.
         """
-        for seen in [self._seen] if real else [observe(self._module, self._call, {layer: pattern}), self._seen]:
-            leaves = {n: leaf for n, leaf in seen.leaves.items() if not self._explained or n in self._explained}
+        for seen in [self._seen] if only_actual else [observe(self._module, self._call, {layer: pattern}), self._seen]:
+            leaves = {
+                n: leaf for n, leaf in seen.leaves.items() if not self._explained_parts or n in self._explained_parts
+            }
             own = seen.of(layer)
             if own and (found := self._closest(leaves, class_last(layer, own[-1].output), per_sample)) is not None:
                 return found
@@ -204,10 +213,11 @@ class _Search:
         return None
 
     def _closest(self, leaves: Mapping[str, Tensor], logits: Tensor, per_sample: bool) -> Link | None:
-        found = links(leaves, logits, per_sample, single=self._single)
+        """Return the link from logits to a part of the output with the closest agreement; None if there is none."""
+        found = links(leaves, logits, per_sample, single=self._allows_single)
         return min(found, key=lambda link: ("equal", "shift", "factor").index(link.agreement), default=None)
 
-    def _exit(self, layer: nn.Module, link: Link | None) -> str | None:
+    def _name_exit(self, layer: nn.Module, link: Link | None) -> str | None:
         """Return the name of the innermost module around a layer that returns the same part of the output."""
         if link is None:
             return None
@@ -219,7 +229,9 @@ class _Search:
 
     # A head that is a function of the model.
 
-    def _found_by_values(self, head: Callable[[Any], Any]) -> FoundHead:
+    def _find_function(self, head: Callable[[Any], Any]) -> FoundHead:
+        """Return the head of a function that returns weight and bias, with the place of its features."""
+
         def pair() -> Any:
             return head(self._module)
 
@@ -265,6 +277,7 @@ class _Search:
     # Detection.
 
     def _detect(self) -> nn.Module:
+        """Return the layer that is seen to be the head."""
         matches = self._matches()
         if len(matches) > 1:
             fed = {a for a in matches for b in matches if a is not b and self._feeds(a, b)}
@@ -278,15 +291,15 @@ class _Search:
         if len(matches) == 1:
             layer = next(iter(matches))
             self._check_influence(layer, matches[layer])
-            self._explained = matches[layer]
-            check_functions(self._module, self._seen, layer, self._explained, self._most)
+            self._explained_parts = matches[layer]
+            check_functions(self._module, self._seen, layer, self._explained_parts, self._largest_label)
             return layer
         if not matches:
             hint = single_output_hint(self._agreement) if self._may_have_one_output() else ""
             raise UserError(
-                f"no layer of {self._title} was seen to be the head: none has an output that is the output of the "
-                f"model, or from which that follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a "
-                f"cast. {hint}{self._layers()} {REPAIRS}"
+                f"no layer of {self._title} was seen to be the head: none returns the output of the model, or "
+                f"logits from which it follows by log_softmax, softmax, sigmoid, a temperature, a squeeze or a cast. "
+                f"{hint}{self._layers()} {REPAIRS}"
             )
         raise UserError(
             f"cannot tell which layer of {self._title} is the head: the outputs of "
@@ -315,6 +328,7 @@ class _Search:
         return matches
 
     def _is_part(self, run: Run, leaf: Tensor) -> bool:
+        """Return whether a part of the output is the very tensor that a layer returned, with the same values."""
         return run.raw_output is leaf and (run.output is leaf or torch.equal(run.output, leaf))
 
     def _is_linear(self, run: Run) -> bool:
@@ -338,8 +352,9 @@ class _Search:
             return False
 
     def _may_make(self, run: Run, leaf: Tensor) -> bool:
+        """Return whether a part of the output follows from the output of a layer in a run."""
         output = class_last(run.layer, run.output)
-        return follows(leaf, output, either=True, single=self._single)
+        return follows(leaf, output, either=True, single=self._allows_single)
 
     def _leads_to(self, run: Run, name: str) -> bool:
         """Return whether a part of the output still follows from a layer whose output is replaced by a pattern."""
@@ -353,12 +368,15 @@ class _Search:
         return bool(own) and leaf is not None and self._may_make(own[-1], leaf)
 
     def _outermost(self, layers: list[nn.Module]) -> list[nn.Module]:
+        """Return the layers that are not inside another one of them."""
         return [layer for layer in layers if not any(layer in set(o.modules()) for o in layers if o is not layer)]
 
     def _innermost(self, layers: list[nn.Module]) -> list[nn.Module]:
+        """Return the layers that do not contain another one of them."""
         return [layer for layer in layers if not any(o in set(layer.modules()) for o in layers if o is not layer)]
 
     def _feeds(self, layer: nn.Module, other: nn.Module) -> bool:
+        """Return whether the output of a layer changes the input of another one."""
         seen = observe(self._module, self._call, {layer: pattern})
         before, after = self._seen.of(other), seen.of(other)
         return len(before) != len(after) or any(
@@ -366,10 +384,11 @@ class _Search:
         )
 
     def _has_place_for_labels(self, layer: nn.Module) -> bool:
+        """Return whether the output of a layer has the rows and classes of the labels."""
         output = class_last(layer, self._seen.of(layer)[-1].output)
         rows, labels = output.shape[:-1], self._labels
         fits_shape = labels is None or labels.shape in (rows, rows[:1], torch.Size([*rows[:1], 1]))
-        return fits_shape and output.shape[-1] > max(self._most, 0 if self._single else 1)
+        return fits_shape and output.shape[-1] > max(self._largest_label, 0 if self._allows_single else 1)
 
     def _check_influence(self, layer: nn.Module, explained: set[str]) -> None:
         """Raise if another part of the output depends on the layer in a different way: the head may come after it."""
@@ -394,7 +413,9 @@ class _Search:
         return type(self._module).__name__
 
     def _may_have_one_output(self) -> bool:
-        return not self._single and all(leaf.ndim < 2 or leaf.shape[-1] == 1 for leaf in self._seen.leaves.values())
+        return not self._allows_single and all(
+            leaf.ndim < 2 or leaf.shape[-1] == 1 for leaf in self._seen.leaves.values()
+        )
 
     def _layers(self) -> str:
         return describe_layers(self._module, self._seen)

@@ -64,6 +64,7 @@ def draw(
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw the distance of each value from that at collapse as a bar on a logarithmic axis."""
     lengths = np.array([abs(row.value) if row.distance is None else row.distance for row in rows], dtype=np.float64)
     seen = np.isfinite(lengths) & (lengths > 0)
     drawn = np.where(seen, lengths.clip(*_DRAWN), np.nan)
@@ -90,6 +91,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _label(row: Row) -> str:
+    """Return the name of a value, as a difference from its value at collapse if that is not zero."""
     name = f"{row.group.removeprefix('layer ')}/{row.name}" if row.group else row.name
     if not row.collapsed:
         return name
@@ -97,6 +99,7 @@ def _label(row: Row) -> str:
 
 
 def _draw_cosines(axes: Axes, cosines: NDArray[np.float32], classes: NDArray[np.int64], num_present: int) -> None:
+    """Draw the matrix of cosines of class means."""
     off = cosines[~np.eye(len(cosines), dtype=bool)]
     finite = off[np.isfinite(off)]
     etf = -1 / max(num_present - 1, 1)

@@ -19,7 +19,7 @@ from nclightning.sharding import is_sharded
 
 __all__ = ["check_effects", "check_functions", "describe_layers"]
 
-_MOST_LISTED = 12
+_MAX_LISTED = 12
 # Scale of logits as in a trained network, which a clamp would change.
 _LARGE = 100
 
@@ -105,6 +105,7 @@ def _is_constant(parameter: Tensor) -> bool:
 def _breaks(
     module: nn.Module, call: Callable[[], Any], layer: nn.Module, link: Link, changed: Mapping[str, Tensor]
 ) -> bool:
+    """Return whether the output no longer follows from the logits if parameters have other values."""
     try:
         with _replaced(changed):
             seen = observe(module, call)
@@ -114,6 +115,7 @@ def _breaks(
 
 
 def _misses(seen: Observation, layer: nn.Module, link: Link) -> bool:
+    """Return whether an output did not follow from the logits of a layer in a run."""
     runs, leaf = seen.of(layer), seen.leaves.get(link.part)
     if len(runs) != 1 or leaf is None:
         return False  # The model took another path, which says nothing about this one.
@@ -147,11 +149,11 @@ def describe_layers(module: nn.Module, seen: Observation) -> str:
     scripted = [n for child, n in names.items() if _is_scripted(child)]
     outer = [repr(n) for n in scripted if not any(n.startswith(f"{other}.") for other in scripted)]
     listed = list(ran.values())
-    more = f" and {len(listed) - _MOST_LISTED} before" if len(listed) > _MOST_LISTED else ""
+    more = f" and {len(listed) - _MAX_LISTED} before" if len(listed) > _MAX_LISTED else ""
     outputs = ", ".join(f"{name or 'a tensor'} {tuple(t.shape)}" for name, t in seen.leaves.items())
     return (
-        f"Layers with a weight that ran are: {', '.join(listed[-_MOST_LISTED:]) or 'none'}{more}"
-        + (f"; that did not run: {', '.join(idle[-_MOST_LISTED:])}" if idle else "")
+        f"Layers with a weight that ran are: {', '.join(listed[-_MAX_LISTED:]) or 'none'}{more}"
+        + (f"; that did not run: {', '.join(idle[-_MAX_LISTED:])}" if idle else "")
         + (f"; scripted or traced, where no head can be seen: {', '.join(outer)}" if outer else "")
         + f". The model returned {outputs or 'no floating tensor'}."
     )

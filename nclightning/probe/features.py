@@ -277,9 +277,12 @@ class FeatureHooks:
             self._handles.append(hook_result(layer, self._keep_output(name)))
 
     def _is_wanted(self, name: str) -> bool:
+        """Return whether the tensor of a name is needed."""
         return self._wanted is None or (self._wanted() and name not in self.kept)
 
     def _keep_output(self, name: str) -> Callable[[Any, Any], None]:
+        """Return a hook that keeps the output of a further layer."""
+
         def keep(args: Any, output: Any) -> None:
             if not self._is_wanted(name):
                 return
@@ -298,6 +301,7 @@ class FeatureHooks:
             self._keep(tensor)
 
     def _keep(self, tensor: Tensor) -> None:
+        """Keep the features of a run if they are needed."""
         self.runs += 1
         if self._is_wanted(""):
             self.kept[""] = self._source.copy_of(tensor.detach())
@@ -381,6 +385,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def _pool(tensor: Tensor) -> Tensor:
+    """Average a tensor over all dimensions except samples and channels."""
     if tensor.ndim == 3:
         return tensor.mean(dim=1)
     return tensor.flatten(2).mean(dim=2) if tensor.ndim > 3 else tensor

@@ -214,6 +214,7 @@ class FirstBatch:
                 )
 
     def _run(self, inputs: Any) -> Any:
+        """Run the module on inputs, and restore these."""
         try:
             with inputs_kept(inputs) as written:
                 return self._call(self._module, inputs)
@@ -223,6 +224,7 @@ class FirstBatch:
             self._is_written |= bool(written)
 
     def _refusal(self, failure: BaseException | None) -> ValueError:
+        """Return the error for a module that does not run."""
         said = f"{type(failure).__name__}: {failure}".rstrip()
         said += "" if said.endswith((".", "!", "?")) else "."
         return UserError(
@@ -275,6 +277,7 @@ def _places_of(targets: Any) -> Tensor:
 
 
 def _check_labels(labels: Any) -> None:
+    """Raise unless labels are a tensor of integers."""
     if not isinstance(labels, Tensor):
         raise UserTypeError(
             f"labels must be a tensor of integers, got {describe(labels)}: pass batch_fn=(batch) -> (inputs, labels) "

@@ -35,12 +35,14 @@ class FirstForward:
         self._then = then
 
     def _end(self, args: Any, output: Any) -> None:
+        """Find the head at the end of the first forward."""
         if not self._is_over:
             self._go_on()
             # Training must not use copies of weights in lower precision that were made without gradients.
             torch.clear_autocast_cache()
 
     def _go_on(self) -> None:
+        """Find the head, and call the function that waits for it."""
         self._is_over = True
         try:
             self._examine()

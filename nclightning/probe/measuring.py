@@ -72,14 +72,14 @@ def measure(
             ``torch.autocast``. For ``DataParallel``, ``DistributedDataParallel`` and compiled models, the model inside
             is run, and ``head``, ``layers`` and ``forward_fn`` refer to it.
         data: A ``DataLoader`` or any iterable of batches. A loader is read without shuffling and dropped batches: every
-            sample that it can yield, in order (:func:`nclightning.probe.sweep.sequential_loader`). An iterator, such as
+            sample that it can yield, in order. An iterator, such as
             a generator, is consumed. With torch.distributed, all processes must call; each takes its share of the
             samples, and all get the same result.
         measures: Names from :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
             ``accuracy``, ``cosine_margin``, which need a second pass; ``("all",)`` for all. None is ``nc1``, ``nc2``
             and ``nc3``, without those that need a weight if arrays are given without one.
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)``. None
-            detects the layer whose output is seen to be the model's output, or from which that follows.
+            detects the layer that is seen to return the model's output, or logits from which it follows.
         layers: Dotted names of further modules to measure. They need a second pass, too.
         layer_pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over positions,
             ``"flatten"`` keeps all entries.
@@ -154,6 +154,7 @@ def _measure_arrays(
     conventions: Conventions,
     start: float,
 ) -> Measurement:
+    """Measure features that are given as arrays."""
     rows, labels, num_classes, head = given
     of_statistics, of_decisions = measuring.statistics_measures, measuring.decision_measures
     left_out = tuple[str, ...]()

@@ -133,6 +133,7 @@ class _Recorder:
         return seen, frozenset() if self._copied is None else written - self._copied
 
     def _value(self, tensor: Tensor | None) -> Tensor | None:
+        """Return a tensor, or a copy if it will be overwritten, and record its version."""
         if tensor is None:
             return None
         number, version = len(self._met), version_of(tensor)
@@ -140,6 +141,7 @@ class _Recorder:
         return tensor.clone() if version < 0 or self._copied is None or number in self._copied else tensor
 
     def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the input of a layer, as a hook before its forward."""
         raw_input = first_argument(args, kwargs)
         value = self._value(raw_input)
         self._open.setdefault(layer, []).append((raw_input, value))
@@ -147,6 +149,7 @@ class _Recorder:
             self._calls.append((layer, raw_input, value))
 
     def _after(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record the output of a layer, and replace it if requested, as a hook after its forward."""
         changed = None
         if layer in self._replace and isinstance(output, Tensor):
             output = changed = self._replace[layer](output)
@@ -171,6 +174,7 @@ class _Recorder:
 
 
 def _takes_labels(layer: nn.Module) -> bool:
+    """Return whether the forward of a layer has an argument ``labels``."""
     try:
         return "labels" in inspect.signature(layer.forward).parameters
     except (TypeError, ValueError):  # For example for scripted modules.

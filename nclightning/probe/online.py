@@ -114,6 +114,7 @@ class OnlineEpoch:
         return self._steps_over(loader)
 
     def _steps_over(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches, and collect the features of each after its step."""
         for batch in loader:
             self._check_open()
             here: Batch = moved(batch, self._host.device)
@@ -141,6 +142,7 @@ class OnlineEpoch:
         self._runs_step = False
 
     def _end_step(self) -> None:
+        """Collect the features of the step, or count the batch as left out."""
         self._runs_step = False
         if not self._steps.is_idle:
             self._steps.collect(self._host, loader=self._loader)
@@ -154,6 +156,7 @@ class OnlineEpoch:
             )
 
     def _read(self) -> Measurement:
+        """Return the measurement of the epoch. All processes must call it."""
         title = type(self._host.module).__name__
         wait_for_all("the end of a block of Probe.online", "Let all processes enter it.")
         if self._failure is not None:
@@ -170,6 +173,7 @@ class OnlineEpoch:
         return build(statistics, values, {}, head, self._conventions, self._start)
 
     def _refusal(self, title: str) -> UserError:
+        """Return the error for an epoch in which no batch was measured."""
         reason = (
             f"{title} did not run on any of {self._num_left_out} batches: let the loop run the model of the probe "
             "itself, neither a copy nor torch.compile of it, on each before it takes the next; or use Probe.read."

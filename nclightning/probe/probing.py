@@ -160,6 +160,7 @@ class Probe:
         return found if several else found[""]
 
     def _read(self, sets: Mapping[str, Iterable[Any]], ood: Sequence[str], start: float) -> dict[str, Measurement]:
+        """Measure data sets: statistics of all of them first, then decisions."""
         host, reader, measuring = self._host(), self._reader, self._measuring
         gathered: dict[str, StatisticsGatherer] = {}
         for name, data in sets.items():

@@ -109,6 +109,7 @@ class PairReader:
         return batch if self._findings.with_labels else inputs, labels
 
     def _split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Split a batch by the user's function, or by the default one."""
         if self._batch_fn is None:
             return split_batch(batch)
         split = self._batch_fn(batch)
@@ -259,6 +260,7 @@ class PairReader:
         return own == theirs and (self._pooling == other._pooling or not (self.layers and other.layers))
 
     def _key(self) -> tuple[Any, ...]:
+        """Return what determines the features and labels that this reader needs."""
         findings, found, head = self.findings, self.findings.found, self.findings.found.reader
         where = found.path, found.side, found.pooling, found.link.position if found.pooling and found.link else None
         weight = self._head if head.layer is None else head.layer, head.form, head.normalizes

@@ -200,7 +200,7 @@ class Measurement(Mapping[str, float]):
 
         Args:
             path: Path of the file. An existing file is replaced; the folder must exist. None writes no file.
-            indent: As for :func:`json.dumps`.
+            indent: As for ``json.dumps``.
 
         Raises:
             OSError: If the file cannot be written. An existing file is then unchanged.
@@ -235,12 +235,14 @@ class Measurement(Mapping[str, float]):
         return int((self._tables[""]["count"] > 0).sum())
 
     def _headline(self) -> str:
+        """Return the first line of the table: sizes, head and time."""
         head = "no head" if self.head is None else f"{'cosine head' if self.normalizes else 'head'} {self.head!r}"
         classes = f"{self.num_classes} classes, " if self.num_classes else ""  # There are none without labels.
         size = f"{self.num_samples} samples, {classes}{self.feature_dim} features, {head}"
         return size if math.isnan(self.seconds) else f"{size}, {self.seconds:.3g} s"
 
     def _notes(self) -> list[str]:
+        """Return sentences about absent classes, the rank, and measures that were left out."""
         notes = []
         if absent := self.num_classes - self._num_present:
             notes.append(
@@ -264,6 +266,7 @@ class Measurement(Mapping[str, float]):
 
 
 def _are_equal(one: Any, other: Any) -> bool:
+    """Return whether two values, arrays or dictionaries are equal, where nan equals nan."""
     if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
         return (
             isinstance(one, np.ndarray)
@@ -278,6 +281,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _without_nonfinite(value: Any) -> Any:
+    """Replace numbers that are not finite by strings, in nested lists and dictionaries."""
     if isinstance(value, dict):
         return {name: _without_nonfinite(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -206,6 +206,7 @@ class SetReader:
         return Measured(values, class_means, head)
 
     def _decide(self, host: Host, data: DataSet, head: Head, class_means: LayerStatistics) -> dict[str, Tensor]:
+        """Return the measures of decisions of a data set, by another pass over it."""
         collector = self._measuring.decisions_collector(head, class_means)
         gather_alone(host, data, lambda: DecisionsGatherer(self._reader, collector))
         return collector.read()

@@ -92,6 +92,7 @@ def _loss(module: nn.Module, call: Callable[[Tensor], Any], labels: Tensor) -> f
 
 
 def _by_value(loss: float, logits: Tensor | None, labels: Tensor) -> bool | None:
+    """Return whether the loss is that of shifted labels; None if it agrees with both or neither."""
     if logits is None or logits.ndim != 3 or logits.shape[:-1] != labels.shape:
         return None
     wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))

@@ -152,6 +152,7 @@ class StepMeasurement:
         self._watch = self._reader.watch(host.module, in_steps=True, online=self._online)
 
     def _begin(self, batch: Any) -> None:
+        """Prepare for the step of a batch."""
         if self._failure is None:
             self._split = self._reader.split(batch)
             if self._watch is not None:
@@ -239,6 +240,7 @@ class StepMeasurement:
         return values
 
     def _verify(self, host: Host) -> None:
+        """Raise if a check of the hooks failed."""
         for watch in self._done if self._watch is None else [*self._done, self._watch]:
             watch.verify()
         if self._online and self._split is not None:  # Operations after the head may have an effect by now.

@@ -60,12 +60,14 @@ class Row(NamedTuple):
 
 
 def _shown(value: float) -> str:
+    """Format a value: counts as integers, others with four digits."""
     if math.isfinite(value) and value == int(value) and abs(value) < 1e6:  # Counts, and exact zeros and ones.
         return str(int(value))
     return f"{value:.4g}"
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Yield the rows of each group."""
     order = list(dict.fromkeys(row.group for row in rows))
     ordered = sorted(rows, key=lambda row: order.index(row.group))
     yield from ((group, list(own)) for group, own in groupby(ordered, key=lambda row: row.group))

@@ -107,106 +107,114 @@ class Watch:
         online: bool = False,
     ) -> None:
         self._found, self._module, self._online, self._in_steps = found, module, online, entry is not None
-        self._leaves: list[Tensor] = []
-        self._sees_writes = online and entry is not None and not entry.is_written
-        self._writes: list[int] = []
-        self._matches: Literal["yes", "maybe", "no", "unseen"] = "unseen"
-        self._kept_of: str | None = None
-        self._other: Tensor | None = None
-        self._logits: Tensor | None = None
-        self._settled = False
+        self._batch_tensors: list[Tensor] = []  # The inputs of the current batch.
+        self._checks_versions = online and entry is not None and not entry.is_written
+        self._versions: list[int] = []  # The version counters of the inputs at the start of the step.
+        # Whether the current run is on the inputs of the batch, and the same of the run whose features are kept.
+        self._run_match: Literal["yes", "maybe", "no", "unseen"] = "unseen"
+        self._kept_match: str | None = None
+        self._kept_differs: Tensor | None = None  # Whether the inputs of the kept run have other values.
+        self._logits: Tensor | None = None  # The output of the head in the kept run.
+        self._is_compared = False  # Whether the output of the kept run has been compared with the logits.
+        # Results of the checks over all batches. They stay on the device until verify.
         self._misses: Tensor | None = None
         self._differs: Tensor | None = None
         # These hooks come before those at the features: the head itself may be the layer where inputs enter.
         self._handles: list[RemovableHandle] = [
             hook_call(module.get_submodule(name), self._enter) for name in (() if entry is None else entry.layers)
         ]
-        self._hooks = FeatureHooks(found.source(module), layers, pooling, self._wants if self._in_steps else None)
+        self._hooks = FeatureHooks(found.source(module), layers, pooling, self._is_needed if self._in_steps else None)
         # In training, forward may return other things than logits, so a step is checked only if positions depend on it.
         self._checks = found.is_checked and (entry is None or bool(found.pooling))
         if self._checks and found.reader.layer is not None:
             self._handles.append(hook_result(module.get_submodule(found.path), self._keep_logits))
         if self._in_steps and self._checks and found.exit is not None:
-            self._handles.append(hook_result(module.get_submodule(found.exit), self._leave))
+            self._handles.append(hook_result(module.get_submodule(found.exit), self._compare_exit))
 
     def begin(self, inputs: Any) -> None:
         """Prepare for the step of a batch."""
-        self._leaves = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
-        self._writes = [version_of(leaf) for leaf in self._leaves] if self._sees_writes else []
-        self._hooks.kept, self._hooks.runs, self._matches = {}, 0, "unseen"
-        if self._kept_of is not None:  # The last step failed.
+        self._batch_tensors = [inputs] if isinstance(inputs, Tensor) else list(tensors_of(inputs))
+        self._versions = [version_of(leaf) for leaf in self._batch_tensors] if self._checks_versions else []
+        self._hooks.kept, self._hooks.runs, self._run_match = {}, 0, "unseen"
+        if self._kept_match is not None:  # The last step failed.
             self._forget()
 
     def _forget(self) -> None:
-        self._kept_of, self._other, self._logits, self._settled = None, None, None, False
+        """Forget the kept run."""
+        self._kept_match, self._kept_differs, self._logits, self._is_compared = None, None, None, False
 
     def _enter(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Find out whether the model runs on the inputs of the batch, as a hook where inputs enter it."""
         tensor = first_argument(args, kwargs)
         if tensor is None:
             return
-        place = next((i for i, leaf in enumerate(self._leaves) if _is_same(tensor, leaf)), None)
+        place = next((i for i, leaf in enumerate(self._batch_tensors) if _is_same(tensor, leaf)), None)
         if place is not None:
-            if self._kept_of not in (None, "yes"):  # The kept features belong to a run on other inputs.
+            if self._kept_match not in (None, "yes"):  # The kept features belong to a run on other inputs.
                 self._hooks.kept.clear()
                 self._forget()
-            if self._kept_of is None and self._is_changed(place):
-                self._other = torch.ones((), dtype=torch.bool, device=tensor.device)
-            self._matches = "yes"
-        elif self._kept_of is None:
+            if self._kept_match is None and self._is_changed(place):
+                self._kept_differs = torch.ones((), dtype=torch.bool, device=tensor.device)
+            self._run_match = "yes"
+        elif self._kept_match is None:
             alike = [
-                i for i, own in enumerate(self._leaves) if own.shape == tensor.shape and own.device == tensor.device
+                i
+                for i, own in enumerate(self._batch_tensors)
+                if own.shape == tensor.shape and own.device == tensor.device
             ]
-            self._matches = "maybe" if alike else "no"
+            self._run_match = "maybe" if alike else "no"
             if alike and self._online:
                 differs = [torch.ones((), dtype=torch.bool, device=tensor.device)]
-                differs += [_differs(tensor.detach(), self._leaves[i]) for i in alike if not self._is_changed(i)]
-                self._other = torch.stack(differs).all()
+                differs += [_differs(tensor.detach(), self._batch_tensors[i]) for i in alike if not self._is_changed(i)]
+                self._kept_differs = torch.stack(differs).all()
         else:
-            self._matches = "no"
+            self._run_match = "no"
 
     def _is_changed(self, place: int) -> bool:
         """Return whether the step overwrote an input, for example to mix samples."""
-        return self._sees_writes and version_of(self._leaves[place]) != self._writes[place]
+        return self._checks_versions and version_of(self._batch_tensors[place]) != self._versions[place]
 
-    def _wants(self) -> bool:
+    def _is_needed(self) -> bool:
         """Return whether features of the current run are needed, provided that none are kept yet."""
-        if self._kept_of is None:
-            self._kept_of = self._matches
-        return self._kept_of == self._matches
+        if self._kept_match is None:
+            self._kept_match = self._run_match
+        return self._kept_match == self._run_match
 
     def _keep_logits(self, args: Any, output: Any) -> None:
+        """Keep the output of the head, as a hook after its forward."""
         if (
-            (not self._in_steps or self._wants())
+            (not self._in_steps or self._is_needed())
             and self._logits is None
             and (raw_output := first_tensor(output)) is not None
         ):
             self._logits = raw_output.detach().clone()
 
-    def _leave(self, args: Any, output: Any) -> None:
-        if "" in self._hooks.kept and not self._settled:
-            self._settle(output, exit_only=True)
+    def _compare_exit(self, args: Any, output: Any) -> None:
+        """Compare the output with the logits, as a hook after the module that returns it."""
+        if "" in self._hooks.kept and not self._is_compared:
+            self._compare(output, exit_only=True)
 
-    def _settle(self, output: Any, exit_only: bool) -> None:
+    def _compare(self, output: Any, exit_only: bool) -> None:
         """Compare the output with the logits, and choose the features at the positions that it used."""
         found, rows = self._found, self._hooks.kept[""]
-        made, part = found.logits(self._module, rows, self._logits), found.part_of(output, exit_only)
+        logits, part = found.logits(self._module, rows, self._logits), found.part_of(output, exit_only)
         if part is None and exit_only:
             return  # In training the module may return other things.
-        self._settled = True
-        if made is None or part is None:
+        self._is_compared = True
+        if logits is None or part is None:
             misses = torch.ones((), dtype=torch.bool, device=rows.device)
         else:
             link = found.link_of(rows)
-            misses = link.misses(part, made) & made.isfinite().all(dim=-1).any()
+            misses = link.misses(part, logits) & logits.isfinite().all(dim=-1).any()
             if found.varies and rows.ndim > 2 and len(part) == len(rows):
-                chosen = link.chosen(part, made)
+                chosen = link.chosen(part, logits)
                 self._hooks.kept[""] = rows.flatten(1, -2)[torch.arange(len(rows), device=rows.device), chosen]
         self._misses = misses if self._misses is None else self._misses | misses
 
     @property
     def is_idle(self) -> bool:
         """Whether the model has not run since the last batch began."""
-        return self._matches == "unseen" and not self._hooks.runs
+        return self._run_match == "unseen" and not self._hooks.runs
 
     def take(self, output: Any = None, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Return the features of a batch by name.
@@ -221,14 +229,14 @@ class Watch:
         runs = self._hooks.runs
         if not self._in_steps:
             if self._checks and "" in self._hooks.kept and runs == 1:
-                self._settle(output, exit_only=False)
+                self._compare(output, exit_only=False)
             kept = self._hooks.take(once=True)
             self._forget()
             return kept
-        if runs and (self._is_unsure(runs) or (self._found.varies and not self._settled)):
+        if runs and (self._is_unsure(runs) or (self._found.varies and not self._is_compared)):
             raise self._refusal()
-        if self._other is not None:
-            self._differs = self._other if self._differs is None else self._differs | self._other
+        if self._kept_differs is not None:
+            self._differs = self._kept_differs if self._differs is None else self._differs | self._kept_differs
         kept = self._hooks.take()
         self._forget()
         if labels is not None and labels.shape[:1] not in ((), kept[""].shape[:1]):
@@ -236,9 +244,10 @@ class Watch:
         return kept
 
     def _is_unsure(self, runs: int) -> bool:
-        if self._kept_of == "yes":
+        """Return whether it is not known that the features belong to the inputs of the batch."""
+        if self._kept_match == "yes":
             return False
-        return runs > 1 or (self._online and self._kept_of == "no")
+        return runs > 1 or (self._online and self._kept_match == "no")
 
     def verify(self) -> None:
         """Raise if a check failed on any batch. Transfers to the host.
@@ -253,6 +262,7 @@ class Watch:
             raise self._refusal()
 
     def _refusal(self) -> UserError:
+        """Return the error for features that do not belong to the batch."""
         name, title = self._found.reader.name, type(self._module).__name__
         if self._online:
             return UserError(
@@ -274,7 +284,7 @@ class Watch:
         self._hooks.remove()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._leaves = [], []
+        self._handles, self._batch_tensors = [], []
         self._forget()
 
 
@@ -297,11 +307,14 @@ class FirstStepHooks:
             self._handles.append(hook_call(module.get_submodule(name), self._compare_with(value)))
 
     def _count(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Count the calls of the head."""
         self._runs += 1
         if self._head_only:
             self.remove()
 
     def _compare_with(self, value: Tensor) -> Any:
+        """Return a hook that compares the input of a module with an earlier one."""
+
         def compare(args: Any, kwargs: dict[str, Any]) -> None:
             tensor = first_argument(args, kwargs)
             if tensor is not None and tensor.device == value.device:

@@ -74,10 +74,10 @@ def symmetric_values(optimal: OptimalSet) -> list[tuple[float, int]]:
     rest = ones - one
     pairs = [(a, b) for a in (one, rest) for b in (one, rest)]
     matrices = [*(torch.outer(a, b) for a, b in pairs), torch.diag(rest)]
-    all_alike = [torch.eye(K).to(one), torch.outer(ones, ones)]
+    invariant = [torch.eye(K).to(one), torch.outer(ones, ones)]
     found = []
-    trivial = _values(hessian, _copies(optimal, all_alike, [ones]), [])
-    both = _values(hessian, _copies(optimal, matrices, [one, rest]), _copies(optimal, all_alike, [ones]))
+    trivial = _values(hessian, _copies(optimal, invariant, [ones]), [])
+    both = _values(hessian, _copies(optimal, matrices, [one, rest]), _copies(optimal, invariant, [ones]))
     found += [(value, 1) for value in trivial] + [(value, K - 1) for value in both]
     axes = torch.eye(K).to(one)[:, :4].T
     square = torch.outer(axes[0] - axes[1], axes[2] - axes[3])

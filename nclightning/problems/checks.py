@@ -131,6 +131,7 @@ def check_arguments(problem: Problem) -> None:
 
 
 def _is_positive(value: object) -> bool:
+    """Whether a value is a positive, finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
 
@@ -147,12 +148,14 @@ def check_point(
 
 
 def _check_shapes(*given: tuple[str, Tensor, tuple[int, ...]]) -> None:
+    """Raise an error unless each tensor has its shape."""
     for name, tensor, shape in given:
         if tuple(tensor.shape) != shape:
             raise UserError(f"{name} must have shape {shape} for this problem, got {tuple(tensor.shape)}.")
 
 
 def _check_bias(problem: WithOptimum, bias: Tensor | None, *, is_needed: bool, is_allowed: bool) -> None:
+    """Raise an error unless the bias has its shape, or is None where it may be."""
     came, shape = None if bias is None else tuple(bias.shape), (problem.num_classes,)
     if bias is not None and not is_allowed:
         raise UserError(f"bias must be None for {problem.bias_argument}: the optimum is that of a head without one.")

@@ -107,6 +107,7 @@ class _View:
 
 
 def _check_optimum(view: _View) -> None:
+    """Check that gradient, gap and distance vanish at an optimum, and that F is F* there."""
     flat = view.flat(view.optimum)
     norm = float(view.gradient(flat).norm())
     # A gradient of this size lets F be above its minimum by its square over mu.
@@ -120,6 +121,7 @@ def _check_optimum(view: _View) -> None:
 
 
 def _check_descent(view: _View) -> None:
+    """Check that a descent from a random start reaches F*, and does not go below it."""
     x = view.draw().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [x],
@@ -144,6 +146,7 @@ def _check_descent(view: _View) -> None:
 
 
 def _check_gap(view: _View) -> None:
+    """Check that the gap equals F - F* at a random point."""
     flat = view.draw() * 3 ** float(torch.randn((), generator=view.generator))
     value, gap = float(view.value(flat)), float(view.problem.gap(*view.point(flat)))
     off = gap - (value - view.minimum)
@@ -213,6 +216,7 @@ def _squared_distance(view: _View, point: Solution, rotation: Tensor) -> Tensor:
 
 
 def _check_bound(view: _View) -> None:
+    """Check that the certified bound is at most F*, and equal to it at an optimum."""
     problem, flat = view.problem, view.draw()
     roof = view.minimum * (1 + 1e-12)
     for size in (1.0, 1e-2, 1e-4):
@@ -226,6 +230,7 @@ def _check_bound(view: _View) -> None:
 
 
 def _check_spectrum(view: _View) -> _Modes:
+    """Check the spectrum against the dense Hessian at an optimum, whose modes are returned."""
     problem, flat = view.problem, view.flat(view.optimum)
     hessian = torch.func.hessian(view.value)(flat)
     values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)

@@ -59,7 +59,7 @@ class CrossEntropy(Loss):
 
     @property
     def exchangeable(self) -> bool:  # type: ignore[override]
-        """Whether classes may be permuted: only without offset and weights."""
+        """Whether classes may be permuted, which holds without offset and weights only."""
         return self.offset is None and self.class_weights is None
 
     def __post_init__(self) -> None:
@@ -195,9 +195,11 @@ class CrossEntropy(Loss):
         return torch.where(lack.sum() > 0, kept + freed * lack / lack.sum() - weighted, dual)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
+        """Add the offset to logits."""
         return logits if self.offset is None else logits + cast(Tensor, self.offset).to(logits)
 
     def _weighted(self, targets: Tensor) -> Tensor:
+        """Multiply targets with the class weights."""
         return targets if self.class_weights is None else targets * cast(Tensor, self.class_weights).to(targets)
 
     def unattained(self, targets: Tensor) -> str | None:

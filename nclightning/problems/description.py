@@ -70,6 +70,7 @@ def from_description(kind: type[Problem], description: Mapping[str, Any]) -> Pro
 
 
 def _made(path: str, arguments: Mapping[str, Any], name: str, kind: type, functions: bool = False) -> Any:
+    """Import a class or function by its path, and call it with arguments."""
     try:
         maker: Any = locate(path)
     except ErrorDuringImport as error:
@@ -91,16 +92,18 @@ def _declared(function: Any) -> Any:
     """Return the annotation of what a function returns; None if it has none."""
     try:
         return get_type_hints(function).get("return")
-    except (TypeError, NameError):  # It is no function, or is annotated with names that are there for types alone.
+    except (TypeError, NameError):  # Not a function, or its annotation uses a name that is imported for types only.
         return None
 
 
 def _path_of(cls: type) -> str:
+    """Return the import path of a class."""
     module = "nclightning.problems" if cls.__module__.startswith("nclightning.problems.") else cls.__module__
     return f"{module}.{cls.__qualname__}"
 
 
 def _arguments_of(loss: Loss) -> dict[str, Any]:
+    """Return the arguments with which a loss was made, from its attributes."""
     names = [name for name in inspect.signature(type(loss)).parameters if name not in ("args", "kwargs")]
     missing = [name for name in names if not hasattr(loss, name)]
     if missing:

@@ -125,6 +125,7 @@ class Groups:
         return bias
 
     def _bias_hessian(self, logits: Tensor) -> Tensor:
+        """Compute the Hessian of the objective in the bias."""
         assert self.lambda_b is not None
         K = logits.shape[1]
         axes = torch.eye(K, dtype=logits.dtype, device=logits.device)

@@ -224,6 +224,7 @@ class Coordinates:
         return rows.new_zeros(len(rows), len(self.column_sizes)).index_add_(1, self.kinds, rows)
 
     def _unfolded(self, columns: Tensor, sizes: Tensor) -> Tensor:
+        """Expand columns that have one row per kind to one row per class."""
         columns = columns / sizes.sqrt().unsqueeze(1)
         return columns if self.kinds is None else columns[self.kinds]
 

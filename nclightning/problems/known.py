@@ -29,7 +29,7 @@ class KnownProblem(Protocol):
 
     @property
     def num_groups(self) -> int:
-        """M, the sets of samples with the same target: for hard labels the classes."""
+        """M, the number of sets of samples with the same target; for hard labels these are the classes."""
 
     @property
     def num_samples(self) -> int:

@@ -159,12 +159,14 @@ def find_optimum(groups: Groups, tolerance: float) -> Optimum:
 
 
 def _check_bias(groups: Groups) -> None:
+    """Raise an error if a free bias would grow without bound."""
     reason = groups.loss.unattained(groups.targets) if groups.lambda_b == 0 else None
     if reason is not None:
         raise NoAnswer("optimum", f"F has no minimum with a free bias: {reason}. Penalize the bias, or take none.")
 
 
 def _solved(groups: Groups) -> Factors:
+    """Find the optimum numerically."""
     matrix, bias = multipliers_at_zero(groups)
     norm = float(torch.linalg.matrix_norm(matrix, 2))
     if norm <= groups.strength * (1 + _ROUNDINGS * torch.finfo(matrix.dtype).eps):
@@ -185,5 +187,6 @@ def _merged(groups: Groups) -> tuple[Groups, Tensor]:
 
 
 def _expand(factors: Factors, groups: Groups, merged: Groups, index: Tensor) -> Factors:
+    """Convert factors of a merged problem to those of the original groups."""
     part = (groups.counts / merged.counts[index]).sqrt().unsqueeze(1)
     return factors._replace(left=part * factors.left[index])

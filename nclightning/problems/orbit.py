@@ -230,6 +230,7 @@ class Orbit:
         return self.counts**0.5
 
     def _sums(self, rows: Tensor, own: Tensor) -> Tensor:
+        """Sum the rows of each group."""
         return rows.new_zeros(self.num_groups, rows.shape[1]).index_add_(0, own, rows)
 
     def _with_bias(self, gap: Tensor, bias: Tensor | None) -> Tensor:

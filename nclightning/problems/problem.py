@@ -135,7 +135,7 @@ class Problem(WithOptimum):
 
     @property
     def lambda_b(self) -> float | None:
-        """Penalty on the bias: 0.0 for a free bias, None without a bias."""
+        """Penalty on the bias, which is 0.0 for a free bias and None without a bias."""
         return {"none": None, "free": 0.0}[self.bias] if isinstance(self.bias, str) else float(self.bias)
 
     @property
@@ -240,7 +240,7 @@ class Problem(WithOptimum):
 
     @cached_property
     def optimal_set(self) -> OptimalSet:
-        """The set of all optima: one orbit of rotations of the feature space."""
+        """The set of all optima, which is one orbit of rotations of the feature space."""
         return find_optimal_set(self.convex_optimum, self.feature_dim, self.lambda_w, self.lambda_h)
 
     @property

@@ -51,7 +51,7 @@ class Rates:
         z^2 - (1 + \beta)(1 - t\lambda) z + \beta (1 - t\lambda) = 0,
 
     where the second equation is that of Nesterov's momentum. In both the root is largest at one end of the spectrum, so
-    that :attr:`mu` and :attr:`smoothness` determine the rate. Motion along the optimal set has the roots 1 and
+    that ``mu`` and ``smoothness`` determine the rate. Motion along the optimal set has the roots 1 and
     :math:`\beta`; it comes to rest and does not affect the distance. Polyak (1964); Lessard, Recht and Packard (2016).
 
     Attributes:

@@ -122,6 +122,7 @@ class _SmoothPart:
         return row_factors.clamp(1, 1e8).unsqueeze(1)
 
     def _back(self, rows: Tensor, bias: Tensor) -> Parts:
+        """Map gradients in the logits, and a change of the bias, to a gradient in coordinates."""
         found = self.coordinates.gradient(rows / self.strength)
         return found._replace(bias=found.bias + self.pull * bias)
 
@@ -341,22 +342,27 @@ class _System:
         return Pieces(*(part / self.smooth.strength for part in found))
 
     def _product(self, flat: Tensor) -> Tensor:
+        """Multiply the matrix of the system with a vector."""
         inner, rest, differences, bias = self._split(flat)
         image = self._to_axes(self.smooth.product(self.hessians, self._from_axes(flat)))
         core = apply(self.norm_hessian.core, InAxes(inner, rest))
         return image + Pieces(*core, self.norm_hessian.differences * differences, torch.zeros_like(bias)).flat()
 
     def _applied(self, precondition: DiagonalInverse | LowRankInverse, flat: Tensor) -> Tensor:
+        """Multiply a preconditioner with a vector."""
         image = precondition(self._split(flat))
         return image._replace(rest=self.core.without_left(image.rest)).flat()
 
     def _to_axes(self, parts: Parts) -> Tensor:
+        """Transform coordinates into the axes of the singular vectors, as one vector."""
         return Pieces(*self.core.to_axes(parts.core), parts.differences, parts.bias).flat()
 
     def _from_axes(self, flat: Tensor) -> Parts:
+        """Transform a vector in the axes of the singular vectors back into coordinates."""
         inner, rest, differences, bias = self._split(flat)
         return Parts(self.core.from_axes(InAxes(inner, rest)), differences, bias)
 
     def _split(self, flat: Tensor) -> Pieces:
+        """Split a vector into its parts."""
         pieces = torch.split(flat, [math.prod(shape) for shape in self.shapes])
         return Pieces(*(piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)))

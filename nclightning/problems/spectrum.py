@@ -76,6 +76,7 @@ def _frames(optimal: OptimalSet, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _within(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
+    """Yield the eigenvalues of deviations of samples within their groups."""
     groups, lambda_h = optimal.optimum.groups, optimal.lambda_h
     weight, features = _frames(optimal, width)
     extra = groups.counts.round().long() - 1
@@ -115,6 +116,7 @@ def _orthogonal(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
 
 
 def _in_range(optimal: OptimalSet, width: int) -> Iterator[Eigenvalue]:
+    """Yield the eigenvalues of deviations in the range of the features, together with the bias."""
     zeros = optimal.dimension - (optimal.feature_dim - width) * width
     zeros += optimal.optimum.groups.shift_is_free
     sector = "in range" if width else "bias"

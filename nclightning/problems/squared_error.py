@@ -133,6 +133,7 @@ class SquaredError(Loss):
 
 
 def _soft_threshold(matrix: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce the singular values of a matrix by a threshold, and drop those that it exceeds."""
     left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
     rounding = _ROUNDINGS * torch.finfo(singular.dtype).eps * max(float(singular[0]), threshold)
     kept = singular > threshold + rounding

@@ -66,6 +66,7 @@ class Threshold:
         return self._with((self.values / self.threshold).clamp(max=1))
 
     def _with(self, values: Tensor) -> Tensor:
+        """Make the matrix with the same singular vectors and other singular values."""
         matrix: Tensor = self.left[:, : self.size] * values @ self.right[:, : self.size].T
         return matrix
 

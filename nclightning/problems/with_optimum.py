@@ -261,11 +261,11 @@ class WithOptimum(ABC):
         return self.rates.iterations_per_decade(step, momentum, nesterov)
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        """Compute the best step and momentum of the heavy-ball method; see :meth:`Rates.heavy_ball`."""
+        """Compute best step and momentum of the heavy ball; see :meth:`nclightning.problems.Rates.heavy_ball`."""
         return self.rates.heavy_ball(step)
 
     def nesterov(self, step: float | None = None) -> Momentum:
-        """Compute the best step and momentum of Nesterov's method; see :meth:`Rates.nesterov`."""
+        """Compute the best step and momentum of Nesterov's method; see :meth:`nclightning.problems.Rates.nesterov`."""
         return self.rates.nesterov(step)
 
     def slowest_mode(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> Eigenvalue:
@@ -288,6 +288,7 @@ class WithOptimum(ABC):
         return next(e for e in entries if e.value > 0 and decay_exponent(step * e.value, momentum, nesterov) <= slow)
 
     def _whole_orbit(self, question: str, device: torch.device) -> Orbit:
+        """Return the optimal set; an error if there are too few features to work with moments."""
         orbit = self.orbit(device)
         if orbit.is_cut:
             raise NoAnswer(
@@ -298,5 +299,6 @@ class WithOptimum(ABC):
         return orbit
 
     def _solution(self, orbit: Orbit, weight: Tensor, means: Tensor, labels: Tensor) -> Solution:
+        """Make a point from head and mean features of an optimum, and labels."""
         bias = torch.zeros_like(weight[:, 0]) + orbit.bias if self.has_bias and orbit.bias is not None else None
         return Solution(weight, means.index_select(0, orbit.own(labels)), labels, bias)

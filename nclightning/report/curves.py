@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,12 @@ def charts_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     drawn = [(i, record) for i, record in enumerate(records) if record.run is not None]
     tags = dict.fromkeys(tag for _, r in drawn if r.run is not None for tag in r.run.readings.values if panel_of(tag))
     charts: dict[str, list[tuple[int, str]]] = {}
+    axes: dict[str, bool | None] = {}
     for tag in tags:
-        title = panel_of(tag) if len(drawn) == 1 else label_of(tag)
+        title, axis = panel_of(tag), is_log(tag)
+        # A count does not share the axis of what falls over decades.
+        if len(drawn) > 1 or axes.setdefault(title, axis) != axis:
+            title = label_of(tag)
         for i, record in drawn:
             assert record.run is not None
             if tag in record.run.readings.values and (len(drawn) == 1 or tag != PREDICTED_DECAY.tag()):
@@ -56,7 +61,7 @@ def charts_of(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _place(panel: str) -> int:
     known = ("Optimality", "Neural collapse", "Error bound")
-    return known.index(panel) if panel in known else len(known)
+    return next((i for i, each in enumerate(known) if panel.startswith(each)), len(known))
 
 
 def _chart(
@@ -76,13 +81,13 @@ def _chart(
         name = label_of(tag) if single else records[i].name
         hidden = int(np.count_nonzero(y <= 0)) if log else 0
         if hidden:
-            values = "1 value is" if hidden == 1 else f"{hidden:,} values are"
-            chart["notes"].append(f"{name}: {values} 0 or negative, and not drawn on the log axis.")
-            x, y = x[y > 0], y[y > 0]
-        if not len(x):
+            count = "1 value is" if hidden == 1 else f"{hidden:,} values are"
+            chart["notes"].append(f"{name}: {count} 0 or negative, and not drawn on the log axis.")
+        shown = np.flatnonzero(y > 0) if log else np.arange(len(y))
+        if not len(shown):
             continue
         index = place if single else i
-        kept = thin(y, most)
+        kept = shown[thin(y[shown], most)]
         chart["curves"].append(
             {
                 "run": i,
@@ -124,7 +129,7 @@ def thin(values: Array, most: int) -> NDArray[np.intp]:
         return np.arange(len(values))
     ends = np.linspace(0, len(values), most // 2).astype(int)
     kept = {0, len(values) - 1}
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         part = values[start:end]
         kept |= {start + int(part.argmin()), start + int(part.argmax())}
     return np.array(sorted(kept))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from nclightning.errors import UserError
 from nclightning.figures.rates import LinearFit, fit_range
@@ -22,7 +23,7 @@ from nclightning.quantities import CERTIFIED_GAP, DISTANCE, GAP, GRAD_NORM, PRED
 from nclightning.report.curves import charts_of
 from nclightning.report.quantities import label_of
 from nclightning.report.recorded import Given, Record, read_records
-from nclightning.report.verdicts import verdicts_on
+from nclightning.report.verdicts import sizes_of, verdicts_on
 from nclightning.theory import UFMProblem
 
 __all__ = ["MARK", "render", "write_report"]
@@ -56,8 +57,8 @@ def write_report(given: Given | Iterable[Given], out: str | Path = "report.html"
         >>> from nclightning.report import write_report
         >>> write_report(["lightning_logs/version_0", "lightning_logs/version_1"], "two.html")  # doctest: +SKIP
     """
-    several = not isinstance(given, str | Path | Run) and not hasattr(given, "keys") and isinstance(given, Iterable)
-    records, path = read_records(given if several else [given]), Path(out)  # type: ignore[arg-type,list-item]
+    is_one = isinstance(given, str | os.PathLike | Mapping | Run)
+    records, path = read_records([given] if is_one else given), Path(out)  # type: ignore[list-item,arg-type]
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: give the name of a file, such as {path / 'report.html'}.")
     if path.exists() and not overwrite and not _is_report(path):
@@ -190,12 +191,11 @@ def _measures(record: Record) -> list[list[str]]:
     """Rows of the table of a measurement: name, value, meaning, value at collapse."""
     if record.measurement is None:
         return []
-    sizes = [record.measurement.get(name) for name in ("num_classes", "feature_dim")]
+    K, d = sizes_of(record.measurement)
     rows = []
     for name, value in record.measurement["measures"].items():
         quantity = measure_named(name.rpartition("/")[2])
-        known = all(isinstance(size, int) and size > 0 for size in sizes)
-        collapsed = quantity.at_collapse(*sizes) if known else None
+        collapsed = quantity.at_collapse(K, d) if K else None
         rows.append([name, f"{value:.6g}", quantity.meaning, "-" if collapsed is None else f"{collapsed:.6g}"])
     return rows
 

@@ -15,6 +15,7 @@ from nclightning.environment import FILE_NAME as ENVIRONMENT
 from nclightning.errors import UserError, UserTypeError
 from nclightning.figures.runs import Run, read_run
 from nclightning.probe.results import Measurement
+from nclightning.quantities import ERROR_BOUND_RATIO, EVALUATIONS, STEP_SIZE, quantity_of
 
 __all__ = ["Given", "Record", "read_records"]
 
@@ -32,7 +33,7 @@ class Record:
         name: What it is called on the page; no two records of a page have the same.
         place: Where it was read from; empty for what came from Python.
         run: Its curves; None for a measurement, and for a folder that cannot be read.
-        measurement: As :meth:`nclightning.probe.Measurement.to_dict` returns it; None for a run.
+        measurement: As :meth:`nclightning.Measurement.to_dict` returns it; None for a run.
         configuration: The files of settings, as text by name.
         environment: What the run folder says of versions and device; empty where it says nothing.
         fault: Why there is neither run nor measurement, in one sentence; else empty.
@@ -61,7 +62,7 @@ class Record:
         """Whether rows are iterations of a full-batch method, and not steps of minibatches or epochs."""
         return self.run is not None and (
             self.run.problem is not None
-            or any(tag.startswith(("line_search/", "optimality/error_bound")) for tag in self.run.readings.values)
+            or any(quantity_of(tag) in (STEP_SIZE, EVALUATIONS, ERROR_BOUND_RATIO) for tag in self.run.readings.values)
         )
 
 
@@ -72,7 +73,7 @@ def read_records(given: Iterable[Given]) -> list[Record]:
 
     Args:
         given: Run folders, folders of ``python -m nclightning measure``, tables, files of
-            :meth:`nclightning.probe.Measurement.to_json`, and results that are in memory.
+            :meth:`nclightning.Measurement.to_json`, and results that are in memory.
 
     Returns:
         One record for each, in order, under different names.

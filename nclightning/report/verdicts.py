@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from nclightning.figures.runs import Run
 from nclightning.figures.tables import error_bound_constant_of
 from nclightning.problems import NoAnswer, Problem
 from nclightning.problems.coincidence import coinciding_groups
-from nclightning.quantities import CONVERGING, GAP, parse_tag
+from nclightning.quantities import (
+    CONVERGING,
+    DISTANCE,
+    ERROR_BOUND_RATIO,
+    GAP,
+    GRAD_NORM,
+    LOSS,
+    NC,
+    NC2,
+    NC3,
+    parse_tag,
+)
 from nclightning.report.quantities import OF_COLLAPSE, falls_to_zero, label_of
 from nclightning.report.recorded import Record
 from nclightning.report.trends import LEAST_READINGS, Trend, trend_of
 from nclightning.theory import UFMProblem
 
-__all__ = ["Verdict", "least_nc2", "roundoff_of", "verdicts_on"]
+__all__ = ["Verdict", "least_nc2", "roundoff_of", "sizes_of", "verdicts_on"]
 
 TARGET = 1e-12  # To which a falling curve is continued.
 # Deviations of first order at which nothing is left but round-off. In float64 the shipped configurations stop at a
@@ -26,9 +39,14 @@ TARGET = 1e-12  # To which a falling curve is continued.
 # deviations, so that their limit is the square.
 _ROUNDOFF = {"float64": 1e-12, "float32": 1e-5}
 _SECOND_ORDER = ("gap", "certified_gap", "nc1", "nc1_ratio", "nc1_cdnv")
+_OF_FRAMES = (NC2.name, NC3.name)  # Distances from a simplex ETF.
+_NEAR_LEAST = 1.01
+_SAME_RATE = 1.2  # A straight stretch still holds some of the start, where the prediction is not meant.
+_LEAST_TO_CONTINUE = 0.5  # Decades, as for a rate in the tables.
 _FAR = 1e3  # By which an objective or a gradient has grown in a run that is called diverged.
 _LARGE = 400**2  # Groups times classes from which on an optimum may take minutes.
 _BELOW_FLOOR = 1e-3  # Rounding of a float32 table may put a value below its least one.
+_BOUND_BETWEEN = (1e-10, 1e-3)  # Round-off spoils the ratio below, and the bound is local.
 _BOUND = 1.01  # As in the reproduction: the constant holds in the limit.
 
 
@@ -64,13 +82,26 @@ def least_nc2(num_classes: int, feature_dim: int) -> float:
     r"""Return the least NC2 and NC3 of K classes in d dimensions, :math:`\sqrt{2 - 2\sqrt{d/(K-1)}}` for K > d + 1.
 
     Args:
-        num_classes: K, at least 2.
+        num_classes: K.
         feature_dim: d, at least 1.
 
     Returns:
         0 where a simplex ETF fits.
     """
-    return math.sqrt(2 - 2 * math.sqrt(min(1.0, feature_dim / (num_classes - 1))))
+    if num_classes <= feature_dim + 1:
+        return 0.0
+    return math.sqrt(2 - 2 * math.sqrt(feature_dim / (num_classes - 1)))
+
+
+def sizes_of(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of classes and of features; zeros where they are not recorded.
+
+    Args:
+        settings: Of a run, or a measurement.
+    """
+    K, d = settings.get("num_classes"), settings.get("feature_dim")
+    known = type(K) is int and type(d) is int and K >= 2 and d >= 1
+    return (K, d) if known else (0, 0)  # type: ignore[return-value]
 
 
 def verdicts_on(record: Record) -> list[Verdict]:
@@ -93,23 +124,54 @@ def verdicts_on(record: Record) -> list[Verdict]:
 # A run.
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What the verdict on a curve depends on beside the curve.
+
+    Attributes:
+        dtype: Of the run; empty if it is not recorded.
+        unit: Of the abscissa, in the plural.
+        at_optimum: Whether gap or distance is at round-off, so that what does not vanish is no fault of the run.
+        least: Least NC2 and NC3 of these sizes.
+    """
+
+    dtype: str
+    unit: str
+    at_optimum: bool = False
+    least: float = 0.0
+
+
 def _on_run(record: Record) -> Iterator[Verdict]:
     assert record.run is not None
     readings, dtype = record.run.readings, str(record.settings.get("dtype", ""))
     trends = {tag: trend_of(readings.iterations, values) for tag, values in readings.values.items()}
-    last = {tag.removeprefix("nc/train/"): trend.last for tag, trend in trends.items() if tag.startswith("nc/train/")}
+    of_training = f"{NC}/train/"
+    last = {tag.removeprefix(of_training): each.last for tag, each in trends.items() if tag.startswith(of_training)}
+    reached = [tag for tag in dict.fromkeys((*CONVERGING, *filter(falls_to_zero, trends))) if tag in trends]
+    floored = [tag for tag in reached if _is_roundoff(tag, trends[tag], dtype)]
+    K, d = sizes_of(record.settings)
+    context = _Context(
+        dtype,
+        "iterations" if record.has_iterations else "steps",
+        at_optimum=GAP.tag() in floored or DISTANCE.tag() in floored,
+        least=least_nc2(K, d) if K else 0.0,
+    )
     yield from _on_sizes(record.settings, last)
+    of_collapse = [f"{of_training}{name}" for name in OF_COLLAPSE]
     yield from _on_collapse(trends, dtype)
-    unit = "iterations" if record.has_iterations else "steps"
-    for tag in dict.fromkeys((*CONVERGING, *filter(falls_to_zero, trends))):
-        if tag in trends:
-            yield _on_trend(label_of(tag), parse_tag(tag).name, trends[tag], dtype, unit)
+    # A run that has collapsed was said to have, with these values.
+    repeated = of_collapse if {*of_collapse} <= {*floored} else []
+    if others := [tag for tag in floored if tag not in repeated]:
+        yield _on_floored(others, trends, dtype)
+    for tag in reached:
+        if tag not in floored:
+            yield _on_trend(label_of(tag), tag, trends[tag], context)
     yield from _on_rate(record)
 
 
 def _on_collapse(trends: Mapping[str, Trend], dtype: str) -> Iterator[Verdict]:
     """Say whether the training set has collapsed, which needs all three measures."""
-    found = {name: trends[tag] for name in OF_COLLAPSE if (tag := f"nc/train/{name}") in trends}
+    found = {name: trends[tag] for name in OF_COLLAPSE if (tag := f"{NC}/train/{name}") in trends}
     found = {name: trend for name, trend in found.items() if trend.kind != "none"}
     if not found:
         return
@@ -117,31 +179,48 @@ def _on_collapse(trends: Mapping[str, Trend], dtype: str) -> Iterator[Verdict]:
     values = ", ".join(f"{name.upper()} = {trend.last:.2g}" for name, trend in found.items())
     limits = ", ".join(f"{name.upper()} at most {roundoff_of(name, dtype):.2g}" for name in OF_COLLAPSE)
     rule = f"in the last reading {limits}{_said_dtype(dtype)}"
-    at_floor = [name for name, trend in found.items() if _is_roundoff(name, trend, dtype)]
+    far = [name.upper() for name, trend in found.items() if not _is_roundoff(name, trend, dtype)]
     if missing:
-        yield Verdict("open", f"Not decided whether collapsed: {_and(missing)} not recorded", values, rule)
-    elif len(at_floor) == len(OF_COLLAPSE):
+        have = "has no value" if len(missing) == 1 else "have no values"
+        yield Verdict("open", f"Not decided whether collapsed: {_and(missing)} {have}", values, rule)
+    elif not far:
         yield Verdict("good", "Collapsed to round-off", values, rule)
     else:
-        far = _and([name.upper() for name in found if name not in at_floor])
-        yield Verdict("note", f"Not collapsed to round-off: {far} above it", values, rule)
+        verb = "is" if len(far) == 1 else "are"
+        yield Verdict("note", f"Not collapsed to round-off: {_and(far)} {verb} above it", values, rule)
 
 
-def _on_trend(label: str, name: str, trend: Trend, dtype: str, unit: str) -> Verdict:
-    limit, value = roundoff_of(name, dtype), f"{trend.last:.3g} at {trend.at:,}"
+def _on_floored(tags: Sequence[str], trends: Mapping[str, Trend], dtype: str) -> Verdict:
+    """Say of all that is at round-off that it is, in one sentence."""
+    remarks = {tag: " (exactly 0)" if trends[tag].last == 0 else "" for tag in tags}
+    remarks |= {tag: " (negative by rounding)" for tag in tags if trends[tag].last < 0}
+    values = ", ".join(f"{label_of(tag)} = {trends[tag].last:.3g}{remarks[tag]}" for tag in tags)
+    first, second = roundoff_of(DISTANCE.name, dtype), roundoff_of(GAP.name, dtype)
+    rule = f"last value at most {first:.2g} in size, of gap and NC1, which are quadratic, {second:.2g}"
+    return Verdict("good", f"At round-off: {_and([label_of(tag) for tag in tags])}", values, rule + _said_dtype(dtype))
+
+
+def _on_trend(label: str, tag: str, trend: Trend, context: _Context) -> Verdict:
+    """Say what a curve does that is not at round-off."""
+    name, value = parse_tag(tag).name, f"{trend.last:.3g} at {trend.at:,}"
     if trend.kind == "none":
-        return Verdict("open", f"{label}: not decided, every reading is nan or infinite", "no finite value", "-")
-    if _is_roundoff(name, trend, dtype):
-        exactly = " (exactly 0)" if trend.last == 0 else " (negative by rounding)" if trend.last < 0 else ""
-        rule = f"last value at most {limit:.2g} in size{_said_dtype(dtype)}"
-        return Verdict("good", f"{label}: at round-off{exactly}", value, rule)
+        rule = "a trend needs finite values; nan also stands for classes without samples"
+        return Verdict("open", f"{label}: not decided, every reading is nan or infinite", "no finite value", rule)
     if trend.kind == "negative":
-        rule = f"a value below -{limit:.2g} is no rounding"
+        rule = f"a value below -{roundoff_of(name, context.dtype):.2g} is no rounding, and cannot be"
         return Verdict("open", f"{label}: not decided, the last value is negative", value, rule)
     if trend.kind == "few":
         rule = f"a trend needs {LEAST_READINGS} positive readings"
-        return Verdict("open", f"{label}: not decided, too few readings", f"{value}; {trend.number} readings", rule)
-    return _on_end(label, trend, value, unit)
+        readings = "1 reading" if trend.number == 1 else f"{trend.number} readings"
+        return Verdict("open", f"{label}: not decided, too few readings", f"{value}; {readings}", rule)
+    if trend.kind == "flat" and context.least and name in _OF_FRAMES and trend.last <= _NEAR_LEAST * context.least:
+        rule = "flat, and at most 1.01 times the least value that K > d + 1 allows"
+        number = f"{trend.last:.6g}, least {context.least:.6g}"
+        return Verdict("good", f"{label}: at the least value that these sizes allow", number, rule)
+    if trend.kind == "flat" and context.at_optimum and falls_to_zero(tag):
+        rule = "flat, while gap or distance is at round-off"
+        return Verdict("note", f"{label}: {trend.last:.3g} at the optimum, where it does not vanish", value, rule)
+    return _on_end(label, trend, value, context.unit)
 
 
 def _on_end(label: str, trend: Trend, value: str, unit: str) -> Verdict:
@@ -166,6 +245,11 @@ def _on_fall(label: str, trend: Trend, number: str, unit: str) -> Verdict:
     if trend.last <= TARGET:
         rule = "the last third falls along a line with R^2 at least 0.99"
         return Verdict("good", f"{label}: below {TARGET:g} and still falling", number, rule)
+    assert trend.line is not None
+    if trend.kind == "falling" and trend.line.decades < _LEAST_TO_CONTINUE:
+        rule = "R^2 at least 0.99 on the last third; a line that falls by less than half a decade is not continued"
+        fallen = f"it fell by {trend.line.decades:.2g} decades over the last third"
+        return Verdict("note", f"{label}: falling, not decided for how long", f"{number}; {fallen}", rule)
     more = trend.iterations_to(TARGET)
     if trend.kind == "falling":
         rule = "R^2 at least 0.99 on the last third, with a slope of at least 0.8 of the slope before"
@@ -182,19 +266,35 @@ def _on_rate(record: Record) -> Iterator[Verdict]:
     gap, predicted = summary.fits.get(GAP.tag()), summary.predicted
     if gap is not None and predicted is not None and predicted.slope < 0:
         quotient = gap.iterations_per_decade / predicted.iterations_per_decade
-        near = 1 / 1.2 <= quotient <= 1.2
-        words = f"The gap falls at {'the rate' if near else 'another rate than'} that the theory predicts"
-        words = words.replace("another rate than that", "another rate than")
+        near = 1 / _SAME_RATE <= quotient <= _SAME_RATE
+        words = f"The gap falls at {'the rate' if near else 'another rate than the one'} that the theory predicts"
         number = f"{gap.iterations_per_decade:.4g} iterations/decade measured, "
         number += f"{predicted.iterations_per_decade:.4g} predicted for the steps taken"
-        yield Verdict("good" if near else "note", words, number, "quotient of the two between 1/1.2 and 1.2")
-    constant = None if record.run.problem is None else error_bound_constant_of(record.run.problem)
-    if summary.kappa is not None and constant is not None and math.isfinite(constant):
-        holds = summary.kappa <= _BOUND * constant
-        number = f"{summary.kappa:.6g} measured, 1/mu = {constant:.6g}"
-        rule = "largest distance / gradient norm over the straight stretch, at most 1.01 / mu"
-        words = "The error bound holds" if holds else "The error bound of the optimum is exceeded on the way"
-        yield Verdict("good" if holds else "note", words, number, rule)
+        yield Verdict("good" if near else "note", words, number, "the two within a factor of 1.2")
+    yield from _on_error_bound(record.run)
+
+
+def _on_error_bound(run: Run) -> Iterator[Verdict]:
+    """Compare distance over gradient norm with 1/mu near the optimal set, where the bound is claimed."""
+    ratio, distance = (run.readings.values.get(each.tag()) for each in (ERROR_BOUND_RATIO, DISTANCE))
+    if run.problem is None or ratio is None or distance is None:
+        return
+    constant = error_bound_constant_of(run.problem)
+    if constant is None or not math.isfinite(constant):
+        return
+    near, far = (share * run.problem.optimum_norm for share in _BOUND_BETWEEN)
+    inside = ratio[(distance >= near) & (distance <= far) & np.isfinite(ratio)]
+    rule = "distance / gradient norm at distances of 1e-10 to 1e-3 of the norm of the optimum, at most 1.01 / mu"
+    if not len(inside):
+        words = "Not decided whether the error bound holds: no reading lies near the optimal set"
+        yield Verdict("open", words, f"1/mu = {constant:.6g}", rule)
+        return
+    holds = float(inside.max()) <= _BOUND * constant
+    number = f"at most {inside.max():.6g} in {len(inside)} readings, 1/mu = {constant:.6g}"
+    words = "The error bound holds near the optimal set"
+    if not holds:
+        words = "The error bound of the theory does not hold near the optimal set"
+    yield Verdict("good" if holds else "bad", words, number, rule)
 
 
 def _on_divergence(record: Record) -> Iterator[Verdict]:
@@ -202,16 +302,18 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
     readings = record.run.readings
     rule = "a recorded value is infinite; or all values are nan to the end; or loss or gradient norm grew 1000-fold"
     for tag, values in readings.values.items():
-        if not tag.startswith("log10/") and np.isinf(values).any() and "error_bound_ratio" not in tag:
+        # The ratio and logarithms are infinite where a gradient or a value is 0.
+        may_be = parse_tag(tag).is_log10 or tag == ERROR_BOUND_RATIO.tag()
+        if not may_be and np.isinf(values).any():
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return
-    unknown = np.isnan(list(readings.values.values())).all(axis=0)
-    if unknown[-1] and not unknown.all():
+    unknown: NDArray[np.bool_] = np.isnan(np.array(list(readings.values.values()))).all(axis=0)
+    if unknown.size and unknown[-1] and not unknown.all():
         at = readings.iterations[np.flatnonzero(~unknown)[-1]]
         yield Verdict("bad", "Diverged", f"all values are nan after {at:,.0f}", rule)
         return
-    for tag in ("loss", "optimality/gap", "optimality/grad_norm"):
+    for tag in (LOSS.tag(), GAP.tag(), GRAD_NORM.tag()):
         values = readings.values.get(tag, np.array([]))
         values = values[np.isfinite(values)]
         if len(values) >= LEAST_READINGS and values[0] > 0 and values[-1] >= _FAR * values[0]:
@@ -224,21 +326,22 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
 
 
 def _on_sizes(sizes: Mapping[str, Any], measured: Mapping[str, float]) -> Iterator[Verdict]:
-    K, d = sizes.get("num_classes"), sizes.get("feature_dim")
-    if not isinstance(K, int) or not isinstance(d, int) or K < 2 or d < 1:
+    K, d = sizes_of(sizes)
+    if not K:
         return
-    found = {name: measured[name] for name in ("nc2", "nc3") if math.isfinite(measured.get(name, math.nan))}
-    if found and d + 1 < K:
-        least = least_nc2(K, d)
-        values = ", ".join(f"{name.upper()} = {value:.4g}" for name, value in found.items())
-        rule = "a simplex ETF of K classes needs K - 1 dimensions; the least value is sqrt(2 - 2 sqrt(d / (K - 1)))"
-        number = f"K = {K}, d = {d}: at least {least:.4g}; {values}"
-        if min(found.values()) < least * (1 - _BELOW_FLOOR):
-            yield Verdict("open", "Not decided: a value is below the least that these sizes allow", number, rule)
-        else:
-            yield Verdict("note", f"{_and([name.upper() for name in found])} cannot vanish: K > d + 1", number, rule)
-    rank = measured.get("nc1_rank", math.nan)
     present = K - _absent(sizes)
+    least = {NC2.name: least_nc2(K, d), NC3.name: least_nc2(present, d)}  # NC3 leaves absent classes out.
+    found = {name: measured[name] for name in _OF_FRAMES if math.isfinite(measured.get(name, math.nan)) and least[name]}
+    if found:
+        values = ", ".join(f"{name.upper()} = {value:.4g}, at least {least[name]:.4g}" for name, value in found.items())
+        rule = "a simplex ETF of K classes needs K - 1 dimensions; the least value is sqrt(2 - 2 sqrt(d / (K - 1)))"
+        if any(value < least[name] * (1 - _BELOW_FLOOR) for name, value in found.items()):
+            words = "Not decided: a value is below the least that these sizes allow"
+            yield Verdict("open", words, f"K = {K}, d = {d}: {values}", rule)
+        else:
+            words = f"{_and([name.upper() for name in found])} cannot vanish: K > d + 1"
+            yield Verdict("note", words, f"K = {K}, d = {d}: {values}", rule)
+    rank = measured.get("nc1_rank", math.nan)
     if math.isfinite(rank) and rank < min(present - 1, d):
         rule = "nc1_rank below min(K - 1, d), with K the classes that have samples"
         number = f"{rank:.0f} of {min(present - 1, d)} directions"
@@ -289,7 +392,7 @@ def _on_measurement(measurement: Mapping[str, Any]) -> Iterator[Verdict]:
         words = "Classes are unbalanced, so that collapse to a simplex ETF is not what the theory predicts"
         yield Verdict("note", words, number, "the counts of the classes differ")
     values = measurement["measures"]
-    trends = {f"nc/train/{name}": trend_of(np.zeros(1), np.array([value])) for name, value in values.items()}
+    trends = {f"{NC}/train/{name}": trend_of(np.zeros(1), np.array([value])) for name, value in values.items()}
     yield from _on_collapse(trends, "")
     unknown = [name for name, value in values.items() if not math.isfinite(value)]
     if unknown:
@@ -308,8 +411,8 @@ def _absent(sizes: Mapping[str, Any]) -> int:
     return sum(n == 0 for n in _counts(sizes))
 
 
-def _is_roundoff(name: str, trend: Trend, dtype: str) -> bool:
-    return trend.kind != "none" and abs(trend.last) <= roundoff_of(name, dtype)
+def _is_roundoff(tag: str, trend: Trend, dtype: str) -> bool:
+    return trend.kind != "none" and abs(trend.last) <= roundoff_of(parse_tag(tag).name, dtype)
 
 
 def _said_dtype(dtype: str) -> str:

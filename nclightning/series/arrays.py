@@ -121,6 +121,7 @@ class ArraySource:
         return self._look_for(role, own)
 
     def _look_for(self, role: str, own: Mapping[str, Any]) -> Any:
+        """Return the array that has one of the usual names for an argument; None if there is none."""
         meant = [name for each in NAMES[role] for name in own if name.lower() == each]
         if len(meant) > 1:
             raise UserError(

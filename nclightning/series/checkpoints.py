@@ -68,6 +68,7 @@ class CheckpointSource:
         self.step = int(self._load()["global_step"])
 
     def _load(self, checked: bool = False) -> dict[str, Any]:
+        """Load the checkpoint, and raise unless it has a step and weights."""
         options = self._training.options
         content = load_torch(self.path, options.weights_only, checked)
         if not isinstance(content, dict) or "global_step" not in content or "state_dict" not in content:
@@ -169,6 +170,7 @@ class Training:
             raise UserError(f"{name}: {error}") from error
 
     def _measure_full_batch(self, built: _Built) -> dict[str, float]:
+        """Measure a model that is trained on the full batch."""
         batch = next(iter(built.sets["train"][0][1].loader))
         monitor = CollapseAtIterates(1, self.options.measuring())
         monitor.prepare(built.module, batch)
@@ -178,6 +180,7 @@ class Training:
     # Model and data.
 
     def _build(self, checkpoint: dict[str, Any], name: str) -> _Built:
+        """Construct model, data and trainer."""
         seed = self.config.get("seed_everything")
         L.seed_everything(seed if type(seed) is int else self.options.seed, verbose=False)
         module = self._make("model", checkpoint, name)
@@ -205,6 +208,7 @@ class Training:
             self._kind("data")
 
     def _section(self, part: str) -> dict[str, Any]:
+        """Return the section of the configuration for the model or the data."""
         section = self.config.get(part)
         if isinstance(section, str):  # The path of a separate file, relative to the configuration.
             assert self._config_path is not None
@@ -249,6 +253,7 @@ class Training:
         return _from_checkpoint(kind, Path(name), self.options.weights_only, f"--{part} {self._paths[part]}")
 
     def _trainer(self, package: str, checkpoint: dict[str, Any]) -> Any:
+        """Construct a trainer with the precision and the limits of training."""
         device = chosen_device(self.options.device)
         given = self._trainer_options
         precision = self._precision or given.get("precision") or _precision_of(checkpoint[self.options.state_dict])
@@ -322,6 +327,7 @@ def _from_checkpoint(kind: Any, path: Path, weights_only: bool, where: str) -> A
 
 
 def _other_model(error: RuntimeError, name: object) -> Exception:
+    """Return a user error if weights have other shapes than the model's, else the error itself."""
     found = re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", str(error))
     if found is None:
         return error

@@ -84,6 +84,7 @@ def measure_files(words: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
+    """Construct the parser of the command."""
     parser = command_parser("measure", _DESCRIPTION, _EPILOG)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="files, folders or patterns of one kind")
@@ -126,6 +127,7 @@ def _parser() -> ArgumentParser:
 
 
 def _optional_int(text: str) -> int | str:
+    """Convert an option to an integer, or keep the word ``none``."""
     try:
         return text if text == "none" else int(text)
     except ValueError:
@@ -133,6 +135,7 @@ def _optional_int(text: str) -> int | str:
 
 
 def _bool(text: str) -> bool:
+    """Convert an option to a bool."""
     if text.lower() not in ("true", "false"):
         raise ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"

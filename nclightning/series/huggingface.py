@@ -200,6 +200,7 @@ class ModelSource:
             raise UserError(f"{self.name}: {sentence}") from error
 
     def _load(self) -> Any:
+        """Load the model. Raise if weights are missing or have other shapes."""
         kind = {"image": transformers.AutoModelForImageClassification,
                 "text": transformers.AutoModelForSequenceClassification}[self._task]  # fmt: skip
         verbosity = transformers.utils.logging.get_verbosity()
@@ -224,6 +225,7 @@ class ModelSource:
         return model
 
     def _loader(self, model: Any, data: Any) -> DataLoader[Any]:
+        """Return a loader of batches as the model needs them."""
         labels = self._data.column("labels", data)
         mapped = _Labels(model.config, data, labels, self._data.labels_in_order, str(self._data.path))
         prepare = self._images(data) if self._task == "image" else self._texts(data)
@@ -250,6 +252,7 @@ class ModelSource:
         return lambda rows: processor([row[column].convert("RGB") for row in rows], return_tensors="pt")
 
     def _texts(self, data: Any) -> Any:
+        """Return a function that tokenizes texts."""
         column, pair = self._data.column("text", data), self._data.columns["text_pair"]
         if pair is not None and pair not in data.column_names:
             raise UserError(f"--text_pair {pair}: {self._data.path} has only {', '.join(data.column_names)}.")
@@ -263,6 +266,7 @@ class ModelSource:
         )
 
     def _processor(self, kind: Any) -> Any:
+        """Return the image processor or tokenizer in the model folder."""
         what = "image processor" if kind is transformers.AutoImageProcessor else "tokenizer"
         repair = "save it there with save_pretrained, as the Trainer does with processing_class."
         try:
@@ -318,6 +322,7 @@ class _Labels:
             self._from = {}
 
     def _agreed(self, names: Sequence[str], in_order: bool) -> dict[str, int]:
+        """Return the model's number for each label name of the data."""
         unknown = [name for name in names if name not in self._known]
         if not unknown:
             return {name: int(self._known[name]) for name in names}
@@ -345,6 +350,7 @@ class _Labels:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a mapping from a JSON file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

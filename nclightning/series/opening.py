@@ -179,6 +179,7 @@ class _Archive(Mapping[str, Any]):
 
 
 def _read_numpy(path: Path, read: Callable[[], Any]) -> Any:
+    """Call a function that reads a numpy file, and convert its errors for the user."""
     try:
         return read()
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
@@ -191,6 +192,7 @@ def _read_numpy(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
+    """Load the arrays of a safetensors file."""
     try:
         from safetensors import SafetensorError  # noqa: PLC0415
         from safetensors.torch import load_file  # noqa: PLC0415

@@ -50,6 +50,7 @@ def find_files(paths: Sequence[Path]) -> FileSet:
 
 
 def _in_folder(folder: Path) -> FileSet:
+    """Return the files to measure in a folder."""
     if folder.suffix == ".ckpt":
         check_file(folder)
     models = [each for each in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", each.name) and _is_model(each)]
@@ -78,6 +79,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def _kind_of(path: Path) -> str:
+    """Return the kind of a file by its suffix, or by its content if the suffix is that of torch."""
     ending = path.suffix.lower()
     if ending == ".ckpt":
         return "lightning"
@@ -92,6 +94,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file is a checkpoint of Lightning."""
     try:
         content = load_torch(path, weights_only=True)
     except UserError:

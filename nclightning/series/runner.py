@@ -73,6 +73,7 @@ def run_series(
 
 
 def _progress(console: Console) -> Progress:
+    """Return a progress bar, which is shown on terminals only."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -129,6 +130,7 @@ _waiting: Sequence[Source] = ()  # Set in each process of the pool.
 
 
 def _start_worker(waiting: Sequence[Source], threads: int) -> None:
+    """Set up a worker process."""
     global _waiting  # noqa: PLW0603
     follow_launcher()
     torch.set_num_threads(threads)

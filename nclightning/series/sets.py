@@ -120,8 +120,8 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
             "have no training loader: leave them out of --measures."
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
-    reading = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
-    return floats(tagged(reading.values, NC))
+    measured = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
+    return floats(tagged(measured.values, NC))
 
 
 def floats(values: Mapping[str, Any]) -> dict[str, float]:

@@ -79,6 +79,7 @@ class Store:
                         delete_folder(each)
 
     def _read(self, overwrite: bool) -> None:
+        """Read the rows of an earlier series with the same settings."""
         if not self._record_path.exists():
             if self.table_path.exists():
                 raise UserError(
@@ -104,6 +105,7 @@ class Store:
         self._record.rows = {step: known.rows[step] for step in self.rows}
 
     def _read_record(self) -> _Record:
+        """Read the record of an earlier series."""
         try:
             content = json.loads(self._record_path.read_text())
             rows = {

@@ -95,6 +95,7 @@ def _mse(problem: UFMConstants) -> Iterator[Eigenvalue]:
 
 
 def _cross_entropy(problem: UFMConstants) -> Iterator[Eigenvalue]:
+    """Yield the eigenvalues in the range of the head for cross-entropy."""
     K, n, s = problem.num_classes, problem.samples_per_class, problem.logit_scale
     lw, lh = problem.lambda_w, problem.lambda_h
     own = s * (problem.slack + problem.q)  # s p, with p = 1 - (K - 1) q the probability of the true class.
@@ -146,4 +147,5 @@ def _triple(problem: UFMConstants) -> tuple[float, float, float]:
 
 
 def _largest(matrix: torch.Tensor) -> float:
+    """Return the largest eigenvalue of a symmetric matrix."""
     return float(torch.linalg.eigvalsh(matrix)[-1])

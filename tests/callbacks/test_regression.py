@@ -258,7 +258,7 @@ def test_readings_make_no_host_sync(generator):
     monitor.prepare(model, (torch.arange(12), torch.arange(12)))
     part = monitor.at_iterates()
     with FakeTensorMode():
-        index, labels = fake_twin(model, "cuda")
+        index, labels = fake_twin(model, "cuda", 12)
         model._all_rows = index, index._version  # As after the first reading, which looks at them.
         part._metric._head = Borrowed(model.head)
         part._targets = sample_statistics(torch.empty(12, K, device="cuda"))

@@ -66,7 +66,11 @@ def lines(loss, shape, dtype=torch.float64, **options):
         value.backward()
         return value.detach()
 
-    return UFMObjective(objective, features, head, labels, params, len(labels)), ClosureObjective(closure, params), params
+    return (
+        UFMObjective(objective, features, head, labels, params, len(labels)),
+        ClosureObjective(closure, params),
+        params,
+    )
 
 
 def any_lines(name, dtype, with_bias=True, scale=1.0):

@@ -198,8 +198,8 @@ def hooked(model):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may mix numbers"),
-        (lambda: hooked(ufm("mse")), "features shared by processes are trained in closed form only"),
+        (lambda: ufm("mse", optimizer=lbfgs), "LBFGS may combine numbers"),
+        (lambda: hooked(ufm("mse")), "features shared by processes need head and features as UFM makes them"),
         (lambda: UFM(2, 1, 3, "mse", lambda_=1e-2), "2 samples cannot be divided between 3 processes"),
         (
             lambda: UFM(6, 2, 3, "mse", lambda_=1e-2),

@@ -202,7 +202,7 @@ def test_hundred_classes_with_a_long_tail():
 
 
 def test_few_features():
-    """Cross-entropy says that it does not know; the bound holds all the same. The squared error knows."""
+    """Cross-entropy says that it does not know; but the bound is valid. For the squared error it is known."""
     problem = unbalanced_ce([9, 4, 1], 1, 0.01, 0.01)
     for ask in (lambda: problem.optimal_value, problem.random_optimum, problem.spectrum):
         with pytest.raises(NoAnswer, match="feature_dim=1 is below the rank 2"):

@@ -138,6 +138,7 @@ def test_the_comparison_is_run_only_when_asked_for(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_from_start_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Forked)
     monkeypatch.setattr(optimizers, "_LOSSES", ("ce",))

@@ -55,6 +55,7 @@ def fingerprint_together(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
+    """Return a 64-bit hash of a tensor."""
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = flat.contiguous().view(-1).view(torch.uint8)
     flat = flat.clone() if flat.storage_offset() % 8 else flat  # 64-bit words must be aligned.

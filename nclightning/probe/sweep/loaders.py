@@ -198,6 +198,7 @@ class _Every:
 
 
 def _stream(origin: Origin, limit: int | None) -> Iterable[Any]:
+    """Return the batches of a loader without indices, up to its length and the limit."""
     loader, length = origin.loader, num_planned_batches(origin.loader)
     stream: Iterable[Any] = loader
     if isinstance(loader, DataLoader):
@@ -244,6 +245,7 @@ def _share(origin: Origin, limit: int | None, rank: int, world_size: int) -> Ite
 
 
 def _in_this_process(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return the same loader without worker processes."""
     return DataLoader(
         loader.dataset,
         loader.batch_size,
@@ -290,6 +292,7 @@ def _inside(sampler: Any) -> tuple[Any, int]:
 
 
 def _known_order(sampler: Any, limit: int | None) -> Sequence[int] | None:
+    """Return the indices of a sampler whose class is known; None for any other."""
     sampler, shared_by = _inside(sampler)
     limit = None if limit is None else limit * shared_by
     for kind, describe in _KNOWN.items():
@@ -300,10 +303,12 @@ def _known_order(sampler: Any, limit: int | None) -> Sequence[int] | None:
 
 
 def _batches(loader: DataLoader[Any], sampler: Any, limit: int | None) -> list[list[Any]]:
+    """Return the batches that a batch sampler can yield, with each item once."""
     return _without_repeats(_one_pass(loader, sampler, limit))
 
 
 def _without_repeats(batches: Iterable[Iterable[Any]]) -> list[list[Any]]:
+    """Return batches without the items that occurred before."""
     seen: set[Any] = set()
     unique = []
     for batch in batches:
@@ -342,10 +347,12 @@ def _one_pass(loader: DataLoader[Any], sampler: Iterable[Any], limit: int | None
 
 
 def _distributed(sampler: Any) -> tuple[Sequence[int], bool, int]:
+    """Return indices, shuffling and number of processes of a ``DistributedSampler``."""
     return range(len(sampler.dataset)), sampler.shuffle, sampler.num_replicas
 
 
 def _weighted(sampler: Any) -> tuple[Sequence[int], bool, int]:
+    """Return indices, shuffling and number of processes of a ``WeightedRandomSampler``."""
     return torch.as_tensor(sampler.weights).nonzero().flatten().tolist(), True, 1
 
 

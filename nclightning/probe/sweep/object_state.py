@@ -64,6 +64,7 @@ def save_state(value: Any) -> SavedState:
 
 @functools.lru_cache(maxsize=4096)
 def _saver_of(kind: type) -> Callable[[Any], SavedState]:
+    """Return the function that saves the state of objects of a class."""
     if hasattr(kind, "cache_clear") and hasattr(kind, "cache_info"):
         return _cache
     return next((how for kinds, how in _SAVERS if issubclass(kind, kinds)), _object)
@@ -78,6 +79,7 @@ def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
 
 
 def _mapping(value: dict[Any, Any]) -> SavedState:
+    """Save the items of a dictionary."""
     # Methods of the base class are used, because a subclass may override them.
     base: Any = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
     saved = dict(base.items(value))
@@ -104,6 +106,7 @@ def _mapping(value: dict[Any, Any]) -> SavedState:
 
 
 def _container(value: Any) -> SavedState:
+    """Save the items of a list, deque, set or array."""
     saved = list(value)
 
     def restore(replacements: dict[int, Any]) -> None:
@@ -126,6 +129,7 @@ def _container(value: Any) -> SavedState:
 
 
 def _array(value: np.ndarray[Any, Any]) -> SavedState:
+    """Save the content of a numpy array."""
     if not value.flags.writeable:
         return SavedState()
     saved = value.copy()
@@ -160,6 +164,7 @@ def _state(value: Any) -> SavedState:
 
 
 def _cell(value: types.CellType) -> SavedState:
+    """Save the variable of a closure."""
     try:
         saved = value.cell_contents
     except ValueError:  # The cell is empty.
@@ -172,6 +177,7 @@ def _cell(value: types.CellType) -> SavedState:
 
 
 def _function(value: types.FunctionType) -> SavedState:
+    """Save the variables, attributes and global variables of a function of the user."""
     root = (value.__module__ or "").partition(".")[0]
     if root in _NOT_SEARCHED | sys.stdlib_module_names - _SEARCHED or root in {"torch", "numpy", "torchmetrics"}:
         return SavedState()
@@ -202,6 +208,7 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 
 def _class(value: type) -> SavedState:
+    """Save the attributes of a class of the user."""
     saved = {name: item for name, item in vars(value).items() if not name.startswith("__")}
 
     def restore(replacements: dict[int, Any]) -> None:
@@ -228,6 +235,7 @@ def _cache(value: Any) -> SavedState:
 
 
 def _generator(value: types.GeneratorType[Any, Any, Any]) -> SavedState:
+    """Save the position of a generator, which cannot be restored."""
     where = _position(value)
 
     def restore(replacements: dict[int, Any]) -> str | None:
@@ -237,6 +245,7 @@ def _generator(value: types.GeneratorType[Any, Any, Any]) -> SavedState:
 
 
 def _iterator(value: Any) -> SavedState:
+    """Save an iterator as a copy that replaces it."""
     if isinstance(value, io.IOBase):
         return SavedState()
     try:
@@ -281,6 +290,7 @@ def _object(value: Any) -> SavedState:
 
 
 def _attributes(value: Any) -> SavedState:
+    """Save the attributes and slots of an object."""
     saved_state = SavedState()
     state = getattr(value, "__dict__", None)
     if isinstance(state, dict):
@@ -306,6 +316,8 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _combined(one: SavedState, other: SavedState) -> SavedState:
+    """Join two saved states of one object."""
+
     def restore(replacements: dict[int, Any]) -> str | None:
         reasons = [each.restore(replacements) for each in (one, other) if each.restore is not None]
         return next((reason for reason in reasons if reason), None)

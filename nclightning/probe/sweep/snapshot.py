@@ -21,7 +21,7 @@ from nclightning.sharding import own_shard
 __all__ = ["TraceError", "has_lazy_parts", "remembered"]
 
 # Largest number of objects that are searched, the nearest to the model first.
-_MOST_OBJECTS = 100_000
+_MAX_OBJECTS = 100_000
 # Total size of the tensors that are copied, trainable weights last. Of further tensors a change is only detected.
 _COPIED_BYTES = 2**30
 # Containers of these types that were empty are just emptied again. Most dictionaries of a torch module are empty.
@@ -73,17 +73,18 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         # Objects stay referenced, so that Python does not reuse their id.
         self._objects: list[Any] = [module]
-        self._origins: list[tuple[int, Any]] = [(-1, "")]
-        self._restorers: list[tuple[int, Any]] = []
-        self._replacements: dict[int, Any] = {}
-        self._empty: list[Any] = []
+        self._origins: list[tuple[int, Any]] = [(-1, "")]  # For each object: its parent, and its name in the parent.
+        self._restorers: list[tuple[int, Any]] = []  # Indices of objects, with the functions that restore them.
+        self._replacements: dict[int, Any] = {}  # Copies of objects that cannot be restored in place, by their id.
+        self._empty: list[Any] = []  # Containers that were empty.
         self._tensors = _Tensors(self._search())
 
     def _search(self) -> list[tuple[int, Tensor]]:
+        """Save the states of all objects that the module refers to, and return the tensors among them."""
         objects, origins, tensors = self._objects, self._origins, list[tuple[int, Tensor]]()
         seen = {id(objects[0])}
         for at, value in enumerate(objects):  # The loop appends to this list.
-            if len(objects) >= _MOST_OBJECTS:
+            if len(objects) >= _MAX_OBJECTS:
                 break
             if isinstance(value, Tensor):
                 tensors.append((at, value))
@@ -156,6 +157,7 @@ class _Tensors:
         self._before = fingerprint([value for _, value in watched])
 
     def restore(self) -> list[tuple[int, str | None]]:
+        """Restore values and gradients. Return the tensors for which this is not possible, with the reasons."""
         shards = [self._redirected(value, view) for value, view, _ in self._copied]
         copies = [copy for _, _, copy in self._copied]
         for changed, shard, copy in zip(_differ(shards, copies), shards, copies, strict=True):

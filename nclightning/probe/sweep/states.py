@@ -22,7 +22,7 @@ __all__ = ["cuda_devices", "generators_kept", "random_states_kept", "torch_state
 
 _GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator, np.random.BitGenerator)
 # Longer containers are taken for data, and not searched for generators.
-_MOST_ITEMS, _MOST_OBJECTS = 256, 10_000
+_MAX_ITEMS, _MAX_OBJECTS = 256, 10_000
 
 
 def cuda_devices(modules: Iterable[nn.Module]) -> list[int]:
@@ -66,6 +66,7 @@ def generators_kept(data: Any) -> Iterator[None]:
 
 
 def _generators_in(data: Any) -> list[Any]:
+    """Return the random generators that an object refers to."""
     objects, found = [data], list[Any]()
     seen = {id(data)}
     for each in objects:  # The loop appends to this list.
@@ -73,17 +74,18 @@ def _generators_in(data: Any) -> list[Any]:
             found.append(each)
             continue
         for child in _held_by(each):
-            if type(child) not in LEAVES and id(child) not in seen and len(objects) < _MOST_OBJECTS:
+            if type(child) not in LEAVES and id(child) not in seen and len(objects) < _MAX_OBJECTS:
                 seen.add(id(child))
                 objects.append(child)
     return found
 
 
 def _held_by(value: Any) -> list[Any]:
+    """Return the objects that an object refers to directly."""
     if isinstance(value, Tensor | np.ndarray | type):
         return []
     held: list[Any] = []
-    if isinstance(value, dict | list | tuple | set | deque) and len(value) <= _MOST_ITEMS:
+    if isinstance(value, dict | list | tuple | set | deque) and len(value) <= _MAX_ITEMS:
         held += value.values() if isinstance(value, dict) else value
     elif isinstance(value, types.MethodType):
         held.append(value.__self__)

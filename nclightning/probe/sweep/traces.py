@@ -74,6 +74,7 @@ def _kinds_of_metrics() -> tuple[type, ...]:
 
 @contextmanager
 def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Restore the training modes of modules after the block."""
     modes = [child.training for child in modules]
     try:
         yield
@@ -84,6 +85,7 @@ def _modes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore the buffers of modules after the block."""
     buffers = [
         (child, name, buffer, buffer.detach().clone())
         for child in modules

@@ -18,8 +18,9 @@
     const style = inked(), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
     const axis = {gridcolor: line, linecolor: line, zeroline: false, automargin: true};
     return {
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: style.getPropertyValue("--faint").trim(), activecolor: ink},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: ink, size: 12},
-      margin: {l: 56, r: 12, t: 12, b: 44}, hovermode: "closest", showlegend: !several,
+      margin: {l: 56, r: 12, t: 34, b: 44}, hovermode: "closest", showlegend: !several,
       legend: {orientation: "h", y: -0.2}, height: 384,
       xaxis: {...axis, title: {text: chart.x}, rangemode: "tozero"},
       yaxis: {...axis, type: chart.log ? "log" : "linear", exponentformat: "power", nticks: 9},
