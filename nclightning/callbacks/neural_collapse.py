@@ -49,8 +49,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     The pass sees what training can read: of a subset sampler the subset; under ``limit_train_batches`` or
     ``overfit_batches`` the first batches of an order that does not change; of a loader without a length as many batches
     as its longest epoch read so far. A further set without a length ends at ``limit_val_batches``. Features, head and
-    class means of a measurement are of the same weights. Monitors of one trainer that look at the same loader share one pass, unless a callback
-    that could change something has its turn between theirs.
+    class means of a measurement are of the same weights. Monitors of one trainer that look at the same loader share one
+    pass, unless a callback that could change something has its turn between theirs.
 
     Values reach every logger at the number of optimizer steps done, and ``trainer.callback_metrics``, after a resume
     from the start. Two monitors in one trainer must log different tags.
