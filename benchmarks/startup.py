@@ -5,9 +5,9 @@
     python benchmarks/startup.py --cpu --only fit
 
 Medians in seconds of wall time, of processes that take turns, after one that fills the cache of the disk. The floor of
-a row is the time of the imports in its column: what nclightning adds is the rest. Commands import without searches for
-garbage, and can end before their floor. ``--against`` measures another checkout, too, run by run in turn with this one.
-``--cpu`` takes the time of the processor instead, which other processes disturb less; ``--reproduce`` measures
+a row is the time of the imports in its column: what nclightning adds is the rest. Commands import without garbage
+collection, and can end before their floor. ``--against`` measures another checkout, too, run by run in turn with this
+one. ``--cpu`` takes the time of the processor instead, which other processes disturb less; ``--reproduce`` measures
 ``reproduce --quick`` alone, with all runs that it starts, in minutes.
 """
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from nclightning.errors import UserError
+from nclightning.errors import UserError, UserTypeError
 
 if TYPE_CHECKING:
     import torch
@@ -44,16 +44,21 @@ def check_sizes(**sizes: int) -> None:
 
 
 def check_cadences(**cadences: int | None) -> None:
-    """Raise unless all cadences are None or at least 1.
+    """Raise unless all cadences are None, or integers of at least 1.
 
     Args:
         **cadences: Values by argument name.
 
     Raises:
-        ValueError: If one is not; the message names the argument.
+        TypeError: If one is no integer; the message names the argument.
+        ValueError: If one is below 1.
     """
     for name, value in cadences.items():
-        if value is not None and value < 1:
+        if value is None:
+            continue
+        if not hasattr(value, "__index__"):  # Integers of numpy have it, too.
+            raise UserTypeError(f"{name} must be an integer, got {value!r}.")
+        if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}.")
 
 

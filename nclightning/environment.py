@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine and device, as its folder keeps them."""
+"""The environment of a run, as saved in its folder: versions, machine and device."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PACKAGES = ("nclightning", "torch", "lightning", "torchmetrics", "numpy")
 
 
 def describe_environment() -> dict[str, str]:
-    """Collect versions and the kind of machine. Nothing is started on a device, and no random state is touched.
+    """Return versions and the kind of machine, without using a device or changing a random state.
 
     Returns:
-        Text by name, without a name of the user or of the host.
+        Text by name. Names of the user and the host are not included.
     """
     import torch  # noqa: PLC0415 - reading the name of the file must not load torch.
 
@@ -26,9 +26,9 @@ def describe_environment() -> dict[str, str]:
     found["platform"] = f"{platform.system()} {platform.machine()}"
     found["threads"] = str(torch.get_num_threads())
     found["default dtype"] = str(torch.get_default_dtype()).removeprefix("torch.")
-    found["seed"] = os.environ.get("PL_GLOBAL_SEED", "not set")  # Where Lightning's seed_everything leaves it.
+    found["seed"] = os.environ.get("PL_GLOBAL_SEED", "not set")  # Set by Lightning's seed_everything.
     found["device"] = "cpu"
-    # Only where the process uses it already: to ask for the name would start it.
+    # Only if the process already uses CUDA, because asking for the name would initialise it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["cuda"] = str(torch.version.cuda)
         found["device"] = torch.cuda.get_device_name()
@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def environment_as_json() -> str:
-    """Return :func:`describe_environment` as the run folder keeps it."""
+    """Return :func:`describe_environment` as JSON for the run folder."""
     return json.dumps(describe_environment(), indent=1) + "\n"
 
 

@@ -2,4 +2,4 @@
 
 import gc
 
-gc.disable()  # While all is imported, of which searches for garbage would take a third; conftest.py enables them again.
+gc.disable()  # A third of the time of the imports of all tests. conftest.py enables it again.

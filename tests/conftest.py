@@ -21,12 +21,12 @@ torch.set_num_threads(1)
 registry.entry_points = functools.cache(registry.entry_points)
 
 
-# What a forked process has from this one is no garbage of its own, and to look at it copies its memory.
+# A forked process cannot free what it has from this one, and a collection that visits it copies its memory.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_collection_finish():
-    """Begin to search for garbage, and leave out what all tests share."""
+    """Begin to collect garbage, and skip what all tests share."""
     gc.collect()
     gc.freeze()
     gc.enable()

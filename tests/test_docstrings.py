@@ -24,7 +24,6 @@ import inspect
 import re
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
@@ -239,9 +238,3 @@ def test_each_fault_of_a_docstring_is_seen(old, new, fault, monkeypatch):
 
 def test_this_module_is_what_the_example_imports():
     assert sys.modules["tests.test_docstrings"].measured is measured
-
-
-def test_each_public_module_has_a_page_in_the_reference():
-    pages = "".join(path.read_text() for path in (Path(__file__).parents[1] / "docs" / "reference").glob("*.md"))
-    documented = set(re.findall(r"auto(?:module|class):: (nclightning[\w.]*?)(?:\.[A-Z]\w+)?$", pages, re.MULTILINE))
-    assert documented == {*PUBLIC, "nclightning.integrations.huggingface"}

@@ -102,7 +102,7 @@ WITHOUT_LIGHTNING = [
 # torchmetrics shares Lightning's helper package, so the trainer is what is looked for.
 LOADS = """
 import gc, importlib, os, pkgutil, sys
-gc.disable()  # To search for garbage while libraries are imported takes a third of the time.
+gc.disable()  # A third of the time of these imports.
 import matplotlib.figure, torchmetrics
 
 def loads_lightning(name):

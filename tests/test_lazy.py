@@ -116,26 +116,26 @@ LIGHT = {
     MAIN.format(["plot", "nothing"]): {"matplotlib", "PIL"},
 }
 OWN_PROCESS = "import runpy; runpy.run_module('nclightning', run_name='__main__', alter_sys=True)"
-# Whether garbage is searched for at the end, and whether what was imported is left out of that.
-SEARCHED = {
+# Whether garbage is collected at the end, and whether what was imported is frozen.
+COLLECTS = {
     OWN_PROCESS: [True, True],
     MAIN.format(""): [True, False],
     f"gc.disable(); {MAIN.format('')}": [False, False],
 }
-SEARCHES = (
+COLLECTIONS = (
     "from nclightning.cli import main\n"
-    "searches = []\n"
+    "collections = []\n"
     "module = lambda: sys.modules.get('nclightning.commands.theory')\n"
-    "gc.callbacks.append(lambda *_: searches.append(hasattr(module(), 'print_theory')))\n"
+    "gc.callbacks.append(lambda *_: collections.append(hasattr(module(), 'print_theory')))\n"
     "main()\n"
-    "assert searches and all(searches), searches"
+    "assert collections and all(collections), collections"
 )
 
 
 @pytest.fixture(scope="module")
 def reports():
-    """Return by code: its error, heavy libraries that it loads, and what it leaves of searches for garbage."""
-    codes = [*LIGHT, *SEARCHED, SEARCHES]
+    """Return by code: its error, heavy libraries that it loads, and what it does to the garbage collector."""
+    codes = [*LIGHT, *COLLECTS, COLLECTIONS]
     ended = subprocess.run([sys.executable, "-c", FORKS, *codes], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.partition("\t")[2] for line in ended.stderr.splitlines() if line.startswith("report\t")]
     return {code: found for code, *found in map(json.loads, lines)}
@@ -156,12 +156,12 @@ def test_the_lightest_load_no_torch(code):
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize(("code", "searched"), SEARCHED.items())
-def test_only_a_process_of_its_own_leaves_imports_out_of_searches_for_garbage(code, searched, reports):
+@pytest.mark.parametrize(("code", "collects"), COLLECTS.items())
+def test_only_a_process_of_its_own_freezes_what_it_imports(code, collects, reports):
     error, _, *found = reports[code]
     assert error is None, error
-    assert found == searched
+    assert found == collects
 
 
-def test_a_command_is_imported_without_searches_for_garbage(reports):
-    assert reports[SEARCHES][0] is None, reports[SEARCHES][0]
+def test_a_command_is_imported_without_garbage_collection(reports):
+    assert reports[COLLECTIONS][0] is None, reports[COLLECTIONS][0]

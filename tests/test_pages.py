@@ -78,6 +78,15 @@ def test_writing_a_page_that_is_right_changes_nothing(tmp_path):
     assert page.read_text() == text
 
 
+def test_pictures_that_blocks_save_go_beside_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nopen('a.png', 'w').close()\n```\n")
+    assert PAGES.printed(page) == [""]
+    assert not (tmp_path / "images").exists()
+    PAGES.write(page)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["a.png"]
+
+
 def test_every_measure_has_its_place_on_a_page():
     pages = [page for page in (DOCS / "numbers").glob("*.md") if page.stem != "index"]
     lines = [line for page in pages for line in page.read_text().splitlines()]

@@ -13,10 +13,12 @@ BALANCED = (100,) * 10
 def etf(num_classes: int, dim: int, seed: int = 0) -> Tensor:
     """Return the rows of a simplex ETF of norm 1, ``(K, d)``, in a random orientation; K at most d + 1."""
     generator = torch.Generator().manual_seed(seed)
-    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
-    _, _, right = torch.linalg.svd(centring)
+    # Coordinates in the K - 1 directions orthogonal to (1, ..., 1). Of an SVD they would depend on the linear algebra
+    # library, and with them the figures of the pages.
+    start = torch.cat([torch.ones(num_classes, 1), torch.eye(num_classes)[:, 1:]], dim=1).double()
+    inside = torch.linalg.qr(start).Q[:, 1:]
     axes, _ = torch.linalg.qr(torch.randn(dim, num_classes - 1, generator=generator, dtype=torch.float64))
-    rows = centring @ right[: num_classes - 1].T @ axes.T
+    rows = inside @ axes.T
     return rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -59,10 +61,10 @@ def network(seed: int = 0) -> tuple[nn.Sequential, list[tuple[Tensor, Tensor]]]:
     return model, [(inputs, labels)]
 
 
-def show(columns: Mapping[str, Mapping[str, float]], names: Iterable[str]) -> None:
-    """Print values to three digits, a row for each name; what is below 1e-12 is round-off and printed as 0."""
+def show(columns: Mapping[str, Mapping[str, float]], names: Iterable[str], digits: int = 3) -> None:
+    """Print values, a row for each name; what is below 1e-12 is round-off and printed as 0."""
     wide = max(map(len, names := list(names)))
     print(" " * wide, *(f"{title:>14}" for title in columns))
     for name in names:
         values = (0.0 if abs(column[name]) < 1e-12 else column[name] for column in columns.values())
-        print(f"{name:{wide}}", *(f"{value:14.3g}" for value in values))
+        print(f"{name:{wide}}", *(f"{value:14.{digits}g}" for value in values))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from nclightning.errors import UserError
 from nclightning.heads import HeadReader
+from nclightning.ranks import rank_zero_warn
 
-__all__ = ["FullBatchModule", "as_full_batch", "full_batch", "head_reader"]
+__all__ = ["FullBatchModule", "as_full_batch", "full_batch", "head_reader", "warn_of_steps"]
 
 
 class FullBatchModule(Protocol):
@@ -75,3 +76,16 @@ def as_full_batch(pl_module: L.LightningModule) -> FullBatchModule:
 def head_reader(module: FullBatchModule) -> HeadReader:
     """Return the head of a full-batch module."""
     return HeadReader(module.head, "head", "weight", False, module.head.out_features, module.head.in_features)
+
+
+def warn_of_steps(pl_module: L.LightningModule, every_n_steps: int) -> None:
+    """Warn that a cadence in steps has no effect on a full-batch module.
+
+    Args:
+        pl_module: The module.
+        every_n_steps: What the user asked for.
+    """
+    rank_zero_warn(
+        f"every_n_steps={every_n_steps} has no effect on {type(pl_module).__name__}, which runs full-batch iterations: "
+        "set every_n_iterations."
+    )

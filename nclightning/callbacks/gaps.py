@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from nclightning.callbacks.problem import AnyProblem, check_balance
 from nclightning.errors import UserError
 from nclightning.functional import class_statistics
+from nclightning.functional.linear import ELEMENTS_PER_STEP
 from nclightning.heads import Head
 from nclightning.objective import Objective
 from nclightning.probe.collectors import merge_over_ranks
@@ -26,8 +27,6 @@ from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
 __all__ = ["Gap", "Gaps", "said_if_slow"]
 
 _PATIENCE = 2.0  # Seconds after which it is said what takes long.
-# Elements of the features whose logits are formed at a time.
-_ELEMENTS_AT_A_TIME = 2**17
 
 
 class Gap(NamedTuple):
@@ -136,7 +135,7 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
 def _logits(head: Head, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits of some samples at a time, and their labels."""
     weight, bias = _double(head)
-    rows = max(_ELEMENTS_AT_A_TIME // features.shape[1], 1)
+    rows = max(ELEMENTS_PER_STEP // features.shape[1], 1)
     for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
         yield linear(part.double(), weight, bias), own
 

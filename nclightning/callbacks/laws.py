@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nclightning.arguments import check_cadences, check_scales
 from nclightning.callbacks.either import EitherMonitor
-from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.full_batch import full_batch, warn_of_steps
 from nclightning.callbacks.laws_at_iterates import LawsAtIterates
 from nclightning.callbacks.laws_at_steps import LawsAtSteps
 from nclightning.callbacks.monitor import Batch
@@ -24,6 +24,7 @@ from nclightning.quantities import HEAD_SUM
 
 __all__ = ["OptimizerLaws"]
 
+_EVERY_N_STEPS = 50  # Unless the user says another number.
 # Arguments that do not say which values are logged.
 _OTHER_ARGUMENTS = frozenset(
     {"every_n_iterations", "every_n_steps", "batch_fn", "forward_fn", "data", "loss_fn", "step_fn"}
@@ -88,7 +89,7 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
     def __init__(
         self,
         every_n_iterations: int = 10,
-        every_n_steps: int = 50,
+        every_n_steps: int = _EVERY_N_STEPS,
         head: HeadArgument = None,
         penalty: float = 0.0,
         bias_penalty: float = 0.0,
@@ -108,6 +109,11 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
             sharpness_every_n_steps=sharpness_every_n_steps,
         )
         check_scales(penalty=penalty, bias_penalty=bias_penalty)
+        if step_fn is not None and not callable(step_fn):
+            raise UserTypeError(
+                "step_fn must be a function (optimizer, group) -> nclightning.functional.GradientStep, or None, got "
+                f"{step_fn!r}."
+            )
         if (data is None) != (loss_fn is None):
             missing = "loss_fn" if loss_fn is None else "data"
             raise UserError(
@@ -150,6 +156,8 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
                 f"{' and '.join(self._of_others)} of OptimizerLaws mean nothing for {type(pl_module).__name__}, which "
                 "says its head, objective and data itself: leave them out."
             )
+        if full_batch(pl_module) and self._epochs[0] != _EVERY_N_STEPS:
+            warn_of_steps(pl_module, self._epochs[0])
         super().on_fit_start(trainer, pl_module)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:

@@ -13,7 +13,7 @@ from nclightning.callbacks.collapse_at_epochs import CollapseAtEpochs, EpochSett
 from nclightning.callbacks.collapse_at_iterates import CollapseAtIterates
 from nclightning.callbacks.collapse_in_evaluation import CollapseInEvaluation
 from nclightning.callbacks.either import EitherMonitor
-from nclightning.callbacks.full_batch import full_batch
+from nclightning.callbacks.full_batch import full_batch, warn_of_steps
 from nclightning.callbacks.modules import check_names, check_online
 from nclightning.callbacks.monitor import Batch
 from nclightning.callbacks.problem import num_groups_of
@@ -100,6 +100,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
     Raises:
         ValueError: If an argument is out of range, the head or a layer cannot be found, or labels do not fit the head.
     """
+
+    separation = ", or give NeuralCollapseMonitor(measures=..., stages=..., datasets=...) that do not overlap"
 
     def __init__(
         self,
@@ -193,6 +195,8 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
                 f"datasets are swept on other modules than {type(pl_module).__name__}, which runs full-batch "
                 "iterations: leave them out, and pass a validation loader."
             )
+        if full_batch(pl_module) and self._at_epochs.every_n_steps is not None:
+            warn_of_steps(pl_module, self._at_epochs.every_n_steps)
         super().on_fit_start(trainer, pl_module)
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:

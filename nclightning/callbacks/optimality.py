@@ -77,9 +77,8 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``optimality/lambda_w``, ``optimality/lambda_h`` | the penalties, if none are given |
 
     Without penalties given, those are taken that make the scales of head and features optimal: for balanced classes the
-    scales of the nearest collapsed configuration, else those at which no change of scale lowers F. All
-    values are ``nan`` at scales that no penalties make optimal: zero, as far from collapse, and for MSE logits that are
-    too large.
+    scales of the nearest collapsed configuration, else those at which no change of scale lowers F. All values are
+    ``nan`` at scales that no penalties make optimal: zero, as far from collapse, and for MSE logits that are too large.
 
     The samples are those that :class:`NeuralCollapseMonitor` reads, at the number of optimizer steps done, and each of
     them has a class: no label can be ignored.

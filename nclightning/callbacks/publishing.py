@@ -28,7 +28,13 @@ class Publisher(L.Callback):
     them right after a resume.
 
     Several monitors of a class can be in one trainer if they log different tags.
+
+    Attributes:
+        separation: How several monitors of the class log different tags, as the end of a sentence; empty if they
+            cannot.
     """
+
+    separation = ""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
@@ -62,8 +68,7 @@ class Publisher(L.Callback):
                 raise UserError(
                     f"two callbacks of this trainer, {type(self).__name__} and {type(other).__name__}, both log "
                     f"{common[0]!r}{f' and {len(common) - 1} more of the same tags' if len(common) > 1 else ''}: leave "
-                    "one of them out, or give NeuralCollapseMonitor(measures=..., stages=..., datasets=...) that do "
-                    "not overlap."
+                    f"one of them out{self.separation}."
                 )
 
     def forget_values(self) -> None:

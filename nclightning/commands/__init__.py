@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "TRAINING", "run_training"]
 def _of(module: str, function: str) -> Callable[[Any], None]:
     def run(words: Any) -> None:
         """Import the command, and run it with these words."""
-        with _no_search_for_garbage():
+        with _without_garbage_collection():
             command = getattr(import_module(f"nclightning.{module}"), function)
         command(words)
 
@@ -26,13 +26,13 @@ def _of(module: str, function: str) -> Callable[[Any], None]:
 
 
 @contextmanager
-def _no_search_for_garbage() -> Iterator[None]:
-    """Import without Python's searches for garbage: they take a fifth of the time, and imports leave hardly any.
+def _without_garbage_collection() -> Iterator[None]:
+    """Import without garbage collection, which takes a fifth of the time of an import and frees hardly anything.
 
-    Where the process is the command's own, later searches leave out what was imported as well. In a process of somebody
-    else's they do not: objects that are left out once are never freed.
+    In a process that runs nothing but the command, the imported objects are also frozen: later collections skip them.
+    In the process of another program they are not, because frozen objects are never freed.
     """
-    searched = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
@@ -40,7 +40,7 @@ def _no_search_for_garbage() -> Iterator[None]:
         program = getattr(sys.modules["__main__"], "__spec__", None)
         if program is not None and program.name == "nclightning.__main__":
             gc.freeze()
-        if searched:
+        if was_enabled:
             gc.enable()
 
 

@@ -78,6 +78,7 @@ _EPILOG = """examples:
 further commands, each with a --help of its own:
   python -m nclightning measure RUN        neural collapse of checkpoints, or of saved features
   python -m nclightning reproduce --quick  the paper's four figures from recorded runs, and what became of its claims
+  python -m nclightning report RUN [RUN ...]   one HTML page: verdicts, curves, rates, settings
   python -m nclightning plot RUN [RUN ...] the same figures from run folders
   python -m nclightning theory --config ufm_ce   optimum, Hessian spectrum and rates that the theory predicts for it
 

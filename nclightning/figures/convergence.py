@@ -74,7 +74,7 @@ def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, 
     if GAP.tag() in tags:
         _draw_prediction(axes, readings, summary)
     axes.set_yscale("log")
-    axes.set_xlabel("gradient-descent iteration")
+    axes.set_xlabel("iteration")
     axes.set_title(name, fontsize=11)
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nclightning.functional.linear import ELEMENTS_PER_STEP
+
 __all__ = ["ExcessLoss", "HeadLoss"]
 
 # A block has about _ELEMENTS_PER_BLOCK elements, and more rows than classes, so that the work for each class takes no
-# longer than that for the samples. Within a block, steps of _ELEMENTS_PER_STEP elements or at least _LEAST_ROWS rows
+# longer than that for the samples. Within a block, steps of ELEMENTS_PER_STEP elements or at least _LEAST_ROWS rows
 # keep intermediate results in the cache of a CPU.
-_ELEMENTS_PER_BLOCK, _ELEMENTS_PER_STEP, _LEAST_ROWS = 2**18, 2**17, 256
+_ELEMENTS_PER_BLOCK, _LEAST_ROWS = 2 * ELEMENTS_PER_STEP, 256
 # Number of elements of the (M, K) residuals up to which they are kept: 128 MiB, 4096 classes.
 _MOST_RESIDUALS = 2**24
 
@@ -57,7 +59,7 @@ class HeadLoss:
 
     Example:
         >>> import torch
-        >>> from nclightning.functional import HeadLoss
+            >>> from nclightning.functional import HeadLoss
         >>> from nclightning.problems import CrossEntropy
         >>> identity = torch.eye(2, dtype=torch.float64)
         >>> head = HeadLoss(CrossEntropy(), targets=identity, weight=3 * identity, bias=None)
@@ -159,7 +161,7 @@ class ExcessLoss(NamedTuple):
         known = torch.cat([self.counts, self.counts.new_zeros(1)]).unsqueeze(1) > 0
         anchors = torch.where(known, _append_zero_row(self.anchors), features.index_select(0, first).to(self.anchors))
         counts, offsets = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors)
-        size = max(_ELEMENTS_PER_STEP // max(dim, len(head.weight)), _LEAST_ROWS)
+        size = max(ELEMENTS_PER_STEP // max(dim, len(head.weight)), _LEAST_ROWS)
         parts = []
         for rows, index in zip(torch.split(features, size), torch.split(labels, size), strict=True):
             deviations = rows.to(anchors.dtype) - anchors.index_select(0, index)
@@ -235,7 +237,7 @@ class ExcessLoss(NamedTuple):
             return self.sums
         deviations = (self.anchors - others.anchors) + (self.offsets - others.offsets)
         deviations = torch.where((self.counts > 0).unsqueeze(1), deviations, 0)
-        size = max(_ELEMENTS_PER_STEP // len(head.weight), _LEAST_ROWS)
+        size = max(ELEMENTS_PER_STEP // len(head.weight), _LEAST_ROWS)
         pieces = zip(*(torch.split(each, size) for each in (deviations, logits, head.targets)), strict=True)
         values = [head.loss.divergence_along(shift @ head.weight.T, *rest) for shift, *rest in pieces]
         return self.sums + self.counts * torch.cat(values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ELEMENTS_PER_STEP",
     "autocast_off",
     "cosines",
     "distances",
@@ -26,6 +27,9 @@ __all__ = [
     "zero_where",
 ]
 
+# Number of elements of features that stay in the cache of a CPU together with what is computed of them. Whatever takes
+# features in steps takes about so many at once.
+ELEMENTS_PER_STEP = 2**17
 # Entries of a tile of the matrix of all pairs of classes: 64 MB in float64.
 _TILE = 2**23
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nclightning.functional.linear import autocast_off, invertible_power_of_two, zero_where
+from nclightning.functional.linear import ELEMENTS_PER_STEP, autocast_off, invertible_power_of_two, zero_where
 from nclightning.functional.moments import Means
 from nclightning.functional.rounding import detected_epsilons
 
 __all__ = ["Samples"]
 
-# Number of elements of a block, so that intermediate results stay in the cache of a CPU, and its least number of rows.
-_ELEMENTS_PER_STEP, _LEAST_ROWS = 2**17, 256
+# The least number of rows of a block, which has ELEMENTS_PER_STEP elements otherwise.
+_LEAST_ROWS = 256
 # Tensors with fewer elements than this are concatenated.
 _LARGE_TENSOR = 2**18
 
@@ -84,7 +84,7 @@ class Samples:
     def rows(self, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of features in a dtype, with their labels. A block has at least ``least`` rows, if there are."""
         for features, labels in zip(self.features, self.labels, strict=True):
-            size = max(_ELEMENTS_PER_STEP // features.shape[1], _LEAST_ROWS, least)
+            size = max(ELEMENTS_PER_STEP // features.shape[1], _LEAST_ROWS, least)
             for rows, index in zip(torch.split(features, size), torch.split(labels, size), strict=True):
                 yield rows.to(dtype), index
 

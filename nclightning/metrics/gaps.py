@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nclightning.errors import UserError
 from nclightning.functional import ClassStatistics, ExcessLoss, HeadLoss, distance_to_collapse
+from nclightning.functional.linear import ELEMENTS_PER_STEP
 from nclightning.metrics.reference import Penalties, Reference
 from nclightning.objective import Objective
 from nclightning.problems import Loss, NoAnswer, Problem
@@ -34,8 +35,6 @@ __all__ = ["Found", "SoftSums", "read_optimality", "read_soft"]
 
 _EXACT, _CERTIFIED = ("gap", "distance", "relative_distance"), ("certified_gap", "certified_bound")
 _FITTED = ("lambda_w", "lambda_h")
-# Number of elements per step, so that intermediate results stay in the cache of a CPU.
-_ELEMENTS_PER_STEP = 2**17
 
 
 class Found(NamedTuple):
@@ -209,7 +208,7 @@ class SoftSums(NamedTuple):
         Returns:
             The sums over all samples so far, a new object.
         """
-        total, size = self, max(_ELEMENTS_PER_STEP // features.shape[1], 1)
+        total, size = self, max(ELEMENTS_PER_STEP // features.shape[1], 1)
         for rows, own in zip(torch.split(features.detach(), size), torch.split(targets.detach(), size), strict=True):
             total = total._add(rows.to(head.weight), own.to(head.weight), loss, head)
         return total

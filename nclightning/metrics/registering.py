@@ -1,4 +1,4 @@
-"""Measures that a user adds to those of the package."""
+"""Registration of a user's own measures."""
 
 from __future__ import annotations
 
@@ -32,36 +32,38 @@ def register_measure(
     From then on ``measures=(name,)`` and ``measures=("all",)`` evaluate it wherever measures are chosen by name:
     :func:`nclightning.measure`, :class:`nclightning.Probe`, :class:`nclightning.metrics.NeuralCollapse` and the
     monitors. The function gets a :class:`nclightning.metrics.measures.MeasureInput`: ``stats``, the
-    :class:`nclightning.functional.ClassStatistics` of all samples, ``weight`` and ``bias`` of the head. It never sees
-    single samples. Each process registers for itself: where processes are started anew, register in a module that they
-    import. A name may be registered again, as when a cell of a notebook runs twice; names of the package may not.
+    :class:`nclightning.functional.ClassStatistics` of all samples, and ``weight`` and ``bias`` of the head. Single
+    samples are not available. The registration is valid in the current process; processes that start later must import
+    a module that registers the measure. A name may be registered again, for example when a notebook cell runs twice.
+    Names of the package cannot be replaced.
 
     Args:
-        name: An identifier; the monitors log ``nc/train/<name>``.
-        text: What the value tells, in a few words, for tables.
+        name: An identifier. The monitors log the measure as ``nc/train/<name>``.
+        text: The meaning of the value in a few words, for tables.
         at_collapse: Its value at neural collapse, or a function ``(num_classes, feature_dim) -> value``; None if it is
             not known.
-        needs_head: Whether it reads ``weight`` or ``bias``. Without a head it is then left out.
-        needs_scatter: Whether it reads the within-class covariance, which takes memory of d x d numbers.
-        needs_classes: Whether it takes labels for classes. It is then left out where labels say groups of samples.
+        needs_head: Whether it needs ``weight`` or ``bias``. Then it is left out if there is no head.
+        needs_scatter: Whether it needs the within-class scatter, which takes memory for d x d numbers.
+        needs_classes: Whether labels must be classes. Then it is left out where labels number groups of samples.
 
     Returns:
-        The decorator; the function itself stays as it is.
+        The decorator, which returns the function unchanged.
 
     Raises:
-        ValueError: If the name is no identifier or one of the package's.
-        TypeError: When it is evaluated, if the function gives anything but one number.
+        ValueError: If the name is not an identifier, or is one of the package's.
+        TypeError: When the measure is evaluated, if the function does not return one number.
 
     Example:
-        >>> @register_measure("mean_size", "root mean square of the centred class means")
-        ... def mean_size(reading):
-        ...     means, present = reading.means
-        ...     return (means.square().sum() / present.sum()).sqrt()
         >>> from nclightning import measure
+        >>> from nclightning.metrics import MEASURES, register_measure
+        >>> from nclightning.quantities import QUANTITIES
+        >>> @register_measure("mean_size", "root mean square of the centred class means")
+        ... def mean_size(given):
+        ...     means, present = given.means
+        ...     return (means.square().sum() / present.sum()).sqrt()
         >>> measure(features=[[3.0], [3.0], [-3.0]], labels=[0, 0, 1], measures=["mean_size"])["mean_size"]
         3.0
-        >>> from nclightning.quantities import QUANTITIES
-        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]
+        >>> del MEASURES["mean_size"], QUANTITIES["nc/mean_size"]  # forget it again
     """
     if not name.isidentifier():
         raise UserError(f"name must be an identifier such as 'effective_rank', got {name!r}.")
@@ -70,12 +72,12 @@ def register_measure(
         raise UserError(f"name={name!r} is a measure of the package; choose another name.")
 
     def register(read: Read) -> Read:
-        def evaluate(reading: MeasureInput) -> Tensor:
-            value = read(reading)
+        def evaluate(given: MeasureInput) -> Tensor:
+            value = read(given)
             if not isinstance(value, int | float | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
                 got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
                 raise UserTypeError(f"the function of the measure {name!r} must return one number, got {got}.")
-            return torch.as_tensor(value).to(reading.stats.means).reshape(())
+            return torch.as_tensor(value).to(given.stats.means).reshape(())
 
         QUANTITIES[quantity.tag()] = quantity
         MEASURES[name] = Measure(evaluate, needs_head, needs_scatter, needs_classes)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nclightning.errors import UserError
+from nclightning.functional.linear import ELEMENTS_PER_STEP
 from nclightning.models.hessian import hessian_product
 from nclightning.objective import Objective, Scalar, dot, square_norm, wide
 from nclightning.optim import LineObjective
@@ -31,9 +32,8 @@ from nclightning.ranks import sum_all_over_ranks, sum_over_ranks
 
 __all__ = ["UFMObjective"]
 
-# Number of elements of the features that fit the cache of a CPU together with their gradient; a GPU needs larger
-# products.
-_ELEMENTS_PER_STEP, _ELEMENTS_ON_A_GPU = 2**17, 2**24
+# Number of elements of the features per step on a GPU, which needs larger products than a CPU.
+_ELEMENTS_ON_A_GPU = 2**24
 
 
 class UFMObjective(LineObjective):
@@ -74,7 +74,7 @@ class UFMObjective(LineObjective):
         info = torch.finfo(features.dtype)
         # For a larger value the gradient may overflow in its dtype, although the value, a float64, does not.
         self._epsilon, self._largest = info.eps, math.sqrt(info.max)
-        elements = _ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
+        elements = ELEMENTS_PER_STEP if features.device.type == "cpu" else _ELEMENTS_ON_A_GPU
         self._rows = max(1, min(len(features), elements // features.shape[1]))
         # Trial features are formed block of rows by block, so that all work on a block happens in the cache.
         self._block = features.detach().new_empty(self._rows, features.shape[1])

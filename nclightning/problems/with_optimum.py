@@ -261,11 +261,11 @@ class WithOptimum(ABC):
         return self.rates.iterations_per_decade(step, momentum, nesterov)
 
     def heavy_ball(self, step: float | None = None) -> Momentum:
-        """Compute what :meth:`nclightning.problems.Rates.heavy_ball` does: the best step and momentum."""
+        """Compute best step and momentum of the heavy ball; see :meth:`nclightning.problems.Rates.heavy_ball`."""
         return self.rates.heavy_ball(step)
 
     def nesterov(self, step: float | None = None) -> Momentum:
-        """Compute what :meth:`nclightning.problems.Rates.nesterov` does: the best step and momentum."""
+        """Compute the best step and momentum of Nesterov's method; see :meth:`nclightning.problems.Rates.nesterov`."""
         return self.rates.nesterov(step)
 
     def slowest_mode(self, step: float | None = None, momentum: float = 0.0, nesterov: bool = False) -> Eigenvalue:

@@ -61,7 +61,7 @@ def charts_of(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _place(panel: str) -> int:
     known = ("Optimality", "Neural collapse", "Error bound")
-    return known.index(panel) if panel in known else len(known)
+    return next((i for i, each in enumerate(known) if panel.startswith(each)), len(known))
 
 
 def _chart(

@@ -42,6 +42,7 @@ _SECOND_ORDER = ("gap", "certified_gap", "nc1", "nc1_ratio", "nc1_cdnv")
 _OF_FRAMES = (NC2.name, NC3.name)  # Distances from a simplex ETF.
 _NEAR_LEAST = 1.01
 _SAME_RATE = 1.2  # A straight stretch still holds some of the start, where the prediction is not meant.
+_LEAST_TO_CONTINUE = 0.5  # Decades, as for a rate in the tables.
 _FAR = 1e3  # By which an objective or a gradient has grown in a run that is called diverged.
 _LARGE = 400**2  # Groups times classes from which on an optimum may take minutes.
 _BELOW_FLOOR = 1e-3  # Rounding of a float32 table may put a value below its least one.
@@ -156,9 +157,12 @@ def _on_run(record: Record) -> Iterator[Verdict]:
         least=least_nc2(K, d) if K else 0.0,
     )
     yield from _on_sizes(record.settings, last)
+    of_collapse = [f"{of_training}{name}" for name in OF_COLLAPSE]
     yield from _on_collapse(trends, dtype)
-    if floored:
-        yield _on_floored(floored, trends, dtype)
+    # A run that has collapsed was said to have, with these values.
+    repeated = of_collapse if {*of_collapse} <= {*floored} else []
+    if others := [tag for tag in floored if tag not in repeated]:
+        yield _on_floored(others, trends, dtype)
     for tag in reached:
         if tag not in floored:
             yield _on_trend(label_of(tag), tag, trends[tag], context)
@@ -241,6 +245,11 @@ def _on_fall(label: str, trend: Trend, number: str, unit: str) -> Verdict:
     if trend.last <= TARGET:
         rule = "the last third falls along a line with R^2 at least 0.99"
         return Verdict("good", f"{label}: below {TARGET:g} and still falling", number, rule)
+    assert trend.line is not None
+    if trend.kind == "falling" and trend.line.decades < _LEAST_TO_CONTINUE:
+        rule = "R^2 at least 0.99 on the last third; a line that falls by less than half a decade is not continued"
+        fallen = f"it fell by {trend.line.decades:.2g} decades over the last third"
+        return Verdict("note", f"{label}: falling, not decided for how long", f"{number}; {fallen}", rule)
     more = trend.iterations_to(TARGET)
     if trend.kind == "falling":
         rule = "R^2 at least 0.99 on the last third, with a slope of at least 0.8 of the slope before"
@@ -293,7 +302,9 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
     readings = record.run.readings
     rule = "a recorded value is infinite; or all values are nan to the end; or loss or gradient norm grew 1000-fold"
     for tag, values in readings.values.items():
-        if not tag.startswith("log10/") and np.isinf(values).any() and "error_bound_ratio" not in tag:
+        # The ratio and logarithms are infinite where a gradient or a value is 0.
+        may_be = parse_tag(tag).is_log10 or tag == ERROR_BOUND_RATIO.tag()
+        if not may_be and np.isinf(values).any():
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor
+from nclightning.callbacks import NeuralCollapseMonitor, OptimalityMonitor, OptimizerLaws
 from nclightning.data import IndexDataModule
 from nclightning.functional import class_statistics, ood_orthogonality, within_class_variability
 from nclightning.models import UFM
@@ -62,6 +62,13 @@ def test_data_sets_beside_full_batch_iterations(tmp_path):
     model, monitor = UFM(2, 3, 4, "ce", lambda_=1e-2), NeuralCollapseMonitor(datasets={"more": []})
     with pytest.raises(ValueError, match="datasets are swept on other modules than UFM"):
         quiet_trainer(tmp_path, max_steps=10, callbacks=[monitor]).fit(model, IndexDataModule())
+
+
+def test_a_cadence_in_steps_of_full_batch_iterations_is_said_to_have_no_effect(tmp_path):
+    for monitor in (NeuralCollapseMonitor(every_n_steps=2), OptimizerLaws(every_n_steps=2)):
+        trainer = quiet_trainer(tmp_path, max_steps=10, callbacks=[monitor])
+        with pytest.warns(UserWarning, match="every_n_steps=2 has no effect on UFM, .*: set every_n_iterations"):
+            trainer.fit(UFM(2, 3, 4, "ce", lambda_=1e-2), IndexDataModule())
 
 
 def test_a_test_of_other_weights_sweeps_the_training_set_again(tmp_path, samples):

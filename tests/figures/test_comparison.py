@@ -37,9 +37,8 @@ def test_hyperparameters_that_are_no_plain_yaml_are_left_out(tmp_path):
 def test_gaps_get_a_panel_per_loss(tmp_path, losses, width):
     runs = [gap_run(tmp_path / str(i), loss) for i, loss in enumerate(losses)]
     png, pdf = draw_gaps(runs, tmp_path / "gap")
-    assert matplotlib.image.imread(png).shape[:2] == pytest.approx(
-        (880, 920 * width), abs=1
-    )  # Matplotlib before 3.11 rounds down.
+    # Matplotlib before 3.11 rounds sizes down.
+    assert matplotlib.image.imread(png).shape[:2] == pytest.approx((880, 920 * width), abs=1)
     assert pdf.read_bytes().startswith(b"%PDF")
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["gap.pdf", "gap.png"]
 

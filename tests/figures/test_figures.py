@@ -121,6 +121,8 @@ def test_curves_of_two_cadences_are_lines(tmp_path, monkeypatch):
     draw_convergence(tmp_path, tmp_path / "a.pdf")
     curves = {line.get_label().partition(" ")[0]: line.get_xydata() for axes in drawn[0].axes for line in axes.lines}
     assert len(curves["gap"]) == 60
+    # Whatever the optimizer was.
+    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"iteration"}
     np.testing.assert_allclose(curves["NC1"], [(k, 0.8**k) for k in range(1, 60, 2)])
 
 

@@ -230,7 +230,7 @@ def test_the_problem_at_a_scale(loss, kq):
 
 @pytest.mark.parametrize("scales", [(0.0, 1.0), (1.0, -1.0), (2.0, 0.5), (math.nan, 1.0)])
 def test_scales_that_are_optimal_nowhere(scales):
-    with pytest.raises(ValueError, match="optimal at no penalties"):
+    with pytest.raises(ValueError, match="no penalties make these scales optimal"):
         UFMProblem.at_scale("mse", 3, 2, 4, *scales)
 
 

@@ -21,7 +21,7 @@ SHAPES = [(2, 1, 1), (4, 3, 6), (5, 2, 3), (10, 10, 20)]
 
 @pytest.fixture(params=[2**17, 7], ids=["at once", "a row or so at a time"])
 def rows_at_a_time(request, monkeypatch):
-    monkeypatch.setattr(closed_form, "_ELEMENTS_PER_STEP", request.param)
+    monkeypatch.setattr(closed_form, "ELEMENTS_PER_STEP", request.param)
 
 
 def assert_same(ours, theirs, dtype):

@@ -19,7 +19,7 @@ ROWS_AT_A_TIME = {"at once": 2**17, "a row or so at a time": 7}
 
 @pytest.fixture(params=ROWS_AT_A_TIME.values(), ids=ROWS_AT_A_TIME)
 def rows_at_a_time(request, monkeypatch):
-    monkeypatch.setattr(closed_form, "_ELEMENTS_PER_STEP", request.param)
+    monkeypatch.setattr(closed_form, "ELEMENTS_PER_STEP", request.param)
 
 
 def directions(like, seed=0):

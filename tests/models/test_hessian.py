@@ -34,7 +34,7 @@ def flat(tensors):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_products_are_those_of_the_hessian(loss, with_bias, dtype, elements, monkeypatch):
     """At a drawn point and on the way down from it; in the order of the parameters, which begin with the head."""
-    monkeypatch.setattr(closed_form, "_ELEMENTS_PER_STEP", elements)
+    monkeypatch.setattr(closed_form, "ELEMENTS_PER_STEP", elements)
     line, _, params, _ = any_lines(loss, dtype, with_bias)
     optimizer, generator = ArmijoGD(params), torch.Generator().manual_seed(1)
     for _ in range(3):

@@ -69,6 +69,12 @@ def test_the_sentence_on_a_curve(tmp_path, name):
     assert any(each.startswith(SENTENCES[name]) for each in words), list(words)
 
 
+def test_a_fall_of_a_fraction_of_a_decade_is_not_continued(tmp_path):
+    short, long = (10.0 ** (-STEPS / per_decade) for per_decade in (210, 190))  # Over 100 iterations.
+    assert "NC1: falling, not decided for how long" in said(tmp_path / "a", {NC1: (STEPS, short)})
+    assert any(each.startswith("NC1: still falling;") for each in said(tmp_path / "b", {NC1: (STEPS, long)}))
+
+
 def test_a_run_of_one_row_decides_no_trend(tmp_path):
     words = said(tmp_path / "a", {GAP: flat(0.5, 1), NC1: flat(0.5, 1)})
     assert "gap: not decided, too few readings" in words

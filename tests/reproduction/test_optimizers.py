@@ -163,9 +163,8 @@ def test_runs_from_start_to_report(tmp_path, monkeypatch):
         # The sum of ten numbers up to 4 rounds by 1e-15 each.
         assert run.readings.values[NC0][-1] == pytest.approx(float(weight.sum(0).norm()), rel=1e-9, abs=1e-13)
         assert (float(weight.sum(0).norm()) < 1e-10) == METHODS[name].is_coupled
-    assert matplotlib.image.imread(tmp_path / "optimizers.png").shape[1] == pytest.approx(
-        920, abs=1
-    )  # Matplotlib before 3.11 rounds down.
+    # Matplotlib before 3.11 rounds sizes down.
+    assert matplotlib.image.imread(tmp_path / "optimizers.png").shape[1] == pytest.approx(920, abs=1)
     rows = {name: read_readings(tmp_path / "runs" / f"optimizers_ce_{name}").iterations for name in METHODS}
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was run"))
     assert reproduce(["optimizers"], out=tmp_path, quick=True).read_text() == text

@@ -29,7 +29,7 @@ def here(files, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     yield tmp_path
     gc.collect()  # datasets leaves images open that are cut: not to be warned of in a later test.
-    gc.freeze()  # What is left are mostly libraries, which the next test need not look through again.
+    gc.freeze()  # Mostly libraries are left, which the next collection skips.
 
 
 def measured(words, out):
