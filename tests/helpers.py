@@ -10,7 +10,7 @@ from nclightning.theory import Solution
 
 
 def fakes_a_gpu():
-    """Whether fake tensors take real ones to a GPU that is not there: torch 2.6 with CUDA looks for its driver."""
+    """Whether fake tensors take real ones to a GPU that is not there: torch 2.7 with CUDA looks for its driver."""
     real = torch.ones(1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:

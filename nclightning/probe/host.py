@@ -127,7 +127,10 @@ def _with_items(batch: Any, keys: list[Any], items: list[Any]) -> Any:
 
 def _filled(batch: Any, keys: list[Any], items: list[Any]) -> Any:
     """Return a copy of a container with other items."""
-    made = copy.copy(batch)
+    try:
+        made = copy.copy(batch)
+    except KeyError:  # Python 3.10 looks for __getstate__ among the keys of a mapping whose attributes are its keys.
+        made = type(batch)(batch)
     for key, item in zip(keys, items, strict=True):
         made[key] = item
     return made

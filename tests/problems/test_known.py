@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nclightning.problems import KnownProblem, NoAnswer, Problem, balanced_ce, label_smoothing
 from nclightning.theory import UFMProblem
 from tests.cases import ALL, COLLAPSED, LOW_RANK, name_of
-from tests.helpers import random_point
+from tests.helpers import fakes_a_gpu, random_point
 from tests.problems.cases import CASES
 
 SURFACE = sorted(name for name in vars(KnownProblem) if not name.startswith("_"))
@@ -107,6 +107,7 @@ def test_a_bias_under_cross_entropy_counts_from_a_constant(generator):
 FAKE = ["balanced ce", "unbalanced ce", "absent class", "multi-label bce, free bias", "penalized bias, unbalanced"]
 
 
+@pytest.mark.skipif(not fakes_a_gpu(), reason="this torch looks for a real GPU")
 @pytest.mark.parametrize("name", [*FAKE, "balanced mse, few features", "mse without bias, few features", "zero, ce"])
 def test_points_on_a_device_stay_there(name, generator):
     """Fake CUDA tensors raise on a transfer to the host and on a mix of devices."""

@@ -8,39 +8,43 @@ import pytest
 from nclightning.report import write_report
 from tests.recorded import NC, geometric, record
 
-webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(None in (CHROMIUM, DRIVER), reason="needs chromium and chromedriver")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 GAP = "optimality/gap"
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
-def opened(browser, page, width=1280, scheme="light"):
-    browser.set_window_size(width, 900)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(page.as_uri())
-    wait = pytest.importorskip("selenium.webdriver.support.wait").WebDriverWait(browser, 60)
-    wait.until(lambda b: b.execute_script("return document.body.dataset.drawn !== undefined"))
-    assert browser.get_log("browser") == []
+@pytest.fixture
+def tab(browser):
+    """A tab whose console stays silent."""
+    tab, messages = browser.new_page(), []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    yield tab
+    tab.close()
+    assert messages == []
 
 
-def lines(browser):
+def opened(tab, page, width=1280, scheme="light"):
+    tab.set_viewport_size({"width": width, "height": 900})
+    tab.emulate_media(color_scheme=scheme)
+    tab.goto(page.as_uri())
+    tab.wait_for_function("document.body.dataset.drawn !== undefined", timeout=60_000)
+
+
+def lines(tab):
     """Number of curves that are seen, by chart."""
-    return browser.execute_script(
-        "return [...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('.scatterlayer .trace').length)"
+    return tab.evaluate(
+        "[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('.scatterlayer .trace').length)"
     )
 
 
@@ -54,59 +58,58 @@ def pages(tmp_path_factory):
     return write_report(runs[0], folder / "one.html"), write_report(runs, folder / "three.html")
 
 
-def test_one_run_is_drawn(browser, pages):
-    opened(browser, pages[0])
-    assert lines(browser) == [1, 3]
-    types = browser.execute_script(
-        "return [...document.querySelectorAll('.chart')].map((chart) => chart._fullLayout.yaxis.type)"
-    )
+def test_one_run_is_drawn(tab, pages):
+    opened(tab, pages[0])
+    assert lines(tab) == [1, 3]
+    types = tab.evaluate("[...document.querySelectorAll('.chart')].map((chart) => chart._fullLayout.yaxis.type)")
     assert types == ["log", "log"]
 
 
-def test_a_run_is_hidden_and_shown_on_all_charts(browser, pages):
-    opened(browser, pages[1])
-    assert lines(browser) == [3, 3, 3, 3]
-    boxes = browser.find_elements("css selector", "input[data-run]")
+def test_a_run_is_hidden_and_shown_on_all_charts(tab, pages):
+    opened(tab, pages[1])
+    assert lines(tab) == [3, 3, 3, 3]
+    boxes = tab.locator("input[data-run]").all()
     boxes[1].click()
-    assert lines(browser) == [2, 2, 2, 2]
+    assert lines(tab) == [2, 2, 2, 2]
     boxes[1].click()
-    assert lines(browser) == [3, 3, 3, 3]
-    everything, nothing = browser.find_elements("css selector", "button[data-all]")
+    assert lines(tab) == [3, 3, 3, 3]
+    everything, nothing = tab.locator("button[data-all]").all()
     nothing.click()
-    assert lines(browser) == [0, 0, 0, 0]
+    assert lines(tab) == [0, 0, 0, 0]
     everything.click()
-    assert lines(browser) == [3, 3, 3, 3]
-    assert browser.get_log("browser") == []
+    assert lines(tab) == [3, 3, 3, 3]
 
 
-def test_names_are_shown_as_they_are(browser, pages):
-    opened(browser, pages[1])
-    labels = [label.text for label in browser.find_elements("css selector", ".toggles label")]
+def test_names_are_shown_as_they_are(tab, pages):
+    opened(tab, pages[1])
+    labels = [label.strip() for label in tab.locator(".toggles label").all_inner_texts()]
     assert labels == [f"run <b>{number}" for number in range(3)]
-    assert browser.execute_script("return document.getElementById('chart-0').data[0].name") == "run &lt;b&gt;0"
+    assert tab.evaluate("document.getElementById('chart-0').data[0].name") == "run &lt;b&gt;0"
 
 
 @pytest.mark.parametrize("width", [1280, 500])
-def test_the_page_is_no_wider_than_the_screen(browser, pages, width):
-    opened(browser, pages[1], width)
-    inside, outside = browser.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+def test_the_page_is_no_wider_than_the_screen(tab, pages, width):
+    opened(tab, pages[1], width)
+    inside, outside = tab.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert inside <= outside
 
 
-def test_dark_mode_has_dark_paper_and_light_ink(browser, pages):
-    paper, *ink = brightness(browser, pages[0], "light")
+def test_dark_mode_has_dark_paper_and_light_ink(tab, pages):
+    paper, *ink = brightness(tab, pages[0], "light")
     assert paper > 200
     assert max(ink) < 100
-    paper, *ink = brightness(browser, pages[0], "dark")
+    paper, *ink = brightness(tab, pages[0], "dark")
     assert paper < 60
     assert min(ink) > 150
 
 
-def brightness(browser, page, scheme):
+def brightness(tab, page, scheme):
     """Of the paper, of text, and of the numbers at an axis: 0 is black, 255 is white."""
-    opened(browser, page, scheme=scheme)
-    colors = browser.execute_script(
-        "const style = getComputedStyle(document.body), tick = document.querySelector('.xtick text');"
-        "return [style.backgroundColor, style.color, getComputedStyle(tick).fill]"
+    opened(tab, page, scheme=scheme)
+    colors = tab.evaluate(
+        """() => {
+            const style = getComputedStyle(document.body), tick = document.querySelector('.xtick text');
+            return [style.backgroundColor, style.color, getComputedStyle(tick).fill];
+        }"""
     )
     return [np.mean([int(part) for part in color.strip("rgba()").split(",")[:3]]) for color in colors]
