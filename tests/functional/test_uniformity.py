@@ -5,20 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import lsq_linear
 
 from nclightning.functional import hyperspherical_energy, one_vs_rest_distance
 from tests.functional.inputs import draw, etf
 
 
-def hull_distances_by_nnls(rows):
-    """Nonnegative least squares with a heavy row that makes the coefficients sum to one."""
+def hull_distances_by_least_squares(rows):
+    """Bounded least squares with a heavy row that makes the coefficients sum to one."""
     unit, heavy = torch.nn.functional.normalize(rows, dim=1).numpy(), 1e4
     values = []
     for k, target in enumerate(unit):
         others = np.delete(unit, k, 0)
         system = np.vstack([others.T, heavy * np.ones(len(others))])
-        coefficients, _ = nnls(system, np.append(target, heavy))
+        coefficients = lsq_linear(system, np.append(target, heavy), (0, np.inf), method="bvls", tol=1e-14).x
         values.append(np.linalg.norm(others.T @ coefficients - target))
     return values
 
@@ -28,7 +28,7 @@ def test_hull_distances(K, d):
     rows = draw(K, d)
     values = one_vs_rest_distance(rows, "none")
     # The default accuracy 1e-6; the heavy row is good for 1e-7.
-    assert values.tolist() == pytest.approx(hull_distances_by_nnls(rows), rel=2e-6, abs=1e-6)
+    assert values.tolist() == pytest.approx(hull_distances_by_least_squares(rows), rel=2e-6, abs=1e-6)
     assert float(one_vs_rest_distance(rows)) == float(values.min())
 
 
