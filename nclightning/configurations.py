@@ -187,7 +187,7 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
     for event in yaml.parse(text, Loader=_LOADER):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_LEVELS:
-            raise UserError(f"line {_line_number(event)} is nested more than {_MAX_LEVELS} levels deep.")
+            raise UserError(f"line {_line(event)} is nested more than {_MAX_LEVELS} levels deep.")
     for document in yaml.compose_all(text, Loader=_LOADER):
         # A text without aliases has fewer entries than characters, so that only aliases can exceed this limit.
         _count_expanded(document, {}, any_tag, max(_MAX_ENTRIES, len(text)))
@@ -204,17 +204,17 @@ def _count_expanded(
     if id(node) in known:
         measured = known[id(node)]
         if measured is None:
-            raise UserError(f"line {_line_number(node)} contains an alias of itself.")
+            raise UserError(f"line {_line(node)} contains an alias of itself.")
         return measured
     known[id(node)] = None
     if not any_tag and (":python/" in node.tag or not node.tag.startswith("tag:yaml.org,2002:")):
-        raise UserError(f"line {_line_number(node)} has the tag {_quoted(node.tag)}. Use plain values.")
+        raise UserError(f"line {_line(node)} has the tag {_quoted(node.tag)}. Use plain values.")
     entries, levels = 1, 0
     for child in _children(node):
         below = _count_expanded(child, known, any_tag, most)
         entries, levels = entries + below[0], max(levels, below[1])
     if entries > most or levels >= _MAX_LEVELS:
-        raise UserError(f"line {_line_number(node)} has too many entries or levels once its aliases are expanded.")
+        raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are expanded.")
     known[id(node)] = entries, levels + 1
     return entries, levels + 1
 
@@ -228,7 +228,7 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise UserError(f"line {_line_number(key)} repeats the key {_quoted(key.value)}.")
+                    raise UserError(f"line {_line(key)} repeats the key {_quoted(key.value)}.")
                 seen.add((key.tag, key.value))
             yield key
             yield value
@@ -249,7 +249,7 @@ def yaml_problem(error: yaml.YAMLError) -> str:
     return f"not YAML ({problem}{'' if mark is None else f', line {mark.line + 1}'})"
 
 
-def _line_number(part: Any) -> int:
+def _line(part: Any) -> int:
     """Return the line number of a node or an event."""
     return int(part.start_mark.line) + 1
 

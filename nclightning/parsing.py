@@ -118,7 +118,7 @@ class RunParser(LightningArgumentParser):
         return added
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse the arguments of a class. If it accepts ``lambda``, this is renamed first to the name in Python."""
+        """Parse the arguments of a class. If it accepts ``lambda``, rename this to ``lambda_`` first."""
         if self._takes_lambda:
             name_lambda(obj)
         return super().parse_object(obj, *args, **kwargs)

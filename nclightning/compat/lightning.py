@@ -106,7 +106,7 @@ def batches_read(trainer: Any) -> int:
 
 
 def count_iterations(trainer: Any, done: int, reached: int) -> None:
-    """Add to the trainer's step counts optimizer steps that the trainer did not run itself.
+    """Increase the trainer's step counts by optimizer steps that it did not run itself.
 
     Non-public: ``trainer.fit_loop``, ``epoch_loop.manual_optimization``, ``optim_step_progress`` and
     ``epoch_loop._batches_that_stepped`` (lightning 2.6). Lightning counts one step for each call of a wrapped
@@ -239,7 +239,7 @@ def cadence_of(checkpoint: Any) -> int:
 
 
 def splits_layers(strategy: ModelParallelStrategy) -> bool:
-    """Return whether a strategy splits layers between processes, and not only samples. Their start is not required.
+    """Return whether a strategy splits layers between processes, and not only samples. It works before their start.
 
     Non-public: ``ModelParallelStrategy._tensor_parallel_size`` (lightning 2.6). ``device_mesh`` exists only after the
     start of the processes. Without it the error for an unsupported strategy would come only after this start.

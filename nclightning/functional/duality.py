@@ -20,9 +20,9 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
         - \frac{1}{\sqrt{K-1}} \left(I_K - \tfrac1K 1_K 1_K^\top\right) \right\|_F
 
     with :math:`\bar H` the centred class means. The columns of W and :math:`\bar H` here are rows in the code. Classes
-    without samples are left out. Paper: Appendix, with erratum E1;
-    Zhu et al. (2021). It is zero exactly if :math:`W^\top \bar H` is proportional to the Gram matrix of an ETF, as for
-    self-dual ETFs. :func:`duality_difference` is zero for every self-dual pair, ETF or not.
+    without samples are left out. Paper: Appendix, with erratum E1; Zhu et al. (2021). It is zero exactly if
+    :math:`W^\top \bar H` is proportional to the Gram matrix of an ETF, as for self-dual ETFs.
+    :func:`duality_difference` is zero for every self-dual pair, ETF or not.
 
     Args:
         stats: Statistics of the features.
