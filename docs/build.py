@@ -15,7 +15,8 @@ DOCS = Path(__file__).resolve().parent
 
 def main(target: str = "site") -> int:
     """Build the pages, and return the exit code."""
-    return build_main(["-q", "-W", "--keep-going", "-b", "html", str(DOCS), target])
+    # -E: pages kept from an earlier build would lack what could not be imported then.
+    return build_main(["-q", "-E", "-W", "--keep-going", "-b", "html", str(DOCS), target])
 
 
 if __name__ == "__main__":
