@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from nclightning.compat.parsers import options_of
 from nclightning.errors import UserError
-from nclightning.wording import word_parser_error
+from nclightning.wording import sentence_for_parser_error
 
 __all__ = ["command_parser"]
 
@@ -17,7 +17,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error in one sentence."""
-        raise UserError(word_parser_error(message, (), options_of(self)))
+        raise UserError(sentence_for_parser_error(message, (), options_of(self)))
 
 
 def command_parser(name: str, description: str, epilog: str | None = None) -> ArgumentParser:

@@ -1,4 +1,4 @@
-"""Reading and checking of configurations: the user's YAML files, and those that are shipped."""
+"""Reads and checks configurations: YAML files of the user, and those that are shipped with the package."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def find_configuration(name: str) -> Path:
         The path of the file.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is no such file and no such configuration.
     """
     if not name.strip():
         raise UserError(f"--config needs a file, or one of the names {', '.join(shipped_configs())}.")
@@ -58,7 +58,7 @@ def find_configuration(name: str) -> Path:
         if path.is_file():
             return path
         is_folder = path.is_dir()
-    except (OSError, RuntimeError, ValueError) as error:  # An unknown home, a name that is too long, a zero byte.
+    except (OSError, RuntimeError, ValueError) as error:  # Unknown home folder, name too long, or zero byte.
         raise UserError(f"--config {name[:100]!r}: not a valid file name ({error}).") from error
     if is_folder:
         raise UserError(f"--config {name} is a folder. Give a file in it, such as {Path(name) / 'config.yaml'}.")
@@ -67,7 +67,7 @@ def find_configuration(name: str) -> Path:
     if found is None:
         raise UserError(
             f"--config {name}: no such file, and no shipped configuration of that name. "
-            f"Shipped are: {', '.join(shipped)}."
+            f"Shipped configurations: {', '.join(shipped)}."
         )
     return found
 
@@ -128,7 +128,7 @@ def read_text(path: Path, source: str, most_bytes: int = _MAX_BYTES) -> str:
     Args:
         path: The file.
         source: The option that named it, for messages.
-        most_bytes: Largest size in bytes.
+        most_bytes: Largest size that is accepted, in bytes.
 
     Returns:
         The text without a byte-order mark.
@@ -172,14 +172,15 @@ def parse_yaml(text: str) -> Any:
 def check_yaml(text: str, any_tag: bool = False) -> None:
     """Raise unless a text is safe YAML: of limited size and depth, without duplicate keys or tags of Python objects.
 
-    Aliases of aliases can expand a short text to any number of entries. Of two equal keys, YAML would drop one.
+    Aliases of aliases can expand a short text to any number of entries. If a mapping has the same key twice, PyYAML
+    silently drops one of the two values.
 
     Args:
         text: The YAML text.
         any_tag: Whether to allow tags of Python objects.
 
     Raises:
-        ValueError: With the line.
+        ValueError: If the text is not safe. The message has the line number.
         yaml.YAMLError: If it is not YAML.
     """
     depth = 0
@@ -188,12 +189,18 @@ def check_yaml(text: str, any_tag: bool = False) -> None:
         if depth > _MAX_LEVELS:
             raise UserError(f"line {_line(event)} is nested more than {_MAX_LEVELS} levels deep.")
     for document in yaml.compose_all(text, Loader=_LOADER):
-        # Without aliases a text has fewer entries than characters.
-        _measure(document, {}, any_tag, max(_MAX_ENTRIES, len(text)))
+        # A text without aliases has fewer entries than characters, so that only aliases can exceed this limit.
+        _count_expanded(document, {}, any_tag, max(_MAX_ENTRIES, len(text)))
 
 
-def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int) -> tuple[int, int]:
-    """Count entries and levels with all aliases expanded. An alias refers to an earlier node, which is in ``known``."""
+def _count_expanded(
+    node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag: bool, most: int
+) -> tuple[int, int]:
+    """Return the numbers of entries and levels of a node, with all aliases expanded.
+
+    ``known`` has the results by the ids of nodes. An alias refers to an earlier node, so that its result is known. None
+    marks a node whose children are being counted.
+    """
     if id(node) in known:
         measured = known[id(node)]
         if measured is None:
@@ -201,10 +208,10 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None], any_tag:
         return measured
     known[id(node)] = None
     if not any_tag and (":python/" in node.tag or not node.tag.startswith("tag:yaml.org,2002:")):
-        raise UserError(f"line {_line(node)} has the tag {_shown(node.tag)}. Write plain values.")
+        raise UserError(f"line {_line(node)} has the tag {_quoted(node.tag)}. Use plain values.")
     entries, levels = 1, 0
     for child in _children(node):
-        below = _measure(child, known, any_tag, most)
+        below = _count_expanded(child, known, any_tag, most)
         entries, levels = entries + below[0], max(levels, below[1])
     if entries > most or levels >= _MAX_LEVELS:
         raise UserError(f"line {_line(node)} has too many entries or levels once its aliases are expanded.")
@@ -221,14 +228,14 @@ def _children(node: yaml.Node) -> Iterator[yaml.Node]:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise UserError(f"line {_line(key)} gives {_shown(key.value)} a second time.")
+                    raise UserError(f"line {_line(key)} repeats the key {_quoted(key.value)}.")
                 seen.add((key.tag, key.value))
             yield key
             yield value
 
 
 def yaml_problem(error: yaml.YAMLError) -> str:
-    """Return in one line what is wrong with a YAML file.
+    """Describe in one line what is wrong with a YAML file.
 
     Args:
         error: An error of PyYAML.
@@ -243,8 +250,10 @@ def yaml_problem(error: yaml.YAMLError) -> str:
 
 
 def _line(part: Any) -> int:
+    """Return the line number of a node or an event."""
     return int(part.start_mark.line) + 1
 
 
-def _shown(text: str) -> str:
+def _quoted(text: str) -> str:
+    """Quote a text, and shorten it to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")

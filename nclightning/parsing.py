@@ -20,14 +20,16 @@ from nclightning.compat.parsers import groups_of
 from nclightning.configurations import check_yaml, find_configuration, read_configuration, shipped_configs
 from nclightning.errors import UserError
 from nclightning.models import RegularizedClassifier
-from nclightning.wording import option_of, word_parser_error
+from nclightning.wording import option_of, sentence_for_parser_error
 
 __all__ = ["ConfigFile", "HelpFormatter", "ParserMessage", "RunParser", "in_order", "takes_lambda"]
 
-_OF_LAMBDA = {"lambda_w", "lambda_h", "lambda_", "samples_per_class"}
+# Arguments of each model that accepts lambda.
+_ARGUMENTS_WITH_LAMBDA = {"lambda_w", "lambda_h", "lambda_", "samples_per_class"}
 
 
 def _load(text: str) -> Any:
+    """Load YAML text as jsonargparse does, after a check."""
     check_yaml(text)
     return get_loader("yaml")(text)
 
@@ -38,21 +40,23 @@ set_loader(_MODE, _load, (yaml.YAMLError,))
 
 
 def takes_lambda(model: Any, arguments: Collection[str]) -> bool:
-    """Return whether the paper's lambda sets both penalties of a model.
+    """Return whether a model accepts the paper's lambda, which sets both of its penalties.
 
     Args:
-        model: A class, or its path.
+        model: A class, or its import path.
         arguments: Names of its arguments.
 
     Returns:
         True for the models of this package, and for subclasses with the same arguments.
     """
     model = locate(model) if isinstance(model, str) else model
-    return inspect.isclass(model) and issubclass(model, RegularizedClassifier) and set(arguments) >= _OF_LAMBDA
+    return (
+        inspect.isclass(model) and issubclass(model, RegularizedClassifier) and set(arguments) >= _ARGUMENTS_WITH_LAMBDA
+    )
 
 
 def in_order(words: Sequence[str]) -> list[str]:
-    """Move configurations before options, which then override them, and replace ``--lambda`` by its full name.
+    """Move configurations before other options, which then override them, and replace ``--lambda`` by its full name.
 
     Args:
         words: The command line.
@@ -76,7 +80,7 @@ def in_order(words: Sequence[str]) -> list[str]:
 
 
 class ParserMessage(Exception):
-    """The message of the parser, of any number of lines."""
+    """An error message of the parser, possibly of several lines."""
 
     source = ""  # The option that named the configuration with the error.
 
@@ -85,7 +89,7 @@ class ParserMessage(Exception):
 
         Args:
             words: The command line.
-            options: All options as they are typed.
+            options: All options, as they are written on the command line.
 
         Returns:
             The error to raise.
@@ -94,13 +98,13 @@ class ParserMessage(Exception):
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
         if cause is None:
-            return UserError(word_parser_error(str(self), words, options, self.source))
+            return UserError(sentence_for_parser_error(str(self), words, options, self.source))
         place = self.source or option_of(str(self), words)
         return UserError(f"{place}: {cause}" if place else str(cause))
 
 
 class RunParser(LightningArgumentParser):
-    """A parser that accepts ``lambda`` as an argument of this package's models, and raises errors in one sentence."""
+    """A parser that accepts ``lambda`` as an argument of this package's models, and raises :class:`ParserMessage`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -108,20 +112,20 @@ class RunParser(LightningArgumentParser):
         self._takes_lambda = False
 
     def add_class_arguments(self, theclass: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class, and find out whether it accepts ``lambda``."""
+        """Add the arguments of a class, and record whether it accepts ``lambda``."""
         added: list[str] = super().add_class_arguments(theclass, *args, **kwargs)
         self._takes_lambda = takes_lambda(theclass, added)
         return added
 
     def parse_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Parse the arguments of a class, from a configuration, a separate file, or the command line."""
+        """Parse the arguments of a class. If it accepts ``lambda``, rename this to ``lambda_`` first."""
         if self._takes_lambda:
             name_lambda(obj)
         return super().parse_object(obj, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the message, which the caller converts to a sentence with the whole command line."""
-        if not self.exit_on_error:  # In the parser of a class. The outer parser has more information.
+        """Raise the message. The caller, which has the whole command line, converts it to a sentence."""
+        if not self.exit_on_error:  # This is the parser of a class. The outer parser has more information.
             super().error(message, ex)
         raise ParserMessage(message) from ex
 
@@ -134,7 +138,7 @@ class ConfigFile(ActionConfigFile):
     """``--config``: a file, or the name of a shipped configuration."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Resolve the name, check the file, and pass its path to jsonargparse: other paths are relative to it."""
+        """Resolve the name, check the file, and pass its path to jsonargparse. Paths in the file are relative to it."""
         path = find_configuration(values)
         content = read_configuration(path)
         for name in groups_of(parser):

@@ -193,55 +193,81 @@ def _decision(
 
 _MEASURES = (
     _measure("nc0", "norm of the sum of the head's rows"),
-    _measure("nc1", "spread within over between classes, tr(S_W S_B^+)/K"),
+    _measure("nc1", "within-class relative to between-class variability, tr(S_W S_B^+)/K"),
     _measure(
         "nc1_rank",
-        "directions along which class means spread",
+        "rank of the between-class covariance",
         lambda num_classes, feature_dim: min(num_classes - 1, feature_dim),
         axis="linear",
         unit="directions",
     ),
-    _measure("nc1_ratio", "spread within over between classes, tr(S_W)/tr(S_B)"),
-    _measure("nc1_cdnv", "variance over squared distance, mean over pairs of classes"),
-    _measure("nc1_cdnv_worst", "variance over squared distance, worst pair of classes"),
-    _measure("nc1_vci", "share of the covariance that class means do not explain"),
+    _measure("nc1_ratio", "within-class relative to between-class variability, tr(S_W)/tr(S_B)"),
+    _measure("nc1_cdnv", "class-distance normalized variance (CDNV), mean over pairs of classes"),
+    _measure("nc1_cdnv_worst", "class-distance normalized variance (CDNV), worst pair of classes"),
+    _measure("nc1_vci", "share of the total covariance that the class means do not explain (VCI)"),
     _measure("nc2", "distance of the head from a simplex ETF", _ZERO_OF_AN_ETF),
-    _measure("nc2_centred", "distance of the head minus its mean row from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc2_centred", "distance of the head, with its mean row subtracted, from a simplex ETF", _ZERO_OF_AN_ETF),
     _measure("nc2_means", "distance of the class means from a simplex ETF", _ZERO_OF_AN_ETF),
-    _measure("nc2_equinorm_head", "how much norms of the head's rows vary"),
-    _measure("nc2_equinorm_means", "how much norms of class means vary"),
-    _measure("nc2_equiangularity_head", "how far cosines of the head's rows are from -1/(K-1), mean", _ZERO_OF_AN_ETF),
-    _measure("nc2_equiangularity_means", "how far cosines of class means are from -1/(K-1), mean", _ZERO_OF_AN_ETF),
-    _measure("nc2_equiangularity_worst", "how far cosines of class means are from -1/(K-1), worst", _ZERO_OF_AN_ETF),
+    _measure("nc2_equinorm_head", "coefficient of variation of the norms of the head's rows"),
+    _measure("nc2_equinorm_means", "coefficient of variation of the norms of the centred class means"),
+    _measure(
+        "nc2_equiangularity_head",
+        "mean absolute deviation of cosines between the head's rows from -1/(K-1)",
+        _ZERO_OF_AN_ETF,
+    ),
+    _measure(
+        "nc2_equiangularity_means",
+        "mean absolute deviation of cosines between class means from -1/(K-1)",
+        _ZERO_OF_AN_ETF,
+    ),
+    _measure(
+        "nc2_equiangularity_worst",
+        "largest absolute deviation of cosines between class means from -1/(K-1)",
+        _ZERO_OF_AN_ETF,
+    ),
     _measure(
         "gnc2_energy",
-        "mean of log(1/distance) between directions of class means",
+        "mean of log(1/distance) over pairs of normalized class means",
         _of_an_etf(lambda num_classes: -math.log(2 * num_classes / (num_classes - 1)) / 2),
         axis="linear",
         signed=True,
     ),
-    _measure("gnc2_energy_variance", "variance of log(1/distance) between directions of class means", _ZERO_OF_AN_ETF),
-    _measure("nc3", "distance of head times class means from a simplex ETF", _ZERO_OF_AN_ETF),
-    _measure("nc3_difference", "squared distance of head and class means, both of norm 1"),
-    _measure("nc3_cosine", "cosine of class mean and row of the head, mean", 1.0, axis="linear", signed=True),
     _measure(
-        "nc3_cosine_worst", "cosine of class mean and row of the head, worst class", 1.0, axis="linear", signed=True
+        "gnc2_energy_variance", "variance of log(1/distance) over pairs of normalized class means", _ZERO_OF_AN_ETF
     ),
-    _measure("nc3_uniform", "variance over classes of the cosine of mean and row"),
-    _measure("bias_collapse", "norm of the logits of the mean feature"),
+    _measure("nc3", "distance of the product of head and class means from a simplex ETF", _ZERO_OF_AN_ETF),
+    _measure("nc3_difference", "squared distance between head and class means, each divided by its norm"),
+    _measure(
+        "nc3_cosine",
+        "cosine between class mean and row of the head, mean over classes",
+        1.0,
+        axis="linear",
+        signed=True,
+    ),
+    _measure(
+        "nc3_cosine_worst",
+        "cosine between class mean and row of the head, worst class",
+        1.0,
+        axis="linear",
+        signed=True,
+    ),
+    _measure("nc3_uniform", "variance over classes of the cosine between class mean and row of the head"),
+    _measure("bias_collapse", "norm of the logits at the mean feature"),
     _measure("nc_distance", "relative distance of features and head from collapse"),
-    _measure("mse_nc1", "squared error of the best head from spread within classes"),
-    _measure("mse_nc2_nc3", "squared error of the best head on class means; 0 with a bias", None),
-    _measure("mse_perpendicular", "squared error that the head has more than the best one", None),
+    _measure("mse_nc1", "squared error of the optimal head that is due to within-class variability"),
+    _measure("mse_nc2_nc3", "squared error of the optimal head at the class means; 0 with a bias", None),
+    _measure("mse_perpendicular", "squared error of the head minus that of the optimal head", None),
 )
 # Measures of decisions, which need the class means and then each sample.
-_DECISION_MEANINGS = (
-    _decision("ncc_accuracy", "share of samples whose nearest class mean is their own", 1.0),
-    _decision("ncc_mismatch", "share of samples on which network and nearest class mean differ (NC4)", 0.0, axis="log"),
-    _decision("accuracy", "share of samples that the network decides rightly", 1.0),
+_DECISIONS = (
+    _decision("ncc_accuracy", "share of samples whose nearest class mean is that of their own class", 1.0),
+    _decision(
+        "ncc_mismatch", "share of samples on which network and nearest class mean disagree (NC4)", 0.0, axis="log"
+    ),
+    _decision("accuracy", "share of samples that the network classifies correctly", 1.0),
     _decision(
         "cosine_margin",
-        "cosine with the own row of the head minus that with the next best, mean",
+        "cosine to the row of the true class minus the largest to another row, mean",
         _of_an_etf(lambda num_classes: num_classes / (num_classes - 1)),
         signed=True,
     ),
@@ -249,7 +275,7 @@ _DECISION_MEANINGS = (
 NC5 = Quantity(
     "nc5",
     NC,
-    "mean |cosine| of class means and the mean of out-of-distribution features",
+    "mean |cosine| between class means and the mean out-of-distribution feature",
     label="NC5",
     latex=r"$\mathcal{NC}_5$",
     collapsed=0.0,
@@ -257,7 +283,7 @@ NC5 = Quantity(
     maker="out-of-distribution set",
 )
 # A picture, not a number.
-ANGLES = Quantity("angles", NC, "picture of the cosines of class means and head", maker="picture")
+ANGLES = Quantity("angles", NC, "picture of the cosines between class means and rows of the head", maker="picture")
 
 
 def _optimality(
@@ -291,10 +317,10 @@ def _optimality(
 
 
 LOSS = Quantity("loss", "", "the training objective", "F", axis="linear", chart="Objective", maker="OptimalityMonitor")
-GAP = _optimality("gap", "objective above its minimum", "gap", latex="$F^k - F^*$", formula="F - F*", mirrored=True)
+GAP = _optimality("gap", "objective minus its minimum", "gap", latex="$F^k - F^*$", formula="F - F*", mirrored=True)
 CERTIFIED_GAP = _optimality(
     "certified_gap",
-    "objective above a lower bound of its minimum",
+    "objective minus a certified lower bound on its minimum",
     "certified gap",
     latex="$F^k - F^*$, certified",
     mirrored=True,
@@ -303,7 +329,7 @@ DISTANCE = _optimality("distance", "distance of head and features from the set o
 GRAD_NORM = _optimality("grad_norm", "norm of the gradient over all parameters", "gradient norm", mirrored=True)
 ERROR_BOUND_RATIO = _optimality(
     "error_bound_ratio",
-    "distance over gradient norm, at most kappa near the optimum",
+    "distance divided by gradient norm; at most kappa near the optimum",
     "error-bound ratio",
     None,
     formula="distance / gradient norm",
@@ -312,20 +338,32 @@ ERROR_BOUND_RATIO = _optimality(
 )
 PREDICTED_DECAY = _optimality(
     "predicted_decay",
-    "what the theory makes of the gap's slowest mode; 1 at the start",
+    "decay of the gap's slowest mode that the theory predicts; 1 at the start",
     "predicted decay",
     mirrored=True,
 )
-RELATIVE_DISTANCE = _optimality("relative_distance", "distance over the norm of the optimum", "relative distance")
+RELATIVE_DISTANCE = _optimality("relative_distance", "distance divided by the norm of the optimum", "relative distance")
 _BOUND_AND_PENALTIES = (
     _optimality(
-        *("certified_bound", "a number that the minimum of F is not below", "certified bound", None),
+        *("certified_bound", "certified lower bound on the minimum of F", "certified bound", None),
         axis="linear",
         signed=True,
         chart="Objective",
     ),
-    _optimality("lambda_w", "penalty on the head, fitted to the scales", "lambda_w", None, chart="Penalties"),
-    _optimality("lambda_h", "penalty on the features, fitted to the scales", "lambda_h", None, chart="Penalties"),
+    _optimality(
+        "lambda_w",
+        "penalty on the head at which the scales of head and features are optimal",
+        "lambda_w",
+        None,
+        chart="Penalties",
+    ),
+    _optimality(
+        "lambda_h",
+        "penalty on the features at which the scales of head and features are optimal",
+        "lambda_h",
+        None,
+        chart="Penalties",
+    ),
 )
 
 
@@ -336,7 +374,7 @@ def _search(name: str, meaning: str, label: str, axis: Axis = "log", unit: str =
     )
 
 
-STEP_SIZE = _search("step_size", "step that led to the iterate", "step size")
+STEP_SIZE = _search("step_size", "step size that led to the iterate", "step size")
 EVALUATIONS = _search(
     "evaluations", "evaluations of F and its gradient since the start", "evaluations", "linear", "evaluations"
 )
@@ -359,20 +397,22 @@ def _law(name: str, meaning: str, collapsed: float | None = None, *, mirrored: b
 # predictions are not logged, because predictions fall far below rounding and would stretch the axis.
 HEAD_SUM = (
     _law("nc0_norm", "norm of the sum of the head's rows", mirrored=True),
-    _law("nc0_predicted", "norm of that sum if the law of the steps holds"),
-    _law("nc0_residual", "distance of that sum from its law since the last reading, relative", 0.0),
-    _law("nc0_forcing", "what steps of Adam add to that sum, for one unit of their length"),
+    _law("nc0_predicted", "predicted norm of the sum of the head's rows, if its law holds"),
+    _law("nc0_residual", "relative deviation of the rows' sum from its law since the last reading", 0.0),
+    _law("nc0_forcing", "what Adam's steps add to the sum of the head's rows, per unit of step length"),
 )
 BIAS_SUM = (
-    _law("bias_sum", "size of the sum of the bias"),
-    _law("bias_sum_predicted", "size of that sum if the law of the steps holds"),
-    _law("bias_sum_residual", "distance of that sum from its law since the last reading, relative", 0.0),
-    _law("bias_sum_forcing", "what steps of Adam add to that sum, for one unit of their length"),
+    _law("bias_sum", "absolute value of the sum of the head's biases"),
+    _law("bias_sum_predicted", "predicted absolute value of the sum of the head's biases, if its law holds"),
+    _law("bias_sum_residual", "relative deviation of the biases' sum from its law since the last reading", 0.0),
+    _law("bias_sum_forcing", "what Adam's steps add to the sum of the head's biases, per unit of step length"),
 )
-BALANCE = _law("balance", "difference of lambda_w W^T W and lambda_h H^T H, relative", 0.0, mirrored=True)
-BALANCE_RESIDUAL = _law("balance_residual", "distance from the law of the balance in the last step, relative", 0.0)
+BALANCE = _law("balance", "relative difference between lambda_w W^T W and lambda_h H^T H", 0.0, mirrored=True)
+BALANCE_RESIDUAL = _law("balance_residual", "relative deviation of the balance from its law in the last step", 0.0)
 SHARPNESS = _law("sharpness", "largest eigenvalue of the Hessian of the training objective")
-SHARPNESS_OVER_LIMIT = _law("sharpness_over_limit", "sharpness over the largest at which the optimizer is stable")
+SHARPNESS_OVER_LIMIT = _law(
+    "sharpness_over_limit", "sharpness divided by the largest one at which the optimizer is stable"
+)
 
 
 def _regression(name: str, meaning: str, label: str, collapsed: float | None = 0.0, axis: Axis = "log") -> Quantity:
@@ -391,11 +431,11 @@ def _regression(name: str, meaning: str, label: str, collapsed: float | None = 0
 
 
 REGRESSION = (
-    _regression("nrc1", "share of the features' variance outside of their leading components", "NRC1"),
-    _regression("nrc2", "share of the features' variance outside of the row space of the head", "NRC2"),
+    _regression("nrc1", "share of the features' variance outside their leading principal components", "NRC1"),
+    _regression("nrc2", "share of the features' variance outside the row space of the head", "NRC2"),
     _regression("nrc3", "squared distance of the head's Gram matrix from its form at collapse", "NRC3"),
-    _regression("gamma", "the gamma of that form", "gamma", None),
-    _regression("rank", "directions along which targets spread", "rank of the targets", None, "linear"),
+    _regression("gamma", "gamma at which the form at collapse fits the head's Gram matrix best", "gamma", None),
+    _regression("rank", "dimension of the span of the centred targets", "rank of the targets", None, "linear"),
 )
 
 # All of them, by tag without the place: "nc/nc1", "optimality/gap", "loss".
@@ -405,7 +445,7 @@ QUANTITIES = {
         *(LOSS, GAP, CERTIFIED_GAP, DISTANCE, GRAD_NORM, ERROR_BOUND_RATIO, PREDICTED_DECAY, RELATIVE_DISTANCE),
         *_BOUND_AND_PENALTIES,
         *_MEASURES,
-        *_DECISION_MEANINGS,
+        *_DECISIONS,
         NC5,
         ANGLES,
         *(STEP_SIZE, EVALUATIONS),
@@ -414,7 +454,7 @@ QUANTITIES = {
     )
 }
 MEASURE_NAMES = tuple(each.name for each in _MEASURES)
-DECISION_NAMES = tuple(each.name for each in _DECISION_MEANINGS)
+DECISION_NAMES = tuple(each.name for each in _DECISIONS)
 NC0, NC1, NC2, NC3 = (QUANTITIES[f"{NC}/nc{number}"] for number in range(4))
 
 
@@ -487,7 +527,7 @@ def quantity_of(tag: str) -> Quantity | None:
 
     Example:
         >>> quantity_of("nc/val/layer4/nc1").meaning
-        'spread within over between classes, tr(S_W S_B^+)/K'
+        'within-class relative to between-class variability, tr(S_W S_B^+)/K'
     """
     group, place, name, _ = parse_tag(tag)
     # Only these groups have places. A tag such as "train/loss" is the user's own.

@@ -292,7 +292,7 @@ def test_wrong_configs_are_named(name, content):
     error = str(stop.value)
     assert name.removesuffix(".yaml") in error or "modle" in error
     if content is None:
-        assert "Shipped are: mlp_ce, mlp_mse, ufm_ce, ufm_label" in error
+        assert "Shipped configurations: mlp_ce, mlp_mse, ufm_ce, ufm_label" in error
 
 
 @pytest.mark.usefixtures("finished")

@@ -56,9 +56,9 @@ BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
         ("a: " + "[" * 100_000, "line 1 is nested more than 50 levels deep|maximum nesting depth"),
         ("a: " + "{b: " * 100_000, "line 1 is nested more than 50 levels deep"),
         ("".join(f"a{i}: &a{i} [*a{i - 1}]\n" if i else "a0: &a0 [1]\n" for i in range(100)), "too many .* levels"),
-        ("a: 1\nb: 2\na: 3", "line 3 gives 'a' a second time"),
-        ("b: {a: 1, 'a': 2}", "line 1 gives 'a' a second time"),
-        ("a: !!python/object:os.system {}", "line 1 has the tag .*Write plain values"),
+        ("a: 1\nb: 2\na: 3", "line 3 repeats the key 'a'"),
+        ("b: {a: 1, 'a': 2}", "line 1 repeats the key 'a'"),
+        ("a: !!python/object:os.system {}", "line 1 has the tag .*Use plain values"),
         ("a: !mine 3", "line 1 has the tag '!mine'"),
         (b"\x00\x01\xff\xfe", "not text in UTF-8"),
         (b"a: 1\x00", "zero bytes"),
@@ -94,5 +94,5 @@ def test_what_is_no_configuration_is_refused(tmp_path, text, message):
 
 
 def test_what_is_nowhere_is_named():
-    with pytest.raises(ValueError, match=r"--config nowhere: no such file.*Shipped are: .*ufm_ce"):
+    with pytest.raises(ValueError, match=r"--config nowhere: no such file.*Shipped configurations: .*ufm_ce"):
         find_configuration("nowhere")

@@ -117,7 +117,7 @@ CONFIG = [
     ("model: {init_args: {lambda: 1, lambda_: 1}}", "--config a.yaml: lambda and lambda_ are one argument"),
     ("model: {class_path: 3}", "--config a.yaml: model: expected a class_path with its init_args"),
     ("model: nowhere.yaml", "--config a.yaml: model: nowhere.yaml: no such file"),
-    ("seed_everything: 1\nseed_everything: 2", "--config a.yaml: line 2 gives 'seed_everything' a second time"),
+    ("seed_everything: 1\nseed_everything: 2", "--config a.yaml: line 2 repeats the key 'seed_everything'"),
     ("a: !!python/name:os.system ''", "--config a.yaml: line 1 has the tag"),
     (BOMB, "--config a.yaml: line . has too many entries"),
     ("a: &a [*a]", "--config a.yaml: line 1 contains an alias of itself"),
@@ -348,7 +348,7 @@ def test_the_request_for_a_report_needs_no_notes(monkeypatch, capsys):
         (OSError(28, "No space left on device", "run/readings.csv"), "run/readings.csv: No space left on device"),
         (OSError(30, "Read-only file system", "run"), "run: Read-only file system"),
         (PermissionError(13, "Permission denied", "run"), "run: Permission denied"),
-        (FileNotFoundError(2, "No such file or directory", "gone/run/readings.csv"), "its folder is gone"),
+        (FileNotFoundError(2, "No such file or directory", "gone/run/readings.csv"), "its folder no longer exists"),
         (RuntimeError("Parent directory gone does not exist."), "the run folder cannot be written"),
         (
             RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"),

@@ -1,4 +1,7 @@
-"""Undocumented names of Lightning."""
+"""Uses of undocumented names of Lightning.
+
+Each docstring lists the names, a version of Lightning that has them, and what would not work without them.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def prepare_batch(pl_module: Any, batch: Any) -> Any:
 
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-_LIGHTNINGS_OWN = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
+_LIGHTNING_HOOK_MODULES = {"lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks"}
 
 
 def moves_plainly(trainer: Any, pl_module: Any) -> bool:
@@ -84,16 +87,16 @@ def moves_plainly(trainer: Any, pl_module: Any) -> bool:
     """
     owners = [each for each in (pl_module, trainer.datamodule) if each is not None]
     hooks = [(owner, name) for owner in owners for name in _TRANSFER_HOOKS]
-    own = all(getattr(type(owner), name).__module__ in _LIGHTNINGS_OWN for owner, name in hooks)
+    own = all(getattr(type(owner), name).__module__ in _LIGHTNING_HOOK_MODULES for owner, name in hooks)
     return own and not any(name in vars(owner) for owner, name in hooks)
 
 
 def batches_read(trainer: Any) -> int:
     """Return the number of batches that training has read in the current epoch, or in the last one.
 
-    Non-public: ``trainer.fit_loop``, ``epoch_loop.batch_idx`` (lightning 2.6). Hooks get only the index of their own
-    batch, and those of a validation get none. Without it an evaluation pass over a stream, which may be infinite, would
-    read further than training has.
+    Non-public: ``trainer.fit_loop``, ``epoch_loop.batch_idx`` (lightning 2.6). Training hooks get only the index of
+    their own batch, and validation hooks do not get it. Without it an evaluation pass over a stream, which may be
+    infinite, would read further than training has.
 
     Args:
         trainer: A trainer in a fit, or after it.
@@ -103,13 +106,13 @@ def batches_read(trainer: Any) -> int:
 
 
 def count_iterations(trainer: Any, done: int, reached: int) -> None:
-    """Add optimizer steps that the trainer has not taken itself to its counts.
+    """Increase the trainer's step counts by optimizer steps that it did not run itself.
 
     Non-public: ``trainer.fit_loop``, ``epoch_loop.manual_optimization``, ``optim_step_progress`` and
     ``epoch_loop._batches_that_stepped`` (lightning 2.6). Lightning counts one step for each call of a wrapped
-    optimizer, which costs more than an iteration does. Without the first three ``global_step`` would stay at 0, and
-    neither ``max_steps`` nor a checkpoint would come. Without the last, what is logged through the module would be
-    drawn against Lightning steps instead of iterations.
+    optimizer, which costs more than an iteration does. Without the first three, ``global_step`` would stay at 0,
+    ``max_steps`` would not stop the run, and no checkpoint would be saved. Without the last, values that are logged
+    through the module would be plotted against Lightning steps instead of iterations.
 
     Args:
         trainer: A trainer in a fit.
@@ -193,7 +196,7 @@ def attach_as_in_a_fit(trainer: Any, pl_module: Any, datamodule: Any) -> None:
 
 @contextmanager
 def shown_as_validating(trainer: Any) -> Iterator[None]:
-    """Let a training trainer report that it validates, within the block.
+    """In the block, let a trainer that is training report that it is validating.
 
     Non-public: that ``Trainer.validating`` and ``Trainer.state.stage`` can be set (lightning 2.6). Without it hooks of
     the user that check ``trainer.training`` would augment the batches of an evaluation pass.
@@ -213,9 +216,9 @@ def shown_as_validating(trainer: Any) -> Iterator[None]:
 def state_key_unchecked(method: Method) -> Method:
     """Disable Lightning's check that callbacks of a trainer have different keys for their states.
 
-    The package makes the check itself, with a message that names the repair. Non-public: that Lightning's check, in
-    ``_validate_callbacks_list``, looks at the function that a method wraps (lightning 2.6). Without it Lightning's own
-    message, without a repair, would come first.
+    The package makes this check itself, with a message that says how to fix the error. Non-public: that Lightning's
+    check, in ``_validate_callbacks_list``, looks at the function that a method wraps (lightning 2.6). Without it
+    Lightning's own message, which does not say how to fix the error, would appear instead.
 
     Args:
         method: The method ``state_dict`` of a callback.
@@ -236,7 +239,7 @@ def cadence_of(checkpoint: Any) -> int:
 
 
 def splits_layers(strategy: ModelParallelStrategy) -> bool:
-    """Return whether a strategy splits layers between processes, and not only samples. Processes need not run yet.
+    """Return whether a strategy splits layers between processes, and not only samples. It works before their start.
 
     Non-public: ``ModelParallelStrategy._tensor_parallel_size`` (lightning 2.6). ``device_mesh`` exists only after the
     start of the processes. Without it the error for an unsupported strategy would come only after this start.
@@ -265,7 +268,7 @@ def change_checkpointing(
     optimizer_state: Callable[[Any], dict[str, Any]],
     load_checkpoint: Callable[..., dict[str, Any]],
 ) -> None:
-    """Replace two methods of an existing strategy.
+    """Replace the two methods with which a strategy saves the state of optimizers and loads checkpoints.
 
     Non-public: that ``Strategy.optimizer_state`` is called with the optimizer, and ``Strategy.load_checkpoint`` with
     ``(checkpoint_path, weights_only)`` (lightning 2.6). Without it the state of ArmijoGD would be lost in checkpoints.
@@ -296,8 +299,8 @@ class WriterLogger(TensorBoardLogger):
     """TensorBoard logger whose subclass constructs the writer, and can change the version.
 
     Non-public: ``TensorBoardLogger._experiment``, ``TensorBoardLogger._kwargs``, ``TensorBoardLogger._version``
-    (lightning 2.6). Without the first ``finalize`` would leave the event file open; without the second options of the
-    user for the writer would be lost; without the third two runs that start together would write in one folder.
+    (lightning 2.6). Without the first, ``finalize`` would leave the event file open; without the second, the user's
+    options for the writer would be lost; without the third, two runs that start together would write to one folder.
     """
 
     def make_writer(self, options: dict[str, Any]) -> Any:
@@ -334,7 +337,7 @@ class DescribedProgressBar(RichProgressBar):
     """Rich progress bar with its own description of training.
 
     Non-public: ``RichProgressBar._get_train_description``, ``RichProgressBar.train_progress_bar_id`` (lightning 2.6).
-    Without the first the bar would show ``Epoch 0/-2``, without the second each epoch would begin a new bar.
+    Without the first, the bar would show ``Epoch 0/-2``; without the second, each epoch would start a new bar.
     """
 
     def describe_training(self) -> str:

@@ -1,4 +1,4 @@
-"""A counter of nested measurements, by which hooks tell training's own forwards from those of a measurement."""
+"""Counts nested measurements, so that hooks can distinguish forward passes of training from those of a measurement."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 __all__ = ["measurement", "measurements"]
 
-_open = [0]
+_running = [0]
 
 
 def measurements() -> int:
-    """Return the number of running measurements, one inside the other."""
-    return _open[0]
+    """Return the number of measurements that are running, each inside the one before; 0 outside of measurements."""
+    return _running[0]
 
 
 @contextmanager
 def measurement() -> Iterator[None]:
-    """Count the block as a measurement."""
-    _open[0] += 1
+    """Mark the block as part of a measurement."""
+    _running[0] += 1
     try:
         yield
     finally:
-        _open[0] -= 1
+        _running[0] -= 1

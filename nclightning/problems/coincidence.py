@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Coincidences", "coinciding_groups"]
 
-# Tolerance relative to the largest feature. A singular value of the logits is kept if it is at least 1e-10 of the
-# largest, which is 1e-5 in the features. The numerical solution is more accurate than 1e-9.
-_EQUAL = 1e-7
+# Tolerance relative to the largest feature. Singular values of the logits below 1e-10 of the largest one are dropped.
+# Features scale with their square roots, so that those that differ from zero do by at least about 1e-5. The relative
+# error of the numerical solution is below 1e-9.
+_RELATIVE_TOLERANCE = 1e-7
 
 
 class Coincidences(NamedTuple):
@@ -38,7 +39,8 @@ def coinciding_groups(problem: Problem) -> Coincidences:
         problem: The problem. Groups without samples are left out.
 
     Returns:
-        The groups. Where the optimum is zero, all groups are listed as vanished and none as sharing a feature.
+        The groups. If the optimum is zero, all groups are listed as vanished and none as sharing a feature. If there
+        are fewer features than the rank of the optimum, optima differ, and no group is listed.
 
     Raises:
         NoAnswer: If the optimum is not known.
@@ -56,21 +58,22 @@ def coinciding_groups(problem: Problem) -> Coincidences:
         return Coincidences((), ())
     norms = features.norm(dim=1)
     scale = float(norms.max())
-    zero = norms <= _EQUAL * scale
+    zero = norms <= _RELATIVE_TOLERANCE * scale
     kept = torch.nonzero(~zero).flatten()
     targets = problem.targets[index[kept]]
     shared = [
         tuple(index[kept[same]].tolist())
-        for same in _equal(features[kept], _EQUAL * scale)
+        for same in _equal_rows(features[kept], _RELATIVE_TOLERANCE * scale)
         if not bool((targets[same] == targets[same[0]]).all())
     ]
     return Coincidences(tuple(index[zero].tolist()), tuple(sorted(shared)))
 
 
-def _equal(rows: Tensor, tolerance: float) -> Iterator[Tensor]:
+def _equal_rows(rows: Tensor, tolerance: float) -> Iterator[Tensor]:
     """Yield the indices of each set of two or more equal rows.
 
-    Equal rows have equal components along any axis. So rows are sorted along one axis and only neighbours compared.
+    Equal rows have equal components along any axis. Therefore the rows are sorted by their components along one axis,
+    split at each gap, and compared only within the parts.
     """
     axis = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype, device=rows.device)
     along, order = (rows @ (axis / axis.norm())).sort()

@@ -191,14 +191,14 @@ def test_prints_a_table_of_ascii_letters():
     assert repr(with_layers()) == (
         "Measurement of 24 samples, 4 classes, 8 features, head 'fc', 1.5 s\n"
         "                value  at collapse  meaning\n"
-        "  nc1             0.5            0  spread within over between classes, tr(S_W S_B^+)/K\n"
+        "  nc1             0.5            0  within-class relative to between-class variability, tr(S_W S_B^+)/K\n"
         "  nc2           1e-09            0  distance of the head from a simplex ETF\n"
         "  mine              3\n"
         "  layer body.3:\n"
-        "  nc1               2            0  spread within over between classes, tr(S_W S_B^+)/K\n"
-        "  ncc_accuracy   0.75            1  share of samples whose nearest class mean is their own\n"
+        "  nc1               2            0  within-class relative to between-class variability, tr(S_W S_B^+)/K\n"
+        "  ncc_accuracy   0.75            1  share of samples whose nearest class mean is that of their own class\n"
         "  val:\n"
-        "  nc1             inf            0  spread within over between classes, tr(S_W S_B^+)/K"
+        "  nc1             inf            0  within-class relative to between-class variability, tr(S_W S_B^+)/K"
     )
     full = repr(measure(**data(), measures=ALL))
     assert full.isascii()
