@@ -44,7 +44,7 @@ def experiments(figures: tuple[int, ...] = FIGURES, quick: bool = False) -> list
 
 
 def _ufm(quick: bool) -> list[Experiment]:
-    """List runs of the unconstrained feature model: several lambda in Figure 1, the stated penalties in Figure 3."""
+    """List runs of the unconstrained feature model: several lambda for Figure 1, stated penalties for 3."""
     lambdas = ("5e-3", "2e-3") if quick else ("5e-3", "2e-3", "1e-3", "5e-4", "2e-4")
     cadence = {"mse": "20", "ce": "2"}
     over_lambda = [
@@ -52,8 +52,8 @@ def _ufm(quick: bool) -> list[Experiment]:
         for loss in ("mse", "ce")
         for value in lambdas
     ]
-    # The components of the features orthogonal to the rows of the head decay slowest. Their square changes the slope of
-    # NC2 once it dominates, which small initial features delay until NC2 is below 1e-10. For MSE, NC3 is not straight if
+    # Components of the features orthogonal to the rows of the head decay slowest. Their square changes the slope of NC2
+    # once it dominates. Small initial features delay that until NC2 is below 1e-10. For MSE, NC3 is not straight if
     # the step varies.
     stated = (f"{_MODEL}.lambda_w", "5e-4", f"{_MODEL}.lambda_h", "5e-5", f"{_MODEL}.init_scale", "0.01")
     search = {"mse": (f"{_OPTIMIZER}.grow", "1", f"{_OPTIMIZER}.initial_step", "1.4"), "ce": _MILD}
