@@ -46,12 +46,7 @@ ONE_MEANING = {
 }
 
 # Names that are still to be renamed. Take out what you rename.
-REMAINING = {
-    "callbacks/checkpoint:told",
-    "callbacks/laws_at_iterates:_copy_before_reading",
-    "callbacks/optimality_at_iterates:_told",
-    "callbacks/sharpness:_told",
-}
+REMAINING: set[str] = set()
 
 
 def defined_names(tree):

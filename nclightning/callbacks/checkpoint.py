@@ -1,4 +1,4 @@
-"""A checkpoint that is always there to resume from."""
+"""A checkpoint from which a run can always be resumed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["LastCheckpoint"]
 
 
 class _CheckedCheckpointIO(TorchCheckpointIO):
-    """Writes local files straight to disk, in one step, and reads none that is damaged.
+    """Writes local checkpoints directly to disk, in one atomic step, and refuses to read damaged ones.
 
-    Lightning's own makes each a second time in memory, and loads flipped bits without a word.
+    Lightning's own class makes a second copy of each checkpoint in memory, and loads flipped bits without an error.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, or leave what is there."""
+        """Write a checkpoint; if that fails, the file that was there is unchanged."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -49,28 +49,45 @@ class _CheckedCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ProtectedHooks, Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` of the run folder: at a cadence, at the end, and on an interrupt or error.
+    """Saves ``checkpoints/last.ckpt`` in the run folder: at a cadence, at the end, and on an interrupt or error.
 
-    Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is no multiple of its cadence.
-    The file is replaced in one step, so that a crash while saving leaves the one before. Lightning runs checkpoint
-    callbacks after all others: the readings up to the checkpoint are on disk when it appears. The checkpoint that it
-    replaces stays as ``previous.ckpt``.
+    Lightning's ``ModelCheckpoint`` does not save the last iterate of a run whose length is not a multiple of its
+    cadence. The file is replaced in one atomic step, so that a crash while saving leaves the previous checkpoint.
+    Lightning runs checkpoint callbacks after all others, so that the readings up to the checkpoint are on disk before
+    it. The checkpoint that is replaced is kept as ``previous.ckpt``.
 
-    The run folder is that of a ``RunLogger``, else of the first logger that has one, else the trainer's
-    ``default_root_dir``. A folder that holds the checkpoint of another run is refused, and so is one that another
-    process is writing. With ``fast_dev_run`` nothing is saved. A checkpoint that a trainer with this callback reads is
-    checked first: a damaged one is refused.
+    The run folder is that of a ``RunLogger``, or else of the first logger that has one, or else the trainer's
+    ``default_root_dir``. A folder is refused if it has the checkpoint of another run, or if another process is writing
+    to it. With ``fast_dev_run`` nothing is saved. A trainer with this callback checks each checkpoint that it reads and
+    refuses a damaged one.
 
-    Each checkpoint of a trainer with this callback holds whether training had been stopped, as ``EarlyStopping``,
-    ``Timer`` and whatever else sets ``trainer.should_stop`` do, and by whom. A fit from it ends at once and says so,
-    unless the settings that stopped it have changed.
+    Each checkpoint of a trainer with this callback records whether training was stopped and by which callback, such as
+    ``EarlyStopping``, ``Timer`` or any other that sets ``trainer.should_stop``. A fit that resumes from it ends at once
+    and says so, unless the settings that stopped it have changed.
 
     Args:
-        every_n_iterations: Cadence. It acts at ends of Lightning steps, at the first one past each multiple.
-        keep_previous: False keeps one checkpoint instead of two.
+        every_n_iterations: Cadence. A checkpoint is saved at the end of the first Lightning step at or past each
+            multiple.
+        keep_previous: Whether ``previous.ckpt`` is kept.
 
     Raises:
         ValueError: If the cadence is below 1; at the start of a fit, if the folder is that of another run.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import lightning as L
+        >>> from nclightning.callbacks import LastCheckpoint
+        >>> from nclightning.data import IndexDataModule
+        >>> from nclightning.models import UFM
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> model = UFM(num_classes=3, samples_per_class=5, feature_dim=4, loss="mse", lambda_=0.01)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = L.Trainer(max_steps=100, accelerator="cpu", default_root_dir=folder,
+        ...                         callbacks=[LastCheckpoint(every_n_iterations=50)], **quiet)
+        ...     trainer.fit(model, IndexDataModule())
+        ...     sorted(path.name for path in Path(folder).rglob("*.ckpt"))
+        ['last.ckpt']
     """
 
     def __init__(self, every_n_iterations: int = 1000, keep_previous: bool = True) -> None:
@@ -78,19 +95,19 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
             raise UserError(f"every_n_iterations must be at least 1, got {every_n_iterations}.")
         self.every_n_iterations = every_n_iterations
         self.keep_previous = keep_previous
-        self._saved: int | None = None  # Until a fit has started there is nothing to save.
+        self._saved: int | None = None  # None until a fit has started.
         self._first = 0
         self._path: Path | None = None
         self._own = False  # Whether this callback wrote the file that is there.
         self._lock: FolderLock | None = None
         self._termination = NotedTermination()
         self._stops: Stops | None = None
-        self._has_ended = False  # Whether a checkpoint comes after all that a fit does.
-        self._is_between = False  # Whether a checkpoint comes before a batch instead of after one.
+        self._has_ended = False  # Whether the fit is over when a checkpoint is saved.
+        self._is_between = False  # Whether a checkpoint is saved before a batch instead of after one.
         self._stops_at_first = False  # Whether a resumed fit is to end with its first Lightning step.
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget the fit before; check what is read and write without a copy in memory, unless the user chose how."""
+        """Reset the state of an earlier fit, and replace Lightning's checkpoint IO unless the user chose one."""
         self._saved, self._stops = None, Stops(trainer)
         self._has_ended = self._stops_at_first = False
         run_last(trainer, self)
@@ -99,11 +116,11 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
 
     @protected
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a run that had been stopped end again, unless the settings that did it have changed."""
+        """End a run again that had been stopped, unless the settings that stopped it have changed."""
         stop = checkpoint.get("stop")
         if not stop or self._stops is None or trainer.state.fn != "fit":
             return
-        # Those of one process decide for all: attributes of others may differ.
+        # The first process decides for all, because attributes of the others may differ.
         ending = trainer.strategy.broadcast(self._stops.standing(checkpoint, pl_module))
         if ending is None:
             trainer.print(goes_on(stop["iteration"]))
@@ -132,7 +149,7 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
 
     @protected
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep who stopped training."""
+        """Record which callback stopped training."""
         stop = None if self._stops is None else self._stops.record(pl_module)
         checkpoint["stop"] = None if stop is None else stop | {"complete": self._has_ended}
         if self._is_between:
@@ -149,10 +166,10 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
             self._take(trainer)
         except UserError as error:
             refusal = error
-        # All processes ask, and stop together; the folder is that of the first.
-        path, told = trainer.strategy.broadcast((self._path, str(refusal) if refusal else None))
-        if told is not None:
-            raise refusal or UserError(told)
+        # The folder is that of the first process. If it refuses, all processes stop together.
+        path, reason = trainer.strategy.broadcast((self._path, str(refusal) if refusal else None))
+        if reason is not None:
+            raise refusal or UserError(reason)
         self._path, self._own = path, self._own and path == before
         self._saved = self._first = trainer.global_step
         self._termination = NotedTermination()
@@ -160,7 +177,7 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
             self._termination.hold()
 
     def _take(self, trainer: L.Trainer) -> None:
-        """Find the run folder, and see that it is free."""
+        """Find the run folder, and refuse it if another run has its checkpoint there."""
         before, folder = self._path, run_folder(trainer)
         self._path = None if folder is None else checkpoint_of(folder)
         if folder is None or self._path is None or not trainer.is_global_zero:
@@ -170,7 +187,7 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
                 f"{self._path} is the checkpoint of another run. Go on with that run by ckpt_path, or give this one a "
                 "folder of its own: a RunLogger counts them up, and so does each default_root_dir."
             )
-        if find_run_logger(trainer) is None:  # Which holds a lock itself.
+        if find_run_logger(trainer) is None:  # A RunLogger locks the folder itself.
             make_folder(folder)
             self._lock = FolderLock(folder)
             self._lock.acquire()
@@ -201,20 +218,20 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
         return trainer.global_step // self.every_n_iterations > self._saved // self.every_n_iterations
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last iterate, with all that was read there."""
+        """Save the last iterate, after all its values were logged."""
         if self._saved == trainer.global_step != self._first:
             self._saved = self._first  # What ended the run came after the checkpoint of this iterate.
         self._has_ended = True
         self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was reached; a resume that was refused leaves the checkpoint that it came from."""
+        """Save the iterate that was reached. If a resume was refused, its checkpoint is left unchanged."""
         asked = isinstance(exception, KeyboardInterrupt) or is_termination(exception)
-        # Saving takes all processes; what asks a run to stop reaches them together.
+        # Saving needs all processes. A request to stop reaches all of them, an error may reach one only.
         if trainer.training and (asked or trainer.world_size == 1):
             try:
                 self._save(trainer)
-            except (UserError, OSError) as error:  # The first error is what the user has to hear.
+            except (UserError, OSError) as error:  # The first error is the one to raise.
                 if not say_the_same(error, exception):
                     rank_zero_warn(f"the last checkpoint could not be saved: {error}")
         if asked and self._path is not None and self._saved is not None:
@@ -222,12 +239,13 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
             rank_zero_info(f"{signal}: the run is saved at iteration {self._saved}. It goes on from {self._path}.")
         if is_termination(exception) and trainer.is_global_zero:
             assert isinstance(exception, SystemExit)
-            # Lightning's has the status of success. Of other ranks one that is not makes Lightning kill the first.
+            # Lightning's exit has status 0. Only the first process changes it: if another process had a
+            # nonzero status, Lightning would kill the first one.
             exception.code = SIGTERM_STATUS
         self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let others write in the folder."""
+        """Release the lock of the folder."""
         self._release()
 
     def _release(self) -> None:
@@ -240,14 +258,14 @@ class LastCheckpoint(ProtectedHooks, Checkpoint):
         if self._path is None or self._saved is None or trainer.global_step <= self._saved:
             return
         for logger in trainer.loggers:
-            logger.save()  # A run that is killed after the checkpoint has its readings up to it.
+            logger.save()  # The readings up to the checkpoint must be on disk before it.
         if trainer.is_global_zero:
             self._keep(self._path)
         trainer.save_checkpoint(self._path, weights_only=False)
         self._saved, self._own = trainer.global_step, True
 
     def _keep(self, path: Path) -> None:
-        """Keep the checkpoint that is to be replaced, if it is good."""
+        """Keep the checkpoint that is to be replaced, unless it is damaged."""
         if self.keep_previous and path.is_file() and (self._own or is_sound(path)):
             keep_as(path, path.with_name("previous.ckpt"))
 

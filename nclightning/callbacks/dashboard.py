@@ -44,15 +44,21 @@ Charts = dict[str, list[Any]]
 class TensorBoardDashboard(L.Callback):
     """Lays out TensorBoard's Custom Scalars tab, and draws class means and head of full-batch runs.
 
-    The tab gets the charts of what the monitors of the trainer log: gap, distance and gradient norm in one, NC1-NC3 in
-    one, and the line search. The pictures, tag ``nc/train/angles``, show the cosines among class means, among rows of
-    the head and between the two, at iterates 0, 1, 2, 4, 8, ... and at the first and last one of the fit; of more than
-    ten TensorBoard shows some, unless told ``--samples_per_plugin images=100``. Of other modules
-    ``NeuralCollapseMonitor(pictures_every_n_epochs=...)`` draws them. Pictures go to every logger that takes them
-    (:mod:`nclightning.pictures`), the layout to those of TensorBoard.
+    The tab gets charts of the values that the monitors of the trainer log: one of gap, distance and gradient norm, one
+    of NC1-NC3, and those of the line search. The pictures, tag ``nc/train/angles``, show the cosines among class means,
+    among rows of the head and between the two. They are drawn at iterates 0, 1, 2, 4, 8, ... and at the first and last
+    iterate of the fit. TensorBoard shows ten of them unless it is started with ``--samples_per_plugin images=100``. For
+    other modules, ``NeuralCollapseMonitor(pictures_every_n_epochs=...)`` draws them. Pictures go to every logger that
+    takes them (:mod:`nclightning.pictures`), the layout goes to TensorBoard's.
 
     Args:
-        pictures: False draws none.
+        pictures: Whether to draw pictures.
+
+    Example:
+        >>> import lightning as L
+        >>> from nclightning.callbacks import NeuralCollapseMonitor, TensorBoardDashboard
+        >>> callbacks = [NeuralCollapseMonitor(), TensorBoardDashboard(pictures=False)]
+        >>> trainer = L.Trainer(max_epochs=3, accelerator="cpu", callbacks=callbacks)  # Logs to TensorBoard.
     """
 
     def __init__(self, pictures: bool = True) -> None:
@@ -61,7 +67,7 @@ class TensorBoardDashboard(L.Callback):
         self._drawn_at = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lay out the page, now that module and monitors have accepted the run."""
+        """Lay out the tab, after module and monitors have accepted the run."""
         self._batch, self._drawn_at = None, -1
         layout = _lay_out(trainer, pl_module)
         for logger in trainer.loggers:
@@ -77,7 +83,7 @@ class TensorBoardDashboard(L.Callback):
             self._draw(trainer, pl_module, batch, trainer.global_step)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
-        """Draw powers of two."""
+        """Draw iterates whose number is a power of two."""
         if self.pictures and iteration & (iteration - 1) == 0:
             self._draw(trainer, pl_module, batch, iteration)
 
@@ -93,7 +99,7 @@ class TensorBoardDashboard(L.Callback):
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         self._batch, self._drawn_at = batch, iteration
         if num_groups_of(pl_module) is not None:
-            return  # Groups of samples are no classes, and have no angles with rows of the head.
+            return  # Groups of samples that are not classes do not correspond to rows of the head.
         inputs, labels = batch
         with frozen(pl_module):
             features = as_full_batch(pl_module).features_of(inputs)
@@ -101,12 +107,14 @@ class TensorBoardDashboard(L.Callback):
             stats = merge_over_ranks(class_statistics(features, labels, head.out_features, scatter=False, copy=False))
         if not trainer.is_global_zero:
             return
-        if int(stats.counts.sum()) == as_full_batch(pl_module).num_samples:  # The means of a part are other means.
+        if (
+            int(stats.counts.sum()) == as_full_batch(pl_module).num_samples
+        ):  # Class means of a part of the samples would differ.
             draw_angles(trainer.loggers, ANGLES.tag("train"), stats, head.weight, iteration)
 
 
 def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Charts]:
-    """Categories of charts for the tags that will be logged."""
+    """Return the categories of charts for the tags that will be logged."""
     monitors = trainer.callbacks  # type: ignore[attr-defined]
     optimality = next((monitor for monitor in monitors if isinstance(monitor, OptimalityMonitor)), None)
     collapse = any(isinstance(monitor, NeuralCollapseMonitor) for monitor in monitors)
@@ -144,15 +152,15 @@ def _lay_out(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Char
 
 
 def _lines(*quantities: Quantity, place: str = "") -> list[Any]:
-    """One chart with a curve for each quantity."""
+    """Return a chart with a curve for each quantity."""
     return _chart(each.tag(place) for each in quantities)
 
 
 def _logarithms(*quantities: Quantity, place: str = "") -> list[Any]:
-    """The same of their logarithms."""
+    """Return a chart with the logarithm of each quantity."""
     return _chart(log10_tag(each.tag(place)) for each in quantities)
 
 
 def _chart(tags: Iterable[str]) -> list[Any]:
-    """TensorBoard takes tags as regular expressions that match from the start."""
+    """Return a chart of tags, as regular expressions: TensorBoard matches them from the start of a tag."""
     return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]

@@ -1,4 +1,4 @@
-"""Modules that run full-batch iterations, and what monitors ask of them."""
+"""Modules that run full-batch iterations, and the interface that monitors need."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["FullBatchModule", "as_full_batch", "full_batch", "head_reader", "war
 class FullBatchModule(Protocol):
     """A module whose training steps run iterations on the whole training set.
 
-    :class:`nclightning.models.RegularizedClassifier` is one, and what derives from it. After each iteration it calls
+    :class:`nclightning.models.RegularizedClassifier` and its subclasses are such modules. After each iteration it calls
     ``on_iteration_end(trainer, pl_module, batch, iteration)`` of the trainer's callbacks. With an attribute
     ``problem``, a :class:`nclightning.theory.UFMProblem` or :class:`nclightning.problems.Problem`, gap and distance can
     be measured, too. With an attribute ``objective`` whose ``targets`` are a table, labels are its rows.
 
     Attributes:
-        iterations_per_step: Iterations of a training step; it tells these modules from others.
+        iterations_per_step: Iterations of a training step. A module with this attribute is taken to be full-batch.
         num_samples: N, the size of the training set.
         head: The last layer.
-        features_are_free: Whether the features are parameters, each row one of its own.
+        features_are_free: Whether the features themselves are parameters, one row per sample.
     """
 
     iterations_per_step: int
@@ -40,10 +40,10 @@ class FullBatchModule(Protocol):
         """Return what enters the head, ``(B, d)``."""
 
     def value_and_grad_norm(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor | float, Tensor | float]:
-        """Return the objective and the norm of its gradient at the parameters as they are."""
+        """Return the objective and the norm of its gradient at the current parameters."""
 
     def count_free_parameters(self) -> int:
-        """Count what is trained."""
+        """Return the number of trained parameters."""
 
 
 _MEMBERS = ("num_samples", "head", "features_are_free", "features_of", "value_and_grad_norm", "count_free_parameters")
@@ -55,12 +55,12 @@ def full_batch(pl_module: nn.Module) -> bool:
 
 
 def as_full_batch(pl_module: L.LightningModule) -> FullBatchModule:
-    """Check that a module is what it seems to be.
+    """Check that a full-batch module has the whole interface, and return it.
 
     Raises:
-        ValueError: If something is missing.
+        ValueError: If an attribute is missing.
     """
-    # Asked of the class first: a property may be costly, or have an error of its own.
+    # The class is asked first, because evaluating a property may be costly or raise an error.
     missing = [name for name in _MEMBERS if not (hasattr(type(pl_module), name) or hasattr(pl_module, name))]
     if not missing and not isinstance(pl_module.head, nn.Linear):
         missing = ["head as an nn.Linear"]
@@ -83,7 +83,7 @@ def warn_of_steps(pl_module: L.LightningModule, every_n_steps: int) -> None:
 
     Args:
         pl_module: The module.
-        every_n_steps: What the user asked for.
+        every_n_steps: The cadence that the user gave.
     """
     rank_zero_warn(
         f"every_n_steps={every_n_steps} has no effect on {type(pl_module).__name__}, which runs full-batch iterations: "

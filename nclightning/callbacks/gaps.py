@@ -1,4 +1,4 @@
-"""Gap and distance at an iterate, or where they are not known the gap to a bound, from the samples of all processes."""
+"""Gap and distance at an iterate from the samples of all processes, or the certified gap if they are not known."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from nclightning.ranks import sum_all_over_ranks, sum_over_ranks, world_size
 
 __all__ = ["Gap", "Gaps", "said_if_slow"]
 
-_PATIENCE = 2.0  # Seconds after which it is said what takes long.
+_PATIENCE = 2.0  # Seconds after which a message says what is being computed.
 
 
 class Gap(NamedTuple):
-    """What was read at a point.
+    """Values at an iterate.
 
     Attributes:
-        value: F there, of the features that enter the head, in float64.
-        readings: By tag.
+        value: F of the features that enter the head, in float64.
+        readings: Values to log, by tag.
     """
 
     value: Tensor
@@ -42,13 +42,13 @@ class Gap(NamedTuple):
 
 
 class Gaps:
-    """Reads how far points are from the optimum of a problem.
+    """Computes the gap and distance of iterates from the optimum of a problem.
 
     Args:
-        problem: The problem. Its optimum is found here, unless that was done before.
+        problem: The problem. Its optimum is computed here unless it is already known.
 
     Attributes:
-        missing: Why there are no gap and distance; None if there are.
+        missing: Why gap and distance are not known; None if they are.
     """
 
     def __init__(self, problem: AnyProblem) -> None:
@@ -60,13 +60,13 @@ class Gaps:
             self.missing = missing
 
     def check(self, labels: Tensor) -> None:
-        """Raise unless the samples of all processes are those of the problem, and their gap can be read.
+        """Raise unless the samples of all processes are those of the problem and their gap can be computed.
 
         Args:
-            labels: Those of this process. Transfers to the host.
+            labels: The labels of this process. They are transferred to the host.
 
         Raises:
-            ValueError: If not.
+            ValueError: If the labels are not those of the problem, or if the gap needs the samples of one process.
         """
         check_balance(self.problem, labels)
         if world_size() > 1 and self._needs_all_samples:
@@ -77,16 +77,16 @@ class Gaps:
 
     @cached_property
     def _needs_all_samples(self) -> bool:
-        """Whether moments of the features do not tell the gap: with fewer features than the optimal logits need."""
+        """Whether the gap is not a function of moments: d is less than the rank of the optimal logits."""
         return self.missing is None and self.problem.orbit(torch.device("cpu")).is_cut
 
     def read(self, head: Head, features: Tensor, labels: Tensor) -> Gap:
-        """Read a point.
+        """Compute gap and distance, or the certified gap, at an iterate.
 
         Args:
-            head: Not sharded.
+            head: The head, not sharded.
             features: ``(B, d)`` of this process.
-            labels: ``(B,)``, of all processes as many of each as the problem has.
+            labels: ``(B,)`` of this process. The labels of all processes have the counts of the problem.
 
         Returns:
             Float64 scalars on the device.
@@ -111,7 +111,7 @@ class Gaps:
 
 
 def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -> Gap:
-    """F, and how far it is above the bound that the residuals at this point certify."""
+    """Return F, and F minus the lower bound of F* that the residuals at this iterate certify."""
     stats = merge_over_ranks(class_statistics(features, labels, problem.num_groups, scatter=False, copy=False))
     targets = problem.targets.to(features.device)
     residuals, losses = torch.zeros_like(targets), []
@@ -133,7 +133,7 @@ def _certified(problem: Problem, head: Head, features: Tensor, labels: Tensor) -
 
 
 def _logits(head: Head, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of some samples at a time, and their labels."""
+    """Yield logits of a block of samples, and their labels."""
     weight, bias = _double(head)
     rows = max(ELEMENTS_PER_STEP // features.shape[1], 1)
     for part, own in zip(torch.split(features, rows), torch.split(labels, rows), strict=True):
@@ -146,10 +146,10 @@ def _double(head: Head) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def said_if_slow(what: str) -> Iterator[None]:
-    """Say what is being computed once it takes long; on the first process.
+    """Report on the first process what is being computed, if it takes more than two seconds.
 
     Args:
-        what: One sentence.
+        what: The message, one sentence.
     """
     timer = Timer(_PATIENCE, rank_zero_info, (what,))
     timer.daemon = True

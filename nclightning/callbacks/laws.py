@@ -32,7 +32,7 @@ _OTHER_ARGUMENTS = frozenset(
 
 
 class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
-    r"""Logs how far a run is from laws that hold exactly along it, and its sharpness.
+    r"""Logs how far a run deviates from laws that gradient descent obeys exactly, and its sharpness.
 
     | tag | value |
     |---|---|
@@ -83,7 +83,8 @@ class OptimizerLaws(EitherMonitor[LawsAtIterates, LawsAtSteps]):
             no second derivative.
 
     Example:
-        >>> laws = OptimizerLaws(every_n_steps=10)  # For Trainer(callbacks=[laws]).
+        >>> from nclightning.callbacks import OptimizerLaws
+        >>> laws = OptimizerLaws(every_n_steps=10)  # Pass it as Trainer(callbacks=[laws]).
     """
 
     def __init__(

@@ -113,15 +113,15 @@ class LawsAtIterates(MonitorAtIterates):
         begins = self._batch is None
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if begins:
-            self._copy_before_reading(pl_module, batch, trainer.global_step)
+            self._copy_if_next_is_measured(pl_module, batch, trainer.global_step)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Read at the cadence."""
         super().on_iteration_end(trainer, pl_module, batch, iteration)
-        self._copy_before_reading(pl_module, batch, iteration)
+        self._copy_if_next_is_measured(pl_module, batch, iteration)
 
     @torch.no_grad()
-    def _copy_before_reading(self, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
+    def _copy_if_next_is_measured(self, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
         """Copy head and features if the next iterate is read."""
         if (iteration + 1) % self.every_n_iterations == 0 and _decays(pl_module) is not None:
             module = as_full_batch(pl_module)

@@ -1,4 +1,4 @@
-"""Measurements at iterates of a full-batch run: when they are taken, and how they come to the loggers."""
+"""Measurements at iterates of a full-batch run: when they are made and how they reach the loggers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Batch = tuple[Tensor, Tensor]
 class MonitorAtIterates(ProtectedHooks, Publisher):
     """Base of the callbacks that measure at stated iterates of a full-batch run.
 
-    A reading belongs to the iterate that the last accepted step left behind. Iterate 0, every
-    ``every_n_iterations``-th and the last are read. Values stay on the device and come to the host in one transfer per
-    Lightning step for all monitors of a trainer together; then they are in ``trainer.callback_metrics``. They go to
-    the loggers when all monitors are past the iterate, as one row.
-    Tags in ``log10_tags`` are logged a second time as ``log10/<tag>``.
+    A reading belongs to the iterate that the last accepted step produced. Iterate 0, every ``every_n_iterations``-th
+    iterate and the last one are measured. Values stay on the device. They are transferred to the host once per
+    Lightning step, for all monitors of a trainer together, and are then in ``trainer.callback_metrics``. The loggers
+    get the values of an iterate as one row, after all monitors have measured it. Tags in ``log10_tags`` are logged a
+    second time as ``log10/<tag>``.
 
     Args:
         every_n_iterations: Cadence.
@@ -66,7 +66,7 @@ class MonitorAtIterates(ProtectedHooks, Publisher):
         """
 
     def prepare(self, pl_module: L.LightningModule, batch: Batch) -> None:
-        """Check module and data once, before the first reading. May transfer to the host."""
+        """Check module and data once, before the first measurement. It may transfer to the host."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse modules whose batches are not the training set."""
@@ -85,7 +85,7 @@ class MonitorAtIterates(ProtectedHooks, Publisher):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Read the iterate that the run starts from: 0, or that of the checkpoint."""
+        """Measure the iterate that the run starts from: 0, or that of the checkpoint."""
         if self._batch is None:
             num_samples = as_full_batch(pl_module).num_samples
             count = count_over_ranks(len(batch[1]), batch[1].device)
@@ -100,7 +100,7 @@ class MonitorAtIterates(ProtectedHooks, Publisher):
                 self._record(trainer, pl_module, trainer.global_step)
 
     def on_iteration_end(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, iteration: int) -> None:
-        """Read at the cadence."""
+        """Measure at the cadence."""
         if iteration % self.every_n_iterations == 0:
             self._record(trainer, pl_module, iteration)
 
@@ -115,24 +115,24 @@ class MonitorAtIterates(ProtectedHooks, Publisher):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Bring the readings of this step to the loggers."""
+        """Send the readings of this step to the loggers."""
         Rows.of(trainer).flush(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the last iterate, if the cadence missed it."""
+        """Measure the last iterate if the cadence left it out."""
         if self._batch is not None and self._last_iteration != trainer.global_step:
             self._record(trainer, pl_module, trainer.global_step)
         if self._rows is not None:
             self._rows.end(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lose no reading to an interrupt or error."""
+        """Send the readings to the loggers before an interrupt or error ends the run."""
         if self._rows is not None:
             self._rows.rescue(trainer, exception)
 
     @protected
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Have all readings on disk that a resumed run will not take again; without them there is no checkpoint."""
+        """Write to disk the readings that a resumed run will not repeat. If that fails, no checkpoint is saved."""
         if self._rows is not None:
             self._rows.flush(trainer)
             written = [each.written(trainer.global_step) for each in trainer.loggers if isinstance(each, RunLogger)]
@@ -140,7 +140,7 @@ class MonitorAtIterates(ProtectedHooks, Publisher):
             self._rows.save(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Bring the last readings to the loggers and drop the batch."""
+        """Send the last readings to the loggers and drop the batch."""
         if self._rows is not None:
             self._rows.end(self)
             self._rows.save(trainer)

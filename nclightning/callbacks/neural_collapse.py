@@ -38,9 +38,11 @@ _OTHER_ARGUMENTS = frozenset(_CADENCES | {"batch_fn", "forward_fn", "on_error"})
 class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs]):
     """Logs ``nc/<stage>/nc1``, ``nc2`` and ``nc3``, or the measures chosen, with the stage train, val or test.
 
-    On our full-batch modules it reads the training set at iterates, with ``log10`` versions; where labels say groups of
-    samples that are no classes (mixed, multi-label or real targets) ``nc1_ratio`` and ``nc1_cdnv`` of the groups, and
-    ``nc2``. On any other module it makes an evaluation pass over the training set at ends of epochs: the model frozen
+    On full-batch modules of this package it measures the training set at iterates, and also logs ``log10`` of the
+    values. If the labels number groups of samples that are not classes (mixed, multi-label or real targets), it logs
+    ``nc1_ratio`` and ``nc1_cdnv`` of the groups, and ``nc2``.
+
+    On any other module it makes an evaluation pass over the training set at ends of epochs: the model frozen
     in eval mode, every sample once and in order, over all processes. All that the model remembers, random states and
     its own logs are as before, or the run stops and says what is not; a data set that draws from a generator of its own
     is moved on. In validation and test it collects the features of the ordinary forwards (of a compiled model, of one
@@ -70,14 +72,14 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
             what that follows from. What comes after the layer, such as
             a temperature, is not part of it.
         every_n_epochs: Cadence on other modules.
-        every_n_steps: Sweep also whenever ``trainer.global_step`` reaches or steps over a multiple of this.
+        every_n_steps: Measure also whenever ``trainer.global_step`` reaches or passes a multiple of this.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
             ``accuracy``, ``cosine_margin``, which need the class means first and so a second pass over the training
             set; ``("all",)`` for all. None takes ``nc1``, ``nc2`` and ``nc3``.
         source: ``"sweep"``, or ``"online"``: the training reading is of the features of the epoch's ordinary forwards,
             while weights change and in training mode, with the head of the epoch's end, and costs no forward.
-        stages: Stages to read.
-        layers: Dotted names of further modules to read.
+        stages: Stages in which to measure: ``"train"``, ``"val"`` and ``"test"``.
+        layers: Dotted names of further modules whose outputs are measured.
         layer_pooling: ``"mean"`` averages maps ``(B, C, H, W)`` over space and sequences ``(B, T, d)`` over
             positions, ``"flatten"`` takes all entries.
         batch_fn: Splits a batch into model input and labels. None takes pairs ``(x, y)`` and mappings with the labels
@@ -86,19 +88,43 @@ class NeuralCollapseMonitor(EitherMonitor[CollapseAtIterates, CollapseAtEpochs])
             language models does, with the features one position before.
         forward_fn: Runs the module on the inputs of a batch, ``(module, inputs) -> output``, where its ``forward`` is
             not what makes the logits. None calls the module.
-        datasets: Further loaders by name, swept at the same times as the training set, whether or not that is read.
+        datasets: Further loaders by name. They are measured at the same times as the training set, even if that is not.
         ood: Names among ``datasets``, or of validation and test loaders (their number, or key), that are
-            out of distribution: of them ``nc5`` is read, and their labels are not looked at.
+            out of distribution: ``nc5`` of them is measured, and their labels are ignored.
         pictures_every_n_epochs: Cadence of a picture of the angles between class means and head, under
             ``nc/train/angles``, for the loggers that take pictures (:mod:`nclightning.pictures`); None draws none.
         ignore_index: Label of samples to leave out; -100 is what torch's cross-entropy leaves out.
         global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
         between_weights: The same: ``"uniform"`` or ``"count"``.
-        on_error: ``"raise"``, or ``"warn"``: say in one sentence why a reading failed, leave it out, and go on
+        on_error: ``"raise"``, or ``"warn"``: if a measurement fails, warn with the reason, leave it out, and go on
             training.
 
     Raises:
         ValueError: If an argument is out of range, the head or a layer cannot be found, or labels do not fit the head.
+
+    Example:
+        >>> import lightning as L
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from nclightning.callbacks import NeuralCollapseMonitor
+        >>> class Classifier(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        ...     def forward(self, x):
+        ...         return self.model(x)
+        ...     def training_step(self, batch, batch_idx):
+        ...         return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> loader = DataLoader(TensorDataset(torch.randn(30, 5), torch.arange(30) % 3), batch_size=10)
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        ...          "enable_model_summary": False}
+        >>> trainer = L.Trainer(max_epochs=1, accelerator="cpu", log_every_n_steps=1,
+        ...                     callbacks=[NeuralCollapseMonitor()], **quiet)
+        >>> trainer.fit(Classifier(), loader)
+        >>> sorted(trainer.callback_metrics)
+        ['nc/train/nc1', 'nc/train/nc2', 'nc/train/nc3']
     """
 
     separation = ", or give NeuralCollapseMonitor(measures=..., stages=..., datasets=...) that do not overlap"

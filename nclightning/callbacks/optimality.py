@@ -49,10 +49,11 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     | ``line_search/step_size`` | step that led to the iterate; nan at iterate 0 |
     | ``line_search/evaluations`` | evaluations of F and its gradient since the run began |
 
-    The problem is the module's: any loss, targets, counts and bias. Where its optimum has no formula it is found once,
-    before training. Where it is not known, as with fewer features than the optimal logits need, that is said once, and
-    ``optimality/certified_gap`` takes the place of gap and distance: at least F - F*, and right to the rounding of F,
-    about 1e-16 of it. Where they are known it is left out: it would make a reading half as dear again.
+    The problem is that of the module: any loss, targets, counts and bias. If its optimum has no formula, a solver finds
+    it once, before training. If the optimum is not known, as with fewer features than the optimal logits
+    need, a message says so once, and ``optimality/certified_gap`` is logged instead of gap and distance: a number that
+    is at least F - F*, and exact up to the rounding of F, about 1e-16 of it. It is left out if gap and distance are
+    known, because it would make a measurement about 1.5 times as expensive.
 
     All these are computed in float64 whatever the precision of the run. The line-search tags appear for optimizers that
     report an ``outcome``.
@@ -107,7 +108,20 @@ class OptimalityMonitor(EitherMonitor[OptimalityAtIterates, OptimalityAtEpochs])
     Raises:
         ValueError: If an argument is out of range; at the start of a fit if the theory does not cover what the module
             trains; of other modules with the first batch if head, targets or labels do not fit, and at the end of an
-            epoch if a label of a later batch is no class.
+            epoch if a label of a later batch is not a class.
+
+    Example:
+        >>> import lightning as L
+        >>> from nclightning.callbacks import OptimalityMonitor
+        >>> from nclightning.data import IndexDataModule
+        >>> from nclightning.models import UFM
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        ...          "enable_model_summary": False}
+        >>> trainer = L.Trainer(max_steps=200, accelerator="cpu", callbacks=[OptimalityMonitor()], **quiet)
+        >>> model = UFM(num_classes=3, samples_per_class=5, feature_dim=4, loss="mse", lambda_=0.01)
+        >>> trainer.fit(model, IndexDataModule())
+        >>> bool(trainer.callback_metrics["optimality/gap"] < 1e-6)
+        True
     """
 
     def __init__(

@@ -53,12 +53,12 @@ class OptimalityAtIterates(MonitorAtIterates):
         self._theory = theory
         self._rule = StopRule(stop_distance, stop_at_floor, every_n_iterations)
         self._gaps: Gaps | None = None
-        self._told = False  # Whether it has been said that there are no gap and distance.
+        self._is_reported = False  # Whether it has been reported that gap and distance are not known.
         self._decay = PredictedDecay()
-        self._is_checked = False  # Whether what is trained has been compared with the problem.
+        self._is_checked = False  # Whether the trained parameters have been compared with the problem.
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse an optimizer whose optimum is another."""
+        """Refuse an optimizer that leaves out parameters of the problem, or has a penalty of its own."""
         self._is_checked = False
         if self._theory:
             check_optimizer(pl_module)
@@ -116,8 +116,8 @@ class OptimalityAtIterates(MonitorAtIterates):
             return
         self._gaps.check(batch[1])
         check_features(pl_module, batch[0])
-        if self._gaps.missing is not None and not self._told:
-            self._told = True
+        if self._gaps.missing is not None and not self._is_reported:
+            self._is_reported = True
             rank_zero_info(
                 f"Gap and distance are not known: {self._gaps.missing.reason} {CERTIFIED_GAP.tag()} is logged "
                 "instead, F minus a lower bound of its minimum that the iterate itself certifies."

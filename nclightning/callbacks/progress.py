@@ -15,16 +15,24 @@ __all__ = ["IterationProgressBar"]
 
 
 class IterationProgressBar(DescribedProgressBar):
-    """Rich progress bar that counts gradient-descent iterations up to ``trainer.max_steps``."""
+    """Rich progress bar that counts gradient-descent iterations up to ``trainer.max_steps``.
+
+    Example:
+        >>> import lightning as L
+        >>> from nclightning.callbacks import IterationProgressBar
+        >>> trainer = L.Trainer(max_steps=1000, accelerator="cpu", logger=False, callbacks=[IterationProgressBar()])
+        >>> type(trainer.progress_bar_callback).__name__
+        'IterationProgressBar'
+    """
 
     def __init__(self) -> None:
         super().__init__()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a trainer that does not know the bar.
+        """Refuse a trainer that cannot use this bar.
 
         Raises:
-            ValueError: If it is of ``pytorch_lightning``.
+            ValueError: If the trainer is that of ``pytorch_lightning``.
         """
         if is_of_twin(trainer):
             raise UserError(
@@ -34,7 +42,7 @@ class IterationProgressBar(DescribedProgressBar):
         super().setup(trainer, pl_module, stage)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Show the last reading of the distance, or of the objective where there is none: one fits in a line."""
+        """Show the last distance, or the last objective if there is no distance. The bar has space for one value."""
         for name, tag in ((each.text, each.tag()) for each in (DISTANCE, LOSS)):
             if tag in trainer.callback_metrics:
                 return {name: f"{float(trainer.callback_metrics[tag]):.1e}"}

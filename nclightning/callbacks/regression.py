@@ -50,6 +50,20 @@ class RegressionCollapseMonitor(EitherMonitor[RegressionAtIterates, RegressionAt
     Raises:
         ValueError: If a cadence is below 1; at the start of a fit, if there are several training loaders; with the
             first batch, if the head cannot be found or there is not one row of targets for each row of features.
+
+    Example:
+        >>> import lightning as L
+        >>> from nclightning.callbacks import RegressionCollapseMonitor
+        >>> from nclightning.data import IndexDataModule
+        >>> from nclightning.models import UFM
+        >>> from nclightning.problems import regression
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        ...          "enable_model_summary": False}
+        >>> trainer = L.Trainer(max_steps=200, accelerator="cpu", callbacks=[RegressionCollapseMonitor()], **quiet)
+        >>> problem = regression([[0.0], [1.0], [3.0]], feature_dim=2, lambda_w=0.01, lambda_h=0.01)
+        >>> trainer.fit(UFM(problem=problem), IndexDataModule())
+        >>> [tag for tag in trainer.callback_metrics if tag.startswith("nrc/")]
+        ['nrc/train/nrc1', 'nrc/train/nrc2', 'nrc/train/nrc3', 'nrc/train/gamma', 'nrc/train/rank']
     """
 
     def __init__(

@@ -87,7 +87,7 @@ class TrainingLoss:
 
 
 class Sharpness:
-    """Reads the sharpness of a run, without a trace in it.
+    """Computes the sharpness of a run without changing the run.
 
     The objective is the loss with the coupled weight decay of the optimizer, as a function of all parameters that it
     trains. The module stays in its modes, as it trains: batch norm takes the statistics of the batch. Random numbers,
@@ -96,14 +96,14 @@ class Sharpness:
     Args:
         loss: Evaluates the loss of a module with its graph.
         tolerance: Relative error of the eigenvalue.
-        max_products: End Lanczos' method unconverged after so many products with the Hessian.
+        max_products: Largest number of products with the Hessian, after which Lanczos' method ends unconverged.
     """
 
     def __init__(
         self, loss: Callable[[L.LightningModule], Tensor], tolerance: float = 1e-4, max_products: int = 200
     ) -> None:
         self.loss, self._options = loss, {"tolerance": tolerance, "max_products": max_products}
-        self._told = set[str]()
+        self._reported = set[str]()
 
     def read(self, pl_module: L.LightningModule) -> dict[str, Tensor | float]:
         """Read ``laws/sharpness`` and, where a limit is known, ``laws/sharpness_over_limit``.
@@ -162,7 +162,7 @@ class Sharpness:
         return found.largest[0]
 
     def _tell(self, sentence: str) -> None:
-        """Say something once."""
-        if sentence not in self._told:
-            self._told.add(sentence)
+        """Report a sentence once."""
+        if sentence not in self._reported:
+            self._reported.add(sentence)
             rank_zero_info(sentence)

@@ -1,6 +1,6 @@
-"""What ``python -m nclightning`` can do, each command in a module that is imported when the command is run.
+"""The commands of ``python -m nclightning``. The module of a command is imported only when the command runs.
 
-The libraries that one command needs take longer to load than most others take to run.
+The libraries that one command needs take longer to import than most other commands take to run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["COMMANDS", "TRAINING", "run_training"]
 
 def _of(module: str, function: str) -> Callable[[Any], None]:
     def run(words: Any) -> None:
-        """Import the command, and run it with these words."""
+        """Import the command and run it with these arguments."""
         with _without_garbage_collection():
             command = getattr(import_module(f"nclightning.{module}"), function)
         command(words)
@@ -44,7 +44,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-# These train nothing themselves; they are called with the words behind their names.
+# Commands that do not train. They are called with the arguments that follow their names.
 COMMANDS = {
     "measure": _of("series.command", "measure_files"),
     "reproduce": _of("commands.reproduce", "reproduce_figures"),
@@ -52,6 +52,6 @@ COMMANDS = {
     "report": _of("commands.report", "report_runs"),
     "theory": _of("commands.theory", "print_theory"),
 }
-# One parser of Lightning takes all words, or None for those of the process.
+# Commands of Lightning. They share one parser, which takes all arguments; None stands for those of the process.
 TRAINING = ("fit", "validate", "test")
 run_training = _of("commands.training", "run_training")

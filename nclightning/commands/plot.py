@@ -20,17 +20,17 @@ __all__ = ["plot_runs"]
 
 _GAPS = {GAP.tag(), CERTIFIED_GAP.tag()}
 _COLLAPSE = {each.tag("train") for each in (NC1, NC2, NC3)}
-_MOST_TABLES = 12  # More runs share one table.
+_MOST_TABLES = 12  # If there are more runs, one table summarises them.
 
 
 def plot_runs(words: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        words: Behind ``plot``.
+        words: Arguments that follow ``plot``.
 
     Raises:
-        ValueError: In one sentence, for what cannot be drawn.
+        ValueError: If a run cannot be read or drawn, or a file cannot be written.
     """
     parser = command_parser(
         "plot",
@@ -64,7 +64,7 @@ def plot_runs(words: Sequence[str]) -> None:
 
 
 def _read_runs(folders: Sequence[str]) -> list[Run]:
-    """Read run folders, of many only what is drawn."""
+    """Read run folders. If there are many, keep only the readings that are drawn."""
     if len(folders) <= _MOST_TABLES:
         return [read_run(folder) for folder in folders]
     fit = partial(fit_straight, most_points=150)

@@ -16,10 +16,10 @@ def report_runs(words: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        words: Behind ``report``.
+        words: Arguments that follow ``report``.
 
     Raises:
-        ValueError: In one sentence, for what cannot be read or written.
+        ValueError: If a run cannot be read, or the page cannot be written.
     """
     parser = command_parser(
         "report",

@@ -17,10 +17,10 @@ def reproduce_figures(words: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        words: Behind ``reproduce``.
+        words: Arguments that follow ``reproduce``.
 
     Raises:
-        ValueError: In one sentence, for what cannot be run.
+        ValueError: If an argument is out of range, or if runs did not finish.
     """
     parser = command_parser(
         "reproduce",

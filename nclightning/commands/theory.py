@@ -1,4 +1,4 @@
-"""``python -m nclightning theory``: what is predicted for a problem."""
+"""``python -m nclightning theory``: the predictions of the theory for a problem."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["print_theory"]
 
-_LONG = 400**2  # Groups times classes from which on an optimum may take minutes.
+_LONG = 400**2  # Product of groups and classes above which the optimum may take minutes to compute.
 
 
 def print_theory(words: Sequence[str]) -> None:
     """Run the command.
 
     Args:
-        words: Behind ``theory``.
+        words: Arguments that follow ``theory``.
 
     Raises:
-        ValueError: In one sentence, for a problem that cannot be made, and a picture that cannot be drawn.
+        ValueError: If the options describe no problem, or if the picture cannot be drawn.
     """
     parser = command_parser(
         "theory",
@@ -86,6 +86,6 @@ def print_theory(words: Sequence[str]) -> None:
 
 @contextmanager
 def _waiting(problem: UFMProblem | Problem) -> Iterator[None]:
-    """Say on a terminal that something is being computed."""
+    """Show on a terminal that a computation is running."""
     with nullcontext() if isinstance(problem, UFMProblem) else Console(stderr=True).status("computing"):
         yield

@@ -1,4 +1,4 @@
-"""Pictures and rates from recorded runs. Reads run folders; never imports Lightning."""
+"""Pictures and rates of recorded runs. This package reads run folders and never imports Lightning."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The paper's figures: the gap of several runs against lambda, and the collapse of each."""
+"""The paper's figures: the gap of several runs with different lambda, and NC1-NC3 of each run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nclightning.quantities import CERTIFIED_GAP, GAP, NC1, NC2, NC3
 
 __all__ = ["draw_collapse", "draw_gaps"]
 
-# More curves in a panel, or more panels of a run each, are no picture any more.
+# A figure with more curves in a panel, or with more panels of one run each, is not legible.
 _MOST_CURVES, _MOST_RUNS = 20, 12
-# Where the minimum is not known, a bound takes its place.
+# If the minimum is not known, the certified gap, an upper bound of the gap, is drawn.
 _GAPS = {GAP.tag(): "", CERTIFIED_GAP.tag(): ", certified"}
 _COLLAPSE = {each.tag("train"): each.latex for each in (NC1, NC2, NC3)}
 
@@ -28,17 +28,30 @@ _COLLAPSE = {each.tag("train"): each.latex for each in (NC1, NC2, NC3)}
 def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
     """Draw the optimality gap against the iteration: one panel per loss, one curve per run (paper, Figures 1 and 2).
 
-    More than 20 runs get small panels by setting, with median and range.
+    More than 20 runs are drawn in small panels, one per setting, with the median and the range of its runs.
 
     Args:
-        runs: Their ``optimality/gap`` is drawn, in the order given; ``optimality/certified_gap`` of those without.
-        path: Where to write, without ending.
+        runs: Runs in the order of the legend. Their ``optimality/gap`` is drawn, or ``optimality/certified_gap`` if
+            that is what they recorded.
+        path: Path of both files, without an extension.
 
     Returns:
         The PNG and the PDF.
 
     Raises:
-        ValueError: If there is no run, or one has no gap.
+        ValueError: If no runs are given, or if a run has no gap.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, draw_gaps, summarize
+        >>> iterations = np.arange(0.0, 100.0, 5.0)
+        >>> readings = Readings(iterations, {"optimality/gap": 0.8**iterations})
+        >>> run = Run(Path("version_0"), readings, summarize(readings), {"loss": "mse"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in draw_gaps([run], Path(folder, "gaps"))]
+        ['gaps.png', 'gaps.pdf']
     """
     losses = list(dict.fromkeys(run.loss for run in _having(runs, tuple(_GAPS))))
     if len(runs) > _MOST_CURVES:
@@ -60,17 +73,29 @@ def draw_gaps(runs: Sequence[Run], path: str | Path) -> list[Path]:
 def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
     """Draw NC1, NC2 and NC3 against the iteration, one panel per run (paper, Figures 3 and 4).
 
-    More than 12 runs get small panels by setting, with median and range.
+    More than 12 runs are drawn in small panels, one per setting, with the median and the range of its runs.
 
     Args:
-        runs: Those of their metrics that were recorded are drawn.
-        path: Where to write, without ending.
+        runs: Runs in the order of the panels. Each has recorded at least one of the three.
+        path: Path of both files, without an extension.
 
     Returns:
         The PNG and the PDF.
 
     Raises:
-        ValueError: If there is no run, or one has none of the metrics.
+        ValueError: If no runs are given, or if a run has recorded none of the three.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, draw_collapse, summarize
+        >>> iterations = np.arange(0.0, 100.0, 5.0)
+        >>> readings = Readings(iterations, {"nc/train/nc1": 0.8**iterations})
+        >>> run = Run(Path("version_0"), readings, summarize(readings), {"loss": "mse"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in draw_collapse([run], Path(folder, "collapse"))]
+        ['collapse.png', 'collapse.pdf']
     """
     if len(_having(runs, tuple(_COLLAPSE))) > _MOST_RUNS:
         return draw_bands(runs, _COLLAPSE, "NC metrics", Path(path))
@@ -79,7 +104,9 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
             for i, (tag, label) in enumerate(_COLLAPSE.items()):
                 if tag in run.readings.values:
                     _draw_curve(axes, run, tag, label, i)
-            separator = ", " if run.loss in LOSSES else "\n"  # Others take a line for themselves.
+            separator = (
+                ", " if run.loss in LOSSES else "\n"
+            )  # Other losses have long names and get a line of their own.
             axes.set_title(separator.join(filter(None, (LOSSES.get(run.loss, run.loss), run.penalties))))
             axes.set_ylabel("NC metrics")
             add_legend(axes)
@@ -88,7 +115,7 @@ def draw_collapse(runs: Sequence[Run], path: str | Path) -> list[Path]:
 
 
 def _having(runs: Sequence[Run], tags: tuple[str, ...]) -> Sequence[Run]:
-    """Return the runs; refuse those without what is to be drawn."""
+    """Return the runs; refuse a run that recorded none of the tags."""
     if not runs:
         raise UserError("give at least one run.")
     for run in runs:
@@ -102,7 +129,7 @@ def _any_has(runs: Sequence[Run], tag: str) -> bool:
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """Penalties; with the folder where several runs have the same ones."""
+    """Return the penalties of each run, with the name of its folder if several runs have the same penalties."""
     penalties = [run.penalties for run in runs]
     return [
         label if penalties.count(label) == 1 or label == run.name else f"{label}, {run.name}"
@@ -121,7 +148,7 @@ def _draw_curve(axes: Axes, run: Run, tag: str, label: str, index: int) -> None:
         values,
         color=color,
         ls=dashes,
-        marker=MARKERS[(index + index // len(STYLES)) % len(MARKERS)],  # Another one in the second round.
+        marker=MARKERS[(index + index // len(STYLES)) % len(MARKERS)],  # Colours repeat; markers then differ.
         markevery=_marker_places(iterations),
         label=f"{label}  ({_describe(fit)})",
     )
@@ -135,7 +162,7 @@ def _describe(fit: LinearFit | None) -> str:
 
 
 def _marker_places(iterations: np.ndarray[Any, np.dtype[np.float64]]) -> list[int]:
-    """A few readings at equal distances of the iteration, whatever the cadence."""
+    """Return the indices of a few readings that are evenly spaced in iterations, at any cadence."""
     if len(iterations) == 0:
         return []
     wanted = np.linspace(iterations[0], iterations[-1], 7)[1:-1]

@@ -19,23 +19,32 @@ from nclightning.quantities import CONVERGING, GAP
 __all__ = ["draw_convergence"]
 
 _DPI = 150
-# Colours that stay apart in the common kinds of colour blindness, and dashes that stay apart in grey.
+# Colours that are distinct in the common kinds of colour blindness, and dashes that are distinct in grey.
 _STYLES = (("#0072B2", "-"), ("#D55E00", (0, (6, 2))), ("#009E73", (0, (2, 1.5))))
 
 
 def draw_convergence(run: str | Path, path: str | Path | None = None, title: str = "") -> Path:
-    """Draw gap, distance, gradient norm and NC1-NC3 on log axes, with the fitted lines.
+    r"""Draw gap, distance, gradient norm and NC1-NC3 on log axes, with the fitted lines.
 
     Args:
         run: Run folder with ``readings.csv``.
-        path: Where to write; None is ``convergence.png`` in the run folder. The ending decides the format.
-        title: Line above the panels.
+        path: File to write; None is ``convergence.png`` in the run folder. The extension decides the format.
+        title: Title above the panels.
 
     Returns:
-        Where it was written.
+        The file.
 
     Raises:
-        ValueError: If the run has no readings, or none of the quantities drawn.
+        ValueError: If the run has no readings, or none of these quantities.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from nclightning.figures import draw_convergence
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "readings.csv").write_text("iteration,optimality/gap\n0,1.0\n10,0.1\n")
+        ...     draw_convergence(folder).name
+        'convergence.png'
     """
     readings = read_readings(run)
     summary = summarize(readings)
@@ -43,7 +52,7 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     for tag in summary.last:
         panels.setdefault(CONVERGING[tag].chart, []).append(tag)
     if not panels:
-        raise UserError(f"{run} has none of the readings {', '.join(CONVERGING)}.")
+        raise UserError(f"{run} has no readings of {', '.join(CONVERGING)}.")
     figure = Figure(figsize=(5.6 * len(panels), 4.2), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, (name, tags) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
@@ -53,17 +62,17 @@ def draw_convergence(run: str | Path, path: str | Path | None = None, title: str
     path = Path(run) / "convergence.png" if path is None else Path(path)
     with replaced(path) as partial:
         if path.suffix == ".png":
-            canvas.print_png(partial)  # type: ignore[no-untyped-call] # The same bytes as of savefig, which draws twice.
+            canvas.print_png(partial)  # type: ignore[no-untyped-call] # Gives the bytes of savefig, which draws twice.
         else:
             figure.savefig(partial, dpi=_DPI)
     return path
 
 
 def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, tags: Sequence[str]) -> None:
-    # The certified gap is recorded only where the gap is not known, so that they are three.
+    # The certified gap is recorded only if the gap is not known, so a panel has at most three curves.
     for tag, (color, dashes) in zip(tags, _STYLES, strict=False):
         values = readings.values[tag]
-        shown = np.isfinite(values) & (values > 0)  # Rows of another cadence have no value, and would tear the curve.
+        shown = np.isfinite(values) & (values > 0)  # Rows of another cadence have no value.
         fit = summary.fits[tag]
         label = CONVERGING[tag].text_with_formula
         if fit is not None:
@@ -82,7 +91,7 @@ def _draw_panel(axes: Axes, readings: Readings, summary: RunSummary, name: str, 
 
 
 def _draw_prediction(axes: Axes, readings: Readings, summary: RunSummary) -> None:
-    """The predicted decay, through the middle of the fitted line of the gap."""
+    """Draw the predicted decay through the middle of the fitted line of the gap."""
     curve = predicted_gap(readings, summary)
     if curve is None:
         return

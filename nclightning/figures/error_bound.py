@@ -1,4 +1,4 @@
-"""The error bound against what was measured."""
+"""The picture of the error bound and of measured quotients."""
 
 from __future__ import annotations
 
@@ -14,23 +14,34 @@ from nclightning.figures.runs import LOSSES
 
 __all__ = ["draw_error_bound"]
 
-# Loss and number of classes -> relative distances, and the quantity against them.
+# (loss, number of classes) -> (relative distances, the quotient at each of them).
 Curves = Mapping[tuple[str, int], tuple[Array, Array]]
 
 
 def draw_error_bound(perturbed: Curves, descents: Curves, threshold: Curves, path: str | Path) -> list[Path]:
     r"""Draw :math:`\mu\,\mathrm{dist} / \|\nabla F\|` against the distance, one panel per loss; 1 is the bound.
 
-    A third panel has the quotient without mu where ``K q = 1`` and no bound holds.
+    The last panel shows the quotient without mu at the threshold ``K q = 1``, where mu is zero and there is no bound.
 
     Args:
-        perturbed: Perturbed optima, drawn as dots.
-        descents: Runs of gradient descent, drawn as lines.
-        threshold: Points along the flat direction at the threshold.
-        path: Where to write, without ending.
+        perturbed: Curves of perturbed optima, drawn as dots. A key is a loss, ``"mse"`` or ``"ce"``, and the number of
+            classes K; a value is a pair of arrays, distances and quotients.
+        descents: Curves of runs of gradient descent, drawn as lines, with the same keys.
+        threshold: Curves along the flat direction at the threshold.
+        path: Path of both files, without an extension.
 
     Returns:
         The PNG and the PDF.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import draw_error_bound
+        >>> curves = {("mse", 4): (np.array([1e-4, 1e-2]), np.array([0.99, 0.9]))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in draw_error_bound(curves, curves, curves, Path(folder, "bound"))]
+        ['bound.png', 'bound.pdf']
     """
     losses = list(dict.fromkeys(loss for loss, _ in descents))
     with panels(len(losses) + 1, most_columns=3) as (figure, grid):

@@ -1,4 +1,4 @@
-"""Figures of many runs: small panels by setting, each with the median and the range of its runs."""
+"""Figures of many runs: one small panel per setting, with the median and the range of its runs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["Group", "draw_bands", "group_runs", "thinned"]
 _MOST_PANELS = 24
 _COLUMNS = 6
 _PANEL = (2.7, 2.5)  # Inches.
-_PLACES = 200  # Along the iterations.
+_PLACES = 200  # Iterations at which a band is drawn.
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one setting, or of neighbouring ones where there are too many settings.
+    """Runs of one setting, or of neighbouring settings if there are too many.
 
     Attributes:
-        title: Of its panel, in mathtext.
-        runs: Them.
+        title: Title of the panel, in mathtext.
+        runs: The runs.
     """
 
     title: str
@@ -36,13 +36,24 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Put runs of the same setting together, and neighbouring settings until there are few groups.
+    """Group runs by setting. Neighbouring settings are merged if there are more than 24.
 
     Args:
-        runs: At least one.
+        runs: At least one run.
 
     Returns:
         At most 24 groups, ordered by loss, sizes and penalties.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, group_runs, summarize
+        >>> readings = Readings(np.array([0.0]), {})
+        >>> losses = {"version_0": "mse", "version_1": "ce", "version_2": "mse"}
+        >>> runs = [Run(Path(name), readings, summarize(readings), {"loss": loss, "lambda_w": 0.1, "lambda_h": 0.1})
+        ...         for name, loss in losses.items()]
+        >>> [[run.name for run in group.runs] for group in group_runs(runs)]
+        [['version_1'], ['version_0', 'version_2']]
     """
     ordered = sorted(runs, key=lambda run: (run.loss, run.sizes, *run.strength, run.penalties))
     losses: dict[str, dict[tuple[str, str], list[Run]]] = {}
@@ -62,7 +73,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _merged(groups: Sequence[Group]) -> list[Group]:
-    """Losses with few settings each may still be too many panels."""
+    """Merge neighbouring groups: many losses with few settings each may still give too many panels."""
     parts = np.array_split(np.arange(len(groups)), _MOST_PANELS)
     merged = [[run for i in part for run in groups[i].runs] for part in parts]
     return [Group(_title(runs, same_sizes=True), runs) for runs in merged]
@@ -81,13 +92,22 @@ def _title(runs: Sequence[Run], same_sizes: bool) -> str:
 
 
 def thinned(run: Run) -> Run:
-    """Keep of a run what a band needs, so that many fit into memory.
+    """Drop most readings of a run, so that many runs fit into memory.
 
     Args:
-        run: With all readings.
+        run: The run with all its readings.
 
     Returns:
-        The same with a few hundred readings of what converges.
+        The run with at most 400 evenly spaced readings of the quantities that converge.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, summarize, thinned
+        >>> readings = Readings(np.arange(10_000.0), {"nc/train/nc1": np.ones(10_000)})
+        >>> run = Run(Path("version_0"), readings, summarize(readings), {})
+        >>> len(thinned(run).readings.iterations)
+        400
     """
     at = np.unique(np.linspace(0, len(run.readings.iterations) - 1, 2 * _PLACES).round().astype(int))
     values = {tag: run.readings.values[tag][at] for tag in CONVERGING if tag in run.readings.values}
@@ -95,13 +115,13 @@ def thinned(run: Run) -> Run:
 
 
 def draw_bands(runs: Sequence[Run], tags: Mapping[str, str], label: str, path: Path) -> list[Path]:
-    """Draw quantities of many runs: the median as a line, the range from the least to the greatest as a band.
+    """Draw quantities of many runs: the median as a line, the range from the least to the greatest value as a band.
 
     Args:
-        runs: Of any number.
-        tags: What is drawn, with its name in the legend.
-        label: Of the ordinate.
-        path: Where to write, without ending.
+        runs: Any number of runs.
+        tags: Tags of the quantities, with the name of each in the legend.
+        label: Label of the vertical axis.
+        path: Path of both files, without an extension.
 
     Returns:
         The PNG and the PDF.
@@ -122,7 +142,7 @@ def draw_bands(runs: Sequence[Run], tags: Mapping[str, str], label: str, path: P
         handles, names = grid[0].get_legend_handles_labels()
         if len(tags) > 1:
             figure.legend(handles, names, loc="outside upper center", ncols=len(tags))
-        add_caption(figure, runs, "line: median while half of the runs last, band: least to greatest")
+        add_caption(figure, runs, "line: median, until half of the runs have ended; band: least to greatest value")
         return save(figure, path)
 
 
@@ -140,7 +160,7 @@ def _draw_band(axes: Axes, readings: Sequence[Readings], tag: str, name: str, co
     there = np.isfinite(values).sum(axis=0)
     places, values, there = places[there > 0], values[:, there > 0], there[there > 0]
     middle, least, greatest = (10.0 ** of(values, axis=0) for of in (np.nanmedian, np.nanmin, np.nanmax))
-    # Where most runs have ended, the median would jump with each that ends.
+    # Once most runs have ended, the median would jump whenever another one ends.
     middle[2 * there < len(values)] = np.nan
     axes.fill_between(places, least, greatest, color=color, alpha=0.2, lw=0)
     axes.plot(places, middle, color=color, ls=dashes, lw=1.2, label=name)

@@ -1,4 +1,4 @@
-"""The same problem with several optimizers: the gap, and the sum of the head's rows."""
+"""The picture of several optimizers on one problem: the gap, and the sum of the head's rows."""
 
 from __future__ import annotations
 
@@ -22,15 +22,27 @@ _GAP, _NC0 = GAP.tag(), NC0.tag("train")
 def draw_optimizers(runs: Mapping[str, Mapping[str, Run]], path: str | Path) -> list[Path]:
     """Draw the gap with its predicted decay above, and NC0 below, one column per loss.
 
-    The iterations of the upper panels end with the last curve whose decay is predicted.
+    The upper panels end at the last iteration of the runs whose decay is predicted.
 
     Args:
-        runs: By loss and by name of the optimizer, of which there are at most seven; with NC0, and the gap unless the
-            objective has no minimum. The penalties of the first are the title.
-        path: Where to write, without ending.
+        runs: Runs by loss and then by name of the optimizer, at most seven for a loss. Each has recorded NC0, and the
+            gap unless its objective has no minimum. The title shows the penalties of the first run.
+        path: Path of both files, without an extension.
 
     Returns:
         The PNG and the PDF.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, draw_optimizers, summarize
+        >>> iterations = np.arange(0.0, 100.0, 5.0)
+        >>> readings = Readings(iterations, {"optimality/gap": 0.8**iterations, "nc/train/nc0": 0.9**iterations})
+        >>> run = Run(Path("version_0"), readings, summarize(readings), {"loss": "mse"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [path.name for path in draw_optimizers({"mse": {"SGD": run}}, Path(folder, "optimizers"))]
+        ['optimizers.png', 'optimizers.pdf']
     """
     lines = 1 + max(map(len, runs.values()))
     with panels(2 * len(runs), most_columns=len(runs), legend_lines=lines) as (figure, grid):

@@ -1,4 +1,4 @@
-"""The optimum of any problem, as a table and in words."""
+"""The optimum of a problem, as a table and in sentences."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from nclightning.problems.coincidence import coinciding_groups
 
 __all__ = ["no_answer", "optimum_parts", "threshold_parts"]
 
-_MOST_RANGES = 12  # Of classes in a sentence.
+_MOST_RANGES = 12  # Largest number of ranges of classes in a sentence.
 _MOST_SENTENCES = 6
-_MOST_MEANS = 2000  # Between which all angles are taken.
-_ACCURACY = 1e-6  # Of thresholds, relative.
+_MOST_MEANS = 2000  # Largest number of means whose pairwise angles are computed.
+_ACCURACY = 1e-6  # Relative accuracy of thresholds.
 _EPSILON = torch.finfo(torch.float64).eps
-_LOWEST = 1e-2  # In units of the penalties given, or of the threshold if they are above it.
+_LOWEST = 1e-2  # Where the search begins, relative to the given penalties, or to the threshold if that is smaller.
 
 
 def optimum_parts(problem: Problem) -> Iterator[Table | Text]:
-    """Say what the optimum is, or why that is not known and what is known instead.
+    """Describe the optimum, or say why it is not known and what is known instead.
 
     Args:
-        problem: Any.
+        problem: The problem.
 
     Yields:
-        For a rich console.
+        Tables and paragraphs for a rich console.
     """
     try:
         optimum = problem.optimum
@@ -43,7 +43,7 @@ def optimum_parts(problem: Problem) -> Iterator[Table | Text]:
         return
     table = titled_table("The optimum", "", "value", "")
     table.add_row("minimum F*", f"{problem.optimal_value:.10g}", "")
-    # The certificate has a rounding of its own.
+    # The certificate cannot be more accurate than the rounding of F*.
     gap = max(optimum.duality_gap, _EPSILON * abs(problem.optimal_value))
     certified = f"certified to {gap:.1g}" if math.isfinite(optimum.duality_gap) else ""
     table.add_row("found by", "a formula" if optimum.method == "closed form" else "the solver", certified)
@@ -71,7 +71,7 @@ def no_answer(missing: NoAnswer) -> Text:
     """Write why a question has no answer.
 
     Args:
-        missing: What was raised.
+        missing: The exception.
 
     Returns:
         A paragraph.
@@ -83,14 +83,14 @@ def threshold_parts(problem: Problem) -> Iterator[Table | Text]:
     """List the penalties at which the rank of the optimal logits falls.
 
     Args:
-        problem: Any.
+        problem: The problem.
 
     Yields:
-        For a rich console.
+        A table for a rich console, or a paragraph that says why there is none.
     """
     product, highest = problem.strength**2, problem.threshold
     lowest = _LOWEST * min(product, highest)
-    if not lowest > 0:  # The optimum is zero without any penalties.
+    if not lowest > 0:  # The optimum is zero for all penalties.
         return
     try:
         found = rank_thresholds(problem, lowest, _ACCURACY)
@@ -99,7 +99,7 @@ def threshold_parts(problem: Problem) -> Iterator[Table | Text]:
         yield no_answer(missing)
         return
     table = titled_table("Where the rank of the logits falls", "from lambda_w lambda_h on", "rank", "")
-    # Where several directions vanish at once the last rank counts. Bisection ends within its accuracy of the threshold.
+    # If several directions vanish at once, the lowest rank is shown. Bisection may end slightly above the threshold.
     falls = {f"{min(value, highest):.5g}": below - 1 for below, value in sorted(found.items(), reverse=True)}
     rows = [(float(value), each, "zero" if each == 0 else "") for value, each in falls.items()]
     for value, each, note in sorted([*rows, (product, rank, "as given")]):
@@ -109,7 +109,7 @@ def threshold_parts(problem: Problem) -> Iterator[Table | Text]:
 
 
 def _add_geometry(table: Table, problem: Problem) -> None:
-    """Lengths and angles, which are the same at every optimum unless few features leave a choice."""
+    """Add norms and angles. They are the same at every optimum if d is at least the rank of the optimum."""
     optimal = problem.optimal_set
     if not optimal.optimum.rank or problem.feature_dim < optimal.optimum.rank:
         return
@@ -128,7 +128,7 @@ def _add_geometry(table: Table, problem: Problem) -> None:
 
 
 def _coincidences(problem: Problem) -> list[Text]:
-    """Say which groups vanish, and which share a feature."""
+    """Say which groups have zero features, and which groups share a feature."""
     vanished, shared = coinciding_groups(problem)
     one, several = ("Class", "Classes") if problem.groups_are_classes else ("Group", "Groups")
     if len(vanished) == int(problem.present.sum()):
@@ -148,7 +148,7 @@ def _coincidences(problem: Problem) -> list[Text]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with runs of three and more as ranges: ``"0, 3, 5-9"``."""
+    """Write ascending numbers, three or more consecutive ones as a range: ``"0, 3, 5-9"``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -161,13 +161,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _span(values: Tensor) -> str:
-    """Write the least and the greatest number."""
+    """Write the least and the greatest value."""
     ends = [f"{0.0 if abs(value) < 1e-12 else value:.4g}" for value in (float(values.min()), float(values.max()))]
     return " to ".join(dict.fromkeys(ends))
 
 
 def _known(problem: Problem) -> Iterator[Table]:
-    """The threshold, and the minimum of more features, which is a lower bound."""
+    """Tabulate the threshold, and the minimum for larger d, which is a lower bound of F*."""
     table = titled_table("What is known", "", "value", "")
     with suppress(NoAnswer):
         _add_threshold(table, problem)

@@ -1,4 +1,4 @@
-"""Panels in the style of print, written as PNG and PDF."""
+"""Panels in the style of a printed paper, written as PNG and PDF."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nclightning.files import replaced
 
 __all__ = ["MARKERS", "STYLES", "add_caption", "add_legend", "panels", "save"]
 
-# Colours that stay apart in the common kinds of colour blindness, from dark to light, and dashes that stay apart in
+# Colours from dark to light that are distinct in the common kinds of colour blindness, and dashes that are distinct in
 # grey.
 STYLES: tuple[tuple[str, Any], ...] = (
     ("#000000", "-"),
@@ -31,21 +31,21 @@ STYLES: tuple[tuple[str, Any], ...] = (
     ("#56B4E9", (0, (4, 3))),
 )
 MARKERS = "osD^vP*"
-_PANEL = (4.6, 4.4)  # Inches, with the legend.
-_LINE, _MOST_LINES = 0.21, 5  # Inches of a line of the legend, and how many have a place in a panel.
+_PANEL = (4.6, 4.4)  # Width and height in inches, including the legend.
+_LINE, _MOST_LINES = 0.21, 5  # Height of a legend line in inches, and the number of lines that a panel has space for.
 
 
 @contextmanager
 def panels(
     count: int, most_columns: int = 2, legend_lines: int = 3, size: tuple[float, float] = _PANEL
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Lay out panels with log axes, in the style of print.
+    """Lay out panels with log axes, in the style of a printed paper.
 
     Args:
-        count: How many.
-        most_columns: In a row.
-        legend_lines: Of the longest legend.
-        size: Of a panel, in inches.
+        count: Number of panels.
+        most_columns: Largest number of panels in a row.
+        legend_lines: Number of lines of the longest legend.
+        size: Width and height of a panel in inches.
 
     Yields:
         The figure and its panels.
@@ -63,12 +63,12 @@ def panels(
         "axes.grid": True,
         "axes.grid.which": "major",
         "grid.color": "0.9",
-        "pdf.fonttype": 42,  # Text stays text.
+        "pdf.fonttype": 42,  # Text in the PDF can be selected.
     }
     with mpl.rc_context(style):
         columns = min(count, most_columns)
         rows = -(-count // columns)
-        height = size[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # Long legends leave the axes their size.
+        height = size[1] + _LINE * max(0, legend_lines - _MOST_LINES)  # A long legend does not shrink the axes.
         figure = Figure(figsize=(size[0] * columns, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
         grid = list(np.atleast_1d(figure.subplots(rows, columns)).flat)
@@ -83,17 +83,17 @@ def panels(
 
 
 def add_legend(axes: Axes) -> None:
-    """Below the panel, where no curve runs."""
+    """Add a legend below the panel, where it hides no curve."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
 
 
 def add_caption(figure: Figure, runs: Sequence[Run], note: str = "") -> None:
-    """Write the sizes below, where all runs share them.
+    """Write the sizes below the panels if all runs share them.
 
     Args:
-        figure: With its panels.
-        runs: Those drawn.
-        note: What else is to be said.
+        figure: The figure with its panels.
+        runs: The runs that are drawn.
+        note: Further text of the caption.
     """
     captions = {run.sizes for run in runs}
     caption = captions.pop() if len(captions) == 1 else ""
@@ -104,11 +104,11 @@ def add_caption(figure: Figure, runs: Sequence[Run], note: str = "") -> None:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write PNG and PDF; the date is left out, so that the same readings give the same file.
+    """Write PNG and PDF without a date, so that the same readings give the same files.
 
     Args:
-        figure: Drawn.
-        path: Without ending.
+        figure: The figure.
+        path: Path of both files, without an extension.
 
     Returns:
         The two files.

@@ -1,4 +1,4 @@
-"""What the theory predicts for a problem, as tables in the terminal."""
+"""The predictions of the theory for a problem, as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["describe_problem", "prediction_tables"]
 
-_MOST_ROWS = 25  # Of eigenvalues.
-_EQUAL = 1e-9  # Eigenvalues this close, relatively, are one to a numerical solution.
-_MOST_SEARCHED = 50  # Classes whose thresholds are found without being asked for.
+_MOST_ROWS = 25  # Largest number of rows in the table of eigenvalues.
+_EQUAL = 1e-9  # Relative difference up to which computed eigenvalues count as equal.
+_MOST_SEARCHED = 50  # Largest number of classes for which thresholds are searched by default.
 
 
 def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -> Iterator[Table | Text]:
-    """Lay out optimum, spectrum, conditioning and rates, each as soon as it is found.
+    """Lay out optimum, spectrum, conditioning and rates, each as soon as it is computed.
 
     Args:
-        problem: Any.
-        thresholds: Whether to search for the penalties at which the rank of the optimum falls, also where that takes
-            many solutions of the problem.
+        problem: The unconstrained feature model.
+        thresholds: Whether to search for the penalties at which the rank of the optimum falls even if the problem must
+            be solved many times for that.
 
     Yields:
-        For a rich console: tables, and paragraphs that say which question has no answer, and why.
+        Tables for a rich console, and paragraphs that say which question has no answer, and why.
     """
     if isinstance(problem, UFMProblem):
         yield _optimum(problem)
@@ -45,12 +45,12 @@ def prediction_tables(problem: UFMProblem | Problem, thresholds: bool = False) -
         if problem.mu:
             yield _momentum(problem)
     except NoAnswer as missing:
-        if missing.question == "spectrum":  # The others were said with the optimum.
+        if missing.question == "spectrum":  # Other missing answers are reported with the optimum.
             yield no_answer(missing)
 
 
 def describe_problem(problem: UFMProblem | Problem) -> str:
-    """Write loss, sizes and penalties on one line."""
+    """Write loss, sizes and penalties in one line of text."""
     if isinstance(problem, Problem):
         return problem.summary()
     return (
@@ -60,7 +60,7 @@ def describe_problem(problem: UFMProblem | Problem) -> str:
 
 
 def _has_formula(problem: Problem) -> bool:
-    """Whether thresholds cost nothing."""
+    """Say whether the thresholds are cheap, because the optimum has a formula."""
     try:
         return problem.convex_optimum.method == "closed form" and problem.num_classes <= _MOST_SEARCHED
     except NoAnswer:
@@ -96,14 +96,15 @@ def _spectrum(entries: Sequence[Eigenvalue]) -> Table:
         ends = dict.fromkeys(f"{each.value:.7g}" for each in (part[0], part[-1]))
         table.add_row(" to ".join(ends), f"{sum(each.multiplicity for each in part)}", part[0].sector)
         if len(ends) > 1:
-            table.caption = "Neighbouring values of a sector share a row."
+            table.caption = "A row may hold several neighbouring eigenvalues of a sector."
     return table
 
 
 def _parts(entries: Sequence[Eigenvalue]) -> list[list[Eigenvalue]]:
-    """Cut each sector where the quotient of neighbours is largest, until there are as many rows as a reader looks at.
+    """Group the eigenvalues of each sector into rows of the table, at most ``_MOST_ROWS`` if the sectors are fewer.
 
-    Zeros and values that are equal up to rounding stay together.
+    Groups are separated where the quotient of neighbouring eigenvalues is largest. Zeros stay in one group, and so do
+    eigenvalues that are equal up to rounding.
     """
     sectors: dict[tuple[str, bool], list[Eigenvalue]] = {}
     for entry in sorted(entries):
@@ -171,5 +172,5 @@ def _momentum(problem: UFMProblem | Problem) -> Table:
 def _add_metrics(table: Table, problem: UFMProblem, step: float) -> None:
     rates, factors = problem.decay_rates(), problem.decay_factors(step)
     for name, rate, factor in zip(("NC1", "NC2", "NC3"), rates[2:], factors[2:], strict=True):
-        if not math.isnan(rate):  # The best step is longer than those that the prediction is for.
+        if not math.isnan(rate):  # The prediction is valid only for steps shorter than the best step.
             table.add_row(f"{name} *", f"{rate:.7g}", f"{-math.log(10) / math.log(factor):.6g}", "-")

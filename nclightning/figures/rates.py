@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 __all__ = ["LEAST_R_SQUARED", "LinearFit", "fit_range", "fit_rate", "fit_straight"]
 
-# Below this a curve is not called straight.
+# A curve with a smaller R^2 is not called straight.
 LEAST_R_SQUARED = 0.99
 _LEAST_POINTS = 5
-# What falls by less than a factor of three has settled, not converged.
+# A quantity that falls by less than a factor of three is taken to have settled, not to converge.
 _LEAST_DECADES = 0.5
 
 
 @dataclass(frozen=True)
 class LinearFit:
-    r"""Straight line through :math:`\log_{10}` of a quantity against the iteration.
+    r"""Straight line fitted to :math:`\log_{10}` of a quantity against the iteration.
 
     Attributes:
         slope: Decades per iteration, negative when the quantity falls.
@@ -27,6 +27,12 @@ class LinearFit:
         r_squared: Coefficient of determination.
         first: First iteration of the fitted range.
         last: Last iteration of the fitted range.
+
+    Example:
+        >>> from nclightning.figures import LinearFit
+        >>> fit = LinearFit(slope=-0.02, intercept=1.0, r_squared=0.999, first=100, last=600)
+        >>> fit.iterations_per_decade, fit.decades, round(fit.factor, 4)
+        (50.0, 10.0, 0.955)
     """
 
     slope: float
@@ -37,7 +43,7 @@ class LinearFit:
 
     @property
     def decades(self) -> float:
-        """How far the line falls over the fitted range."""
+        """Decades by which the line falls over the fitted range."""
         return -self.slope * (self.last - self.first)
 
     @property
@@ -47,24 +53,32 @@ class LinearFit:
 
     @property
     def iterations_per_decade(self) -> float:
-        """Iterations for a factor of ten; infinite when the quantity does not fall."""
+        """Iterations that reduce the quantity by a factor of ten; infinite if it does not fall."""
         return -1.0 / self.slope if self.slope < 0 else math.inf
 
 
 def fit_rate(iterations: NDArray[np.float64], values: NDArray[np.float64], decades: float = 15.0) -> LinearFit | None:
     """Fit the tail of a quantity that converges linearly to zero.
 
-    The range ends at the last reading, or where the round-off floor begins if the quantity has one; it reaches back
-    over at most ``decades`` decades and at most three quarters of those that the quantity fell in all, so that the
-    transient stays out.
+    The fitted range ends at the last reading, or where the round-off floor begins if the quantity has one. It covers at
+    most ``decades`` decades, and at most three quarters of the decades by which the quantity fell in all, so that it
+    excludes the transient.
 
     Args:
         iterations: ``(R,)``, increasing.
         values: ``(R,)``; values that are not positive and finite are left out.
-        decades: Longest range.
+        decades: Largest number of decades in the fitted range.
 
     Returns:
-        The fit, or None with fewer than five readings in the range or no fall at all.
+        The fit; None if fewer than five readings are in the range, or if the quantity does not fall.
+
+    Example:
+        >>> import numpy as np
+        >>> from nclightning.figures import fit_rate
+        >>> iterations = np.arange(0.0, 500.0, 10.0)
+        >>> fit = fit_rate(iterations, 3 * 0.9**iterations)
+        >>> round(fit.factor, 6), round(fit.iterations_per_decade, 2)
+        (0.9, 21.85)
     """
     usable = np.isfinite(values) & (values > 0)
     x, y = iterations[usable], np.log10(values[usable])
@@ -73,7 +87,7 @@ def fit_rate(iterations: NDArray[np.float64], values: NDArray[np.float64], decad
     end = _floor_start(x, y)
     fitted = _fit_tail(x[: end + 1], y[: end + 1], decades)
     if fitted is not None and end < len(x) - 1 and x[-1] - x[end] <= 3 * fitted.iterations_per_decade:
-        # The last decade took no longer than the ones before: the quantity was falling to the end.
+        # The last decade took no longer than the decades before it: what looked like a floor is still falling.
         fitted = _fit_tail(x, y, decades)
     return fitted
 
@@ -88,7 +102,7 @@ def fit_range(iterations: NDArray[np.float64], values: NDArray[np.float64], firs
         last: Last iteration of the range.
 
     Returns:
-        The fit, or None with fewer than five readings in the range or no change at all.
+        The fit; None if fewer than five readings are in the range, or if the quantity does not change there.
     """
     usable = np.isfinite(values) & (values > 0) & (iterations >= first) & (iterations <= last)
     return _fit_line(iterations[usable], np.log10(values[usable]))
@@ -102,17 +116,25 @@ def fit_straight(
 ) -> LinearFit | None:
     """Find the longest stretch, in decades, over which a quantity falls along a straight line.
 
-    Straight is a coefficient of determination of at least ``LEAST_R_SQUARED``, over at least half a decade. Of many
-    readings some are taken, at even distances.
+    A stretch counts as straight if the line has a coefficient of determination of at least ``LEAST_R_SQUARED`` (0.99)
+    and falls by at least half a decade. If there are many readings, an evenly spaced selection of them is used.
 
     Args:
         iterations: ``(R,)``, increasing.
         values: ``(R,)``; values that are not positive and finite are left out.
-        ending_at_most: Only stretches that end at or below this value.
-        most_points: Readings to take at most; time and memory go with the square.
+        ending_at_most: Only stretches that end at or below this value are considered.
+        most_points: Largest number of readings used; time and memory grow with its square.
 
     Returns:
-        The fit, or None if no five readings in a row fall so far along a line.
+        The fit; None if no stretch of five or more readings is straight.
+
+    Example:
+        >>> import numpy as np
+        >>> from nclightning.figures import fit_straight
+        >>> iterations = np.arange(0.0, 1000.0, 10.0)
+        >>> fit = fit_straight(iterations, 0.9**iterations + 1e-12)
+        >>> fit.r_squared >= 0.99, fit.first, fit.last < 400
+        (True, 0, True)
     """
     usable = np.flatnonzero(np.isfinite(values) & (values > 0))
     if len(usable) > most_points:
@@ -132,7 +154,7 @@ def fit_straight(
 def _fit_all_stretches(
     x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slope and coefficient of determination from reading i to reading j, ``(R, R)``; zero where there is no line."""
+    """Return slope and R^2 of the line fitted to readings i to j, each ``(R, R)``; zero where no line is determined."""
     x, y = x - x.mean(), y - y.mean()
 
     def sums(z: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -148,7 +170,7 @@ def _fit_all_stretches(
 
 
 def _floor_start(x: NDArray[np.float64], y: NDArray[np.float64]) -> int:
-    """Index of the first reading within one decade of the smallest."""
+    """Return the index of the first reading within one decade of the smallest one."""
     return int(np.argmax(y <= y.min() + 1.0))
 
 

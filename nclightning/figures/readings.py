@@ -1,4 +1,4 @@
-"""Read what a run recorded."""
+"""The recorded values of a run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ class Readings:
     Attributes:
         iterations: ``(R,)``, increasing.
         values: One array ``(R,)`` per tag; nan where a row has no value.
+
+    Example:
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings
+        >>> readings = Readings(np.array([0.0, 10.0]), {"optimality/gap": np.array([1.0, 0.1])})
+        >>> float(readings.values["optimality/gap"][-1])
+        0.1
     """
 
     iterations: Array
@@ -32,10 +39,10 @@ class Readings:
 
 
 def read_readings(run: str | Path) -> Readings:
-    """Read what a run recorded.
+    r"""Read the recorded values of a run.
 
-    That is ``readings.csv`` of a run folder, in float64; in folders of Lightning's own loggers ``metrics.csv``, or the
-    scalars of TensorBoard's event files, which are float32.
+    They come from ``readings.csv`` of a run folder, which has float64 precision. In folders of Lightning's own loggers
+    they come from ``metrics.csv``, or from the scalars of TensorBoard's event files, which are float32.
 
     Args:
         run: The run folder, or the table itself.
@@ -44,7 +51,17 @@ def read_readings(run: str | Path) -> Readings:
         All rows.
 
     Raises:
-        ValueError: If there is no such file or it holds no row.
+        ValueError: If there is no such file, or if it is damaged or has no rows.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from nclightning.figures import read_readings
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "readings.csv").write_text("iteration,optimality/gap\n0,1.0\n10,0.1\n")
+        ...     readings = read_readings(folder)
+        >>> readings.values["optimality/gap"].tolist()
+        [1.0, 0.1]
     """
     path = Path(run)
     tables = [path] if path.is_file() else [path / "readings.csv", path / "metrics.csv"]
@@ -61,12 +78,12 @@ def read_readings(run: str | Path) -> Readings:
 
 def _read_table(path: Path) -> Readings:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # With a byte-order mark, as spreadsheets write it.
+        text = path.read_bytes().decode("utf-8-sig")  # Spreadsheets begin the file with a byte-order mark.
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8, so it is no table of readings.") from error
-    # A last line without its end is in writing, and its last number may be cut.
+        raise UserError(f"{path} is not UTF-8 text, so it is not a table of readings.") from error
+    # A last line without a newline is still being written, and its last number may be incomplete.
     lines = text[: text.rfind("\n") + 1].splitlines()
     if len(lines) < 2:
         raise UserError(f"{path} holds no readings yet.")
@@ -95,20 +112,22 @@ def _read_table(path: Path) -> Readings:
 
 
 def _check_iterations(path: Path, iterations: Array, several: bool) -> None:
-    """Refuse rows that are not those of one run in order.
+    """Refuse rows whose iterations are not whole numbers in increasing order.
 
-    Lightning's tables may have several of a step, and those of an epoch's end come at one step less.
+    Lightning's tables may have several rows of one step, and log the end of an epoch under the step before.
     """
     wrong = ~((iterations >= 0) & (iterations < 2**53) & (iterations == np.floor(iterations)))
     if wrong.any():
         line = int(wrong.argmax())
-        raise UserError(f"{path} is damaged: line {line + 2} is of iteration {iterations[line]:g}, no whole number.")
+        raise UserError(
+            f"{path} is damaged: line {line + 2} has iteration {iterations[line]:g}, which is not a whole number."
+        )
     falls = np.diff(iterations) < (-1 if several else 1)
     if falls.any():
         line = int(falls.argmax())
         raise UserError(
-            f"{path} is damaged: line {line + 3} is of iteration {iterations[line + 1]:.0f} after "
-            f"{iterations[line]:.0f}. Sort the rows by iteration, one for each."
+            f"{path} is damaged: line {line + 3} has iteration {iterations[line + 1]:.0f} after "
+            f"{iterations[line]:.0f}. Sort the rows by iteration and keep one row for each."
         )
 
 
@@ -116,13 +135,13 @@ def _read_events(folder: Path) -> Readings:
     curves = {tag: dict(events) for tag, events in read_scalars(str(folder)).items()}
     steps = sorted({step for curve in curves.values() for step in curve})
     if not steps:
-        raise UserError(f"the TensorBoard events in {folder} hold no readings yet.")
+        raise UserError(f"the TensorBoard events in {folder} have no readings yet.")
     values = {tag: np.array([curve.get(step, np.nan) for step in steps]) for tag, curve in curves.items()}
     return _measured(Readings(np.array(steps, dtype=float), values))
 
 
 def _measured(readings: Readings) -> Readings:
-    """Leave out the rows of Lightning's loggers that hold other things only, such as a loss between two readings."""
+    """Keep the rows of Lightning's loggers that have a value of ours: others may have a training loss only."""
     ours = [values for tag, values in readings.values.items() if parse_tag(tag).group in (NC, OPTIMALITY)]
     if not ours:
         return readings

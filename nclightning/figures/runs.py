@@ -1,4 +1,4 @@
-"""A recorded run: its readings, what was set, and what to call it."""
+"""A recorded run: its readings, its hyperparameters and its name in figures."""
 
 from __future__ import annotations
 
@@ -40,13 +40,22 @@ _OF_NETWORKS = ("input_dim", "hidden_dim")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    r"""A recorded run, as :func:`read_run` reads it from its folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: Path of the run folder.
         readings: The recorded values.
         summary: Last values and fitted rates.
-        settings: The model's hyperparameters; empty where the folder has no ``hparams.yaml``.
+        settings: The model's hyperparameters; empty if the folder has no ``hparams.yaml``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, Run, summarize
+        >>> readings = Readings(np.array([0.0, 10.0]), {"optimality/gap": np.array([1.0, 0.1])})
+        >>> settings = dict(lambda_w=5e-3, lambda_h=5e-4, samples_per_class=10)
+        >>> Run(Path("version_0"), readings, summarize(readings), settings).penalties
+        '$\\lambda = 5 \\times 10^{-4}$'
     """
 
     folder: Path
@@ -56,17 +65,17 @@ class Run:
 
     @cached_property
     def loss(self) -> str:
-        """``"mse"``, ``"ce"``, another in words, or an empty string where the run does not say."""
+        """``"mse"``, ``"ce"``, or another loss in words; an empty string if it is not recorded."""
         return loss_of(self.settings, self.problem)
 
     @property
     def name(self) -> str:
-        """The folder's name, without the signs that mean something to matplotlib."""
+        """The folder's name, with the characters escaped that matplotlib would interpret."""
         return self.folder.resolve().name.lstrip("_").replace("$", r"\$")
 
     @property
     def penalties(self) -> str:
-        """Lambda as the paper writes it, in mathtext; the folder's name where the run does not say.
+        """Lambda as the paper writes it, in mathtext; the folder's name if the penalties are not recorded.
 
         One number where ``lambda_w = n * lambda_h``, two otherwise.
         """
@@ -81,7 +90,7 @@ class Run:
 
     @property
     def strength(self) -> tuple[float, float]:
-        """Both penalties, to order runs by; infinite where the run does not say."""
+        """Both penalties as a sort key, ``lambda_h`` first; infinite if they are not recorded."""
         values = (self._number(name) for name in ("lambda_h", "lambda_w"))
         lambda_h, lambda_w = (math.inf if math.isnan(value) else value for value in values)
         return lambda_h, lambda_w
@@ -98,13 +107,13 @@ class Run:
         return lambda_w > 0 and math.isclose(lambda_w, n * lambda_h, rel_tol=1e-9)
 
     def _number(self, name: str) -> float:
-        """A setting; nan where it is none, or no number, as in somebody's own run."""
+        """Return a hyperparameter; nan if it is absent or not a finite number, as it may be in a user's own run."""
         value = self.settings.get(name)
         return float(value) if isinstance(value, int | float) and abs(value) < sys.float_info.max else math.nan
 
     @property
     def sizes(self) -> str:
-        """Sizes as the paper's captions give them, in mathtext."""
+        """K, n and d as in the paper's captions, in mathtext."""
         if isinstance(self.problem, Problem):
             return sizes_in_mathtext(self.problem)
         return ", ".join(
@@ -115,14 +124,15 @@ class Run:
 
 
 def known_problem(settings: Mapping[str, Any]) -> UFMProblem | Problem | None:
-    """Find the problem that the hyperparameters of a run of the unconstrained feature model say.
+    """Make the problem of an unconstrained feature model from the hyperparameters of its run.
 
     Args:
         settings: Hyperparameters by name.
 
     Returns:
-        None where they are those of a network, whose features are not free, or say no problem that is known here. A
-        loss outside of this package counts only if its module is loaded: to read a run imports nothing.
+        The problem; None if the hyperparameters are those of a network, whose features are not free, or describe no
+        known problem. A loss from outside this package is known only if its module is already imported, because
+        reading a run must not import anything.
     """
     if path := _loss_path(settings.get("problem")):
         return _described(settings["problem"], path.rpartition(".")[0])
@@ -136,7 +146,7 @@ def known_problem(settings: Mapping[str, Any]) -> UFMProblem | Problem | None:
 
 
 def _described(description: Mapping[str, Any], module: str) -> Problem | None:
-    """Make it if that runs no code that is not loaded."""
+    """Make the problem, unless that would import a module."""
     if module.partition(".")[0] != "nclightning" and module not in sys.modules:
         return None
     try:
@@ -146,7 +156,7 @@ def _described(description: Mapping[str, Any], module: str) -> Problem | None:
 
 
 def _loss_path(description: Any) -> str:
-    """Where a description of a problem, as a run keeps it, has the class of its loss; else empty."""
+    """Return the import path of the loss in a recorded description of a problem; an empty string if there is none."""
     try:
         path = description["init_args"]["loss"]["class_path"] if description["class_path"] == _CLASS else ""
     except (TypeError, KeyError, IndexError):
@@ -159,11 +169,11 @@ def loss_of(settings: Mapping[str, Any], problem: UFMProblem | Problem | None) -
 
     Args:
         settings: Hyperparameters by name.
-        problem: Of :func:`known_problem`.
+        problem: What :func:`known_problem` returns for them.
 
     Returns:
-        ``"mse"`` or ``"ce"`` for hard labels, such as ``"CE loss, label smoothing 0.1"`` for others, empty where the
-        settings do not say.
+        ``"mse"`` or ``"ce"`` for hard labels, words such as ``"CE loss, label smoothing 0.1"`` otherwise, and an empty
+        string if the settings do not name a loss.
     """
     if isinstance(problem, Problem):
         words = loss_in_words(problem)
@@ -174,27 +184,38 @@ def loss_of(settings: Mapping[str, Any], problem: UFMProblem | Problem | None) -
 
 
 def sizes_in_mathtext(problem: Problem) -> str:
-    """Write the sizes of a problem, and its bias unless that has a penalty, as a caption has them.
+    """Write the sizes of a problem for a caption. A bias without a penalty is mentioned as well.
 
     Args:
-        problem: Any.
+        problem: The problem.
     """
     sizes = [f"${symbol} = {size}$".replace(" to ", "$ to $") for symbol, size in sizes_in_words(problem).items()]
     return ", ".join(sizes if problem.lambda_b else [*sizes, bias_in_words(problem)])
 
 
 def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
-    """Read a run folder.
+    r"""Read a run folder.
 
     Args:
-        folder: With ``readings.csv``, and ``hparams.yaml`` for what was set.
-        fit: See :func:`summarize`.
+        folder: Folder with ``readings.csv``, and perhaps ``hparams.yaml`` with the hyperparameters.
+        fit: Function that fits the rates, as for :func:`summarize`.
 
     Returns:
         The run.
 
     Raises:
-        ValueError: If there are no readings.
+        ValueError: If there are no readings, or if a file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from nclightning.figures import read_run
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "readings.csv").write_text("iteration,optimality/gap\n0,1.0\n10,0.1\n")
+        ...     _ = Path(folder, "hparams.yaml").write_text("loss: mse\nlambda_w: 0.01\n")
+        ...     run = read_run(folder)
+        >>> run.loss, run.summary.iteration, run.summary.last
+        ('mse', 10, {'optimality/gap': 0.1})
     """
     folder = Path(folder)
     readings, path = read_readings(folder), folder / "hparams.yaml"
@@ -203,7 +224,7 @@ def read_run(folder: str | Path, fit: Fit = fit_straight) -> Run:
 
 
 class _Lenient(_LOADER):  # type: ignore[misc]
-    """Reads plain values, also those in Python's own containers; other objects are left out."""
+    """Reads plain values and Python's own containers. Other objects become None."""
 
 
 def _left_out(loader: Any, suffix: str, node: yaml.Node) -> Any:
@@ -223,8 +244,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
         settings = yaml.load(text, Loader=_Lenient)
     except (yaml.YAMLError, ValueError) as error:
         problem = yaml_problem(error) if isinstance(error, yaml.YAMLError) else str(error).rstrip(".")
-        raise UserError(f"{path} is damaged: {problem}. Without the file, the run is drawn unnamed.") from error
-    # Somebody's own hyperparameters may be anything.
+        raise UserError(
+            f"{path} is damaged: {problem}. Without the file, the run is drawn under the name of its folder."
+        ) from error
+    # A user's own hyperparameters may be anything.
     plain = settings.items() if isinstance(settings, dict) else ()
     return {name: value for name, value in plain if isinstance(name, str) and value is not None}
 
@@ -233,10 +256,10 @@ def scientific(value: float) -> str:
     """Write a number such as 5e-4 as mathtext.
 
     Args:
-        value: Finite.
+        value: A finite number.
 
     Returns:
-        Up to four digits and a power of ten.
+        Up to four digits times a power of ten.
     """
     mantissa, exponent = f"{value:.3e}".split("e")
     return rf"{float(mantissa):g} \times 10^{{{int(exponent)}}}"

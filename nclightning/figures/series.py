@@ -15,14 +15,14 @@ __all__ = ["draw_series"]
 
 
 def draw_series(folder: Path, path: Path) -> Path:
-    """Draw all values against the step, one panel for each set, on a log axis where they span two decades.
+    """Draw all values against the step, one panel per data set, on a log axis if they span two decades.
 
     Args:
-        folder: With ``readings.csv``.
-        path: Where to write. The ending decides the format.
+        folder: Folder with ``readings.csv``.
+        path: File to write. The extension decides the format.
 
     Returns:
-        Where it was written.
+        The file.
 
     Raises:
         ValueError: If there are no readings.
@@ -36,7 +36,7 @@ def draw_series(folder: Path, path: Path) -> Path:
             drawn = [readings.values[tag] for tag in tags]
             finite = np.concatenate([values[np.isfinite(values)] for values in drawn])
             positive = finite[finite > 0]
-            # On less than two decades a log axis may have no tick.
+            # A log axis over less than two decades may have no tick.
             logarithmic = bool(positive.size and not (finite < 0).any() and positive.max() >= 100 * positive.min())
             for i, (tag, values) in enumerate(zip(tags, drawn, strict=True)):
                 color, dashes = STYLES[i % len(STYLES)]

@@ -20,7 +20,8 @@ from nclightning.theory import UFMProblem
 
 __all__ = ["draw_spectrum"]
 
-# Sectors by the beginnings of their names. Colours stay apart in the common kinds of colour blindness, markers in grey.
+# Groups of sectors, by prefixes of their names. The colours are distinct in the common kinds of colour blindness, the
+# markers in grey.
 _Groups: TypeAlias = tuple[tuple[str, tuple[str, ...], str, str], ...]
 _BALANCED: _Groups = (
     ("within classes", ("within-class",), "#009E73", "o"),
@@ -35,7 +36,7 @@ _GENERAL: _Groups = (
     ("orthogonal to it", ("orthogonal", "head, orthogonal", "means, orthogonal"), "#E69F00", "^"),
     ("bias", ("bias",), "#000000", "v"),
 )
-_LARGE, _MOST_LARGE = 5.0, 60  # Size of a marker, and how many have a place at it.
+_LARGE, _MOST_LARGE = 5.0, 60  # Size of a marker, and the number of markers up to which it is used.
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -48,18 +49,30 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_spectrum(problem: UFMProblem | Problem, path: str | Path) -> Path:
-    """Draw eigenvalues against multiplicities on log axes, zeros in a strip of their own, with mu and L.
+    """Draw the multiplicity of each eigenvalue of the Hessian at the optimal set, on log axes, with mu and L.
+
+    Zero eigenvalues are in a panel of their own.
 
     Args:
-        problem: Any.
-        path: Where to write. The ending decides the format.
+        problem: The unconstrained feature model.
+        path: File to write. The extension decides the format.
 
     Returns:
-        Where it was written.
+        The file.
 
     Raises:
-        ValueError: If the ending is not that of a picture, or the file cannot be written.
+        ValueError: If the extension is not that of a picture, or if the file cannot be written.
         NoAnswer: If the spectrum is not known.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from nclightning.figures import draw_spectrum
+        >>> from nclightning.theory import UFMProblem
+        >>> problem = UFMProblem("mse", 4, 10, 6, lambda_w=5e-3, lambda_h=5e-4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     draw_spectrum(problem, Path(folder, "spectrum.png")).name
+        'spectrum.png'
     """
     path, figure = Path(path), Figure(figsize=(6.4, 4.2), layout="constrained")
     formats = FigureCanvasAgg(figure).get_supported_filetypes()
@@ -120,7 +133,7 @@ def _draw_stems(axes: Axes, entries: Sequence[Eigenvalue], groups: _Groups, size
 
 
 def _add_legend(figure: Figure, entries: Sequence[Eigenvalue], groups: _Groups) -> None:
-    """Below the panels, with the groups that occur."""
+    """Add a legend below the panels, with the groups that occur."""
     handles = [
         mpl.lines.Line2D([], [], color=color, marker=marker, ms=5, lw=1.2, label=name)
         for name, starts, color, marker in groups

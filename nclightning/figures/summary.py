@@ -1,4 +1,4 @@
-"""What a run reached, in numbers."""
+"""Last values and fitted rates of a run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,20 @@ class RunSummary:
 
     Attributes:
         iteration: The last iteration.
-        last: Value by tag there, for the quantities that were recorded.
-        fits: Line by tag; None where a quantity did not fall along one.
-        kappa: Largest distance / gradient norm over the fitted range of the distance, the measured error-bound
-            constant; None without such a range.
-        predicted: Line of the decay that the theory predicts, over the fitted range of the gap; None without either.
+        last: Last value of each recorded quantity, by tag.
+        fits: Fitted line of each recorded quantity, by tag; None if the quantity did not converge linearly.
+        kappa: Measured error-bound constant: the largest distance / gradient norm over the range in which the distance
+            was fitted; None if there is no such range.
+        predicted: Line fitted to the decay that the theory predicts, over the range in which the gap was fitted; None
+            if there is no prediction or no such range.
+
+    Example:
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, summarize
+        >>> iterations = np.arange(0.0, 100.0, 5.0)
+        >>> summary = summarize(Readings(iterations, {"optimality/gap": 10.0 ** (-iterations / 10)}))
+        >>> summary.iteration, round(summary.fits["optimality/gap"].iterations_per_decade, 6)
+        (95, 10.0)
     """
 
     iteration: int
@@ -37,14 +46,23 @@ class RunSummary:
 
 
 def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
-    """Fit what converges.
+    """Fit a rate to each quantity of a run that converges to zero at collapse or at the optimum.
 
     Args:
-        readings: Of a run.
-        fit: From iterations and values to a line, or None: :func:`fit_rate`, the tail, or :func:`fit_straight`.
+        readings: The readings of a run.
+        fit: Function from iterations and values to a line or None: :func:`fit_rate` fits the tail,
+            :func:`fit_straight` the longest straight stretch.
 
     Returns:
         The summary.
+
+    Example:
+        >>> import numpy as np
+        >>> from nclightning.figures import Readings, summarize
+        >>> iterations = np.arange(0.0, 100.0, 5.0)
+        >>> readings = Readings(iterations, {"nc/train/nc1": 0.8**iterations})
+        >>> round(summarize(readings).fits["nc/train/nc1"].factor, 6)
+        0.8
     """
     recorded = [tag for tag in CONVERGING if tag in readings.values]
     fits = {tag: fit(readings.iterations, readings.values[tag]) for tag in recorded}
@@ -66,14 +84,17 @@ def summarize(readings: Readings, fit: Fit = fit_rate) -> RunSummary:
 
 
 def predicted_gap(readings: Readings, summary: RunSummary) -> tuple[Array, Array] | None:
-    """Shift the predicted decay, which knows no scale, to the middle of the fitted line of the gap.
+    """Scale the predicted decay so that it meets the fitted line of the gap at the middle of the line.
+
+    The theory predicts the decay up to a constant factor.
 
     Args:
-        readings: Of a run.
-        summary: Of the same.
+        readings: The readings of a run.
+        summary: The summary of the same run.
 
     Returns:
-        Iterations from the first of that line on, and values; None without a prediction or a line.
+        Iterations, beginning with the first one of the fitted line, and the scaled values; None if there is no
+        prediction or no fitted line.
     """
     predicted, gap = summary.predicted, summary.fits.get(GAP.tag())
     if predicted is None or gap is None:

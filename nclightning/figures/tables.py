@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 __all__ = ["error_bound_constant_of", "rates_table", "settings_table", "titled_table"]
 
 
-# Rows of the matrix whose eigenvalues are taken for a table; the command theory takes more.
+# Largest matrix whose eigenvalues are computed for a table. The command ``theory`` has no such limit.
 _LARGEST_MATRIX = 2000
 
 
 def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Problem | None = None) -> Table:
-    """Lay out the table that a fit ends with.
+    """Lay out the table that is printed at the end of a fit.
 
     Args:
-        summary: Of a run.
-        title: Before the number of iterations.
-        problem: The unconstrained feature model that was trained, whose error-bound constant is shown beside the
-            measured one where it is known. None for anything else.
+        summary: The summary of a run.
+        title: Text above the number of iterations.
+        problem: The unconstrained feature model that was trained. Its error-bound constant, if known, is shown next to
+            the measured one. None for any other model.
 
     Returns:
-        For a rich console.
+        A table for a rich console.
     """
     reached = f"Iteration {summary.iteration}, with straight lines fitted to log10 of each quantity"
     table = Table(title=f"{escape(title)}\n{reached}" if title else reached)
@@ -55,7 +55,7 @@ def rates_table(summary: RunSummary, title: str = "", problem: UFMProblem | Prob
 
 
 def error_bound_constant_of(problem: UFMProblem | Problem) -> float | None:
-    """Return the error-bound constant 1/mu of a problem; None where it is not known, or takes long to find.
+    """Return the error-bound constant 1/mu of a problem; None if it is not known or would take long to compute.
 
     Args:
         problem: The unconstrained feature model.
@@ -72,13 +72,13 @@ def error_bound_constant_of(problem: UFMProblem | Problem) -> float | None:
 
 
 def settings_table(groups: Sequence[Group]) -> Table:
-    """Lay out what many runs reached, one row per setting.
+    """Lay out the iterations per decade of many runs, one row per setting.
 
     Args:
-        groups: Of runs.
+        groups: Groups of runs.
 
     Returns:
-        For a rich console.
+        A table for a rich console.
     """
     table = Table(title="Iterations per decade, median of the runs")
     for name in ("loss", "lambda_h"):
@@ -97,10 +97,10 @@ def settings_table(groups: Sequence[Group]) -> Table:
 
 
 def titled_table(title: str, *columns: str) -> Table:
-    """Make an empty table of a name, a number and a remark.
+    """Make an empty table with three columns: a name, a number and a remark.
 
     Args:
-        title: Above it.
+        title: Title above the table.
         *columns: Three headings.
 
     Returns:

@@ -74,7 +74,7 @@ class NeuralCollapseCallback(TrainerCallback):
         head: The last layer: its dotted name, the module itself, or a function ``(model) -> (weight, bias)``. None
             finds the layer whose output is seen to be the model's output, or what that follows from.
         every_n_epochs: Cadence of the training set. An epoch that ends training counts, also one that ends early.
-        every_n_steps: Measure the training set also after each so many optimizer steps.
+        every_n_steps: Measure the training set also whenever this number of optimizer steps has been made.
         measures: Names out of :data:`nclightning.metrics.MEASURES`, and ``ncc_accuracy``, ``ncc_mismatch``,
             ``accuracy``, ``cosine_margin``, which need the class means of the training set first and so a second pass;
             ``("all",)`` for all. None takes ``nc1``, ``nc2`` and ``nc3``.
@@ -87,7 +87,7 @@ class NeuralCollapseCallback(TrainerCallback):
             as that of causal language models does, with the features one position before.
         forward_fn: Runs the model on the inputs of a batch, ``(model, inputs) -> output``. None calls the model.
         ood: Names of evaluation sets that are out of distribution: keys of ``eval_dataset``, or ``"eval"``. Of them
-            ``nc5`` is measured, against the class means of the training set, and their labels are not looked at.
+            ``nc5`` is measured, against the class means of the training set, and their labels are ignored.
         ignore_index: Label of samples and positions to leave out.
         global_mean: Convention of NC1 on unbalanced data: mean of ``"class"`` means or of ``"sample"``.
         between_weights: The same: ``"uniform"`` or ``"count"``.
@@ -138,7 +138,7 @@ class NeuralCollapseCallback(TrainerCallback):
     # Training.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot be measured, and hook the model for its first step."""
+        """Refuse a model that cannot be measured, and hook the model for its first step."""
         trainer = self._trainer()
         self._reader = self._sets = self._measured_at = None
         self._remove()
@@ -208,7 +208,7 @@ class NeuralCollapseCallback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Measure what was evaluated."""
+        """Measure the evaluation set."""
         if "eval" in self._stages:
             trainer = self._trainer()
             values = dict[str, float]()
@@ -221,7 +221,7 @@ class NeuralCollapseCallback(TrainerCallback):
     def on_predict(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Measure what was predicted."""
+        """Measure the set of ``predict``."""
         if "test" in self._stages and metrics is not None:
             with self._guard(evaluated=prefix_of(metrics, "test")):
                 metrics.update(self._measure_evaluated(self._trainer(), prefix_of(metrics, "test"), **kwargs))
@@ -262,7 +262,7 @@ class NeuralCollapseCallback(TrainerCallback):
         return TransformersHost(trainer, self._head)
 
     def _stream(self, loader: Any) -> DataSet:
-        """Hold a training loader without a length, which may have no end, to what training has read of it."""
+        """Limit a training loader without a length, which may be endless, to the batches that training has read."""
         if num_planned_batches(loader) is not None:
             return DataSet(loader)
         if not self._most_read:
@@ -311,7 +311,7 @@ class NeuralCollapseCallback(TrainerCallback):
         return reader
 
     def _check_order(self, trainer: Any) -> None:
-        """Refuse an early stopping that would look for values before they are measured."""
+        """Refuse an early-stopping callback that would look up values before they are measured."""
         metric, callbacks = trainer.args.metric_for_best_model or "", trainer.callback_handler.callbacks
         before = callbacks[: next((i for i, each in enumerate(callbacks) if each is self), 0)]
         if f"{NC}/" in metric and any(isinstance(each, EarlyStoppingCallback) for each in before):
@@ -321,7 +321,7 @@ class NeuralCollapseCallback(TrainerCallback):
             )
 
     def _check_metric(self, trainer: Any) -> None:
-        """Refuse to choose the best model by what is never measured, before an epoch is trained in vain."""
+        """Refuse, before training, to choose the best model by a value that is never measured."""
         metric = trainer.args.metric_for_best_model or ""
         _, found, name = metric.partition(f"{NC}/")
         if not found or name not in {*MEASURES, *DECISION_NAMES} or trainer.args.eval_strategy == "no":
@@ -340,7 +340,7 @@ class NeuralCollapseCallback(TrainerCallback):
             )
 
     def _check_ood(self, trainer: Any) -> None:
-        """Tell names of data sets that are none."""
+        """Warn of names in ``ood`` that are not names of data sets."""
         sets = trainer.eval_dataset
         known = [*(sets if isinstance(sets, Mapping) else ["eval"]), *(["test"] if "test" in self._stages else [])]
         missing = [name for name in self._ood if name not in known and name.removeprefix("eval_") not in known]
@@ -352,7 +352,7 @@ class NeuralCollapseCallback(TrainerCallback):
 
     @staticmethod
     def _log(trainer: Any, control: Any, values: Mapping[str, float]) -> None:
-        """Log values of this step, and let the trainer log its own after that if it was about to."""
+        """Log values of this step. If the trainer was about to log its own, it does so afterwards."""
         if not values:
             return
         about_to = control.should_log

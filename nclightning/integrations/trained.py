@@ -1,4 +1,4 @@
-"""A model that a ``transformers.Trainer`` trains, as measuring sees it. Loads no library that is not always there."""
+"""Adapter of a model that a ``transformers.Trainer`` trains. This module imports no optional library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["TransformersHost", "check_task", "labels_by_name"]
 
 
 class TransformersHost:
-    """A model in its trainer, as measuring sees it.
+    """Adapter of a model and its trainer for measuring.
 
     Args:
         trainer: The trainer.
@@ -55,11 +55,11 @@ class TransformersHost:
 
 
 def labels_by_name(trainer: Any, batch: Any) -> Callable[[Any], tuple[Any, Tensor]] | None:
-    """Return what splits a batch at the labels that the trainer takes, where it does not show itself which these are.
+    """Return a function that splits a batch by the trainer's name of the labels, if the batch alone does not show it.
 
     Args:
         trainer: The trainer, with its ``label_names``.
-        batch: As a step gets it.
+        batch: A batch, as a training step gets it.
 
     Returns:
         A ``batch_fn``; None if none is needed.
@@ -99,10 +99,10 @@ def check_task(module: nn.Module, reader: PairReader, batch: Any) -> None:
     Args:
         module: The model, with its ``config``.
         reader: Splits batches.
-        batch: As a step gets it.
+        batch: A batch, as a training step gets it.
 
     Raises:
-        TypeError: With the task that it is.
+        TypeError: If the task has no classes. The message names the task.
     """
     labels: Any = reader.split(batch)[1]
     config = getattr(module, "config", None)

@@ -16,10 +16,10 @@ __all__ = ["METRICS_REACH", "NC_TAGS", "Claim", "check_claims", "check_error_bou
 
 NC_TAGS = tuple(each.tag("train") for each in (NC1, NC2, NC3))
 _UFM_DECADES = 10.0
-# In Figure 3 lines must reach this value.
+# In Figure 3, straight stretches must end at or below this value.
 METRICS_REACH = 1e-10
 _METRICS_DECADES = 5.0
-# Of the network: NC2 and NC3 measure deviations, the gap and NC1 squared deviations, which fall twice as far.
+# Decades for the network. The gap and NC1 are quadratic in deviations and fall twice as far as NC2 and NC3.
 _MLP_DECADES = dict(zip((GAP.tag(), *NC_TAGS), (4.0, 4.0, 2.0, 2.0), strict=True))
 _EQUAL_RATES = 1.5
 _SUBSTANTIALLY = 1.5
@@ -29,14 +29,14 @@ _LOSSES = ("mse", "ce")
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper, and what was found.
+    """A claim of the paper and whether the runs confirm it.
 
     Attributes:
-        figure: Number in the paper, or the theorem.
-        sentence: What is claimed.
-        rule: When it counts as held.
-        held: Whether it did.
-        evidence: The numbers.
+        figure: Number of the figure in the paper, or the theorem.
+        sentence: The claim.
+        rule: The condition under which it counts as confirmed.
+        held: Whether the condition is met.
+        evidence: The numbers that decide it.
     """
 
     figure: str
@@ -47,10 +47,10 @@ class Claim:
 
 
 def check_claims(runs: Mapping[int, Sequence[Run]]) -> list[Claim]:
-    """Decide the claims about the figures that there are runs for.
+    """Check the claims about the figures whose runs are given.
 
     Args:
-        runs: By figure.
+        runs: Runs by figure.
 
     Returns:
         The claims in the order of the figures.
@@ -61,10 +61,10 @@ def check_claims(runs: Mapping[int, Sequence[Run]]) -> list[Claim]:
 
 
 def check_error_bound(readings: Sequence[Reading]) -> list[Claim]:
-    """Decide the theorems of the error bound, and what the paper leaves open.
+    """Check the theorems of the error bound, and the case that the paper leaves open.
 
     Args:
-        readings: Of the study.
+        readings: The readings of the study.
 
     Returns:
         A claim for MSE, one for cross-entropy with two classes, and one with more.
@@ -116,7 +116,7 @@ def _rate_is_independent(runs: Sequence[Run]) -> Claim:
     for loss in _LOSSES:
         fits = [run.summary.fits[GAP.tag()] for run in runs if run.loss == loss]
         rates = [fit.iterations_per_decade for fit in fits if fit is not None]
-        # A curve without a line has no rate that could be the same.
+        # A curve without a straight stretch has no rate to compare.
         spread[loss] = max(rates) / min(rates) if rates and len(rates) == len(fits) else float("nan")
     return Claim(
         "1",
@@ -165,7 +165,7 @@ def _nc1_is_faster(runs: Sequence[Run]) -> Claim:
 
 
 def _fall(run: Run, tag: str, first: int, last: int) -> float:
-    """Decades that a quantity fell from one iteration to another."""
+    """Return the decades by which a quantity fell from one iteration to another."""
     values = np.interp([first, last], run.readings.iterations, run.readings.values[tag])
     return float(np.log10(values[0] / values[1]))
 

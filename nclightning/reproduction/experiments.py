@@ -1,4 +1,4 @@
-"""What is run for each figure of the paper."""
+"""The training runs behind each figure of the paper."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 __all__ = ["ERROR_BOUND", "FIGURES", "OPTIMIZERS", "Experiment", "experiments"]
 
 FIGURES = (1, 2, 3, 4)
-ERROR_BOUND = "error_bound"  # A study of its own, which trains no run.
-OPTIMIZERS = "optimizers"  # A comparison of our own, which is run only when asked for.
-# Options common to all runs of a sweep; the rest is in the shipped configurations.
+ERROR_BOUND = "error_bound"  # A separate study, without training runs.
+OPTIMIZERS = "optimizers"  # A comparison that is not in the paper; it runs only on request.
+# Prefixes of options. All other settings are those of the shipped configurations.
 _MODEL, _OPTIMIZER = "--model.init_args", "--model.init_args.optimizer.init_args"
 # A mild backtracking factor keeps the accepted steps, and with them the slope of a curve, nearly constant.
 _MILD = (f"{_OPTIMIZER}.shrink", "0.7", f"{_OPTIMIZER}.grow", "2")
@@ -17,12 +17,12 @@ _MILD = (f"{_OPTIMIZER}.shrink", "0.7", f"{_OPTIMIZER}.grow", "2")
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run.
+    """One training run.
 
     Attributes:
-        name: Of its folder.
-        figures: That it is drawn in.
-        words: What follows ``python -m nclightning fit``, apart from where to write.
+        name: Name of its folder.
+        figures: Figures that show it.
+        words: Arguments of ``python -m nclightning fit``, except for the output folder.
     """
 
     name: str
@@ -34,8 +34,8 @@ def experiments(figures: tuple[int, ...] = FIGURES, quick: bool = False) -> list
     """List the runs behind figures, in the order of their curves, the long ones last.
 
     Args:
-        figures: Out of 1, 2, 3, 4.
-        quick: Fewer and shorter ones.
+        figures: Any of 1, 2, 3, 4.
+        quick: Whether to list fewer and shorter runs.
 
     Returns:
         The runs.
@@ -44,20 +44,21 @@ def experiments(figures: tuple[int, ...] = FIGURES, quick: bool = False) -> list
 
 
 def _ufm(quick: bool) -> list[Experiment]:
-    """The unconstrained feature model: Figure 1 over lambda, Figure 3 at the penalties that it states."""
+    """List runs of the unconstrained feature model: several lambda for Figure 1, stated penalties for 3."""
     lambdas = ("5e-3", "2e-3") if quick else ("5e-3", "2e-3", "1e-3", "5e-4", "2e-4")
     cadence = {"mse": "20", "ce": "2"}
-    sweep = [
+    over_lambda = [
         _experiment(f"ufm_{loss}", f"lambda_{value}", (1,), cadence[loss], "--lambda", value, *_MILD)
         for loss in ("mse", "ce")
         for value in lambdas
     ]
-    # Parts of the features that the head does not see decay slowest and bend NC2 where their square takes over: from
-    # small features on, below 1e-10. For MSE a step that varies disturbs NC3.
+    # Components of the features orthogonal to the rows of the head decay slowest. Their square changes the slope of NC2
+    # once it dominates. Small initial features delay that until NC2 is below 1e-10. For MSE, NC3 is not straight if
+    # the step varies.
     stated = (f"{_MODEL}.lambda_w", "5e-4", f"{_MODEL}.lambda_h", "5e-5", f"{_MODEL}.init_scale", "0.01")
     search = {"mse": (f"{_OPTIMIZER}.grow", "1", f"{_OPTIMIZER}.initial_step", "1.4"), "ce": _MILD}
     steps = {"mse": "80000" if quick else "100000", "ce": "1000"}
-    return sweep + [
+    return over_lambda + [
         _experiment(
             f"ufm_{loss}",
             "lambda_w_5e-4_lambda_h_5e-5",
@@ -70,7 +71,7 @@ def _ufm(quick: bool) -> list[Experiment]:
 
 
 def _mlp(quick: bool) -> list[Experiment]:
-    """The two-layer network, Figure 2 over lambda, Figure 4 at one lambda that works and one that does not."""
+    """List runs of the two-layer network: several lambda in Figure 2, one that collapses and one that does not in 4."""
     lambdas = {"mse": ("8e-4", "6e-4", "4e-4", "2e-5", "5e-6"), "ce": ("9e-4", "4e-4", "2e-4", "2e-5", "5e-6")}
     in_figure_4 = {"mse": ("6e-4", "5e-6"), "ce": ("4e-4", "5e-6")}
     steps = {"mse": "1200", "ce": "600"} if quick else {"mse": "4000", "ce": "3000"}

@@ -1,4 +1,4 @@
-"""Run what is missing, draw the figures, write the report."""
+"""Run the experiments that are missing, draw the figures and write the report."""
 
 from __future__ import annotations
 
@@ -44,23 +44,28 @@ def reproduce(
     quick: bool = False,
     jobs: int | None = None,
 ) -> Path:
-    """Reproduce figures of the paper, and decide its claims about them; compare optimizers where that is asked for.
+    """Reproduce figures of the paper and check its claims about them.
 
-    Runs that finished in an earlier call are not run again; one that was killed goes on from its checkpoint.
+    Runs that finished in an earlier call are not repeated. A run that was killed resumes from its checkpoint.
 
     Args:
-        figures: Out of 1, 2, 3, 4, ``"error_bound"``, a study of the error bound, and ``"optimizers"``, seven
-            optimizers on one problem.
-        out: Folder for runs, figures and report; None is ``reproduction``, or ``reproduction_quick``.
-        quick: Fewer and shorter runs, within a few minutes.
-        jobs: Runs at a time, each with one thread; None is the number of cores.
+        figures: Any of 1, 2, 3, 4, ``"error_bound"`` for a study of the error bound, and ``"optimizers"`` for a
+            comparison of seven optimizers on one problem.
+        out: Folder for runs, figures and report; None is ``reproduction``, or ``reproduction_quick`` if ``quick``.
+        quick: Whether to make fewer and shorter runs, which take a few minutes.
+        jobs: Number of runs at a time, each with one thread; None is the number of cores.
 
     Returns:
-        The report.
+        Path of the report.
 
     Raises:
-        ValueError: If an argument is out of range, the folder cannot be written or holds runs of other settings;
+        ValueError: If an argument is out of range, if the folder cannot be written or has runs of other settings, or
             if runs did not finish.
+
+    Example:
+        >>> from nclightning.reproduction import reproduce
+        >>> reproduce([1, 2], quick=True).name  # doctest: +SKIP
+        'report.md'
     """
     chosen = tuple(figure for figure in FIGURES if figure in figures)
     if not figures or set(figures) - {*FIGURES, ERROR_BOUND, OPTIMIZERS}:
@@ -107,7 +112,7 @@ def _read(folder: Path, listed: Sequence[Experiment], figure: int) -> list[Run]:
 
 
 def _study(folder: Path, console: Console) -> Study:
-    """Run the study of the error bound unless its tables are there, and draw it."""
+    """Make the study of the error bound unless its tables exist, and draw it."""
     points, constants = folder / "error_bound.csv", folder / "fact_1.csv"
     if not points.is_file():
         console.print("studying the error bound")

@@ -178,7 +178,7 @@ def test_runs_without_readings_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no readings yet"):
         read_readings(tmp_path)
     (tmp_path / "readings.csv").write_text("iteration,loss\n0,1.0\n")
-    with pytest.raises(ValueError, match="has none of the readings optimality/gap"):
+    with pytest.raises(ValueError, match="has no readings of optimality/gap"):
         draw_convergence(tmp_path)
 
 
@@ -199,5 +199,5 @@ def test_folders_of_lightnings_own_loggers_are_read(make, tmp_path):
 
 def test_event_files_without_scalars_are_named(tmp_path):
     TensorBoardLogger(tmp_path, name="", version="").experiment.flush()
-    with pytest.raises(ValueError, match="hold no readings yet"):
+    with pytest.raises(ValueError, match="have no readings yet"):
         read_readings(tmp_path)

@@ -108,7 +108,7 @@ def test_many_eigenvalues_share_rows_that_hold_each_of_them(width):
     problem = unbalanced_ce(LONG_TAIL, 16, 1e-2, 1e-3)
     text = printed(*prediction_tables(problem), width=width)
     assert "…" not in text
-    assert "Neighbouring values of a sector share a row." in text
+    assert "A row may hold several neighbouring eigenvalues of a sector." in text
     entries = problem.spectrum()
     assert len(entries) > 100
     assert multiplicities(text) == sum(each.multiplicity for each in entries)
