@@ -146,7 +146,7 @@ class ClassStatistics:
     def epsilon(self) -> Tensor:
         """Machine epsilon of the precision in which the features were computed.
 
-        This is the precision of their dtype, or a lower one if all their values are exact in it.
+        This is the precision of their dtype, or a lower one that their values reveal, as after a cast from bfloat16.
         """
         shown, of_dtype = self._class_means.rounding.unbind()
         return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
