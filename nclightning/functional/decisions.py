@@ -22,8 +22,8 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
         stats: Statistics with the class means, usually those of the training set, also for features of other data.
 
     Returns:
-        Classes ``(N,)`` int64, among the classes present. Of several means at the same distance the first one wins. -1
-        stands for no decision: for features or class means that are not finite, and if no class has samples.
+        Classes ``(N,)`` int64, among the classes present. If several means are equally near, the first one wins. -1
+        means no decision: features or class means are not finite, or no class has samples.
 
     Raises:
         ValueError: If the features do not fit the statistics.
@@ -37,7 +37,7 @@ def nearest_class_centre(features: Tensor, stats: ClassStatistics) -> Tensor:
     """
     if features.ndim != 2 or features.shape[1] != stats.means.shape[1]:
         raise UserError(f"features must have shape (N, {stats.means.shape[1]}), got {tuple(features.shape)}.")
-    # Subtracting the global mean keeps the digits that a large common offset of all features would cost.
+    # Without subtracting the global mean, a large common offset of all features would cost digits of the score.
     centre, means = stats.global_mean(), stats.mean_offsets
     unit, centred = power_of_two(means), features.detach().to(means) - centre
     means = means / unit
@@ -52,8 +52,8 @@ def decide(scores: Tensor) -> Tensor:
         scores: ``(N, K)``, for example logits.
 
     Returns:
-        Classes ``(N,)`` int64. Of several equal scores the first one wins. -1 where the highest score is not finite:
-        ``argmax`` alone would take ``nan`` for the highest.
+        Classes ``(N,)`` int64. If several scores are equal, the first one wins. -1 where the highest score is not
+        finite: ``argmax`` alone would return the position of a ``nan``.
     """
     highest = scores.max(dim=1)
     return torch.where(highest.values.isfinite(), highest.indices, -1)
@@ -113,7 +113,7 @@ def ncc_mismatch(features: Tensor, predictions: Tensor, stats: ClassStatistics) 
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Measure the share of decisions that equal the label.
+    """Measure the share of predictions that equal the label.
 
     Args:
         predictions: Classes ``(N,)``.
@@ -142,7 +142,8 @@ def bias_collapse(
         stats: Statistics of the features. Light statistics suffice.
         weight: Head ``(K, d)``.
         bias: Bias of the head ``(K,)``; None for a head without one.
-        global_mean: The mean of all ``"sample"`` features (Zhu et al.; the default) or of the ``"class"`` means.
+        global_mean: ``"sample"`` is the mean of all features (Zhu et al.; the default), ``"class"`` that of the class
+            means.
 
     Returns:
         Non-negative scalar in the dtype of the statistics and the unit of the logits. 0 at collapse; ``nan`` without
@@ -160,19 +161,20 @@ def bias_collapse(
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
         raise UserError(
-            f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
+            f"weight must have shape {tuple(stats.means.shape)} and bias ({len(stats.counts)},), "
             f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )
     mean = stats.global_mean(global_mean).unsqueeze(0)
-    logits, own, other = product(mean, weight.detach().to(mean))
-    logits = own * logits
+    # Against overflow, the logits are computed as (factor * logits + divisor * bias) / divisor.
+    logits, factor, divisor = product(mean, weight.detach().to(mean))
+    logits = factor * logits
     if bias is not None:
-        logits = logits + other * bias.detach().to(logits)
-    return torch.where(stats.present.any(), norm(logits.flatten(), dim=0) / other, torch.nan)
+        logits = logits + divisor * bias.detach().to(logits)
+    return torch.where(stats.present.any(), norm(logits.flatten(), dim=0) / divisor, torch.nan)
 
 
 def cosine_margin(features: Tensor, labels: Tensor, weight: Tensor, centre: Tensor | None = None) -> Tensor:
-    r"""Measure by how much the cosine with the own row of the head exceeds the largest cosine with another row.
+    r"""Measure how much larger the cosine with the row of the own class is than with any other row of the head.
 
     .. math:: \cos\angle(h_i - c, w_{y_i}) - \max_{k \ne y_i} \cos\angle(h_i - c, w_k)
 
@@ -185,8 +187,8 @@ def cosine_margin(features: Tensor, labels: Tensor, weight: Tensor, centre: Tens
         centre: c, ``(d,)``, usually ``stats.global_mean()``; None is zero.
 
     Returns:
-        Margins ``(N,)``, float64, in [-2, 2]. K/(K-1) at collapse; positive where the largest cosine is with the right
-        row; ``nan`` for a feature equal to c, and if a row of the head is zero.
+        Margins ``(N,)``, float64, in [-2, 2]. K/(K-1) at collapse; positive where the cosine with the right row is
+        the largest; ``nan`` for a feature equal to c, and if a row of the head is zero.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""NC3: how far head and class means are from self-duality, in the published forms."""
+"""NC3: how far head and class means are from being proportional, by the published definitions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def self_duality(stats: ClassStatistics, weight: Tensor, centred: bool = False) 
         >>> round(float(self_duality(stats, weight=-etf)), 6)  # the opposite of duality
         2.0
     """
-    weight, present = _checked_head(stats, weight), stats.present.unsqueeze(1)
+    weight, present = _checked_weight(stats, weight), stats.present.unsqueeze(1)
     if centred:
         weight = weight - (weight * present).sum(dim=0) / stats.present.sum()
     return deviation_from_etf(weight * present, stats.mean_offsets, stats.present)
@@ -62,7 +62,7 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
     Args:
         stats: Statistics of the features.
         weight: Head ``(K, d)``.
-        squared: False returns the norm without the square, as some later implementations do.
+        squared: False returns the norm itself, as some later implementations do.
 
     Returns:
         Scalar in [0, 4], or in [0, 2] if not squared, in the dtype of the statistics, dimensionless. 0 for every
@@ -81,7 +81,7 @@ def duality_difference(stats: ClassStatistics, weight: Tensor, squared: bool = T
         >>> duality_difference(stats, weight=torch.tensor([[0.0, 1.0], [0.0, -1.0]])).round(decimals=6)
         tensor(2., dtype=torch.float64)
     """
-    weight, means = _checked_head(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
+    weight, means = _checked_weight(stats, weight) * stats.present.unsqueeze(1), stats.mean_offsets
     weight, means = weight / power_of_two(weight), means / power_of_two(means)
     difference = weight / torch.linalg.matrix_norm(weight) - means / torch.linalg.matrix_norm(means)
     value: Tensor = difference.square().sum()
@@ -111,7 +111,7 @@ def class_alignment(stats: ClassStatistics, weight: Tensor) -> Tensor:
         >>> class_alignment(stats, weight=torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         tensor([1., 0.], dtype=torch.float64)
     """
-    cosine = (unit_rows(_checked_head(stats, weight)) * unit_rows(stats.centred_means)).sum(dim=1)
+    cosine = (unit_rows(_checked_weight(stats, weight)) * unit_rows(stats.centred_means)).sum(dim=1)
     return torch.where(stats.present, cosine, torch.nan)
 
 
@@ -129,8 +129,8 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
         ddof: The variance divides by ``K - ddof``.
 
     Returns:
-        Non-negative scalar in the dtype of the statistics; dimensionless with ``normalize``. ``nan`` if the cosine
-        of a class present is undefined, or if fewer than two classes are present.
+        Non-negative scalar in the dtype of the statistics; dimensionless with ``normalize``. ``nan`` if the cosine of a
+        class with samples is undefined, or with fewer than two classes present.
 
     Raises:
         ValueError: If ``weight`` does not fit the statistics.
@@ -142,10 +142,10 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
         >>> uniform_duality(stats, weight=torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # the variance of cosines 1 and 0
         tensor(0.5000, dtype=torch.float64)
     """
-    rows = _checked_head(stats, weight)
+    rows = _checked_weight(stats, weight)
     if normalize:
-        # These are 1 minus the cosines, which have the same variance. Near self-duality, rounding of the cosines
-        # themselves would be larger than their differences.
+        # This is 1 minus the cosine, which has the same variance. Near duality the cosines differ by less than their
+        # rounding errors.
         products = (unit_rows(rows) - unit_rows(stats.centred_means)).square().sum(dim=1) / 2
     else:
         products = (rows * stats.mean_offsets).sum(dim=1)
@@ -155,8 +155,8 @@ def uniform_duality(stats: ClassStatistics, weight: Tensor, normalize: bool = Tr
     return torch.where(count > 0, value, torch.nan)
 
 
-def _checked_head(stats: ClassStatistics, weight: Tensor) -> Tensor:
-    """Return the head in the dtype and on the device of the statistics. Raise if its shape does not fit."""
+def _checked_weight(stats: ClassStatistics, weight: Tensor) -> Tensor:
+    """Check the shape of the head and convert it to the dtype of the statistics."""
     if weight.shape != stats.means.shape:
         raise UserError(
             f"weight must have shape {tuple(stats.means.shape)} like the class means, got {tuple(weight.shape)}."

@@ -8,9 +8,9 @@ samples of a class, which share the target y and have the mean :math:`\bar z`, o
     \sum_i L(z_i, y) - n L(\bar z, y) = \sum_i D(z_i, \bar z), \qquad
     \sum_i D(z_i, a) = \sum_i D(z_i, \bar z) + n D(\bar z, a)
 
-for every a (Banerjee et al., Clustering with Bregman divergences, 2005, Prop. 1). The second identity moves a sum from
-one reference point to another, as centred moments are moved. All terms are non-negative, so that nothing cancels, and
-one pass over the samples is enough. Divergences are formed from differences of features, so that equal features give
+for every a (Banerjee et al., Clustering with Bregman divergences, 2005, Prop. 1). The second identity changes the
+reference point of a sum, as in the parallel axis theorem. All terms are non-negative, so that nothing cancels. One
+pass over the samples is enough. Divergences are formed from differences of features, so that equal features give
 exact zeros.
 
 A class may be any group of samples with the same target.
@@ -33,18 +33,18 @@ __all__ = ["ExcessLoss", "HeadLoss"]
 # longer than that for the samples. Within a block, steps of ELEMENTS_PER_STEP elements or at least _LEAST_ROWS rows
 # keep intermediate results in the cache of a CPU.
 _ELEMENTS_PER_BLOCK, _LEAST_ROWS = 2 * ELEMENTS_PER_STEP, 256
-# Number of elements of the (M, K) residuals up to which they are kept: 128 MiB, 4096 classes.
+# The (M, K) residuals are stored only up to this number of elements: 128 MiB, 4096 classes.
 _MOST_RESIDUALS = 2**24
 
 
 class LossOfLogits(Protocol):
-    """The methods of a loss that are used here. :class:`nclightning.problems.Loss` has them. Arguments: ``(B, K)``."""
+    """The methods of a loss that are used here, as in :class:`nclightning.problems.Loss`. Arguments are ``(B, K)``."""
 
     def divergence_along(self, step: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
-        """Bregman divergence of ``reference + step`` from ``reference``, ``(B,)``."""
+        """Compute the Bregman divergence of ``reference + step`` from ``reference``, ``(B,)``."""
 
     def residual(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Gradient in the logits, ``(B, K)``."""
+        """Compute the gradient of the loss with respect to the logits, ``(B, K)``."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class HeadLoss:
 
     Example:
         >>> import torch
-            >>> from nclightning.functional import HeadLoss
+        >>> from nclightning.functional import HeadLoss
         >>> from nclightning.problems import CrossEntropy
         >>> identity = torch.eye(2, dtype=torch.float64)
         >>> head = HeadLoss(CrossEntropy(), targets=identity, weight=3 * identity, bias=None)
@@ -80,17 +80,17 @@ class HeadLoss:
 class ExcessLoss(NamedTuple):
     r"""Excess loss of each class: the loss of its samples minus the loss of their mean, summed over the samples.
 
-    Merge the results of several batches with :meth:`merge`. No optimum is needed to compute them.
+    Merge the results of several batches with :meth:`merge`. They can be computed at any parameters, without an optimum.
 
     Attributes:
         counts: Samples per class ``(M,)``.
         anchors: One sample of each class ``(M, d)``; zero for a class without samples.
         offsets: Class means minus anchors ``(M, d)``; exactly zero if all samples of the class are equal.
         sums: Excess loss of each class ``(M,)``, a sum over its samples.
-        residuals: Sum over the samples of each class of :math:`r_i`, the gradient of the loss in the logits,
-            ``(M, K)``; ``(M, 0)`` if that would be more than 128 MiB.
+        residuals: Sum over the samples of each class of :math:`r_i`, the gradient of the loss with respect to the
+            logits, ``(M, K)``; ``(M, 0)`` if that would be more than 128 MiB.
         slopes: Sum of :math:`\langle r_i, W h_i\rangle` over the samples of each class ``(M,)``, the derivative of the
-            loss in the scale of head or features.
+            loss with respect to a factor of the head or of the features, at 1.
 
     Example:
         >>> import torch
@@ -153,7 +153,7 @@ class ExcessLoss(NamedTuple):
         return total
 
     def _add(self, features: Tensor, labels: Tensor, head: HeadLoss) -> ExcessLoss:
-        """Add one block of samples, whose labels are M for samples to leave out."""
+        """Add one block of samples. The label M marks samples to leave out."""
         num_classes, dim = self.anchors.shape
         place = torch.arange(len(labels), device=labels.device)
         first = torch.full((num_classes + 1,), len(labels) - 1, device=labels.device)
@@ -173,7 +173,7 @@ class ExcessLoss(NamedTuple):
         added = ExcessLoss(
             counts, anchors, offsets, zero, _append_zero_row(torch.zeros_like(self.residuals)), zero.clone()
         )
-        moved, logits = self._shifted(ExcessLoss(*(each.narrow(0, 0, num_classes) for each in added)), head)
+        moved, logits = self._with_joint_means(ExcessLoss(*(each.narrow(0, 0, num_classes) for each in added)), head)
         offsets = _append_zero_row(moved.offsets)
         for deviations, index in parts:
             # Samples to leave out use the values of the last class; the results of their bin are dropped.
@@ -203,23 +203,23 @@ class ExcessLoss(NamedTuple):
 
         Args:
             other: Excess loss of the other samples.
-            head: The loss and the head, the same as for both.
+            head: The loss and the head with which both were computed.
 
         Returns:
             A new object.
         """
-        moved, logits = self._shifted(other, head)
+        moved, logits = self._with_joint_means(other, head)
         return moved._replace(
             sums=moved.sums + other._sums_around(moved, logits, head),
             residuals=self.residuals + other.residuals,
             slopes=self.slopes + other.slopes,
         )
 
-    def _shifted(self, other: ExcessLoss, head: HeadLoss) -> tuple[ExcessLoss, Tensor]:
-        """Move to the means of both sets of samples: their counts and means, and the sums over these samples alone.
+    def _with_joint_means(self, other: ExcessLoss, head: HeadLoss) -> tuple[ExcessLoss, Tensor]:
+        """Replace counts and class means by those of both sets. The sums still include only the samples of this set.
 
         Returns:
-            The moved object, and the logits of the new class means.
+            The new object, and the logits of the new class means.
         """
         mine, theirs = (self.counts > 0).unsqueeze(1), (other.counts > 0).unsqueeze(1)
         counts = self.counts + other.counts
@@ -232,7 +232,7 @@ class ExcessLoss(NamedTuple):
         return moved._replace(sums=self._sums_around(moved, logits, head)), logits
 
     def _sums_around(self, others: ExcessLoss, logits: Tensor, head: HeadLoss) -> Tensor:
-        """Excess loss of these samples relative to other class means, whose logits are given."""
+        """Compute the excess loss of these samples relative to the class means of ``others``, with their logits."""
         if self.counts.is_cpu and not self.counts.any():  # On another device this check would cost more than it saves.
             return self.sums
         deviations = (self.anchors - others.anchors) + (self.offsets - others.offsets)
@@ -244,5 +244,5 @@ class ExcessLoss(NamedTuple):
 
 
 def _append_zero_row(rows: Tensor) -> Tensor:
-    """Append a row of zeros, the bin of samples to leave out."""
+    """Append a row of zeros for the samples to leave out."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

@@ -83,7 +83,7 @@ def mse_decomposition(
     """
     if weight.shape != stats.means.shape or (bias is not None and bias.shape != stats.counts.shape):
         raise UserError(
-            f"weight must have shape {tuple(stats.means.shape)} and bias its first, "
+            f"weight must have shape {tuple(stats.means.shape)} and bias ({len(stats.means)},), "
             f"got {tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)}."
         )
     if not weight_decay >= 0:

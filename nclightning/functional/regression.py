@@ -27,7 +27,7 @@ __all__ = [
 
 # Root mean square of a rounding error relative to the largest one, rounded up.
 _RMS_ROUNDING = 0.3
-# Eigenvalues that differ by at most this number of roundings are taken for equal.
+# Eigenvalues are treated as equal if they differ by at most this number of rounding errors.
 _ROUNDINGS_OF_EQUAL = 4
 _ROWS_PER_STEP = 2**13
 
@@ -37,7 +37,7 @@ class GramDeviation(NamedTuple):
 
     Attributes:
         deviation: Squared distance of the head's Gram matrix from the nearest predicted matrix, both of norm 1.
-        gamma: The gamma of that matrix; ``nan`` if the matrix is the same for a whole interval of gamma.
+        gamma: The gamma of that matrix; ``nan`` if each gamma of an interval gives this matrix.
     """
 
     deviation: Tensor
@@ -57,7 +57,7 @@ class UnitResiduals(NamedTuple):
 
 
 def sample_statistics(rows: Tensor) -> ClassStatistics:
-    """Compute the statistics of samples without classes, as those of one class.
+    """Compute the statistics of samples without labels, treated as a single class.
 
     Args:
         rows: Features ``(N, d)`` or targets ``(N, K)``, of any floating dtype.
@@ -100,7 +100,7 @@ def as_targets(targets: Tensor, num_targets: int) -> Tensor:
         repair = (
             "nclightning.metrics.NeuralCollapse if they are class numbers"
             if targets.ndim == 1 and not targets.is_floating_point()
-            else "a head with an output for each column, or those columns that the head predicts"
+            else "a head with an output for each column, or only the columns that the head predicts"
         )
         raise UserError(
             f"targets must have shape (N, {num_targets}), a column for each output of the head, got "
@@ -130,7 +130,7 @@ def target_rank(targets: ClassStatistics) -> Tensor:
         >>> target_rank(sample_statistics(torch.cat([column, 3 * column], dim=1)))
         tensor(1., dtype=torch.float64)
     """
-    root, count = _root(targets), targets.counts.sum().clamp(min=1)
+    root, count = _scatter_root(targets), targets.counts.sum().clamp(min=1)
     means, widths = targets.means.squeeze(0), targets.widths / count.sqrt()
     rounding = targets.epsilon * torch.hypot(means, widths)
     widths = torch.where(widths > rounding, widths, torch.inf)
@@ -149,7 +149,7 @@ def principal_residual(features: ClassStatistics, num_directions: int | Tensor) 
 
     with :math:`\sigma_1 \ge \sigma_2 \ge \dots` the singular values of the centred features. It is the share of their
     variance outside of their n leading principal components. It is computed from a square root of the scatter, so that
-    a share of 1e-24 is right to three digits.
+    even a share of 1e-24 has three correct digits.
 
     Andriopoulos et al. (2024). They first divide each centred feature by its norm, which gives all samples the same
     weight and needs a second pass over them: see :func:`unit_residuals`.
@@ -173,7 +173,7 @@ def principal_residual(features: ClassStatistics, num_directions: int | Tensor) 
         >>> round(float(principal_residual(sample_statistics(features), num_directions=1)), 6)  # 2 / (18 + 2)
         0.1
     """
-    singular, _ = singular_vectors(_root(features))
+    singular, _ = singular_vectors(_scatter_root(features))
     outside = torch.arange(len(singular), device=singular.device) >= num_directions
     share = (norm(singular * outside, dim=0) / norm(singular, dim=0)).square()
     n = torch.as_tensor(num_directions, device=singular.device)
@@ -210,7 +210,7 @@ def row_space_residual(features: ClassStatistics, weight: Tensor) -> Tensor:
         >>> round(float(row_space_residual(sample_statistics(features), weight=torch.tensor([[5.0, 0.0]]))), 6)
         0.1
     """
-    root, basis = _root(features), _row_space(weight, features)
+    root, basis = _scatter_root(features), _row_space(weight, features)
     rows = root / power_of_two(root)
     rank = basis.square().sum().round()
     defined = (rank >= 1) & (rank < rows.shape[1]) & _spreads(features) & basis.isfinite().all()
@@ -257,9 +257,11 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
         >>> bool(found.deviation < 1e-12), round(float(found.gamma), 6)
         (True, 0.25)
     """
-    root, count = _root(targets), targets.counts.sum().clamp(min=1)
+    root, count = _scatter_root(targets), targets.counts.sum().clamp(min=1)
     if weight.ndim != 2 or len(weight) != root.shape[1]:
-        raise UserError(f"weight must have shape ({root.shape[1]}, d) for as many targets, got {tuple(weight.shape)}.")
+        raise UserError(
+            f"weight must have shape ({root.shape[1]}, d), a row for each target, got {tuple(weight.shape)}."
+        )
     if not centred:
         root = torch.cat([root, targets.means * count.sqrt()])
     sizes, directions = singular_vectors(root / count.sqrt(), full=True)
@@ -270,7 +272,7 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
     # The rounding errors of the targets are independent of each other.
     of_targets = rounding_along(targets, directions).amax() / count.sqrt() / unit
     rounding = _ROUNDINGS_OF_EQUAL * torch.maximum(of_targets, torch.finfo(root.dtype).eps * len(sizes) * sizes.amax())
-    # Row j is for those gamma whose root is between the eigenvalues j and j + 1: only the first j directions remain.
+    # Row j is for gamma with its root between the eigenvalues j and j + 1: only the first j directions remain.
     next_ = torch.cat([sizes.narrow(0, 1, len(sizes) - 1), sizes.new_zeros(1)])
     next_ = torch.where(next_ > rounding, next_, 0)
     left = torch.ones_like(gram, dtype=torch.bool).tril()
@@ -278,8 +280,8 @@ def gram_deviation(targets: ClassStatistics, weight: Tensor, centred: bool = Tru
     mean = (sizes * left).sum(dim=1) / number
     deviations = torch.where(left, sizes - mean.unsqueeze(1), 0)
     overlap, spread = (deviations * gram.diagonal()).sum(dim=1), deviations.square().sum(dim=1)
-    # The cosine between both matrices is largest where its derivative vanishes. Without such a point it falls with
-    # gamma, and is largest at the lower end of the interval.
+    # The cosine between both matrices is largest where its derivative vanishes. If there is no such point, it decreases
+    # with gamma and is largest at the lower end of the interval.
     best = mean - (gram.diagonal() * left).sum(dim=1) / number * spread / overlap
     gamma_is_unique = spread.sqrt() > rounding
     best = torch.where(gamma_is_unique & (overlap > 0), torch.minimum(torch.maximum(best, next_), sizes), next_)
@@ -330,7 +332,7 @@ def unit_residuals(features: Tensor, num_directions: int, weight: Tensor) -> Uni
         0.5
     """
     stats = sample_statistics(features).folded
-    _, right = singular_vectors(_root(stats))
+    _, right = singular_vectors(_scatter_root(stats))
     leading, rows_of_head = right.narrow(0, 0, min(num_directions, len(right))), _row_space(weight, stats)
     sums, count = features.new_zeros(2, dtype=torch.float64), features.new_zeros((), dtype=torch.float64)
     for rows in torch.split(features.detach(), _ROWS_PER_STEP):
@@ -346,26 +348,26 @@ def unit_residuals(features: Tensor, num_directions: int, weight: Tensor) -> Uni
     )
 
 
-def _root(stats: ClassStatistics) -> Tensor:
-    """Square root of the scatter of all samples."""
+def _scatter_root(stats: ClassStatistics) -> Tensor:
+    """Return the square root of the scatter of all samples; an error for several classes."""
     if len(stats.counts) != 1:
-        raise UserError(f"statistics must be of one class, got {len(stats.counts)}: make them with sample_statistics.")
+        raise UserError(f"statistics must have one class, got {len(stats.counts)}: make them with sample_statistics.")
     return stats.root
 
 
 def _spreads(features: ClassStatistics) -> Tensor:
-    """Whether features differ from their mean by more than their rounding."""
+    """Return whether features differ from their mean by more than their rounding."""
     size = norm(features.means.squeeze(0), dim=0) * features.counts.sum().sqrt()
     return features.norms.sum() > features.epsilon * size
 
 
 def _row_space(weight: Tensor, features: ClassStatistics) -> Tensor:
-    """Orthonormal rows ``(r, d)`` with the same span as the rows of the head, padded with zero rows."""
+    """Compute orthonormal rows ``(r, d)`` with the same span as the rows of the head, padded with zero rows."""
     dim = features.means.shape[1]
     if weight.ndim != 2 or weight.shape[1] != dim:
         raise UserError(f"weight must have shape (K, {dim}) as features have {dim} columns, got {tuple(weight.shape)}.")
-    # The span does not depend on the norms of the rows. Without this division, a short row could be lost in the
-    # rounding of a long one.
+    # Dividing rows by their norms leaves their span unchanged. Without it, a short row could be lost in the rounding
+    # error of a long one.
     rows = weight.detach().to(features.means)
     unit = torch.where((rows == 0).all(dim=1, keepdim=True), 0, unit_rows(rows))
     singular, right = singular_vectors(unit)
@@ -374,7 +376,7 @@ def _row_space(weight: Tensor, features: ClassStatistics) -> Tensor:
 
 
 def _orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
-    """Component of rows orthogonal to an orthonormal basis."""
-    for _ in range(2):  # The second time removes the rounding error of the first.
+    """Compute the component of rows orthogonal to an orthonormal basis."""
+    for _ in range(2):  # The second projection removes the rounding error of the first.
         rows = rows - (rows @ basis.T) @ basis
     return rows

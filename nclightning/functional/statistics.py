@@ -107,7 +107,9 @@ class ClassStatistics:
                 f"got {tuple(self.totals.means.shape)} and {tuple(other.totals.means.shape)}."
             )
         if self.is_light != other.is_light:
-            raise UserError("both statistics must have the scatter, or neither: pass the same scatter=... to both.")
+            raise UserError(
+                "both statistics must have the scatter, or both must be without it: pass the same scatter=... to both."
+            )
         totals, kept = self.totals.merge(other.totals), self.kept.join(other.kept)
         merged = ClassStatistics(totals, self.num_invalid + other.num_invalid, kept)
         return merged if kept.are_worth_keeping(len(totals.counts), self.is_light) else merged.folded
@@ -134,7 +136,7 @@ class ClassStatistics:
 
     @cached_property
     def _class_means(self) -> Means:
-        """Counts, class means and detected rounding of all samples, stored ones included."""
+        """Counts, class means and detected precision of all samples, stored ones included."""
         if self.kept.is_empty:
             return self.totals.first
         kept = self.kept.means(self.totals.means)
@@ -142,9 +144,9 @@ class ClassStatistics:
 
     @cached_property
     def epsilon(self) -> Tensor:
-        """Machine epsilon to which the features were rounded.
+        """Machine epsilon of the precision in which the features were computed.
 
-        It belongs to their dtype, or to a narrower dtype in which their values show that they were computed.
+        This is the precision of their dtype, or a lower one that their values reveal, as after a cast from bfloat16.
         """
         shown, of_dtype = self._class_means.rounding.unbind()
         return torch.where(shown.isinf(), of_dtype, torch.maximum(shown, of_dtype))
@@ -165,7 +167,7 @@ class ClassStatistics:
             Global mean ``(d,)``.
 
         Raises:
-            ValueError: If there is no such convention.
+            ValueError: If the convention is unknown.
         """
         weights = self._class_weights({"class": "uniform", "sample": "count"}.get(convention, convention))
         return (weights.unsqueeze(1) * self.means).sum(dim=0)
@@ -197,8 +199,8 @@ class ClassStatistics:
     def centred_means(self) -> Tensor:
         """Class means minus their unweighted mean over the classes present, for measures of directions.
 
-        Absent classes have zero rows. So has a class whose mean equals the global mean up to rounding of the features,
-        because its direction is undefined. Measures of lengths use :attr:`mean_offsets`.
+        Rows of absent classes are zero. The row of a class whose mean equals the global mean up to rounding of the
+        features is zero too, because its direction is undefined. Measures of lengths use :attr:`mean_offsets`.
         """
         return beyond_rounding(self, each=True)
 
@@ -226,7 +228,7 @@ class ClassStatistics:
         return self._class_weights(between_weights).sqrt().unsqueeze(1) * self.centre_means(global_mean)
 
     def _class_weights(self, convention: str) -> Tensor:
-        """Return the weights of the classes under a convention, checked."""
+        """Return the weights of the classes; an error for an unknown convention."""
         if convention not in ("uniform", "count"):
             raise UserError(
                 f"global_mean must be 'class' or 'sample' and between_weights 'uniform' or 'count', got {convention!r}."
@@ -283,7 +285,7 @@ class ClassStatistics:
         return self._compute_spread()
 
     def _compute_spread(self, *directions: Tensor) -> tuple[Tensor, ...]:
-        """Square roots of the spread of each class, of each coordinate, and along each set of directions.
+        """Compute square roots of the spread of each class, of each coordinate, and along each set of directions.
 
         The spread around the class means of all samples has three parts: the spread of the totals around their own
         class means, the squared shift from those means to the means of all samples, and the spread of the stored
@@ -344,7 +346,7 @@ class ClassStatistics:
         )
 
     def _form_root(self) -> Tensor:
-        """Triangular factor of all rows whose outer products sum to the scatter, padded with zero rows to d rows."""
+        """Compute the triangular factor of the rows whose outer products sum to the scatter, padded to d rows."""
         first, totals, own = self._class_means, self.totals.first, self._root_of_totals()
         unit = invertible_power_of_two(first.means)
         rows = [own / unit] if self.totals.is_empty else [own / unit, totals.moved_to(first) / unit]

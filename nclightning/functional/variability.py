@@ -1,4 +1,4 @@
-"""NC1: how far features are from their class means, relative to the spread of the means, in its published forms."""
+"""NC1: how far features are from their class means, relative to the spread of the means, by several definitions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = [
 
 # Root mean square of a rounding error relative to the largest one, rounded up.
 _RMS_ROUNDING = 0.3
-# In directions in which features do not spread, the computed spread of the means may be this number of roundings of the
-# largest spread, as behind a LayerNorm that subtracts a mean of 80 times the spread. The second number is for half
-# precision.
+# Along directions in which features do not spread, the computed spread of the means may reach this multiple of the
+# rounding error of the largest spread, for example behind a LayerNorm that subtracts a mean of 80 times the spread. The
+# second number is for half precision.
 _MOST_ROUNDINGS = (256, 2)
 
 
@@ -61,8 +61,8 @@ def within_class_variability(
 
     Args:
         stats: Statistics of the features, with scatter.
-        global_mean: The mean of ``"class"`` means (Papyan et al.; the default) or of all ``"sample"`` features (Zhu et
-            al., 2021). The choice matters on unbalanced data only.
+        global_mean: ``"class"`` is the mean of the class means (Papyan et al.; the default), ``"sample"`` that of all
+            features (Zhu et al., 2021). The choice matters on unbalanced data only.
         between_weights: ``"uniform"`` weights 1/K (the usual choice and the default) or ``"count"`` weights n_k/N
             (discriminant analysis). The choice matters on unbalanced data only.
         divide_by_classes: False leaves out the factor 1/K, as the published notebook of Papyan et al. does, in contrast
@@ -89,10 +89,10 @@ def within_class_variability(
         0.0
     """
     num_present = stats.present.sum()
-    singular, _, counts, spread = _between_directions(stats, global_mean, between_weights)
-    value = torch.where(counts, (spread / singular).square(), 0).sum()
-    # Without a direction that counts all spread is within classes.
-    value = torch.where(counts.any(), value, stats.norms.sum() / torch.zeros_like(value))
+    singular, _, significant, spread = _significant_directions(stats, global_mean, between_weights)
+    value = torch.where(significant, (spread / singular).square(), 0).sum()
+    # Without a significant direction, all spread is within classes.
+    value = torch.where(significant.any(), value, stats.norms.sum() / torch.zeros_like(value))
     if divide_by_classes:
         value = value / num_present
     return torch.where((num_present >= 2) & singular.isfinite().all(), value, torch.nan)
@@ -125,12 +125,12 @@ def between_class_rank(
         >>> between_class_rank(class_statistics(features, torch.arange(3), num_classes=3))
         tensor(1., dtype=torch.float64)
     """
-    singular, _, counts, _ = _between_directions(stats, global_mean, between_weights)
+    singular, _, significant, _ = _significant_directions(stats, global_mean, between_weights)
     defined = (stats.present.sum() >= 2) & singular.isfinite().all()
-    return torch.where(defined, counts.sum().to(singular), torch.nan)
+    return torch.where(defined, significant.sum().to(singular), torch.nan)
 
 
-def _between_directions(
+def _significant_directions(
     stats: ClassStatistics, global_mean: GlobalMean, between_weights: BetweenWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the significant directions of the centred class means.
@@ -141,8 +141,8 @@ def _between_directions(
     and not far less than the largest spread.
 
     Returns:
-        Singular values, right singular vectors, which of them are significant, and the root mean square within-class
-        spread along each.
+        Singular values, right singular vectors, a bool mask of the significant ones, and the root mean square
+        within-class spread along each.
     """
     singular, right = singular_vectors(stats.between_root(global_mean, between_weights))
     num_present, total, dim = stats.present.sum().to(singular), stats.counts.sum(), stats.means.shape[1]
@@ -159,8 +159,8 @@ def _between_directions(
     by_chance = close & (possible & close.logical_not()).any() & (singular <= 2 * spread * (num_present / total).sqrt())
     far_below = (both <= far * one) & (singular <= far * stats.epsilon * singular.amax())
     exact = epsilon * max(stats.means.shape) * singular.amax()
-    counts = possible & (singular > torch.maximum(rounding, exact)) & (by_chance | far_below).logical_not()
-    return singular, right, counts, spread
+    significant = possible & (singular > torch.maximum(rounding, exact)) & (by_chance | far_below).logical_not()
+    return singular, right, significant, spread
 
 
 def within_between_ratio(
@@ -252,7 +252,7 @@ def class_distance_normalized_variance(
     if reduction == "none":
         return per_class
     value = torch.cat(largest).amax() if reduction == "max" else per_class.nansum() / num_present
-    # nansum skips nan, which must show in the result.
+    # nansum skips nan, but the result must be nan if one class is.
     return torch.where(torch.where(present, per_class.isnan(), num_present < 2).any(), torch.nan, value)
 
 
@@ -262,7 +262,7 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     .. math:: \mathrm{VCI} = 1 - \frac{\operatorname{tr}(\Sigma_T^\dagger \Sigma_B)}{\min(d, K-1)},\qquad
         \Sigma_T = \Sigma_W + \Sigma_B
 
-    Xu and Liu (2023). Here :math:`\Sigma_B` has uniform weights, and its rank r, :func:`between_class_rank`, replaces
+    Xu and Liu (2023). Here :math:`\Sigma_B` has uniform weights. Its rank r, :func:`between_class_rank`, replaces
     ``min(d, K - 1)``; the two agree for features of full rank.
 
     The index is computed as :math:`\operatorname{tr}\,E(E+\Lambda)^{-1}/r` on the span of the means, where
@@ -290,16 +290,16 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
         >>> round(float(variability_collapse_index(stats)), 6)  # S_W = 1, S_B = 9
         0.1
     """
-    stats = stats.folded  # The whole scatter is needed. Without it the stored samples would be read twice.
+    stats = stats.folded  # The scatter is needed below. Without folding, the stored samples would be processed twice.
     root, num_present = stats.root, stats.present.sum()
-    singular, _, counts, _ = _between_directions(stats, "class", "uniform")
+    singular, _, significant, _ = _significant_directions(stats, "class", "uniform")
     _, span = singular_vectors(stats.between_root(), full=True)
-    inside = torch.nn.functional.pad(counts, (0, len(span) - len(counts)))
+    inside = torch.nn.functional.pad(significant, (0, len(span) - len(significant)))
     finite = root.isfinite().all() & singular.isfinite().all()
     rotated = torch.where(finite, root, 0) @ span.T / stats.counts.sum().clamp(min=1).sqrt()
     unit = power_of_two(rotated)
-    explaining = torch.where(inside, 0, rotated / unit)
-    left, sizes, right = torch.linalg.svd(explaining, full_matrices=False)
+    outside = torch.where(inside, 0, rotated / unit)
+    left, sizes, right = torch.linalg.svd(outside, full_matrices=False)
     # Leave out directions outside the span along which the spread is only rounding, of the features or of the computed
     # directions.
     rounding = spread_of_rounding(stats, rounding_along(stats, right @ span) / unit, sizes.amax())
@@ -309,10 +309,10 @@ def variability_collapse_index(stats: ClassStatistics) -> Tensor:
     for _ in range(2):  # The second projection removes the rounding error of the first.
         rest = rest - left @ (left.T @ rest)
     # Divided by the spread of the means, E has eigenvalues x^2, and E (E + Lambda)^-1 has eigenvalues x^2 / (1 + x^2).
-    scale = torch.where(counts, singular / unit, 1)
+    scale = torch.where(significant, singular / unit, 1)
     whitened = rest / torch.nn.functional.pad(scale, (0, len(span) - len(scale)), value=1.0)
     ratios = torch.linalg.svdvals(whitened)
-    share = (1 / (1 + ratios.square().reciprocal())).sum() / counts.sum()
+    share = (1 / (1 + ratios.square().reciprocal())).sum() / significant.sum()
     coincide = stats.norms.sum() / stats.norms.sum()  # 1, or nan where nothing spreads at all.
-    share = torch.where(counts.any(), share, coincide)
+    share = torch.where(significant.any(), share, coincide)
     return torch.where((num_present >= 2) & finite, share.clamp(0, 1), torch.nan)

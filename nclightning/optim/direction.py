@@ -1,4 +1,4 @@
-"""The directions that line searches use."""
+"""Search directions: their interface, and steepest descent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 ROUNDINGS = 8  # A number counts as noise if it is smaller than this many rounding errors.
-_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # Used until a curvature has been measured.
+_GROWTH: Mapping[str, Any] = {"grow": 4.0, "patience": 1}  # Used until a positive curvature has been measured.
 
 
 class Space(NamedTuple):
@@ -48,7 +48,7 @@ class Descent(NamedTuple):
 
     Attributes:
         along: The vector p, one entry per parameter, None where the gradient is None; for a sharded parameter the shard
-            of this process. None in place of the list is the gradient g.
+            of this process. None instead of a list stands for the gradient g.
         slope: The inner product of g and p, positive. To first order the objective decreases by t times the slope.
         evaluations: Number of evaluations that it took to find p.
     """
@@ -65,7 +65,7 @@ class Direction(ABC):
         kind: Name of the direction in a ``state_dict``.
         interpolates: Whether a rejected step is shortened to the minimum of the fitted parabola (True), or by a power
             of the option ``shrink`` (False).
-        scale: Rough ratio of the lengths of descent vector and gradient.
+        scale: Approximate norm of the descent vector divided by that of the gradient.
     """
 
     kind: ClassVar[str]
@@ -107,11 +107,11 @@ class Direction(ABC):
             space: As for :meth:`find`.
 
         Returns:
-            The step, and whether it ought to be longer than the dtype of the parameters can represent.
+            The step size, and whether it is capped because the dtype of the parameters cannot represent a larger one.
         """
 
     def restart(self) -> bool:
-        """Forget earlier steps, so that the next vector is along the gradient.
+        """Forget earlier steps, so that the next descent vector is parallel to the gradient.
 
         Returns:
             Whether the last vector depended on earlier steps.
@@ -136,7 +136,7 @@ class Direction(ABC):
 
 
 class SteepestDescent(Direction):
-    """The gradient. The step grows as the options ``grow`` and ``patience`` say."""
+    """Steepest descent: the descent vector is the gradient. Options ``grow`` and ``patience`` control the step size."""
 
     kind = "steepest descent"
     interpolates = False
@@ -146,7 +146,7 @@ class SteepestDescent(Direction):
         return Descent(None, start.square)
 
     def accept(self, start: Evaluation, found: SearchResult, objective: LineObjective, space: Space) -> None:
-        """Do nothing: there is nothing to learn."""
+        """Do nothing: steepest descent does not depend on earlier steps."""
 
     def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
         """Return the last step, or a longer one when growth is due."""
@@ -154,7 +154,7 @@ class SteepestDescent(Direction):
 
 
 class LearningDirection(Direction):
-    """Base class of directions that use the curvature along accepted steps, and keep tensors per parameter."""
+    """Base class of directions that use the curvature along accepted steps, and store tensors for each parameter."""
 
     def __init__(self) -> None:
         self.scale = 1.0
@@ -162,7 +162,7 @@ class LearningDirection(Direction):
         self._searched: tuple[bool, ...] | None = None  # Which parameters were trainable at the last step.
 
     def next_trial(self, found: SearchResult, streak: int, space: Space) -> tuple[float, bool]:
-        """Return 1 if the last step measured a curvature, else longer and longer steps."""
+        """Return 1 if the last step measured a positive curvature, else a growing step size."""
         if self._measured:
             return 1.0, False
         return grown({**space.options, **_GROWTH}, streak, found, space.params)

@@ -19,7 +19,7 @@ from nclightning.optim.evaluation import Evaluation, StoredEvaluation, parameter
 from nclightning.optim.objectives import ClosureObjective, LineObjective
 from nclightning.optim.options import check_group, check_options, common_options, vanishing_step
 from nclightning.optim.outcome import SearchOutcome, SearchStatus
-from nclightning.optim.start import check_parameters, evaluate_start, missing_closure, warn_if_random
+from nclightning.optim.start import check_parameters, evaluate_start, missing_closure_error, warn_if_random
 from nclightning.optim.unchanged import remember
 from nclightning.ranks import count_over_ranks, world_size
 from nclightning.sharding import own_shard, shard_of
@@ -159,7 +159,7 @@ class LineSearchOptimizer(Optimizer):
                 groups; if no parameter is trainable.
         """
         if closure is None:
-            raise missing_closure(self._name)
+            raise missing_closure_error(self._name)
         self._read_groups()
         params = parameters_of(self)
         with torch.no_grad():

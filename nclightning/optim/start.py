@@ -13,25 +13,25 @@ from nclightning.optim.evaluation import Evaluation
 from nclightning.optim.objectives import ClosureObjective, LineObjective
 from nclightning.optim.unchanged import differ_between_ranks
 
-__all__ = ["check_parameters", "evaluate_start", "missing_closure", "warn_if_random"]
+__all__ = ["check_parameters", "evaluate_start", "missing_closure_error", "warn_if_random"]
 
 
 def check_parameters(
-    objective: LineObjective, params: Sequence[Tensor], own: Sequence[Tensor | None] | None, owner: str
+    objective: LineObjective, params: Sequence[Tensor], last_gradients: Sequence[Tensor | None] | None, owner: str
 ) -> None:
     """Raise unless a step can be taken with these parameters.
 
     Args:
         objective: The objective of the step.
         params: The parameters of the optimizer.
-        own: The gradients that the last step left at the parameters, or None if there was no step.
+        last_gradients: The gradients that the last step stored in ``grad``, or None before the first step.
         owner: Name of the optimizer's class, for messages.
 
     Raises:
-        ValueError: If a parameter has a gradient that the last step did not leave, all parameters are frozen, one is
-            on the meta device, or they differ between processes.
+        ValueError: If a parameter has a gradient that the last step did not store, if all parameters are frozen, if one
+            is on the meta device, or if they differ between processes.
     """
-    for p, g in zip(params, own or [None] * len(params), strict=True):
+    for p, g in zip(params, last_gradients or [None] * len(params), strict=True):
         if p.grad is not None and p.grad is not g:
             raise UserError(
                 f"a parameter had a gradient before {owner}.step: the search evaluates the objective itself and "
@@ -56,7 +56,7 @@ def check_parameters(
 
 
 def evaluate_start(objective: LineObjective, params: Sequence[Tensor]) -> Evaluation:
-    """Evaluate at the current parameters.
+    """Evaluate the objective and its gradient at the current parameters.
 
     Raises:
         ValueError: If the objective or its gradient is not finite, or there is a gradient for a frozen parameter.
@@ -64,8 +64,8 @@ def evaluate_start(objective: LineObjective, params: Sequence[Tensor]) -> Evalua
     start = objective.evaluate()
     if any(g is not None and not p.requires_grad for p, g in zip(params, start.gradients, strict=True)):
         raise UserError(
-            f"{type(objective).__name__} has a gradient for a parameter that was frozen after it was made: construct "
-            "it again, or pass a closure."
+            f"{type(objective).__name__} has a gradient for a parameter that was frozen later: construct the objective "
+            "again, or pass a closure."
         )
     if not start.finite:
         raise UserError(
@@ -86,10 +86,10 @@ def warn_if_random(known: Evaluation, start: Evaluation, owner: str) -> None:
         )
 
 
-def missing_closure(owner: str) -> ValueError:
+def missing_closure_error(owner: str) -> ValueError:
     """Return the error for a step that was called without a closure."""
     return ValueError(
         f"{owner}.step needs a closure that evaluates the objective; it was called without one. Under "
-        "Lightning this is what precision='16-mixed' does (its gradient scaler steps alone): use "
+        "Lightning this is what precision='16-mixed' does (its gradient scaler calls step without one): use "
         "precision='32-true', '64-true' or 'bf16-mixed'."
     )

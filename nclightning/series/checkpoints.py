@@ -31,7 +31,7 @@ from nclightning.probe.sweep import limited_batches, untouched
 from nclightning.series.classes import call_with, construct, import_named
 from nclightning.series.loaders import given_loaders, own_loaders, unshuffled
 from nclightning.series.opening import check_file, content_of, load_torch, weights_of
-from nclightning.series.sets import ModelOptions, chosen_device, floats, values_of
+from nclightning.series.sets import ModelOptions, chosen_device, measure_sets, to_floats
 
 __all__ = ["CheckpointSource", "Training", "checkpoint_sources"]
 
@@ -165,7 +165,7 @@ class Training:
         try:
             if full_batch(built.module):
                 return self._measure_full_batch(built)
-            return values_of(LightningHost(built.module), built.sets, self.options)
+            return measure_sets(LightningHost(built.module), built.sets, self.options)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
 
@@ -175,7 +175,7 @@ class Training:
         monitor = CollapseAtIterates(1, self.options.measuring())
         monitor.prepare(built.module, batch)
         with untouched(built.module):
-            return floats(monitor.read(built.module, batch))
+            return to_floats(monitor.read(built.module, batch))
 
     # Model and data.
 

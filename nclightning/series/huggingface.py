@@ -16,7 +16,7 @@ from nclightning.errors import UserError
 from nclightning.probe.host import PlainHost
 from nclightning.probe.sets import DataSet
 from nclightning.series.opening import content_of
-from nclightning.series.sets import ModelOptions, values_of
+from nclightning.series.sets import ModelOptions, measure_sets
 from nclightning.series.source import steps_in_names
 from nclightning.wording import one_line
 
@@ -193,7 +193,7 @@ class ModelSource:
             if stage in loaded
         }
         try:
-            return values_of(PlainHost(model), sets, self._options)
+            return measure_sets(PlainHost(model), sets, self._options)
         except UserError as error:
             # The message of an error in a worker process includes its traceback.
             sentence = str(error).splitlines()[-1].removeprefix("nclightning.errors.UserError: ")

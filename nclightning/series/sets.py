@@ -16,7 +16,7 @@ from nclightning.probe.reader import PairReader
 from nclightning.probe.sets import DataSet, SetReader
 from nclightning.quantities import NC, tagged
 
-__all__ = ["ModelOptions", "chosen_device", "floats", "values_of"]
+__all__ = ["ModelOptions", "chosen_device", "measure_sets", "to_floats"]
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,16 @@ class ModelOptions:
     """Options of the command line for measuring models.
 
     Attributes:
-        measures: As for :func:`nclightning.measure`, as are all up to ``between_weights``.
+        measures: As for :func:`nclightning.measure`; so are the options up to ``between_weights``.
         head: Name of the last layer; None to detect it.
         layers: Names of further layers.
         layer_pooling: ``"mean"`` or ``"flatten"``.
         ignore_index: Label of samples to leave out.
-        global_mean: Convention of NC1 on unbalanced data.
-        between_weights: Convention of NC1 on unbalanced data.
+        global_mean: Global mean in NC1, which matters on unbalanced data.
+        between_weights: Weights of the classes in NC1, which matter on unbalanced data.
         stages: The stages to measure.
         limit: Largest number of batches per data set; None for no limit.
-        device: A device of torch; ``auto`` is a GPU if there is one.
+        device: Name of a torch device; ``"auto"`` chooses a GPU if there is one, else the CPU.
         seed: Random seed that is set before model and data are constructed.
         weights_only: As for ``torch.load``.
         state_dict: Name of the checkpoint's entry with the weights.
@@ -54,7 +54,7 @@ class ModelOptions:
     state_dict: str = "state_dict"
 
     def measuring(self) -> Measuring:
-        """Return the chosen measures."""
+        """Return the chosen measures with their options."""
         return Measuring(
             self.measures, self.ignore_index, global_mean=self.global_mean, between_weights=self.between_weights
         )
@@ -64,7 +64,7 @@ class ModelOptions:
         return PairReader(self.head, self.layers, self.layer_pooling, ignore_index=self.ignore_index)
 
     def limited(self, data: DataSet) -> DataSet:
-        """Return a data set with the limit applied."""
+        """Return the data set with at most ``limit`` batches."""
         limits = [each for each in (data.limit, self.limit) if each is not None]
         return DataSet(data.loader, min(limits, default=None))
 
@@ -73,7 +73,7 @@ def chosen_device(name: str) -> torch.device:
     """Return the device that the user chose.
 
     Raises:
-        ValueError: If it does not exist.
+        ValueError: If torch does not know it, or it is not available here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,8 +85,10 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], options: ModelOptions) -> dict[str, float]:
-    """Measure a model on its data sets. Decisions use the class means of the training set.
+def measure_sets(
+    host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], options: ModelOptions
+) -> dict[str, float]:
+    """Measure a model on its data sets. NC4 compares with the class means of the training set.
 
     Args:
         host: The host of the model.
@@ -121,10 +123,10 @@ def values_of(host: Host, sets: Mapping[str, Sequence[tuple[str, DataSet]]], opt
         )
     others = {name: data for name, data in wanted.items() if name not in trained}
     measured = SetReader(options.reader(), measuring).read(host, trained, others, (), training)
-    return floats(tagged(measured.values, NC))
+    return to_floats(tagged(measured.values, NC))
 
 
-def floats(values: Mapping[str, Any]) -> dict[str, float]:
+def to_floats(values: Mapping[str, Any]) -> dict[str, float]:
     """Convert values to floats with a single transfer to the host."""
     numbers = torch.stack([torch.as_tensor(each).double() for each in values.values()]).tolist() if values else []
     return dict(zip(values, numbers, strict=True))

@@ -283,7 +283,7 @@ def test_wrong_shapes_are_refused(targets, weight, generator):
     stats = sample_statistics(draw(generator, N, D))
     with pytest.raises(UserError, match=r"weight must have shape \(K, 6\) as features have 6 columns, got \(6, 3\)"):
         row_space_residual(stats, weight.T)
-    with pytest.raises(UserError, match=r"weight must have shape \(3, d\) for as many targets, got \(6, 3\)"):
+    with pytest.raises(UserError, match=r"weight must have shape \(3, d\), a row for each target, got \(6, 3\)"):
         gram_deviation(sample_statistics(targets), weight.T)
-    with pytest.raises(UserError, match="of one class, got 2: make them with sample_statistics"):
+    with pytest.raises(UserError, match="one class, got 2: make them with sample_statistics"):
         principal_residual(class_statistics(targets, torch.arange(N) % 2, 2), 1)

@@ -179,7 +179,7 @@ def test_a_line_objective_of_frozen_parameters_is_refused():
     optimizer.step(line)
     params[0].requires_grad_(False)
     line.evaluate = lambda: Evaluation(1.0, 1e-16, [torch.ones(2, dtype=torch.float64)] * 2, 4.0)
-    with pytest.raises(ValueError, match="OwnLine has a gradient for a parameter that was frozen after it was made"):
+    with pytest.raises(ValueError, match="OwnLine has a gradient for a parameter that was frozen later"):
         optimizer.step(line)
 
 
