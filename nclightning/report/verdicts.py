@@ -345,8 +345,10 @@ def _on_divergence(record: Record) -> Iterator[Verdict]:
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return
+    if not readings.values:
+        return
     unknown: NDArray[np.bool_] = np.isnan(np.array(list(readings.values.values()))).all(axis=0)
-    if unknown.size and unknown[-1] and not unknown.all():
+    if unknown[-1] and not unknown.all():
         at = readings.iterations[np.flatnonzero(~unknown)[-1]]
         yield Verdict("bad", "Diverged", f"all values are nan after {at:,.0f}", rule)
         return
