@@ -22,7 +22,7 @@ from nclightning.files import make_folder, replaced
 from nclightning.quantities import CERTIFIED_GAP, DISTANCE, GAP, GRAD_NORM, PREDICTED_DECAY, measure_named, quantity_of
 from nclightning.report.curves import charts_of
 from nclightning.report.quantities import label_of
-from nclightning.report.recorded import Given, Record, read_records
+from nclightning.report.recorded import Given, Record, can_be_asked, read_records
 from nclightning.report.verdicts import sizes_of, verdicts_on
 from nclightning.theory import UFMProblem
 
@@ -59,6 +59,8 @@ def write_report(given: Given | Iterable[Given], out: str | Path = "report.html"
     """
     is_one = isinstance(given, str | os.PathLike | Mapping | Run)
     records, path = read_records([given] if is_one else given), Path(out)  # type: ignore[list-item,arg-type]
+    if not can_be_asked(path):
+        raise UserError(f"--out {str(path)[:80]!r} cannot be the name of a file: choose another --out.")
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: give the name of a file, such as {path / 'report.html'}.")
     if path.exists() and not overwrite and not _is_report(path):
@@ -67,7 +69,8 @@ def write_report(given: Given | Iterable[Given], out: str | Path = "report.html"
     try:
         make_folder(path.parent)
         with replaced(path) as partial:
-            partial.write_text(page, encoding="utf-8")
+            # Names of files, and JSON, may hold half of a surrogate pair.
+            partial.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --out.") from error
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from nclightning.figures.runs import Run, read_run
 from nclightning.probe.results import Measurement
 from nclightning.quantities import ERROR_BOUND_RATIO, EVALUATIONS, STEP_SIZE, quantity_of
 
-__all__ = ["Given", "Record", "read_records"]
+__all__ = ["Given", "Record", "can_be_asked", "read_records"]
 
 Given: TypeAlias = str | os.PathLike[str] | Measurement | Mapping[str, Any] | Run
 
@@ -94,6 +95,23 @@ def read_records(given: Iterable[Given]) -> list[Record]:
     ]
 
 
+def can_be_asked(path: Path) -> bool:
+    """Whether the system takes a path as a name at all, whatever is there: not one that is too long, or holds a 0.
+
+    Args:
+        path: As the user gave it.
+    """
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    return True
+
+
 def _read(given: Given) -> Record:
     if isinstance(given, Measurement):
         return Record("measurement", measurement=given.to_dict())
@@ -107,7 +125,7 @@ def _read(given: Given) -> Record:
             "or what nclightning.measure returned."
         )
     path = Path(given)
-    if not path.exists():
+    if not can_be_asked(path) or not path.exists():
         raise UserError(f"{path} does not exist: give the folder of a run, such as lightning_logs/version_0.")
     name = path.resolve().name or str(path)
     try:
@@ -137,7 +155,7 @@ def _checked(content: Any, source: str) -> dict[str, Any]:
         raise UserError(f"{source} is no measurement, since it has no measures: {repair}")
     try:
         measures = {str(name): float(value) for name, value in content["measures"].items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{source} is no measurement, since a measure is no number ({error}): {repair}") from error
     return content | {"measures": measures}
 

@@ -24,6 +24,9 @@ _LEAST_SWING = 0.3  # Of an oscillation around its line.
 _LEAST_CROSSINGS = 6  # Of the line by an oscillation: three periods.
 # 1/t has 0.58 on its last two thirds, a straight line 1.
 _SAME_SLOPE = 0.8
+# A straight line that falls by less than a flat end may is falling all the same. Tables of float32 round at 3e-8
+# decades. A line that also slows may end at a floor, so that more is asked of it: 1.2 percent.
+_LEAST_FALL, _LEAST_SLOWING_FALL = 1e-6, 0.005
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,16 @@ def _kind(x: Array, y: Array, tail: Array, logs: Array, line: LinearFit) -> Kind
     change = line.slope * (line.last - line.first)
     residuals = logs - line.intercept - line.slope * tail
     swing = float(np.ptp(residuals))
-    if abs(change) < _MOST_OF_FLAT and np.ptp(logs) < _SCATTER_OF_FLAT:
+    is_flat = abs(change) < _MOST_OF_FLAT and bool(np.ptp(logs) < _SCATTER_OF_FLAT)
+    if line.r_squared >= LEAST_R_SQUARED and change < 0:
+        earlier, later = _slopes(x, np.log10(y), line)
+        slows = later > _SAME_SLOPE * earlier
+        if not is_flat or -change >= (_LEAST_SLOWING_FALL if slows else _LEAST_FALL):
+            return "slowing" if slows else "falling"
+    if is_flat:
         return "flat"
     if line.r_squared >= LEAST_R_SQUARED:
-        if change > 0:
-            return "rising"
-        earlier, later = _slopes(x, np.log10(y), line)
-        return "slowing" if later > _SAME_SLOPE * earlier else "falling"
+        return "rising"
     crossings = int(np.count_nonzero(np.diff(np.sign(residuals))))
     if swing >= _LEAST_SWING and crossings >= _LEAST_CROSSINGS and abs(change) < swing:
         return "oscillating"

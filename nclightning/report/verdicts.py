@@ -43,10 +43,14 @@ _OF_FRAMES = (NC2.name, NC3.name)  # Distances from a simplex ETF.
 _NEAR_LEAST = 1.01
 _SAME_RATE = 1.2  # A straight stretch still holds some of the start, where the prediction is not meant.
 _LEAST_TO_CONTINUE = 0.5  # Decades, as for a rate in the tables.
-_FAR = 1e3  # By which an objective or a gradient has grown in a run that is called diverged.
+_FAR = 1e3  # By which an objective has grown in a run that is called diverged.
+_LEAST_START = 1e-6  # A run that starts closer to the optimum, or at a saddle, may grow 1000-fold by nothing else.
+_MISSED = 2  # Times the longest pause between readings, after which a curve counts as ended.
 _LARGE = 400**2  # Groups times classes from which on an optimum may take minutes.
 _BELOW_FLOOR = 1e-3  # Rounding of a float32 table may put a value below its least one.
-_BOUND_BETWEEN = (1e-10, 1e-3)  # Round-off spoils the ratio below, and the bound is local.
+# Round-off spoils the ratio below the first, and the bound is local. Without a dtype nothing is held against a run.
+_BOUND_FROM, _BOUND_TO = {"float64": 1e-10}, 1e-3
+_BOUND_FROM_ELSE = 1e-5
 _BOUND = 1.01  # As in the reproduction: the constant holds in the limit.
 
 
@@ -133,18 +137,21 @@ class _Context:
         unit: Of the abscissa, in the plural.
         at_optimum: Whether gap or distance is at round-off, so that what does not vanish is no fault of the run.
         least: Least NC2 and NC3 of these sizes.
+        is_general: Whether the optimum of the problem may be another than a simplex ETF.
     """
 
     dtype: str
     unit: str
     at_optimum: bool = False
     least: float = 0.0
+    is_general: bool = False
 
 
 def _on_run(record: Record) -> Iterator[Verdict]:
     assert record.run is not None
     readings, dtype = record.run.readings, str(record.settings.get("dtype", ""))
     trends = {tag: trend_of(readings.iterations, values) for tag, values in readings.values.items()}
+    ended = {tag: trends.pop(tag) for tag in [*trends] if _has_ended(readings.iterations, readings.values[tag])}
     of_training = f"{NC}/train/"
     last = {tag.removeprefix(of_training): each.last for tag, each in trends.items() if tag.startswith(of_training)}
     reached = [tag for tag in dict.fromkeys((*CONVERGING, *filter(falls_to_zero, trends))) if tag in trends]
@@ -155,6 +162,7 @@ def _on_run(record: Record) -> Iterator[Verdict]:
         "iterations" if record.has_iterations else "steps",
         at_optimum=GAP.tag() in floored or DISTANCE.tag() in floored,
         least=least_nc2(K, d) if K else 0.0,
+        is_general=isinstance(record.run.problem, Problem),
     )
     yield from _on_sizes(record.settings, last)
     of_collapse = [f"{of_training}{name}" for name in OF_COLLAPSE]
@@ -166,7 +174,18 @@ def _on_run(record: Record) -> Iterator[Verdict]:
     for tag in reached:
         if tag not in floored:
             yield _on_trend(label_of(tag), tag, trends[tag], context)
+    for tag, trend in ended.items():
+        if tag in CONVERGING or falls_to_zero(tag):
+            number = f"{trend.last:.3g} at {trend.at:,}, of {int(readings.iterations[-1]):,} {context.unit}"
+            rule = "no value follows for more than twice the longest pause between two values"
+            yield Verdict("open", f"{label_of(tag)}: not decided, no value after {trend.at:,}", number, rule)
     yield from _on_rate(record)
+
+
+def _has_ended(iterations: NDArray[np.float64], values: NDArray[np.float64]) -> bool:
+    """Whether a curve stops long before the run does: its last value is not where the run ended."""
+    read = iterations[np.isfinite(values)]
+    return len(read) > 1 and bool(iterations[-1] - read[-1] > _MISSED * np.diff(read).max())
 
 
 def _on_collapse(trends: Mapping[str, Trend], dtype: str) -> Iterator[Verdict]:
@@ -213,14 +232,29 @@ def _on_trend(label: str, tag: str, trend: Trend, context: _Context) -> Verdict:
         rule = f"a trend needs {LEAST_READINGS} positive readings"
         readings = "1 reading" if trend.number == 1 else f"{trend.number} readings"
         return Verdict("open", f"{label}: not decided, too few readings", f"{value}; {readings}", rule)
-    if trend.kind == "flat" and context.least and name in _OF_FRAMES and trend.last <= _NEAR_LEAST * context.least:
+    not_to_zero = _on_positive_end(label, tag, trend, context)
+    return _on_end(label, trend, value, context.unit) if not_to_zero is None else not_to_zero
+
+
+def _on_positive_end(label: str, tag: str, trend: Trend, context: _Context) -> Verdict | None:
+    """Say what a curve does that need not fall to zero; None for one that must."""
+    name, value = parse_tag(tag).name, f"{trend.last:.3g} at {trend.at:,}"
+    least = context.least if name in _OF_FRAMES else 0.0
+    if trend.kind in ("falling", "slowing") and least:
+        rule = "the last third falls along a line with R^2 at least 0.99, and K > d + 1"
+        number = f"{value}, least {least:.6g}"
+        return Verdict("note", f"{label}: falling, to a value that these sizes keep above zero", number, rule)
+    if trend.kind == "flat" and least * (1 - _BELOW_FLOOR) <= trend.last <= _NEAR_LEAST * least:
         rule = "flat, and at most 1.01 times the least value that K > d + 1 allows"
         number = f"{trend.last:.6g}, least {context.least:.6g}"
         return Verdict("good", f"{label}: at the least value that these sizes allow", number, rule)
     if trend.kind == "flat" and context.at_optimum and falls_to_zero(tag):
         rule = "flat, while gap or distance is at round-off"
         return Verdict("note", f"{label}: {trend.last:.3g} at the optimum, where it does not vanish", value, rule)
-    return _on_end(label, trend, value, context.unit)
+    if trend.kind == "flat" and falls_to_zero(tag) and (context.is_general or not tag.startswith(f"{NC}/train/")):
+        rule = "flat; at the optimum of a general problem, and on other sets than the training set, it may be positive"
+        return Verdict("open", f"{label}: flat at {trend.last:.3g}, not decided whether it should vanish", value, rule)
+    return None
 
 
 def _on_end(label: str, trend: Trend, value: str, unit: str) -> Verdict:
@@ -271,10 +305,10 @@ def _on_rate(record: Record) -> Iterator[Verdict]:
         number = f"{gap.iterations_per_decade:.4g} iterations/decade measured, "
         number += f"{predicted.iterations_per_decade:.4g} predicted for the steps taken"
         yield Verdict("good" if near else "note", words, number, "the two within a factor of 1.2")
-    yield from _on_error_bound(record.run)
+    yield from _on_error_bound(record.run, str(record.settings.get("dtype", "")))
 
 
-def _on_error_bound(run: Run) -> Iterator[Verdict]:
+def _on_error_bound(run: Run, dtype: str) -> Iterator[Verdict]:
     """Compare distance over gradient norm with 1/mu near the optimal set, where the bound is claimed."""
     ratio, distance = (run.readings.values.get(each.tag()) for each in (ERROR_BOUND_RATIO, DISTANCE))
     if run.problem is None or ratio is None or distance is None:
@@ -282,9 +316,10 @@ def _on_error_bound(run: Run) -> Iterator[Verdict]:
     constant = error_bound_constant_of(run.problem)
     if constant is None or not math.isfinite(constant):
         return
-    near, far = (share * run.problem.optimum_norm for share in _BOUND_BETWEEN)
+    share = _BOUND_FROM.get(dtype, _BOUND_FROM_ELSE)
+    near, far = share * run.problem.optimum_norm, _BOUND_TO * run.problem.optimum_norm
     inside = ratio[(distance >= near) & (distance <= far) & np.isfinite(ratio)]
-    rule = "distance / gradient norm at distances of 1e-10 to 1e-3 of the norm of the optimum, at most 1.01 / mu"
+    rule = f"distance / gradient norm at distances of {share:g} to 1e-3 of the norm of the optimum, at most 1.01 / mu"
     if not len(inside):
         words = "Not decided whether the error bound holds: no reading lies near the optimal set"
         yield Verdict("open", words, f"1/mu = {constant:.6g}", rule)
@@ -300,26 +335,32 @@ def _on_error_bound(run: Run) -> Iterator[Verdict]:
 def _on_divergence(record: Record) -> Iterator[Verdict]:
     assert record.run is not None
     readings = record.run.readings
-    rule = "a recorded value is infinite; or all values are nan to the end; or loss or gradient norm grew 1000-fold"
+    rule = "the last value is infinite; or all values are nan to the end; or the loss grew 1000-fold, to 0.001 or more"
+    rule += " (gap where no loss is recorded, gradient norm where neither is)"
     for tag, values in readings.values.items():
-        # The ratio and logarithms are infinite where a gradient or a value is 0.
-        may_be = parse_tag(tag).is_log10 or tag == ERROR_BOUND_RATIO.tag()
-        if not may_be and np.isinf(values).any():
+        # The ratio and logarithms are infinite where a gradient or a value is 0, measures where class means meet.
+        may_be = parse_tag(tag).is_log10 or tag == ERROR_BOUND_RATIO.tag() or parse_tag(tag).group == NC
+        known = np.flatnonzero(~np.isnan(values))
+        if not may_be and len(known) and np.isinf(values[known[-1]]):
             at = readings.iterations[np.isinf(values)][0]
             yield Verdict("bad", "Diverged", f"{tag} is infinite at {at:,.0f}", rule)
             return
+    if not readings.values:
+        return
     unknown: NDArray[np.bool_] = np.isnan(np.array(list(readings.values.values()))).all(axis=0)
-    if unknown.size and unknown[-1] and not unknown.all():
+    if unknown[-1] and not unknown.all():
         at = readings.iterations[np.flatnonzero(~unknown)[-1]]
         yield Verdict("bad", "Diverged", f"all values are nan after {at:,.0f}", rule)
         return
     for tag in (LOSS.tag(), GAP.tag(), GRAD_NORM.tag()):
         values = readings.values.get(tag, np.array([]))
         values = values[np.isfinite(values)]
-        if len(values) >= LEAST_READINGS and values[0] > 0 and values[-1] >= _FAR * values[0]:
+        if len(values) < LEAST_READINGS:
+            continue
+        if values[0] > 0 and values[-1] >= _FAR * max(values[0], _LEAST_START):
             number = f"{tag} grew from {values[0]:.3g} to {values[-1]:.3g}"
             yield Verdict("bad", "Diverged", number, rule)
-            return
+        return  # A gradient grows on the way from a saddle, while the loss falls.
 
 
 # What the sizes and the problem decide before anything is measured.

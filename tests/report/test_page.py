@@ -182,7 +182,13 @@ def test_the_command_writes_a_page_and_never_over_something_else(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("out", "message"), [(".", "is a folder: give the name of a file"), ("file/r.html", "Choose another --out")]
+    ("out", "message"),
+    [
+        (".", "is a folder: give the name of a file"),
+        ("file/r.html", "Choose another --out"),
+        ("z" * 300, "cannot be the name of a file"),
+        ("a\0b", "cannot be the name of a file"),
+    ],
 )
 def test_where_a_page_cannot_be_written_is_said(tmp_path, monkeypatch, out, message):
     record(tmp_path / "a", {GAP: geometric(100, 10)})

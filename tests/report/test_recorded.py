@@ -82,6 +82,7 @@ def test_names_are_told_apart(tmp_path):
         ("{}", "has no measures: give what Measurement.to_json wrote"),
         ('{"measures": {"nc1": []}}', "a measure is no number"),
         ('{"measures": {"nc1": "x"}}', "a measure is no number"),
+        ('{"measures": {"nc1": 1%s}}' % ("0" * 400), "a measure is no number"),
     ],
 )
 def test_json_of_something_else_is_refused(tmp_path, content, message):
@@ -93,6 +94,8 @@ def test_json_of_something_else_is_refused(tmp_path, content, message):
 def test_what_is_not_there_or_of_another_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist: give the folder of a run"):
         read_records([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="does not exist: give the folder of a run"):
+        read_records(["y" * 300])
     with pytest.raises(UserError, match="give at least one run folder"):
         read_records([])
     with pytest.raises(TypeError, match="a report takes folders, files, Measurements and Runs, got int"):
@@ -113,3 +116,14 @@ def test_runs_and_single_paths_are_taken(tmp_path):
     assert "a - nclightning report" in one
     assert write_report(run, tmp_path / "2.html").exists()
     assert write_report([read_run(tmp_path / "a"), measured()], tmp_path / "3.html").exists()
+
+
+def test_a_table_without_quantities_and_broken_text_have_a_page(tmp_path):
+    """Names of files and strings of JSON may hold half of a surrogate pair, which is no text in UTF-8."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "readings.csv").write_text("iteration\n1\n2\n")
+    (folder / "environment.json").write_text('{"host": "a\\ud800b"}')
+    page = write_report(folder, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Nothing to decide" in page
+    assert "a?b" in page

@@ -4,6 +4,7 @@ import torch
 import yaml
 
 from nclightning import functional as F
+from nclightning import quantities
 from nclightning.problems import unbalanced_ce
 from nclightning.report import read_records, verdicts_on
 from nclightning.report.verdicts import least_nc2, roundoff_of
@@ -12,6 +13,7 @@ from tests.report.cases import CURVES, STEPS
 
 NC1, NC2, NC3 = NC
 GAP, DISTANCE, GRADIENT = "optimality/gap", "optimality/distance", "optimality/grad_norm"
+LOSS = quantities.LOSS.tag()
 UFM = {"loss": "mse", "lambda_w": 1e-2, "lambda_h": 1e-3}
 
 
@@ -48,6 +50,8 @@ SENTENCES = {
     "straight": "NC2: still falling; at this rate another 301 iterations to 1e-12",
     "one over t": "NC2: falling ever more slowly; more than ",
     "a floor": "NC2: stalled at 7.5e-12",
+    "slow and straight": "NC2: falling, not decided for how long",
+    "one over t to a floor": "NC2: stalled at 0.503",
     "constant": "NC2: stalled at 0.5",
     "swings": "NC2: oscillates between 0.1 and 10",
     "grows": "NC2: rising",
@@ -88,6 +92,7 @@ DIVERGED = {
         NC1: (STEPS, np.where(STEPS < 250, 1, np.nan)),
     },
     "grown": {GAP: (STEPS, 10.0 ** (STEPS / 50))},
+    "loss grown": {LOSS: (STEPS, 10.0 ** (STEPS / 50)), GAP: flat(1.0)},
 }
 
 
@@ -103,6 +108,10 @@ def test_divergence_is_told(tmp_path, name):
         {GAP: geometric(10, 8)},
         {"optimality/error_bound_ratio": (STEPS, np.where(STEPS == 3, np.inf, 1.0)), GAP: flat(1.0)},
         {GAP: flat(1.0), "log10/optimality/gap": (STEPS, np.full(300, -np.inf))},
+        {GAP: (STEPS, np.where(STEPS < 1, 1e-22, 1e-16))},  # Started at the optimum.
+        {LOSS: (STEPS, 1 - 1e-12 * 10.0 ** (STEPS / 30)), GRADIENT: (STEPS, 1e-6 * 10.0 ** (STEPS / 60))},  # A saddle.
+        {NC1: (STEPS, np.where(STEPS < 1, np.inf, 1.0)), GAP: flat(1.0)},  # All features were the same.
+        {GRADIENT: (STEPS, np.where(STEPS == 3, np.inf, 1.0))},  # A step that mixed precision left out.
     ],
 )
 def test_what_is_no_divergence_is_not_called_one(tmp_path, curves):
@@ -131,6 +140,46 @@ def test_with_few_features_nc2_cannot_vanish(tmp_path):
     assert not any("cannot vanish" in each for each in enough)
     impossible = said(tmp_path / "c", {NC2: flat(least / 2)}, feature_dim=4)
     assert "Not decided: a value is below the least that these sizes allow" in impossible
+
+
+def test_with_few_features_nothing_is_continued_to_zero(tmp_path):
+    words = said(tmp_path / "a", {NC2: (STEPS, 10 * 10.0 ** (-STEPS / 290))}, feature_dim=4)
+    assert "NC2: falling, to a value that these sizes keep above zero" in words
+    below = said(tmp_path / "b", {NC2: flat(0.5)}, feature_dim=4)
+    assert "NC2: at the least value that these sizes allow" not in below
+
+
+def test_a_collapse_that_was_followed_by_nan_is_not_the_end_of_the_run(tmp_path):
+    ends = {NC1: 1e-25, NC2: 1e-13, NC3: 1e-13}
+    curves = {tag: (STEPS, np.where(STEPS < 200, value, np.nan)) for tag, value in ends.items()}
+    words = said(tmp_path / "a", {GAP: flat(1.0)} | curves, dtype="float64")
+    assert "NC1: not decided, no value after 199" in words
+    assert not any(each.startswith("Collapsed") for each in words)
+    sparse = {tag: (STEPS, np.where(STEPS % 160 == 0, value, np.nan)) for tag, value in ends.items()}
+    assert "Collapsed to round-off" in said(tmp_path / "b", {GAP: flat(1.0)} | sparse, dtype="float64")
+
+
+def test_of_other_sets_and_other_problems_it_is_not_said_that_nc_should_vanish(tmp_path):
+    words = said(tmp_path / "a", {"nc/val/nc1": flat(0.3)})
+    assert words["NC1 (val): flat at 0.3, not decided whether it should vanish"].kind == "open"
+    problem = unbalanced_ce([100, 100, 90, 90], feature_dim=3, lambda_w=0.01, lambda_h=0.01)
+    record(tmp_path / "b", {NC2: flat(0.3)})
+    (tmp_path / "b" / "hparams.yaml").write_text(yaml.safe_dump({"problem": problem.describe()}))
+    (found,) = read_records([tmp_path / "b"])
+    words = [verdict.words for verdict in verdicts_on(found)]
+    assert "NC2: flat at 0.3, not decided whether it should vanish" in words
+
+
+@pytest.mark.parametrize(("dtype", "judged"), [("float64", True), ("float32", False)])
+def test_roundoff_of_float32_does_not_break_the_error_bound(tmp_path, dtype, judged):
+    """At distances of 1e-7 of the norm the ratio of two float32 numbers is noise."""
+    (found,) = read_records([write(tmp_path / "probe", {GAP: flat(1.0)})])
+    kappa, norm = found.run.problem.error_bound_constant, found.run.problem.optimum_norm
+    iterations, distance = geometric(20, 7, start=norm)
+    ratio = np.where(distance < 1e-6 * norm, 100 * kappa, 0.9 * kappa)
+    curves = {DISTANCE: (iterations, distance), "optimality/error_bound_ratio": (iterations, ratio)}
+    words = said(tmp_path / "a", curves, **UFM, dtype=dtype)
+    assert ("The error bound of the theory does not hold near the optimal set" in words) == judged
 
 
 def test_an_optimum_at_zero_is_told_from_the_penalties(tmp_path):
