@@ -197,7 +197,7 @@ def _on_collapse(trends: Mapping[str, Trend], dtype: str) -> Iterator[Verdict]:
     missing = [name.upper() for name in OF_COLLAPSE if name not in found]
     values = ", ".join(f"{name.upper()} = {trend.last:.2g}" for name, trend in found.items())
     limits = ", ".join(f"{name.upper()} at most {roundoff_of(name, dtype):.2g}" for name in OF_COLLAPSE)
-    rule = f"in the last reading {limits}{_said_dtype(dtype)}"
+    rule = f"in the last reading {limits}, and not swinging above it{_said_dtype(dtype)}"
     far = [name.upper() for name, trend in found.items() if not _is_roundoff(name, trend, dtype)]
     if missing:
         have = "has no value" if len(missing) == 1 else "have no values"
@@ -453,7 +453,10 @@ def _absent(sizes: Mapping[str, Any]) -> int:
 
 
 def _is_roundoff(tag: str, trend: Trend, dtype: str) -> bool:
-    return trend.kind != "none" and abs(trend.last) <= roundoff_of(parse_tag(tag).name, dtype)
+    limit = roundoff_of(parse_tag(tag).name, dtype)
+    if trend.kind == "oscillating" and trend.high > limit:  # Its last value is that of one moment.
+        return False
+    return trend.kind != "none" and abs(trend.last) <= limit
 
 
 def _said_dtype(dtype: str) -> str:

@@ -46,6 +46,17 @@ def test_with_nc1_alone_collapse_is_not_decided(tmp_path):
     assert not any(each.startswith("Collapsed") for each in words)
 
 
+def test_a_last_value_between_swings_is_no_roundoff(tmp_path):
+    steps = np.arange(300.0)
+    swings = {tag: (steps, np.where(steps % 2, 1e-30, 1e-3)) for tag in (NC1, NC2, NC3)}
+    assert swings[NC1][1][-1] == 1e-30
+    words = said(tmp_path / "a", swings)
+    assert "Not collapsed to round-off: NC1, NC2 and NC3 are above it" in words
+    assert any(each.startswith("NC1: oscillates") for each in words)
+    fluctuating = {tag: (steps, np.where(steps % 2, 1e-30, 1e-27)) for tag in (NC1, NC2, NC3)}
+    assert "Collapsed to round-off" in said(tmp_path / "b", fluctuating)
+
+
 SENTENCES = {
     "straight": "NC2: still falling; at this rate another 301 iterations to 1e-12",
     "one over t": "NC2: falling ever more slowly; more than ",
