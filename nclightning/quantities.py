@@ -255,7 +255,7 @@ _MEASURES = (
     _measure("bias_collapse", "norm of the logits at the mean feature"),
     _measure("nc_distance", "relative distance of features and head from collapse"),
     _measure("mse_nc1", "squared error of the optimal head that is due to within-class variability"),
-    _measure("mse_nc2_nc3", "squared error of the optimal head at the class means; 0 with a bias", None),
+    _measure("mse_nc2_nc3", "squared error of the optimal head at class means; at collapse 0 with a bias", None),
     _measure("mse_perpendicular", "squared error of the head minus that of the optimal head", None),
 )
 # Measures of decisions, which need the class means and then each sample.

@@ -69,8 +69,8 @@ def etf_deviation(weight: Tensor, centred: bool = False, present: Tensor | None 
         present: Rows to compare, bool ``(K,)``; None takes all.
 
     Returns:
-        Scalar in [0, 2] in the dtype of ``weight``, dimensionless. It is 0 for an ETF of any size and orientation, up
-        to the round-off of that dtype; ``nan`` if all rows are zero or fewer than two are present.
+        Scalar in [0, sqrt(2)] in the dtype of ``weight``, dimensionless. It is 0 for an ETF of any size and
+        orientation, up to the round-off of that dtype; ``nan`` if all rows are zero or fewer than two are present.
 
     Raises:
         ValueError: If ``weight`` is not ``(K, d)`` with K at least 2.

@@ -15,6 +15,7 @@ from nclightning.figures.tables import error_bound_constant_of
 from nclightning.problems import NoAnswer, Problem
 from nclightning.problems.coincidence import coinciding_groups
 from nclightning.quantities import (
+    CERTIFIED_GAP,
     CONVERGING,
     DISTANCE,
     ERROR_BOUND_RATIO,
@@ -247,7 +248,10 @@ def _on_positive_end(label: str, tag: str, trend: Trend, context: _Context) -> V
     if trend.kind == "flat" and least * (1 - _BELOW_FLOOR) <= trend.last <= _NEAR_LEAST * least:
         rule = "flat, and at most 1.01 times the least value that K > d + 1 allows"
         number = f"{trend.last:.6g}, least {context.least:.6g}"
-        return Verdict("good", f"{label}: at the least value that these sizes allow", number, rule)
+        return Verdict("good", f"{label}: within 1 % of the least value that these sizes allow", number, rule)
+    if trend.kind == "flat" and tag == CERTIFIED_GAP.tag():
+        rule = "flat; with fewer features than the rank of the optimum, part of it stays at the optimum"
+        return Verdict("open", f"{label}: flat at {trend.last:.3g}, not decided whether it should vanish", value, rule)
     if trend.kind == "flat" and context.at_optimum and falls_to_zero(tag):
         rule = "flat, while gap or distance is at round-off"
         return Verdict("note", f"{label}: {trend.last:.3g} at the optimum, where it does not vanish", value, rule)
