@@ -78,6 +78,9 @@ print(f"floor: {floor:.2f}, reached to 1e-9: {abs(runs[4][2][-1][1] - floor) < 1
 #   Here the floor is reached: the optimum is a tight frame. For other K and d NC2 may end above it.
 # - **The difference form of NC3 vanishes.** Head and means are dual, and need no room for that.
 #
+# `python -m nclightning fit --config ufm_mse --model.init_args.num_classes 8 --model.init_args.feature_dim 3` shows the
+# same: the run ends with NC2 and NC3 at their floor.
+#
 # How good is the arrangement, then? Ask for the *spread* of the directions instead.
 
 # %%
