@@ -27,6 +27,7 @@ exclude_patterns = ["**/.*"]
 html_theme = "furo"
 html_title = "nclightning"
 html_favicon = "images/logo.svg"
+html_show_copyright = False
 html_show_sphinx = False
 html_copy_source = False
 
